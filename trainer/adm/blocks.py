@@ -1,0 +1,251 @@
+"""The parts of the nets: a feature map goes in, the next stage's comes out.
+
+Paper, section 3 and appendix A: residual blocks that take the timestep (and class) embedding in
+one of three ways, self-attention over a whole map or inside windows, and resampling. Attribute
+names are those of the published checkpoints, so that their state dicts load as they are.
+
+Parameters may be fp32, bf16 or fp16. Statistics (GroupNorm) and softmax are in fp32 always.
+"""
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+Conditioning = Literal["adagn", "add", "concat"]
+QkvOrder = Literal["legacy", "new"]
+Resampling = Literal["same", "up", "down"]
+ConvT = TypeVar("ConvT", nn.Conv1d, nn.Conv2d)
+
+GROUPS = 32
+_HALF_SQRT = 1 / math.sqrt(2)
+
+
+def timestep_embedding(t: Tensor, *, width: int) -> Tensor:
+    """Sinusoids of the timestep, fp32: t (B,) -> (B, width), cosines first, periods to 1e4."""
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm over 32 groups, computed in fp32 whatever the dtype of its parameters."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch's own 16-bit kernel rounds mean and deviation to 16 bits between its two passes.
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """x (B, channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
+
+    `conditioning` is how the embedding enters (Table 3): "adagn", GroupNorm(h)(1 + s) + b; "add",
+    GroupNorm(h + e); "concat", e as further channels, constant over the map, into the second
+    convolution. `resample` resizes by two inside the block (BigGAN); `rescale` divides the sum by
+    the square root of two (Table 1). `checkpoint` recomputes activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        out_channels: int,
+        emb_channels: int,
+        conditioning: Conditioning,
+        dropout: float,
+        rescale: bool,
+        resample: Resampling,
+        checkpoint: bool,
+    ) -> None:
+        super().__init__()
+        self.conditioning, self.resample = conditioning, resample
+        self.rescale, self.checkpoint = rescale, checkpoint
+        emb_out = 2 * out_channels if conditioning == "adagn" else out_channels
+        joined = 2 * out_channels if conditioning == "concat" else out_channels
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zeroed(nn.Conv2d(joined, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpoint and torch.is_grad_enabled():
+            out: Tensor = recompute(self._block, x, emb, use_reentrant=False)
+            return out
+        return self._block(x, emb)
+
+    def _block(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = conv(resize(activation(norm(x)), self.resample))
+        h = self._condition(h, self.emb_layers(emb)[:, :, None, None])
+        return residual_sum(self.skip_connection(resize(x, self.resample)), h, self.rescale)
+
+    def _condition(self, h: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, dropout, conv = self.out_layers
+        if self.conditioning == "adagn":
+            scale, shift = emb.chunk(2, dim=1)
+            h = dropout(activation(norm(h) * (1 + scale) + shift))
+        elif self.conditioning == "add":
+            h = dropout(activation(norm(h + emb)))
+        else:
+            h = torch.cat((dropout(activation(norm(h))), emb.expand_as(h)), dim=1)
+        out: Tensor = conv(h)
+        return out
+
+
+class AttentionBlock(nn.Module):
+    """Multi-head self-attention over the positions of a map: (B, channels, H, W) -> same shape.
+
+    With `window`, a position sees only its own window x window square (local attention).
+    `order` is how q, k and v lie in the projection: "legacy" per head, "new" q, k, v outermost.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        order: QkvOrder,
+        window: int | None,
+        rescale: bool,
+        checkpoint: bool,
+    ) -> None:
+        super().__init__()
+        self.heads, self.order, self.window = heads, order, window
+        self.rescale, self.checkpoint = rescale, checkpoint
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpoint and torch.is_grad_enabled():
+            out: Tensor = recompute(self._block, x, use_reentrant=False)
+            return out
+        return self._block(x)
+
+    def _block(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(2))
+        if self.window is None:
+            h = attend(qkv, heads=self.heads, order=self.order)
+        else:
+            windows = split_windows(qkv.unflatten(2, x.shape[2:]), size=self.window)
+            h = attend(windows, heads=self.heads, order=self.order)
+            h = merge_windows(h, size=self.window, shape=x.shape).flatten(2)
+        return residual_sum(x, self.proj_out(h).view_as(x), self.rescale)
+
+
+class AttentionPool(nn.Module):
+    """A map (B, channels, S, S) -> logits (B, classes): its mean attends to all positions.
+
+    The classifier's head in the paper (section 4), as in CLIP; q, k, v in the "new" order.
+    """
+
+    def __init__(self, channels: int, *, size: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.heads = heads
+        positions = torch.randn(channels, size * size + 1) / math.sqrt(channels)
+        self.positional_embedding = nn.Parameter(positions)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        tokens = torch.cat((tokens.mean(dim=2, keepdim=True), tokens), dim=2)
+        qkv = self.qkv_proj(tokens + self.positional_embedding)
+        pooled = attend(qkv, heads=self.heads, order="new")[:, :, :1]
+        logits: Tensor = self.c_proj(pooled)[:, :, 0]
+        return logits
+
+
+class Downsample(nn.Module):
+    """Halves a map: a strided convolution ("conv"), else 2 x 2 means."""
+
+    def __init__(self, channels: int, *, conv: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.op(x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Doubles a map by nearest neighbours, with a convolution after it if `conv`."""
+
+    def __init__(self, channels: int, *, conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(resize(x, "up"))
+        return out
+
+
+class Stage(nn.ModuleList):
+    """Blocks run one after another; residual blocks also take the embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResidualBlock) else layer(x)
+        return x
+
+
+def attend(qkv: Tensor, *, heads: int, order: QkvOrder) -> Tensor:
+    """Scaled dot-product attention: qkv (B, 3C, positions) -> (B, C, positions)."""
+    if order == "legacy":
+        q, k, v = qkv.unflatten(1, (heads, 3, -1)).unbind(2)
+    else:
+        q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
+    # The fused kernels accept only a contiguous last dimension. In 16 bits they keep the
+    # products q k and the softmax in fp32.
+    q, k, v = (part.transpose(2, 3).contiguous() for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
+
+
+def split_windows(x: Tensor, *, size: int) -> Tensor:
+    """(B, C, H, W) -> (B * windows, C, size * size), windows in row order."""
+    x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(4, 5).flatten(0, 2)
+
+
+def merge_windows(windows: Tensor, *, size: int, shape: torch.Size) -> Tensor:
+    """The inverse of `split_windows`: back to `shape` = (B, C, H, W)."""
+    rows, columns = shape[2] // size, shape[3] // size
+    x = windows.unflatten(2, (size, size)).unflatten(0, (-1, rows, columns))
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def resize(x: Tensor, resample: Resampling) -> Tensor:
+    """Halves a map by 2 x 2 means, doubles it by nearest neighbours, or leaves it."""
+    if resample == "down":
+        return F.avg_pool2d(x, 2)
+    if resample == "up":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return x
+
+
+def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
+    """x + h; with `rescale`, divided by sqrt(2) so that the variance does not grow with depth."""
+    return (x + h) * _HALF_SQRT if rescale else x + h
+
+
+def zeroed(conv: ConvT) -> ConvT:
+    """The convolution with zero weights: its block starts as the identity."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv

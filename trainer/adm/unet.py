@@ -1,0 +1,184 @@
+"""The nets: a noised image and its timestep go in; a noise estimate or class logits come out.
+
+One encoder serves both. `UNet` adds the decoder with skip connections (paper, section 3), and
+with `small_size` takes a low-resolution image beside its input (the upsamplers); `Classifier`
+adds a pooling head (section 4). State-dict keys are those of the published checkpoints.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.adm.blocks import AttentionPool, GroupNorm, Stage, zeroed
+from trainer.adm.checks import check, check_choice
+from trainer.adm.encoder import (
+    Encoder,
+    EncoderConfig,
+    attention,
+    emb_channels,
+    resampler,
+    residual,
+)
+
+Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
+
+_SPATIAL_WIDTH = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(EncoderConfig):
+    """A diffusion UNet; class-conditional with `num_classes`, an upsampler with `small_size`."""
+
+    heads_up: int | None = None
+    num_classes: int | None = None
+    small_size: int | None = None
+    learn_sigma: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.heads_up is None or self.heads is not None,
+            f"model.heads_up = {self.heads_up}: only with model.heads, not model.head_channels",
+        )
+        check(
+            self.num_classes is None or self.num_classes >= 1,
+            f"model.num_classes = {self.num_classes}: at least 1; leave it out for no classes",
+        )
+        check(
+            self.small_size is None
+            or (0 < self.small_size < self.image_size and self.image_size % self.small_size == 0),
+            f"model.small_size = {self.small_size}: choose a smaller divisor of "
+            f"model.image_size = {self.image_size}; leave it out for no upsampler",
+        )
+
+    @property
+    def in_channels(self) -> int:
+        return 3 if self.small_size is None else 6
+
+    @property
+    def out_channels(self) -> int:
+        return 6 if self.learn_sigma else 3
+
+    def attention_heads(self) -> tuple[int, ...]:
+        return tuple(heads for heads in (self.heads, self.heads_up) if heads is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(EncoderConfig):
+    """A classifier of noised images: the encoder and a head that pools its features."""
+
+    num_classes: int
+    pool: Pool = "attention"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("model.pool", self.pool, get_args(Pool))
+        check(self.num_classes >= 2, f"model.num_classes = {self.num_classes}: at least 2")
+
+
+class UNet(Encoder):
+    """Predicts the noise (and with `learn_sigma` the variance) of a noised image."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config, in_channels=config.in_channels)
+        self.config = config
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, emb_channels(config))
+        self.output_blocks = nn.ModuleList(output_stages(config, skips=self.feature_channels))
+        width = config.level_channels[0]
+        self.out = nn.Sequential(
+            GroupNorm(width), nn.SiLU(), zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        )
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
+    ) -> Tensor:
+        """x (B, 3, H, W), t (B,) original timesteps, y (B,) labels, low_res (B, 3, h, w) -> fp32.
+
+        The result is (B, 3, H, W): the prediction; with `learn_sigma` three more channels: the
+        interpolation between the smallest and largest log variance, from -1 to 1.
+        """
+        assert (y is not None) == (self.config.num_classes is not None), "labels: all or none"
+        assert (low_res is not None) == (self.config.small_size is not None), "low_res: all or none"
+        emb = self.embed(t)
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        if low_res is not None:
+            x = torch.cat((x, F.interpolate(low_res, x.shape[2:], mode="bilinear")), dim=1)
+        skips, h = self.encode(x.to(self.dtype), emb)
+        for stage in self.output_blocks:
+            h = stage(torch.cat((h, skips.pop()), dim=1), emb)
+        out: Tensor = self.out(h)
+        return out.float()
+
+
+class Classifier(Encoder):
+    """Class logits of a noised image, p(y | x_t)."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__(config, in_channels=3)
+        self.config = config
+        bottom = config.level_channels[-1]
+        self.out = pooling_head(config, features=sum(self.feature_channels) + bottom)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x (B, 3, H, W), t (B,) original timesteps -> fp32 logits (B, num_classes)."""
+        features, h = self.encode(x.to(self.dtype), self.embed(t))
+        if self.config.pool.startswith("spatial"):
+            h = torch.cat([part.mean(dim=(2, 3)) for part in (*features, h)], dim=1)
+        out: Tensor = self.out(h)
+        return out.float()
+
+
+def flops(config: UNetConfig | ClassifierConfig) -> int:
+    """Floating-point operations (two per multiply-add) of one image's forward pass.
+
+    Counted from shapes alone; convolutions, linear layers and attention products.
+    """
+    with torch.device("meta"):
+        net = UNet(config) if isinstance(config, UNetConfig) else Classifier(config)
+        inputs = {"x": torch.empty(1, 3, config.image_size, config.image_size), "t": torch.empty(1)}
+        if isinstance(config, UNetConfig) and config.num_classes is not None:
+            inputs["y"] = torch.empty(1, dtype=torch.int64)
+        if isinstance(config, UNetConfig) and config.small_size is not None:
+            inputs["low_res"] = torch.empty(1, 3, config.small_size, config.small_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(**inputs)
+    return int(counter.get_total_flops())
+
+
+def output_stages(config: UNetConfig, *, skips: list[int]) -> list[Stage]:
+    """The upward stages; each takes the last feature map of `skips` that is left."""
+    skips, stages = list(skips), []
+    width = config.level_channels[-1]
+    levels = list(zip(config.level_channels, config.resolutions, strict=True))
+    for level, (out_channels, resolution) in reversed(list(enumerate(levels))):
+        for block in range(config.blocks + 1):
+            stage = Stage([residual(config, width + skips.pop(), out_channels=out_channels)])
+            width = out_channels
+            if resolution in config.attention:
+                stage.append(attention(config, width, resolution=resolution, heads=config.heads_up))
+            if level > 0 and block == config.blocks:
+                stage.append(resampler(config, width, direction="up"))
+            stages.append(stage)
+    return stages
+
+
+def pooling_head(config: ClassifierConfig, *, features: int) -> nn.Sequential:
+    """From the bottom's map, or for "spatial" from the means of all `features`, to logits."""
+    width, classes = config.level_channels[-1], config.num_classes
+    if config.pool == "attention":
+        size, heads = config.resolutions[-1], config.heads_at(width)
+        pool = AttentionPool(width, size=size, heads=heads, classes=classes)
+        return nn.Sequential(GroupNorm(width), nn.SiLU(), pool)
+    if config.pool == "adaptive":
+        mean, conv = nn.AdaptiveAvgPool2d(1), zeroed(nn.Conv2d(width, classes, 1))
+        return nn.Sequential(GroupNorm(width), nn.SiLU(), mean, conv, nn.Flatten())
+    first, last = nn.Linear(features, _SPATIAL_WIDTH), nn.Linear(_SPATIAL_WIDTH, classes)
+    if config.pool == "spatial":
+        return nn.Sequential(first, nn.ReLU(), last)
+    return nn.Sequential(first, GroupNorm(_SPATIAL_WIDTH), nn.SiLU(), last)
