@@ -1,0 +1,223 @@
+"""Decoding outside the trainer: processes that fill slots of one shared block of memory.
+
+A worker is a fresh Python of this module alone, not a fork of the trainer: no locks of its threads,
+no CUDA, no second copy of its imports. Trainer and worker talk through one socket, and pixels go
+through anonymous shared memory. Either side notices at once when the other is gone: the socket
+closes. Nothing is left behind whoever is killed.
+"""
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+from data.order import Ints
+from data.samples import DataConfig, Request, Samples
+from data.shards import Shards
+from data.transforms import Pixels
+
+_QUEUED = 4  # requests at one worker: enough that it never waits for the trainer's next word
+
+
+class Setup(NamedTuple):
+    """All that a worker needs to know; a slot holds `images` images and labels."""
+
+    shards: Shards
+    config: DataConfig
+    seed: int
+    images: int
+    slots: int
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.images * (3 * self.config.image_size**2 + 8)
+
+
+class Filled(NamedTuple):
+    """A request done: views of its slot, valid until the next one is taken."""
+
+    request: Request
+    images: Pixels
+    labels: Ints
+    bad: tuple[str, ...]
+
+
+class Workers:
+    """Processes that load requests ahead, in order.
+
+    Use as a context manager; leaving it ends the processes.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._memory = _shared_memory(setup.slots * setup.slot_bytes)
+        self._slots = _map_slots(self._memory, setup)
+        count = min(setup.config.workers, setup.slots)
+        self._processes, self._sockets = zip(
+            *(_start(setup, self._memory) for _ in range(count)), strict=True
+        )
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def load(self, requests: Iterator[Request]) -> Iterator[Filled]:
+        """Load requests in their order, as many ahead as there are slots.
+
+        Raises:
+            whatever `Samples.load` raised in a worker; RuntimeError if a worker died.
+        """
+        free = deque(range(self._setup.slots))
+        pending: deque[tuple[Request, int]] = deque()
+        bad: dict[int, tuple[str, ...]] = {}
+        busy = [0] * len(self._sockets)
+        while True:
+            while free and min(busy) < _QUEUED and (request := next(requests, None)):
+                slot, worker = free.popleft(), busy.index(min(busy))
+                self._send(worker, (slot, request))
+                pending.append((request, slot))
+                busy[worker] += 1
+            if not pending:
+                return
+            while pending[0][1] not in bad:
+                for worker in self._ready():
+                    slot, answer = self._receive(worker)
+                    bad[slot] = answer
+                    busy[worker] -= 1
+            request, slot = pending.popleft()
+            images, labels = self._slots[slot]
+            n = len(request.numbers)
+            yield Filled(request, images[:n], labels[:n], bad.pop(slot))
+            free.append(slot)
+
+    def close(self) -> None:
+        """End the processes, now: they hold nothing that could be lost."""
+        for socket in self._sockets:
+            socket.close()
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def _ready(self) -> list[int]:
+        sockets = list(self._sockets)
+        return [sockets.index(ready) for ready in wait(sockets)]
+
+    def _send(self, worker: int, message: tuple[int, Request]) -> None:
+        try:
+            self._sockets[worker].send(message)
+        except OSError:
+            raise self._death(worker) from None
+
+    def _receive(self, worker: int) -> tuple[int, tuple[str, ...]]:
+        try:
+            slot, answer = self._sockets[worker].recv()
+        except (EOFError, OSError):
+            raise self._death(worker) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return slot, answer
+
+    def _death(self, worker: int) -> RuntimeError:
+        process = self._processes[worker]
+        return RuntimeError(
+            f"data worker {worker} (process {process.pid}) died with exit status {process.wait()}; "
+            "if it was killed (-9), the machine may be short of memory: lower data.workers or "
+            "data.prefetch_mb. The same command resumes the run"
+        )
+
+
+def serve(socket: Connection, memory: int) -> None:
+    """A worker's life: load what is asked for until the trainer is gone."""
+    # The trainer decides when to leave; a signal sent to the whole job is not for us.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    setup: Setup = socket.recv()
+    samples = Samples(setup.shards, config=setup.config, seed=setup.seed)
+    slots = _map_slots(memory, setup)
+    trainer = os.getppid()
+    while True:
+        # Another child of the trainer might hold the socket's other end open beyond its death.
+        while not socket.poll(5):
+            if os.getppid() != trainer:
+                return
+        slot, request = socket.recv()
+        socket.send((slot, _answer(samples, request, slots[slot])))
+
+
+def _answer(
+    samples: Samples, request: Request, slot: tuple[Pixels, Ints]
+) -> tuple[str, ...] | Exception:
+    images, labels = slot
+    n = len(request.numbers)
+    try:
+        loaded = samples.load(request, out=images[:n])
+    except (ValueError, OSError) as error:
+        return error
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        return error
+    labels[:n] = loaded.labels
+    return loaded.bad
+
+
+def _start(setup: Setup, memory: int) -> tuple["subprocess.Popen[bytes]", Connection]:
+    ours, theirs = Pipe()
+    # One thread each: the parallelism is the processes.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "data.workers", str(theirs.fileno()), str(memory)],
+        pass_fds=(theirs.fileno(), memory),
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **threads, "PYTHONPATH": path.rstrip(os.pathsep)},
+    )
+    theirs.close()
+    ours.send(setup)
+    return process, ours
+
+
+def _shared_memory(size: int) -> int:
+    """A descriptor of anonymous memory: it has no name, so it cannot outlive its users."""
+    if sys.platform == "linux":
+        memory = os.memfd_create("images")
+    else:
+        with tempfile.TemporaryFile() as file:
+            memory = os.dup(file.fileno())
+    os.ftruncate(memory, size)
+    return memory
+
+
+def _map_slots(memory: int, setup: Setup) -> list[tuple[Pixels, Ints]]:
+    side, n = setup.config.image_size, setup.images
+    buffer = mmap.mmap(memory, setup.slots * setup.slot_bytes)
+    slots = []
+    for begin in range(0, len(buffer), setup.slot_bytes):
+        labels = np.frombuffer(buffer, dtype=np.int64, count=n, offset=begin)
+        images = np.frombuffer(buffer, np.uint8, count=n * 3 * side**2, offset=begin + 8 * n)
+        slots.append((images.reshape(n, 3, side, side), labels))
+    return slots
+
+
+if __name__ == "__main__":
+    try:
+        serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    except (EOFError, ConnectionError):
+        sys.exit(0)  # the trainer is gone

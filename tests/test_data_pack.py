@@ -1,0 +1,177 @@
+"""Packing: exact crops, the same bytes however it is done, nothing lost or overwritten."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+from sklearn.datasets import load_digits, load_sample_image
+
+from data.pack import LEFT_OUT, WORK, PackConfig, main, make_shard, pack, plan
+from data.shards import Shards, open_shards, verify
+from data.sources import Folder
+from data.stream import DataConfig, Stream
+from data.transforms import center_crop, decode, halve_and_scale, random_crop
+from tests.data_fixtures import image_file, pack_folder, write_folder
+
+GOLDENS = load_file(Path(__file__).parent / "goldens" / "center_crop.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(GOLDENS))
+def test_center_crop_equals_the_reference(name: str) -> None:
+    photo = load_sample_image(f"{name.split('.')[0]}.jpg")
+    if "odd" in name:
+        photo = photo[:401, :333]
+    wanted = GOLDENS[name]
+    crop = center_crop(Image.fromarray(photo), size=len(wanted))
+    assert (crop == wanted).all()
+
+
+def test_random_crop_keeps_80_to_100_percent_and_is_keyed() -> None:
+    image = Image.fromarray(load_sample_image("china.jpg"))
+    crops = [random_crop(image, size=48, seed=1, number=n) for n in range(20)]
+    assert all(crop.shape == (48, 48, 3) for crop in crops)
+    assert len({crop.tobytes() for crop in crops}) == 20
+    assert (crops[3] == random_crop(image, size=48, seed=1, number=3)).all()
+    # Each crop is a window of the picture at one of the allowed scales.
+    scales = [np.asarray(halve_and_scale(image, side=side)) for side in range(48, 61)]
+    assert all(any(_contains(scaled, crop) for scaled in scales) for crop in crops[:4])
+
+
+def _contains(image: np.ndarray, crop: np.ndarray) -> bool:
+    windows = np.lib.stride_tricks.sliding_window_view(image[..., 0], crop.shape[:2])
+    return bool((windows == crop[..., 0]).all(axis=(2, 3)).any())
+
+
+def test_strict_decoding_equals_pillow() -> None:
+    blob = image_file(3, width=61, height=47)
+    assert (decode(blob) == np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))).all()
+
+
+def test_digits_are_stored_unchanged(tmp_path: Path) -> None:
+    assert main(["digits", str(tmp_path), "--size", "8", "--workers", "1"]) == 0
+    shards = open_shards(tmp_path)
+    assert shards.count == 1797 and shards.classes == tuple("0123456789")
+    config = DataConfig(shards=str(tmp_path), image_size=8, workers=0)
+    digits = load_digits()
+    wanted = {}
+    for image, label in zip(digits.images, digits.target, strict=True):
+        wanted.setdefault(np.round(image * 255 / 16).astype(np.uint8).tobytes(), int(label))
+    with Stream(shards, config=config, seed=0) as stream:
+        for batch in stream.once(micro_batch=600, rank=0, ranks=1):
+            assert (batch.images[:, 0] == batch.images[:, 2]).all()
+            for image, label in zip(batch.images[:, 0].numpy(), batch.labels, strict=True):
+                assert wanted[image.tobytes()] == label
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_bytes_do_not_depend_on_workers_or_interruptions(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=40)
+    config = PackConfig(size=16, per_shard=7)
+    for name, workers in (("one", 1), ("two", 2)):
+        pack(str(source), out=tmp_path / name, config=config, class_map=None, workers=workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert verify(tmp_path / "one", full=True) == []
+
+    halfway = tmp_path / "halfway"
+    work = plan(Folder(source).items(), source=str(source), out=halfway, config=config)
+    (halfway / WORK).mkdir(parents=True)
+    (halfway / WORK / "plan").write_text(work.digest)
+    for job in work.jobs[:3]:
+        make_shard(job)
+    (halfway / "00001.tar").write_bytes(b"torn")
+    untouched = (halfway / "00000.tar").stat().st_mtime_ns
+    pack(str(source), out=halfway, config=config, class_map=None, workers=1)
+    assert contents(halfway) == contents(tmp_path / "one")
+    assert (halfway / "00000.tar").stat().st_mtime_ns == untouched
+
+
+def test_what_cannot_be_decoded_is_left_out_and_listed(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=20)
+    (source / "n0001" / "img_0.JPEG").write_bytes(b"no image")
+    whole = (source / "n0002" / "img_0.JPEG").read_bytes()
+    (source / "n0002" / "img_0.JPEG").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    left = pack(str(source), out=out, config=PackConfig(size=16), class_map=None, workers=1)
+    assert left == 2 and open_shards(out).count == 18
+    report = (out / LEFT_OUT).read_text()
+    assert "n0001/img_0.JPEG: " in report and "n0002/img_0.JPEG: " in report
+
+
+def test_a_class_map_overrides_directories(tmp_path: Path) -> None:
+    source = tmp_path / "flat"
+    source.mkdir()
+    for i in range(10):
+        (source / f"val_{i}.png").write_bytes(image_file(i, width=20, height=20, kind="PNG"))
+    lines = "".join(f"val_{i}.png n{i % 2}\n" for i in range(10))
+    (tmp_path / "map").write_text(lines)
+    arguments = [str(source), str(tmp_path / "out"), "--size", "16", "--workers", "1"]
+    assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 0
+    shards = open_shards(tmp_path / "out")
+    assert shards.classes == ("n0", "n1") and shards.count == 10
+    (tmp_path / "map").write_text("val_0.png n0\n")
+    assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 1
+
+
+def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = pack_folder(tmp_path, images=20)
+    before = contents(Path(shards.root))
+    arguments = [str(tmp_path / "source"), shards.root, "--per-shard", "9", "--workers", "1"]
+    assert main([*arguments, "--size", "16"]) == 0
+    assert main([*arguments, "--size", "8"]) == 1
+    assert "holds another dataset" in capsys.readouterr().err
+    assert contents(Path(shards.root)) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    assert main([str(tmp_path / "source"), str(other), "--size", "16"]) == 1
+    assert contents(other) == {"thesis.tex": b"precious"}
+
+
+def test_open_names_what_is_wrong(tmp_path: Path) -> None:
+    root = Path(pack_folder(tmp_path, images=20).root)
+
+    def fails(pattern: str) -> None:
+        with pytest.raises(ValueError, match=pattern):
+            open_shards(root)
+        assert verify(root)
+
+    kept = shutil.copytree(root, tmp_path / "kept")
+    (root / "00001.tar").write_bytes((root / "00001.tar").read_bytes()[:-512])
+    fails(r"00001\.tar has \d+ bytes, the manifest says")
+    (root / "00001.tar").unlink()
+    fails(r"00001\.tar is missing")
+    shutil.copy(kept / "00001.tar", root)
+    (root / "00002.idx.npy").write_bytes((root / "00002.idx.npy").read_bytes()[:-5])
+    fails(r"00002\.idx\.npy is damaged")
+    (root / "00002.idx.npy").unlink()
+    fails(r"00002\.idx\.npy is missing")
+    shutil.copy(kept / "00002.idx.npy", root)
+    assert open_shards(root).count == 20
+    text = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(text.replace("n0001", "n0009"))
+    with pytest.raises(ValueError, match="was altered"):
+        open_shards(root)
+    with pytest.raises(ValueError, match="no dataset at"):
+        open_shards(tmp_path)
+
+
+def test_full_verification_finds_one_flipped_bit(tmp_path: Path) -> None:
+    root = Path(pack_folder(tmp_path, images=20).root)
+    content = bytearray((root / "00001.tar").read_bytes())
+    content[700] ^= 1
+    (root / "00001.tar").write_bytes(content)
+    assert verify(root) == []
+    (fault,) = verify(root, full=True)
+    assert "00001.tar" in fault
+
+
+def test_sizes(tmp_path: Path) -> None:
+    shards: Shards = pack_folder(tmp_path, images=20, per_shard=3)
+    assert sum(shards.sizes) == shards.count == 20 and max(shards.sizes) <= 3

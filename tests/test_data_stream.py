@@ -1,0 +1,156 @@
+"""The stream serves one sequence, whatever the ranks, workers, micro-batches and restarts."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.shards import Shards, open_shards
+from data.stream import Batch, DataConfig, Stream
+from tests.data_fixtures import pack_folder
+
+SIZE = 16
+Seen = dict[int, tuple[bytes, int]]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return pack_folder(tmp_path_factory.mktemp("stream"), images=60, size=SIZE)
+
+
+def config_for(shards: Shards, **changes: object) -> DataConfig:
+    config = DataConfig(
+        shards=shards.root, image_size=SIZE, streams=8, block=5, workers=0, prefetch_mb=1
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def remember(seen: Seen, batch: Batch) -> None:
+    for image, label, number in zip(batch.images, batch.labels, batch.numbers, strict=True):
+        assert int(number) not in seen
+        seen[int(number)] = (image.numpy().tobytes(), int(label))
+
+
+def serve(
+    shards: Shards,
+    config: DataConfig,
+    *,
+    ranks: int,
+    micro: int,
+    batch: int,
+    images: int,
+    steps: int,
+) -> Seen:
+    """What all ranks together serve in some steps."""
+    seen: Seen = {}
+    for rank in range(ranks):
+        with Stream(shards, config=config, seed=3) as stream:
+            batches = stream.batches(
+                images=images, batch=batch, micro_batch=micro, rank=rank, ranks=ranks
+            )
+            for one in islice(batches, steps * batch // (ranks * micro)):
+                assert one.images.shape == (micro, 3, SIZE, SIZE) and one.labels.shape == (micro,)
+                assert one.images.dtype == torch.uint8 and one.labels.dtype == torch.int64
+                remember(seen, one)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Shards) -> Seen:
+    """The uninterrupted run of one process through several epochs."""
+    seen = serve(shards, config_for(shards), ranks=1, micro=24, batch=24, images=0, steps=10)
+    assert sorted(seen) == list(range(240))
+    return seen
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), ranks=st.sampled_from([1, 2, 3, 4, 6]), start=st.integers(0, 5))
+def test_the_sequence_does_not_depend_on_ranks_or_restarts(
+    shards: Shards, whole: Seen, data: st.DataObject, ranks: int, start: int
+) -> None:
+    batch = data.draw(st.sampled_from([12, 24, 48]))
+    micro = data.draw(st.sampled_from([m for m in range(1, 13) if batch % (ranks * m) == 0]))
+    images = start * 24
+    seen = serve(
+        shards, config_for(shards), ranks=ranks, micro=micro, batch=batch, images=images, steps=2
+    )
+    assert sorted(seen) == list(range(images, images + 2 * batch))
+    assert all(whole[number] == sample for number, sample in seen.items())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_sequence_does_not_depend_on_workers(shards: Shards, whole: Seen, workers: int) -> None:
+    config = config_for(shards, workers=workers)
+    seen = serve(shards, config, ranks=2, micro=4, batch=24, images=48, steps=8)
+    assert len(seen) == 192 and all(whole[number] == sample for number, sample in seen.items())
+
+
+def test_each_epoch_serves_the_stored_images(shards: Shards, whole: Seen) -> None:
+    stored: Seen = {}
+    with Stream(shards, config=config_for(shards), seed=0) as stream:
+        for batch in stream.once(micro_batch=60, rank=0, ranks=1):
+            remember(stored, batch)
+    plain = dict(stored.values())
+    turned = {np.frombuffer(p, np.uint8).reshape(3, SIZE, SIZE)[..., ::-1].tobytes() for p in plain}
+    flips = sum(pixels in turned for pixels, _ in whole.values())
+    assert all(pixels in plain or pixels in turned for pixels, _ in whole.values())
+    assert 80 < flips < 160  # of 240
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 3, 7])
+def test_once_neither_repeats_nor_drops(shards: Shards, workers: int, ranks: int) -> None:
+    seen: Seen = {}
+    lengths = set()
+    for rank in range(ranks):
+        with Stream(shards, config=config_for(shards, workers=workers), seed=0) as stream:
+            batches = list(stream.once(micro_batch=4, rank=rank, ranks=ranks))
+        lengths.add(len(batches))
+        for batch in batches:
+            remember(seen, batch)
+    assert sorted(seen) == list(range(60)) and len(lengths) == 1
+
+
+def test_random_crops_do_not_depend_on_ranks(shards: Shards) -> None:
+    config = config_for(shards, crop="random")
+    one, two = (
+        serve(shards, config, ranks=r, micro=4, batch=24, images=24, steps=2) for r in (1, 2)
+    )
+    assert one == two
+
+
+def test_a_batch_that_ranks_cannot_share_is_an_error(shards: Shards) -> None:
+    with (
+        Stream(shards, config=config_for(shards), seed=0) as stream,
+        pytest.raises(
+            ValueError, match=r"batch = 20 is no multiple of ranks x micro_batch = 3 x 2"
+        ),
+    ):
+        stream.batches(images=0, batch=20, micro_batch=2, rank=0, ranks=3)
+
+
+def test_settings_that_do_not_fit_are_errors(shards: Shards) -> None:
+    with pytest.raises(ValueError, match=r"data.image_size = 32, but .* was packed at 16"):
+        Stream(shards, config=config_for(shards, image_size=32), seed=0)
+    with pytest.raises(ValueError, match=r"data.crop = 'left'"):
+        config_for(shards, crop="left")
+    with (
+        Stream(shards, config=config_for(shards, workers=1), seed=0) as stream,
+        pytest.raises(ValueError, match=r"data.prefetch_mb = 1 holds no micro-batch"),
+    ):
+        next(stream.batches(images=0, batch=2048, micro_batch=2048, rank=0, ranks=1))
+
+
+def test_resuming_with_other_data_is_an_error(shards: Shards, tmp_path: Path) -> None:
+    with Stream(shards, config=config_for(shards), seed=3) as stream:
+        saved = stream.identity
+    other = open_shards(pack_folder(tmp_path, images=50, size=SIZE).root)
+    with Stream(other, config=config_for(other), seed=4) as stream:
+        with pytest.raises(ValueError, match=r"seed was 3, is 4; fingerprint was"):
+            stream.check_identity(saved)
+        stream.check_identity(stream.identity)
