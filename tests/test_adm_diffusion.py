@@ -1,0 +1,186 @@
+"""Schedules, losses, sampling steps and likelihoods against recorded values; and their algebra."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests import golden
+from trainer.adm import sampler
+from trainer.adm.diffusion import Diffusion, DiffusionConfig, Prediction, bits_per_dimension
+from trainer.adm.schedule import kept_timesteps
+
+CASES = {case["name"]: case for case in golden.table("cases")["diffusions"]}
+WANT = golden.tensors("diffusion")
+SHAPE = (4, 3, 8, 8)
+
+
+class Process:
+    """One recorded case with its inputs."""
+
+    def __init__(self, name: str) -> None:
+        case = CASES[name]
+        learned = case["learn_sigma"]
+        config = DiffusionConfig(
+            steps=case["steps"],
+            schedule=case["noise_schedule"],
+            variance="learned" if learned else "fixed_large",
+            loss="hybrid" if learned else "simple",
+        )
+        self.name, self.channels = name, 6 if learned else 3
+        self.diffusion = Diffusion(config, respacing=case["timestep_respacing"] or None)
+        steps = self.diffusion.steps
+        self.t = torch.tensor([0, 1, steps // 2, steps - 1])
+        self.x0, self.eps = self.wave("x0", 0.9), self.wave("eps", 1.3)
+        self.x_t = self.diffusion.q_sample(self.x0, self.t, self.eps)
+        self.out = self.toy(self.x_t, self.diffusion.original(self.t))
+
+    def wave(self, name: str, scale: float) -> Tensor:
+        return golden.wave(f"{name}:{self.name}", SHAPE, scale)
+
+    def toy(self, x: Tensor, t: Tensor) -> Tensor:
+        weight = golden.wave("toy.weight", (self.channels, 3, 3, 3), 0.4)
+        time = torch.sin(t / 100)[:, None] * golden.wave("toy.time", (self.channels,), 0.3)
+        return F.conv2d(x, weight, padding=1) + time[:, :, None, None]
+
+    def prediction(self) -> Prediction:
+        return self.diffusion.p_mean_variance(self.out, self.x_t, self.t, clip=True)
+
+    def check(self, quantity: str, got: Tensor, *, tolerance: float = 1e-4) -> None:
+        golden.assert_close(got, WANT[f"{self.name}.{quantity}"], tolerance=tolerance)
+
+
+@pytest.fixture(params=CASES)
+def process(request: pytest.FixtureRequest) -> Iterator[Process]:
+    yield Process(request.param)
+
+
+def test_schedule(process: Process) -> None:
+    process.check("betas", process.diffusion.betas, tolerance=1e-12)
+    process.check("alphas_cumprod", process.diffusion.alphas_cumprod, tolerance=1e-12)
+    assert torch.equal(process.diffusion.timestep_map, WANT[f"{process.name}.timestep_map"])
+
+
+def test_losses(process: Process) -> None:
+    process.check("q_sample", process.x_t)
+    terms = process.diffusion.losses(
+        process.out, x0=process.x0, x_t=process.x_t, noise=process.eps, t=process.t
+    )
+    for name, value in terms.items():
+        process.check(f"loss.{name}", value)
+
+
+def test_prediction(process: Process) -> None:
+    p = process.prediction()
+    process.check("p.mean", p.mean)
+    process.check("p.variance", p.variance)
+    process.check("p.log_variance", p.log_variance)
+    process.check("p.pred_xstart", p.x0)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_sampling_steps(process: Process, guided: bool) -> None:
+    p, prefix = process.prediction(), "guided_" if guided else ""
+    gradient = process.wave("cond", 0.5) if guided else None
+    noise = process.wave("z", 1.1) * (process.t > 0)[:, None, None, None]
+    got = sampler.ancestral_step(p, noise=noise, gradient=gradient)
+    process.check(f"{prefix}ddpm", got)
+    for eta in (0, 1):
+        got = sampler.ddim_step(
+            process.diffusion, p, process.x_t, process.t, eta=eta, noise=noise, gradient=gradient
+        )
+        process.check(f"{prefix}ddim_eta{eta}", got)
+
+
+def test_inverse_step(process: Process) -> None:
+    got = sampler.ddim_inverse_step(process.diffusion, process.prediction(), process.x_t, process.t)
+    process.check("ddim_reverse", got)
+
+
+@pytest.mark.parametrize("name", ["linear1000", "cosine1000_resp25", "linear_ddim10"])
+def test_bits_per_dimension(name: str) -> None:
+    process = Process(name)
+    noise = process.wave("z", 1.1)
+    got = bits_per_dimension(process.diffusion, process.toy, process.x0, noise=lambda i: noise)
+    process.check("total_bpd", got["total"])
+    process.check("prior_bpd", got["prior"])
+
+
+def test_eps_and_x0_are_two_names_of_one_prediction() -> None:
+    process = Process("linear1000")
+    config = DiffusionConfig(schedule="linear", predict="x0")
+    x0 = process.diffusion.x0_from_eps(process.x_t, process.t, process.out[:, :3])
+    out = torch.cat((x0, process.out[:, 3:]), dim=1)
+    got = Diffusion(config).p_mean_variance(out, process.x_t, process.t, clip=True)
+    golden.assert_close(got.mean, process.prediction().mean, tolerance=1e-5)
+
+
+def test_the_perfect_net_has_no_loss_and_the_bound_is_tight() -> None:
+    diffusion = Diffusion(DiffusionConfig(schedule="cosine", variance="fixed_small", loss="vlb"))
+    x0 = golden.wave("x", SHAPE, 0.9)
+    t = torch.tensor([1, 10, 500, 999])
+    noise = golden.wave("n", SHAPE, 1.0)
+    x_t = diffusion.q_sample(x0, t, noise)
+    terms = diffusion.losses(noise, x0=x0, x_t=x_t, noise=noise, t=t)
+    assert terms["loss"].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("loss", ["vlb", "vlb_rescaled", "hybrid", "hybrid_rescaled"])
+def test_only_the_pure_bound_trains_the_mean_through_vb(loss: Any) -> None:
+    process = Process("linear1000")
+    diffusion = Diffusion(DiffusionConfig(schedule="linear", loss=loss))
+    out = process.out.clone().requires_grad_()
+    terms = diffusion.losses(out, x0=process.x0, x_t=process.x_t, noise=process.eps, t=process.t)
+    assert torch.isfinite(terms["loss"]).all()
+    assert ("mse" in terms) == loss.startswith("hybrid")
+    (gradient,) = torch.autograd.grad(terms["vb"].sum(), out)
+    assert bool(gradient[:, :3].any()) == loss.startswith("vlb")
+    assert gradient[:, 3:].any()
+
+
+def test_rescaled_losses_are_multiples() -> None:
+    process, vb = Process("linear1000"), {}
+    for loss in ("vlb", "vlb_rescaled"):
+        diffusion = Diffusion(DiffusionConfig(schedule="linear", loss=loss))  # type: ignore[arg-type]
+        given = {"x0": process.x0, "x_t": process.x_t, "noise": process.eps, "t": process.t}
+        vb[loss] = diffusion.losses(process.out, **given)["loss"]
+    torch.testing.assert_close(vb["vlb_rescaled"], 1000 * vb["vlb"])
+
+
+@pytest.mark.parametrize(
+    ("respacing", "count"), [(None, 1000), ("250", 250), ("90,60,60,20,20", 250), ("ddim25", 25)]
+)
+def test_respacing(respacing: str | None, count: int) -> None:
+    kept = kept_timesteps(1000, respacing)
+    assert len(kept) == len(set(kept)) == count
+    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] < 1000
+    if respacing == "90,60,60,20,20":
+        assert [sum(200 * i <= t < 200 * i + 200 for t in kept) for i in range(5)] == [
+            90, 60, 60, 20, 20,
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "respacing", ["", "fast", "1001", "ddim26x", "ddim300", "ddim5,5", "0", "1", "-3", "600,100"]
+)
+def test_impossible_respacing_is_refused_by_name(respacing: str) -> None:
+    with pytest.raises(ValueError, match="respacing = "):
+        kept_timesteps(1000, respacing)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"steps": 10}, "diffusion.steps = 10"),
+        ({"schedule": "sine"}, "diffusion.schedule = 'sine'"),
+        ({"predict": "v"}, "diffusion.predict = 'v'"),
+        ({"variance": "fixed_large"}, "diffusion.loss = 'hybrid'"),
+        ({"loss": "simple"}, "variance untrained"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        DiffusionConfig(**{"schedule": "linear", **wrong})

@@ -1,0 +1,95 @@
+"""What is minimised: a net and a batch of uint8 images go in, loss terms per image come out.
+
+An objective owns noising and weighting; the loop never sees a schedule. All draws are keyed by
+(seed, image number), so any split of a batch over ranks and micro-batches sees the same noise.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.adm import keyed
+from trainer.adm.diffusion import Diffusion, DiffusionConfig
+from trainer.adm.timesteps import TimestepSampler, UniformTimesteps
+
+
+class Denoise:
+    """The diffusion loss (paper, section 2) of a UNet.
+
+    `net` is called as net(x_t, t), with y=labels if `class_conditional`, and with
+    low_res=(B, 3, small_size, small_size), the images' area means, if `small_size` is given.
+    """
+
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        *,
+        timesteps: TimestepSampler,
+        seed: int,
+        class_conditional: bool,
+        small_size: int | None = None,
+    ) -> None:
+        self.diffusion = Diffusion(config)
+        self.timesteps, self.seed = timesteps, seed
+        self.class_conditional, self.small_size = class_conditional, small_size
+
+    def __call__(
+        self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, numbers: Tensor
+    ) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W), int64 labels and image numbers (B,) -> terms per image (B,).
+
+        "loss" is weighted for the choice of "t"; "unweighted", "mse" and "vb" (as they apply)
+        are not.
+        """
+        x0 = to_range(images)
+        t, weight = self.timesteps.draw(numbers)
+        noise = draw_noise(x0, numbers, seed=self.seed)
+        x_t = self.diffusion.q_sample(x0, t, noise)
+        out = net(x_t, self.diffusion.original(t), **self._conditions(x0, labels))
+        terms = self.diffusion.losses(out, x0=x0, x_t=x_t, noise=noise, t=t)
+        unweighted = terms.pop("loss")
+        return {"loss": unweighted * weight, "unweighted": unweighted.detach(), "t": t, **terms}
+
+    def _conditions(self, x0: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        conditions = {"y": labels} if self.class_conditional else {}
+        if self.small_size is not None:
+            conditions["low_res"] = F.interpolate(x0, self.small_size, mode="area")
+        return conditions
+
+
+class Classify:
+    """Cross-entropy of a classifier on noised images, t uniform (paper, section 4)."""
+
+    def __init__(self, config: DiffusionConfig, *, seed: int) -> None:
+        self.diffusion = Diffusion(config)
+        self.timesteps, self.seed = UniformTimesteps(config.steps, seed=seed), seed
+
+    def __call__(
+        self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, numbers: Tensor
+    ) -> dict[str, Tensor]:
+        """As `Denoise`: "loss", "t", and "acc1" and "acc5", 1 where the label is among the best."""
+        x0 = to_range(images)
+        t, _ = self.timesteps.draw(numbers)
+        x_t = self.diffusion.q_sample(x0, t, draw_noise(x0, numbers, seed=self.seed))
+        logits = net(x_t, self.diffusion.original(t))
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        return {"loss": loss, "t": t, **accuracies(logits.detach(), labels)}
+
+
+def to_range(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def draw_noise(x0: Tensor, numbers: Tensor, *, seed: int) -> Tensor:
+    """The standard normal noise of each image, shaped as x0."""
+    return keyed.normal(numbers, seed=seed, stream=keyed.NOISE, shape=tuple(x0.shape[1:]))
+
+
+@torch.no_grad()
+def accuracies(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Per image (B,), 1.0 where the label has the best logit, and one of the best five."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return {"acc1": best[:, 0].float(), "acc5": best.any(dim=1).float()}

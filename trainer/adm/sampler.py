@@ -1,0 +1,147 @@
+"""How images are drawn: noise goes in, and step by step an image comes out.
+
+The ancestral walk (paper, Algorithm 1) and DDIM (Algorithm 2; Song et al. 2020), forwards and
+inverted. A guidance is a function handed in: (x_t, original timesteps) -> the gradient of
+log p(y | x_t), already scaled. The walks yield after every step, so a caller can show progress.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from trainer.adm import keyed
+from trainer.adm.diffusion import Diffusion, Net, Prediction
+
+Guidance = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
+"""Step -> the standard normal noise that it adds, shaped as the images."""
+
+
+def ancestral(
+    diffusion: Diffusion,
+    net: Net,
+    x: Tensor,
+    *,
+    noise: Noise,
+    guidance: Guidance | None = None,
+    clip: bool = True,
+) -> Iterator[tuple[int, Tensor]]:
+    """Draws x_{t-1} ~ p(x_{t-1} | x_t) from the last step down to 0; x (B, 3, H, W) is pure noise.
+
+    Yields (step, images after it). `clip` keeps every expected image in [-1, 1].
+    """
+    for i in reversed(range(diffusion.steps)):
+        t = _everywhere(i, x)
+        p = predict(diffusion, net, x, t, clip=clip)
+        gradient = guidance(x, diffusion.original(t)) if guidance is not None else None
+        x = ancestral_step(p, noise=noise(i) if i > 0 else None, gradient=gradient)
+        yield i, x
+
+
+def ddim(
+    diffusion: Diffusion,
+    net: Net,
+    x: Tensor,
+    *,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    guidance: Guidance | None = None,
+    clip: bool = True,
+) -> Iterator[tuple[int, Tensor]]:
+    """As `ancestral` by DDIM: without noise at `eta` 0, as much as ancestral at 1.
+
+    Raises:
+        ValueError: `eta` above 0 without `noise`.
+    """
+    if eta > 0 and noise is None:
+        raise ValueError(f"eta = {eta}: adds noise, so give `noise`; or set eta = 0")
+    for i in reversed(range(diffusion.steps)):
+        t = _everywhere(i, x)
+        p = predict(diffusion, net, x, t, clip=clip)
+        gradient = guidance(x, diffusion.original(t)) if guidance is not None else None
+        drawn = noise(i) if noise is not None and eta > 0 and i > 0 else None
+        x = ddim_step(diffusion, p, x, t, eta=eta, noise=drawn, gradient=gradient)
+        yield i, x
+
+
+def ddim_invert(
+    diffusion: Diffusion, net: Net, x: Tensor, *, clip: bool = True
+) -> Iterator[tuple[int, Tensor]]:
+    """From images x up to the noise that `ddim` at eta 0 makes them of; yields likewise."""
+    for i in range(diffusion.steps):
+        t = _everywhere(i, x)
+        x = ddim_inverse_step(diffusion, predict(diffusion, net, x, t, clip=clip), x, t)
+        yield i, x
+
+
+def classifier_guidance(classifier: Net, labels: Tensor, *, scale: float) -> Guidance:
+    """scale * grad log p(labels | x_t) of a classifier trained on noised images (section 4.1)."""
+
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            log_p = log_softmax(classifier(x, t).float(), dim=1)
+            chosen = log_p.gather(1, labels[:, None]).sum()
+            return torch.autograd.grad(chosen, x)[0] * scale
+
+    return gradient
+
+
+def start(numbers: Tensor, *, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """The pure noise that each image's walk begins with: numbers (B,) -> (B, *shape)."""
+    return keyed.normal(numbers, seed=seed, stream=keyed.SAMPLE_START, shape=shape)
+
+
+def step_noise(numbers: Tensor, *, seed: int, shape: tuple[int, ...]) -> Noise:
+    """The noise of each image's steps: the same for any batching of the images."""
+
+    def noise(step: int) -> Tensor:
+        return keyed.normal(numbers, seed=seed, stream=keyed.SAMPLE_STEP + step, shape=shape)
+
+    return noise
+
+
+def ancestral_step(p: Prediction, *, noise: Tensor | None, gradient: Tensor | None) -> Tensor:
+    """x_{t-1}; guided, its mean is moved by variance * gradient (Algorithm 1)."""
+    mean = p.mean if gradient is None else p.mean + p.variance * gradient
+    return mean if noise is None else mean + torch.exp(0.5 * p.log_variance) * noise
+
+
+def ddim_step(
+    diffusion: Diffusion,
+    p: Prediction,
+    x_t: Tensor,
+    t: Tensor,
+    *,
+    eta: float,
+    noise: Tensor | None,
+    gradient: Tensor | None,
+) -> Tensor:
+    """x_{t-1} by DDIM; guided, eps is moved by -sqrt(1 - alpha_bar) gradient (Algorithm 2)."""
+    x0, eps = p.x0, diffusion.eps_from_x0(x_t, t, p.x0)
+    if gradient is not None:
+        eps = eps - diffusion.at("sqrt_one_minus_alpha_bar", t) * gradient
+        x0 = diffusion.x0_from_eps(x_t, t, eps)
+    now, before = diffusion.at("alpha_bar", t), diffusion.at("alpha_bar_before", t)
+    sigma = eta * ((1 - before) / (1 - now)).sqrt() * (1 - now / before).sqrt()
+    mean = before.sqrt() * x0 + (1 - before - sigma.square()).sqrt() * eps
+    return mean if noise is None else mean + sigma * noise
+
+
+def ddim_inverse_step(diffusion: Diffusion, p: Prediction, x_t: Tensor, t: Tensor) -> Tensor:
+    """x_{t+1} by the DDIM ordinary differential equation."""
+    eps, after = diffusion.eps_from_x0(x_t, t, p.x0), diffusion.at("alpha_bar_after", t)
+    return after.sqrt() * p.x0 + (1 - after).sqrt() * eps
+
+
+@torch.no_grad()
+def predict(diffusion: Diffusion, net: Net, x: Tensor, t: Tensor, *, clip: bool) -> Prediction:
+    """What the net says of x_{t-1} at x (B, 3, H, W) and steps t (B,)."""
+    return diffusion.p_mean_variance(net(x, diffusion.original(t)), x, t, clip=clip)
+
+
+def _everywhere(step: int, x: Tensor) -> Tensor:
+    """The step index of every image of x, int64 (B,)."""
+    return torch.full((len(x),), step, device=x.device)

@@ -1,0 +1,98 @@
+"""Which timestep each training image is noised to, and how its loss is weighted for that.
+
+Draws are keyed by (seed, image number); only the loss-aware sampler has a state, the latest
+losses of every timestep, which the trainer gathers from all ranks and saves.
+"""
+
+from collections import deque
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.adm import keyed
+
+
+class TimestepSampler(Protocol):
+    """Draws timesteps; hears of their losses."""
+
+    def draw(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Image numbers int64 (B,) -> timesteps int64 (B,), and float32 weights (B,) of losses."""
+        ...
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Hears one step's timesteps and unweighted losses: all ranks' images, by image number."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep, as plain JSON."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        ...
+
+
+class UniformTimesteps:
+    """Every timestep as often as any other."""
+
+    def __init__(self, steps: int, *, seed: int) -> None:
+        self.steps, self.seed = steps, seed
+
+    def draw(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        u = keyed.uniform(numbers, seed=self.seed, stream=keyed.TIMESTEP)
+        t = (u * self.steps).long().clamp(max=self.steps - 1)
+        return t, torch.ones_like(u)
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        assert not state, "uniform timesteps have no state"
+
+
+class LossSecondMoment:
+    """Timesteps in proportion to the root of the mean square of their latest losses.
+
+    Nichol & Dhariwal 2021, section 3.3: each loss is weighted by 1 / (steps p(t)), so its mean
+    stays that of uniform draws. Uniform until every timestep has `history` losses; afterwards
+    `uniform_share` of the probability is still spread evenly.
+    """
+
+    def __init__(
+        self, steps: int, *, seed: int, history: int = 10, uniform_share: float = 0.001
+    ) -> None:
+        self.steps, self.seed = steps, seed
+        self.history, self.uniform_share = history, uniform_share
+        self._losses: list[deque[float]] = [deque(maxlen=history) for _ in range(steps)]
+        self._probabilities = self._weigh()
+
+    def draw(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        u = keyed.uniform(numbers, seed=self.seed, stream=keyed.TIMESTEP)
+        # The running sum is made on the CPU, so that no device's summation order moves a draw.
+        below = self._probabilities.cumsum(0).to(u.device)
+        t = torch.searchsorted(below, u.double(), right=True).clamp(max=self.steps - 1)
+        return t, (1 / (self.steps * self._probabilities.to(u.device)[t])).float()
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        for step, value in zip(t.tolist(), loss.tolist(), strict=True):
+            self._losses[step].append(value)
+        self._probabilities = self._weigh()
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": [list(losses) for losses in self._losses]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        assert len(state["losses"]) == self.steps, "the history of another number of timesteps"
+        self._losses = [deque(losses, maxlen=self.history) for losses in state["losses"]]
+        self._probabilities = self._weigh()
+
+    def _weigh(self) -> Tensor:
+        """The probability of every timestep, float64 (steps,)."""
+        if any(len(losses) < self.history for losses in self._losses):
+            return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
+        size = torch.tensor(self._losses, dtype=torch.float64).square().mean(1).sqrt()
+        return (1 - self.uniform_share) * size / size.sum() + self.uniform_share / self.steps
