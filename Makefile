@@ -1,0 +1,29 @@
+# make quickstart   pack the digits, train both networks, draw guided samples
+# make test         the tests            make check   format, lint, types
+# Each sets up .venv when it is missing. Another interpreter: make PYTHON=python3.12 test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check format
+quickstart: $(VENV)/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch goes first, so that the rest finds it and pulls in no other build of it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,58 @@
+"""What several test files share: the digits' shards, and tiny presets to train on them."""
+
+from pathlib import Path
+
+import pytest
+
+from data import pack
+
+TINY = """
+objective = "denoise"
+[model]
+image_size = 8
+channels = 32
+channel_mult = [1, 2]
+blocks = 1
+attention = [4]
+heads = 2
+num_classes = 10
+[diffusion]
+schedule = "cosine"
+[training]
+images = 64
+batch = 8
+micro_batch = 2
+lr = 1e-3
+warmup_images = 32
+weight_decay = 0.01
+clip = 1.0
+ema = [0.5, 0.9]
+precision = "fp32"
+seed = 3
+[data]
+shards = "{shards}"
+streams = 4
+block = 16
+workers = 0
+flip = false
+[intervals]
+log = 8
+checkpoint = 32
+keep = 10
+"""
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's digits, packed as they are: 8x8."""
+    out = tmp_path_factory.mktemp("shards") / "digits"
+    assert pack.main(["digits", str(out), "--size", "8"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A preset of 8 steps that takes no time."""
+    preset = tmp_path_factory.mktemp("presets") / "tiny.toml"
+    preset.write_text(TINY.format(shards=digits))
+    return preset

@@ -1,0 +1,293 @@
+"""The only door to DeepSpeed: one network, its ZeRO-sharded fp32 state, and one optimizer step.
+
+`ds_config.json` holds the mechanics (stage, buckets, offload, loss-scale parameters); what the
+preset owns is "auto" there and filled here. Checkpoints see the sharded state through `gather`
+and `scatter`, by the network's own parameter names, whatever the stage and the world size.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from trainer import ema
+from trainer.config import Config
+from trainer.group import Refused
+
+#: Keys of ds_config.json that the preset decides.
+_PRESET_OWNS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "fp16.enabled",
+)
+_NOT_HERE = ("optimizer", "scheduler")
+
+#: The names of gathered state: weights, Adam's two moments; one more per EMA decay.
+WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "model", "adam-m", "adam-v"
+_STATE_KEYS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
+
+
+def load_mechanics(path: str | Path) -> dict[str, Any]:
+    """Read ds_config.json.
+
+    Raises:
+        ValueError: it is unreadable, or sets what the preset owns (all such keys are named).
+    """
+    try:
+        mechanics: dict[str, Any] = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the DeepSpeed config {path}: {error}") from None
+    claimed = [name for name in _PRESET_OWNS if _lookup(mechanics, name) not in (None, "auto")]
+    claimed += [name for name in _NOT_HERE if name in mechanics]
+    if claimed:
+        raise ValueError(
+            f"{path} sets {', '.join(claimed)}, which the preset decides: "
+            'write "auto" there (remove optimizer and scheduler), and set it in the preset'
+        )
+    stage = _lookup(mechanics, "zero_optimization.stage")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: it must be 1, 2 or 3")
+    return mechanics
+
+
+def _lookup(table: dict[str, Any], name: str) -> Any:
+    head, _, rest = name.partition(".")
+    value = table.get(head)
+    return _lookup(value, rest) if rest and isinstance(value, dict) else value
+
+
+def resolve_mechanics(mechanics: dict[str, Any], *, config: Config, ranks: int) -> dict[str, Any]:
+    """`mechanics` with every "auto" filled from the preset and the number of ranks."""
+    training = config.training
+    micro = training.micro_batch_on(ranks)
+    owned = (
+        training.batch,
+        micro,
+        training.batch // (ranks * micro),
+        training.clip or 0.0,
+        training.precision == "bf16",
+        training.precision == "fp16",
+    )
+    resolved: dict[str, Any] = json.loads(json.dumps(mechanics))
+    for name, value in zip(_PRESET_OWNS, owned, strict=True):
+        head, _, rest = name.partition(".")
+        if rest:
+            resolved.setdefault(head, {})[rest] = value
+        else:
+            resolved[head] = value
+    return resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimizer step did; `grad_norm` is before clipping."""
+
+    grad_norm: Tensor | float
+    loss_scale: float
+    skipped: bool
+
+
+class Engine:
+    """A network under DeepSpeed-ZeRO.
+
+    Call it as the network; `backward` each micro-batch's mean loss; `step` once per batch.
+    `updates` counts the steps that were not skipped.
+    """
+
+    def __init__(
+        self, net: nn.Module, *, config: Config, mechanics: dict[str, Any], device: torch.device
+    ) -> None:
+        training = config.training
+        self.device = device
+        self.decays = training.ema
+        self.kinds = (WEIGHTS, *(ema.key(d) for d in self.decays), FIRST_MOMENT, SECOND_MOMENT)
+        self.updates = 0
+        self.skipped = 0
+        # DeepSpeed casts the module to 16 bits and makes its fp32 masters from that copy; the
+        # true fp32 start is put into the masters below.
+        start = {name: p.detach().clone() for name, p in net.named_parameters()}
+        self._count = sum(p.numel() for p in start.values())
+        self._base = torch.optim.AdamW(
+            net.parameters(),
+            lr=training.lr,
+            betas=training.betas,  # type: ignore[arg-type]
+            weight_decay=training.weight_decay,
+            fused=device.type == "cuda",
+        )
+        _check_precision(training.precision)
+        self._ds, self._optimizer, _, _ = deepspeed.initialize(
+            model=net.to(device), optimizer=self._base, config=mechanics, dist_init_required=False
+        )
+        self._names = dict(self._ds.module.named_parameters())
+        self._fill_states()
+        ema.attach(self._base, decays=self.decays)
+        for kind in (WEIGHTS, *(ema.key(d) for d in self.decays)):
+            self.scatter(kind, start.__getitem__)
+
+    def __call__(self, *inputs: Tensor, **named: Tensor | None) -> Tensor:
+        output: Tensor = self._ds(*inputs, **named)
+        return output
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are learned."""
+        return self._count
+
+    @property
+    def stage(self) -> int:
+        stage: int = self._ds.zero_optimization_stage()
+        return stage
+
+    @property
+    def accumulation(self) -> int:
+        steps: int = self._ds.gradient_accumulation_steps()
+        return steps
+
+    @property
+    def micro_batch(self) -> int:
+        size: int = self._ds.train_micro_batch_size_per_gpu()
+        return size
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's mean loss; a step averages over its micro-batches."""
+        self._ds.backward(loss)
+        if not self._ds.is_gradient_accumulation_boundary():
+            self._ds.step()  # only counts the micro-batch
+
+    def step(self, *, lr: float) -> StepReport:
+        """Clip, update the weights and their averages; or, on fp16 overflow, lower the scale.
+
+        Raises:
+            Refused: gradients overflow even at the smallest loss scale.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scale = self.loss_scale
+        try:
+            self._ds.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise Refused(
+                f"gradients are not finite at the smallest loss scale {scale:g}: the run has "
+                "diverged; lower training.lr, set training.clip, or go back to an older checkpoint"
+            ) from None
+        skipped = bool(self._optimizer.overflow) if hasattr(self._optimizer, "overflow") else False
+        self.updates += not skipped
+        self.skipped += skipped
+        return StepReport(
+            grad_norm=self._ds.get_global_grad_norm(), loss_scale=scale, skipped=skipped
+        )
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._optimizer.loss_scale)
+
+    def parameter_norm(self) -> float:
+        """The L2 norm of all fp32 master weights. All ranks must call it."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for partition in self._masters():
+            total += partition.detach().double().square().sum()
+        torch.distributed.all_reduce(total)
+        return float(total.sqrt())
+
+    def gather(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's fp32 state of that kind, whole, on every rank. All ranks must iterate.
+
+        `kind` is one of `kinds`; the tensors are in the order of the network's parameters.
+        """
+        for name, parameter in self._names.items():
+            if kind == WEIGHTS:
+                yield name, safe_get_full_fp32_param(parameter)
+            else:
+                yield name, safe_get_full_optimizer_state(parameter, _state_key(kind))
+
+    def scatter(self, kind: str, read: Callable[[str], Tensor]) -> None:
+        """Set every parameter's fp32 state of that kind from `read(name)`, each rank its part."""
+        for name, parameter in self._names.items():
+            value = read(name).to(self.device, torch.float32)
+            if kind == WEIGHTS:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, _state_key(kind))
+
+    def scalars(self) -> dict[str, Any]:
+        """The state that is not a tensor, for a checkpoint."""
+        scaler = self._optimizer.loss_scaler
+        names = _SCALER if scaler.dynamic else ()
+        return {
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "scaler": {name: getattr(scaler, name) for name in names},
+        }
+
+    def load_scalars(self, state: dict[str, Any]) -> None:
+        """Put back what `scalars` gave. A run that changed its precision starts a fresh scaler."""
+        self.updates, self.skipped = state["updates"], state["skipped"]
+        for moments in self._base.state.values():
+            moments["step"].fill_(float(self.updates))
+        scaler = self._optimizer.loss_scaler
+        if scaler.dynamic:
+            for name, value in state["scaler"].items():
+                setattr(scaler, name, value)
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's flat fp32 partitions of the weights."""
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            if hasattr(self._optimizer, name):
+                return list(getattr(self._optimizer, name))
+        raise ValueError(
+            f"DeepSpeed chose {type(self._optimizer).__name__} for this ds_config.json; "
+            "remove data_types.grad_accum_dtype, or use ZeRO stage 2 or 3"
+        )
+
+    def _fill_states(self) -> None:
+        """Make the optimizer's states now, as AdamW would at its first step, and the averages."""
+        for partition in self._masters():
+            # A fused AdamW counts its steps on the device.
+            at = partition.device if self._base.defaults["fused"] else None
+            self._base.state[partition] = {
+                "step": torch.zeros((), dtype=torch.float32, device=at),
+                "exp_avg": torch.zeros_like(partition),
+                "exp_avg_sq": torch.zeros_like(partition),
+                **{ema.key(decay): partition.detach().clone() for decay in self.decays},
+            }
+        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+#: What a dynamic loss scaler remembers.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _check_precision(precision: str) -> None:
+    accelerator = deepspeed.get_accelerator()
+    supported = {
+        "fp32": True,
+        "bf16": accelerator.is_bf16_supported(),
+        "fp16": accelerator.is_fp16_supported(),
+    }
+    if not supported[precision]:
+        others = " or ".join(f'"{name}"' for name, works in supported.items() if works)
+        raise ValueError(
+            f"training.precision = {precision!r} does not run on this device "
+            f"({accelerator.device_name()}): set it to {others}"
+        )
+
+
+def _state_key(kind: str) -> str:
+    return _STATE_KEYS.get(kind, kind)

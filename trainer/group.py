@@ -1,0 +1,149 @@
+"""The ranks as one: they meet, agree before they act, and end together.
+
+No rank decides alone on a signal, a checkpoint or an error. A rank that fails leaves at once, so
+that the launcher ends the others, and what it says stands on top.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launch.world import World
+
+T = TypeVar("T")
+
+
+class Refused(ValueError):
+    """An error of the user's that every rank raises alike, so that one of them may say it."""
+
+
+#: Exit status after an error of the user's (a config, a shard, a checkpoint, a flag) and of ours.
+REFUSED, FAILED = 2, 1
+
+
+def device_of(world: World) -> torch.device:
+    """This rank's GPU, or the CPU on a machine that has none.
+
+    Raises:
+        ValueError: more ranks than GPUs on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm may show each task only its own GPU; then that one is number 0.
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 and world.local_size > 1 and _own_gpu() else world.local_rank
+    if index >= count:
+        raise ValueError(
+            f"{world.local_size} ranks on {socket.gethostname()}, which shows {count} GPUs: "
+            "start one rank for each GPU"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _own_gpu() -> bool:
+    return "SLURM_PROCID" in os.environ and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+
+
+@contextmanager
+def connected(world: World, *, timeout_minutes: float = 10.0) -> Iterator[torch.device]:
+    """The process group of all ranks while entered: gloo for CPU tensors, NCCL for the GPU's.
+
+    A collective that some rank never joins fails after `timeout_minutes`.
+    """
+    os.environ.update(world.environment())
+    device = device_of(world)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield device
+    dist.destroy_process_group()
+
+
+def agreed(check: Callable[[], T]) -> T:
+    """The result of `check` on this rank, once it has succeeded on every rank.
+
+    Raises:
+        Refused: on every rank, with what was wrong on any; a fault that all ranks see is said once.
+    """
+    value, fault = None, None
+    try:
+        value = check()
+    except ValueError as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    said = {f: rank for rank, f in reversed(list(enumerate(faults))) if f}
+    if said:
+        everywhere = len(said) == 1 and all(faults)
+        raise Refused(
+            next(iter(said)) if everywhere else "; ".join(f"rank {r}: {f}" for f, r in said.items())
+        )
+    return value  # type: ignore[return-value]
+
+
+class Agreement:
+    """Flags that any rank may raise, known to all ranks one step later.
+
+    The exchange runs beside the next step and needs only the host, so no rank waits for a GPU.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._flags = torch.zeros(count, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """What all ranks together raised at the last call; starts the exchange of `flags`."""
+        if self._work is not None:
+            self._work.wait()
+        known = tuple(bool(flag) for flag in self._flags.tolist())
+        self._flags = torch.tensor(flags, dtype=torch.int32)
+        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
+        return known
+
+    def close(self) -> None:
+        """Finish the exchange that is under way, so that the group can be left."""
+        if self._work is not None:
+            self._work.wait()
+
+
+def run_as_rank(main: Callable[[], int]) -> None:
+    """End this process with the status of `main`; at an error say it and leave at once.
+
+    What every rank refuses alike is one line from rank 0; any other error names its rank and host,
+    a ValueError in one line, ours with the traceback. The process does not wait for its peers, who
+    may be stuck in a collective that it will never join.
+    """
+    try:
+        status = main()
+    except Refused as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        status = REFUSED
+    except ValueError as error:
+        print(f"{_own_name()}: error: {error}", file=sys.stderr)
+        status = REFUSED
+    except Exception:
+        print(f"{_own_name()} failed:", file=sys.stderr)
+        traceback.print_exc()
+        status = FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _own_name() -> str:
+    return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"

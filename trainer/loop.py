@@ -1,0 +1,199 @@
+"""The flow of a run: batch -> noised batch -> loss -> step -> metrics, and a checkpoint when due.
+
+Everything that varies over a run is a function of the one clock, `images`; what is saved beside
+the weights is only what is not.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.stream import Batch
+from launch.preempt import TO_BE_CONTINUED, Preemption
+from launch.world import World
+from trainer.adm.objective import Classify, Denoise
+from trainer.checkpoint import Saver
+from trainer.config import Config
+from trainer.draw import draw_grid
+from trainer.engine import Engine
+from trainer.group import Agreement, Refused
+from trainer.metrics import Board, Metrics, Progress
+from trainer.run import Run
+
+
+def due(every: int | None, *, images: int, batch: int) -> bool:
+    """Whether the step that ended at clock `images` crossed a multiple of `every`."""
+    return every is not None and images // every > (images - batch) // every
+
+
+@dataclass
+class Loop:
+    """The parts of a run, and the clock that they all follow."""
+
+    config: Config
+    run: Run
+    world: World
+    engine: Engine
+    objective: Denoise | Classify
+    saver: Saver
+    metrics: Metrics
+    #: Of the main rank alone, as are the log and the progress line.
+    board: Board | None
+    images: int
+    #: What makes the order of the data; kept in checkpoints, and checked on resume.
+    order: dict[str, Any]
+    _agreement: Agreement = field(default_factory=lambda: Agreement(2))
+    _was_pending: bool = False
+
+    def train(self, batches: Iterator[Batch]) -> int:
+        """Train to the end, or to a stop that the ranks agree on; the exit status says which."""
+        total, every = self.config.training.images, self.config.intervals
+        progress = Progress(total=total, done=self.images)
+        reported, saved, stop = self.images, self.images, False
+        with Preemption() as preemption:
+            while self.images < total and not stop:
+                self._step(batches)
+                stop = self._agree(stop=preemption.requested is not None)
+                ends = stop or self.images == total
+                if ends or self._due(every.log):
+                    self._report(progress, since=reported)
+                    reported = self.images
+                if ends or self._due(every.checkpoint):
+                    self._save()
+                    saved = self.images
+                if self._due(every.samples):
+                    self._draw_grid()
+                if self.board is not None:
+                    progress.show(self.images)
+            self._agreement.close()
+        if self.saver.pending:
+            self._commit()
+        assert saved == self.images
+        self._log("stopped by a signal; the same command goes on" if stop else "finished")
+        return TO_BE_CONTINUED if stop else 0
+
+    def _due(self, every: int | None) -> bool:
+        return due(every, images=self.images, batch=self.config.training.batch)
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step on the batch [images, images + batch)."""
+        training, device = self.config.training, self.engine.device
+        torch.manual_seed(_dropout_seed(training.seed, self.images, self.world.rank))
+        seen, waited = [], 0.0
+        for _ in range(self.engine.accumulation):
+            began = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - began
+            numbers = batch.numbers.to(device, non_blocking=True)
+            terms = self.objective(
+                self.engine,
+                batch.images.to(device, non_blocking=True),
+                batch.labels.to(device, non_blocking=True),
+                numbers,
+            )
+            self.engine.backward(terms["loss"].mean())
+            self.metrics.add(terms)
+            seen.append((numbers, terms))
+        lr = training.learning_rate(self.images)
+        report = self.engine.step(lr=lr)
+        self._learn_timesteps(seen)
+        self.images += training.batch
+        self.metrics.note("lr", lr)
+        self.metrics.note("data_wait_seconds", waited)
+        self.metrics.note("skipped", float(report.skipped))
+        self.metrics.note("loss_scale", report.loss_scale)
+        if not report.skipped:
+            self.metrics.note("grad_norm", report.grad_norm)
+
+    def _learn_timesteps(self, seen: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Show an adaptive timestep sampler the losses of all ranks, in the images' own order."""
+        if self.config.training.timesteps == "uniform":
+            return
+        columns = [
+            torch.cat([n.double() for n, _ in seen]),
+            torch.cat([terms["t"].double() for _, terms in seen]),
+            torch.cat([terms["unweighted"].double() for _, terms in seen]),
+        ]
+        mine = torch.stack(columns).cpu()
+        everyone = [torch.empty_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(everyone, mine)
+        table = torch.cat(everyone, dim=1)
+        table = table[:, table[0].argsort()]
+        self.objective.timesteps.update(table[1].long(), table[2])
+
+    def _agree(self, *, stop: bool) -> bool:
+        """Whether any rank wanted to stop at the last step; commits a checkpoint that is whole."""
+        watched, self._was_pending = self._was_pending, self.saver.pending
+        stop, writing = self._agreement.exchange(stop, self.saver.writing)
+        if watched and not writing:
+            self._commit()
+        return stop
+
+    def _report(self, progress: Progress, *, since: int) -> None:
+        images = self.images - since
+        norm = self.engine.parameter_norm()
+        means = self.metrics.reduce(images=images)
+        values = {**means, "param_norm": norm, "skipped_total": float(self.engine.skipped)}
+        if self.board is not None:
+            self.board.scalars(values, images=self.images)
+        self._log(
+            f"images {self.images:,} of {self.config.training.images:,}  "
+            f"loss {means['loss']:.4f}  {means['images_per_second']:.1f} images/s  "
+            f"{progress.left(self.images)} left"
+        )
+        if not means["skipped"] and not math.isfinite(means["loss"]):
+            self._refuse(f"the loss is {means['loss']}")
+
+    def _save(self) -> None:
+        if self.saver.pending:
+            self._commit()
+        if not math.isfinite(norm := self.engine.parameter_norm()):
+            self._refuse(f"the norm of the weights is {norm}")
+        began = time.monotonic()
+        state = {
+            "engine": self.engine.scalars(),
+            "timesteps": self.objective.timesteps.state(),
+            "order": self.order,
+            "ranks": self.world.size,
+            "torch": torch.__version__,
+        }
+        self.saver.save(self.engine, images=self.images, state=state)
+        self._was_pending = False
+        self.metrics.pause(time.monotonic() - began)
+
+    def _commit(self) -> None:
+        path = self.saver.commit()
+        self._was_pending = False
+        self._log(f"checkpoint {path.name} committed")
+
+    def _refuse(self, why: str) -> None:
+        raise Refused(
+            f"the run has diverged before image {self.images:,}: {why}; the checkpoints up to then "
+            "are whole: lower training.lr or set training.clip, and run the same command again"
+        )
+
+    def _draw_grid(self) -> None:
+        """A grid from the first EMA; every rank draws its share of the images."""
+        began = time.monotonic()
+        picture = draw_grid(self.engine, config=self.config, world=self.world)
+        if self.board is not None and picture is not None:
+            name = f"{self.images:012d}"
+            self.board.grid("samples", torch.from_numpy(picture), images=self.images)
+            self.run.picture(name, picture)
+        self.metrics.pause(time.monotonic() - began)
+
+    def _log(self, text: str) -> None:
+        if self.board is not None:
+            self.run.log(text)
+
+
+def _dropout_seed(seed: int, images: int, rank: int) -> int:
+    """Dropout is keyed by (seed, clock, rank): exact on resume, not across numbers of ranks."""
+    return int(np.random.SeedSequence([seed, images, rank]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,380 @@
+"""`python -m trainer.sample RUN --out FILE.npz`: draw images from a run's EMA or a weights file.
+
+Image i is drawn from (seed, i) in a fixed batch, so it is the same on any number of ranks. Each
+batch is put on disk when it is done, and the same command goes on after an interruption. The
+result is what the ADM evaluator reads: uint8 NHWC in `arr_0`, labels in `arr_1`; and a PNG grid.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from launch.world import World, join
+from trainer import checkpoint as checkpoints
+from trainer import config as configs
+from trainer import ema
+from trainer.adm.diffusion import Diffusion
+from trainer.adm.sampler import Guidance, classifier_guidance
+from trainer.adm.unet import Classifier, ClassifierConfig, UNet, UNetConfig
+from trainer.config import Config
+from trainer.draw import DTYPES, Walk, draw, tile
+from trainer.group import agreed, connected, run_as_rank
+from trainer.metrics import Progress
+
+#: At most so many images stand in the PNG.
+GRID = 100
+
+LAYOUT = "arr_0.npy", "arr_1.npy"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained network's config and weights."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    name: str
+
+    @classmethod
+    def open(cls, path: Path, *, preset: str | None, decay: float | None) -> "Source":
+        """From a run directory (its newest whole checkpoint), or a weights file and its preset.
+
+        Raises:
+            ValueError: there is nothing of that kind at `path`.
+        """
+        if path.is_dir():
+            config = configs.load(path / "config.toml") if preset is None else configs.load(preset)
+            average = ema.key(config.training.ema[0] if decay is None else decay)
+            found = _newest(path / "checkpoints")
+            file = found.file(average)
+            if file.name not in found.state["files"]:
+                kinds = ", ".join(
+                    sorted(n.removesuffix(".safetensors") for n in found.state["files"])
+                )
+                raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
+            return cls(config, checkpoints.load_weights(file), str(file))
+        if preset is None:
+            raise ValueError(f"{path} is no run directory; for a weights file, name its preset too")
+        return cls(configs.load(preset), checkpoints.load_weights(path), str(path))
+
+    def net(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The network, filled, in `dtype` on `device`."""
+        model = self.config.model
+        net = Classifier(model) if isinstance(model, ClassifierConfig) else UNet(model)
+        checkpoints.fill(net, self.weights, source=self.name)
+        return net.to(device, dtype).eval().requires_grad_(False)
+
+
+def _newest(directory: Path) -> checkpoints.Checkpoint:
+    for path in checkpoints.committed(directory):
+        found = checkpoints.read(path)
+        if not (faults := found.faults()):
+            return found
+        print(f"passed over {path}: {faults[0]}", file=sys.stderr)
+    raise ValueError(f"no whole checkpoint in {directory}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is drawn: everything that decides the pixels. Parts of two requests never mix."""
+
+    images: int
+    batch: int
+    seed: int
+    steps: str
+    eta: float | None
+    scale: float
+    classes: tuple[int, ...] | None
+    low_res: str | None
+    precision: str
+    sources: tuple[str, ...]
+
+    def numbers(self, part: int) -> Tensor:
+        """The image numbers of one part, (B,) int64."""
+        return torch.arange(part * self.batch, min((part + 1) * self.batch, self.images))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.images // self.batch)
+
+    def labels(self, numbers: Tensor) -> Tensor | None:
+        """The classes in turn: equally many of each, whatever the number of images."""
+        if self.classes is None:
+            return None
+        return torch.tensor(self.classes)[numbers % len(self.classes)]
+
+
+class Sampler:
+    """The networks of a request, ready to draw any of its parts."""
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        source: Source,
+        classifier: Source | None,
+        low_res: NDArray[np.uint8] | None,
+        device: torch.device,
+    ) -> None:
+        assert isinstance(source.config.model, UNetConfig)
+        dtype = DTYPES[request.precision]
+        self._request = request
+        self._config = source.config.model
+        self._net = source.net(device=device, dtype=dtype)
+        self._classifier = None
+        if classifier is not None:
+            self._classifier = classifier.net(device=device, dtype=dtype)
+        self._low_res = low_res
+        self._device = device
+        self._walk = Walk(
+            diffusion=Diffusion(source.config.diffusion, respacing=request.steps),
+            seed=request.seed,
+            eta=request.eta,
+        )
+
+    @property
+    def steps(self) -> int:
+        return self._walk.diffusion.steps
+
+    def draw(self, part: int, *, on_step: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """One part: images uint8 (B, 3, H, W) and their labels (B,), zeros if there are none."""
+        numbers = self._request.numbers(part)
+        labels = self._request.labels(numbers)
+        on_device = None if labels is None else labels.to(self._device)
+        with torch.no_grad():
+            images = draw(
+                self._net,
+                numbers.to(self._device),
+                config=self._config,
+                walk=self._walk,
+                labels=on_device if self._config.num_classes is not None else None,
+                low_res=self._conditions(numbers),
+                guidance=self._guidance(on_device),
+                on_step=on_step,
+            )
+        shown = torch.zeros_like(numbers) if labels is None else labels
+        return images.cpu().numpy(), shown.numpy()
+
+    def _guidance(self, labels: Tensor | None) -> Guidance | None:
+        if self._classifier is None:
+            return None
+        assert labels is not None
+        return classifier_guidance(self._classifier, labels, scale=self._request.scale)
+
+    def _conditions(self, numbers: Tensor) -> Tensor | None:
+        if self._low_res is None:
+            return None
+        pixels = torch.from_numpy(self._low_res[numbers.numpy()]).to(self._device)
+        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def sample(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
+    """Draw what was asked for; returns the exit status."""
+    out: Path = arguments.out
+    request, sampler = agreed(lambda: prepare(arguments, device=device))
+    parts = out.with_suffix(".parts")
+    agreed(lambda: _open_parts(parts, out, request) if world.is_main else None)
+    progress = Progress(total=request.images * sampler.steps, done=0, unit="image steps")
+    done = 0
+    for part in range(world.rank, request.parts, world.size):
+        file = parts / f"{part:06d}.npz"
+        size = len(request.numbers(part))
+        if not file.exists():
+
+            def on_step(size: int = size) -> None:
+                nonlocal done
+                done += size * world.size
+                if world.is_main:
+                    progress.show(done)
+
+            images, labels = sampler.draw(part, on_step=on_step)
+            _write_part(file, images, labels)
+            if world.is_main:
+                print(f"{min((part + world.size) * request.batch, request.images)} of "
+                      f"{request.images} images, {progress.left(done)} left")  # fmt: skip
+    dist.barrier()
+    if world.is_main:
+        _merge(parts, out, request)
+        print(f"wrote {out} and {out.with_suffix('.png')}")
+    return 0
+
+
+def prepare(arguments: argparse.Namespace, *, device: torch.device) -> tuple[Request, Sampler]:
+    """Read and check all that the command line names.
+
+    Raises:
+        ValueError: a file, a class, or a combination that does not work.
+    """
+    source = Source.open(arguments.source, preset=arguments.preset, decay=arguments.ema)
+    model = source.config.model
+    if not isinstance(model, UNetConfig):
+        raise ValueError(f"{source.name} is a classifier; give it as --classifier")
+    if arguments.images < 1 or arguments.batch < 1:
+        raise ValueError("--images and --batch must be at least 1")
+    classifier = None
+    if arguments.classifier is not None:
+        classifier = Source.open(
+            arguments.classifier, preset=arguments.classifier_preset, decay=None
+        )
+    low_res, low_labels = _read_low_res(arguments.low_res, model=model, images=arguments.images)
+    classes = _classes(arguments.classes, model=model, classifier=classifier)
+    if low_labels is not None and classes is not None and arguments.classes is None:
+        classes = tuple(low_labels.tolist())
+    eta = arguments.eta
+    if eta is None and arguments.steps.startswith("ddim"):
+        eta = 0.0
+    request = Request(
+        images=arguments.images,
+        batch=arguments.batch,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        eta=eta,
+        scale=arguments.scale if classifier is not None else 0.0,
+        classes=classes,
+        low_res=None if arguments.low_res is None else str(arguments.low_res),
+        precision=arguments.precision or ("fp32" if device.type == "cpu" else "fp16"),
+        sources=tuple(s.name for s in (source, classifier) if s is not None),
+    )
+    return request, Sampler(
+        request, source=source, classifier=classifier, low_res=low_res, device=device
+    )
+
+
+def _classes(
+    text: str | None, *, model: UNetConfig, classifier: Source | None
+) -> tuple[int, ...] | None:
+    """The classes of `--classes`, or all that the network or its classifier knows."""
+    count = model.num_classes
+    if classifier is not None:
+        if not isinstance(classifier.config.model, ClassifierConfig):
+            raise ValueError(f"{classifier.name} is no classifier: --classifier needs one")
+        if classifier.config.model.image_size != model.image_size:
+            raise ValueError(
+                f"{classifier.name} is for {classifier.config.model.image_size} px, "
+                f"the network for {model.image_size} px"
+            )
+        count = count or classifier.config.model.num_classes
+    if text is None:
+        return None if count is None else tuple(range(count))
+    if count is None:
+        raise ValueError("--classes: the network has no classes and there is no --classifier")
+    try:
+        classes = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ValueError(f"--classes {text!r}: write numbers, as in --classes 0,3,7") from None
+    if wrong := [c for c in classes if not 0 <= c < count]:
+        raise ValueError(f"--classes: {wrong[0]} is not among the classes 0 to {count - 1}")
+    return classes
+
+
+def _read_low_res(
+    path: Path | None, *, model: UNetConfig, images: int
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.int64] | None]:
+    """The images that an upsampler enlarges, uint8 (N, h, w, 3), and their labels if any."""
+    if (path is None) != (model.small_size is None):
+        needs = f"needs --low-res with {model.small_size} px images" if model.small_size else ""
+        raise ValueError(f"this network {needs or 'is no upsampler: leave out --low-res'}")
+    if path is None:
+        return None, None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pixels = file["arr_0"][:images]
+            labels = file["arr_1"][:images] if "arr_1" in file else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--low-res {path} is no sample file: {error}") from None
+    expected = (images, model.small_size, model.small_size, 3)
+    if pixels.shape != expected or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"--low-res {path}: {pixels.dtype} {pixels.shape} instead of uint8 {expected}"
+        )
+    return pixels, labels
+
+
+def _open_parts(parts: Path, out: Path, request: Request) -> None:
+    """Make the directory of the parts, or check that the one there is of the same request."""
+    if out.exists():
+        raise ValueError(f"{out} exists: name another --out, or remove it")
+    record = parts / "request.json"
+    wanted = json.loads(json.dumps(vars(request)))
+    if record.exists() and json.loads(record.read_text()) != wanted:
+        raise ValueError(
+            f"{parts} holds parts of another request: remove it, or name another --out"
+        )
+    parts.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(wanted))
+
+
+def _write_part(file: Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.savez(stream, images=images.transpose(0, 2, 3, 1), labels=labels)
+    partial.replace(file)
+
+
+def _merge(parts: Path, out: Path, request: Request) -> None:
+    """Join the parts, one at a time, into the evaluator's file and the grid."""
+    files = [parts / f"{part:06d}.npz" for part in range(request.parts)]
+    partial = out.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w") as archive:
+        for member, key in zip(LAYOUT, ("images", "labels"), strict=True):
+            with archive.open(member, "w", force_zip64=True) as stream:
+                for number, file in enumerate(files):
+                    with np.load(file) as part:
+                        values = part[key]
+                    if number == 0:
+                        header = np.lib.format.header_data_from_array_1_0(values)
+                        header["shape"] = (request.images, *values.shape[1:])
+                        np.lib.format.write_array_header_1_0(stream, header)
+                    stream.write(np.ascontiguousarray(values).tobytes())
+    with np.load(partial) as whole:
+        shown = whole["arr_0"][:GRID].transpose(0, 3, 1, 2)
+    columns = len(request.classes) if request.classes and len(request.classes) <= 20 else None
+    Image.fromarray(tile(shown, columns=columns).transpose(1, 2, 0)).save(out.with_suffix(".png"))
+    partial.replace(out)
+    shutil.rmtree(parts)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m trainer.sample", description=__doc__)
+    p.add_argument("source", type=Path, help="a run directory, or a weights file with --preset")
+    p.add_argument("--preset", help="the network of a weights file")
+    p.add_argument("--out", type=Path, required=True, help="the .npz to write; a .png beside it")
+    p.add_argument("--images", type=int, default=100)
+    p.add_argument("--batch", type=int, default=32, help="images drawn at once on a rank")
+    p.add_argument("--steps", default="250", help='respacing: "250", "90,60,60,20,20", "ddim25"')
+    p.add_argument("--eta", type=float, help="DDIM with this eta (0 for ddimN), else ancestral")
+    p.add_argument("--classifier", type=Path, help="a classifier's run directory or weights file")
+    p.add_argument("--classifier-preset", help="the network of a classifier's weights file")
+    p.add_argument("--scale", type=float, default=1.0, help="of the classifier's gradient")
+    p.add_argument("--classes", help="such as 0,3,7; by default all in turn")
+    p.add_argument("--low-res", type=Path, help="an .npz of samples that an upsampler enlarges")
+    p.add_argument("--ema", type=float, help="which of a run's EMA decays; by default the first")
+    p.add_argument("--precision", choices=sorted(DTYPES), help="fp16 on a GPU, fp32 on a CPU")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    world = join()
+    with connected(world) as device:
+        return sample(arguments, world=world, device=device)
+
+
+if __name__ == "__main__":
+    run_as_rank(main)

@@ -1,0 +1,230 @@
+"""`python -m trainer.train PRESET --run DIR`: train a preset, or go on with the run that is there.
+
+Started by torchrun, mpirun, srun, `deepspeed` or alone. Ctrl-C or TERM saves and leaves with
+status 75; the same command resumes. A finished run says so and leaves with status 0.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from data.shards import open_shards
+from data.stream import Stream
+from launch.world import World, join
+from trainer import checkpoint as checkpoints
+from trainer import config as configs
+from trainer.adm.objective import Classify, Denoise
+from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
+from trainer.adm.unet import Classifier, ClassifierConfig, UNet, UNetConfig
+from trainer.checkpoint import Checkpoint, Saver
+from trainer.config import Config
+from trainer.engine import WEIGHTS, Engine, load_mechanics, resolve_mechanics
+from trainer.group import Refused, agreed, connected, run_as_rank
+from trainer.loop import Loop
+from trainer.metrics import Board, Metrics
+from trainer.run import Run
+
+
+def build(model: UNetConfig | ClassifierConfig) -> UNet | Classifier:
+    """The network of a model config."""
+    return Classifier(model) if isinstance(model, ClassifierConfig) else UNet(model)
+
+
+def build_objective(config: Config) -> Denoise | Classify:
+    """The objective of a config: noising, loss and weighting."""
+    seed, model = config.training.seed, config.model
+    if isinstance(model, ClassifierConfig):
+        return Classify(config.diffusion, seed=seed)
+    adaptive = config.training.timesteps == "loss-second-moment"
+    sampler = LossSecondMoment if adaptive else UniformTimesteps
+    return Denoise(
+        config.diffusion,
+        timesteps=sampler(config.diffusion.steps, seed=seed),
+        seed=seed,
+        class_conditional=model.num_classes is not None,
+        small_size=model.small_size,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was asked for, read and checked; nothing has been written or put on a GPU."""
+
+    run: Run
+    config: Config
+    mechanics: dict[str, Any]
+    stream: Stream
+    #: The settings that this start changes in the run that is there.
+    changes: Mapping[str, tuple[Any, Any]]
+    #: The weights of `--init`.
+    weights: Mapping[str, Tensor] | None
+
+    @classmethod
+    def make(cls, arguments: argparse.Namespace, *, ranks: int) -> "Plan":
+        """Read and check what the command line names.
+
+        Raises:
+            ValueError: something is wrong with a preset, a setting, the shards, the run or a file.
+        """
+        config = configs.load(arguments.preset, arguments.set)
+        mechanics = load_mechanics(arguments.ds_config)
+        run = Run(arguments.run)
+        stream = Stream(
+            open_shards(config.data.shards), config=config.data, seed=config.training.seed
+        )
+        _check_classes(config, len(stream.shards.classes))
+        return cls(
+            run=run,
+            config=config,
+            mechanics=resolve_mechanics(mechanics, config=config, ranks=ranks),
+            stream=stream,
+            changes=run.check(config),
+            weights=checkpoints.load_weights(arguments.init) if arguments.init else None,
+        )
+
+
+def train(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
+    """Check everything, decide where to start from, and train; returns the exit status."""
+    plan = agreed(lambda: Plan.make(arguments, ranks=world.size))
+    config, run = plan.config, plan.run
+    log = run.log if world.is_main else lambda _: None
+    found = _resume_point(plan, world=world)
+    images = 0 if found is None else found.images
+    if images >= config.training.images:
+        log(f"the run is finished: {images:,} images")
+        return 0
+    if world.is_main:
+        run.open(config, mechanics=plan.mechanics)
+    for name, (before, now) in plan.changes.items():
+        log(f"{name} changes from {before!r} to {now!r}")
+    engine, objective = _start(plan, found, device=device)
+    log(f"{'starts' if found is None else f'resumes from checkpoint {found.path.name}'}: "
+        f"{_facts(config, engine=engine, world=world)}")  # fmt: skip
+    with ExitStack() as stack:
+        stream = stack.enter_context(plan.stream)
+        board = None
+        if world.is_main:
+            text = configs.to_toml(config)
+            board = stack.enter_context(Board(run.path, images=images, config=text))
+        loop = Loop(
+            config=config,
+            run=run,
+            world=world,
+            engine=engine,
+            objective=objective,
+            saver=_saver(plan, world=world),
+            metrics=Metrics(world=world, device=device, timesteps=config.diffusion.steps),
+            board=board,
+            images=images,
+            order=stream.identity,
+        )
+        batches = stream.batches(
+            images=images,
+            batch=config.training.batch,
+            micro_batch=engine.micro_batch,
+            rank=world.rank,
+            ranks=world.size,
+            pin=device.type == "cuda",
+        )
+        return loop.train(batches)
+
+
+def _check_classes(config: Config, found: int) -> None:
+    classes = config.model.num_classes
+    if classes is not None and found > classes:
+        raise ValueError(
+            f"{config.data.shards} has {found} classes, the network {classes}: "
+            f"set model.num_classes to {found}"
+        )
+
+
+def _resume_point(plan: Plan, *, world: World) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, if it has any; damaged ones are passed over aloud.
+
+    Raises:
+        Refused: all its checkpoints are damaged, or were trained on other images.
+    """
+    found, damaged = checkpoints.latest_valid(plan.run.checkpoints, world=world)
+    if world.is_main:
+        for line in damaged:
+            plan.run.log(line)
+    if found is None and damaged:
+        raise Refused(
+            f"no checkpoint of {plan.run.path} is whole; to start from the beginning, move "
+            f"{plan.run.checkpoints} away"
+        )
+    if found is not None:
+        agreed(lambda: plan.stream.check_identity(found.state["order"]))
+    return found
+
+
+def _start(
+    plan: Plan, found: Checkpoint | None, *, device: torch.device
+) -> tuple[Engine, Denoise | Classify]:
+    """The engine and the objective where the run begins.
+
+    The weights come from 1. the run's own checkpoint, 2. `--init`, 3. the seed.
+    """
+    torch.manual_seed(plan.config.training.seed)
+    net = build(plan.config.model)
+    if found is not None:
+        file = found.file(WEIGHTS)
+        checkpoints.fill(net, checkpoints.load_weights(file), source=file)
+    elif plan.weights is not None:
+        checkpoints.fill(net, plan.weights, source="--init")
+    engine = Engine(net, config=plan.config, mechanics=plan.mechanics, device=device)
+    objective = build_objective(plan.config)
+    if found is not None:
+        for kind in engine.kinds[1:]:
+            with safe_open(found.file(kind), framework="pt") as file:
+                engine.scatter(kind, file.get_tensor)
+        engine.load_scalars(found.state["engine"])
+        objective.timesteps.load(found.state["timesteps"])
+    return engine, objective
+
+
+def _saver(plan: Plan, *, world: World) -> Saver:
+    every = plan.config.intervals
+    return Saver(plan.run.checkpoints, world=world, keep=every.keep, keep_every=every.keep_every)
+
+
+def _facts(config: Config, *, engine: Engine, world: World) -> str:
+    """What runs, on what, in one line."""
+    cut = f"{world.size} x {engine.accumulation} x {engine.micro_batch}"
+    return (
+        f"{config.objective}, {engine.parameters:,} parameters, {config.training.precision}, "
+        f"{world.size} ranks ({world.launcher}) on {engine.device.type}, ZeRO-{engine.stage}, "
+        f"batch {config.training.batch} = {cut}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m trainer.train", description=__doc__)
+    p.add_argument("preset", help="a name in trainer/presets, or a .toml file")
+    p.add_argument("--run", required=True, type=Path, help="the run directory")
+    p.add_argument("--set", action="append", default=[], metavar="'training.lr = 1e-4'")
+    p.add_argument("--ds-config", default="ds_config.json", help="DeepSpeed's mechanics")
+    p.add_argument("--init", type=Path, help="start from these weights (.safetensors, .pt)")
+    p.add_argument("--ranks", type=int, help="refuse to start with another number of ranks")
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    world = join(expected_size=arguments.ranks)
+    with connected(world) as device:
+        return train(arguments, world=world, device=device)
+
+
+if __name__ == "__main__":
+    run_as_rank(main)
