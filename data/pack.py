@@ -2,23 +2,25 @@
 
 The plan comes first and is pure: which image goes into which shard at which place, by the seed
 alone. Each shard is then an independent job, so the bytes do not depend on how many processes
-work. A job writes aside and renames when done, so an interrupted packing continues where it was,
-and `manifest.json` appears last: without it there is no dataset.
+work, or on how many nodes. A job writes aside and renames when done, so an interrupted packing
+continues where it was, and `manifest.json` appears last: without it there is no dataset.
 
-    python -m data.pack SOURCE OUT --size 64 [--class-map FILE] [--keep-original]
+    python -m data.pack SOURCE OUT --size 64
 """
 
 import argparse
-import hashlib
+import fcntl
 import io
 import json
 import os
 import re
+import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -26,64 +28,25 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.order import permutation
+from data.archives import open_source
+from data.plan import Job, PackConfig, Plan, plan
 from data.shards import (
     MANIFEST,
     Shard,
-    ShardWriter,
+    describe,
     file_sha256,
     index_bytes,
     manifest_text,
     open_shards,
+    write_atomically,
 )
-from data.sources import Item, Source, open_source, read_class_map, relabel
+from data.sources import Source, relabel, renumber
+from data.tars import ShardWriter
 from data.transforms import UNDECODABLE, center_crop, decode, halve_and_scale
 
 WORK = ".packing"
 LEFT_OUT = "left-out.txt"
 _KEPT_AS_THEY_ARE = {"JPEG": "jpg", "PNG": "png"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackConfig:
-    """What to do with each image, and how to deal them to shards.
-
-    `size` is the side of ADM's centre crop, or with `keep_original` the smaller side beyond which
-    an image is scaled down, uncropped. `format` None takes png to 64 pixels, jpg above.
-    """
-
-    size: int
-    keep_original: bool = False
-    format: str | None = None
-    quality: int = 95
-    seed: int = 0
-    per_shard: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.per_shard < 1:
-            raise ValueError(
-                f"--size {self.size} and --per-shard {self.per_shard}: at least 1 each"
-            )
-        if self.format not in (None, "png", "jpg"):
-            raise ValueError(f"--format = {self.format}: choose png or jpg")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality = {self.quality}: choose 1 to 100")
-
-    @property
-    def suffix(self) -> str:
-        return self.format or ("png" if self.size <= 64 and not self.keep_original else "jpg")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One shard to be made: its images in order, with labels by number."""
-
-    name: str
-    source: str
-    out: str
-    config: PackConfig
-    first: int
-    images: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,50 +57,21 @@ class Made:
     left_out: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All jobs of a packing; `digest` changes with anything that changes the shards."""
-
-    jobs: tuple[Job, ...]
-    classes: tuple[str, ...]
-    config: PackConfig
-    digest: str
-
-
-def plan(items: list[Item], *, source: str, out: Path, config: PackConfig) -> Plan:
-    """Shuffle the items globally by the seed and deal them to shards of equal size.
-
-    Raises:
-        ValueError: there are no images.
-    """
-    if not items:
-        raise ValueError(f"SOURCE = {source} holds no images")
-    classes = tuple(sorted({item.label for item in items}))
-    number = {label: i for i, label in enumerate(classes)}
-    mixed = [items[i] for i in permutation(len(items), config.seed)]
-    # A few shards at least, even for small sets: epochs differ by the order of shards, too.
-    per_shard = min(config.per_shard, -(-len(items) // 8))
-    firsts = range(0, len(mixed), per_shard)
-    jobs = tuple(
-        Job(
-            name=f"{i:05d}",
-            source=source,
-            out=str(out),
-            config=config,
-            first=first,
-            images=tuple((x.name, number[x.label]) for x in mixed[first : first + per_shard]),
-        )
-        for i, first in enumerate(firsts)
-    )
-    text = json.dumps([asdict(config), classes, [job.images for job in jobs]])
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Plan(jobs=jobs, classes=classes, config=config, digest=digest)
-
-
 def pack(
-    source: str, *, out: Path, config: PackConfig, class_map: Path | None, workers: int
+    source: str,
+    *,
+    out: Path,
+    config: PackConfig,
+    class_map: Path | None = None,
+    classes_of: Path | None = None,
+    executor: AbstractContextManager[Executor | None] | None = None,
 ) -> int:
     """Pack a source into `out`, or finish what an interrupted packing left there.
+
+    Args:
+        class_map: lines of NAME CLASS, where directories are not the classes.
+        classes_of: a dataset whose numbering of the classes is to be used.
+        executor: runs the jobs; this process, if None.
 
     Returns:
         the number of images left out because they could not be decoded.
@@ -146,17 +80,19 @@ def pack(
         ValueError: the source has no images, or `out` holds something else.
         OSError: reading or writing failed, e.g. the disk is full; the same command continues.
     """
-    items = open_source(source).items()
-    if class_map:
-        items = relabel(items, class_map=read_class_map(class_map))
-    work = plan(items, source=source, out=out, config=config)
-    if _already_packed(out, work):
-        print(f"{out} holds this dataset already")
-        return 0
-    _claim(out, work)
-    with _executor(workers) as executor:
-        made = list(_with_progress(_results(work.jobs, executor), jobs=work.jobs))
-    return _finish(out, work, sorted(made, key=lambda m: m.shard.name))
+    with _claimed(out):
+        listing = open_source(source, staging=out / WORK).listing()
+        if class_map:
+            listing = relabel(listing, class_map=class_map)
+        if classes_of:
+            listing = renumber(listing, classes=open_shards(classes_of).classes)
+        work = plan(listing, source=source, out=out, config=config)
+        if _already_packed(out, work):
+            print(f"{out} holds this dataset already", file=sys.stderr)
+            return 0
+        with executor or nullcontext() as running:
+            made = list(_with_progress(_results(work.jobs, running), jobs=work.jobs))
+        return _finish(out, work, sorted(made, key=lambda m: m.shard.name))
 
 
 def make_shard(job: Job) -> Made:
@@ -166,14 +102,13 @@ def make_shard(job: Job) -> Made:
     found = _finished(out, record)
     if found:
         return found
-    partial = out / WORK / f"{job.name}.partial"
+    aside = out / WORK / f"{job.name}.tar"
     try:
-        made = _write(job, partial)
-        _write_atomically(record, json.dumps(asdict(made)))
-    except OSError:
-        partial.unlink(missing_ok=True)  # on a full disk the room matters more than the remains
-        raise
-    os.replace(partial, out / made.shard.tar)
+        made = _write(job, aside)
+        os.replace(aside, out / aside.name)
+    finally:
+        aside.unlink(missing_ok=True)  # on a full disk the room matters more than the remains
+    write_atomically(record, json.dumps(asdict(made)).encode())
     return made
 
 
@@ -200,31 +135,26 @@ def encode(blob: bytes, *, config: PackConfig) -> tuple[bytes, str]:
     return buffer.getvalue(), config.suffix
 
 
-def _write(job: Job, partial: Path) -> Made:
-    source, left_out = _source(job.source), []
-    with partial.open("wb") as file:
+def _write(job: Job, aside: Path) -> Made:
+    source = _source(job.source, job.out)
+    left_out = []
+    with aside.open("wb") as file:
         writer = ShardWriter(file)
         for number, (name, label) in enumerate(job.images, start=job.first):
             try:
                 image, suffix = encode(source.read(name), config=job.config)
-            except UNDECODABLE as error:
+            except (*UNDECODABLE, zipfile.BadZipFile) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the disk's or the network's fault, not the image's
                 left_out.append(f"{name}: {error}")
                 continue
             writer.add(_key(number, name), image=image, suffix=suffix, label=label)
-        index = index_bytes(rows := writer.close())
+        index = writer.close()
         file.flush()
         os.fsync(file.fileno())
-    _write_atomically(partial.parent.parent / f"{job.name}.idx.npy", index)
-    shard = Shard(
-        name=job.name,
-        samples=len(rows),
-        bytes=partial.stat().st_size,
-        sha256=file_sha256(partial),
-        index_sha256=hashlib.sha256(index).hexdigest(),
-    )
-    return Made(shard=shard, left_out=tuple(left_out))
+    content = index_bytes(index)
+    write_atomically(Path(job.out) / f"{job.name}.idx.npy", content)
+    return Made(shard=describe(aside, index, content), left_out=tuple(left_out))
 
 
 def _key(number: int, name: str) -> str:
@@ -247,36 +177,46 @@ def _finished(out: Path, record: Path) -> Made | None:
 
 
 def _already_packed(out: Path, work: Plan) -> bool:
-    if not (out / MANIFEST).exists():
-        return False
-    made_by = json.loads((out / MANIFEST).read_text()).get("made_by", {})
-    if made_by.get("plan") != work.digest:
+    """Whether `out` is finished; otherwise mark it as being made by this plan."""
+    found, mark = None, out / WORK / "plan"
+    if (out / MANIFEST).exists():
+        found = json.loads((out / MANIFEST).read_text()).get("made_by", {}).get("plan")
+    elif mark.exists():
+        found = mark.read_text()
+    if found not in (None, work.digest):
         raise ValueError(
-            f"OUT = {out} holds another dataset (other images, --seed or options); "
+            f"OUT = {out} holds another dataset (other images, classes, --seed or options); "
             "choose another OUT or remove it"
         )
-    open_shards(out)
-    return True
+    if (out / MANIFEST).exists():
+        open_shards(out)
+        return True
+    write_atomically(mark, work.digest.encode())
+    return False
 
 
-def _claim(out: Path, work: Plan) -> None:
-    mark = out / WORK / "plan"
-    if mark.exists():
-        if mark.read_text() != work.digest:
-            raise ValueError(
-                f"OUT = {out} holds another packing, unfinished; finish or remove that first"
-            )
-        return
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"OUT = {out} is not empty and no packing; choose another OUT")
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(mark, work.digest)
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold `out` alone; it must be new, empty, or a packing."""
+    if out.exists() and not {WORK, MANIFEST} & set(os.listdir(out)) and any(out.iterdir()):
+        raise ValueError(f"OUT = {out} is not empty and no packed dataset; choose another OUT")
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    with (out / WORK / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"OUT = {out}: another process is packing there") from None
+        try:
+            yield
+        finally:
+            if (out / MANIFEST).exists() or os.listdir(out / WORK) == ["lock"]:
+                shutil.rmtree(out / WORK)
 
 
 def _finish(out: Path, work: Plan, made: list[Made]) -> int:
     left_out = [line for m in made for line in m.left_out]
     if left_out:
-        _write_atomically(out / LEFT_OUT, "\n".join(left_out) + "\n")
+        write_atomically(out / LEFT_OUT, ("\n".join(left_out) + "\n").encode())
         print(f"{len(left_out)} images could not be decoded: {out / LEFT_OUT}", file=sys.stderr)
     text = manifest_text(
         tuple(m.shard for m in made),
@@ -284,25 +224,20 @@ def _finish(out: Path, work: Plan, made: list[Made]) -> int:
         image_size=None if work.config.keep_original else work.config.size,
         made_by={"plan": work.digest, **asdict(work.config)},
     )
-    _write_atomically(out / MANIFEST, text)
-    for file in (out / WORK).iterdir():
-        file.unlink()
-    (out / WORK).rmdir()
+    write_atomically(out / MANIFEST, text.encode())
     return len(left_out)
-
-
-def _executor(workers: int) -> AbstractContextManager[Executor | None]:
-    if workers == 1:
-        return nullcontext()
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
 def _results(jobs: tuple[Job, ...], executor: Executor | None) -> Iterator[Made]:
     if executor is None:
         yield from map(make_shard, jobs)
         return
-    for future in as_completed([executor.submit(make_shard, job) for job in jobs]):
-        yield future.result()
+    try:
+        for future in as_completed([executor.submit(make_shard, job) for job in jobs]):
+            yield future.result()
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _with_progress(made: Iterable[Made], *, jobs: tuple[Job, ...]) -> Iterator[Made]:
@@ -322,43 +257,42 @@ def _with_progress(made: Iterable[Made], *, jobs: tuple[Job, ...]) -> Iterator[M
         yield one
 
 
-def _write_atomically(path: Path, content: str | bytes) -> None:
-    aside = path.with_name(f"{path.name}.new")
-    with aside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 @lru_cache(maxsize=1)
-def _source(text: str) -> Source:
-    return open_source(text)
+def _source(text: str, out: str) -> Source:
+    return open_source(text, staging=Path(out) / WORK)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line of `python -m data.pack`."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data.pack", description="Pack images.")
-    parser.add_argument("source", help="image folder, or `digits`")
+    parser.add_argument("source", help="folder, zip, tars, parquet or lmdb of images, or `digits`")
     parser.add_argument("out", type=Path, help="directory of the dataset")
-    parser.add_argument("--size", type=int, required=True, help="side in pixels")
+    parser.add_argument("--size", type=int, default=256, help="side of the crop in pixels")
     parser.add_argument(
-        "--keep-original", action="store_true", help="no crop; scale down to --size"
+        "--keep-original",
+        action="store_true",
+        help="no crop, for random crops in training; a smaller side beyond --size is scaled down",
     )
     parser.add_argument("--class-map", type=Path, help="lines of NAME CLASS instead of directories")
+    parser.add_argument("--classes-of", type=Path, help="number classes as this dataset does")
     parser.add_argument("--format", choices=("png", "jpg"), help="default: png up to 64 pixels")
     parser.add_argument("--quality", type=int, default=95, help="of jpg")
     parser.add_argument("--seed", type=int, default=0, help="of the global shuffle")
     parser.add_argument("--per-shard", type=int, default=2048, help="images in a shard")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    options = vars(parser.parse_args(arguments))
-    source, out, workers = options.pop("source"), options.pop("out"), options.pop("workers")
-    class_map = options.pop("class_map")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="local processes")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of `python -m data.pack`."""
+    options = vars(_parser().parse_args(arguments))
+    executor = ProcessPoolExecutor(options.pop("workers"), mp_context=get_context("spawn"))
+    where = {name: options.pop(name) for name in ("source", "out", "class_map", "classes_of")}
     try:
-        config = PackConfig(**options)
-        pack(source, out=out, config=config, class_map=class_map, workers=workers)
-    except (ValueError, OSError) as error:
+        pack(where.pop("source"), config=PackConfig(**options), executor=executor, **where)
+    except (ValueError, OSError, BrokenExecutor) as error:
         print(f"packing stopped: {error}", file=sys.stderr)
+        if not isinstance(error, ValueError):
+            print("the same command continues; finished shards are kept", file=sys.stderr)
         return 1
     return 0
 

@@ -4,11 +4,12 @@ This is what a worker process runs, so torch stays out of it: a worker starts in
 second and takes some 60 MB.
 """
 
-import os
 import tarfile
 import zlib
-from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data.cache import CachedReader
+from data.fetch import FetchConfig, Reader, is_local
 from data.order import Ints, Order
-from data.shards import HEADER, Index, Shards
+from data.shards import Shards
+from data.tars import HEADER, Index
 from data.transforms import (
     UNDECODABLE,
     Pixels,
@@ -28,11 +32,11 @@ from data.transforms import (
     to_chw,
 )
 
-_OPEN_FILES = 256  # a common limit is 1024 for the whole process
+_REQUESTS = 16  # under way at once in a process, where each costs a network's round trip
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(FetchConfig):
     """Which shards to stream, how to mix them, and what becomes of each image.
 
     `streams` and `block` fix the order, together with the seed and the dataset: keep them for a
@@ -51,6 +55,7 @@ class DataConfig:
     max_bad: float = 0.001
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("image_size", "streams", "block", "prefetch_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} = {getattr(self, name)}: must be at least 1")
@@ -98,7 +103,9 @@ class Samples:
         self.order = Order(shards.sizes, seed=seed, streams=config.streams, block=config.block)
         self._ends = np.cumsum(shards.sizes)
         self._indexes: dict[int, Index] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._reader = open_reader(shards, config)
+        remote = not is_local(shards.root)
+        self._threads = ThreadPoolExecutor(_REQUESTS) if remote else None
 
     def load(self, request: Request, *, out: Pixels) -> Loaded:
         """Fill `out` (n, 3, H, W) with the requested images.
@@ -111,9 +118,10 @@ class Samples:
         place = self._rows(numbers) if request.once else self.order.locate(numbers)[1:]
         labels = np.empty(len(numbers), dtype=np.int64)
         bad = []
-        for i, (number, shard, row) in enumerate(zip(numbers, *place, strict=True)):
+        begun = [self._begin(int(shard), int(row)) for shard, row in zip(*place, strict=True)]
+        for i, (number, sample) in enumerate(zip(numbers, begun, strict=True)):
             try:
-                labels[i] = self._load(int(number), int(shard), int(row), request.once, out[i])
+                labels[i] = self._put(sample(), int(number), request.once, out[i])
             except BadSampleError as error:
                 if request.once:
                     raise ValueError(f"{error}; a validation split must be whole") from None
@@ -123,32 +131,40 @@ class Samples:
 
     def close(self) -> None:
         """Close the shards' files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+        self._reader.close()
 
     def _rows(self, numbers: Ints) -> tuple[Ints, Ints]:
         shard = np.searchsorted(self._ends, numbers, side="right")
         return shard, numbers - self._ends[shard] + np.asarray(self.shards.sizes)[shard]
+
+    def _begin(self, shard: int, row: int) -> Callable[[], "_Sample"]:
+        """Start reading a sample; what is returned waits for it."""
+        if self._threads:
+            return self._threads.submit(self._read, shard, row).result
+        return partial(self._read, shard, row)
 
     def _stand_in(self, number: int, out: Pixels, why: str) -> int:
         """The next good image of the same block takes the place of a bad one."""
         for other in self.order.alternatives(number):
             _, shard, row = self.order.locate([other])
             try:
-                return self._load(number, int(shard[0]), int(row[0]), False, out)
+                return self._put(self._read(int(shard[0]), int(row[0])), number, False, out)
             except BadSampleError:
                 continue  # it is counted when its own number comes
         raise ValueError(f"{why}; and no image of its block of the order is good")
 
-    def _load(self, number: int, shard: int, row: int, once: bool, out: Pixels) -> int:
-        key, blob, label = self._read(shard, row)
+    def _put(self, sample: "_Sample", number: int, once: bool, out: Pixels) -> int:
+        """Decode a sample into `out`; its label."""
         try:
-            pixels = self._crop(decode(blob), number, once)
+            pixels = self._crop(decode(sample.blob), number, once)
             flip = self.config.flip and not once and flipped(seed=self.seed, number=number)
             to_chw(pixels, flip=flip, out=out)
         except UNDECODABLE as error:
-            raise BadSampleError(f"{self._tar(shard)}: {key} cannot be decoded: {error}") from None
-        return label
+            why = f"{sample.where} cannot be decoded: {error}"
+            raise BadSampleError(why) from None
+        return sample.label
 
     def _crop(self, pixels: Pixels, number: int, once: bool) -> Pixels:
         size = self.config.image_size
@@ -159,52 +175,95 @@ class Samples:
             return pixels
         return center_crop(Image.fromarray(pixels), size=size)
 
-    def _read(self, shard: int, row: int) -> tuple[str, bytes, int]:
-        """Key, checked payload and label of one sample."""
+    def _read(self, shard: int, row: int) -> "_Sample":
+        """A sample whose header, size and checksum agree with the index."""
         if shard not in self._indexes:
-            self._indexes[shard] = self.shards.index(shard)
+            self._indexes[shard] = self._index(shard)
         entry = self._indexes[shard][row]
-        key, blob = self._payload(shard, entry)
-        if zlib.crc32(blob) == entry["crc32"]:
-            return key, blob, int(entry["label"])
-        self._demand_others_intact(shard, row)
-        raise BadSampleError(f"{self._tar(shard)}: {key} does not have the checksum of its index")
+        try:
+            return self._checked(shard, entry)
+        except (BadSampleError, ValueError):
+            # Perhaps only the way here was bad: a cache, a stale file handle, a flipped bit.
+            self._reader.forget(self._tar(shard), **_extent(entry))
+        try:
+            return self._checked(shard, entry)
+        except BadSampleError:
+            self._demand_others_intact(shard, row)
+            raise
 
-    def _payload(self, shard: int, entry: NDArray[np.void]) -> tuple[str, bytes]:
-        """Name and payload, where header and size agree with the index."""
-        offset, size = int(entry["offset"]), int(entry["size"])
-        raw = os.pread(self._file(shard), HEADER + size, offset - HEADER)
+    def _index(self, shard: int) -> Index:
+        if is_local(self.shards.root):
+            return self.shards.index(shard)
+        content = self._reader.whole(self.shards.shards[shard].index)
+        return self.shards.parse_index(shard, content)
+
+    def _checked(self, shard: int, entry: NDArray[np.void]) -> "_Sample":
+        raw = self._reader.read(self._tar(shard), **_extent(entry))
+        tar, size = f"{self.shards.root}/{self._tar(shard)}", int(entry["size"])
         try:
             info = tarfile.TarInfo.frombuf(raw[:HEADER], "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise ValueError(
-                f"{self._tar(shard)}: no tar header at byte {offset - HEADER}, where the index has "
-                f"one ({error}); the shard is damaged: run `python -m data.shards verify`"
+                f"{tar}: no tar header at byte {entry['offset'] - HEADER}, where the index has "
+                f"one ({error}); the shard is damaged: run `python -m data.shards verify --full`"
             ) from None
-        if info.size != size or len(raw) != HEADER + size:
+        if info.size != size:
             raise ValueError(
-                f"{self._tar(shard)}: {info.name} has {info.size} bytes, the index says {size}; "
-                "the shard was damaged or replaced: run `python -m data.shards verify`"
+                f"{tar}: {info.name} has {info.size} bytes, the index says {size}; "
+                "the shard was damaged or replaced: run `python -m data.shards verify --full`"
             )
-        return info.name, raw[HEADER:]
+        where = f"{tar}: {info.name}"
+        if zlib.crc32(raw[HEADER:]) != entry["crc32"]:
+            raise BadSampleError(f"{where} does not have the checksum of its index")
+        return _Sample(where, raw[HEADER:], int(entry["label"]))
 
     def _demand_others_intact(self, shard: int, row: int) -> None:
         """Tell one damaged image from a shard that is another one of the same name."""
         index = self._indexes[shard]
-        others = [i for i in (0, len(index) // 2, len(index) - 1) if i != row]
-        if any(zlib.crc32(self._payload(shard, index[i])[1]) != index[i]["crc32"] for i in others):
-            raise ValueError(
-                f"{self._tar(shard)}: several images do not have their checksums; the shard was "
-                "replaced or is damaged throughout: run `python -m data.shards verify --full`"
-            )
+        for other in {0, len(index) // 2, len(index) - 1} - {row}:
+            try:
+                self._checked(shard, index[other])
+            except BadSampleError:
+                raise ValueError(
+                    f"{self.shards.root}/{self._tar(shard)}: several images do not have their "
+                    "checksums; the shard was replaced or is damaged throughout: run "
+                    "`python -m data.shards verify --full`"
+                ) from None
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self._tar(shard), os.O_RDONLY)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+    def _tar(self, shard: int) -> str:
+        return self.shards.shards[shard].tar
 
-    def _tar(self, shard: int) -> Path:
-        return Path(self.shards.root) / self.shards.shards[shard].tar
+
+class _Sample(NamedTuple):
+    """A stored image: shard and key, the file's bytes, its label."""
+
+    where: str
+    blob: bytes
+    label: int
+
+
+def open_reader(shards: Shards, config: FetchConfig) -> Reader | CachedReader:
+    """The way to the bytes of a dataset, through the node's cache if there is one to use.
+
+    Raises:
+        ValueError: a pipe that only reads forward, and no cache.
+    """
+    reader = Reader(shards.root, config=config)
+    if config.cache and not is_local(shards.root):
+        return CachedReader(
+            reader,
+            root=Path(config.cache) / shards.fingerprint[:16],
+            tars={shard.tar: shard.bytes for shard in shards.shards},
+            bound=int(config.cache_gb * 2**30),
+        )
+    if not reader.seeks:
+        raise ValueError(
+            f"data.shards = {shards.root} cannot read from the middle of a file: put {{first}} and "
+            "{last} into the command, or give the node a data.cache"
+        )
+    return reader
+
+
+def _extent(entry: NDArray[np.void]) -> dict[str, int]:
+    """Header and payload of a sample in its tar."""
+    return {"first": int(entry["offset"]) - HEADER, "size": int(entry["size"]) + HEADER}

@@ -1,183 +1,112 @@
-"""The shard format: what lies on disk between packing and streaming.
+"""Packed datasets on disk: opening them, verifying them, looking at them.
 
-A dataset is a directory of plain `.tar` files in WebDataset's conventions (`KEY.cls` beside
-`KEY.png` or `KEY.jpg`), so that any WebDataset reader opens them. Beside each lies `NAME.idx.npy`
-with the place, label and checksum of every image, and over all of them `manifest.json`, whose
-fingerprint names the dataset.
+A dataset is a directory (or URL) of plain `.tar` files in WebDataset's conventions, so that any
+WebDataset reader opens them. Beside each lies `NAME.idx.npy` with the place, label and checksum of
+every image, and over all of them `manifest.json`, whose fingerprint names the dataset.
 
-    python -m data.shards verify DIR [--full]
+    python -m data.shards verify DIR [--full]      is it as the manifest says?
+    python -m data.shards info DIR [--sheet PNG]   what is in it?
+    python -m data.shards index DIR                make index and manifest for tars made by others
 """
 
 import argparse
 import hashlib
-import io
-import json
+import os
 import sys
-import tarfile
-import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-MANIFEST = "manifest.json"
-FORMAT = "adm-shards-1"
-HEADER = 512  # bytes of a tar header, which stands right before its payload
+from data.fetch import FetchConfig, Reader, is_local
+from data.manifest import (
+    MANIFEST,
+    Shard,
+    Shards,
+    index_bytes,
+    manifest_text,
+    map_index,
+    parse_manifest,
+)
+from data.sheet import contact_sheet
+from data.tars import Index, index_tar
 
-INDEX_DTYPE = np.dtype(
-    [("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
-)  # of the image's payload
-Index = NDArray[np.void]
+__all__ = ["Shards", "open_shards", "verify"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar file as the manifest knows it."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-
-    @property
-    def tar(self) -> str:
-        return f"{self.name}.tar"
-
-    @property
-    def index(self) -> str:
-        return f"{self.name}.idx.npy"
+_AT_ONCE = 32  # requests that only ask for sizes
+_SHEET = 64  # thumbnails on a contact sheet
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shards:
-    """A packed dataset. `image_size` is None where the images keep their own sizes."""
-
-    root: str
-    shards: tuple[Shard, ...]
-    classes: tuple[str, ...]
-    image_size: int | None
-    fingerprint: str
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Samples of each shard."""
-        return tuple(shard.samples for shard in self.shards)
-
-    @property
-    def count(self) -> int:
-        """Images in all."""
-        return sum(self.sizes)
-
-    def index(self, shard: int) -> Index:
-        """The index of one shard, mapped into memory that all processes of a machine share.
-
-        Raises:
-            ValueError: it is missing, or does not have the manifest's number of samples.
-        """
-        return _read_index(Path(self.root), self.shards[shard])
-
-
-class ShardWriter:
-    """Writes one tar, byte for byte as webdataset's TarWriter does with `mtime=0`."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._end = 0
-        self._rows: list[tuple[int, int, int, int]] = []
-
-    def add(self, key: str, *, image: bytes, suffix: str, label: int) -> None:
-        """Append one sample."""
-        self._member(f"{key}.cls", str(label).encode())
-        offset = self._member(f"{key}.{suffix}", image)
-        self._rows.append((offset, len(image), label, zlib.crc32(image)))
-
-    def close(self) -> Index:
-        """End the tar and return its index."""
-        end = self._end + 2 * HEADER
-        self._write(b"\0" * (-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self._end))
-        return np.array(self._rows, dtype=INDEX_DTYPE)
-
-    def _member(self, name: str, payload: bytes) -> int:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(payload), 0o444
-        info.uname = info.gname = "bigdata"
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._end
-        self._write(payload + b"\0" * (-len(payload) % tarfile.BLOCKSIZE))
-        return offset
-
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._end += len(content)
-
-
-def index_bytes(index: Index) -> bytes:
-    """The content of an index file."""
-    buffer = io.BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def manifest_text(
-    shards: tuple[Shard, ...],
-    *,
-    classes: tuple[str, ...],
-    image_size: int | None,
-    made_by: Mapping[str, Any],
-) -> str:
-    """The manifest as JSON, fingerprint included. `made_by` records the packer's options."""
-    body = {
-        "format": FORMAT,
-        "image_size": image_size,
-        "classes": classes,
-        "shards": [asdict(shard) for shard in shards],
-        "made_by": made_by,
-    }
-    return json.dumps({**body, "fingerprint": _fingerprint(body)}, indent=1) + "\n"
-
-
-def open_shards(path: str | Path) -> Shards:
+def open_shards(root: str | Path, *, fetch: FetchConfig | None = None) -> Shards:
     """Open a packed dataset and check that every shard and index is there in full.
+
+    Where only a pipe leads to the files, their sizes show when they are read.
 
     Raises:
         ValueError: anything missing, of another size than the manifest says, or not a dataset.
     """
-    root = Path(path)
-    shards = _parse(str(root), _read_manifest(root))
-    for shard in shards.shards:
-        size = _size(root / shard.tar)
-        if size != shard.bytes:
-            raise ValueError(
-                f"{root / shard.tar} has {size} bytes, the manifest says {shard.bytes}: "
-                "it was truncated or replaced; copy or pack it again"
-            )
-        _read_index(root, shard)
+    reader = Reader(str(root), config=fetch or FetchConfig())
+    shards = _read_manifest(reader)
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        for fault in threads.map(partial(_fault, shards, reader), shards.shards):
+            if fault:
+                raise ValueError(fault)
     return shards
 
 
-def verify(path: str | Path, *, full: bool = False) -> list[str]:
-    """Faults of a dataset, one line each: presence and sizes, or with `full` every checksum.
+def verify(root: str | Path, *, full: bool = False) -> list[str]:
+    """Faults of a local dataset, one line each: presence and sizes, or with `full` checksums.
 
     Raises:
         ValueError: there is no readable manifest to verify against.
     """
-    root = Path(path)
+    reader = Reader(str(root), config=FetchConfig(retries=0))
+    shards = _read_manifest(reader)
     faults = []
-    for shard in _parse(str(root), _read_manifest(root)).shards:
-        try:
-            if _size(root / shard.tar) != shard.bytes:
-                raise ValueError(f"{root / shard.tar}: size differs from the manifest")
-            _read_index(root, shard)
-            for name, sha256 in ((shard.tar, shard.sha256), (shard.index, shard.index_sha256)):
-                if full and file_sha256(root / name) != sha256:
-                    raise ValueError(f"{root / name}: checksum differs from the manifest")
-        except ValueError as error:
-            faults.append(str(error))
+    for shard in shards.shards:
+        fault = _fault(shards, reader, shard)
+        if full and not fault:
+            fault = _checksum_fault(Path(root), shard)
+        if fault:
+            faults.append(fault)
     return faults
+
+
+def index_directory(root: Path) -> Shards:
+    """Make index and manifest for the tars in a directory; labels become classes "0" to "max".
+
+    Raises:
+        ValueError: there is a manifest already, there are no tars, or one is damaged.
+    """
+    tars = sorted(root.glob("*.tar"))
+    if (root / MANIFEST).exists() or not tars:
+        what = "has a manifest already" if tars else "holds no .tar files"
+        raise ValueError(f"{root} {what}: there is nothing to index")
+    shards, labels = [], [0]
+    for tar in tars:
+        index = index_tar(tar)
+        labels.append(int(index["label"].max(initial=0)))
+        content = index_bytes(index)
+        tar.with_suffix(".idx.npy").write_bytes(content)
+        shards.append(describe(tar, index, content))
+    classes = tuple(str(i) for i in range(max(labels) + 1))
+    made_by = {"index": "tars made by others"}
+    text = manifest_text(tuple(shards), classes=classes, image_size=None, made_by=made_by)
+    write_atomically(root / MANIFEST, text.encode())
+    return open_shards(root)
+
+
+def describe(tar: Path, index: Index, content: bytes) -> Shard:
+    """A finished shard's entry in the manifest, from its file, index and index file's content."""
+    return Shard(
+        name=tar.stem,
+        samples=len(index),
+        bytes=tar.stat().st_size,
+        sha256=file_sha256(tar),
+        index_sha256=hashlib.sha256(content).hexdigest(),
+    )
 
 
 def file_sha256(path: Path) -> str:
@@ -186,78 +115,126 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fingerprint(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there in full or not at all, also after a power cut."""
+    aside = path.with_name(f"{path.name}.new")
     try:
-        manifest = json.loads((root / MANIFEST).read_text())
-    except FileNotFoundError:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _read_manifest(reader: Reader) -> Shards:
+    try:
+        content = reader.whole(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"no dataset at {root}: {MANIFEST} is missing; make one with `python -m data.pack`"
+            f"no dataset at {reader.root}: {MANIFEST} is missing; make one with "
+            "`python -m data.pack`"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{reader.root}/{MANIFEST} cannot be read: {error}") from None
+    return parse_manifest(reader.root, content)
+
+
+def _fault(shards: Shards, reader: Reader, shard: Shard) -> str | None:
+    """What is wrong with a shard as far as sizes tell."""
+    for name in (shard.tar, shard.index):
+        try:
+            size = reader.size(name)
+        except FileNotFoundError:
+            missing = f"{shards.root}/{name} is missing"
+            return f"{missing}: the manifest lists it; copy or pack it again"
+        except OSError as error:
+            return str(error)
+        if name == shard.tar and size not in (None, shard.bytes):
+            return (
+                f"{shards.root}/{name} has {size} bytes, the manifest says {shard.bytes}: "
+                "it was truncated or replaced; copy or pack it again"
+            )
+    try:
+        if is_local(shards.root):
+            map_index(Path(shards.root), shard)
     except ValueError as error:
-        raise ValueError(f"{root / MANIFEST} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{root / MANIFEST} is not the manifest of a packed dataset ({FORMAT})")
-    return manifest
+        return str(error)
+    return None
 
 
-def _parse(root: str, manifest: dict[str, Any]) -> Shards:
-    fingerprint = manifest.pop("fingerprint", None)
-    if fingerprint != _fingerprint(manifest):
-        raise ValueError(f"{root}/{MANIFEST} was altered: its fingerprint does not fit its content")
-    return Shards(
-        root=root,
-        shards=tuple(Shard(**shard) for shard in manifest["shards"]),
-        classes=tuple(manifest["classes"]),
-        image_size=manifest["image_size"],
-        fingerprint=fingerprint,
-    )
+def _checksum_fault(root: Path, shard: Shard) -> str | None:
+    for name, sha256 in ((shard.tar, shard.sha256), (shard.index, shard.index_sha256)):
+        if file_sha256(root / name) != sha256:
+            return f"{root / name}: its checksum is not the manifest's"
+    return None
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing: the manifest lists it; copy or pack it again"
-        ) from None
+def _describe_dataset(root: Path, sheet: Path | None) -> None:
+    """Print what a dataset holds; draw thumbnails of some of its images."""
+    shards = open_shards(root)
+    labels = np.concatenate([shards.index(i)["label"] for i in range(len(shards.shards))])
+    counts = np.bincount(labels, minlength=len(shards.classes))
+    total = sum(shard.bytes for shard in shards.shards)
+    size = f"{shards.image_size} x {shards.image_size}" if shards.image_size else "of own sizes"
+    print(f"{shards.count} images {size}, {len(shards.shards)} shards, {total / 2**20:.1f} MiB")
+    print(f"{len(counts)} classes with {counts.min()} to {counts.max()} images")
+    for name, count in list(zip(shards.classes, counts, strict=True))[:20]:
+        print(f"  {name or '(none)'}: {count}")
+    if len(counts) > 20:
+        print(f"  ... and {len(counts) - 20} more")
+    print(f"fingerprint {shards.fingerprint}")
+    if sheet:
+        contact_sheet(_blobs(shards, _SHEET)).save(sheet)
+        print(f"thumbnails: {sheet}")
 
 
-def _read_index(root: Path, shard: Shard) -> Index:
-    path = root / shard.index
-    _size(path)
-    try:
-        index = np.load(path, mmap_mode="r" if shard.samples else None, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
-        raise ValueError(
-            f"{path} has {index.size} rows, the manifest says {shard.samples} samples: "
-            "copy or pack it again"
+def _blobs(shards: Shards, count: int) -> Iterator[bytes]:
+    """Image files spread over the dataset."""
+    reader = Reader(shards.root, config=FetchConfig())
+    ends = np.cumsum(shards.sizes)
+    for number in np.linspace(0, shards.count - 1, min(count, shards.count), dtype=int):
+        shard = int(np.searchsorted(ends, number, side="right"))
+        entry = shards.index(shard)[number - ends[shard]]
+        yield reader.read(
+            shards.shards[shard].tar, first=int(entry["offset"]), size=int(entry["size"])
         )
-    return index
+    reader.close()
+
+
+def _verify_command(root: Path, full: bool) -> int:
+    faults = verify(root, full=full)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if not faults:
+        print(f"{root}: all shards are as the manifest says")
+    return 1 if faults else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of `python -m data.shards`."""
-    parser = argparse.ArgumentParser(prog="python -m data.shards", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m data.shards")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="check a dataset against its manifest")
     command.add_argument("dir", type=Path)
     command.add_argument("--full", action="store_true", help="checksums too, not only sizes")
+    command = commands.add_parser("info", help="classes, counts, sizes")
+    command.add_argument("dir", type=Path)
+    command.add_argument("--sheet", type=Path, help="draw thumbnails into this PNG")
+    command = commands.add_parser("index", help="index tars made by others")
+    command.add_argument("dir", type=Path)
     options = parser.parse_args(arguments)
     try:
-        faults = verify(options.dir, full=options.full)
-    except ValueError as error:
-        faults = [str(error)]
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if not faults:
-        print(f"{options.dir}: all shards are as the manifest says")
-    return 1 if faults else 0
+        if options.command == "verify":
+            return _verify_command(options.dir, options.full)
+        if options.command == "index":
+            index_directory(options.dir)
+        _describe_dataset(options.dir, getattr(options, "sheet", None))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

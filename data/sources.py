@@ -1,11 +1,13 @@
-"""Where images come from before they are packed: a source lists its items and reads one.
+"""Where images come from before they are packed: a source lists its images and reads one.
 
-Listing happens once, in the planning process; reading happens wherever a shard is made. An item
-carries all that reading needs, so that a plan can be sent to any process or node.
+Listing happens once, in the planning process; reading happens wherever a shard is made. A name
+says all that reading needs, so that a plan can be sent to any process or node.
 """
 
 import io
-from collections.abc import Iterable
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,21 +16,22 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+from data.tars import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """One image of a source: its name there, and its class by name."""
+class Listing:
+    """All images of a source: their names there, their labels, and what the labels are called."""
 
-    name: str
-    label: str
+    names: list[str]
+    labels: list[int]
+    classes: tuple[str, ...]
 
 
 class Source(Protocol):
     """A place that images can be listed and read from."""
 
-    def items(self) -> list[Item]:
+    def listing(self) -> Listing:
         """All images, in an order that depends on nothing but the source."""
         ...
 
@@ -37,43 +40,44 @@ class Source(Protocol):
         ...
 
 
-def open_source(text: str) -> Source:
-    """The source that the command line means.
-
-    Raises:
-        ValueError: nothing of the known kinds is there.
-    """
-    if text == "digits":
-        return Digits()
-    if Path(text).is_dir():
-        return Folder(Path(text))
-    raise ValueError(f"SOURCE = {text} is neither an image folder nor `digits`")
-
-
 class Folder:
     """Image files in a directory tree; the class is the first directory's name."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def items(self) -> list[Item]:
-        return [_item_of_path(name) for name in sorted(self._names()) if _is_image(name)]
+    def listing(self) -> Listing:
+        return by_first_directory(self._names())
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
-    def _names(self) -> Iterable[str]:
-        for path in self.root.rglob("*"):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
-                yield path.relative_to(self.root).as_posix()
+    def _names(self) -> Iterator[str]:
+        for directory, _, files in os.walk(self.root, followlinks=True):
+            inside = Path(directory).relative_to(self.root)
+            yield from ((inside / file).as_posix() for file in files)
+
+
+class Zip:
+    """Image files in a zip archive; the class is the first directory's name."""
+
+    def __init__(self, path: Path) -> None:
+        self._archive = zipfile.ZipFile(path)
+
+    def listing(self) -> Listing:
+        return by_first_directory(self._archive.namelist())
+
+    def read(self, name: str) -> bytes:
+        return self._archive.read(name)
 
 
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, values 0..16 spread over 0..255."""
 
-    def items(self) -> list[Item]:
-        labels = _digits()[1]
-        return [Item(name=f"{i:04d}", label=str(label)) for i, label in enumerate(labels)]
+    def listing(self) -> Listing:
+        labels = [int(label) for label in _digits()[1]]
+        names = [f"{i:04d}" for i in range(len(labels))]
+        return Listing(names=names, labels=labels, classes=tuple("0123456789"))
 
     def read(self, name: str) -> bytes:
         grey = np.round(_digits()[0][int(name)] * 255 / 16).astype(np.uint8)
@@ -82,45 +86,65 @@ class Digits:
         return buffer.getvalue()
 
 
-def read_class_map(path: Path) -> dict[str, str]:
-    """Read lines of `NAME CLASS`: image names (with or without directories) and their classes.
+def by_first_directory(names: Iterable[str]) -> Listing:
+    """The images among `names`, with their first directories, sorted, as classes."""
+    images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+    return by_class_name(images, [n.split("/", 1)[0] if "/" in n else "" for n in images])
+
+
+def by_class_name(names: list[str], classes: list[str]) -> Listing:
+    """A listing from the name of each image's class; labels count the names in sorted order."""
+    known = tuple(sorted(set(classes)))
+    number = {name: i for i, name in enumerate(known)}
+    return Listing(names=names, labels=[number[c] for c in classes], classes=known)
+
+
+def by_number(names: list[str], labels: list[int]) -> Listing:
+    """A listing whose labels are numbers already: they stay as they are."""
+    classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
+    return Listing(names=names, labels=labels, classes=classes)
+
+
+def relabel(listing: Listing, *, class_map: Path) -> Listing:
+    """Take classes from lines of `NAME CLASS`: image names, with or without directories.
 
     Raises:
-        ValueError: the file is missing or a line has another form.
+        ValueError: the map cannot be read, or an image is not in it.
     """
+    found = _read_class_map(class_map)
+    classes = []
+    for name in listing.names:
+        label = found.get(name, found.get(name.rsplit("/", 1)[-1]))
+        if label is None:
+            raise ValueError(f"--class-map = {class_map} has no class for {name}; add its line")
+        classes.append(label)
+    return by_class_name(listing.names, classes)
+
+
+def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
+    """Number the classes as another dataset does, e.g. a validation split as its training split.
+
+    Raises:
+        ValueError: a class that the other one does not have.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in listing.classes if name not in number]
+    if unknown:
+        raise ValueError(f"--classes-of has no class {unknown[0]!r} ({len(unknown)} are unknown)")
+    labels = [number[listing.classes[label]] for label in listing.labels]
+    return Listing(names=listing.names, labels=labels, classes=classes)
+
+
+def _read_class_map(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise ValueError(f"--class-map = {path} cannot be read: {error}") from None
     pairs = [line.replace(",", " ").split() for line in lines if line.strip()]
-    for number, pair in enumerate(pairs, start=1):
+    for pair in pairs:
         if len(pair) != 2:
-            raise ValueError(f"--class-map = {path}: entry {number} is not `NAME CLASS`: {pair}")
+            raise ValueError(f"--class-map = {path}: not `NAME CLASS`: {' '.join(pair)}")
     return dict(pairs)
-
-
-def relabel(items: list[Item], *, class_map: dict[str, str]) -> list[Item]:
-    """Give each item the class that the map has for its name, or for its file's name.
-
-    Raises:
-        ValueError: an image is not in the map.
-    """
-
-    def label(item: Item) -> str:
-        found = class_map.get(item.name, class_map.get(item.name.rsplit("/", 1)[-1]))
-        if found is None:
-            raise ValueError(f"--class-map has no class for {item.name}; add a line for it")
-        return found
-
-    return [Item(name=item.name, label=label(item)) for item in items]
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES
-
-
-def _item_of_path(name: str) -> Item:
-    return Item(name=name, label=name.split("/", 1)[0] if "/" in name else "")
 
 
 @cache

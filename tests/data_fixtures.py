@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.pack import PackConfig, pack
+from data.pack import pack
+from data.plan import PackConfig
 from data.shards import Shards, open_shards
 
 
@@ -32,5 +33,5 @@ def pack_folder(root: Path, *, images: int, size: int = 16, per_shard: int = 9) 
     """A packed dataset under `root` of that many pictures."""
     source = write_folder(root / "source", images=images)
     config = PackConfig(size=size, per_shard=per_shard)
-    pack(str(source), out=root / "shards", config=config, class_map=None, workers=1)
+    pack(str(source), out=root / "shards", config=config)
     return open_shards(root / "shards")

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits, load_sample_image
 
-from data.pack import LEFT_OUT, WORK, PackConfig, main, make_shard, pack, plan
+from data.pack import LEFT_OUT, WORK, main, make_shard, pack
+from data.plan import PackConfig, plan
 from data.shards import Shards, open_shards, verify
 from data.sources import Folder
 from data.stream import DataConfig, Stream
@@ -74,20 +76,20 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_bytes_do_not_depend_on_workers_or_interruptions(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=40)
     config = PackConfig(size=16, per_shard=7)
-    for name, workers in (("one", 1), ("two", 2)):
-        pack(str(source), out=tmp_path / name, config=config, class_map=None, workers=workers)
+    pack(str(source), out=tmp_path / "one", config=config)
+    pack(str(source), out=tmp_path / "two", config=config, executor=ThreadPoolExecutor(2))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert verify(tmp_path / "one", full=True) == []
 
     halfway = tmp_path / "halfway"
-    work = plan(Folder(source).items(), source=str(source), out=halfway, config=config)
+    work = plan(Folder(source).listing(), source=str(source), out=halfway, config=config)
     (halfway / WORK).mkdir(parents=True)
     (halfway / WORK / "plan").write_text(work.digest)
     for job in work.jobs[:3]:
         make_shard(job)
     (halfway / "00001.tar").write_bytes(b"torn")
     untouched = (halfway / "00000.tar").stat().st_mtime_ns
-    pack(str(source), out=halfway, config=config, class_map=None, workers=1)
+    pack(str(source), out=halfway, config=config)
     assert contents(halfway) == contents(tmp_path / "one")
     assert (halfway / "00000.tar").stat().st_mtime_ns == untouched
 
@@ -98,7 +100,7 @@ def test_what_cannot_be_decoded_is_left_out_and_listed(tmp_path: Path) -> None:
     whole = (source / "n0002" / "img_0.JPEG").read_bytes()
     (source / "n0002" / "img_0.JPEG").write_bytes(whole[: len(whole) // 2])
     out = tmp_path / "out"
-    left = pack(str(source), out=out, config=PackConfig(size=16), class_map=None, workers=1)
+    left = pack(str(source), out=out, config=PackConfig(size=16))
     assert left == 2 and open_shards(out).count == 18
     report = (out / LEFT_OUT).read_text()
     assert "n0001/img_0.JPEG: " in report and "n0002/img_0.JPEG: " in report

@@ -1,0 +1,138 @@
+"""A node's own copy of what its ranks read over a network: bounded, shared, disposable.
+
+The shards are cut into chunks, numbered through the dataset; chunk c lives in slot c mod slots, one
+file each, written aside and renamed. So the bound holds by construction, no process needs to
+know of the others, and a set that fits is fetched once. What is read from here is checked like
+anything else, against the index's checksums; a sample that fails is fetched again.
+"""
+
+import os
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data.fetch import Reader
+
+CHUNK = 1 << 20
+_STAMP = struct.Struct("<q")  # which chunk a slot holds
+
+
+class CachedReader:
+    """A `Reader` of the tars of one dataset, through a directory of the node.
+
+    Args:
+        reader: of the original files.
+        root: the dataset's own directory in the cache.
+        tars: bytes of each tar by name, in the manifest's order.
+        bound: bytes that the chunks may take.
+    """
+
+    def __init__(self, reader: Reader, *, root: Path, tars: dict[str, int], bound: int) -> None:
+        self._reader, self._root, self._tars = reader, root, tars
+        self._slots = max(bound // (CHUNK + _STAMP.size), 1)
+        self._first: dict[str, int] = {}
+        chunks = 0
+        for name, size in tars.items():
+            self._first[name] = chunks
+            chunks += -(-size // CHUNK)
+        self._usable = True
+        self._attempt(lambda: root.mkdir(parents=True, exist_ok=True))
+
+    def read(self, name: str, *, first: int, size: int) -> bytes:
+        """As `Reader.read`."""
+        return b"".join(
+            self._part(name, chunk, first, first + size)
+            for chunk in range(first // CHUNK, -(-(first + size) // CHUNK))
+        )
+
+    def whole(self, name: str) -> bytes:
+        """All of a small file, which is kept for good."""
+        path = self._root / name
+        if path.exists():
+            return path.read_bytes()
+        content = self._reader.whole(name)
+        self._write(path, content)
+        return content
+
+    def forget(self, name: str, *, first: int, size: int) -> None:
+        """Drop the chunks of a range: what they held was wrong."""
+        for chunk in range(first // CHUNK, -(-(first + size) // CHUNK)):
+            self._slot(name, chunk).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._reader.close()
+
+    def _part(self, name: str, chunk: int, first: int, last: int) -> bytes:
+        """What bytes [first, last) of a tar have in common with one chunk."""
+        begin = chunk * CHUNK
+        low, high = max(first - begin, 0), min(last - begin, CHUNK)
+        found = self._lookup(name, chunk, low, high)
+        if found is not None:
+            return found
+        if not self._usable:
+            return self._reader.read(name, first=begin + low, size=high - low)
+        return self._fetch(name, chunk)[low:high]
+
+    def _lookup(self, name: str, chunk: int, low: int, high: int) -> bytes | None:
+        try:
+            with self._slot(name, chunk).open("rb") as file:
+                stamp = file.read(_STAMP.size)
+                if stamp != _STAMP.pack(self._first[name] + chunk):
+                    return None
+                file.seek(low, os.SEEK_CUR)
+                part = file.read(high - low)
+        except OSError:
+            return None  # not there, or not readable: the original is
+        return part if len(part) == high - low else None
+
+    def _fetch(self, name: str, wanted: int) -> bytes:
+        """Fetch and keep one chunk, or where the store only reads forward, all of the tar."""
+        first, last = 0, self._tars[name]
+        if self._reader.seeks:
+            first, last = wanted * CHUNK, min((wanted + 1) * CHUNK, last)
+        found = b""
+        pieces = self._reader.stream(name, first=first, last=last)
+        for chunk, content in enumerate(_in_chunks(pieces), start=first // CHUNK):
+            stamp = _STAMP.pack(self._first[name] + chunk)
+            self._write(self._slot(name, chunk), stamp + content)
+            if chunk == wanted:
+                found = content
+        return found
+
+    def _slot(self, name: str, chunk: int) -> Path:
+        return self._root / f"{(self._first[name] + chunk) % self._slots:08d}"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+
+        def write() -> None:
+            try:
+                aside.write_bytes(content)
+                os.replace(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
+
+        if self._usable:
+            self._attempt(write)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """A cache that cannot be written (a full disk, say) costs speed, not the run."""
+        try:
+            write()
+        except OSError as error:
+            self._usable = False
+            print(f"data.cache = {self._root}: {error}; reading on without it", file=sys.stderr)
+
+
+def _in_chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    buffer = bytearray()
+    for piece in pieces:
+        buffer += piece
+        while len(buffer) >= CHUNK:
+            yield bytes(buffer[:CHUNK])
+            del buffer[:CHUNK]
+    if buffer:
+        yield bytes(buffer)

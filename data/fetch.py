@@ -1,0 +1,273 @@
+"""Bytes of a dataset's files, wherever they lie: directories, http(s), s3 and the like, pipes.
+
+A store opens one range of one file; a `Reader` around it goes on from the byte it had reached when
+the store fails, after a pause that grows, and gives up with one clear error. webdataset's `gopen`
+is imported here and nowhere else.
+"""
+
+import http.client
+import os
+import random
+import select
+import shlex
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+_PIECE = 1 << 16
+_OPEN_FILES = 256  # a common limit is 1024 for the whole process
+_LONGEST_PAUSE = 10.0
+
+_FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+_TRANSIENT = (OSError, http.client.HTTPException)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """How patiently to read, and where to keep what came over a network.
+
+    `cache` is a directory of this node that all ranks share; it holds at most `cache_gb`.
+    """
+
+    retries: int = 6
+    timeout_s: float = 30.0
+    cache: str | None = None
+    cache_gb: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.retries < 0 or self.timeout_s <= 0 or self.cache_gb <= 0:
+            raise ValueError(
+                f"data.retries = {self.retries}, data.timeout_s = {self.timeout_s} and "
+                f"data.cache_gb = {self.cache_gb}: retries at least 0, the others above 0"
+            )
+
+
+class Store(Protocol):
+    """A place of files that can be read from any byte."""
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        """The bytes [first, last) of a file, as they come."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where the store cannot tell."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Reader:
+    """Reads ranges of files under `root`: a directory, an http(s) or fsspec URL, or `pipe:...`."""
+
+    def __init__(self, root: str, *, config: FetchConfig) -> None:
+        self.root, self._config = root, config
+        self._store = _open_store(root, config.timeout_s)
+
+    @property
+    def seeks(self) -> bool:
+        """False for pipes that can only be read from the beginning."""
+        return not isinstance(self._store, PipeStore) or self._store.ranged
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where unknown.
+
+        Raises:
+            OSError: it is missing or cannot be reached.
+        """
+        for attempt in range(self._config.retries + 1):
+            try:
+                return self._store.size(name)
+            except _FINAL:
+                raise
+            except _TRANSIENT as error:
+                self._pause(name, 0, attempt, error)
+        raise AssertionError("the last pause raises")
+
+    def read(self, name: str, *, first: int, size: int) -> bytes:
+        """`size` bytes of a file from byte `first` on.
+
+        Raises:
+            OSError: they could not be read, even after retries.
+        """
+        return b"".join(self.stream(name, first=first, last=first + size))
+
+    def whole(self, name: str) -> bytes:
+        """All of a small file."""
+        size = self.size(name)
+        if size is None:
+            return b"".join(self._store.pieces(name, first=0, last=2**62))
+        return self.read(name, first=0, size=size)
+
+    def stream(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        """The bytes [first, last) in pieces, resuming from the byte reached after a failure."""
+        failures = 0
+        while first < last:
+            try:
+                for piece in self._store.pieces(name, first=first, last=last):
+                    first += len(piece)
+                    yield piece
+                if first < last:
+                    raise OSError(f"it ended {last - first} bytes early")
+            except _FINAL:
+                raise
+            except _TRANSIENT as error:
+                self._pause(name, first, failures, error)
+                failures += 1
+
+    def forget(self, name: str, *, first: int, size: int) -> None:
+        """Distrust what was read: a plain reader keeps nothing but open files."""
+        self._store.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._store.close()
+
+    def _pause(self, name: str, at: int, failures: int, error: Exception) -> None:
+        if failures >= self._config.retries:
+            raise OSError(
+                f"{self.root}/{name}: reading stopped at byte {at} after {failures + 1} attempts: "
+                f"{error or type(error).__name__}"
+            ) from error
+        # Jitter, so that a thousand ranks do not come back to a weak server in the same instant.
+        time.sleep(min(0.2 * 2**failures, _LONGEST_PAUSE) * random.uniform(0.5, 1.0))
+
+
+class LocalStore:
+    """Files of a directory, kept open."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        yield os.pread(self._file(name), last - first, first)
+
+    def size(self, name: str) -> int:
+        return os.stat(os.path.join(self._root, name)).st_size
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _file(self, name: str) -> int:
+        if name not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[name] = os.open(os.path.join(self._root, name), os.O_RDONLY)
+        self._files.move_to_end(name)
+        return self._files[name]
+
+
+class HttpStore:
+    """Files below an http(s) URL, by range requests."""
+
+    def __init__(self, root: str, timeout_s: float) -> None:
+        self._root, self._timeout_s = root.rstrip("/"), timeout_s
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        headers = {"Range": f"bytes={first}-{last - 1}"}
+        with self._open(name, method="GET", headers=headers) as response:
+            if response.status != http.client.PARTIAL_CONTENT:
+                raise ValueError(
+                    f"{self._root} does not serve byte ranges; use a server that does, or "
+                    "data.shards = 'pipe:curl -fsSL URL/{name}' with data.cache"
+                )
+            while piece := response.read(_PIECE):
+                yield piece
+
+    def size(self, name: str) -> int:
+        with self._open(name, method="HEAD", headers={}) as response:
+            return int(response.headers["Content-Length"])
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def _open(self, name: str, *, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        url = f"{self._root}/{urllib.parse.quote(name)}"
+        request = urllib.request.Request(url, method=method, headers=headers)
+        try:
+            response = urllib.request.urlopen(request, timeout=self._timeout_s)
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(f"{url}: {error}") from None
+            if error.code in (401, 403):
+                raise PermissionError(f"{url}: {error}") from None
+            raise
+        assert isinstance(response, http.client.HTTPResponse)
+        return response
+
+
+class FsspecStore:
+    """Files of any file system that fsspec knows: s3://, gs://, ..."""
+
+    def __init__(self, root: str) -> None:
+        from fsspec.core import url_to_fs  # its drivers are heavy; only such roots need them
+
+        self._files, self._root = url_to_fs(root)
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        yield self._files.cat_file(f"{self._root}/{name}", start=first, end=last)
+
+    def size(self, name: str) -> int:
+        return int(self._files.size(f"{self._root}/{name}"))
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class PipeStore:
+    """Output of a shell command with {name}, and ideally {first} and {last} (inclusive), in it."""
+
+    def __init__(self, root: str, timeout_s: float) -> None:
+        if "{name}" not in root:
+            raise ValueError(f"data.shards = {root}: the command must contain {{name}}")
+        self._root, self._timeout_s = root, timeout_s
+        self.ranged = "{first}" in root and "{last}" in root
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        from webdataset.gopen import gopen  # imports torch: seconds that only pipes should cost
+
+        command = self._root.replace("{name}", shlex.quote(name))
+        command = command.replace("{first}", str(first)).replace("{last}", str(last - 1))
+        pipe = gopen(command, "rb")
+        at = first if self.ranged else 0
+        try:
+            while at < last and (piece := self._read(pipe.stream.fileno(), last - at)):
+                if at + len(piece) > first:
+                    yield piece[max(first - at, 0) :]
+                at += len(piece)
+        finally:
+            pipe.stream.close()  # a command with more to say ends by SIGPIPE
+            pipe.proc.kill()
+            status = pipe.proc.wait()
+        if at < last and status:
+            raise OSError(f"the command ended with exit status {status}")
+
+    def size(self, name: str) -> None:
+        return None
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def _read(self, descriptor: int, size: int) -> bytes:
+        if not select.select([descriptor], [], [], self._timeout_s)[0]:
+            raise TimeoutError(f"the command wrote nothing for {self._timeout_s:g} s")
+        return os.read(descriptor, min(size, _PIECE))
+
+
+def is_local(root: str) -> bool:
+    """Whether `root` is a directory of this machine."""
+    return "://" not in root and not root.startswith("pipe:")
+
+
+def _open_store(root: str, timeout_s: float) -> Store:
+    if root.startswith("pipe:"):
+        return PipeStore(root, timeout_s)
+    if root.startswith(("http://", "https://")):
+        return HttpStore(root, timeout_s)
+    return LocalStore(root) if is_local(root) else FsspecStore(root)

@@ -1,0 +1,32 @@
+"""A look at a dataset: thumbnails side by side in one picture."""
+
+import math
+from collections.abc import Iterable
+
+from PIL import Image
+
+from data.transforms import decode
+
+TILE = 128
+
+
+def contact_sheet(blobs: Iterable[bytes], *, tile: int = TILE) -> Image.Image:
+    """Draw image files as thumbnails of at most `tile` pixels, in rows of a square sheet.
+
+    Raises:
+        one of `data.transforms.UNDECODABLE`.
+    """
+    thumbnails = []
+    for blob in blobs:
+        image = Image.fromarray(decode(blob))
+        scale = tile / max(image.size)
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        # Small pictures are for looking at their pixels, large ones at their content.
+        filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        thumbnails.append(image.resize(size, filter_))
+    columns = math.ceil(math.sqrt(len(thumbnails)))
+    rows = math.ceil(len(thumbnails) / max(columns, 1))
+    sheet = Image.new("RGB", (max(columns, 1) * tile, max(rows, 1) * tile))
+    for i, thumbnail in enumerate(thumbnails):
+        sheet.paste(thumbnail, (i % columns * tile, i // columns * tile))
+    return sheet

@@ -1,0 +1,140 @@
+"""Tar files in WebDataset's conventions: writing them, and finding the samples in others'.
+
+A sample is what lies together under one name up to the first dot: `KEY.cls` or `KEY.json` for the
+label beside `KEY.jpg`, `KEY.png` or another image.
+"""
+
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEADER = 512  # bytes of a tar header, which stands right before its payload
+
+INDEX_DTYPE = np.dtype(
+    [("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
+)  # of the image's payload
+Index = NDArray[np.void]
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarSample:
+    """One image in a tar: where its payload is; `label` is None where the tar names none."""
+
+    name: str
+    offset: int
+    size: int
+    label: int | None
+
+
+class ShardWriter:
+    """Writes one tar, byte for byte as webdataset's TarWriter does with `mtime=0`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._end = 0
+        self._rows: list[tuple[int, int, int, int]] = []
+
+    def add(self, key: str, *, image: bytes, suffix: str, label: int) -> None:
+        """Append one sample."""
+        self._member(f"{key}.cls", str(label).encode())
+        offset = self._member(f"{key}.{suffix}", image)
+        self._rows.append((offset, len(image), label, zlib.crc32(image)))
+
+    def close(self) -> Index:
+        """End the tar and return its index."""
+        end = self._end + 2 * HEADER
+        self._write(b"\0" * (-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self._end))
+        return np.array(self._rows, dtype=INDEX_DTYPE)
+
+    def _member(self, name: str, payload: bytes) -> int:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(payload), 0o444
+        info.uname = info.gname = "bigdata"
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._end
+        self._write(payload + b"\0" * (-len(payload) % tarfile.BLOCKSIZE))
+        return offset
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._end += len(content)
+
+
+def scan_tar(path: Path) -> list[TarSample]:
+    """All images of a tar, in its order.
+
+    Raises:
+        ValueError: it is compressed, damaged or truncated. Common readers end such a tar early
+            and silently.
+    """
+    members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    with path.open("rb") as file:
+        for info in _members(path, file):
+            key, _, suffix = info.name.rpartition("/")[2].partition(".")
+            group = f"{info.name.rpartition('/')[0]}/{key}"
+            members.setdefault(group, {})[suffix.lower()] = info
+        found = (_sample(file, by_suffix) for by_suffix in members.values())
+        return [sample for sample in found if sample]
+
+
+def index_tar(path: Path) -> Index:
+    """The index of a tar made by others; images without a label get class 0.
+
+    Raises:
+        ValueError: as `scan_tar`.
+    """
+    rows = []
+    with path.open("rb") as file:
+        for sample in scan_tar(path):
+            file.seek(sample.offset)
+            crc32 = zlib.crc32(file.read(sample.size))
+            rows.append((sample.offset, sample.size, sample.label or 0, crc32))
+    return np.array(rows, dtype=INDEX_DTYPE)
+
+
+def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if info.isreg():
+                    yield info
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a plain tar file: {error}") from None
+    file.seek(end)
+    if file.read(HEADER).strip(b"\0") or end > path.stat().st_size:
+        raise ValueError(f"{path} is damaged or truncated at byte {end}")
+
+
+def _sample(file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> TarSample | None:
+    image = next((by_suffix[s] for s in by_suffix if s.split(".")[-1] in IMAGE_SUFFIXES), None)
+    if image is None:
+        return None
+    return TarSample(
+        name=image.name,
+        offset=image.offset_data,
+        size=image.size,
+        label=_label(file, by_suffix),
+    )
+
+
+def _label(file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> int | None:
+    for suffix in ("cls", "json"):
+        if suffix in by_suffix:
+            file.seek(by_suffix[suffix].offset_data)
+            content = json.loads(file.read(by_suffix[suffix].size))
+            if isinstance(content, dict):
+                content = content.get("label", content.get("cls"))
+            if isinstance(content, int):
+                return content
+    return None
