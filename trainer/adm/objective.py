@@ -40,8 +40,8 @@ class Denoise:
     ) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W), int64 labels and image numbers (B,) -> terms per image (B,).
 
-        "loss" is weighted for the choice of "t"; "unweighted", "mse" and "vb" (as they apply)
-        are not.
+        "loss" is weighted for the choice of "t". Detached: "unweighted", and its parts "mse" and
+        "vb" as they apply.
         """
         x0 = to_range(images)
         t, weight = self.timesteps.draw(numbers)
@@ -49,8 +49,9 @@ class Denoise:
         x_t = self.diffusion.q_sample(x0, t, noise)
         out = net(x_t, self.diffusion.original(t), **self._conditions(x0, labels))
         terms = self.diffusion.losses(out, x0=x0, x_t=x_t, noise=noise, t=t)
-        unweighted = terms.pop("loss")
-        return {"loss": unweighted * weight, "unweighted": unweighted.detach(), "t": t, **terms}
+        loss = terms["loss"] * weight
+        parts = {name: term.detach() for name, term in terms.items()}
+        return {**parts, "loss": loss, "unweighted": parts["loss"], "t": t}
 
     def _conditions(self, x0: Tensor, labels: Tensor) -> dict[str, Tensor]:
         conditions = {"y": labels} if self.class_conditional else {}

@@ -1,0 +1,242 @@
+"""The nets against recorded values, published checkpoints' tables, and every option."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import golden
+from trainer.adm.blocks import merge_windows, split_windows
+from trainer.adm.unet import Classifier, ClassifierConfig, UNet, UNetConfig, flops
+
+CASES = {case["name"]: case for case in golden.table("cases")["models"]}
+PUBLISHED = golden.table("published_models")
+
+# Measured on the reference (the project's table of published models), GFLOP per image.
+GFLOPS = {
+    "64x64_diffusion": 219.4,
+    "128x128_diffusion": 613.9,
+    "256x256_diffusion": 2239.7,
+    "512x512_diffusion": 3964.7,
+    "64_256_upsampler": 1263.3,
+    "128_512_upsampler": 5009.6,
+    "64x64_classifier": 38.2,
+    "128x128_classifier": 42.1,
+    "256x256_classifier": 146.7,
+    "512x512_classifier": 225.5,
+}
+
+
+def case_inputs(name: str) -> dict[str, Tensor]:
+    case = CASES[name]
+    size = case.get("image_size") or case["large_size"]
+    inputs = {"x": golden.wave(f"x:{name}", (2, 3, size, size), 1.0), "t": torch.tensor([7, 803])}
+    if case.get("class_cond"):
+        inputs["y"] = torch.tensor([3, 912])
+    if case["kind"] == "superres":
+        small = case["small_size"]
+        inputs["low_res"] = golden.wave(f"low_res:{name}", (2, 3, small, small), 1.0)
+    return inputs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_input_gradient_are_the_recorded_ones(name: str) -> None:
+    net = golden.build(CASES[name]["kind"], CASES[name])
+    golden.set_formula_weights(net)
+    want = golden.tensors("models")
+    inputs = case_inputs(name)
+    inputs["x"].requires_grad_()
+    out = net(**inputs)
+    (out * golden.wave(f"dy:{name}", tuple(out.shape), 1.0)).sum().backward()
+    golden.assert_close(out.detach(), want[f"{name}.out"], tolerance=1e-4)
+    assert inputs["x"].grad is not None
+    golden.assert_close(inputs["x"].grad, want[f"{name}.grad_x"], tolerance=1e-3)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_same_keys_shapes_and_size(name: str) -> None:
+    model = PUBLISHED[name]
+    with torch.device("meta"):
+        net = golden.build(model["kind"], model["flags"])
+    assert {key: list(value.shape) for key, value in net.state_dict().items()} == model["state"]
+    assert sum(parameter.numel() for parameter in net.parameters()) == model["parameters"]
+
+
+@pytest.mark.parametrize("name", GFLOPS)
+def test_flops_are_the_measured_ones(name: str) -> None:
+    model = PUBLISHED[name]
+    classifier = model["kind"] == "classifier"
+    build = golden.classifier_config if classifier else golden.unet_config
+    assert flops(build(model["flags"])) / 1e9 == pytest.approx(GFLOPS[name], rel=0.01)
+
+
+SMALL: dict[str, Any] = {
+    "image_size": 16,
+    "channels": 32,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attention": (8,),
+    "heads": 2,
+    "num_classes": 5,
+}
+
+
+def small_unet(**changes: Any) -> UNet:
+    net = UNet(UNetConfig(**{**SMALL, **changes}))
+    golden.set_formula_weights(net)
+    return net
+
+
+def small_classifier(**changes: Any) -> Classifier:
+    net = Classifier(ClassifierConfig(**{**SMALL, **changes}))
+    golden.set_formula_weights(net)
+    return net
+
+
+def small_inputs(net: nn.Module) -> dict[str, Tensor]:
+    inputs = {"x": golden.wave("x", (2, 3, 16, 16), 1.0), "t": torch.tensor([7, 803])}
+    if isinstance(net, UNet) and net.config.num_classes is not None:
+        inputs["y"] = torch.tensor([0, 4])
+    if isinstance(net, UNet) and net.config.small_size is not None:
+        inputs["low_res"] = golden.wave("low_res", (2, 3, 8, 8), 1.0)
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv": "new"},
+        {"resample": "conv"},
+        {"resample": "pool"},
+        {"conditioning": "add"},
+        {"conditioning": "concat"},
+        {"rescale_residuals": True},
+        {"attention": (16, 8), "local_attention": (16,), "local_window": 8},
+        {"attention": (16, 8), "local_attention": (16, 8), "local_window": 4},
+        {"heads": None, "head_channels": 16, "checkpoint": True},
+        {"heads_up": 4, "learn_sigma": False},
+        {"num_classes": None, "dropout": 0.3},
+        {"small_size": 8},
+        {"channels": 64, "channel_mult": (0.5, 1)},
+    ],
+)
+def test_every_option_of_the_unet_reaches_every_parameter(changes: dict[str, Any]) -> None:
+    net = small_unet(**changes)
+    out = net(**small_inputs(net))
+    assert out.shape == (2, 6 if net.config.learn_sigma else 3, 16, 16)
+    (out * golden.wave("dy", tuple(out.shape), 1.0)).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+def test_every_pool_of_the_classifier_reaches_every_parameter(pool: str) -> None:
+    net = small_classifier(pool=pool)
+    out = net(**small_inputs(net))
+    assert out.shape == (2, 5)
+    (out * golden.wave("dy", (2, 5), 1.0)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+def test_rescaling_changes_only_the_sums() -> None:
+    plain, rescaled = small_unet(), small_unet(rescale_residuals=True)
+    assert plain.state_dict().keys() == rescaled.state_dict().keys()
+    inputs = small_inputs(plain)
+    assert not torch.allclose(plain(**inputs), rescaled(**inputs), atol=1e-3)
+
+
+def test_a_window_as_large_as_the_map_is_global_attention() -> None:
+    whole = small_unet()
+    local = small_unet(local_attention=(8,), local_window=8)
+    golden.assert_close(local(**small_inputs(local)), whole(**small_inputs(whole)), tolerance=1e-5)
+
+
+def test_local_attention_does_not_see_beyond_its_window() -> None:
+    block = small_unet(attention=(16, 8), local_attention=(16,), local_window=4).input_blocks[1][1]
+    x = golden.wave("map", (1, 32, 16, 16), 1.0).requires_grad_()
+    tokens = split_windows(x, size=4)
+    torch.testing.assert_close(merge_windows(tokens, size=4, shape=x.shape), x)
+    # GroupNorm sees the whole map, so it is left out.
+    block.norm = nn.Identity()
+    block(x)[:, :, 5, 9].sum().backward()
+    seen = x.grad.abs().sum(dim=(0, 1)) > 0
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[4:8, 8:12] = True
+    assert torch.equal(seen, inside)
+
+
+def test_fresh_nets_begin_as_zero() -> None:
+    """Zero-initialised last convolutions: before training, no noise is predicted at all."""
+    net = UNet(UNetConfig(**SMALL))
+    assert not net(**small_inputs(net)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("build", [small_unet, small_classifier])
+def test_16_bit_nets_are_close_to_fp32(build: Any, dtype: torch.dtype) -> None:
+    net = build()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        # The formula's smooth waves nearly cancel in every sum, which 16 bits cannot follow.
+        fan_in = max(1, parameter[0].numel())
+        nn.init.normal_(parameter, std=fan_in**-0.5, generator=generator)
+    inputs = small_inputs(net)
+    want = net(**inputs).detach()
+    got = net.to(dtype)(**inputs)
+    assert got.dtype == torch.float32
+    golden.assert_close(got.detach(), want, tolerance=0.04 if dtype is torch.bfloat16 else 0.005)
+    got.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_checkpointing_keeps_the_dropout_masks() -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        net = small_unet(dropout=0.5, checkpoint=checkpoint)
+        torch.manual_seed(0)
+        net(**small_inputs(net)).square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_published_file_loads_strictly(tmp_path: Path) -> None:
+    """A pickle of plain tensors under the published names, read without running code."""
+    state = {
+        name: golden.wave(name, tuple(shape), 0.1)
+        for name, shape in PUBLISHED["128x128_classifier"]["state"].items()
+    }
+    torch.save(state, tmp_path / "128x128_classifier.pt")
+    net = golden.build("classifier", PUBLISHED["128x128_classifier"]["flags"])
+    net.load_state_dict(torch.load(tmp_path / "128x128_classifier.pt", weights_only=True))
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"image_size": 17}, "model.image_size = 17"),
+        ({"channels": 40}, "model.channels = 40"),
+        ({"channel_mult": ()}, "model.channel_mult is empty"),
+        ({"channel_mult": (1, 0.7)}, "multiplier 0.7"),
+        ({"blocks": 0}, "model.blocks = 0"),
+        ({"attention": (4,)}, "model.attention has 4"),
+        ({"heads": 3}, "= 3: does not divide"),
+        ({"heads": None}, "give one of the two"),
+        ({"head_channels": 16}, "give one of the two"),
+        ({"heads": None, "head_channels": 16, "heads_up": 2}, "model.heads_up = 2"),
+        ({"qkv": "old"}, "model.qkv = 'old'"),
+        ({"resample": "fft"}, "model.resample = 'fft'"),
+        ({"conditioning": "film"}, "model.conditioning = 'film'"),
+        ({"dropout": 1.0}, "model.dropout = 1.0"),
+        ({"local_attention": (16,)}, "model.local_attention has 16"),
+        ({"local_attention": (8,), "local_window": 3}, "model.local_window = 3"),
+        ({"num_classes": 0}, "model.num_classes = 0"),
+        ({"small_size": 16}, "model.small_size = 16"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        UNetConfig(**{**SMALL, **changes})
