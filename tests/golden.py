@@ -49,7 +49,7 @@ def assert_close(got: Tensor, want: Tensor, *, tolerance: float) -> None:
     assert error < tolerance, f"relative error {error:.2e}, allowed {tolerance:.0e}"
 
 
-_CHANNEL_MULT = {
+_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
     128: (1, 1, 2, 3, 4),

@@ -72,6 +72,41 @@ def test_flops_are_the_measured_ones(name: str) -> None:
     assert flops(build(model["flags"])) / 1e9 == pytest.approx(GFLOPS[name], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({}, 140_830_246),
+        ({"channels": 128, "blocks": 4}, 146_187_142),
+        ({"heads": 4, "attention": (32, 16, 8), "resample": "biggan"}, 164_967_686),
+        (
+            {
+                "channels": 128,
+                "heads": None,
+                "head_channels": 64,
+                "attention": (32, 16, 8),
+                "resample": "biggan",
+            },
+            105_710_598,
+        ),
+    ],
+)
+def test_ablations_have_the_measured_size(changes: dict[str, Any], parameters: int) -> None:
+    """Rows of the paper's Tables 1 and 2, ImageNet 128."""
+    base: dict[str, Any] = {
+        "image_size": 128,
+        "channels": 160,
+        "channel_mult": (1, 1, 2, 3, 4),
+        "blocks": 2,
+        "attention": (16,),
+        "heads": 1,
+        "resample": "conv",
+        "num_classes": 1000,
+    }
+    with torch.device("meta"):
+        net = UNet(UNetConfig(**{**base, **changes}))
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+
+
 SMALL: dict[str, Any] = {
     "image_size": 16,
     "channels": 32,
@@ -155,13 +190,15 @@ def test_a_window_as_large_as_the_map_is_global_attention() -> None:
 
 
 def test_local_attention_does_not_see_beyond_its_window() -> None:
-    block = small_unet(attention=(16, 8), local_attention=(16,), local_window=4).input_blocks[1][1]
+    net: Any = small_unet(attention=(16, 8), local_attention=(16,), local_window=4)
+    block = net.input_blocks[1][1]
     x = golden.wave("map", (1, 32, 16, 16), 1.0).requires_grad_()
     tokens = split_windows(x, size=4)
     torch.testing.assert_close(merge_windows(tokens, size=4, shape=x.shape), x)
     # GroupNorm sees the whole map, so it is left out.
     block.norm = nn.Identity()
     block(x)[:, :, 5, 9].sum().backward()
+    assert x.grad is not None
     seen = x.grad.abs().sum(dim=(0, 1)) > 0
     inside = torch.zeros(16, 16, dtype=torch.bool)
     inside[4:8, 8:12] = True

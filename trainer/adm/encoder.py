@@ -64,11 +64,18 @@ class EncoderConfig:
 
     @property
     def level_channels(self) -> tuple[int, ...]:
+        """Channels of every level, the largest maps first."""
         return tuple(int(self.channels * mult) for mult in self.channel_mult)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
+        """Height and width of every level's maps."""
         return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
+
+    @property
+    def emb_channels(self) -> int:
+        """Width of the embedding of timestep and class."""
+        return 4 * self.channels
 
     def heads_at(self, channels: int) -> int:
         """Number of attention heads on a map of so many channels."""
@@ -145,7 +152,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, *, in_channels: int) -> None:
         super().__init__()
         self.channels = config.channels
-        width = emb_channels(config)
+        width = config.emb_channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.channels, width), nn.SiLU(), nn.Linear(width, width)
         )
@@ -201,10 +208,11 @@ def input_stages(config: EncoderConfig, *, in_channels: int) -> tuple[list[Stage
 def residual(
     config: EncoderConfig, channels: int, *, out_channels: int, resample: Resampling = "same"
 ) -> ResidualBlock:
+    """A residual block as the configuration wants it."""
     return ResidualBlock(
         channels,
         out_channels=out_channels,
-        emb_channels=emb_channels(config),
+        emb_channels=config.emb_channels,
         conditioning=config.conditioning,
         dropout=config.dropout,
         rescale=config.rescale_residuals,
@@ -235,7 +243,3 @@ def resampler(
         return residual(config, channels, out_channels=channels, resample=direction)
     conv = config.resample == "conv"
     return Downsample(channels, conv=conv) if direction == "down" else Upsample(channels, conv=conv)
-
-
-def emb_channels(config: EncoderConfig) -> int:
-    return 4 * config.channels

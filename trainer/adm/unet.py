@@ -19,7 +19,6 @@ from trainer.adm.encoder import (
     Encoder,
     EncoderConfig,
     attention,
-    emb_channels,
     resampler,
     residual,
 )
@@ -57,10 +56,12 @@ class UNetConfig(EncoderConfig):
 
     @property
     def in_channels(self) -> int:
+        """Channels of the net's input: those of the enlarged low resolution come beside."""
         return 3 if self.small_size is None else 6
 
     @property
     def out_channels(self) -> int:
+        """Channels of the net's output: prediction, and with `learn_sigma` the variance's."""
         return 6 if self.learn_sigma else 3
 
     def attention_heads(self) -> tuple[int, ...]:
@@ -87,7 +88,7 @@ class UNet(Encoder):
         super().__init__(config, in_channels=config.in_channels)
         self.config = config
         if config.num_classes is not None:
-            self.label_emb = nn.Embedding(config.num_classes, emb_channels(config))
+            self.label_emb = nn.Embedding(config.num_classes, config.emb_channels)
         self.output_blocks = nn.ModuleList(output_stages(config, skips=self.feature_channels))
         width = config.level_channels[0]
         self.out = nn.Sequential(
