@@ -37,6 +37,7 @@ class CachedReader:
         for name, size in tars.items():
             self._first[name] = chunks
             chunks += -(-size // CHUNK)
+        self._locks = [threading.Lock() for _ in range(64)]
         self._usable = True
         self._attempt(lambda: root.mkdir(parents=True, exist_ok=True))
 
@@ -74,7 +75,14 @@ class CachedReader:
             return found
         if not self._usable:
             return self._reader.read(name, first=begin + low, size=high - low)
-        return self._fetch(name, chunk)[low:high]
+        with self._lock(name, chunk):
+            found = self._lookup(name, chunk, low, high)
+            return self._fetch(name, chunk)[low:high] if found is None else found
+
+    def _lock(self, name: str, chunk: int) -> threading.Lock:
+        """Keeps the threads of this process from fetching the same thing twice."""
+        what = self._first[name] + (chunk if self._reader.seeks else 0)
+        return self._locks[what % len(self._locks)]
 
     def _lookup(self, name: str, chunk: int, low: int, high: int) -> bytes | None:
         try:

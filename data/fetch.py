@@ -15,11 +15,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+_T = TypeVar("_T")
 
 _PIECE = 1 << 16
+_END = 1 << 62  # beyond the end of any file
 _OPEN_FILES = 256  # a common limit is 1024 for the whole process
 _LONGEST_PAUSE = 10.0
 
@@ -79,14 +82,7 @@ class Reader:
         Raises:
             OSError: it is missing or cannot be reached.
         """
-        for attempt in range(self._config.retries + 1):
-            try:
-                return self._store.size(name)
-            except _FINAL:
-                raise
-            except _TRANSIENT as error:
-                self._pause(name, 0, attempt, error)
-        raise AssertionError("the last pause raises")
+        return self._persist(name, lambda: self._store.size(name))
 
     def read(self, name: str, *, first: int, size: int) -> bytes:
         """`size` bytes of a file from byte `first` on.
@@ -99,9 +95,9 @@ class Reader:
     def whole(self, name: str) -> bytes:
         """All of a small file."""
         size = self.size(name)
-        if size is None:
-            return b"".join(self._store.pieces(name, first=0, last=2**62))
-        return self.read(name, first=0, size=size)
+        if size is not None:
+            return self.read(name, first=0, size=size)
+        return self._persist(name, lambda: b"".join(self._store.pieces(name, first=0, last=_END)))
 
     def stream(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """The bytes [first, last) in pieces, resuming from the byte reached after a failure."""
@@ -126,6 +122,17 @@ class Reader:
     def close(self) -> None:
         """Close all files."""
         self._store.close()
+
+    def _persist(self, name: str, attempt: Callable[[], _T]) -> _T:
+        failures = 0
+        while True:
+            try:
+                return attempt()
+            except _FINAL:
+                raise
+            except _TRANSIENT as error:
+                self._pause(name, 0, failures, error)
+                failures += 1
 
     def _pause(self, name: str, at: int, failures: int, error: Exception) -> None:
         if failures >= self._config.retries:

@@ -1,0 +1,41 @@
+"""A trainer reduced to its data: one rank that serves, records, and saves its position.
+
+    python -m tests.data_trainer SHARDS LIFE RANK RANKS WORKERS IMAGES END
+
+From position IMAGES to END, every step appends lines `NUMBER HASH` to LIFE/served-RANK, then saves
+the position in LIFE/position-RANK, as a checkpoint would be saved.
+"""
+
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from data.shards import open_shards
+from data.stream import DataConfig, Stream
+
+BATCH = 24
+
+
+def main(root: str, life: Path, rank: int, ranks: int, workers: int, images: int, end: int) -> None:
+    """Serve one rank's part of the images [images, end)."""
+    config = DataConfig(shards=root, image_size=16, streams=8, block=7, workers=workers)
+    served = (life / f"served-{rank}").open("w")
+    with Stream(open_shards(root), config=config, seed=9) as stream:
+        batches = stream.batches(
+            images=images, batch=BATCH, micro_batch=BATCH // ranks, rank=rank, ranks=ranks
+        )
+        for position in range(images + BATCH, end + 1, BATCH):
+            batch = next(batches)
+            for image, number in zip(batch.images, batch.numbers, strict=True):
+                digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+                served.write(f"{int(number)} {digest}\n")
+            served.flush()
+            (life / f"aside-{rank}").write_text(str(position))
+            os.replace(life / f"aside-{rank}", life / f"position-{rank}")
+            time.sleep(0.005)  # stands for the step
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

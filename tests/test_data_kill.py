@@ -1,0 +1,83 @@
+"""Killed at random moments, restarted on other ranks: the sequence is the uninterrupted one."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.shards import Shards
+from tests.data_fixtures import pack_folder
+from tests.data_trainer import BATCH, main
+
+END = 120 * BATCH
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return pack_folder(tmp_path_factory.mktemp("kill"), images=100)
+
+
+def live(
+    shards: Shards, life: Path, *, images: int, ranks: int, workers: int, kill: float | None
+) -> int:
+    """Run all ranks from a position on; kill them some time into it. The position they saved."""
+    life.mkdir(parents=True)
+    for rank in range(ranks):
+        (life / f"position-{rank}").write_text(str(images))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.data_trainer", shards.root, str(life)]
+            + [str(n) for n in (rank, ranks, workers, images, END)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(ranks)
+    ]
+    if kill is not None:
+        wait_for_all(life, ranks)
+        time.sleep(kill)
+        for process in processes:
+            process.kill()
+    for process in processes:
+        status = process.wait(timeout=100)
+        assert kill is not None or status == 0
+    return min(int(file.read_text()) for file in life.glob("position-*"))
+
+
+def wait_for_all(life: Path, ranks: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(life.glob("served-*"))) < ranks and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def read(life: Path) -> dict[int, str]:
+    served: dict[int, str] = {}
+    for file in life.glob("served-*"):
+        for line in file.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # a killed rank may leave half a line
+                number, digest = line.split()
+                assert int(number) not in served
+                served[int(number)] = digest
+    return served
+
+
+def test_killed_and_restarted_equals_uninterrupted(shards: Shards, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    main(shards.root, tmp_path / "whole", rank=0, ranks=1, workers=0, images=0, end=END)
+    wanted = read(tmp_path / "whole")
+    assert sorted(wanted) == list(range(END))
+
+    draw, got, images = random.Random(), {}, 0
+    for number, ranks in enumerate((2, 3, 1)):
+        life = tmp_path / f"life-{number}"
+        kill = None if number == 2 else draw.uniform(0, 0.4)
+        reached = live(shards, life, images=images, ranks=ranks, workers=2 - number, kill=kill)
+        served = read(life)
+        got |= {image: served[image] for image in range(images, reached)}
+        # Some ranks had gone on beyond the saved position; that, too, was the same sequence.
+        assert all(wanted[image] == digest for image, digest in served.items())
+        images = reached
+    assert got == wanted
