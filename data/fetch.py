@@ -90,6 +90,10 @@ class Reader:
         Raises:
             OSError: they could not be read, even after retries.
         """
+        if isinstance(self._store, LocalStore):
+            content = self._store.read(name, first, size)
+            if len(content) == size:
+                return content
         return b"".join(self.stream(name, first=first, last=first + size))
 
     def whole(self, name: str) -> bytes:
@@ -152,7 +156,10 @@ class LocalStore:
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
-        yield os.pread(self._file(name), last - first, first)
+        yield self.read(name, first, last - first)
+
+    def read(self, name: str, first: int, size: int) -> bytes:
+        return os.pread(self._file(name), size, first)
 
     def size(self, name: str) -> int:
         return os.stat(os.path.join(self._root, name)).st_size

@@ -4,30 +4,25 @@ This is what a worker process runs, so torch stays out of it: a worker starts in
 second and takes some 60 MB.
 """
 
-import tarfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from data.cache import CachedReader
-from data.fetch import FetchConfig, Reader, is_local
+from data.blobs import BadSampleError, Blob, Blobs
+from data.fetch import FetchConfig, is_local
+from data.manifest import Shards
 from data.order import Ints, Order
-from data.shards import Shards
-from data.tars import HEADER, Index
 from data.transforms import (
     UNDECODABLE,
     Pixels,
     center_crop,
     decode,
-    flipped,
+    flips,
     random_crop,
     to_chw,
 )
@@ -67,10 +62,6 @@ class DataConfig(FetchConfig):
             raise ValueError(f"data.max_bad = {self.max_bad}: a share between 0 and 1")
 
 
-class BadSampleError(Exception):
-    """One stored image that is damaged: its shard, key and why."""
-
-
 class Request(NamedTuple):
     """Images to load: those of the endless training order, or of one pass in packing order."""
 
@@ -102,10 +93,10 @@ class Samples:
         self.shards, self.config, self.seed = shards, config, seed
         self.order = Order(shards.sizes, seed=seed, streams=config.streams, block=config.block)
         self._ends = np.cumsum(shards.sizes)
-        self._indexes: dict[int, Index] = {}
-        self._reader = open_reader(shards, config)
+        self._blobs = Blobs(shards, config=config)
         remote = not is_local(shards.root)
         self._threads = ThreadPoolExecutor(_REQUESTS) if remote else None
+        self._scratch = np.empty(3 * fixed**2, dtype=np.uint8) if fixed else None
 
     def load(self, request: Request, *, out: Pixels) -> Loaded:
         """Fill `out` (n, 3, H, W) with the requested images.
@@ -116,154 +107,77 @@ class Samples:
         """
         numbers = np.asarray(request.numbers, dtype=np.int64)
         place = self._rows(numbers) if request.once else self.order.locate(numbers)[1:]
+        begun = [self._begin(int(shard), int(row)) for shard, row in zip(*place, strict=True)]
+        draws = self._draws(request, numbers)
         labels = np.empty(len(numbers), dtype=np.int64)
         bad = []
-        begun = [self._begin(int(shard), int(row)) for shard, row in zip(*place, strict=True)]
-        for i, (number, sample) in enumerate(zip(numbers, begun, strict=True)):
+        for i, (blob, draw) in enumerate(zip(begun, draws, strict=True)):
             try:
-                labels[i] = self._put(sample(), int(number), request.once, out[i])
+                labels[i] = self._put(blob(), draw, out[i])
             except BadSampleError as error:
                 if request.once:
                     raise ValueError(f"{error}; a validation split must be whole") from None
                 bad.append(str(error))
-                labels[i] = self._stand_in(int(number), out[i], str(error))
+                labels[i] = self._stand_in(draw, out[i], str(error))
         return Loaded(labels, tuple(bad))
 
     def close(self) -> None:
         """Close the shards' files."""
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
-        self._reader.close()
+        self._blobs.close()
 
     def _rows(self, numbers: Ints) -> tuple[Ints, Ints]:
         shard = np.searchsorted(self._ends, numbers, side="right")
         return shard, numbers - self._ends[shard] + np.asarray(self.shards.sizes)[shard]
 
-    def _begin(self, shard: int, row: int) -> Callable[[], "_Sample"]:
-        """Start reading a sample; what is returned waits for it."""
-        if self._threads:
-            return self._threads.submit(self._read, shard, row).result
-        return partial(self._read, shard, row)
+    def _draws(self, request: Request, numbers: Ints) -> list["_Draw"]:
+        if request.once:
+            return [_Draw(int(number), flip=False, crop="center") for number in numbers]
+        flip = flips(seed=self.seed, numbers=numbers) & self.config.flip
+        return [
+            _Draw(number, flip=mirrored, crop=self.config.crop)
+            for number, mirrored in zip(numbers.tolist(), flip.tolist(), strict=True)
+        ]
 
-    def _stand_in(self, number: int, out: Pixels, why: str) -> int:
+    def _begin(self, shard: int, row: int) -> Callable[[], Blob]:
+        """Start reading a stored image; what is returned waits for it."""
+        if self._threads:
+            return self._threads.submit(self._blobs.read, shard, row).result
+        return partial(self._blobs.read, shard, row)
+
+    def _stand_in(self, draw: "_Draw", out: Pixels, why: str) -> int:
         """The next good image of the same block takes the place of a bad one."""
-        for other in self.order.alternatives(number):
+        for other in self.order.alternatives(draw.number):
             _, shard, row = self.order.locate([other])
             try:
-                return self._put(self._read(int(shard[0]), int(row[0])), number, False, out)
+                return self._put(self._blobs.read(int(shard[0]), int(row[0])), draw, out)
             except BadSampleError:
                 continue  # it is counted when its own number comes
         raise ValueError(f"{why}; and no image of its block of the order is good")
 
-    def _put(self, sample: "_Sample", number: int, once: bool, out: Pixels) -> int:
-        """Decode a sample into `out`; its label."""
+    def _put(self, blob: Blob, draw: "_Draw", out: Pixels) -> int:
+        """Decode an image into `out`; its label."""
         try:
-            pixels = self._crop(decode(sample.blob), number, once)
-            flip = self.config.flip and not once and flipped(seed=self.seed, number=number)
-            to_chw(pixels, flip=flip, out=out)
+            pixels = self._crop(decode(blob.content, buffer=self._scratch), draw)
+            to_chw(pixels, flip=draw.flip, out=out)
         except UNDECODABLE as error:
-            why = f"{sample.where} cannot be decoded: {error}"
-            raise BadSampleError(why) from None
-        return sample.label
+            raise BadSampleError(f"{blob.where} cannot be decoded: {error}") from None
+        return blob.label
 
-    def _crop(self, pixels: Pixels, number: int, once: bool) -> Pixels:
+    def _crop(self, pixels: Pixels, draw: "_Draw") -> Pixels:
         size = self.config.image_size
-        if self.config.crop == "random" and not once:
+        if draw.crop == "random":
             image = Image.fromarray(pixels)
-            return random_crop(image, size=size, seed=self.seed, number=number)
+            return random_crop(image, size=size, seed=self.seed, number=draw.number)
         if self.shards.image_size == size:
             return pixels
         return center_crop(Image.fromarray(pixels), size=size)
 
-    def _read(self, shard: int, row: int) -> "_Sample":
-        """A sample whose header, size and checksum agree with the index."""
-        if shard not in self._indexes:
-            self._indexes[shard] = self._index(shard)
-        entry = self._indexes[shard][row]
-        try:
-            return self._checked(shard, entry)
-        except (BadSampleError, ValueError):
-            # Perhaps only the way here was bad: a cache, a stale file handle, a flipped bit.
-            self._reader.forget(self._tar(shard), **_extent(entry))
-        try:
-            return self._checked(shard, entry)
-        except BadSampleError:
-            self._demand_others_intact(shard, row)
-            raise
 
-    def _index(self, shard: int) -> Index:
-        if is_local(self.shards.root):
-            return self.shards.index(shard)
-        content = self._reader.whole(self.shards.shards[shard].index)
-        return self.shards.parse_index(shard, content)
+class _Draw(NamedTuple):
+    """What was drawn for one image number."""
 
-    def _checked(self, shard: int, entry: NDArray[np.void]) -> "_Sample":
-        raw = self._reader.read(self._tar(shard), **_extent(entry))
-        tar, size = f"{self.shards.root}/{self._tar(shard)}", int(entry["size"])
-        try:
-            info = tarfile.TarInfo.frombuf(raw[:HEADER], "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise ValueError(
-                f"{tar}: no tar header at byte {entry['offset'] - HEADER}, where the index has "
-                f"one ({error}); the shard is damaged: run `python -m data.shards verify --full`"
-            ) from None
-        if info.size != size:
-            raise ValueError(
-                f"{tar}: {info.name} has {info.size} bytes, the index says {size}; "
-                "the shard was damaged or replaced: run `python -m data.shards verify --full`"
-            )
-        where = f"{tar}: {info.name}"
-        if zlib.crc32(raw[HEADER:]) != entry["crc32"]:
-            raise BadSampleError(f"{where} does not have the checksum of its index")
-        return _Sample(where, raw[HEADER:], int(entry["label"]))
-
-    def _demand_others_intact(self, shard: int, row: int) -> None:
-        """Tell one damaged image from a shard that is another one of the same name."""
-        index = self._indexes[shard]
-        for other in {0, len(index) // 2, len(index) - 1} - {row}:
-            try:
-                self._checked(shard, index[other])
-            except BadSampleError:
-                raise ValueError(
-                    f"{self.shards.root}/{self._tar(shard)}: several images do not have their "
-                    "checksums; the shard was replaced or is damaged throughout: run "
-                    "`python -m data.shards verify --full`"
-                ) from None
-
-    def _tar(self, shard: int) -> str:
-        return self.shards.shards[shard].tar
-
-
-class _Sample(NamedTuple):
-    """A stored image: shard and key, the file's bytes, its label."""
-
-    where: str
-    blob: bytes
-    label: int
-
-
-def open_reader(shards: Shards, config: FetchConfig) -> Reader | CachedReader:
-    """The way to the bytes of a dataset, through the node's cache if there is one to use.
-
-    Raises:
-        ValueError: a pipe that only reads forward, and no cache.
-    """
-    reader = Reader(shards.root, config=config)
-    if config.cache and not is_local(shards.root):
-        return CachedReader(
-            reader,
-            root=Path(config.cache) / shards.fingerprint[:16],
-            tars={shard.tar: shard.bytes for shard in shards.shards},
-            bound=int(config.cache_gb * 2**30),
-        )
-    if not reader.seeks:
-        raise ValueError(
-            f"data.shards = {shards.root} cannot read from the middle of a file: put {{first}} and "
-            "{last} into the command, or give the node a data.cache"
-        )
-    return reader
-
-
-def _extent(entry: NDArray[np.void]) -> dict[str, int]:
-    """Header and payload of a sample in its tar."""
-    return {"first": int(entry["offset"]) - HEADER, "size": int(entry["size"]) + HEADER}
+    number: int
+    flip: bool
+    crop: Literal["center", "random"]

@@ -69,6 +69,22 @@ class ShardWriter:
         self._end += len(content)
 
 
+def read_header(raw: bytes) -> tuple[str, int]:
+    """Name and size in the 512 bytes of a plain header, of which each byte counts.
+
+    Raises:
+        ValueError: the checksum is wrong: this is no header.
+    """
+    stated, rest = raw[148:156], raw[:148] + raw[156:HEADER]
+    try:
+        if int(stated.rstrip(b"\0 "), 8) == sum(rest) + 8 * 32:
+            name = raw[:100].partition(b"\0")[0].decode("utf-8", "replace")
+            return name, int(raw[124:136].rstrip(b"\0 "), 8)
+    except ValueError:
+        pass  # not even digits
+    raise ValueError("bad checksum")
+
+
 def scan_tar(path: Path) -> list[TarSample]:
     """All images of a tar, in its order.
 

@@ -1,0 +1,131 @@
+"""Stored images as bytes: each is read with its tar header and checked against the index.
+
+A header or size that disagrees with the index means another or a torn shard, and stops the run; a
+checksum that disagrees means one damaged image, unless its neighbours' disagree as well.
+"""
+
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from data.cache import CachedReader
+from data.fetch import FetchConfig, Reader, is_local
+from data.manifest import Shards
+from data.tars import HEADER, Index, read_header
+
+_ADVICE = "run `python -m data.shards verify --full`"
+
+
+class BadSampleError(Exception):
+    """One stored image that is damaged: its shard, key and why."""
+
+
+class Blob(NamedTuple):
+    """A stored image: where it is (shard and key), the file's bytes, its label."""
+
+    where: str
+    content: bytes
+    label: int
+
+
+class Blobs:
+    """Random access to the stored images of a dataset by shard and row.
+
+    Raises:
+        ValueError: a pipe that only reads forward, and no cache.
+    """
+
+    def __init__(self, shards: Shards, *, config: FetchConfig) -> None:
+        self._shards = shards
+        self._local = is_local(shards.root)
+        self._reader = _open_reader(shards, config)
+        self._indexes: dict[int, Index] = {}
+
+    def read(self, shard: int, row: int) -> Blob:
+        """One stored image.
+
+        Raises:
+            BadSampleError: it does not have its checksum.
+            ValueError: the shard is not what its index says.
+            OSError: the shard cannot be read.
+        """
+        try:
+            return self._checked(shard, row)
+        except (BadSampleError, ValueError):
+            # Perhaps only the way here was bad: a cache, a stale file handle, a flipped bit.
+            first, size, _, _ = self._entry(shard, row)
+            self._reader.forget(self._shards.shards[shard].tar, first=first, size=size)
+        try:
+            return self._checked(shard, row)
+        except BadSampleError:
+            self._demand_others_intact(shard, row)
+            raise
+
+    def close(self) -> None:
+        """Close all files."""
+        self._reader.close()
+
+    def _checked(self, shard: int, row: int) -> Blob:
+        first, size, label, crc32 = self._entry(shard, row)
+        raw = self._reader.read(self._shards.shards[shard].tar, first=first, size=size)
+        tar = f"{self._shards.root}/{self._shards.shards[shard].tar}"
+        try:
+            name, stated = read_header(raw[:HEADER])
+        except ValueError as error:
+            raise ValueError(
+                f"{tar}: no tar header at byte {first}, where the index has one ({error}); "
+                f"the shard is damaged: {_ADVICE}"
+            ) from None
+        if stated != size - HEADER:
+            raise ValueError(
+                f"{tar}: {name} has {stated} bytes, the index says {size - HEADER}; "
+                f"the shard was damaged or replaced: {_ADVICE}"
+            )
+        content = raw[HEADER:]
+        if zlib.crc32(content) != crc32:
+            raise BadSampleError(f"{tar}: {name} does not have the checksum of its index")
+        return Blob(f"{tar}: {name}", content, label)
+
+    def _entry(self, shard: int, row: int) -> tuple[int, int, int, int]:
+        """First byte and size of header and payload, label, and the payload's crc32."""
+        if shard not in self._indexes:
+            self._indexes[shard] = self._index(shard)
+        offset, size, label, crc32 = self._indexes[shard][row].item()
+        return offset - HEADER, size + HEADER, label, crc32
+
+    def _index(self, shard: int) -> Index:
+        if self._local:
+            return self._shards.index(shard)
+        content = self._reader.whole(self._shards.shards[shard].index)
+        return self._shards.parse_index(shard, content)
+
+    def _demand_others_intact(self, shard: int, row: int) -> None:
+        """Tell one damaged image from a shard that is another one of the same name."""
+        rows = len(self._indexes[shard])
+        for other in {0, rows // 2, rows - 1} - {row}:
+            try:
+                self._checked(shard, other)
+            except BadSampleError:
+                raise ValueError(
+                    f"{self._shards.root}/{self._shards.shards[shard].tar}: several images do not "
+                    "have their checksums; the shard was replaced or is damaged throughout: "
+                    f"{_ADVICE}"
+                ) from None
+
+
+def _open_reader(shards: Shards, config: FetchConfig) -> Reader | CachedReader:
+    """The way to the bytes of a dataset, through the node's cache if there is one to use."""
+    reader = Reader(shards.root, config=config)
+    if config.cache and not is_local(shards.root):
+        return CachedReader(
+            reader,
+            root=Path(config.cache) / shards.fingerprint[:16],
+            tars={shard.tar: shard.bytes for shard in shards.shards},
+            bound=int(config.cache_gb * 2**30),
+        )
+    if not reader.seeks:
+        raise ValueError(
+            f"data.shards = {shards.root} cannot read from the middle of a file: put {{first}} and "
+            "{last} into the command, or give the node a data.cache"
+        )
+    return reader

@@ -1,0 +1,223 @@
+"""The same images through every kind of source, and out again through plain webdataset."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset as wds
+from PIL import Image
+from pyarrow import parquet
+
+from data.archives import open_source
+from data.pack import main, pack
+from data.plan import PackConfig
+from data.shards import Shards, index_directory, open_shards, verify
+from data.shards import main as shards_main
+from data.stream import DataConfig, Stream
+from data.tars import scan_tar
+from tests.data_fixtures import image_file, write_folder
+
+IMAGES = 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("sources") / "folder", images=IMAGES)
+
+
+@pytest.fixture(scope="module")
+def wanted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> set[tuple[bytes, int]]:
+    return content(packed(folder, tmp_path_factory.mktemp("wanted")))
+
+
+def packed(source: Path, out: Path) -> Shards:
+    pack(str(source), out=out / "packed", config=PackConfig(size=16, per_shard=9))
+    return open_shards(out / "packed")
+
+
+def content(shards: Shards) -> set[tuple[bytes, int]]:
+    config = DataConfig(shards=shards.root, image_size=16, workers=0, streams=1)
+    with Stream(shards, config=config, seed=0) as stream:
+        (batch,) = stream.once(micro_batch=shards.count, rank=0, ranks=1)
+    pixels = (image.numpy().tobytes() for image in batch.images)
+    return set(zip(pixels, batch.labels.tolist(), strict=True))
+
+
+def files(folder: Path) -> list[tuple[Path, int]]:
+    return [(path, int(path.parent.name[1:])) for path in sorted(folder.rglob("*.JPEG"))]
+
+
+def write_tars(folder: Path, out: Path, *, json_labels: bool = False) -> Path:
+    out.mkdir()
+    with wds.ShardWriter(str(out / "other-%03d.tar"), maxcount=13, verbose=0) as writer:
+        for i, (path, label) in enumerate(files(folder)):
+            labels = {"json": json.dumps({"label": label})} if json_labels else {"cls": label}
+            writer.write({"__key__": f"deep/{i:06d}", "jpg": path.read_bytes(), **labels})
+    return out
+
+
+def write_parquet(folder: Path, out: Path) -> Path:
+    out.mkdir()
+    names = ["zebra", "ant", "mole"]  # an order that sorting would lose
+    feature = {"label": {"names": names, "_type": "ClassLabel"}}
+    metadata = {b"huggingface": json.dumps({"info": {"features": feature}}).encode()}
+    rows = files(folder)
+    for part in range(2):
+        half = rows[part::2]
+        images = [{"bytes": path.read_bytes(), "path": path.name} for path, _ in half]
+        table = pa.table({"image": images, "label": [label for _, label in half]})
+        table = table.replace_schema_metadata(metadata)
+        parquet.write_table(table, out / f"train-{part}.parquet", row_group_size=4)
+    return out
+
+
+def test_a_zip_packs_like_its_folder(
+    folder: Path, wanted: set[tuple[bytes, int]], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path, _ in files(folder):
+            archive.write(path, path.relative_to(folder))
+    shards = packed(tmp_path / "images.zip", tmp_path)
+    assert content(shards) == wanted
+    # The same names and bytes: the very same dataset.
+    assert shards.fingerprint == packed(folder, tmp_path / "again").fingerprint
+
+
+@pytest.mark.parametrize("json_labels", [False, True])
+def test_webdataset_shards_pack_with_their_labels(
+    folder: Path, wanted: set[tuple[bytes, int]], tmp_path: Path, json_labels: bool
+) -> None:
+    tars = write_tars(folder, tmp_path / "tars", json_labels=json_labels)
+    shards = packed(tars, tmp_path)
+    assert content(shards) == wanted and shards.classes == ("0", "1", "2")
+
+
+def test_parquet_packs_with_its_class_names(
+    folder: Path, wanted: set[tuple[bytes, int]], tmp_path: Path
+) -> None:
+    shards = packed(write_parquet(folder, tmp_path / "parquet"), tmp_path)
+    assert content(shards) == wanted and shards.classes == ("zebra", "ant", "mole")
+    assert not list(Path(shards.root).glob("*.blob"))
+
+
+def test_lmdb_packs_as_one_class(
+    folder: Path, wanted: set[tuple[bytes, int]], tmp_path: Path
+) -> None:
+    with (
+        lmdb.open(str(tmp_path / "cat_lmdb"), map_size=2**26) as database,
+        database.begin(write=True) as transaction,
+    ):
+        for i, (path, _) in enumerate(files(folder)):
+            transaction.put(f"{i:040x}".encode(), path.read_bytes())
+    shards = packed(tmp_path / "cat_lmdb", tmp_path)
+    assert content(shards) == {(pixels, 0) for pixels, _ in wanted}
+    assert shards.classes == ("cat_lmdb",)
+
+
+def test_plain_webdataset_reads_our_shards(folder: Path, tmp_path: Path) -> None:
+    shards = packed(folder, tmp_path)
+    urls = [str(Path(shards.root) / shard.tar) for shard in shards.shards]
+    dataset = wds.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("png", "cls")
+    read = {(image.transpose(2, 0, 1).tobytes(), label) for image, label in dataset}
+    assert read == content(shards) and len(read) == IMAGES
+
+
+def test_the_tar_is_what_webdataset_would_write(folder: Path, tmp_path: Path) -> None:
+    shards = packed(folder, tmp_path)
+    for shard in shards.shards:
+        ours = (Path(shards.root) / shard.tar).read_bytes()
+        buffer = io.BytesIO()
+        with wds.TarWriter(buffer, mtime=0, encoder=False) as writer:
+            for sample in wds.WebDataset([str(Path(shards.root) / shard.tar)], shardshuffle=False):
+                writer.write({k: v for k, v in sample.items() if k in ("__key__", "cls", "png")})
+        assert buffer.getvalue() == ours
+
+
+def test_keeping_originals(folder: Path, tmp_path: Path) -> None:
+    config = PackConfig(size=22, keep_original=True)
+    pack(str(folder), out=tmp_path, config=config)
+    shards = open_shards(tmp_path)
+    assert shards.image_size is None
+    originals = {path.read_bytes() for path, _ in files(folder)}
+    kept = scaled = 0
+    for shard in shards.shards:
+        for sample in scan_tar(tmp_path / shard.tar):
+            with (tmp_path / shard.tar).open("rb") as file:
+                file.seek(sample.offset)
+                blob = file.read(sample.size)
+            image = Image.open(io.BytesIO(blob))
+            assert min(image.size) <= 22
+            kept += blob in originals
+            scaled += blob not in originals and min(image.size) == 22
+    assert kept > 5 and scaled > 5 and kept + scaled == IMAGES
+    config_random = DataConfig(
+        shards=str(tmp_path), image_size=16, crop="random", workers=0, streams=4
+    )
+    with Stream(shards, config=config_random, seed=0) as stream:
+        batch = next(stream.batches(images=0, batch=30, micro_batch=30, rank=0, ranks=1))
+    assert batch.images.shape == (30, 3, 16, 16)
+
+
+def test_a_split_takes_the_class_numbers_of_another(folder: Path, tmp_path: Path) -> None:
+    train = packed(folder, tmp_path)
+    split = tmp_path / "split" / "n0002"
+    split.mkdir(parents=True)
+    (split / "a.png").write_bytes(image_file(1, width=16, height=16, kind="PNG"))
+    arguments = [str(split.parent), str(tmp_path / "val"), "--size", "16", "--workers", "1"]
+    assert main([*arguments, "--classes-of", train.root]) == 0
+    shards = open_shards(tmp_path / "val")
+    assert shards.classes == train.classes and shards.index(0)["label"].tolist() == [2]
+    (split.parent / "n0009").mkdir()
+    (split / "a.png").rename(split.parent / "n0009" / "a.png")
+    assert main([*arguments[:1], str(tmp_path / "no"), "--classes-of", train.root]) == 1
+
+
+@pytest.mark.parametrize("json_labels", [False, True])
+def test_tars_by_others_can_be_indexed_where_they_are(
+    folder: Path, tmp_path: Path, json_labels: bool
+) -> None:
+    tars = write_tars(folder, tmp_path / "tars", json_labels=json_labels)
+    shards = index_directory(tars)
+    assert shards.count == IMAGES and shards.image_size is None
+    assert verify(tars, full=True) == []
+    labels = np.concatenate([shards.index(i)["label"] for i in range(len(shards.shards))])
+    assert np.bincount(labels).tolist() == [10, 10, 10]
+    assert len(content(shards)) == IMAGES
+    with pytest.raises(ValueError, match="has a manifest already"):
+        index_directory(tars)
+
+
+def test_a_tar_that_others_end_silently_is_an_error(folder: Path, tmp_path: Path) -> None:
+    tar = write_tars(folder, tmp_path / "tars") / "other-000.tar"
+    whole = tar.read_bytes()
+    header = scan_tar(tar)[5].offset - 512
+    damaged = bytearray(whole)
+    damaged[header + 3] ^= 4
+    for content_ in (bytes(damaged), whole[: header + 700]):
+        tar.write_bytes(content_)
+        with pytest.raises(ValueError, match=r"other-000\.tar"):
+            scan_tar(tar)
+
+
+def test_info_shows_what_is_there(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = packed(folder, tmp_path)
+    sheet = tmp_path / "sheet.png"
+    assert shards_main(["info", shards.root, "--sheet", str(sheet)]) == 0
+    text = capsys.readouterr().out
+    assert "30 images 16 x 16, 8 shards" in text and "3 classes with 10 to 10 images" in text
+    assert Image.open(sheet).size == (6 * 128, 5 * 128)
+    assert shards_main(["verify", shards.root, "--full"]) == 0
+    assert shards_main(["info", str(tmp_path)]) == 1
+
+
+def test_what_is_no_source_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is neither a folder, zip"):
+        open_source(str(tmp_path / "nothing"), staging=tmp_path)
+    assert main([str(tmp_path), str(tmp_path / "out"), "--size", "8"]) == 1
