@@ -1,4 +1,4 @@
-"""A stand-in for ImageNet where there is none: varied JPEGs cut from scikit-learn's two photographs.
+"""A stand-in for ImageNet where there is none: varied JPEGs cut from scikit-learn's two photos.
 
     python -m bench.photos OUT [--images 3000] [--classes 1000]
 

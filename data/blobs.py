@@ -24,7 +24,7 @@ class Blob(NamedTuple):
     """A stored image: where it is (shard and key), the file's bytes, its label."""
 
     where: str
-    content: bytes
+    content: memoryview
     label: int
 
 
@@ -81,7 +81,7 @@ class Blobs:
                 f"{tar}: {name} has {stated} bytes, the index says {size - HEADER}; "
                 f"the shard was damaged or replaced: {_ADVICE}"
             )
-        content = raw[HEADER:]
+        content = memoryview(raw)[HEADER:]
         if zlib.crc32(content) != crc32:
             raise BadSampleError(f"{tar}: {name} does not have the checksum of its index")
         return Blob(f"{tar}: {name}", content, label)

@@ -107,7 +107,8 @@ class Samples:
         """
         numbers = np.asarray(request.numbers, dtype=np.int64)
         place = self._rows(numbers) if request.once else self.order.locate(numbers)[1:]
-        begun = [self._begin(int(shard), int(row)) for shard, row in zip(*place, strict=True)]
+        rows = zip(*(column.tolist() for column in place), strict=True)
+        begun = [self._begin(shard, row) for shard, row in rows]
         draws = self._draws(request, numbers)
         labels = np.empty(len(numbers), dtype=np.int64)
         bad = []

@@ -18,7 +18,7 @@ from data.samples import DataConfig, Request, Samples
 from data.shards import Shards
 from data.workers import Filled, Setup, Workers
 
-__all__ = ["Batch", "DataConfig", "Stream"]
+__all__ = ["Batch", "DataConfig", "Stream", "to_device"]
 
 _SEEN_AT_LEAST = 1000  # images before `max_bad` counts as a share
 
@@ -167,7 +167,7 @@ class Stream:
             yield Filled(request, images, *self._samples.load(request, out=images))
 
     def _count(self, loaded: Iterator[Filled], pin: bool) -> Iterator[Batch]:
-        """Copy out of the workers' memory, count, and stop where too much is bad."""
+        """Count, make batches, and stop where too much is bad."""
         for filled in loaded:
             self.served += len(filled.labels)
             self.bad += len(filled.bad)
@@ -179,10 +179,31 @@ class Stream:
                     f"{self.config.max_bad}; the last: {filled.bad[-1]}"
                 )
             yield Batch(
-                images=_copy(filled.images, pin),
-                labels=_copy(filled.labels, pin),
+                images=_pinned(filled.images) if pin else torch.from_numpy(filled.images),
+                labels=_pinned(filled.labels) if pin else torch.from_numpy(filled.labels),
                 numbers=torch.tensor(filled.request.numbers, dtype=torch.int64),
             )
+            del filled  # its slot shall be free again before the next one is waited for
+
+
+def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Batch]:
+    """Move batches to where the network is; to a GPU beside the computation that runs there.
+
+    The batches should be pinned; each is asked for only when it is needed.
+    """
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            tensors = [
+                tensor.to(device, non_blocking=True)
+                for tensor in (batch.images, batch.labels, batch.numbers)
+            ]
+        if side:
+            compute = torch.cuda.current_stream(device)
+            compute.wait_stream(side)
+            for tensor in tensors:
+                tensor.record_stream(compute)
+        yield Batch(images=tensors[0], labels=tensors[1], numbers=tensors[2])
 
 
 def _training_requests(
@@ -201,9 +222,12 @@ def _single_pass(count: int, micro_batch: int, rank: int, ranks: int) -> Iterato
         yield Request(mine[i : i + micro_batch], once=True)
 
 
-def _copy(array: np.ndarray, pin: bool) -> Tensor:
+def _pinned(array: np.ndarray) -> Tensor:
     source = torch.from_numpy(array)
-    return torch.empty(source.shape, dtype=source.dtype, pin_memory=pin).copy_(source)
+    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    # numpy copies in this thread; torch would wake a team that then spins on the workers' cores.
+    np.copyto(copy.numpy(), array)
+    return copy
 
 
 def _to_stderr(line: str) -> None:

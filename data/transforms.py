@@ -23,7 +23,7 @@ _CROP_DRAWS = 0x43524F50
 _FLIP_DRAWS = 0x464C4950
 
 
-def decode(blob: bytes, *, buffer: Pixels | None = None) -> Pixels:
+def decode(blob: bytes | memoryview, *, buffer: Pixels | None = None) -> Pixels:
     """Decode an image file to uint8 (H, W, 3), strictly first, then as far as Pillow will go.
 
     `buffer` may take the pixels, if there is room: fresh pages cost a third of the decoding.
@@ -39,7 +39,7 @@ def decode(blob: bytes, *, buffer: Pixels | None = None) -> Pixels:
     return np.asarray(open_rgb(blob))
 
 
-def open_rgb(blob: bytes) -> Image.Image:
+def open_rgb(blob: bytes | memoryview) -> Image.Image:
     """Decode an image file with Pillow to an RGB image."""
     with Image.open(io.BytesIO(blob)) as image:
         return image.convert("RGB")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
@@ -45,7 +46,7 @@ class Setup(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """A request done: views of its slot, valid until the next one is taken."""
+    """A request done. Its arrays may lie in a slot, which is not used again while they are."""
 
     request: Request
     images: Pixels
@@ -103,10 +104,8 @@ class Workers:
                     bad[slot] = answer
                     busy[worker] -= 1
             request, slot = pending.popleft()
-            images, labels = self._slots[slot]
-            n = len(request.numbers)
-            yield Filled(request, images[:n], labels[:n], bad.pop(slot))
-            free.append(slot)
+            share = len(free) + len(pending) >= len(self._sockets)
+            yield self._hand_out(request, slot, bad.pop(slot), free, share)
 
     def close(self) -> None:
         """End the processes, now: they hold nothing that could be lost."""
@@ -115,6 +114,20 @@ class Workers:
         for process in self._processes:
             process.kill()
             process.wait()
+
+    def _hand_out(
+        self, request: Request, slot: int, bad: tuple[str, ...], free: deque[int], share: bool
+    ) -> Filled:
+        """Share a slot until its images are dropped; copy for whoever hoards what was shared."""
+        images, labels = self._slots[slot]
+        images = images[: len(request.numbers)]
+        if share:
+            # A tensor made from this array keeps it alive, and with it the slot.
+            weakref.finalize(images, free.append, slot)
+        else:
+            images = images.copy()
+            free.append(slot)
+        return Filled(request, images, labels[: len(request.numbers)].copy(), bad)
 
     def _ready(self) -> list[int]:
         sockets = list(self._sockets)

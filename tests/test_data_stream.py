@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.shards import Shards, open_shards
-from data.stream import Batch, DataConfig, Stream
+from data.stream import Batch, DataConfig, Stream, to_device
 from tests.data_fixtures import pack_folder
 
 SIZE = 16
@@ -90,6 +90,20 @@ def test_the_sequence_does_not_depend_on_workers(shards: Shards, whole: Seen, wo
     assert len(seen) == 192 and all(whole[number] == sample for number, sample in seen.items())
 
 
+def test_what_is_kept_stays_as_it_was(shards: Shards, whole: Seen) -> None:
+    """Batches lie in the workers' memory; keeping many of them is allowed and changes nothing."""
+    config = config_for(shards, workers=2)
+    with Stream(shards, config=config, seed=3) as stream:
+        batches = stream.batches(images=0, batch=24, micro_batch=24, rank=0, ranks=1)
+        kept = list(islice(batches, 10))
+        for _ in islice(batches, 40):
+            pass
+    seen: Seen = {}
+    for batch in kept:
+        remember(seen, batch)
+    assert seen == whole
+
+
 def test_each_epoch_serves_the_stored_images(shards: Shards, whole: Seen) -> None:
     stored: Seen = {}
     with Stream(shards, config=config_for(shards), seed=0) as stream:
@@ -154,3 +168,17 @@ def test_resuming_with_other_data_is_an_error(shards: Shards, tmp_path: Path) ->
         with pytest.raises(ValueError, match=r"seed was 3, is 4; fingerprint was"):
             stream.check_identity(saved)
         stream.check_identity(stream.identity)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
+def test_moving_to_the_device_changes_nothing(shards: Shards, whole: Seen, device: str) -> None:
+    seen: Seen = {}
+    pin = device == "cuda"
+    with Stream(shards, config=config_for(shards, workers=1), seed=3) as stream:
+        batches = stream.batches(images=0, batch=24, micro_batch=24, rank=0, ranks=1, pin=pin)
+        for batch in islice(to_device(batches, device=torch.device(device)), 10):
+            assert batch.images.device.type == device
+            remember(seen, Batch(**{name: t.cpu() for name, t in vars(batch).items()}))
+    assert seen == whole

@@ -1,0 +1,206 @@
+"""How fast the data layer is, as ratios measured on one machine in one run.
+
+    python -m bench.data [--sizes 128 256] [--rounds 3]
+
+Each system runs in a process of its own; rounds alternate between the systems, so that what else
+the machine does falls on all of them, and the medians are compared. Needs scikit-learn for the
+photographs; MosaicML Streaming is compared where `import streaming` works.
+"""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+from PIL import Image
+
+from bench.photos import make_photos
+from bench.systems import BATCH, SYSTEMS, mosaicml_copy
+from data.order import Order
+from data.pack import pack
+from data.plan import PackConfig
+from data.shards import open_shards
+from data.stream import DataConfig, Stream
+from data.transforms import center_crop
+
+WARM_UP_S = 1.5
+IMAGENET = 1_281_167
+
+
+class Speed(NamedTuple):
+    """Images per second, CPU milliseconds per image, MiB of memory; all processes together."""
+
+    images_s: float
+    cpu_ms: float
+    mib: float
+
+
+def measure(name: str, root: Path, *, size: int, workers: int, seconds: float) -> Speed:
+    """Run one system in this process and its children."""
+    batches = SYSTEMS[name](root, size, workers)
+    begin = time.perf_counter()
+    while next(batches) == 0 or time.perf_counter() < begin + WARM_UP_S:
+        pass
+    begin, busy, images = time.perf_counter(), _cpu_seconds(), 0
+    while time.perf_counter() < begin + seconds:
+        images += next(batches)
+    took = time.perf_counter() - begin
+    return Speed(images / took, (_cpu_seconds() - busy) / images * 1000, _mebibytes())
+
+
+def measure_resume(root: Path, *, size: int, workers: int) -> float:
+    """Seconds from nothing open to the first batch, deep in the third epoch."""
+    begin = time.perf_counter()
+    shards = open_shards(root)
+    config = DataConfig(shards=str(root), image_size=size, workers=workers)
+    position = int(2.7 * shards.count) // BATCH * BATCH
+    with Stream(shards, config=config, seed=0) as stream:
+        next(stream.batches(images=position, batch=BATCH, micro_batch=BATCH, rank=0, ranks=1))
+        return time.perf_counter() - begin
+
+
+def measure_order() -> float:
+    """Seconds to find the first 256 images deep in the third epoch of ImageNet."""
+    sizes = [2048] * (IMAGENET // 2048) + [IMAGENET % 2048]
+    order = Order(sizes, seed=0, streams=192, block=512)
+    begin = time.perf_counter()
+    order.locate(int(2.7 * IMAGENET) + np.arange(256))
+    return time.perf_counter() - begin
+
+
+def measure_packing(photos: Path, out: Path, *, size: int, workers: int) -> float:
+    """Packing rate over that of one process with Pillow alone, per core."""
+    paths = sorted(photos.rglob("*.JPEG"))
+    some = paths[:: len(paths) // 300]
+    config = PackConfig(size=size, format="jpg")
+    rates = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        for path in some:
+            _pack_by_hand(path, size, config.quality)
+        rates.append(len(some) / (time.perf_counter() - begin))
+    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    begin = time.perf_counter()
+    pack(str(photos), out=out, config=config, executor=executor)
+    return len(paths) / (time.perf_counter() - begin) / median(rates) / workers
+
+
+def _pack_by_hand(path: Path, size: int, quality: int) -> bytes:
+    with Image.open(path) as image:
+        crop = center_crop(image.convert("RGB"), size=size)
+    buffer = io.BytesIO()
+    Image.fromarray(crop).save(buffer, format="JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def _family() -> list[psutil.Process]:
+    this = psutil.Process()
+    return [this, *this.children(recursive=True)]
+
+
+def _cpu_seconds() -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in _family())
+
+
+def _mebibytes() -> float:
+    """Memory of all processes; what they share counts once."""
+    return sum(process.memory_full_info().pss for process in _family()) / 2**20
+
+
+def _in_a_process(*arguments: object) -> list[float]:
+    command = [sys.executable, "-m", "bench.data", "--one", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    numbers: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return numbers
+
+
+def _one(what: str, root: str, size: str, workers: str, seconds: str) -> int:
+    """The measuring process: print its numbers and leave, whatever is still running."""
+    if what == "resume":
+        numbers = [measure_resume(Path(root), size=int(size), workers=int(workers))]
+    else:
+        numbers = list(
+            measure(what, Path(root), size=int(size), workers=int(workers), seconds=float(seconds))
+        )
+    print(json.dumps(numbers), flush=True)
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    os._exit(0)
+
+
+def _compare(root: Path, *, size: int, workers: int, seconds: float, rounds: int) -> None:
+    names = [name for name in SYSTEMS if name != "MosaicML Streaming" or find_spec("streaming")]
+    if find_spec("streaming"):
+        mosaicml_copy(root)
+    runs: dict[str, list[Speed]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            runs[name].append(Speed(*_in_a_process(name, root, size, workers, seconds)))
+    medians = {name: Speed(*map(median, zip(*runs[name], strict=True))) for name in names}
+    print(f"\n{size} px, {workers} workers, median of {rounds} rounds of {seconds:g} s\n")
+    print("| system | images/s | ours is | CPU ms per image | memory MiB |\n|---|---|---|---|---|")
+    for name, speed in medians.items():
+        ratio = median(
+            o.images_s / t.images_s for o, t in zip(runs["ours"], runs[name], strict=True)
+        )
+        print(
+            f"| {name} | {speed.images_s:.0f} | {ratio:.2f} x | {speed.cpu_ms:.2f} | "
+            f"{speed.mib:.0f} |",
+            flush=True,
+        )
+
+
+def _run(options: argparse.Namespace, scratch: Path) -> None:
+    photos = options.photos or scratch / "photos"
+    if not options.photos:
+        make_photos(photos, images=options.images, classes=1000)
+    for size in options.sizes:
+        root = scratch / f"packed-{size}"
+        per_core = measure_packing(photos, root, size=size, workers=options.workers)
+        print(f"packing at {size} px: {per_core:.2f} x cores x one process with Pillow", flush=True)
+        _compare(
+            root,
+            size=size,
+            workers=options.workers,
+            seconds=options.seconds,
+            rounds=options.rounds,
+        )
+        cold = [
+            _in_a_process("resume", root, size, options.workers, 0)[0]
+            for _ in range(options.rounds)
+        ]
+        print(f"\nfirst batch of {BATCH} after a cold resume: {median(cold):.2f} s", flush=True)
+    print(f"finding 256 images deep in ImageNet's third epoch: {measure_order() * 1000:.0f} ms")
+
+
+def main() -> int:
+    """The command line of `python -m bench.data`."""
+    if sys.argv[1:2] == ["--one"]:
+        return _one(*sys.argv[2:])
+    parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__)
+    parser.add_argument("--photos", type=Path, help="a folder of images; made, if not given")
+    parser.add_argument("--images", type=int, default=2000, help="how many to make")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        _run(options, Path(scratch))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

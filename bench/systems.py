@@ -1,0 +1,161 @@
+"""What `bench.data` compares: each system as an endless iterator over batch sizes it has served.
+
+All read the same JPEG files, decode, mirror half of them, and hand over uint8 (B, 3, H, W) tensors
+in the training process, with the same number of worker processes.
+"""
+
+import io
+import random
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import Process, Value
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from data.shards import open_shards
+from data.stream import DataConfig, Stream
+from data.tars import scan_tar
+
+BATCH = 64
+_MDS_COPIES = 8  # so that no end of an epoch falls into the measurement
+
+Batches = Iterator[int]
+
+
+def stored_images(root: Path) -> list[bytes]:
+    """The image files in a packed dataset, in order."""
+    blobs = []
+    for tar in sorted(root.glob("*.tar")):
+        with tar.open("rb") as file:
+            for sample in scan_tar(tar):
+                file.seek(sample.offset)
+                blobs.append(file.read(sample.size))
+    return blobs
+
+
+def ours(root: Path, size: int, workers: int) -> Batches:
+    """This repository's stream."""
+    config = DataConfig(shards=str(root), image_size=size, workers=workers)
+    with Stream(open_shards(root), config=config, seed=0) as stream:
+        for batch in stream.batches(images=0, batch=BATCH, micro_batch=BATCH, rank=0, ranks=1):
+            yield len(batch.images)
+
+
+def decoder(root: Path, size: int, workers: int) -> Batches:
+    """Nothing but calls of simplejpeg, on files in memory."""
+    return _in_processes(
+        root, workers, lambda blob: simplejpeg.decode_jpeg(blob, colorspace="RGB") is None
+    )
+
+
+def decoding(root: Path, size: int, workers: int) -> Batches:
+    """Pure decoding: files in memory to what training takes, uint8 (3, H, W), half mirrored."""
+    return _in_processes(
+        root, workers, lambda blob: _finish(simplejpeg.decode_jpeg(blob, colorspace="RGB")) is None
+    )
+
+
+def _in_processes(root: Path, workers: int, decode: Callable[[bytes], bool]) -> Batches:
+    done = Value("q", 0)
+    blobs = stored_images(root)
+
+    def work() -> None:
+        while True:
+            for i in range(0, len(blobs), BATCH):
+                for blob in blobs[i : i + BATCH]:
+                    decode(blob)
+                with done.get_lock():
+                    done.value += len(blobs[i : i + BATCH])
+
+    torch.set_num_threads(1)
+    for _ in range(workers):
+        Process(target=work, daemon=True).start()
+    seen = 0
+    while True:
+        time.sleep(0.05)
+        now = done.value
+        yield now - seen
+        seen = now
+
+
+def webdataset_pillow(root: Path, size: int, workers: int) -> Batches:
+    """webdataset's own pipeline, decoding with Pillow as it does by default."""
+    return _webdataset(root, workers, lambda blob: np.asarray(_pillow(blob)))
+
+
+def webdataset_simplejpeg(root: Path, size: int, workers: int) -> Batches:
+    """webdataset's own pipeline with our decoder."""
+    return _webdataset(root, workers, lambda blob: simplejpeg.decode_jpeg(blob, colorspace="RGB"))
+
+
+def mosaicml(root: Path, size: int, workers: int) -> Batches:
+    """MosaicML Streaming, decoding with Pillow as its own image columns do."""
+    from streaming import StreamingDataset  # not a dependency of this project
+
+    class Images(StreamingDataset):
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            sample = super().__getitem__(index)
+            return _finish(np.array(_pillow(sample["image"]))), int(sample["label"])
+
+    local = mosaicml_copy(root)
+    images = Images(local=str(local), shuffle=True, batch_size=BATCH)
+    loader: Any = torch.utils.data.DataLoader(
+        images, batch_size=BATCH, num_workers=workers, persistent_workers=True
+    )
+    while True:
+        for batch, _ in loader:
+            yield len(batch)
+
+
+def mosaicml_copy(root: Path) -> Path:
+    """The same images as MDS shards."""
+    from streaming import MDSWriter  # not a dependency of this project
+
+    local = root.with_name(f"{root.name}-mds")
+    if not local.exists():
+        columns = {"image": "bytes", "label": "int"}
+        with MDSWriter(out=str(local), columns=columns) as writer:
+            for blob in stored_images(root) * _MDS_COPIES:
+                writer.write({"image": blob, "label": 0})
+    return local
+
+
+SYSTEMS: dict[str, Callable[[Path, int, int], Batches]] = {
+    "simplejpeg alone": decoder,
+    "pure decoding to uint8 CHW": decoding,
+    "ours": ours,
+    "webdataset, Pillow": webdataset_pillow,
+    "webdataset, simplejpeg": webdataset_simplejpeg,
+    "MosaicML Streaming": mosaicml,
+}
+
+
+def _webdataset(root: Path, workers: int, decode: Callable[[bytes], np.ndarray]) -> Batches:
+    import webdataset as wds  # seconds of import that the others should not pay
+
+    urls = [str(root / shard.tar) for shard in open_shards(root).shards]
+    dataset = (
+        wds.WebDataset(urls, shardshuffle=len(urls))
+        .shuffle(1000)
+        .to_tuple("jpg", "cls")
+        .map_tuple(lambda blob: torch.from_numpy(_finish(decode(blob))), int)
+        .batched(BATCH)
+        .repeat()
+    )
+    for images, _ in wds.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield len(images)
+
+
+def _pillow(blob: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(blob)).convert("RGB")
+
+
+def _finish(pixels: np.ndarray) -> np.ndarray:
+    if random.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

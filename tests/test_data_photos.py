@@ -1,0 +1,76 @@
+"""A photo set in ImageNet's layout goes all the way: packed, verified, streamed, read by others."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+
+from bench.photos import make_photos
+from data.pack import pack
+from data.plan import PackConfig
+from data.shards import Shards, open_shards, verify
+from data.stream import DataConfig, Stream
+from data.transforms import center_crop, open_rgb
+
+CLASSES, PER_CLASS, SIZE = 1000, 2, 64
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    make_photos(root, images=CLASSES * PER_CLASS, classes=CLASSES, longest=100)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    out = tmp_path_factory.mktemp("packed")
+    executor = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+    assert pack(str(photos), out=out, config=PackConfig(size=SIZE), executor=executor) == 0
+    assert verify(out, full=True) == []
+    return open_shards(out)
+
+
+def test_all_classes_are_there_in_order(photos: Path, shards: Shards) -> None:
+    assert shards.classes == tuple(sorted(path.name for path in photos.iterdir()))
+    labels = np.concatenate([shards.index(i)["label"] for i in range(len(shards.shards))])
+    assert (np.bincount(labels) == PER_CLASS).all() and len(shards.classes) == CLASSES
+    # Shuffled once, globally: neighbours are of unrelated classes.
+    assert abs(np.corrcoef(labels[1:], labels[:-1])[0, 1]) < 0.1
+
+
+def test_the_stream_serves_the_reference_crops(photos: Path, shards: Shards) -> None:
+    config = DataConfig(shards=shards.root, image_size=SIZE, workers=2, flip=False)
+    served: dict[bytes, int] = {}
+    with Stream(shards, config=config, seed=0) as stream:
+        for batch in stream.once(micro_batch=100, rank=0, ranks=1):
+            for image, label in zip(batch.images, batch.labels, strict=True):
+                served[image.numpy().tobytes()] = int(label)
+    assert len(served) == CLASSES * PER_CLASS
+    for path in sorted(photos.rglob("*.JPEG"))[::97]:
+        crop = center_crop(open_rgb(path.read_bytes()), size=SIZE).transpose(2, 0, 1)
+        assert shards.classes[served[crop.tobytes()]] == path.parent.name
+
+
+def test_plain_webdataset_reads_all_of_it(shards: Shards) -> None:
+    urls = [str(Path(shards.root) / shard.tar) for shard in shards.shards]
+    dataset = wds.WebDataset(urls, shardshuffle=False).decode("torchrgb8").to_tuple("png", "cls")
+    labels = [label for image, label in dataset if image.shape == (3, SIZE, SIZE)]
+    assert np.array_equal(np.bincount(labels), np.full(CLASSES, PER_CLASS))
+
+
+def test_batches_are_as_mixed_as_ideal_shuffling(shards: Shards) -> None:
+    """Counts of 10 groups of classes in batches vary as independent draws would have them."""
+    config = DataConfig(shards=shards.root, image_size=SIZE, workers=0, streams=16)
+    counts = []
+    with Stream(shards, config=config, seed=0) as stream:
+        batches = stream.batches(images=0, batch=100, micro_batch=100, rank=0, ranks=1)
+        for _ in range(20):
+            groups = next(batches).labels % 10
+            counts.append(torch.bincount(groups, minlength=10).double())
+    variance = torch.stack(counts).var(dim=0).mean().item()
+    assert 0.7 < variance / (100 * 0.1 * 0.9) < 1.3
