@@ -5,10 +5,10 @@ other in one process group, since a start costs seconds and a tiny run does not.
 read from the run directories and from `statuses`.
 """
 
-import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,11 +45,11 @@ class Job:
 
 
 def start(directory: Path, *, ranks: int, runs: list[list[str]], fp16: bool = False) -> Job:
-    """Start a job of `ranks` processes; `runs` are argument lists of `trainer.train`."""
+    """Start a job of `ranks` processes. A run is "train" or "sample", and that tool's arguments."""
     directory.mkdir(parents=True, exist_ok=True)
     order, report = directory / "order.json", directory / "report.json"
     order.write_text(json.dumps({"runs": runs, "fp16": fp16, "report": str(report)}))
-    port = _free_port()
+    port = free_port()
     processes = []
     for rank in range(ranks):
         env = {
@@ -86,9 +86,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def _free_port() -> int:
-    import socket
-
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -97,8 +95,10 @@ def _free_port() -> int:
 def main(order: Path) -> None:
     """What one rank does."""
     from launch.world import join
-    from trainer import train
+    from trainer import sample, train
     from trainer.group import connected
+
+    tools = {"train": (train.parser, train.train), "sample": (sample.parser, sample.sample)}
 
     task = json.loads(order.read_text())
     if task["fp16"]:  # DeepSpeed refuses fp16 on most CPUs by this check alone
@@ -107,9 +107,10 @@ def main(order: Path) -> None:
         CPU_Accelerator.is_fp16_supported = lambda self: True
     world, statuses = join(), []
     with connected(world) as device:
-        for run in task["runs"]:
+        for tool, *arguments in task["runs"]:
+            parser, work = tools[tool]
             try:
-                status = train.train(train.parser().parse_args(run), world=world, device=device)
+                status = work(parser().parse_args(arguments), world=world, device=device)
             except ValueError as error:
                 status = str(error)
             statuses.append(status)
@@ -118,6 +119,4 @@ def main(order: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("order", type=Path)
-    main(parser.parse_args().order)
+    main(Path(sys.argv[1]))

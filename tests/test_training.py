@@ -42,7 +42,7 @@ class Place:
         file.write_text(json.dumps(mechanics))
         sets = (*sets, 'training.precision = "fp16"') if fp16 else sets
         return [
-            str(self.preset), "--run", str(self.run(name)), "--ds-config", str(file),
+            "train", str(self.preset), "--run", str(self.run(name)), "--ds-config", str(file),
             *(word for change in sets for word in ("--set", change)),
         ]  # fmt: skip
 
@@ -151,7 +151,11 @@ def test_sharded_averages_equal_their_closed_form(place: Place, stage: int) -> N
     torch.manual_seed(3)
     start = build(configs.load(place.preset).model).state_dict()
     weights = [start] + [
-        {k[6:]: v for k, v in place.checkpoint(f"zero{stage}", n * STEP).items() if k[:6] == "model:"}
+        {
+            k[6:]: v
+            for k, v in place.checkpoint(f"zero{stage}", n * STEP).items()
+            if k[:6] == "model:"
+        }
         for n in range(1, 9)
     ]
     last = place.checkpoint(f"zero{stage}", 64)
@@ -166,9 +170,7 @@ def test_sharded_averages_equal_their_closed_form(place: Place, stage: int) -> N
 
 def test_an_overflow_skips_the_step_and_halves_the_scale(place: Place) -> None:
     sets = ("intervals.checkpoint = 8", "training.images = 32")
-    runs = [
-        place.arguments(f"half{stage}", stage=stage, fp16=True, sets=sets) for stage in STAGES
-    ]
+    runs = [place.arguments(f"half{stage}", stage=stage, fp16=True, sets=sets) for stage in STAGES]
     assert place.train(*runs, world=2, fp16=True) == [0, 0, 0]
     for stage in STAGES:
         name = f"half{stage}"

@@ -161,12 +161,13 @@ def find(preset: str | Path) -> Path:
 
 def from_table(table: Mapping[str, Any], *, where: str) -> Config:
     """Build the `Config` that a TOML table spells out; facts that sections share are filled in."""
-    table = {key: dict(v) if isinstance(v, Mapping) else v for key, v in table.items()}
-    model, diffusion = table.get("model", {}), table.get("diffusion", {})
+    sections = {key: dict(v) for key, v in table.items() if isinstance(v, Mapping)}
+    table = {**table, **sections}
+    model, diffusion = sections.get("model", {}), sections.get("diffusion", {})
     if table.get("objective") == "denoise":
         model["learn_sigma"] = diffusion.get("variance", "learned") == "learned"
-    if "data" in table and "image_size" in model:
-        table["data"]["image_size"] = model["image_size"]
+    if "data" in sections and "image_size" in model:
+        sections["data"]["image_size"] = model["image_size"]
     kinds = {"denoise": UNetConfig, "classify": ClassifierConfig}
     kind = kinds.get(table.get("objective", ""))
     if kind is None:

@@ -4,22 +4,24 @@ Every draw of noise is keyed by (seed, image number, step), and images are drawn
 so image i is the same whichever rank draws it and however many ranks there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data.stream import Batch
 from launch.world import World
-from trainer import ema
 from trainer.adm.diffusion import Diffusion
+from trainer.adm.objective import to_range
 from trainer.adm.sampler import Guidance, ancestral, ddim, start, step_noise
 from trainer.adm.unet import UNet, UNetConfig
-from trainer.config import Config
-from trainer.engine import Engine
+from trainer.config import Config, IntervalConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,61 +70,82 @@ def draw(
 
 
 def tile(images: NDArray[np.uint8], *, columns: int | None = None) -> NDArray[np.uint8]:
-    """Lay uint8 (N, 3, H, W) out on a grid (3, rows H, columns W), black where empty."""
+    """Lay uint8 (N, 3, H, W) out on a grid (3, rows, columns), small images enlarged to be seen."""
     count, _, height, width = images.shape
+    zoom = max(1, 32 // height)
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
-    grid = np.zeros((rows * columns, 3, height, width), np.uint8)
-    grid[:count] = images
-    grid = grid.reshape(rows, columns, 3, height, width).transpose(2, 0, 3, 1, 4)
-    return np.ascontiguousarray(grid.reshape(3, rows * height, columns * width))
+    grid = np.zeros((rows * columns, 3, height * zoom + 2, width * zoom + 2), np.uint8)
+    grid[:count, :, 1:-1, 1:-1] = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    _, _, tall, wide = grid.shape
+    grid = grid.reshape(rows, columns, 3, tall, wide).transpose(2, 0, 3, 1, 4)
+    return np.ascontiguousarray(grid.reshape(3, rows * tall, columns * wide))
 
 
 def draw_grid(
-    engine: Engine, *, config: Config, world: World, low_res: Tensor | None = None
+    weights: Mapping[str, Tensor],
+    *,
+    config: Config,
+    world: World,
+    device: torch.device,
+    shown: Batch | None,
 ) -> NDArray[np.uint8] | None:
-    """The run's grid from its first EMA, uint8 (3, H, W), on the main rank; None on others.
+    """A run's grid, uint8 (3, H, W), on the main rank; None on others. All ranks must call it.
 
-    All ranks must call it. `low_res` (N, 3, h, w) in [-1, 1] on every rank feeds an upsampler.
+    An upsampler enlarges the images of `shown`, of which each rank has the share that
+    `grid_numbers` names.
     """
     assert isinstance(config.model, UNetConfig)
-    net = UNet(config.model).to(engine.device)
-    net.load_state_dict(dict(engine.gather(ema.key(config.training.ema[0]))))
+    net = UNet(config.model).to(device)
+    net.load_state_dict(dict(weights))
     net = net.to(DTYPES[config.training.precision]).eval()
-    numbers = torch.arange(world.rank, config.intervals.samples_count, world.size)
-    respacing = config.intervals.samples_steps
+    every = config.intervals
+    numbers = grid_numbers(every, world=world)
+    labels = _spread(numbers, every.samples_count, config.model.num_classes)
+    low_res = None
+    if shown is not None and config.model.small_size is not None:
+        x0 = to_range(shown.images.to(device))
+        low_res = F.interpolate(x0, config.model.small_size, mode="area")
+        labels = None if labels is None else shown.labels
     walk = Walk(
-        diffusion=Diffusion(config.diffusion, respacing=respacing),
+        diffusion=Diffusion(config.diffusion, respacing=every.samples_steps),
         seed=config.training.seed,
-        eta=0.0 if respacing.startswith("ddim") else None,
+        eta=0.0 if every.samples_steps.startswith("ddim") else None,
     )
-    classes = config.model.num_classes
-    labels = None if classes is None else _spread(numbers, config.intervals.samples_count, classes)
-    mine = np.zeros((0, 3, config.model.image_size, config.model.image_size), np.uint8)
-    if len(numbers):
-        with torch.no_grad():
-            mine = (
-                draw(
-                    net,
-                    numbers.to(engine.device),
-                    config=config.model,
-                    walk=walk,
-                    labels=None if labels is None else labels.to(engine.device),
-                    low_res=None if low_res is None else low_res[numbers.to(low_res.device)],
-                )
-                .cpu()
-                .numpy()
-            )
-    parts: list[NDArray[np.uint8]] = [mine] * world.size
+    with torch.no_grad():
+        mine = draw(
+            net,
+            numbers.to(device),
+            config=config.model,
+            walk=walk,
+            labels=None if labels is None else labels.to(device),
+            low_res=low_res,
+        )
+    return _collect(mine.cpu().numpy(), count=every.samples_count, world=world)
+
+
+def grid_numbers(every: IntervalConfig, *, world: World) -> Tensor:
+    """The images of the grid that this rank draws: one in every so many; all ranks draw alike.
+
+    Ranks beyond the size of the grid draw an image that is not shown.
+    """
+    return torch.arange(world.rank, max(every.samples_count, world.rank + 1), world.size)
+
+
+def _collect(mine: NDArray[np.uint8], *, count: int, world: World) -> NDArray[np.uint8] | None:
+    """The grid of all ranks' images, on the main rank."""
+    parts: list[Any] = [None] * world.size
     dist.all_gather_object(parts, mine)
     if not world.is_main:
         return None
-    images = np.empty((config.intervals.samples_count, *mine.shape[1:]), np.uint8)
-    for rank, part in enumerate(parts):
+    images = np.empty((count, *mine.shape[1:]), np.uint8)
+    for rank, part in enumerate(parts[:count]):
         images[rank :: world.size] = part
     return tile(images)
 
 
-def _spread(numbers: Tensor, count: int, classes: int) -> Tensor:
+def _spread(numbers: Tensor, count: int, classes: int | None) -> Tensor | None:
     """Labels of a grid: all classes in turn where they fit, else evenly spread ones."""
-    return numbers % classes if classes <= count else numbers * classes // count
+    if classes is None:
+        return None
+    return numbers % classes if classes <= count else numbers * classes // count % classes

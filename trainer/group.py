@@ -61,7 +61,6 @@ def connected(world: World, *, timeout_minutes: float = 10.0) -> Iterator[torch.
     """
     os.environ.update(world.environment())
     device = device_of(world)
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=world.rank,

@@ -18,6 +18,7 @@ from torch import Tensor
 from data.stream import Batch
 from launch.preempt import TO_BE_CONTINUED, Preemption
 from launch.world import World
+from trainer import ema
 from trainer.adm.objective import Classify, Denoise
 from trainer.checkpoint import Saver
 from trainer.config import Config
@@ -49,6 +50,8 @@ class Loop:
     images: int
     #: What makes the order of the data; kept in checkpoints, and checked on resume.
     order: dict[str, Any]
+    #: The images that an upsampler enlarges in its grids.
+    shown: Batch | None = None
     _agreement: Agreement = field(default_factory=lambda: Agreement(2))
     _was_pending: bool = False
 
@@ -182,7 +185,13 @@ class Loop:
     def _draw_grid(self) -> None:
         """A grid from the first EMA; every rank draws its share of the images."""
         began = time.monotonic()
-        picture = draw_grid(self.engine, config=self.config, world=self.world)
+        picture = draw_grid(
+            dict(self.engine.gather(ema.key(self.config.training.ema[0]))),
+            config=self.config,
+            world=self.world,
+            device=self.engine.device,
+            shown=self.shown,
+        )
         if self.board is not None and picture is not None:
             name = f"{self.images:012d}"
             self.board.grid("samples", torch.from_numpy(picture), images=self.images)

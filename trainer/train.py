@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data.shards import open_shards
-from data.stream import Stream
+from data.stream import Batch, Stream
 from launch.world import World, join
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
@@ -25,6 +25,7 @@ from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
 from trainer.adm.unet import Classifier, ClassifierConfig, UNet, UNetConfig
 from trainer.checkpoint import Checkpoint, Saver
 from trainer.config import Config
+from trainer.draw import grid_numbers
 from trainer.engine import WEIGHTS, Engine, load_mechanics, resolve_mechanics
 from trainer.group import Refused, agreed, connected, run_as_rank
 from trainer.loop import Loop
@@ -124,6 +125,7 @@ def train(arguments: argparse.Namespace, *, world: World, device: torch.device) 
             board=board,
             images=images,
             order=stream.identity,
+            shown=_shown(plan, world=world),
         )
         batches = stream.batches(
             images=images,
@@ -188,6 +190,15 @@ def _start(
         engine.load_scalars(found.state["engine"])
         objective.timesteps.load(found.state["timesteps"])
     return engine, objective
+
+
+def _shown(plan: Plan, *, world: World) -> Batch | None:
+    """The first images of the shards, for an upsampler to enlarge in its grids."""
+    config = plan.config
+    if config.intervals.samples is None or getattr(config.model, "small_size", None) is None:
+        return None
+    share = len(grid_numbers(config.intervals, world=world))
+    return next(plan.stream.once(micro_batch=share, rank=world.rank, ranks=world.size))
 
 
 def _saver(plan: Plan, *, world: World) -> Saver:

@@ -1,0 +1,167 @@
+"""Drawn images: the same on any number of ranks, in the evaluator's layout, never mixed or lost."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests import golden, ranks
+from trainer import config as configs
+from trainer.draw import tile
+from trainer.train import build
+
+CLASSIFIER = """
+objective = "classify"
+[model]
+image_size = 8
+channels = 32
+channel_mult = [1, 2]
+blocks = 1
+attention = [4]
+heads = 2
+num_classes = 10
+[diffusion]
+schedule = "cosine"
+[training]
+images = 64
+batch = 8
+micro_batch = 2
+lr = 1e-3
+ema = [0.5]
+precision = "fp32"
+[data]
+shards = "none"
+[intervals]
+log = 8
+checkpoint = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, list[str]]:
+    """Networks with formula weights: a UNet as a published `.pt`, a classifier as safetensors."""
+    root = tmp_path_factory.mktemp("weights")
+    (root / "classifier.toml").write_text(CLASSIFIER)
+    nets = {}
+    for name, preset in (("unet", tiny), ("classifier", root / "classifier.toml")):
+        nets[name] = build(configs.load(preset).model)
+        golden.set_formula_weights(nets[name])
+    torch.save(nets["unet"].state_dict(), root / "unet.pt")
+    save_file(nets["classifier"].state_dict(), root / "classifier.safetensors")
+    return {
+        "unet": [str(root / "unet.pt"), "--preset", str(tiny)],
+        "guide": [
+            "--classifier", str(root / "classifier.safetensors"),
+            "--classifier-preset", str(root / "classifier.toml"), "--scale", "3",
+        ],
+    }  # fmt: skip
+
+
+def draw(root: Path, *runs: list[str], world: int = 1) -> list[int | str]:
+    job = ranks.start(
+        root / f"job-{world}", ranks=world, runs=[["sample", *map(str, run)] for run in runs]
+    )
+    job.wait()
+    assert job.report.exists(), "\n".join(job.texts)
+    return job.statuses
+
+
+def arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(file) as samples:
+        assert set(samples) == {"arr_0", "arr_1"}
+        return samples["arr_0"], samples["arr_1"]
+
+
+def test_images_do_not_depend_on_the_ranks(tmp_path: Path, weights: dict[str, list[str]]) -> None:
+    ask = [*weights["unet"], "--images", "14", "--batch", "4", "--steps"]
+    guided = [*ask, "5", *weights["guide"]]
+    for world in (1, 2):
+        runs = (
+            [*guided, "--out", tmp_path / f"guided-{world}.npz"],
+            [*ask, "ddim5", "--out", tmp_path / f"ddim-{world}.npz", "--classes", "7,2"],
+            [*ask, "5", "--out", tmp_path / f"free-{world}.npz"],
+        )
+        assert draw(tmp_path, *runs, world=world) == [0, 0, 0]
+    for name in ("guided", "ddim", "free"):
+        images, labels = arrays(tmp_path / f"{name}-1.npz")
+        assert images.shape == (14, 8, 8, 3) and images.dtype == np.uint8
+        assert labels.tolist() == ([7, 2] * 7 if name == "ddim" else [*range(10), 0, 1, 2, 3])
+        again, labels_again = arrays(tmp_path / f"{name}-2.npz")
+        assert np.array_equal(images, again) and np.array_equal(labels, labels_again)
+        with Image.open(tmp_path / f"{name}-1.png") as grid:
+            assert grid.size[0] >= 32
+    free, guided_images = arrays(tmp_path / "free-1.npz")[0], arrays(tmp_path / "guided-1.npz")[0]
+    assert not np.array_equal(free, guided_images)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_a_request_resumes_its_parts_and_refuses_others(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    out = tmp_path / "samples.npz"
+    ask = [*weights["unet"], "--images", "6", "--batch", "2", "--steps", "3", "--out", out]
+    assert draw(tmp_path, ask) == [0]
+    whole = arrays(out)[0]
+    refused, other = draw(tmp_path, ask, [*ask[:-1], tmp_path / "b.npz", "--seed", "1"])
+    assert "exists: name another --out" in str(refused) and other == 0
+    assert not np.array_equal(whole, arrays(tmp_path / "b.npz")[0])
+
+    # What an interruption leaves: the parts that were done. A drawn part is not drawn again.
+    out.unlink()
+    parts = out.with_suffix(".parts")
+    parts.mkdir()
+    marked = np.full((2, 8, 8, 3), 77, np.uint8)
+    np.savez(parts / "000001.npz", images=marked, labels=np.array([2, 3]))
+    assert draw(tmp_path, ask) == [0]
+    resumed = arrays(out)[0]
+    assert np.array_equal(resumed[2:4], marked)
+    assert np.array_equal(resumed[[0, 1, 4, 5]], whole[[0, 1, 4, 5]])
+
+
+def test_what_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    out = ["--out", tmp_path / "never.npz", "--images", "2"]
+    guide = weights["guide"]
+    foreign = tmp_path / "foreign.pt"
+    foreign.write_bytes(b"not a tensor in sight")
+    statuses = draw(
+        tmp_path,
+        [*weights["unet"], *out, "--classes", "10"],
+        [*weights["unet"], *out, "--steps", "2000"],
+        [*weights["unet"], *out, "--low-res", foreign],
+        [weights["unet"][0], *out],
+        [guide[1], "--preset", guide[3], *out],
+        [guide[1], *weights["unet"][1:], *out],
+        [foreign, *weights["unet"][1:], *out],
+        [tmp_path / "norun", *out],
+        [*weights["unet"], *out, "--classifier", *weights["unet"][:1], "--classifier-preset",
+         weights["unet"][2]],
+    )  # fmt: skip
+    expected = [
+        "10 is not among the classes 0 to 9",
+        "2000",
+        "is no upsampler: leave out --low-res",
+        "name its preset too",
+        "is a classifier; give it as --classifier",
+        "does not fit the network of this preset",
+        "weights file",
+        "norun",
+        "is no classifier",
+    ]
+    for status, message in zip(statuses, expected, strict=True):
+        assert message in str(status) and len(str(status).splitlines()) == 1
+    assert not (tmp_path / "never.npz").exists()
+
+
+def test_a_grid_holds_every_image_once() -> None:
+    images = np.arange(6 * 3 * 32 * 32, dtype=np.int64).reshape(6, 3, 32, 32).astype(np.uint8)
+    grid = tile(images, columns=3)
+    assert grid.shape == (3, 2 * 34, 3 * 34)
+    for i in range(6):
+        row, column = divmod(i, 3)
+        top, left = row * 34 + 1, column * 34 + 1
+        assert np.array_equal(grid[:, top : top + 32, left : left + 32], images[i])

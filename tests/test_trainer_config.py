@@ -1,0 +1,173 @@
+"""What is wrong is said in one line that names it, before anything is started or written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import golden
+from trainer import config as configs
+from trainer.engine import load_mechanics, resolve_mechanics
+from trainer.train import Plan, build, parser
+
+PUBLISHED = {
+    "imagenet64": "64x64_diffusion",
+    "imagenet128": "128x128_diffusion",
+    "imagenet256": "256x256_diffusion",
+    "imagenet256_uncond": "256x256_diffusion_uncond",
+    "imagenet512": "512x512_diffusion",
+    "lsun256": "lsun_bedroom",
+    "upsample64_256": "64_256_upsampler",
+    "upsample128_512": "128_512_upsampler",
+    "classifier64": "64x64_classifier",
+    "classifier128": "128x128_classifier",
+    "classifier256": "256x256_classifier",
+    "classifier512": "512x512_classifier",
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_preset_builds_the_published_model(preset: str) -> None:
+    expected = golden.table("published_models")[PUBLISHED[preset]]
+    config = configs.load(preset)
+    with torch.device("meta"):
+        net = build(config.model)
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == expected["state"]
+    flags = expected["flags"]
+    if config.objective == "denoise":
+        assert config.diffusion.schedule == flags["noise_schedule"]
+        assert config.model.dropout == flags.get("dropout", 0.0)
+
+
+def test_the_ablations_model_has_its_parameters_and_iterations() -> None:
+    config = configs.load("imagenet128_ablation")
+    with torch.device("meta"):
+        net = build(config.model)
+    assert sum(p.numel() for p in net.parameters()) == 105_710_598
+    assert config.training.images == 700_000 * 256
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in configs.PRESETS.glob("*.toml")))
+def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
+    config = configs.load(preset)
+    file = tmp_path / "config.toml"
+    file.write_text(configs.to_toml(config))
+    assert configs.load(file) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.lrr = 1e-4", "unknown setting 'training.lrr' (nearest: 'lr')"),
+        ("modell.channels = 3", "unknown setting 'modell' (nearest: 'model')"),
+        ('training.lr = "fast"', "training.lr = 'fast': it must be of type float"),
+        ("training.lr = 0", "training.lr = 0.0: it must be above 0"),
+        ("training.ema = []", "training.ema = (): it must be one or more"),
+        ("training.ema = [1.0]", "training.ema = (1.0,)"),
+        ('training.precision = "fp8"', 'one of "fp32", "bf16", "fp16"'),
+        ("training.images = 100", "a multiple of training.batch"),
+        ("model.channel_mult = [1, 2.5]", "model.channel_mult"),
+        ("model.attention = [7]", "model.attention"),
+        ("model = 3", "model"),
+        ("intervals.keep = 0", "intervals.keep = 0: it must be at least 1"),
+        ('objective = "paint"', "objective = 'paint'"),
+        ("training.lr 3", "is not TOML"),
+    ],
+)
+def test_a_wrong_setting_is_named(change: str, message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        configs.load("digits", [change])
+    assert message in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_an_unknown_preset_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown preset 'imagnet64' \(nearest: 'imagenet64'\)"):
+        configs.load("imagnet64")
+    with pytest.raises(ValueError, match="no such preset file"):
+        configs.load(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("objective = ")
+    with pytest.raises(ValueError, match="is not valid TOML"):
+        configs.load(tmp_path / "broken.toml")
+    text = (configs.PRESETS / "digits.toml").read_text().replace("lr = 1e-3\n", "")
+    (tmp_path / "short.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"setting 'training.lr' is missing"):
+        configs.load(tmp_path / "short.toml")
+
+
+def test_the_learning_rate_warms_up_and_anneals() -> None:
+    training = configs.load(
+        "digits", ["training.warmup_images = 640", "training.anneal = true", "training.lr = 1.0"]
+    ).training
+    assert training.learning_rate(0) == pytest.approx(0.1)
+    half = training.images // 2
+    assert training.learning_rate(half) == pytest.approx(0.5)
+    assert training.learning_rate(training.images) == 0.0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 16, 64])
+def test_a_batch_is_cut_evenly(ranks: int) -> None:
+    training = configs.load("digits").training
+    micro = training.micro_batch_on(ranks)
+    assert micro <= training.micro_batch
+    assert training.batch % (ranks * micro) == 0
+
+
+def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(
+        json.dumps(
+            {
+                "train_batch_size": 4,
+                "fp16": {"enabled": True},
+                "optimizer": {},
+                "zero_optimization": {"stage": 2},
+            }
+        )
+    )
+    with pytest.raises(ValueError, match=r"train_batch_size, fp16\.enabled, optimizer, which the"):
+        load_mechanics(file)
+    file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    with pytest.raises(ValueError, match="stage = 0: it must be 1, 2 or 3"):
+        load_mechanics(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="cannot read the DeepSpeed config"):
+        load_mechanics(file)
+
+
+def test_every_auto_is_filled_from_the_preset() -> None:
+    config = configs.load("digits")
+    resolved = resolve_mechanics(load_mechanics("ds_config.json"), config=config, ranks=2)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == config.training.batch
+    with pytest.raises(ValueError, match=r"training\.batch = 64 does not divide among 3 ranks"):
+        resolve_mechanics(load_mechanics("ds_config.json"), config=config, ranks=3)
+
+
+def make(run: Path, preset: Path | str, *changes: str, init: Path | None = None) -> Plan:
+    sets = [word for change in changes for word in ("--set", change)]
+    start = ["--init", str(init)] if init else []
+    return Plan.make(parser().parse_args([str(preset), "--run", str(run), *sets, *start]), ranks=1)
+
+
+def test_a_plan_refuses_before_anything_is_written(tmp_path: Path, tiny: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="no dataset at"):
+        make(run, tiny, f'data.shards = "{tmp_path}"')
+    with pytest.raises(ValueError, match="has 10 classes, the network 7"):
+        make(run, tiny, "model.num_classes = 7")
+    with pytest.raises(ValueError, match="streams"):
+        make(run, tiny, "data.streams = 4000")
+    with pytest.raises(ValueError, match="16"):
+        make(run, tiny, "model.image_size = 16", "model.attention = [8]")
+    with pytest.raises(ValueError, match="no such weights file"):
+        make(run, tiny, init=tmp_path / "none.pt")
+    assert not run.exists()
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is no run directory"):
+        make(tmp_path, tiny)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
