@@ -123,15 +123,16 @@ def run_as_rank(main: Callable[[], int]) -> None:
     """End this process with the status of `main`; at an error say it and leave at once.
 
     What every rank refuses alike is one line from rank 0; any other error names its rank and host,
-    a ValueError in one line, ours with the traceback. The process does not wait for its peers, who
-    may be stuck in a collective that it will never join.
+    a ValueError in one line, ours with the traceback. After such an error the process leaves
+    without the farewells of MPI and torch, which would wait for peers that are stuck in a
+    collective it will never join.
     """
     try:
-        status = main()
+        sys.exit(main())
     except Refused as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        status = REFUSED
+        sys.exit(REFUSED)
     except ValueError as error:
         print(f"{_own_name()}: error: {error}", file=sys.stderr)
         status = REFUSED
