@@ -7,6 +7,7 @@ and `scatter`, by the network's own parameter names, whatever the stage and the 
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,8 @@ class Engine:
     def __init__(
         self, net: nn.Module, *, config: Config, mechanics: dict[str, Any], device: torch.device
     ) -> None:
+        # Of DeepSpeed's own calls; each rank would show it once.
+        warnings.filterwarnings("ignore", ".*all_gather_into_tensor", category=FutureWarning)
         training = config.training
         self.device = device
         self.decays = training.ema

@@ -1,0 +1,51 @@
+"""Every launcher on one machine trains the same run: two ranks, started as the README says."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ranks
+
+TRAIN = "trainer.train"
+BIN = Path(sys.executable).parent
+
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", TRAIN],
+    "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2",
+               sys.executable, "-m", TRAIN],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", TRAIN],
+    "alone": [sys.executable, "-m", TRAIN],
+}  # fmt: skip
+
+
+def train(launcher: str, run: Path, tiny: Path) -> tuple[str, list[float]]:
+    """Two steps of the tiny preset; what was printed, and the losses."""
+    command = [
+        *LAUNCHERS[launcher], str(tiny), "--run", str(run),
+        "--set", "training.images = 16", "--set", "intervals.checkpoint = 16",
+    ]  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"PATH": f"{BIN}:{env['PATH']}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=ranks.ROOT, env=env, text=True, timeout=ranks.LIMIT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    return (run / "log.txt").read_text(), [json.loads(row)["loss"] for row in rows]
+
+
+def test_all_launchers_train_the_same_run(tmp_path: Path, tiny: Path) -> None:
+    reference = None
+    for launcher, command in LAUNCHERS.items():
+        if shutil.which(command[0], path=f"{BIN}:{os.environ['PATH']}") is None:
+            pytest.fail(f"{command[0]} is missing; `make test` installs it")
+        log, losses = train(launcher, tmp_path / launcher, tiny)
+        assert f"{1 if launcher == 'alone' else 2} ranks" in log
+        reference = reference or losses
+        assert losses == pytest.approx(reference, rel=1e-5)
