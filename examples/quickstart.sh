@@ -15,20 +15,20 @@ train() { each_rank trainer.train "$1" --run "$out/$1" --set "data.shards = \"$o
 sample() { each_rank trainer.sample "$out/digits" --images 200 --batch 50 --steps 50 "$@"; }
 
 say "1. Pack 1797 real handwritten digits into WebDataset shards"
-[ -e "$out/shards/manifest.json" ] || python -m data.pack digits "$out/shards" --size 16
+[ -e "$out/shards/manifest.json" ] || python -m data.pack digits "$out/shards" --size 8
 
-say "2. Train the noisy classifier on $ranks ranks with ZeRO-2"
+say "2. Train the noisy classifier on $ranks ranks with ZeRO-2 (the first start compiles for a minute)"
 train digits_classifier
 
 say "3. Train the diffusion model, and interrupt it"
 if [ ! -d "$out/digits/checkpoints" ]; then
-  train digits &
+  train digits 2> "$out/interrupted.log" & # where torchrun says at length that it was interrupted
   until [ -s "$out/digits/metrics.jsonl" ]; do
     sleep 1
-    kill -0 $! # ends this script if the training ended
+    kill -0 $! 2> /dev/null || { cat "$out/interrupted.log"; exit 1; }
   done
-  pkill -TERM -f "trainer.train digits --run $out/digits" || true
-  wait $! || echo "interrupted (status $?)"
+  pkill -TERM -f "trainer.train digits --run $out/digits"
+  wait $! || true
 fi
 
 say "4. The same command goes on where it stopped"

@@ -160,7 +160,7 @@ def test_a_plan_refuses_before_anything_is_written(tmp_path: Path, tiny: Path) -
     with pytest.raises(ValueError, match="streams"):
         make(run, tiny, "data.streams = 4000")
     with pytest.raises(ValueError, match="16"):
-        make(run, tiny, "model.image_size = 16", "model.attention = [8]")
+        make(run, tiny, "model.image_size = 16")
     with pytest.raises(ValueError, match="no such weights file"):
         make(run, tiny, init=tmp_path / "none.pt")
     assert not run.exists()
