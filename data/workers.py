@@ -98,14 +98,15 @@ class Workers:
                 busy[worker] += 1
             if not pending:
                 return
-            while pending[0][1] not in bad:
-                for worker in self._ready():
-                    slot, answer = self._receive(worker)
-                    bad[slot] = answer
-                    busy[worker] -= 1
-            request, slot = pending.popleft()
-            share = len(free) + len(pending) >= len(self._sockets)
-            yield self._hand_out(request, slot, bad.pop(slot), free, share)
+            if pending[0][1] in bad:
+                request, slot = pending.popleft()
+                share = len(free) + len(pending) >= len(self._sockets)
+                yield self._hand_out(request, slot, bad.pop(slot), free, share)
+                continue
+            for worker in self._ready():
+                slot, answer = self._receive(worker)
+                bad[slot] = answer
+                busy[worker] -= 1
 
     def close(self) -> None:
         """End the processes, now: they hold nothing that could be lost."""
