@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.manifest import index_bytes, manifest_text
 from data.pack import pack
 from data.plan import PackConfig
-from data.shards import Shards, open_shards
+from data.shards import Shards, describe, open_shards
+from data.tars import ShardWriter
 
 
 def image_file(seed: int, *, width: int, height: int, kind: str = "JPEG") -> bytes:
@@ -35,3 +37,22 @@ def pack_folder(root: Path, *, images: int, size: int = 16, per_shard: int = 9) 
     config = PackConfig(size=size, per_shard=per_shard)
     pack(str(source), out=root / "shards", config=config)
     return open_shards(root / "shards")
+
+
+def write_shards(root: Path, *, blobs: list[list[bytes]], image_size: int) -> Shards:
+    """A dataset of exactly these PNG files in exactly these shards; labels count them."""
+    shards, label = [], 0
+    for i, contents in enumerate(blobs):
+        tar = root / f"{i}.tar"
+        with tar.open("wb") as file:
+            writer = ShardWriter(file)
+            for blob in contents:
+                writer.add(f"key{label}", image=blob, suffix="png", label=label)
+                label += 1
+            index = writer.close()
+        tar.with_suffix(".idx.npy").write_bytes(index_bytes(index))
+        shards.append(describe(tar, index, index_bytes(index)))
+    classes = tuple(str(i) for i in range(label))
+    text = manifest_text(tuple(shards), classes=classes, image_size=image_size, made_by={})
+    (root / "manifest.json").write_text(text)
+    return open_shards(root)

@@ -16,11 +16,9 @@ import pytest
 
 from data.cache import CHUNK
 from data.fetch import FetchConfig
-from data.manifest import index_bytes, manifest_text
-from data.shards import Shards, describe, open_shards, verify
+from data.shards import Shards, open_shards, verify
 from data.stream import Batch, DataConfig, Stream
-from data.tars import ShardWriter
-from tests.data_fixtures import image_file, pack_folder
+from tests.data_fixtures import image_file, pack_folder, write_shards
 from tests.data_server import serving
 
 SIZE = 16
@@ -108,17 +106,9 @@ def check_one_replaced(shards: Shards, *needles: str, workers: int = 0) -> None:
 
 
 def test_an_undecodable_image_costs_one_image(tmp_path: Path) -> None:
-    with (tmp_path / "0.tar").open("wb") as file:
-        writer = ShardWriter(file)
-        for i in range(IMAGES):
-            blob = b"garbage" if i == 7 else image_file(i, width=SIZE, height=SIZE, kind="PNG")
-            writer.add(f"key{i}", image=blob, suffix="png", label=0)
-        index = writer.close()
-    (tmp_path / "0.idx.npy").write_bytes(index_bytes(index))
-    shard = describe(tmp_path / "0.tar", index, index_bytes(index))
-    text = manifest_text((shard,), classes=("a",), image_size=SIZE, made_by={})
-    (tmp_path / "manifest.json").write_text(text)
-    shards = open_shards(tmp_path)
+    blobs = [image_file(i, width=SIZE, height=SIZE, kind="PNG") for i in range(IMAGES)]
+    blobs[7] = b"garbage"
+    shards = write_shards(tmp_path, blobs=[blobs], image_size=SIZE)
     check_one_replaced(shards, "0.tar: key7.png cannot be decoded")
     with (
         Stream(shards, config=config_for(shards.root), seed=1) as stream,
