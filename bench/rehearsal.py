@@ -114,7 +114,7 @@ def main() -> int:
 
 def _say(what: str, work: Callable[[], object]) -> None:
     begin = time.perf_counter()
-    found = work()
+    found = work() or "done"
     print(f"{what}: {found} ({time.perf_counter() - begin:.0f} s)", flush=True)
 
 

@@ -62,12 +62,13 @@ class Workers:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._memory = _shared_memory(setup.slots * setup.slot_bytes)
-        self._slots = _map_slots(self._memory, setup)
+        memory = _shared_memory(setup.slots * setup.slot_bytes)
+        self._slots = _map_slots(memory, setup)
         count = min(setup.config.workers, setup.slots)
         self._processes, self._sockets = zip(
-            *(_start(setup, self._memory) for _ in range(count)), strict=True
+            *(_start(setup, memory) for _ in range(count)), strict=True
         )
+        os.close(memory)  # the mappings keep it
 
     def __enter__(self) -> "Workers":
         return self
@@ -201,6 +202,7 @@ def _start(setup: Setup, memory: int) -> tuple["subprocess.Popen[bytes]", Connec
         [sys.executable, "-P", "-m", "data.workers", str(theirs.fileno()), str(memory)],
         pass_fds=(theirs.fileno(), memory),
         stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the trainer
         env={**os.environ, **threads, "PYTHONPATH": path.rstrip(os.pathsep)},
     )
     theirs.close()
