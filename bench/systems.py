@@ -20,6 +20,7 @@ from PIL import Image
 from data.shards import open_shards
 from data.stream import DataConfig, Stream
 from data.tars import scan_tar
+from data.transforms import to_chw
 
 BATCH = 64
 _MDS_COPIES = 8  # so that no end of an epoch falls into the measurement
@@ -47,32 +48,39 @@ def ours(root: Path, size: int, workers: int) -> Batches:
 
 
 def decoder(root: Path, size: int, workers: int) -> Batches:
-    """Nothing but calls of simplejpeg, on files in memory."""
-    return _in_processes(
-        root, workers, lambda blob: simplejpeg.decode_jpeg(blob, colorspace="RGB") is None
-    )
+    """Nothing but calls of simplejpeg, on files in memory; the pixels are thrown away."""
+
+    def decode(blob: bytes, out: np.ndarray) -> None:
+        simplejpeg.decode_jpeg(blob, colorspace="RGB")
+
+    return _in_processes(root, size, workers, decode)
 
 
 def decoding(root: Path, size: int, workers: int) -> Batches:
-    """Pure decoding: files in memory to what training takes, uint8 (3, H, W), half mirrored."""
-    return _in_processes(
-        root, workers, lambda blob: _finish(simplejpeg.decode_jpeg(blob, colorspace="RGB")) is None
-    )
+    """Pure decoding: files in memory to batches as training takes them, half of them mirrored."""
+
+    def decode(blob: bytes, out: np.ndarray) -> None:
+        pixels = simplejpeg.decode_jpeg(blob, colorspace="RGB")
+        to_chw(pixels, flip=random.random() < 0.5, out=out)
+
+    return _in_processes(root, size, workers, decode)
 
 
-def _in_processes(root: Path, workers: int, decode: Callable[[bytes], bool]) -> Batches:
+def _in_processes(
+    root: Path, size: int, workers: int, decode: Callable[[bytes, np.ndarray], None]
+) -> Batches:
     done = Value("q", 0)
     blobs = stored_images(root)
 
     def work() -> None:
+        batch = np.empty((BATCH, 3, size, size), dtype=np.uint8)
         while True:
             for i in range(0, len(blobs), BATCH):
-                for blob in blobs[i : i + BATCH]:
-                    decode(blob)
+                for blob, out in zip(blobs[i : i + BATCH], batch, strict=False):
+                    decode(blob, out)
                 with done.get_lock():
                     done.value += len(blobs[i : i + BATCH])
 
-    torch.set_num_threads(1)
     for _ in range(workers):
         Process(target=work, daemon=True).start()
     seen = 0
@@ -127,7 +135,7 @@ def mosaicml_copy(root: Path) -> Path:
 
 SYSTEMS: dict[str, Callable[[Path, int, int], Batches]] = {
     "simplejpeg alone": decoder,
-    "pure decoding to uint8 CHW": decoding,
+    "pure decoding into batches": decoding,
     "ours": ours,
     "webdataset, Pillow": webdataset_pillow,
     "webdataset, simplejpeg": webdataset_simplejpeg,

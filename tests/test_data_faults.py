@@ -202,6 +202,21 @@ def test_pipes_serve_the_same(whole: Shards, tmp_path: Path) -> None:
         open_shards("pipe:cat /nowhere/{name}", fetch=FetchConfig(retries=1))
 
 
+def test_a_pipe_that_stalls_is_left(whole: Shards) -> None:
+    stalling = f"pipe:case {{name}} in *.tar) sleep 60;; *) cat {whole.root}/{{name}};; esac"
+    config = config_for(f"{stalling} # {{first}} {{last}}", timeout_s=0.3, retries=1)
+    with (
+        Stream(open_shards(config.shards, fetch=config), config=config, seed=1) as stream,
+        pytest.raises(OSError, match=r"byte \d+ after 2 attempts: the command wrote nothing"),
+    ):
+        take(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_file_systems_of_fsspec_serve_the_same(whole: Shards, workers: int) -> None:
+    assert epoch(f"file://{whole.root}", workers=workers) == epoch(whole.root)
+
+
 def test_a_damaged_cache_is_refetched_and_bounded(whole: Shards, tmp_path: Path) -> None:
     requests = []
     with serving(Path(whole.root), fault=lambda n, path: requests.append(path)) as url:
