@@ -10,34 +10,36 @@ ranks=$((gpus > 0 ? gpus : 2))
 ((gpus > 0)) || export OMP_NUM_THREADS=1 # one core for each rank
 
 say() { printf '\n== %s\n' "$*"; }
-each_rank() { torchrun --standalone --nproc-per-node "$ranks" -m -- "$@"; }
-train() { each_rank trainer.train "$1" --run "$out/$1" --set "data.shards = \"$out/shards\""; }
-sample() { each_rank trainer.sample "$out/digits" --images 200 --batch 50 --steps 50 "$@"; }
+each_rank=(torchrun --standalone --nproc-per-node "$ranks" -m --)
+data=(--set "data.shards = \"$out/shards\"")
+classifier=("${each_rank[@]}" trainer.train digits_classifier --run "$out/classifier" "${data[@]}")
+digits=("${each_rank[@]}" trainer.train digits --run "$out/digits" "${data[@]}")
+sample=("${each_rank[@]}" trainer.sample "$out/digits" --images 200 --batch 50 --steps 50)
 
 say "1. Pack 1797 real handwritten digits into WebDataset shards"
 [ -e "$out/shards/manifest.json" ] || python -m data.pack digits "$out/shards" --size 8
 
 say "2. Train the noisy classifier on $ranks ranks with ZeRO-2 (the first start compiles for a minute)"
-train digits_classifier
+"${classifier[@]}"
 
 say "3. Train the diffusion model, and interrupt it"
 if [ ! -d "$out/digits/checkpoints" ]; then
-  train digits 2> "$out/interrupted.log" & # where torchrun says at length that it was interrupted
+  "${digits[@]}" 2> "$out/interrupted.log" & # where torchrun says at length that it was interrupted
   until [ -s "$out/digits/metrics.jsonl" ]; do
     sleep 1
     kill -0 $! 2> /dev/null || { cat "$out/interrupted.log"; exit 1; }
   done
-  pkill -TERM -f "trainer.train digits --run $out/digits"
+  kill -TERM $!
   wait $! || true
 fi
 
 say "4. The same command goes on where it stopped"
-train digits
+"${digits[@]}"
 
 say "5. Draw 200 images, 20 of each digit, with and without the classifier's guidance"
 rm -f "$out"/{guided,unguided}.npz
-sample --out "$out/guided.npz" --classifier "$out/digits_classifier" --scale 2
-sample --out "$out/unguided.npz"
+"${sample[@]}" --out "$out/guided.npz" --classifier "$out/classifier" --scale 2
+"${sample[@]}" --out "$out/unguided.npz"
 
 say "6. An independent judge reads them"
 python examples/judge_digits.py "$out/guided.npz" "$out/unguided.npz"
