@@ -244,6 +244,23 @@ def test_a_finished_run_says_so_and_refusals_touch_nothing(place: Place) -> None
     assert after == before
 
 
+def test_sixteen_bits_and_offload_learn_alike(place: Place) -> None:
+    brain = [
+        place.arguments(f"brain{stage}", stage=stage, sets=('training.precision = "bf16"',))
+        for stage in STAGES
+    ]
+    offload = place.arguments("offload", stage=2)
+    file = place.root / "offload.json"
+    mechanics = json.loads(Path(offload[offload.index("--ds-config") + 1]).read_text())
+    mechanics["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    file.write_text(json.dumps(mechanics))
+    offload[offload.index("--ds-config") + 1] = str(file)
+    assert place.train(*brain, offload, world=2) == [0, 0, 0, 0]
+    assert place.losses("offload") == pytest.approx(place.losses("zero2"), rel=1e-5)
+    for stage in STAGES:
+        assert place.losses(f"brain{stage}") == pytest.approx(place.losses("zero2"), rel=0.02)
+
+
 def test_loss_aware_timesteps_and_dropout_resume_exactly(place: Place) -> None:
     sets = (
         'training.timesteps = "loss-second-moment"',
