@@ -58,27 +58,24 @@ class Loop:
     def train(self, batches: Iterator[Batch]) -> int:
         """Train to the end, or to a stop that the ranks agree on; the exit status says which."""
         total, every = self.config.training.images, self.config.intervals
-        progress = Progress(total=total, done=self.images)
-        reported, saved, stop = self.images, self.images, False
+        progress = Progress(total=total, done=self.images, shown=self.board is not None)
+        reported, stop = self.images, False
         with Preemption() as preemption:
             while self.images < total and not stop:
                 self._step(batches)
+                progress.advance(self.config.training.batch)
                 stop = self._agree(stop=preemption.requested is not None)
-                ends = stop or self.images == total
+                ends = stop or self.images >= total
                 if ends or self._due(every.log):
                     self._report(progress, since=reported)
                     reported = self.images
                 if ends or self._due(every.checkpoint):
                     self._save()
-                    saved = self.images
                 if self._due(every.samples):
                     self._draw_grid()
-                if self.board is not None:
-                    progress.show(self.images)
             self._agreement.close()
         if self.saver.pending:
             self._commit()
-        assert saved == self.images
         self._log("stopped by a signal; the same command goes on" if stop else "finished")
         return TO_BE_CONTINUED if stop else 0
 
@@ -149,7 +146,7 @@ class Loop:
         self._log(
             f"images {self.images:,} of {self.config.training.images:,}  "
             f"loss {means['loss']:.4f}  {means['images_per_second']:.1f} images/s  "
-            f"{progress.left(self.images)} left"
+            f"{progress.left()} left"
         )
         if not means["skipped"] and not math.isfinite(means["loss"]):
             self._refuse(f"the loss is {means['loss']}")

@@ -128,24 +128,25 @@ class Board:
 class Progress:
     """One line that is drawn again at every step on a terminal; nothing elsewhere."""
 
-    def __init__(self, *, total: int, done: int, unit: str = "images") -> None:
-        self._total = total
-        self._unit = unit
+    def __init__(self, *, total: int, done: int, unit: str = "images", shown: bool = True) -> None:
+        self._total, self._done, self._unit = total, done, unit
         self._start = done
         self._began = time.monotonic()
-        self._shown = sys.stdout.isatty()
+        self._shown = shown and sys.stdout.isatty()
 
-    def show(self, images: int) -> None:
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
         if self._shown:
-            text = f"{images:,} of {self._total:,} {self._unit}  {self.left(images)} left"
+            text = f"{self._done:,} of {self._total:,} {self._unit}  {self.left()} left"
             print(f"\r{text.ljust(79)}", end="\r", flush=True)
 
-    def left(self, images: int) -> str:
+    def left(self) -> str:
         """Time left at the mean rate since the start of this process."""
-        if images == self._start:
+        if self._done == self._start:
             return "?"
-        seconds = (time.monotonic() - self._began) / (images - self._start)
-        return duration(seconds * (self._total - images))
+        seconds = (time.monotonic() - self._began) / (self._done - self._start)
+        return duration(seconds * (self._total - self._done))
 
 
 def duration(seconds: float) -> str:

@@ -6,20 +6,15 @@ result is what the ADM evaluator reads: uint8 NHWC in `arr_0`, labels in `arr_1`
 """
 
 import argparse
-import json
-import shutil
 import sys
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from launch.world import World, join
@@ -30,14 +25,10 @@ from trainer.adm.diffusion import Diffusion
 from trainer.adm.sampler import Guidance, classifier_guidance
 from trainer.adm.unet import Classifier, ClassifierConfig, UNet, UNetConfig
 from trainer.config import Config
-from trainer.draw import DTYPES, Walk, draw, tile
+from trainer.draw import DTYPES, Walk, draw
 from trainer.group import agreed, connected, run_as_rank
 from trainer.metrics import Progress
-
-#: At most so many images stand in the PNG.
-GRID = 100
-
-LAYOUT = "arr_0.npy", "arr_1.npy"
+from trainer.samplefile import merge, open_parts, read_low_res, write_part
 
 
 @dataclass(frozen=True)
@@ -149,7 +140,9 @@ class Sampler:
     def steps(self) -> int:
         return self._walk.diffusion.steps
 
-    def draw(self, part: int, *, on_step: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def draw(
+        self, part: int, *, on_step: Callable[[], None]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """One part: images uint8 (B, 3, H, W) and their labels (B,), zeros if there are none."""
         numbers = self._request.numbers(part)
         labels = self._request.labels(numbers)
@@ -184,30 +177,25 @@ class Sampler:
 def sample(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
     """Draw what was asked for; returns the exit status."""
     out: Path = arguments.out
+    directory = out.with_suffix(".parts")
     request, sampler = agreed(lambda: prepare(arguments, device=device))
-    parts = out.with_suffix(".parts")
-    agreed(lambda: _open_parts(parts, out, request) if world.is_main else None)
-    progress = Progress(total=request.images * sampler.steps, done=0, unit="image steps")
-    done = 0
-    for part in range(world.rank, request.parts, world.size):
-        file = parts / f"{part:06d}.npz"
-        size = len(request.numbers(part))
-        if not file.exists():
-
-            def on_step(size: int = size) -> None:
-                nonlocal done
-                done += size * world.size
-                if world.is_main:
-                    progress.show(done)
-
-            images, labels = sampler.draw(part, on_step=on_step)
-            _write_part(file, images, labels)
-            if world.is_main:
-                print(f"{min((part + world.size) * request.batch, request.images)} of "
-                      f"{request.images} images, {progress.left(done)} left")  # fmt: skip
+    agreed(lambda: open_parts(directory, out, vars(request)) if world.is_main else None)
+    files = [directory / f"{part:06d}.npz" for part in range(request.parts)]
+    todo = [[part for part, file in enumerate(files) if not file.exists()]]
+    dist.broadcast_object_list(todo)
+    mine = todo[0][world.rank :: world.size]
+    total = len(mine) * sampler.steps
+    progress = Progress(total=total, done=0, unit="steps of the walks", shown=world.is_main)
+    for count, part in enumerate(mine):
+        write_part(files[part], *sampler.draw(part, on_step=progress.advance))
+        if world.is_main:
+            each = f"batch {count + 1} of {len(mine)} on each of {world.size} ranks"
+            print(f"{each}, {progress.left()} left", flush=True)
     dist.barrier()
     if world.is_main:
-        _merge(parts, out, request)
+        columns = len(request.classes or ())
+        columns_shown = columns if 0 < columns <= 20 else None
+        merge(files, out, images=request.images, columns=columns_shown)
         print(f"wrote {out} and {out.with_suffix('.png')}")
     return 0
 
@@ -229,7 +217,7 @@ def prepare(arguments: argparse.Namespace, *, device: torch.device) -> tuple[Req
         classifier = Source.open(
             arguments.classifier, preset=arguments.classifier_preset, decay=None
         )
-    low_res, low_labels = _read_low_res(arguments.low_res, model=model, images=arguments.images)
+    low_res, low_labels = read_low_res(arguments.low_res, model=model, images=arguments.images)
     classes = _classes(arguments.classes, model=model, classifier=classifier)
     if low_labels is not None and classes is not None and arguments.classes is None:
         classes = tuple(low_labels.tolist())
@@ -280,73 +268,6 @@ def _classes(
     return classes
 
 
-def _read_low_res(
-    path: Path | None, *, model: UNetConfig, images: int
-) -> tuple[NDArray[np.uint8] | None, NDArray[np.int64] | None]:
-    """The images that an upsampler enlarges, uint8 (N, h, w, 3), and their labels if any."""
-    if (path is None) != (model.small_size is None):
-        needs = f"needs --low-res with {model.small_size} px images" if model.small_size else ""
-        raise ValueError(f"this network {needs or 'is no upsampler: leave out --low-res'}")
-    if path is None:
-        return None, None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            pixels = file["arr_0"][:images]
-            labels = file["arr_1"][:images] if "arr_1" in file else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--low-res {path} is no sample file: {error}") from None
-    expected = (images, model.small_size, model.small_size, 3)
-    if pixels.shape != expected or pixels.dtype != np.uint8:
-        raise ValueError(
-            f"--low-res {path}: {pixels.dtype} {pixels.shape} instead of uint8 {expected}"
-        )
-    return pixels, labels
-
-
-def _open_parts(parts: Path, out: Path, request: Request) -> None:
-    """Make the directory of the parts, or check that the one there is of the same request."""
-    if out.exists():
-        raise ValueError(f"{out} exists: name another --out, or remove it")
-    record = parts / "request.json"
-    wanted = json.loads(json.dumps(vars(request)))
-    if record.exists() and json.loads(record.read_text()) != wanted:
-        raise ValueError(
-            f"{parts} holds parts of another request: remove it, or name another --out"
-        )
-    parts.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(wanted))
-
-
-def _write_part(file: Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        np.savez(stream, images=images.transpose(0, 2, 3, 1), labels=labels)
-    partial.replace(file)
-
-
-def _merge(parts: Path, out: Path, request: Request) -> None:
-    """Join the parts, one at a time, into the evaluator's file and the grid."""
-    files = [parts / f"{part:06d}.npz" for part in range(request.parts)]
-    partial = out.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w") as archive:
-        for member, key in zip(LAYOUT, ("images", "labels"), strict=True):
-            with archive.open(member, "w", force_zip64=True) as stream:
-                for number, file in enumerate(files):
-                    with np.load(file) as part:
-                        values = part[key]
-                    if number == 0:
-                        header = np.lib.format.header_data_from_array_1_0(values)
-                        header["shape"] = (request.images, *values.shape[1:])
-                        np.lib.format.write_array_header_1_0(stream, header)
-                    stream.write(np.ascontiguousarray(values).tobytes())
-    with np.load(partial) as whole:
-        shown = whole["arr_0"][:GRID].transpose(0, 3, 1, 2)
-    columns = len(request.classes) if request.classes and len(request.classes) <= 20 else None
-    Image.fromarray(tile(shown, columns=columns).transpose(1, 2, 0)).save(out.with_suffix(".png"))
-    partial.replace(out)
-    shutil.rmtree(parts)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m trainer.sample", description=__doc__)
@@ -372,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     world = join()
-    with connected(world) as device:
+    # Ranks wait for the slowest one's last batch, which may take long.
+    with connected(world, timeout_minutes=240) as device:
         return sample(arguments, world=world, device=device)
 
 
