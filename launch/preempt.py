@@ -5,8 +5,10 @@ a collective. The training loop folds `requested` into what all ranks agree on a
 """
 
 import signal
+import time
 from collections.abc import Iterable
 from types import FrameType
+from typing import Any
 
 #: Exit status of a run that saved, left early, and wants to be started again (EX_TEMPFAIL).
 TO_BE_CONTINUED = 75
@@ -14,13 +16,19 @@ TO_BE_CONTINUED = 75
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+#: Seconds after which another Ctrl-C means it. torchrun passes on the one that its terminal also
+#: gave to the ranks.
+PATIENCE = 3.0
+
+
 class Preemption:
-    """While entered, the first stop signal sets `requested`; a second one acts as it always did."""
+    """While entered, a stop signal only sets `requested`; a later Ctrl-C interrupts as usual."""
 
     def __init__(self, signals: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
         self.requested: str | None = None
         self._signals = tuple(signals)
-        self._before: dict[int, object] = {}
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
         for number in self._signals:
@@ -29,10 +37,11 @@ class Preemption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
-        # Only Ctrl-C is impatient: schedulers repeat their signals while the ranks save.
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
+        if self.requested is None:
+            self.requested = signal.Signals(number).name
+            self._since = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
+            raise KeyboardInterrupt
