@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# DeepSpeed compiles an operator at its first start; each environment keeps its own.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .PHONY: quickstart test check format
 quickstart: $(VENV)/installed
