@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from data import pack
 
@@ -40,6 +41,14 @@ log = 8
 checkpoint = 32
 keep = 10
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,7 @@ from tests import golden, ranks
 from trainer.adm import keyed
 from trainer.adm.unet import UNet, UNetConfig
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 NET = UNetConfig(
     image_size=32, channels=64, channel_mult=(1, 2), blocks=1, attention=(16,), head_channels=32,

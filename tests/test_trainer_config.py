@@ -67,7 +67,7 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ("training.ema = [1.0]", "training.ema = (1.0,)"),
         ('training.precision = "fp8"', 'one of "fp32", "bf16", "fp16"'),
         ("training.images = 100", "a multiple of training.batch"),
-        ("model.channel_mult = [1, 2.5]", "model.channel_mult"),
+        ("model.channel_mult = [1, 2.3]", "model.channel_mult"),
         ("model.attention = [7]", "model.attention"),
         ("model = 3", "model"),
         ("intervals.keep = 0", "intervals.keep = 0: it must be at least 1"),

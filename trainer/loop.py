@@ -56,7 +56,10 @@ class Loop:
     _was_pending: bool = False
 
     def train(self, batches: Iterator[Batch]) -> int:
-        """Train to the end, or to a stop that the ranks agree on; the exit status says which."""
+        """Train to the end, or to a stop that the ranks agree on; the exit status says which.
+
+        `batches` are on the device.
+        """
         total, every = self.config.training.images, self.config.intervals
         progress = Progress(total=total, done=self.images, shown=self.board is not None)
         reported, stop = self.images, False
@@ -84,23 +87,17 @@ class Loop:
 
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step on the batch [images, images + batch)."""
-        training, device = self.config.training, self.engine.device
+        training = self.config.training
         torch.manual_seed(_dropout_seed(training.seed, self.images, self.world.rank))
         seen, waited = [], 0.0
         for _ in range(self.engine.accumulation):
             began = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - began
-            numbers = batch.numbers.to(device, non_blocking=True)
-            terms = self.objective(
-                self.engine,
-                batch.images.to(device, non_blocking=True),
-                batch.labels.to(device, non_blocking=True),
-                numbers,
-            )
+            terms = self.objective(self.engine, batch.images, batch.labels, batch.numbers)
             self.engine.backward(terms["loss"].mean())
             self.metrics.add(terms)
-            seen.append((numbers, terms))
+            seen.append((batch.numbers, terms))
         lr = training.learning_rate(self.images)
         report = self.engine.step(lr=lr)
         self._learn_timesteps(seen)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data.shards import open_shards
-from data.stream import Batch, Stream
+from data.stream import Batch, Stream, to_device
 from launch.world import World, join
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
@@ -135,7 +135,7 @@ def train(arguments: argparse.Namespace, *, world: World, device: torch.device) 
             ranks=world.size,
             pin=device.type == "cuda",
         )
-        return loop.train(batches)
+        return loop.train(to_device(batches, device=device))
 
 
 def _check_classes(config: Config, found: int) -> None:
