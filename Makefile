@@ -4,12 +4,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# DeepSpeed compiles an operator at its first start; each environment keeps its own.
+# DeepSpeed compiles an operator at its first start; each environment keeps its own. Its own tools
+# come first in the PATH: another ninja would compile it again.
+export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .PHONY: quickstart test check format
 quickstart: $(VENV)/installed
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
+	bash examples/quickstart.sh
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ work, or on how many nodes. A job writes aside and renames when done, so an inte
 continues where it was, and `manifest.json` appears last: without it there is no dataset.
 
     python -m data.pack SOURCE OUT --size 64
+    mpirun -n 128 python -m mpi4py.futures -m data.pack SOURCE OUT --size 256 --mpi
 """
 
 import argparse
@@ -43,6 +44,7 @@ from data.shards import (
 from data.sources import Source, relabel, renumber
 from data.tars import ShardWriter
 from data.transforms import UNDECODABLE, center_crop, decode, halve_and_scale
+from launch.world import mpi_executor
 
 WORK = ".packing"
 LEFT_OUT = "left-out.txt"
@@ -262,6 +264,10 @@ def _source(text: str, out: str) -> Source:
     return open_source(text, staging=Path(out) / WORK)
 
 
+def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
+    return mpi_executor() if mpi else ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data.pack", description="Pack images.")
     parser.add_argument("source", help="folder, zip, tars, parquet or lmdb of images, or `digits`")
@@ -279,15 +285,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the global shuffle")
     parser.add_argument("--per-shard", type=int, default=2048, help="images in a shard")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="local processes")
+    parser.add_argument("--mpi", action="store_true", help="work on all ranks of mpirun instead")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of `python -m data.pack`."""
     options = vars(_parser().parse_args(arguments))
-    executor = ProcessPoolExecutor(options.pop("workers"), mp_context=get_context("spawn"))
     where = {name: options.pop(name) for name in ("source", "out", "class_map", "classes_of")}
     try:
+        executor = _executor(options.pop("workers"), options.pop("mpi"))
         pack(where.pop("source"), config=PackConfig(**options), executor=executor, **where)
     except (ValueError, OSError, BrokenExecutor) as error:
         print(f"packing stopped: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 DEFAULT_PORT = 29500
@@ -67,6 +68,20 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
         )
     env.update(world.environment())
     return world
+
+
+def mpi_executor() -> Executor:
+    """Runs jobs on the other ranks of `mpirun -n N python -m mpi4py.futures -m ...`.
+
+    Raises:
+        ValueError: there are no other ranks to work.
+    """
+    from mpi4py import MPI
+    from mpi4py.futures import MPIPoolExecutor
+
+    if MPI.COMM_WORLD.size < 2:
+        raise ValueError("--mpi needs `mpirun -n N python -m mpi4py.futures -m ...`, N at least 2")
+    return MPIPoolExecutor()
 
 
 def _from_torch(env: Mapping[str, str]) -> World:

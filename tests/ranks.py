@@ -53,16 +53,13 @@ def start(directory: Path, *, ranks: int, runs: list[list[str]], fp16: bool = Fa
     processes = []
     for rank in range(ranks):
         env = {
-            **os.environ,
+            **environment(),
             "RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank),
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
         }
         command = [sys.executable, "-m", "tests.ranks", str(order)]
         processes.append(
@@ -84,6 +81,16 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.01)
+
+
+def environment() -> dict[str, str]:
+    """What a process of a job is started with: one thread, no GPU, this Python's own tools first.
+
+    (Another `ninja` in the PATH would compile DeepSpeed's operators again.)
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    own = {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **own, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port() -> int:

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from data.shards import Shards, open_shards, verify
 from data.sources import Folder
 from data.stream import DataConfig, Stream
 from data.transforms import center_crop, decode, halve_and_scale, random_crop
+from tests import ranks
 from tests.data_fixtures import image_file, pack_folder, write_folder
 
 GOLDENS = load_file(Path(__file__).parent / "goldens" / "center_crop.safetensors")
@@ -177,3 +180,14 @@ def test_full_verification_finds_one_flipped_bit(tmp_path: Path) -> None:
 def test_sizes(tmp_path: Path) -> None:
     shards: Shards = pack_folder(tmp_path, images=20, per_shard=3)
     assert sum(shards.sizes) == shards.count == 20 and max(shards.sizes) <= 3
+
+
+def test_the_ranks_of_mpirun_pack_the_same_bytes(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=40)
+    pack(str(source), out=tmp_path / "one", config=PackConfig(size=16))
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable]
+    command += ["-m", "mpi4py.futures", "-m", "data.pack", str(source), str(tmp_path / "many")]
+    command += ["--size", "16", "--mpi"]
+    subprocess.run(command, env=ranks.environment(), check=True, timeout=ranks.LIMIT)
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert main([str(source), str(tmp_path / "alone"), "--size", "16", "--mpi"]) == 1

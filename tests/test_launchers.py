@@ -1,7 +1,6 @@
 """Every launcher on one machine trains the same run: two ranks, started as the README says."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,6 @@ import pytest
 from tests import ranks
 
 TRAIN = "trainer.train"
-BIN = Path(sys.executable).parent
-
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", TRAIN],
     "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2",
@@ -29,10 +26,8 @@ def train(launcher: str, run: Path, tiny: Path) -> tuple[str, list[float]]:
         *LAUNCHERS[launcher], str(tiny), "--run", str(run),
         "--set", "training.images = 16", "--set", "intervals.checkpoint = 16",
     ]  # fmt: skip
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"PATH": f"{BIN}:{env['PATH']}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=ranks.ROOT, env=env, text=True, timeout=ranks.LIMIT,
+        command, cwd=ranks.ROOT, env=ranks.environment(), text=True, timeout=ranks.LIMIT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -43,7 +38,7 @@ def train(launcher: str, run: Path, tiny: Path) -> tuple[str, list[float]]:
 def test_all_launchers_train_the_same_run(tmp_path: Path, tiny: Path) -> None:
     reference = None
     for launcher, command in LAUNCHERS.items():
-        if shutil.which(command[0], path=f"{BIN}:{os.environ['PATH']}") is None:
+        if shutil.which(command[0], path=ranks.environment()["PATH"]) is None:
             pytest.fail(f"{command[0]} is missing; `make test` installs it")
         log, losses = train(launcher, tmp_path / launcher, tiny)
         assert f"{1 if launcher == 'alone' else 2} ranks" in log

@@ -78,7 +78,9 @@ class Plan:
         mechanics = load_mechanics(arguments.ds_config)
         run = Run(arguments.run)
         stream = Stream(
-            open_shards(config.data.shards), config=config.data, seed=config.training.seed
+            open_shards(config.data.shards, fetch=config.data),
+            config=config.data,
+            seed=config.training.seed,
         )
         _check_classes(config, len(stream.shards.classes))
         return cls(
