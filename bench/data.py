@@ -21,7 +21,7 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 from PIL import Image
 
 from bench.photos import make_photos

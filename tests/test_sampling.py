@@ -13,38 +13,13 @@ from trainer import config as configs
 from trainer.draw import tile
 from trainer.train import build
 
-CLASSIFIER = """
-objective = "classify"
-[model]
-image_size = 8
-channels = 32
-channel_mult = [1, 2]
-blocks = 1
-attention = [4]
-heads = 2
-num_classes = 10
-[diffusion]
-schedule = "cosine"
-[training]
-images = 64
-batch = 8
-micro_batch = 2
-lr = 1e-3
-ema = [0.5]
-precision = "fp32"
-[data]
-shards = "none"
-[intervals]
-log = 8
-checkpoint = 8
-"""
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, list[str]]:
     """Networks with formula weights: a UNet as a published `.pt`, a classifier as safetensors."""
     root = tmp_path_factory.mktemp("weights")
-    (root / "classifier.toml").write_text(CLASSIFIER)
+    text = tiny.read_text().replace('objective = "denoise"', 'objective = "classify"')
+    (root / "classifier.toml").write_text(text)
     nets = {}
     for name, preset in (("unet", tiny), ("classifier", root / "classifier.toml")):
         nets[name] = build(configs.load(preset).model)

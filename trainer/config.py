@@ -32,7 +32,7 @@ class TrainingConfig:
     micro_batch: int
     lr: float
     weight_decay: float = 0.0
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     warmup_images: int = 0
     #: Lower the learning rate linearly to zero at `images`.
     anneal: bool = False

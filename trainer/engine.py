@@ -133,7 +133,7 @@ class Engine:
         self._base = torch.optim.AdamW(
             net.parameters(),
             lr=training.lr,
-            betas=training.betas,  # type: ignore[arg-type]
+            betas=training.betas,
             weight_decay=training.weight_decay,
             fused=device.type == "cuda",
         )

@@ -78,9 +78,10 @@ def agreed(check: Callable[[], T]) -> T:
     Raises:
         Refused: on every rank, with what was wrong on any; a fault that all ranks see is said once.
     """
-    value, fault = None, None
+    results: list[T] = []
+    fault = None
     try:
-        value = check()
+        results.append(check())
     except ValueError as error:
         fault = str(error)
     faults: list[str | None] = [None] * dist.get_world_size()
@@ -91,7 +92,7 @@ def agreed(check: Callable[[], T]) -> T:
         raise Refused(
             next(iter(said)) if everywhere else "; ".join(f"rank {r}: {f}" for f, r in said.items())
         )
-    return value  # type: ignore[return-value]
+    return results[0]
 
 
 class Agreement:
