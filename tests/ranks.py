@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -101,11 +102,11 @@ def free_port() -> int:
 
 def main(order: Path) -> None:
     """What one rank does."""
+    from launch.preempt import Preemption
     from launch.world import join
     from trainer import sample, train
     from trainer.group import connected
-
-    tools = {"train": (train.parser, train.train), "sample": (sample.parser, sample.sample)}
+    from trainer.watch import Watch
 
     task = json.loads(order.read_text())
     if task["fp16"]:  # DeepSpeed refuses fp16 on most CPUs by this check alone
@@ -113,7 +114,15 @@ def main(order: Path) -> None:
 
         CPU_Accelerator.is_fp16_supported = lambda self: True
     world, statuses = join(), []
-    with connected(world) as device:
+    with (
+        Preemption() as preemption,
+        connected(world) as device,
+        Watch(world, patience=LIMIT) as watch,
+    ):
+        tools = {
+            "train": (train.parser, partial(train.train, preemption=preemption, watch=watch)),
+            "sample": (sample.parser, sample.sample),
+        }
         for tool, *arguments in task["runs"]:
             parser, work = tools[tool]
             try:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,12 +175,19 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Path, *, world: World, keep: int, keep_every: int | None = None
+        self,
+        checkpoints: Path,
+        *,
+        world: World,
+        keep: int,
+        keep_every: int | None = None,
+        check_writer: Callable[[], None],
     ) -> None:
         self._checkpoints = checkpoints
         self._world = world
         self._keep = keep
         self._keep_every = keep_every
+        self._check_writer = check_writer
         self._thread: threading.Thread | None = None
         self._state: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
@@ -201,6 +208,7 @@ class Saver:
         self._state = {"images": images, **state}
         directory = self._partial(images)
         if self._world.is_main:
+            self._check_writer()
             for left_behind in self._checkpoints.glob(".*.partial"):
                 shutil.rmtree(left_behind)
             directory.mkdir(parents=True)
@@ -219,7 +227,8 @@ class Saver:
         """Name the checkpoint, once no rank is writing any more, and prune older ones.
 
         Raises:
-            ValueError: a rank could not write its files; what was committed before is untouched.
+            ValueError: a rank could not write its files, or another start has taken the run over;
+                what was committed before is untouched.
         """
         assert self._thread is not None
         self._thread.join()
@@ -232,6 +241,7 @@ class Saver:
         images = self._state["images"]
         final = self._checkpoints / f"{images:012d}"
         if self._world.is_main:
+            self._check_writer()
             files = {name: facts for part, _ in everyone for name, facts in part.items()}
             _write_json(self._partial(images) / "state.json", {**self._state, "files": files})
             if final.exists():  # this one was damaged, and an older one was resumed

@@ -6,7 +6,7 @@ the weights is only what is not.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.stream import Batch
-from launch.preempt import TO_BE_CONTINUED, Preemption
+from launch.preempt import TO_BE_CONTINUED
 from launch.world import World
 from trainer import ema
 from trainer.adm.objective import Classify, Denoise
@@ -50,6 +50,10 @@ class Loop:
     images: int
     #: What makes the order of the data; kept in checkpoints, and checked on resume.
     order: dict[str, Any]
+    #: Whether this rank was told to save and leave, by a signal or by `launch stop`.
+    told_to_stop: Callable[[], bool]
+    #: Tells the watch that this rank has come further, and what it does next.
+    mark: Callable[[str], None]
     #: The images that an upsampler enlarges in its grids.
     shown: Batch | None = None
     _agreement: Agreement = field(default_factory=lambda: Agreement(2))
@@ -63,20 +67,19 @@ class Loop:
         total, every = self.config.training.images, self.config.intervals
         progress = Progress(total=total, done=self.images, shown=self.board is not None)
         reported, stop = self.images, False
-        with Preemption() as preemption:
-            while self.images < total and not stop:
-                self._step(batches)
-                progress.advance(self.config.training.batch)
-                stop = self._agree(stop=preemption.requested is not None)
-                ends = stop or self.images >= total
-                if ends or self._due(every.log):
-                    self._report(progress, since=reported)
-                    reported = self.images
-                if ends or self._due(every.checkpoint):
-                    self._save()
-                if self._due(every.samples):
-                    self._draw_grid()
-            self._agreement.close()
+        while self.images < total and not stop:
+            self._step(batches)
+            progress.advance(self.config.training.batch)
+            stop = self._agree(stop=self.told_to_stop())
+            ends = stop or self.images >= total
+            if ends or self._due(every.log):
+                self._report(progress, since=reported)
+                reported = self.images
+            if ends or self._due(every.checkpoint):
+                self._save()
+            if self._due(every.samples):
+                self._draw_grid()
+        self._agreement.close()
         if self.saver.pending:
             self._commit()
         self._log("stopped by a signal; the same command goes on" if stop else "finished")
@@ -92,8 +95,10 @@ class Loop:
         seen, waited = [], 0.0
         for _ in range(self.engine.accumulation):
             began = time.monotonic()
+            self.mark("waiting for data")
             batch = next(batches)
             waited += time.monotonic() - began
+            self.mark("computing")
             terms = self.objective(self.engine, batch.images, batch.labels, batch.numbers)
             self.engine.backward(terms["loss"].mean())
             self.metrics.add(terms)
@@ -139,6 +144,7 @@ class Loop:
         means = self.metrics.reduce(images=images)
         values = {**means, "param_norm": norm, "skipped_total": float(self.engine.skipped)}
         if self.board is not None:
+            self.run.check_writer()
             self.board.scalars(values, images=self.images)
         self._log(
             f"images {self.images:,} of {self.config.training.images:,}  "
@@ -151,6 +157,7 @@ class Loop:
     def _save(self) -> None:
         if self.saver.pending:
             self._commit()
+        self.mark("saving")
         if not math.isfinite(norm := self.engine.parameter_norm()):
             self._refuse(f"the norm of the weights is {norm}")
         began = time.monotonic()
@@ -178,6 +185,7 @@ class Loop:
 
     def _draw_grid(self) -> None:
         """A grid from the first EMA; every rank draws its share of the images."""
+        self.mark("drawing samples")
         began = time.monotonic()
         picture = draw_grid(
             dict(self.engine.gather(ema.key(self.config.training.ema[0]))),

@@ -7,7 +7,9 @@
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,41 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from launch.writer import Writer, claim
 from trainer import config as configs
 from trainer.config import Config
 
 
 @dataclass(frozen=True)
 class Run:
-    """The paths of a run, and its log."""
+    """The paths of a run, and its log. Only the main rank writes, once it has claimed the run."""
 
     path: Path
+    writer: Writer | None = None
+
+    @contextmanager
+    def claimed(self) -> Iterator["Run"]:
+        """This run, with the right to write it.
+
+        Raises:
+            ValueError: another job writes it.
+        """
+        writer = claim(self.path)
+        yield replace(self, writer=writer)
+        writer.release()
+
+    def check_writer(self) -> None:
+        """Return if this process may still write. Called ahead of every append and commit.
+
+        Raises:
+            ValueError: another start has taken the run over.
+        """
+        assert self.writer is not None, "claim the run before writing it"
+        self.writer.check()
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        return self.writer is not None and self.writer.asked_to_stop
 
     @property
     def config_file(self) -> Path:
@@ -57,24 +85,35 @@ class Run:
         return [p for p in self.path.iterdir() if p.name not in ("launch", "code")]
 
     def open(self, config: Config, *, mechanics: dict[str, Any]) -> None:
-        """Create the directory, or update its record of the config. Only the main rank calls it."""
+        """Create the directory, or update its record of the config."""
+        self.check_writer()
         self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.config_file, configs.to_toml(config))
         _replace(self.path / "ds_config.json", json.dumps(mechanics, indent=2) + "\n")
 
     def picture(self, name: str, grid: NDArray[np.uint8]) -> None:
-        """Keep uint8 (3, H, W) as `samples/NAME.png`. Only the main rank calls it."""
+        """Keep uint8 (3, H, W) as `samples/NAME.png`."""
+        self.check_writer()
         self.samples.mkdir(exist_ok=True)
         Image.fromarray(grid.transpose(1, 2, 0)).save(self.samples / f"{name}.png")
 
     def log(self, text: str) -> None:
-        """A dated line to the terminal and to log.txt. Only the main rank calls it."""
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
+        """A dated line to the terminal and to log.txt."""
+        self.check_writer()
+        line = self._append(text)
         if sys.stdout.isatty():
             line = line.ljust(79)  # covers what the progress line left
         print(line, flush=True)
+
+    def log_loss(self, text: str) -> None:
+        """A dated line to log.txt about a lost rank: any rank's, since the main one may be lost."""
+        self._append(text)
+
+    def _append(self, text: str) -> str:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
         with (self.path / "log.txt").open("a") as log:
-            log.write(line.rstrip() + "\n")
+            log.write(line + "\n")
+        return line
 
 
 def _replace(file: Path, text: str) -> None:

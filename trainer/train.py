@@ -7,7 +7,7 @@ status 75; the same command resumes. A finished run says so and leaves with stat
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.shards import open_shards
 from data.stream import Batch, Stream, to_device
+from launch.preempt import Preemption
 from launch.world import World, join
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
@@ -31,6 +32,7 @@ from trainer.group import Refused, agreed, connected, run_as_rank
 from trainer.loop import Loop
 from trainer.metrics import Board, Metrics
 from trainer.run import Run
+from trainer.watch import Watch
 
 
 def build(model: UNetConfig | ClassifierConfig) -> UNet | Classifier:
@@ -93,9 +95,27 @@ class Plan:
         )
 
 
-def train(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
-    """Check everything, decide where to start from, and train; returns the exit status."""
+def train(
+    arguments: argparse.Namespace,
+    *,
+    world: World,
+    device: torch.device,
+    preemption: Preemption,
+    watch: Watch,
+) -> int:
+    """Check everything, take hold of the run, and train it; returns the exit status."""
     plan = agreed(lambda: Plan.make(arguments, ranks=world.size))
+    with ExitStack() as stack:
+        run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
+        watch.tell = run.log_loss
+        return _train(replace(plan, run=run), world=world, device=device, preemption=preemption,
+                      watch=watch)  # fmt: skip
+
+
+def _train(
+    plan: Plan, *, world: World, device: torch.device, preemption: Preemption, watch: Watch
+) -> int:
+    """Decide where the run starts from, and train it from there."""
     config, run = plan.config, plan.run
     log = run.log if world.is_main else lambda _: None
     found = _resume_point(plan, world=world)
@@ -128,6 +148,8 @@ def train(arguments: argparse.Namespace, *, world: World, device: torch.device) 
             images=images,
             order=stream.identity,
             shown=_shown(plan, world=world),
+            told_to_stop=lambda: preemption.requested is not None or run.is_asked_to_stop,
+            mark=watch.mark,
         )
         batches = stream.batches(
             images=images,
@@ -205,7 +227,13 @@ def _shown(plan: Plan, *, world: World) -> Batch | None:
 
 def _saver(plan: Plan, *, world: World) -> Saver:
     every = plan.config.intervals
-    return Saver(plan.run.checkpoints, world=world, keep=every.keep, keep_every=every.keep_every)
+    return Saver(
+        plan.run.checkpoints,
+        world=world,
+        keep=every.keep,
+        keep_every=every.keep_every,
+        check_writer=plan.run.check_writer,
+    )
 
 
 def _facts(config: Config, *, engine: Engine, world: World) -> str:
@@ -227,6 +255,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ds-config", default="ds_config.json", help="DeepSpeed's mechanics")
     p.add_argument("--init", type=Path, help="start from these weights (.safetensors, .pt)")
     p.add_argument("--ranks", type=int, help="refuse to start with another number of ranks")
+    p.add_argument("--patience", type=float, default=600.0, metavar="SECONDS",
+                   help="end the job when a rank is lost or hung for so long")  # fmt: skip
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
     return p
 
@@ -235,8 +265,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     world = join(expected_size=arguments.ranks)
-    with connected(world) as device:
-        return train(arguments, world=world, device=device)
+    with (
+        Preemption() as preemption,
+        connected(world) as device,
+        Watch(world, patience=arguments.patience) as watch,
+    ):
+        return train(arguments, world=world, device=device, preemption=preemption, watch=watch)
 
 
 if __name__ == "__main__":

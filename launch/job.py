@@ -1,0 +1,188 @@
+"""A run to be started: what it asks for, and the text that starts it, whatever the launcher.
+
+Rendering is pure. The text is what runs: it is kept in the run directory, `--dry-run` prints it,
+and the shell (`bash`, `sbatch`, `kubectl`) gets nothing but it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cluster import Cluster, quoted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run on `nodes` machines with a rank for each of their `gpus_per_node` GPUs."""
+
+    run: Path
+    nodes: int
+    gpus_per_node: int
+    cluster: Cluster
+    #: Where the user stands: relative paths of the preset, such as the shards', start there.
+    directory: Path
+    #: Settings of the preset that are changed, as `--set` takes them.
+    changes: tuple[str, ...] = ()
+    #: Look the allocation over ahead of the training.
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+        for path in (self.run, self.directory):
+            assert path.is_absolute()
+        if not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise ValueError(
+                f"--run {self.run}: its last part names the job; use letters, digits, - _ and ."
+            )
+        if self.cluster.launcher == "alone" and self.nodes > 1:
+            raise ValueError(
+                f"--nodes {self.nodes}: this is one machine; to use more, set launcher in --cluster"
+            )
+        hosts, launcher = len(self.cluster.hosts), self.cluster.launcher
+        if launcher in ("mpirun", "deepspeed", "torchrun") and hosts != self.nodes:
+            raise ValueError(
+                f"--nodes {self.nodes}: {launcher} starts on the machines that `hosts` lists, "
+                f"and it lists {hosts}; name as many there"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def code(self) -> Path:
+        """The code that runs: a copy made when the job was submitted."""
+        return self.run / "code"
+
+    @property
+    def records(self) -> Path:
+        """What the launcher keeps: the preset, the text, the job's number, what happened."""
+        return self.run / "launch"
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The trainer as words after `python`."""
+        sets = (word for change in self.changes for word in ("--set", change))
+        return (
+            "-m", "trainer.train", f"{self.records}/preset.toml", "--run", str(self.run),
+            "--ds-config", f"{self.code}/ds_config.json", "--ranks", str(self.ranks), *sets,
+        )  # fmt: skip
+
+    @property
+    def checking(self) -> tuple[str, ...]:
+        """The look at the allocation as words after `python`."""
+        return ("-m", "launch", "check", "--ranks", str(self.ranks), "--run", str(self.run))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What every rank's environment must have.
+
+        The safe path keeps the current directory, which may be a checkout, out of the imports.
+        """
+        ours = {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
+        return {**self.cluster.environment, **ours}
+
+
+def preamble(job: Job) -> str:
+    """Where every text begins: the directory, the environment, the site's own lines."""
+    exports = (f"export {name}={quoted([value])}" for name, value in job.environment.items())
+    return "\n".join([f"cd {quoted([job.directory])}", *job.cluster.setup, *exports])
+
+
+def local_text(job: Job) -> str:
+    """The text for the launchers that are no schedulers; run it with bash.
+
+    Raises:
+        ValueError: the cluster's launcher is another.
+    """
+    render = {"mpirun": _mpirun, "deepspeed": _deepspeed, "torchrun": _torchrun, "alone": _alone}
+    if job.cluster.launcher not in render:
+        raise ValueError(f"launcher = {job.cluster.launcher!r} is not started from a shell")
+    what = f"{job.name}: {job.nodes} x {job.gpus_per_node} ranks by {job.cluster.launcher}"
+    command = render[job.cluster.launcher](job)
+    return f"#!/bin/bash\n# {what}.\n{preamble(job)}\n\n{command}\n"
+
+
+def _lines(*words: object) -> str:
+    """A command, one option to a line."""
+    text = ""
+    for word in map(str, words):
+        breaks = text and (word.startswith("--") or word == "-x" or word == "-m")
+        text += (" \\\n  " if breaks else " " if text else "") + quoted([word])
+    return text
+
+
+def _mpirun(job: Job) -> str:
+    hosts, gpus = job.cluster.hosts, job.gpus_per_node
+    checked = [(job.checking, "&&\n")] if job.check else []
+    if job.cluster.mpi == "mpich":
+        exports = [w for name, v in job.environment.items() for w in ("-genv", name, v)]
+        start = ["mpiexec", "-n", job.ranks, "-ppn", gpus, "-hosts", ",".join(hosts), *exports]
+    else:
+        # Remote ranks get no more of the environment than is named.
+        exports = [w for name, v in job.environment.items() for w in ("-x", f"{name}={v}")]
+        paths = ["-x", "PATH", *exports]
+        slots = ",".join(f"{host}:{gpus}" for host in hosts)
+        start = ["mpirun", "-np", job.ranks, "--host", slots, "--map-by", f"ppr:{gpus}:node",
+                 "--bind-to", "none", *paths]  # fmt: skip
+    start += job.cluster.options
+    return "".join(
+        _lines(*start, job.cluster.python, *words) + (f" {then}" if then else "")
+        for words, then in [*checked, (job.training, "")]
+    )
+
+
+def _deepspeed(job: Job) -> str:
+    """The runner sends the variables in DS_ENV_FILE to every machine."""
+    hostfile, exports = job.records / "hostfile", job.records / "deepspeed_env"
+    environment = [f"{name}={value}" for name, value in job.environment.items()]
+    hosts = [f"{host} slots={job.gpus_per_node}" for host in job.cluster.hosts]
+    module, training = job.training[1], job.training[2:]
+    runner = (job.cluster.python, "-m", "deepspeed.launcher.runner")
+    return "\n".join([
+        f"printf '%s\\n' {quoted(hosts)} > {quoted([hostfile])}",
+        f"printf '%s\\n' {quoted(environment)} > {quoted([exports])}",
+        f"export DS_ENV_FILE={quoted([exports])}",
+        _lines(*runner, "--hostfile", hostfile, "--launcher", "pdsh", "--no_local_rank",
+               "--master_port", job.cluster.port, *job.cluster.options, "--module", module,
+               *training),
+    ])  # fmt: skip
+
+
+def _torchrun(job: Job) -> str:
+    """Run again by ssh on every machine; torchrun itself starts lost ranks again."""
+    hosts = job.cluster.hosts
+    elastic = _lines(
+        job.cluster.python, "-m", "torch.distributed.run", f"--nnodes={job.nodes}",
+        f"--nproc-per-node={job.gpus_per_node}", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={hosts[0]}:{job.cluster.port}", f"--rdzv-id={job.name}",
+        "--rdzv-conf=join_timeout=600,last_call_timeout=5", "--max-restarts=3",
+        *job.cluster.options, "-m", "--", *job.training[1:],
+    )  # fmt: skip
+    return "\n".join([
+        'if [ "$1" != node ]; then',
+        f"  for host in {quoted(hosts)}; do",
+        '    ssh "$host" bash "$(realpath "$0")" node & agents+=($!)',
+        "  done",
+        '  for agent in "${agents[@]}"; do wait "$agent" || status=$?; done',
+        "  exit ${status:-0}",
+        "fi",
+        "# A rebooted machine must be able to join again.",
+        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        elastic,
+    ])  # fmt: skip
+
+
+def _alone(job: Job) -> str:
+    if job.ranks == 1:
+        return _lines(job.cluster.python, *job.training)
+    return _lines(
+        job.cluster.python, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={job.gpus_per_node}", *job.cluster.options, "-m", "--",
+        *job.training[1:],
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""Slurm: a job as the text that `sbatch` gets, and what the queue says about it.
+
+One `srun` task per GPU and no second launcher. Ahead of the time limit, and when preempted, the
+ranks save and leave with status 75, and the job puts itself back into the queue until the run is
+finished. A node that fails is Slurm's affair: it requeues. The text is bash alone, since it runs
+outside of any container, on nodes whose own Python may be old.
+"""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.cluster import quoted
+from launch.job import Job, preamble
+
+_BODY = """\
+# {name}: {nodes} nodes x {gpus} ranks, from the code and the preset in {run}.
+run={run}
+start=${{SLURM_RESTART_COUNT:-0}}
+told=
+trap 'told=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap : TERM  # the ranks save; this shell stays to say what became of them
+
+say() {{
+  printf '%s  job %s start %s: %s\\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$start" "$*" |
+    tee -a "$run/launch/events.txt"
+}}
+
+newest() {{
+  newest=$(ls "$run/checkpoints" 2> /dev/null | grep -Ex '[0-9]{{12}}' | tail -n 1)
+  echo "${{newest:-none}}"
+}}
+
+# A cancelled job stays so, and a shell whose node Slurm gave up must not touch the next start.
+again() {{
+  case $(scontrol show job -o "$SLURM_JOB_ID") in
+    *" JobState=RUNNING "*" Restarts=$start "*)
+      say "$1; goes on from checkpoint $(newest)"
+      scontrol requeue "$SLURM_JOB_ID" ;;
+    *) say "$1; cancelled, or already started again" ;;
+  esac
+}}
+
+{preamble}
+
+say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
+{check}{srun} &
+ranks=$!
+wait "$ranks"
+while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ended the wait before
+wait "$ranks"
+status=$?
+
+case $status in
+  0) say "finished" ;;
+  2) say "refused for the reason above; not started again" ;;
+  75) if [ -e "$run/launch/stop" ]; then say "stopped as asked"; else again "saved"; fi ;;
+  *)
+    if [ -n "$told" ]; then
+      again "told to leave before it could save"
+    elif [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
+      say "failed twice (status $status) at checkpoint $(newest): not started again"
+    else
+      newest > "$run/launch/failed-at"
+      again "failed with status $status"
+    fi ;;
+esac
+exit $status
+"""
+
+_CHECK = """\
+{command} || {{
+  say "the check above found a fault; not started"
+  exit 2
+}}
+"""
+
+
+def text(job: Job) -> str:
+    """The batch script of one run."""
+    header = _header(job, output=f"{job.records}/slurm-%j.out")
+    check = _CHECK.format(command=_srun(job, job.checking)) if job.check else ""
+    body = _BODY.format(
+        name=job.name, nodes=job.nodes, gpus=job.gpus_per_node, run=quoted([job.run]),
+        preamble=preamble(job), check=check, srun=_srun(job, job.training),
+    )  # fmt: skip
+    return f"{header}\n{body}"
+
+
+def array_text(jobs: Sequence[Job], *, at_most: int) -> str:
+    """The batch script of an array that runs the jobs' own scripts, `at_most` at once.
+
+    The jobs have the same size and cluster; each one's script is already in its run directory.
+    """
+    records = jobs[0].run.parent / "sweep-%A-%a.out"
+    header = _header(jobs[0], output=str(records), array=f"0-{len(jobs) - 1}%{at_most}")
+    scripts = "\n".join(f"  {quoted([job.records / 'job.sh'])}" for job in jobs)
+    return (
+        f"{header}\nscripts=(\n{scripts}\n)\n"
+        'script=${scripts[$SLURM_ARRAY_TASK_ID]}\n'
+        'echo "$SLURM_JOB_ID" > "$(dirname "$script")/job"\nexec bash "$script"\n'
+    )  # fmt: skip
+
+
+def _header(job: Job, *, output: str, array: str | None = None) -> str:
+    slurm = job.cluster.slurm
+    asked = {
+        "job-name": job.name if array is None else f"{job.run.parent.name}-sweep",
+        "array": array,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.gpus_per_node,
+        "gres": f"{slurm.gres}:{job.gpus_per_node}",
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.memory,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "reservation": slurm.reservation,
+        "signal": f"B:USR1@{slurm.seconds_to_save}",
+        "output": output,
+    }
+    options = [f"--{name}={value}" for name, value in asked.items() if value is not None]
+    lines = [*options, *slurm.options, "--open-mode=append", "--requeue"]
+    return "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in lines)
+
+
+def _srun(job: Job, words: Sequence[str]) -> str:
+    """One task per GPU; when one fails the others are ended."""
+    container = job.cluster.container
+    options = container.srun_options if container else ()
+    inside = container.command if container else ()
+    # Since Slurm 22.05 srun does not take the number of CPUs over from the job.
+    cpus = job.cluster.slurm.cpus_per_task
+    per_task = [f"--cpus-per-task={cpus}"] if cpus else []
+    lines = [
+        quoted(["srun", "--kill-on-bad-exit=1", "--label", *per_task, *options]),
+        quoted([*inside, job.cluster.python, *words[:2]]),
+        *(quoted(words[i : i + 2]) for i in range(2, len(words), 2)),
+    ]
+    return " \\\n  ".join(lines)
+
+
+def submit(script: Path) -> str:
+    """Hand a batch script to Slurm; the job's number.
+
+    Raises:
+        ValueError: Slurm refuses it.
+    """
+    return _slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+
+def state(number: str) -> str | None:
+    """Such as "RUNNING" or "PENDING (Resources)"; None when the queue does not know the job.
+
+    Raises:
+        ValueError: Slurm does not answer.
+    """
+    try:
+        found = _slurm("squeue", "-h", "-j", number, "-o", "%T|%r").split("\n")[0]
+    except ValueError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    what, _, why = found.partition("|")
+    return (f"{what} ({why})" if why not in ("", "None") else what) or None
+
+
+def cancel(number: str) -> None:
+    """Take a job that has not begun out of the queue."""
+    _slurm("scancel", number)
+
+
+def _slurm(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{command[0]} did not answer: {error}") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise ValueError(f"{command[0]}: {said[-1]}")
+    return done.stdout
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The hosts of a Slurm list: "gpu[07-09,12],cpu1" -> gpu07, gpu08, gpu09, gpu12, cpu1."""
+    found: list[str] = []
+    for prefix, inside, suffix in re.findall(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist):
+        for span in inside.split(",") if inside else [""]:
+            first, _, last = span.partition("-")
+            numbers = range(int(first), int(last or first) + 1) if first else [None]
+            found += [
+                prefix if n is None else f"{prefix}{n:0{len(first)}d}{suffix}" for n in numbers
+            ]
+    return found

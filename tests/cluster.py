@@ -1,0 +1,311 @@
+"""A real Slurm and ssh cluster of a few "machines" on one Linux box, for the tests.
+
+Each machine is a process tree in network, UTS, mount, IPC and PID namespaces of its own: it has
+its own host name, address, /tmp, /run, /dev/shm and sshd. `ctl` is the login node and runs munged
+and slurmctld; n1, n2 ... run slurmd with two pretended GPUs. They share the cluster's directory
+and the checkout, as over NFS, and one key opens all of them. A machine can be cut off from the
+network, powered off and booted. Needs root and the Debian packages in `PACKAGES`.
+"""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin iputils-ping "
+            "iproute2 tmux")  # fmt: skip
+_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "pdsh", "mpirun", "ip", "tmux")
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_BRIDGE = "brtest"
+GPUS = 2
+#: Patience with a box that is shared with others; nothing is expected to take that long.
+LIMIT = 240.0
+
+_SLURM_CONF = """\
+ClusterName=tests
+SlurmctldHost=ctl
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# Without cred_expire a requeued job waits two minutes for its old credential to expire.
+AuthInfo=socket={home}/munge.sock,cred_expire=5
+StateSaveLocation={home}/state
+SlurmdSpoolDir={home}/spool.%n
+SlurmctldPidFile={home}/slurmctld.pid
+SlurmdPidFile={home}/slurmd.%n.pid
+SlurmctldLogFile={home}/log/slurmctld.log
+SlurmdLogFile={home}/log/slurmd.%n.log
+MailProg=/bin/true
+SwitchType=switch/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+MpiDefault=none
+SlurmdTimeout=10
+TCPTimeout=2
+MessageTimeout=10
+BatchStartTimeout=20
+KillWait=30
+ReturnToService=2
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
+PriorityType=priority/basic
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+NodeName=DEFAULT CPUs=4 Sockets=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 \
+Gres=gpu:{gpus} State=UNKNOWN
+{nodes}
+NodeName=big[01-64] CPUs=96 Sockets=2 CoresPerSocket=48 ThreadsPerCore=1 RealMemory=1000000 \
+Gres=gpu:8 State=FUTURE
+PartitionName=DEFAULT Nodes={names} MaxTime=INFINITE State=UP DefMemPerCPU=500
+PartitionName=main Default=YES PriorityTier=5 PreemptMode=OFF
+PartitionName=low PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high PriorityTier=10 PreemptMode=OFF
+"""
+_SSHD_CONFIG = """\
+HostKey /etc/ssh/host_key
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+UsePAM no
+PidFile none
+UseDNS no
+StrictModes no
+MaxStartups 100
+AuthorizedKeysFile /etc/ssh/id.pub
+SetEnv PATH={path} SLURM_CONF={home}/slurm.conf
+"""
+_SSH_CONFIG = """\
+Host *
+  IdentityFile /etc/ssh/id
+  StrictHostKeyChecking no
+  UserKnownHostsFile /dev/null
+  LogLevel ERROR
+  ConnectTimeout 5
+"""
+
+
+def missing() -> str | None:
+    """What keeps the cluster from running here, and what to install; None when nothing does."""
+    programs = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
+    if programs:
+        return f"no {', '.join(programs)}: apt-get install -y {PACKAGES}"
+    probe = ["unshare", "--net", "--mount", "--pid", "--fork", "ip", "link", "set", "lo", "up"]
+    if os.geteuid() or subprocess.run(probe, capture_output=True).returncode:
+        return "the test cluster needs root, and leave to make namespaces"
+    return None
+
+
+def wait_until(holds: Callable[[], object], what: str, *, limit: float = LIMIT) -> None:
+    """Wait until `holds()` is true; an error names `what` was waited for."""
+    end = time.monotonic() + limit
+    while not holds():
+        assert time.monotonic() < end, f"waited {limit:g} s in vain: {what}"
+        time.sleep(0.1)
+
+
+@dataclass
+class Cluster:
+    """The machines; use as a context manager."""
+
+    home: Path
+    nodes: int = 2
+    _machines: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"n{i}" for i in range(1, self.nodes + 1)]
+
+    def __enter__(self) -> "Cluster":
+        self._write_files()
+        _ip("link", "add", _BRIDGE, "type", "bridge")
+        _ip("addr", "add", "10.78.0.254/24", "dev", _BRIDGE)
+        _ip("link", "set", _BRIDGE, "up")
+        try:
+            for name in ("ctl", *self.names):
+                self.boot(name)
+            wait_until(self.idle, f"idle nodes; see {self.home}/log", limit=60)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._machines):
+            self.power_off(name)
+        _ip("link", "del", _BRIDGE)
+
+    def idle(self) -> bool:
+        """Whether every node is up and has nothing to do."""
+        states = self.run("ctl", "sinfo", "-h", "-p", "main", "-N", "-o", "%t", check=False)
+        return states.split() == ["idle"] * self.nodes
+
+    def boot(self, name: str) -> None:
+        """Power a machine on, and plug its network in."""
+        machine = subprocess.Popen(
+            ["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child",
+             "--mount-proc", sys.executable, "-S", "-m", "tests.machine", self._settings(name)],
+            cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True,
+            stdout=(self.home / "log" / f"init.{name}").open("ab"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self._machines[name] = machine
+        wait_until(lambda: _is_apart(self._pid(name)), f"{name} in its namespaces", limit=30)
+        mac = self._peers()[name][1]
+        _ip("link", "add", _cable(name), "type", "veth", "peer", "name", "eth0",
+            "address", mac, "netns", str(self._pid(name)))  # fmt: skip
+        _ip("link", "set", _cable(name), "master", _BRIDGE, "up")
+        assert machine.stdin is not None
+        machine.stdin.write("go\n")
+        machine.stdin.close()
+
+    def power_off(self, name: str) -> None:
+        """Pull the plug: everything on the machine is gone, and says no goodbye."""
+        self.cut(name)
+        machine = self._machines.pop(name)
+        if (pid := self._pid_of(machine)) is not None:
+            os.kill(pid, signal.SIGKILL)
+        machine.kill()
+        machine.wait()
+        _ip("link", "del", _cable(name))
+
+    def cut(self, name: str) -> None:
+        """Drop all packets of a machine, silently."""
+        subprocess.run(["bridge", "link", "set", "dev", _cable(name), "state", "0"], check=True)
+
+    def heal(self, name: str) -> None:
+        subprocess.run(["bridge", "link", "set", "dev", _cable(name), "state", "3"], check=True)
+
+    def on(self, name: str, *command: object) -> list[str]:
+        """The command line, from here, of a command on a machine."""
+        return ["nsenter", "-t", str(self._pid(name)), "-n", "-u", "-m", "-i", "-p",
+                f"--wdns={ROOT}", "--", *map(str, command)]  # fmt: skip
+
+    def run(self, name: str, *command: object, check: bool = True, limit: float = LIMIT) -> str:
+        """Run a command on a machine, in the checkout; what it printed to stdout and stderr."""
+        done = subprocess.run(
+            self.on(name, *command), env=self.environment, text=True, timeout=limit,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def start(self, name: str, *command: object) -> "subprocess.Popen[str]":
+        """Start a command on a machine, in the checkout."""
+        return subprocess.Popen(
+            self.on(name, *command), env=self.environment, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a user's shell on a machine has."""
+        return {
+            "HOME": os.environ.get("HOME", "/root"),
+            "LANG": "C.UTF-8",
+            "PATH": f"{Path(sys.executable).parent}:{_PATH}",
+            "SLURM_CONF": f"{self.home}/slurm.conf",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def pids(self, name: str, words: Sequence[str]) -> list[int]:
+        """The processes on a machine, as seen from here, whose command lines hold all `words`."""
+        space = os.readlink(f"/proc/{self._pid(name)}/ns/pid")
+        return [pid for pid in _processes(space) if all(w in _command_line(pid) for w in words)]
+
+    def _settings(self, name: str) -> str:
+        environment = {**self.environment, "PATH": _PATH}
+        shared = [str(self.home), str(ROOT)]
+        return json.dumps({"name": name, "home": str(self.home), "shared": shared,
+                           "peers": self._peers(), "environment": environment})  # fmt: skip
+
+    def _peers(self) -> dict[str, tuple[str, str]]:
+        """Address and hardware address of every machine."""
+        numbers = {"ctl": 10, **{name: 10 + int(name[1:]) for name in self.names}}
+        return {k: (f"10.78.0.{n}", f"02:00:00:00:00:{n:02x}") for k, n in numbers.items()}
+
+    def _pid(self, name: str) -> int:
+        pid = self._pid_of(self._machines[name])
+        return -1 if pid is None else pid
+
+    @staticmethod
+    def _pid_of(machine: subprocess.Popen) -> int | None:
+        """The machine's process 1, as seen from here."""
+        try:
+            children = Path(f"/proc/{machine.pid}/task/{machine.pid}/children").read_text().split()
+        except OSError:
+            return None
+        return int(children[0]) if children else None
+
+    def _write_files(self) -> None:
+        for directory in ("log", "state", "etc/ssh/sshd_config.d", "etc/ssh/ssh_config.d"):
+            (self.home / directory).mkdir(parents=True, exist_ok=True)
+        hosts = [f"{address} {name}" for name, (address, _) in self._peers().items()]
+        nodes = [f"NodeName={name} NodeAddr={self._peers()[name][0]}" for name in self.names]
+        values = {"home": self.home, "gpus": GPUS, "path": _PATH,
+                  "nodes": "\n".join(nodes), "names": ",".join(self.names)}  # fmt: skip
+        for file, text in {
+            "etc/hosts": "127.0.0.1 localhost\n" + "\n".join(hosts) + "\n",
+            # A name server that cannot be reached would cost seconds at every reverse look-up.
+            "etc/nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
+            "etc/ssh/sshd_config": _SSHD_CONFIG.format(**values),
+            "etc/ssh/ssh_config": _SSH_CONFIG,
+            "slurm.conf": _SLURM_CONF.format(**values),
+            "gres.conf": f"AutoDetect=off\nName=gpu File={self.home}/gpu[0-{GPUS - 1}]\n",
+        }.items():
+            (self.home / file).write_text(text)
+        for key in ("id", "host_key"):
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f"]
+            subprocess.run([*command, self.home / "etc/ssh" / key], check=True)
+        key = self.home / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        for number in range(GPUS):  # a pretended GPU is a device file like /dev/null
+            os.mknod(self.home / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+
+
+def _is_apart(pid: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    except OSError:
+        return False
+
+
+def _processes(space: str) -> list[int]:
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{entry}/ns/pid") == space:
+                found.append(int(entry))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def _cable(name: str) -> str:
+    return f"vtest{name}"
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)

@@ -1,0 +1,89 @@
+"""Process 1 of a test machine: mounts, network and daemons, then reaping until the power is cut.
+
+`python -S -m tests.machine SETTINGS` runs inside fresh namespaces; see `tests.cluster`.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main(settings: dict) -> None:
+    """Become the machine."""
+    sys.stdin.readline()  # the other end of the network cable is plugged in now
+    socket.sethostname(settings["name"])
+    home = Path(settings["home"])
+    _mount(settings, home=home)
+    _connect(settings, home=home)
+    _start_daemons(settings, home=home)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            time.sleep(1)
+
+
+def _mount(settings: dict, *, home: Path) -> None:
+    """The machine's own /tmp, /run and /dev/shm; the shared directories stay visible below /tmp."""
+    for file in ("/etc/hosts", "/etc/nsswitch.conf", "/etc/ssh"):
+        _run("mount", "--bind", home / "etc" / Path(file).name, file)
+    for place in ("/run", "/dev/shm"):
+        _run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", place)
+    own = home / f"tmp.{settings['name']}"
+    own.mkdir(exist_ok=True)
+    _run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", own)
+    for shared in settings["shared"]:
+        if shared.startswith("/tmp/"):
+            inside = own / Path(shared).relative_to("/tmp")
+            inside.mkdir(parents=True)
+            _run("mount", "--bind", shared, inside)
+    _run("mount", "--rbind", own, "/tmp")
+    os.chdir("/")
+    Path("/run/sshd").mkdir(mode=0o755)
+
+
+def _connect(settings: dict, *, home: Path) -> None:
+    """The network: neighbours are fixed, so that a lost one is silence and not an error."""
+    name, peers = settings["name"], settings["peers"]
+    _run("ip", "addr", "add", f"{peers[name][0]}/24", "dev", "eth0")
+    for device in ("lo", "eth0"):
+        _run("ip", "link", "set", device, "up")
+    for peer, (address, mac) in peers.items():
+        if peer != name:
+            _run("ip", "neigh", "replace", address, "lladdr", mac, "dev", "eth0",
+                 "nud", "permanent")  # fmt: skip
+
+
+def _start_daemons(settings: dict, *, home: Path) -> None:
+    name, env = settings["name"], settings["environment"]
+
+    def start(*command: object) -> None:
+        log = (home / "log" / f"{Path(str(command[0])).name}.{name}").open("ab")
+        words = [str(word) for word in command]
+        subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                         start_new_session=True)  # fmt: skip
+
+    socket_file = home / "munge.sock"
+    start("/usr/sbin/sshd", "-D", "-e")
+    if name == "ctl":
+        start("/usr/sbin/munged", "-F", "--force", f"--key-file={home}/munge.key",
+              f"--socket={socket_file}",
+              f"--pid-file={home}/munged.pid", f"--log-file={home}/log/munged.log",
+              f"--seed-file={home}/munged.seed")  # fmt: skip
+    while not socket_file.exists():
+        time.sleep(0.02)
+    start("/usr/sbin/slurmctld" if name == "ctl" else "/usr/sbin/slurmd", "-D")
+
+
+def _run(*command: object) -> None:
+    subprocess.run([str(word) for word in command], check=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
