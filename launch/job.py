@@ -40,6 +40,11 @@ class Job:
                 f"--nodes {self.nodes}: this is one machine; to use more, set launcher in --cluster"
             )
         hosts, launcher = len(self.cluster.hosts), self.cluster.launcher
+        if self.check and launcher not in ("slurm", "mpirun"):
+            raise ValueError(
+                f"--check: launcher {launcher!r} cannot do it ahead of training; run "
+                "`python -m launch check` on every rank yourself, as that launcher starts ranks"
+            )
         if launcher in ("mpirun", "deepspeed", "torchrun") and hosts != self.nodes:
             raise ValueError(
                 f"--nodes {self.nodes}: {launcher} starts on the machines that `hosts` lists, "
@@ -104,36 +109,34 @@ def local_text(job: Job) -> str:
     if job.cluster.launcher not in render:
         raise ValueError(f"launcher = {job.cluster.launcher!r} is not started from a shell")
     what = f"{job.name}: {job.nodes} x {job.gpus_per_node} ranks by {job.cluster.launcher}"
-    command = render[job.cluster.launcher](job)
-    return f"#!/bin/bash\n# {what}.\n{preamble(job)}\n\n{command}\n"
+    start = render[job.cluster.launcher](job)
+    return f"#!/bin/bash\n# {what}.\n{preamble(job)}\n\n{start}\n"
 
 
-def _lines(*words: object) -> str:
-    """A command, one option to a line."""
+def command(*words: object) -> str:
+    """A command as the shell reads it, one long option to a line."""
     text = ""
     for word in map(str, words):
-        breaks = text and (word.startswith("--") or word == "-x" or word == "-m")
-        text += (" \\\n  " if breaks else " " if text else "") + quoted([word])
+        is_option = (word.startswith("--") and word != "--") or word in ("-x", "-genv")
+        text += (" \\\n  " if is_option else " " if text else "") + quoted([word])
     return text
 
 
 def _mpirun(job: Job) -> str:
+    """Remote ranks get no more of the environment than is named here."""
     hosts, gpus = job.cluster.hosts, job.gpus_per_node
-    checked = [(job.checking, "&&\n")] if job.check else []
     if job.cluster.mpi == "mpich":
         exports = [w for name, v in job.environment.items() for w in ("-genv", name, v)]
         start = ["mpiexec", "-n", job.ranks, "-ppn", gpus, "-hosts", ",".join(hosts), *exports]
     else:
-        # Remote ranks get no more of the environment than is named.
         exports = [w for name, v in job.environment.items() for w in ("-x", f"{name}={v}")]
-        paths = ["-x", "PATH", *exports]
         slots = ",".join(f"{host}:{gpus}" for host in hosts)
         start = ["mpirun", "-np", job.ranks, "--host", slots, "--map-by", f"ppr:{gpus}:node",
-                 "--bind-to", "none", *paths]  # fmt: skip
-    start += job.cluster.options
-    return "".join(
-        _lines(*start, job.cluster.python, *words) + (f" {then}" if then else "")
-        for words, then in [*checked, (job.training, "")]
+                 "--bind-to", "none", "-x", "PATH", *exports]  # fmt: skip
+    begin = command(*start, *job.cluster.options)
+    programs = [job.checking, job.training] if job.check else [job.training]
+    return " &&\n".join(
+        f"{begin} \\\n  {command(job.cluster.python, *words)}" for words in programs
     )
 
 
@@ -148,7 +151,7 @@ def _deepspeed(job: Job) -> str:
         f"printf '%s\\n' {quoted(hosts)} > {quoted([hostfile])}",
         f"printf '%s\\n' {quoted(environment)} > {quoted([exports])}",
         f"export DS_ENV_FILE={quoted([exports])}",
-        _lines(*runner, "--hostfile", hostfile, "--launcher", "pdsh", "--no_local_rank",
+        command(*runner, "--hostfile", hostfile, "--launcher", "pdsh", "--no_local_rank",
                "--master_port", job.cluster.port, *job.cluster.options, "--module", module,
                *training),
     ])  # fmt: skip
@@ -157,7 +160,7 @@ def _deepspeed(job: Job) -> str:
 def _torchrun(job: Job) -> str:
     """Run again by ssh on every machine; torchrun itself starts lost ranks again."""
     hosts = job.cluster.hosts
-    elastic = _lines(
+    elastic = command(
         job.cluster.python, "-m", "torch.distributed.run", f"--nnodes={job.nodes}",
         f"--nproc-per-node={job.gpus_per_node}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint={hosts[0]}:{job.cluster.port}", f"--rdzv-id={job.name}",
@@ -180,8 +183,8 @@ def _torchrun(job: Job) -> str:
 
 def _alone(job: Job) -> str:
     if job.ranks == 1:
-        return _lines(job.cluster.python, *job.training)
-    return _lines(
+        return command(job.cluster.python, *job.training)
+    return command(
         job.cluster.python, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={job.gpus_per_node}", *job.cluster.options, "-m", "--",
         *job.training[1:],

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster import quoted
-from launch.job import Job, preamble
+from launch.job import Job, command, preamble
 
 _BODY = """\
 # {name}: {nodes} nodes x {gpus} ranks, from the code and the preset in {run}.
 run={run}
 start=${{SLURM_RESTART_COUNT:-0}}
 told=
-trap 'told=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap leave USR1
 trap : TERM  # the ranks save; this shell stays to say what became of them
 
 say() {{
@@ -42,6 +42,14 @@ again() {{
   esac
 }}
 
+leave() {{
+  told=yes
+  scancel --signal=USR1 "$SLURM_JOB_ID"
+  # Beyond the time limit Slurm would not start the job again.
+  {{ sleep {seconds}; again "did not leave in {seconds} s"; }} &
+  timer=$!
+}}
+
 {preamble}
 
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
@@ -51,6 +59,7 @@ wait "$ranks"
 while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ended the wait before
 wait "$ranks"
 status=$?
+[ -z "$told" ] || kill "$timer"
 
 case $status in
   0) say "finished" ;;
@@ -83,7 +92,8 @@ def text(job: Job) -> str:
     check = _CHECK.format(command=_srun(job, job.checking)) if job.check else ""
     body = _BODY.format(
         name=job.name, nodes=job.nodes, gpus=job.gpus_per_node, run=quoted([job.run]),
-        preamble=preamble(job), check=check, srun=_srun(job, job.training),
+        seconds=max(1, job.cluster.slurm.seconds_to_save * 9 // 10), preamble=preamble(job),
+        check=check, srun=_srun(job, job.training),
     )  # fmt: skip
     return f"{header}\n{body}"
 
@@ -135,12 +145,8 @@ def _srun(job: Job, words: Sequence[str]) -> str:
     # Since Slurm 22.05 srun does not take the number of CPUs over from the job.
     cpus = job.cluster.slurm.cpus_per_task
     per_task = [f"--cpus-per-task={cpus}"] if cpus else []
-    lines = [
-        quoted(["srun", "--kill-on-bad-exit=1", "--label", *per_task, *options]),
-        quoted([*inside, job.cluster.python, *words[:2]]),
-        *(quoted(words[i : i + 2]) for i in range(2, len(words), 2)),
-    ]
-    return " \\\n  ".join(lines)
+    start = command("srun", "--kill-on-bad-exit=1", "--label", *per_task, *options)
+    return f"{start} \\\n  {command(*inside, job.cluster.python, *words)}"
 
 
 def submit(script: Path) -> str:

@@ -220,6 +220,9 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{_PATH}",
             "SLURM_CONF": f"{self.home}/slurm.conf",
             "OMP_NUM_THREADS": "1",
+            # DeepSpeed compiles a small op for the CPU: once, for all machines.
+            "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
+            or str(Path.home() / ".cache/torch_extensions"),
         }
 
     def pids(self, name: str, words: Sequence[str]) -> list[int]:

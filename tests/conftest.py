@@ -1,11 +1,16 @@
 """What several test files share: the digits' shards, and tiny presets to train on them."""
 
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from data import pack
+from tests.cluster import Cluster, missing
+from tests.site import Site
 
 TINY = """
 objective = "denoise"
@@ -65,3 +70,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     preset = tmp_path_factory.mktemp("presets") / "tiny.toml"
     preset.write_text(TINY.format(shards=digits))
     return preset
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two machines under Slurm and ssh, and a login node. In CI it may not be missing."""
+    if (why := missing()) is not None:
+        assert os.environ.get("CI") != "true", why
+        pytest.skip(why)
+    with Cluster(tmp_path_factory.mktemp("cluster")) as machines:
+        yield machines
+
+
+@pytest.fixture(scope="session")
+def site(cluster: Cluster, digits: Path) -> Site:
+    """A user on the cluster's login node, with shards and a preset on the shared disk."""
+    shards = shutil.copytree(digits, cluster.home / "digits")
+    preset = cluster.home / "tiny.toml"
+    preset.write_text(TINY.format(shards=shards))
+    return Site(cluster, preset)

@@ -1,0 +1,220 @@
+"""Look an allocation over before a run: one table, a row for each rank, the bad node named.
+
+Runs on every rank (`srun python -m launch check`, mpirun, torchrun). The ranks lay their facts
+down in a store on the main rank, who waits for them only so long: a node that cannot be reached
+is a row of the table and not a hang. This is the one part of `launch` that needs torch.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launch.slurm import hosts
+from launch.world import World, join
+
+_MEGABYTES = 64
+#: Of all-reduces that are timed.
+_ROUNDS = 5
+#: Free disk below which a rank is bad, and seconds that clocks may differ by.
+_LEAST_FREE_GIB, _MOST_SKEW = 10.0, 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a rank says about its place."""
+
+    rank: int
+    host: str
+    code: str
+    versions: str
+    gpus: str
+    free_gib: float
+    #: Seconds since 1970 at a moment that all ranks share.
+    clock: float
+    #: What kept the rank from reading the data or writing the run; empty when nothing did.
+    access: str
+
+
+def problems(found: Sequence[Facts], *, least_free_gib: float = _LEAST_FREE_GIB) -> dict[int, str]:
+    """What is wrong, by rank: whoever differs from most is the odd one."""
+    wrong: dict[int, list[str]] = {facts.rank: [] for facts in found}
+    for name in ("code", "versions", "gpus"):
+        values = [getattr(facts, name) for facts in found]
+        usual = max(values, key=values.count)
+        for facts in found:
+            if (value := getattr(facts, name)) != usual:
+                wrong[facts.rank].append(f"{name}: {value}, elsewhere {usual}")
+    middle = sorted(facts.clock for facts in found)[len(found) // 2] if found else 0.0
+    for facts in found:
+        if abs(skew := facts.clock - middle) > _MOST_SKEW:
+            wrong[facts.rank].append(f"clock is off by {skew:+.1f} s")
+        if facts.free_gib < least_free_gib:
+            wrong[facts.rank].append(f"{facts.free_gib:.1f} GiB of disk free")
+        if facts.access:
+            wrong[facts.rank].append(facts.access)
+    return {rank: "; ".join(said) for rank, said in wrong.items() if said}
+
+
+def table(found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[int, str]) -> str:
+    """The ranks that answered and those that did not, with what is wrong in the last column."""
+    lines = [f"{'rank':>5}  {'host':12} {'gpus':18} {'free GiB':>8} {'code':8} result"]
+    for f in found:
+        result = wrong.get(f.rank, "ok")
+        lines.append(
+            f"{f.rank:5}  {f.host:12} {f.gpus:18} {f.free_gib:8.1f} {f.code[:8]:8} {result}"
+        )
+    lines += [
+        f"{rank:5}  {host:12} {'':18} {'':8} {'':8} no answer" for rank, host in missing.items()
+    ]
+    return "\n".join(lines)
+
+
+def _look(world: World, *, run: Path | None, data: Path | None) -> Facts:
+    packages = ("torch", "deepspeed", "webdataset", "numpy")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    return Facts(
+        rank=world.rank,
+        host=socket.gethostname(),
+        code=_fingerprint(Path(__file__).parent.parent),
+        versions=", ".join([f"python {platform.python_version()}", *versions]),
+        gpus=_gpus(),
+        free_gib=shutil.disk_usage(run or Path.cwd()).free / 2**30,
+        clock=time.time(),
+        access=_access(run, data, rank=world.rank),
+    )
+
+
+def _fingerprint(root: Path) -> str:
+    """Of the code that this rank runs."""
+    digest = hashlib.sha256()
+    for package in ("trainer", "data", "launch"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"[:18]
+
+
+def _access(run: Path | None, data: Path | None, *, rank: int) -> str:
+    try:
+        if data is not None:
+            manifest = json.loads((data / "manifest.json").read_text())
+            with (data / manifest["shards"][0]["name"]).open("rb") as shard:
+                shard.read(1)
+        if run is not None:
+            probe = run / f".check-{rank}"
+            probe.touch()
+            probe.unlink()
+    except (OSError, ValueError, LookupError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _gather(world: World, *, mine: Facts, seconds: float) -> tuple[dist.TCPStore, list[Facts]]:
+    """The facts of all ranks that answer in time; on the main rank, and alike on the others."""
+    limit = timedelta(seconds=seconds)
+    store = dist.TCPStore(world.address, world.port, is_master=world.is_main,
+                          wait_for_workers=False, timeout=limit)  # fmt: skip
+    store.set(f"facts {world.rank}", json.dumps(vars(mine)))
+    if world.is_main:
+        end, keys = time.monotonic() + seconds, [f"facts {rank}" for rank in range(world.size)]
+        while time.monotonic() < end and not store.check(keys):
+            time.sleep(0.1)
+        heard = [store.get(key).decode() for key in keys if store.check([key])]
+        store.set("all", json.dumps(heard))
+    heard = json.loads(store.get("all"))
+    return store, [Facts(**json.loads(text)) for text in heard]
+
+
+def _all_reduce(world: World, *, store: dist.TCPStore, seconds: float) -> str:
+    """Latency and bandwidth of an all-reduce among all ranks, in words."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("check", store),
+                            rank=world.rank, world_size=world.size,
+                            timeout=timedelta(seconds=seconds))  # fmt: skip
+    small = _timed(torch.zeros(1, device="cuda" if cuda else "cpu"))
+    large = _timed(torch.zeros(_MEGABYTES * 2**18, device="cuda" if cuda else "cpu"))
+    dist.barrier()
+    dist.destroy_process_group()
+    # Every byte crosses a link twice but for the share of the rank that has it.
+    bus = _MEGABYTES / 1024 / large * 2 * (world.size - 1) / world.size
+    return f"all-reduce of {world.size} ranks: {small * 1e3:.2f} ms, {bus:.2f} GiB/s"
+
+
+def _timed(tensor: torch.Tensor) -> float:
+    """Seconds of an all-reduce, the best of a few."""
+    times = []
+    for _ in range(_ROUNDS):
+        began = time.monotonic()
+        dist.all_reduce(tensor)
+        tensor[:1].item()
+        times.append(time.monotonic() - began)
+    return min(times)
+
+
+def _expected_host(rank: int, *, world: World) -> str:
+    """Where a rank that did not answer should be."""
+    nodes = hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
+    index = rank // world.local_size
+    return nodes[index] if index < len(nodes) else "?"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m launch check")
+    parser.add_argument("--ranks", type=int, help="refuse another number of ranks")
+    parser.add_argument("--run", type=Path, help="try to write there")
+    parser.add_argument("--data", type=Path, help="try to read shards there")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to wait for a rank")
+    parser.add_argument("--free", type=float, default=_LEAST_FREE_GIB, metavar="GIB")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the check; every rank returns the same status: 0, or 1 when something is wrong."""
+    arguments = _parser().parse_args(argv)
+    world = join(expected_size=arguments.ranks)
+    mine = _look(world, run=arguments.run, data=arguments.data)
+    store, found = _gather(world, mine=mine, seconds=arguments.seconds)
+    wrong = problems(found, least_free_gib=arguments.free)
+    answered = {facts.rank for facts in found}
+    missing = {
+        rank: _expected_host(rank, world=world)
+        for rank in range(world.size)
+        if rank not in answered
+    }
+    speed = ""
+    if not missing:
+        speed = _all_reduce(world, store=store, seconds=arguments.seconds)
+    if world.is_main:
+        _report(found, wrong=wrong, missing=missing, speed=speed)
+    return 1 if wrong or missing else 0
+
+
+def _report(
+    found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[int, str], speed: str
+) -> None:
+    print(table(found, wrong=wrong, missing=missing))
+    print(found[0].versions)
+    if speed:
+        print(speed)
+    bad = {f.host for f in found if f.rank in wrong} | set(missing.values())
+    print(f"bad: {', '.join(sorted(bad))}" if bad else "every node is ready", flush=True)

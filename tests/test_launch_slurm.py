@@ -1,0 +1,118 @@
+"""Runs under a real Slurm: time limits, preemption, dead nodes, cancellation, errors."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.cluster import wait_until
+from tests.site import Site
+
+pytestmark = pytest.mark.timeout(900)
+IMAGES = 2400
+LONG = ("training.images = 800000", "intervals.keep = 2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Site) -> dict[int, float]:
+    """The losses of a run that nothing interrupts. It also compiles what all others use."""
+    job = site.submit("undisturbed", site.settings("slurm"), f"training.images = {IMAGES}")
+    site.wait_gone(job)
+    assert "finished" in site.events("undisturbed"), site.output("undisturbed")[-3000:]
+    return site.losses("undisturbed")
+
+
+def same_as(losses: dict[int, float], undisturbed: dict[int, float]) -> bool:
+    """Whether the losses are bit for bit those of the undisturbed run, as far as both went."""
+    common = losses.keys() & undisturbed.keys()
+    return len(common) > 5 and all(losses[n] == undisturbed[n] for n in common)
+
+
+def test_time_limits_are_survived_until_the_run_is_finished(
+    site: Site, undisturbed: dict[int, float]
+) -> None:
+    # Saving after every step makes the run last beyond two limits on any machine.
+    job = site.submit(
+        "limited", site.settings("slurm", time='"1"'),
+        f"training.images = {IMAGES}", "intervals.checkpoint = 8",
+    )  # fmt: skip
+    site.wait_gone(job)
+    events = site.events("limited")
+    assert events.count(": saved; goes on from checkpoint") >= 2, events
+    assert events.endswith(": finished\n")
+    assert site.losses("limited") == undisturbed
+    for run in ("limited", "undisturbed"):
+        assert f"checkpoint {IMAGES:012d} committed" in site.log(run)
+    state = [
+        json.loads((site.run(run) / "checkpoints" / f"{IMAGES:012d}/state.json").read_text())
+        for run in ("limited", "undisturbed")
+    ]
+    assert state[0]["files"] == state[1]["files"]  # their checksums
+
+
+def test_preemption_power_loss_and_cancellation(site: Site, undisturbed: dict[int, float]) -> None:
+    job = site.submit("tried", site.settings("slurm", partition='"low"'), *LONG)
+    site.wait_start("tried", 0)
+    site.cluster.run("ctl", "srun", "-p", "high", "-N2", "--gres=gpu:2", "true")
+    site.wait_start("tried", 1)
+    assert "start 0: saved; goes on" in site.events("tried")
+
+    site.cluster.power_off("n2")
+    wait_until(lambda: site.state(job) == "PENDING", "the requeued job")
+    site.cluster.boot("n2")
+    site.wait_start("tried", 2)
+
+    site.cluster.run("ctl", "scancel", job)
+    site.wait_gone(job)
+    events = site.events("tried")
+    assert "start 2: saved; cancelled, or already started again" in events
+    assert f"checkpoint {site.rows('tried')[-1]['images']:012d} committed" in site.log("tried")
+    assert same_as(site.losses("tried"), undisturbed)
+
+
+def test_an_old_rank_that_outlives_its_job_does_not_write(site: Site) -> None:
+    job = site.submit("outlived", site.settings("slurm"), *LONG, nodes=1)
+    site.wait_start("outlived", 0)
+    host = site.cluster.run("ctl", "squeue", "-h", "-j", job, "-o", "%N").strip()
+    old = site.cluster.pids(host, ["-m trainer.train", "outlived"])
+    assert len(old) >= 2
+    for pid in site.cluster.pids(host, ["/usr/sbin/slurmd"]):
+        os.kill(pid, signal.SIGKILL)
+    site.wait_start("outlived", 1)
+    wait_until(
+        lambda: not set(old) & set(site.cluster.pids(host, ["-m trainer.train"])),
+        "the end of the old ranks",
+    )
+    assert "has taken over" in site.output("outlived")
+    # What was written since the new start is one run's: nothing goes back.
+    second = site.log("outlived").split("resumes from")[1]
+    seen = [int(w.split(" of")[0].replace(",", "")) for w in second.split("  images ")[1:]]
+    assert seen == sorted(set(seen))
+    assert site.events("outlived").count("goes on from") == 0  # Slurm did it, not the old script
+    site.cluster.run("ctl", *site.words("stop", site.run("outlived")))
+    site.wait_gone(job)
+    site.cluster.power_off(host)
+    site.cluster.boot(host)
+    wait_until(site.cluster.idle, "idle nodes")
+
+
+def test_what_is_refused_fails_once(site: Site) -> None:
+    job = site.submit("poisoned", site.settings("slurm"), "model.channels = 33")
+    site.wait_gone(job)
+    events = site.events("poisoned")
+    assert events.count("begins on") == 1
+    assert "refused for the reason above" in events
+    assert "model.channels" in site.output("poisoned")
+    assert not (site.run("poisoned") / "checkpoints").exists()
+
+
+def test_a_run_that_fails_twice_without_progress_stops(site: Site) -> None:
+    settings = site.settings("slurm")
+    broken = settings.with_name("broken.toml")
+    broken.write_text('python = "/nowhere/python"\n' + settings.read_text())
+    job = site.submit("broken", broken)
+    site.wait_gone(job)
+    events = site.events("broken")
+    assert events.count("begins on") == 2
+    assert "failed twice (status 2) at checkpoint none" in events or "failed twice" in events
