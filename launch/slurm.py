@@ -59,7 +59,7 @@ wait "$ranks"
 while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ended the wait before
 wait "$ranks"
 status=$?
-[ -z "$told" ] || kill "$timer"
+[ -z "$told" ] || kill "$timer" 2> /dev/null
 
 case $status in
   0) say "finished" ;;

@@ -133,6 +133,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         self._write_files()
+        subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)  # of killed tests
         _ip("link", "add", _BRIDGE, "type", "bridge")
         _ip("addr", "add", "10.78.0.254/24", "dev", _BRIDGE)
         _ip("link", "set", _BRIDGE, "up")
@@ -157,12 +158,18 @@ class Cluster:
 
     def boot(self, name: str) -> None:
         """Power a machine on, and plug its network in."""
+        # When the tests are killed, so are the machines.
+        bound = ["setpriv", "--pdeathsig", "KILL"]
+        apart = ["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork",
+                 "--kill-child", "--mount-proc"]  # fmt: skip
         machine = subprocess.Popen(
-            ["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child",
-             "--mount-proc", sys.executable, "-S", "-m", "tests.machine", self._settings(name)],
-            cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True,
-            stdout=(self.home / "log" / f"init.{name}").open("ab"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [*bound, *apart, sys.executable, "-S", "-m", "tests.machine", self._settings(name)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            text=True,
+            stdout=(self.home / "log" / f"init.{name}").open("ab"),
+            stderr=subprocess.STDOUT,
+        )
         self._machines[name] = machine
         wait_until(lambda: _is_apart(self._pid(name)), f"{name} in its namespaces", limit=30)
         mac = self._peers()[name][1]

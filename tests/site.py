@@ -19,7 +19,7 @@ TORCH_EXTENSIONS_DIR = "{extensions}"
 [slurm]
 {slurm}
 """
-_SLURM = {"cpus_per_task": 2, "memory": '"4000"', "seconds_to_save": 10}
+_SLURM = {"cpus_per_task": 2, "memory": '"4000"', "seconds_to_save": 25}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Site:
         return "" if "Invalid" in said else said.strip()
 
     def wait_gone(self, job: str) -> None:
-        wait_until(lambda: not self.state(job), f"the end of job {job}")
+        wait_until(lambda: not self.state(job), f"the end of job {job}", limit=600)
 
     def events(self, name: str) -> str:
         """What the batch script said."""

@@ -10,14 +10,15 @@ from tests.cluster import wait_until
 from tests.site import Site
 
 pytestmark = pytest.mark.timeout(900)
-IMAGES = 2400
+IMAGES = 4000
 LONG = ("training.images = 800000", "intervals.keep = 2")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(site: Site) -> dict[int, float]:
     """The losses of a run that nothing interrupts. It also compiles what all others use."""
-    job = site.submit("undisturbed", site.settings("slurm"), f"training.images = {IMAGES}")
+    sets = (f"training.images = {IMAGES}", f"intervals.checkpoint = {IMAGES}")
+    job = site.submit("undisturbed", site.settings("slurm"), *sets)
     site.wait_gone(job)
     assert "finished" in site.events("undisturbed"), site.output("undisturbed")[-3000:]
     return site.losses("undisturbed")
@@ -32,11 +33,12 @@ def same_as(losses: dict[int, float], undisturbed: dict[int, float]) -> bool:
 def test_time_limits_are_survived_until_the_run_is_finished(
     site: Site, undisturbed: dict[int, float]
 ) -> None:
-    # Saving after every step makes the run last beyond two limits on any machine.
     job = site.submit(
         "limited", site.settings("slurm", time='"1"'),
-        f"training.images = {IMAGES}", "intervals.checkpoint = 8",
+        f"training.images = {IMAGES}", f"intervals.checkpoint = {IMAGES}",
     )  # fmt: skip
+    wait_until(lambda: site.events("limited").count("saved; goes on") == 2, "two time limits")
+    site.cluster.run("ctl", "scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     site.wait_gone(job)
     events = site.events("limited")
     assert events.count(": saved; goes on from checkpoint") >= 2, events
