@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin iputils-ping "
+PACKAGES = ("slurmctld slurmd slurm-client munge openssh-server pdsh iputils-ping "
             "iproute2 tmux")  # fmt: skip
-_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "pdsh", "mpirun", "ip", "tmux")
+_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "pdsh", "ip", "tmux")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _BRIDGE = "brtest"
 GPUS = 2

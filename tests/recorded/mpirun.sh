@@ -1,0 +1,23 @@
+#!/bin/bash
+# imagenet64: 64 x 8 ranks by mpirun.
+cd /home/me/adm
+export GLOO_SOCKET_IFNAME=eth0
+export NCCL_SOCKET_IFNAME=eth0
+export PYTHONPATH=/runs/imagenet64/code
+export PYTHONSAFEPATH=1
+
+mpirun -np 512 \
+  --host n1:8,n2:8,n3:8,n4:8,n5:8,n6:8,n7:8,n8:8,n9:8,n10:8,n11:8,n12:8,n13:8,n14:8,n15:8,n16:8,n17:8,n18:8,n19:8,n20:8,n21:8,n22:8,n23:8,n24:8,n25:8,n26:8,n27:8,n28:8,n29:8,n30:8,n31:8,n32:8,n33:8,n34:8,n35:8,n36:8,n37:8,n38:8,n39:8,n40:8,n41:8,n42:8,n43:8,n44:8,n45:8,n46:8,n47:8,n48:8,n49:8,n50:8,n51:8,n52:8,n53:8,n54:8,n55:8,n56:8,n57:8,n58:8,n59:8,n60:8,n61:8,n62:8,n63:8,n64:8 \
+  --map-by ppr:8:node \
+  --bind-to none \
+  -x PATH \
+  -x GLOO_SOCKET_IFNAME=eth0 \
+  -x NCCL_SOCKET_IFNAME=eth0 \
+  -x PYTHONPATH=/runs/imagenet64/code \
+  -x PYTHONSAFEPATH=1 \
+  /home/me/adm/.venv/bin/python -m trainer.train /runs/imagenet64/launch/preset.toml \
+  --run /runs/imagenet64 \
+  --ds-config /runs/imagenet64/code/ds_config.json \
+  --ranks 512 \
+  --set 'training.lr = 1e-4' \
+  --set 'training.precision = "bf16"'

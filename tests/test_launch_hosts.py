@@ -1,0 +1,134 @@
+"""Machines without a scheduler: each launcher trains the same run; lost and hung ranks are named.
+
+mpirun is Open MPI 5 from PyPI, the one that the environment's mpi4py is linked with.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import LIMIT, wait_until
+from tests.site import Site
+
+pytestmark = pytest.mark.timeout(900)
+LAUNCHERS = ("mpirun", "deepspeed", "torchrun")
+#: Seconds that a rank may be silent in these tests, and those that its end may take beyond.
+PATIENCE, REST = 20, 30
+
+
+def start(site: Site, name: str, launcher: str, *changes: str) -> "subprocess.Popen[str]":
+    """Start a run on both machines from the first one."""
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    settings = site.settings(launcher)
+    words = ["env", *(f"{k}={v}" for k, v in root.items()), *site.start(name, settings, *changes)]
+    return site.cluster.start("n1", *words)
+
+
+def test_every_launcher_trains_the_same_run(site: Site) -> None:
+    losses = {}
+    for launcher in LAUNCHERS:
+        job = start(site, launcher, launcher)
+        output = job.communicate(timeout=2 * LIMIT)[0]
+        assert job.returncode == 0, output[-4000:]
+        assert "4 ranks" in site.log(launcher)
+        losses[launcher] = site.losses(launcher)
+    assert len(losses["mpirun"]) == 8
+    assert losses["mpirun"] == losses["deepspeed"] == losses["torchrun"]
+
+
+def ranks(site: Site, name: str) -> list[int]:
+    """The processes of a run's ranks on both machines."""
+    words = ["trainer.train", str(site.run(name)), "--patience"]
+    return [
+        pid
+        for host in site.cluster.names
+        for pid in site.cluster.pids(host, words)
+        if "torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+
+
+def start_bare(site: Site, name: str) -> "list[subprocess.Popen[str]]":
+    """Four ranks on two machines with no launcher at all: nothing but themselves ends them."""
+    jobs = []
+    for rank in range(4):
+        world = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2}
+        meeting = {"MASTER_ADDR": "n1", "MASTER_PORT": 29511, "GLOO_SOCKET_IFNAME": "eth0"}
+        words = ["env", *(f"{k}={v}" for k, v in {**world, **meeting}.items()), sys.executable, "-m",
+                 "trainer.train", site.preset, "--run", site.run(name), "--patience", PATIENCE,
+                 "--set", "training.images = 800000"]  # fmt: skip
+        jobs.append(site.cluster.start(f"n{1 + rank // 2}", *words))
+    site.wait_start(name, 0)
+    return jobs
+
+
+def end(jobs: "list[subprocess.Popen[str]]", *, within: float) -> list[str]:
+    """What each rank printed; all must end by themselves within so many seconds."""
+    began = time.monotonic()
+    texts = [job.communicate(timeout=max(1, began + within - time.monotonic()))[0] for job in jobs]
+    assert all(job.returncode == 1 for job in jobs), [job.returncode for job in jobs]
+    return texts
+
+
+def test_a_cut_off_machine_ends_the_job_and_is_named(site: Site) -> None:
+    jobs = start_bare(site, "cut")
+    site.cluster.cut("n2")
+    try:
+        texts = end(jobs, within=PATIENCE + REST)
+    finally:
+        site.cluster.heal("n2")
+    lost = rf"n1: lost: n2 \(ranks 2, 3; .*\): not heard from for {PATIENCE} s"
+    assert re.search(lost, texts[0])
+    assert re.search(lost, site.log("cut"))
+    assert re.search(r"n2: lost: n1 \(rank 0; .*\)", texts[2])
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_hung_rank_ends_the_job_and_is_named(site: Site, rank: int) -> None:
+    name = f"hung{rank}"
+    jobs = start_bare(site, name)
+    host = f"n{1 + rank // 2}"
+    for pid in site.cluster.pids(host, [str(site.run(name))]):
+        if f"RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text().replace("LOCAL_RANK", ""):
+            os.kill(pid, signal.SIGSTOP)
+            hung = pid
+    others = [job for number, job in enumerate(jobs) if number != rank]
+    try:
+        texts = end(others, within=PATIENCE + REST)
+    finally:
+        os.kill(hung, signal.SIGKILL)
+        jobs[rank].communicate(timeout=LIMIT)
+    said = "\n".join(texts) + site.log(name)
+    assert re.search(rf"lost: {host} \(rank {rank}; ", said)
+
+
+def test_check_names_the_bad_node(site: Site) -> None:
+    words = ["srun", "-N2", "--ntasks-per-node=2", sys.executable, "-m", "launch", "check"]
+    good = site.cluster.run("ctl", *words, "--data", site.preset.parent / "digits", "--free", 0)
+    assert "every node is ready" in good and "all-reduce of 4 ranks" in good
+    # Here n1 keeps its shards on its own disk, and n2 has none.
+    own = "/tmp/own-digits"
+    site.cluster.run("n1", "cp", "-r", site.preset.parent / "digits", own)
+    bad = site.cluster.run("ctl", *words, "--data", own, "--free", 0, check=False)
+    assert "bad: n2" in bad and "No such file" in bad
+
+
+def test_a_second_job_on_the_same_run_is_refused(site: Site) -> None:
+    job = site.submit("once", site.settings("slurm"), "training.images = 800000", nodes=1)
+    wait_until(lambda: site.state(job) == "RUNNING", "the job")
+    again = site.start("once", site.settings("slurm"), "training.images = 800000", nodes=1)
+    said = site.cluster.run("ctl", *again, check=False)
+    assert f"job {job} of" in said and "RUNNING" in said
+    site.wait_start("once", 0)
+    alone = [sys.executable, "-m", "trainer.train", site.preset, "--run", site.run("once"),
+             "--set", "training.images = 800000"]  # fmt: skip
+    said = site.cluster.run("ctl", *alone, check=False)
+    assert re.search(rf"error: job {job} on n\d is writing", said)
+    site.cluster.run("ctl", *site.words("stop", site.run("once")))
+    assert "stopped as asked" in site.events("once")
+    assert site.state(job) == ""
