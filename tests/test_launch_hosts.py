@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 LAUNCHERS = ("mpirun", "deepspeed", "torchrun")
 #: Seconds that a rank may be silent in these tests, and those that its end may take beyond.
 PATIENCE, REST = 20, 30
+LONG = "training.images = 800000"
 
 
 def start(site: Site, name: str, launcher: str, *changes: str) -> "subprocess.Popen[str]":
@@ -59,9 +60,9 @@ def start_bare(site: Site, name: str) -> "list[subprocess.Popen[str]]":
     for rank in range(4):
         world = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2}
         meeting = {"MASTER_ADDR": "n1", "MASTER_PORT": 29511, "GLOO_SOCKET_IFNAME": "eth0"}
-        words = ["env", *(f"{k}={v}" for k, v in {**world, **meeting}.items()), sys.executable, "-m",
-                 "trainer.train", site.preset, "--run", site.run(name), "--patience", PATIENCE,
-                 "--set", "training.images = 800000"]  # fmt: skip
+        env = [f"{key}={value}" for key, value in {**world, **meeting}.items()]
+        words = ["env", *env, sys.executable, "-m", "trainer.train", site.preset, "--run",
+                 site.run(name), "--patience", PATIENCE, "--set", LONG]  # fmt: skip
         jobs.append(site.cluster.start(f"n{1 + rank // 2}", *words))
     site.wait_start(name, 0)
     return jobs

@@ -76,7 +76,11 @@ status=$?
 [ -z "$told" ] || kill "$timer" 2> /dev/null
 
 case $status in
-  0) say "finished" ;;
+  0)  # also what srun says when Slurm has given the job's node up
+    case $(tail -n 1 "$run/log.txt") in
+      *finished*) say "finished" ;;
+      *) again "srun ended in mid-run" ;;
+    esac ;;
   2) say "refused for the reason above; not started again" ;;
   75) if [ -e "$run/launch/stop" ]; then say "stopped as asked"; else again "saved"; fi ;;
   *)
