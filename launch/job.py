@@ -95,7 +95,10 @@ class Job:
 
 def preamble(job: Job) -> str:
     """Where every text begins: the directory, the environment, the site's own lines."""
-    exports = (f"export {name}={quoted([value])}" for name, value in job.environment.items())
+    exports = [f"export {name}={quoted([value])}" for name, value in job.environment.items()]
+    python = Path(job.cluster.python)
+    if python.is_absolute():  # the tools beside it go first, as in an activated environment
+        exports.insert(0, f"export PATH={quoted([python.parent])}:$PATH")
     return "\n".join([f"cd {quoted([job.directory])}", *job.cluster.setup, *exports])
 
 
@@ -149,7 +152,7 @@ def _deepspeed(job: Job) -> str:
     runner = (job.cluster.python, "-m", "deepspeed.launcher.runner")
     return "\n".join([
         f"printf '%s\\n' {quoted(hosts)} > {quoted([hostfile])}",
-        f"printf '%s\\n' {quoted(environment)} > {quoted([exports])}",
+        f"printf '%s\\n' PATH=\"$PATH\" {quoted(environment)} > {quoted([exports])}",
         f"export DS_ENV_FILE={quoted([exports])}",
         command(*runner, "--hostfile", hostfile, "--launcher", "pdsh", "--no_local_rank",
                "--master_port", job.cluster.port, *job.cluster.options, "--module", module,

@@ -72,7 +72,7 @@ def end(jobs: "list[subprocess.Popen[str]]", *, within: float) -> list[str]:
     """What each rank printed; all must end by themselves within so many seconds."""
     began = time.monotonic()
     texts = [job.communicate(timeout=max(1, began + within - time.monotonic()))[0] for job in jobs]
-    assert all(job.returncode == 1 for job in jobs), [job.returncode for job in jobs]
+    assert all(job.returncode == 1 for job in jobs), (texts, [job.returncode for job in jobs])
     return texts
 
 

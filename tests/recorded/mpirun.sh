@@ -1,6 +1,7 @@
 #!/bin/bash
 # imagenet64: 64 x 8 ranks by mpirun.
 cd /home/me/adm
+export PATH=/home/me/adm/.venv/bin:$PATH
 export GLOO_SOCKET_IFNAME=eth0
 export NCCL_SOCKET_IFNAME=eth0
 export PYTHONPATH=/runs/imagenet64/code

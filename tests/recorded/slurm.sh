@@ -51,6 +51,7 @@ leave() {
 
 cd /home/me/adm
 module load cuda/12.6
+export PATH=/home/me/adm/.venv/bin:$PATH
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export OMP_NUM_THREADS=4
