@@ -43,17 +43,6 @@ def test_every_launcher_trains_the_same_run(site: Site) -> None:
     assert losses["mpirun"] == losses["deepspeed"] == losses["torchrun"]
 
 
-def ranks(site: Site, name: str) -> list[int]:
-    """The processes of a run's ranks on both machines."""
-    words = ["trainer.train", str(site.run(name)), "--patience"]
-    return [
-        pid
-        for host in site.cluster.names
-        for pid in site.cluster.pids(host, words)
-        if "torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_text()
-    ]
-
-
 def start_bare(site: Site, name: str) -> "list[subprocess.Popen[str]]":
     """Four ranks on two machines with no launcher at all: nothing but themselves ends them."""
     jobs = []
@@ -103,6 +92,7 @@ def test_a_hung_rank_ends_the_job_and_is_named(site: Site, rank: int) -> None:
         texts = end(others, within=PATIENCE + REST)
     finally:
         os.kill(hung, signal.SIGKILL)
+        jobs[rank].send_signal(signal.SIGCONT)  # nsenter stopped itself along with its child
         jobs[rank].communicate(timeout=LIMIT)
     said = "\n".join(texts) + site.log(name)
     assert re.search(rf"lost: {host} \(rank {rank}; ", said)
