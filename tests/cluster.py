@@ -7,6 +7,7 @@ and the checkout, as over NFS, and one key opens all of them. A machine can be c
 network, powered off and booted. Needs root and the Debian packages in `PACKAGES`.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +134,9 @@ class Cluster:
         return [f"n{i}" for i in range(1, self.nodes + 1)]
 
     def __enter__(self) -> "Cluster":
+        # Its network has fixed names: another cluster on this box has to end first.
+        self._alone = (Path(tempfile.gettempdir()) / "test-cluster.lock").open("w")
+        fcntl.flock(self._alone, fcntl.LOCK_EX)
         self._write_files()
         subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)  # of killed tests
         _ip("link", "add", _BRIDGE, "type", "bridge")
@@ -150,6 +155,7 @@ class Cluster:
         for name in list(self._machines):
             self.power_off(name)
         _ip("link", "del", _BRIDGE)
+        self._alone.close()
 
     def idle(self) -> bool:
         """Whether every node is up and has nothing to do."""
