@@ -116,7 +116,7 @@ def _access(run: Path | None, data: Path | None, *, rank: int) -> str:
     try:
         if data is not None:
             manifest = json.loads((data / "manifest.json").read_text())
-            with (data / manifest["shards"][0]["name"]).open("rb") as shard:
+            with (data / f"{manifest['shards'][0]['name']}.tar").open("rb") as shard:
                 shard.read(1)
         if run is not None:
             probe = run / f".check-{rank}"

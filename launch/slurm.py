@@ -142,14 +142,18 @@ def _header(job: Job, *, output: str, array: str | None = None) -> str:
 
 
 def _srun(job: Job, words: Sequence[str]) -> str:
-    """One task per GPU; when one fails the others are ended."""
+    """One task per GPU.
+
+    When one ends the others have a minute to end by themselves: to be killed at once, as by
+    --kill-on-bad-exit=1, would hide the status that they leave with, and who was lost.
+    """
     container = job.cluster.container
     options = container.srun_options if container else ()
     inside = container.command if container else ()
     # Since Slurm 22.05 srun does not take the number of CPUs over from the job.
     cpus = job.cluster.slurm.cpus_per_task
     per_task = [f"--cpus-per-task={cpus}"] if cpus else []
-    start = command("srun", "--kill-on-bad-exit=1", "--label", *per_task, *options)
+    start = command("srun", "--kill-on-bad-exit=0", "--wait=60", "--label", *per_task, *options)
     return f"{start} \\\n  {command(*inside, job.cluster.python, *words)}"
 
 

@@ -24,7 +24,7 @@ def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
     for part in ("trainer", "data", "launch"):
         shutil.copytree(ROOT / part, here / part)
     shutil.copy(ROOT / "ds_config.json", here)
-    assert pack.main(["digits", str(here / "shards" / "digits"), "--size", "16"]) == 0
+    assert pack.main(["digits", str(here / "shards" / "digits"), "--size", "8"]) == 0
 
     def run(command: str, *, lasting: bool = False) -> str:
         words = f"cd {here} && {'timeout 5 ' if lasting else ''}{command}"

@@ -57,7 +57,8 @@ export PYTHONSAFEPATH=1
 
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
 srun \
-  --kill-on-bad-exit=1 \
+  --kill-on-bad-exit=0 \
+  --wait=60 \
   --label \
   --cpus-per-task=12 \
   --container-image=/scratch/images/adm.sqsh \

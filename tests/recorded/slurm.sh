@@ -60,7 +60,8 @@ export PYTHONSAFEPATH=1
 
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
 srun \
-  --kill-on-bad-exit=1 \
+  --kill-on-bad-exit=0 \
+  --wait=60 \
   --label \
   --cpus-per-task=12 \
   /home/me/adm/.venv/bin/python -m launch check \
@@ -70,7 +71,8 @@ srun \
   exit 2
 }
 srun \
-  --kill-on-bad-exit=1 \
+  --kill-on-bad-exit=0 \
+  --wait=60 \
   --label \
   --cpus-per-task=12 \
   /home/me/adm/.venv/bin/python -m trainer.train /runs/imagenet64/launch/preset.toml \
