@@ -138,7 +138,8 @@ class Cluster:
         self._alone = (Path(tempfile.gettempdir()) / "test-cluster.lock").open("w")
         fcntl.flock(self._alone, fcntl.LOCK_EX)
         self._write_files()
-        subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)  # of killed tests
+        for left in (_BRIDGE, *map(_cable, ("ctl", *self.names))):  # by tests that were killed
+            subprocess.run(["ip", "link", "del", left], capture_output=True)
         _ip("link", "add", _BRIDGE, "type", "bridge")
         _ip("addr", "add", "10.78.0.254/24", "dev", _BRIDGE)
         _ip("link", "set", _BRIDGE, "up")
