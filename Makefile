@@ -1,5 +1,7 @@
 # make quickstart   pack the digits, train both networks, draw guided samples
 # make test         the tests            make check   format, lint, types
+# make test-cluster the tests on a real Slurm and ssh cluster in namespaces; it needs root, and the
+#                   Debian packages that it names
 # Each sets up .venv when it is missing. Another interpreter: make PYTHON=python3.12 test.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,12 +11,15 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: quickstart test check format
+.PHONY: quickstart test test-cluster check format
 quickstart: $(VENV)/installed
 	bash examples/quickstart.sh
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-cluster: $(VENV)/installed
+	CI=true $(BIN)/python -m pytest -m cluster
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

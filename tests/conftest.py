@@ -49,7 +49,10 @@ keep = 10
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Mark what runs on the test cluster; skip what needs a GPU where there is none."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.cluster)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
