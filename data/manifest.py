@@ -8,6 +8,7 @@ every image in NAME.tar.
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from data.tars import INDEX_DTYPE, Index
 
 MANIFEST = "manifest.json"
 FORMAT = "adm-shards-1"
+
+# numpy reads an array's header with `ast`, which Python 3.11 cannot do in two threads at once.
+_READING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +82,7 @@ class Shards:
             raise ValueError(
                 f"{self.root}/{self.shards[shard].index} does not have the manifest's checksum"
             )
-        index: Index = np.load(io.BytesIO(content), allow_pickle=False)
-        return index
+        return _load_array(io.BytesIO(content))
 
 
 def index_bytes(index: Index) -> bytes:
@@ -141,7 +144,7 @@ def map_index(root: Path, shard: Shard) -> Index:
     """
     path = root / shard.index
     try:
-        index: Index = np.load(path, mmap_mode="r" if shard.samples else None, allow_pickle=False)
+        index = _load_array(path, mapped=shard.samples > 0)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
@@ -149,6 +152,12 @@ def map_index(root: Path, shard: Shard) -> Index:
             f"{path} has {index.size} rows, the manifest says {shard.samples} samples: "
             "copy or pack it again"
         )
+    return index
+
+
+def _load_array(source: Path | io.BytesIO, *, mapped: bool = False) -> Index:
+    with _READING:
+        index: Index = np.load(source, mmap_mode="r" if mapped else None, allow_pickle=False)
     return index
 
 
