@@ -1,60 +1,82 @@
 """Real ranks for the tests: processes that meet over gloo and train real runs.
 
-`start` starts the ranks of one job; each rank trains the runs that it is given one after the
-other in one process group, since a start costs seconds and a tiny run does not. What they did is
-read from the run directories and from `statuses`.
+Importing torch and DeepSpeed takes a rank 5 to 10 seconds of CPU, more than a tiny run. So one
+process does that once and every rank is a fork of it; each trains the runs that it is given one
+after the other. What they did is read from the run directories and from `statuses`.
 """
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 240.0
+_LAST = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 @dataclass
 class Job:
     """The processes of a job, rank by rank."""
 
-    ranks: list[subprocess.Popen[str]]
-    report: Path
+    directory: Path
+    ranks: list[ForkServerProcess]
 
     def wait(self) -> str:
         """Wait for all ranks, and return what rank 0 printed; a rank that hangs is an error."""
-        texts = [rank.communicate(timeout=LIMIT)[0] for rank in self.ranks]
-        self.texts = texts
-        return texts[0]
+        end = time.monotonic() + LIMIT
+        for rank, process in enumerate(self.ranks):
+            process.join(max(0.0, end - time.monotonic()))
+            assert not process.is_alive(), f"rank {rank} hangs\n{self.text}"
+        return self.texts[0]
 
     def kill(self) -> None:
-        for rank in self.ranks:
-            rank.send_signal(signal.SIGKILL)
-        for rank in self.ranks:
-            rank.communicate()
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.join()
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        pid = self.ranks[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    @property
+    def texts(self) -> list[str]:
+        """What each rank printed."""
+        return [output(self.directory, rank).read_text() for rank in range(len(self.ranks))]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
 
     @property
     def statuses(self) -> list[int | str]:
         """The status of every run, or the error that refused it."""
-        return json.loads(self.report.read_text())
+        report = self.directory / "report.json"
+        assert report.exists(), self.text
+        return json.loads(report.read_text())
+
+
+def output(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank}.txt"
 
 
 def start(directory: Path, *, ranks: int, runs: list[list[str]], fp16: bool = False) -> Job:
     """Start a job of `ranks` processes. A run is "train" or "sample", and that tool's arguments."""
     directory.mkdir(parents=True, exist_ok=True)
-    order, report = directory / "order.json", directory / "report.json"
-    order.write_text(json.dumps({"runs": runs, "fp16": fp16, "report": str(report)}))
     port = free_port()
     processes = []
     for rank in range(ranks):
         env = {
-            **environment(),
             "RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank),
@@ -62,18 +84,29 @@ def start(directory: Path, *, ranks: int, runs: list[list[str]], fp16: bool = Fa
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [sys.executable, "-m", "tests.ranks", str(order)]
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        )
-    return Job(processes, report)
+        output(directory, rank).touch()
+        process = forks().Process(target=live, args=(directory, env, runs, fp16))
+        process.start()
+        processes.append(process)
+    return Job(directory, processes)
+
+
+@cache
+def forks() -> ForkServerContext:
+    """What ranks are forked from: a process of its own, without threads, that has imported all."""
+    context = get_context("forkserver")
+    # The last one is what DeepSpeed imports as it makes an optimizer: torch's compiler.
+    context.set_forkserver_preload(["trainer.train", "trainer.sample", _LAST])
+    before = dict(os.environ)
+    os.environ.update(environment(), PYTHONPATH=str(ROOT))
+    try:
+        process = context.Process(target=int)
+        process.start()
+        process.join()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
 
 
 def wait_for(path: Path) -> None:
@@ -100,39 +133,46 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def main(order: Path) -> None:
-    """What one rank does."""
+def live(directory: Path, env: dict[str, str], runs: list[list[str]], fp16: bool) -> None:
+    """The life of one rank."""
+    from trainer.group import run_as_rank
+
+    os.environ.update(env)
+    with output(directory, int(env["RANK"])).open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    run_as_rank(partial(work, directory, runs, fp16))
+
+
+def work(directory: Path, runs: list[list[str]], fp16: bool) -> int:
+    """Do the runs one after the other, as one rank among all."""
     from launch.preempt import Preemption
     from launch.world import join
     from trainer import sample, train
     from trainer.group import connected
     from trainer.watch import Watch
 
-    task = json.loads(order.read_text())
-    if task["fp16"]:  # DeepSpeed refuses fp16 on most CPUs by this check alone
+    if fp16:  # DeepSpeed refuses fp16 on most CPUs by this check alone
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         CPU_Accelerator.is_fp16_supported = lambda self: True
-    world, statuses = join(), []
+    world = join()
+    statuses: list[int | str] = []
     with (
         Preemption() as preemption,
         connected(world) as device,
         Watch(world, patience=LIMIT) as watch,
     ):
-        tools = {
+        tools: dict[str, tuple[Callable, Callable]] = {
             "train": (train.parser, partial(train.train, preemption=preemption, watch=watch)),
             "sample": (sample.parser, sample.sample),
         }
-        for tool, *arguments in task["runs"]:
-            parser, work = tools[tool]
+        for tool, *arguments in runs:
+            parser, use = tools[tool]
             try:
-                status = work(parser().parse_args(arguments), world=world, device=device)
+                statuses.append(use(parser().parse_args(arguments), world=world, device=device))
             except ValueError as error:
-                status = str(error)
-            statuses.append(status)
+                statuses.append(str(error))
     if world.is_main:
-        Path(task["report"]).write_text(json.dumps(statuses))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        (directory / "report.json").write_text(json.dumps(statuses))
+    return 0

@@ -4,7 +4,7 @@ Paper, section 3 and appendix A: residual blocks that take the timestep (and cla
 one of three ways, self-attention over a whole map or inside windows, and resampling. Attribute
 names are those of the published checkpoints, so that their state dicts load as they are.
 
-Parameters may be fp32, bf16 or fp16. Statistics (GroupNorm) and softmax are in fp32 always.
+Parameters may be bf16, fp16, fp32 or fp64. Statistics (GroupNorm) and softmax are in fp32 at least.
 """
 
 import math
@@ -33,15 +33,15 @@ def timestep_embedding(t: Tensor, *, width: int) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm over 32 groups, computed in fp32 whatever the dtype of its parameters."""
+    """GroupNorm over 32 groups, computed in fp32 at least, whatever the dtype of its parameters."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         # torch's own 16-bit kernel rounds mean and deviation to 16 bits between its two passes.
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        weight, bias = full(self.weight), full(self.bias)
+        return F.group_norm(full(x), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -203,6 +203,11 @@ class Stage(nn.ModuleList):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResidualBlock) else layer(x)
         return x
+
+
+def full(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is in that: what statistics, losses and samplers compute in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def attend(qkv: Tensor, *, heads: int, order: QkvOrder) -> Tensor:

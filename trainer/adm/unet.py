@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.adm.blocks import AttentionPool, GroupNorm, Stage, zeroed
+from trainer.adm.blocks import AttentionPool, GroupNorm, Stage, full, zeroed
 from trainer.adm.checks import check, check_choice
 from trainer.adm.encoder import (
     Encoder,
@@ -114,7 +114,7 @@ class UNet(Encoder):
         for stage in self.output_blocks:
             h = stage(torch.cat((h, skips.pop()), dim=1), emb)
         out: Tensor = self.out(h)
-        return out.float()
+        return full(out)
 
 
 class Classifier(Encoder):
@@ -132,7 +132,7 @@ class Classifier(Encoder):
         if self.config.pool.startswith("spatial"):
             h = torch.cat([part.mean(dim=(2, 3)) for part in (*features, h)], dim=1)
         out: Tensor = self.out(h)
-        return out.float()
+        return full(out)
 
 
 def flops(config: UNetConfig | ClassifierConfig) -> int:
