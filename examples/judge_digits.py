@@ -14,6 +14,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
+#: The rate of the first file below which this is a failure.
+LEAST = 0.9
+
 
 def recognised(judge: SVC, file: Path) -> float:
     """The share of a sample file's images, uint8 (N, S, S, 3), that the judge reads as labelled."""
@@ -30,14 +33,19 @@ def as_digits(images: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def main(files: list[str]) -> None:
-    """Print the judge's own accuracy, then its rate on each file."""
+    """Print the judge's own accuracy, then its rate on each file; fail below `LEAST`."""
     pixels, labels = load_digits(return_X_y=True)
     judge = SVC(gamma=0.001)
     accuracy = cross_val_score(judge, pixels, labels, cv=5).mean()
     print(f"the judge on real digits that it has not seen: {accuracy:.1%}")
     judge.fit(pixels, labels)
-    for file in files:
-        print(f"recognised in {file}: {recognised(judge, Path(file)):.1%}")
+    rates = {file: recognised(judge, Path(file)) for file in files}
+    for file, rate in rates.items():
+        print(f"recognised in {file}: {rate:.1%}")
+    if rates[files[0]] < LEAST:
+        sys.exit(
+            f"fewer than {LEAST:.0%} of {files[0]} are recognised: the networks learned too little"
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=runs/quickstart
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-ranks=$((gpus > 0 ? gpus : 2))
+ranks=$((gpus > 0 ? 1 : 2))
+while ((2 * ranks <= gpus && ranks < 64)); do ranks=$((2 * ranks)); done # they share batches of 64
 ((gpus > 0)) || export OMP_NUM_THREADS=1 # one core for each rank
 
 say() { printf '\n== %s\n' "$*"; }

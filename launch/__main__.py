@@ -28,7 +28,7 @@ def start(argv: Sequence[str]) -> int:
     """`python -m launch PRESET ...`: submit a run, or train it from here."""
     arguments = _start_parser().parse_args(argv)
     preset = snapshot.find_preset(arguments.preset)
-    job = _job(arguments, run=arguments.run)
+    job = _job(arguments, run=arguments.run, preset=preset)
     if arguments.dry_run:
         print(snapshot.text(job), end="")
         return 0
@@ -40,7 +40,7 @@ def sweep(argv: Sequence[str]) -> int:
     """`python -m launch sweep PRESETS...`: one Slurm array, a run for each preset."""
     arguments = _sweep_parser().parse_args(argv)
     presets = [snapshot.find_preset(preset) for preset in arguments.presets]
-    jobs = [_job(arguments, run=arguments.runs / preset.stem) for preset in presets]
+    jobs = [_job(arguments, run=arguments.runs / preset.stem, preset=preset) for preset in presets]
     if len({job.run for job in jobs}) < len(jobs):
         raise ValueError("two of the presets have the same name: each needs a run of its own")
     if jobs[0].cluster.launcher != "slurm":
@@ -102,17 +102,20 @@ def check(argv: Sequence[str]) -> int:
     return checks.main(argv)
 
 
-def _job(arguments: argparse.Namespace, *, run: Path) -> Job:
+def _job(arguments: argparse.Namespace, *, run: Path, preset: Path) -> Job:
     cluster = load(arguments.cluster) if arguments.cluster else Cluster(launcher="alone")
-    snapshot.check_changes(tuple(arguments.set))
+    changes = tuple(arguments.set)
+    snapshot.check_changes(changes)
     return Job(
         run=run.absolute(),
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,
         cluster=cluster,
         directory=Path.cwd(),
-        changes=tuple(arguments.set),
+        changes=changes,
+        absent=tuple(arguments.unset),
         check=arguments.check,
+        shards=snapshot.find_shards(preset, changes),
     )
 
 
@@ -136,6 +139,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
                         help=f"the site's settings (launchers: {', '.join(LAUNCHERS)}); "
                         "without it the run is trained here")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="'training.lr = 1e-4'")
+    parser.add_argument("--unset", action="append", default=[], metavar="training.clip")
     parser.add_argument("--check", action="store_true", help="look the nodes over before training")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
 

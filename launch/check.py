@@ -13,6 +13,8 @@ import os
 import platform
 import shutil
 import socket
+import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.exits import FAILED
 from launch.slurm import hosts
 from launch.world import World, join
 
@@ -42,14 +45,17 @@ class Facts:
     versions: str
     gpus: str
     free_gib: float
-    #: Seconds since 1970 at a moment that all ranks share.
-    clock: float
     #: What kept the rank from reading the data or writing the run; empty when nothing did.
     access: str
 
 
-def problems(found: Sequence[Facts], *, least_free_gib: float = _LEAST_FREE_GIB) -> dict[int, str]:
-    """What is wrong, by rank: whoever differs from most is the odd one."""
+def problems(
+    found: Sequence[Facts], *, clocks: Mapping[int, float], least_free_gib: float = _LEAST_FREE_GIB
+) -> dict[int, str]:
+    """What is wrong, by rank: whoever differs from most is the odd one.
+
+    `clocks` are the ranks' seconds since 1970 at a moment that they share.
+    """
     wrong: dict[int, list[str]] = {facts.rank: [] for facts in found}
     for name in ("code", "versions", "gpus"):
         values = [getattr(facts, name) for facts in found]
@@ -57,9 +63,9 @@ def problems(found: Sequence[Facts], *, least_free_gib: float = _LEAST_FREE_GIB)
         for facts in found:
             if (value := getattr(facts, name)) != usual:
                 wrong[facts.rank].append(f"{name}: {value}, elsewhere {usual}")
-    middle = sorted(facts.clock for facts in found)[len(found) // 2] if found else 0.0
+    middle = statistics.median_low(clocks.values()) if clocks else 0.0
     for facts in found:
-        if abs(skew := facts.clock - middle) > _MOST_SKEW:
+        if abs(skew := clocks.get(facts.rank, middle) - middle) > _MOST_SKEW:
             wrong[facts.rank].append(f"clock is off by {skew:+.1f} s")
         if facts.free_gib < least_free_gib:
             wrong[facts.rank].append(f"{facts.free_gib:.1f} GiB of disk free")
@@ -82,7 +88,7 @@ def table(found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[
     return "\n".join(lines)
 
 
-def _look(world: World, *, run: Path | None, data: Path | None) -> Facts:
+def _look(world: World, *, run: Path | None, data: str | None) -> Facts:
     packages = ("torch", "deepspeed", "webdataset", "numpy")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     return Facts(
@@ -92,7 +98,6 @@ def _look(world: World, *, run: Path | None, data: Path | None) -> Facts:
         versions=", ".join([f"python {platform.python_version()}", *versions]),
         gpus=_gpus(),
         free_gib=shutil.disk_usage(run or Path.cwd()).free / 2**30,
-        clock=time.time(),
         access=_access(run, data, rank=world.rank),
     )
 
@@ -112,11 +117,12 @@ def _gpus() -> str:
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"[:18]
 
 
-def _access(run: Path | None, data: Path | None, *, rank: int) -> str:
+def _access(run: Path | None, data: str | None, *, rank: int) -> str:
+    """What keeps a rank from its directories; data behind a URL or a pipe is not tried."""
     try:
-        if data is not None:
-            manifest = json.loads((data / "manifest.json").read_text())
-            with (data / f"{manifest['shards'][0]['name']}.tar").open("rb") as shard:
+        if data is not None and "://" not in data and not data.startswith("pipe:"):
+            manifest = json.loads((Path(data) / "manifest.json").read_text())
+            with (Path(data) / f"{manifest['shards'][0]['name']}.tar").open("rb") as shard:
                 shard.read(1)
         if run is not None:
             probe = run / f".check-{rank}"
@@ -129,18 +135,30 @@ def _access(run: Path | None, data: Path | None, *, rank: int) -> str:
 
 def _gather(world: World, *, mine: Facts, seconds: float) -> tuple[dist.TCPStore, list[Facts]]:
     """The facts of all ranks that answer in time; on the main rank, and alike on the others."""
-    limit = timedelta(seconds=seconds)
     store = dist.TCPStore(world.address, world.port, is_master=world.is_main,
-                          wait_for_workers=False, timeout=limit)  # fmt: skip
+                          wait_for_workers=False, timeout=timedelta(seconds=2 * seconds)
+                          )  # fmt: skip
     store.set(f"facts {world.rank}", json.dumps(vars(mine)))
+    heard = _collect(world, store=store, what="facts", seconds=seconds)
+    return store, [Facts(**json.loads(text)) for text in heard.values()]
+
+
+def _clocks(world: World, *, store: dist.TCPStore) -> dict[int, float]:
+    """What the ranks' clocks say at one moment: when the main rank has heard all their facts."""
+    store.set(f"clock {world.rank}", str(time.time()))
+    heard = _collect(world, store=store, what="clock", seconds=10.0)
+    return {rank: float(text) for rank, text in heard.items()}
+
+
+def _collect(world: World, *, store: dist.TCPStore, what: str, seconds: float) -> dict[int, str]:
+    """What every rank has laid down, of those that do in time; all ranks get the same."""
     if world.is_main:
-        end, keys = time.monotonic() + seconds, [f"facts {rank}" for rank in range(world.size)]
+        end, keys = time.monotonic() + seconds, [f"{what} {rank}" for rank in range(world.size)]
         while time.monotonic() < end and not store.check(keys):
-            time.sleep(0.1)
-        heard = [store.get(key).decode() for key in keys if store.check([key])]
-        store.set("all", json.dumps(heard))
-    heard = json.loads(store.get("all"))
-    return store, [Facts(**json.loads(text)) for text in heard]
+            time.sleep(0.02)
+        heard = {n: store.get(k).decode() for n, k in enumerate(keys) if store.check([k])}
+        store.set(what, json.dumps(heard))
+    return {int(rank): text for rank, text in json.loads(store.get(what)).items()}
 
 
 def _all_reduce(world: World, *, store: dist.TCPStore, seconds: float) -> str:
@@ -182,8 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch check")
     parser.add_argument("--ranks", type=int, help="refuse another number of ranks")
     parser.add_argument("--run", type=Path, help="try to write there")
-    parser.add_argument("--data", type=Path, help="try to read shards there")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to wait for a rank")
+    parser.add_argument("--data", help="try to read shards there")
+    parser.add_argument("--seconds", type=float, default=40.0, help="how long to wait for a rank")
     parser.add_argument("--free", type=float, default=_LEAST_FREE_GIB, metavar="GIB")
     return parser
 
@@ -194,27 +212,29 @@ def main(argv: Sequence[str]) -> int:
     world = join(expected_size=arguments.ranks)
     mine = _look(world, run=arguments.run, data=arguments.data)
     store, found = _gather(world, mine=mine, seconds=arguments.seconds)
-    wrong = problems(found, least_free_gib=arguments.free)
+    clocks = _clocks(world, store=store)
+    wrong = problems(found, clocks=clocks, least_free_gib=arguments.free)
     answered = {facts.rank for facts in found}
     missing = {
         rank: _expected_host(rank, world=world)
         for rank in range(world.size)
         if rank not in answered
     }
-    speed = ""
-    if not missing:
-        speed = _all_reduce(world, store=store, seconds=arguments.seconds)
-    if world.is_main:
-        _report(found, wrong=wrong, missing=missing, speed=speed)
-    return 1 if wrong or missing else 0
-
-
-def _report(
-    found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[int, str], speed: str
-) -> None:
-    print(table(found, wrong=wrong, missing=missing))
-    print(found[0].versions)
-    if speed:
-        print(speed)
     bad = {f.host for f in found if f.rank in wrong} | set(missing.values())
-    print(f"bad: {', '.join(sorted(bad))}" if bad else "every node is ready", flush=True)
+    if world.is_main:
+        print(table(found, wrong=wrong, missing=missing))
+        print(found[0].versions)
+        if bad:
+            print(f"bad: {', '.join(sorted(bad))}", flush=True)
+    if missing:
+        return FAILED
+    try:
+        speed = _all_reduce(world, store=store, seconds=arguments.seconds)
+    except RuntimeError as error:
+        print(f"{mine.host}: rank {world.rank} cannot all-reduce: {error}", file=sys.stderr)
+        return FAILED
+    if world.is_main:
+        print(speed)
+        if not bad:
+            print("every node is ready", flush=True)
+    return FAILED if bad else 0

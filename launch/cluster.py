@@ -60,20 +60,20 @@ class Container:
     #: Such as "/scratch:/scratch".
     mounts: tuple[str, ...] = ()
 
-    @property
-    def srun_options(self) -> tuple[str, ...]:
+    def srun_options(self, *, directory: Path) -> tuple[str, ...]:
+        """Options of srun that start the ranks inside, in `directory`."""
         if self.kind == "apptainer":
             return ()
         mounts = [f"--container-mounts={','.join(self.mounts)}"] if self.mounts else []
-        return (f"--container-image={self.image}", *mounts)
+        workdir = f"--container-workdir={directory}"
+        return (f"--container-image={self.image}", *mounts, workdir)
 
-    @property
-    def command(self) -> tuple[str, ...]:
-        """What stands before the command that runs inside."""
+    def command(self, *, directory: Path) -> tuple[str, ...]:
+        """What stands before the command that runs inside, in `directory`."""
         if self.kind == "pyxis":
             return ()
         mounts = (word for mount in self.mounts for word in ("--bind", mount))
-        return ("apptainer", "exec", "--nv", *mounts, self.image)
+        return ("apptainer", "exec", "--nv", *mounts, "--pwd", str(directory), self.image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +105,15 @@ class Cluster:
     #: Further options of mpirun, `deepspeed` or torchrun.
     options: tuple[str, ...] = ()
     port: int = 29500
+    #: Seconds after which a rank that is lost or hung ends the job.
+    patience: int = 600
     slurm: Slurm = Slurm()
     container: Container | None = None
     kubernetes: Kubernetes | None = None
 
     def __post_init__(self) -> None:
+        if self.patience < 10:
+            raise ValueError(f"patience = {self.patience}: it must be at least 10 seconds")
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise ValueError(f"environment.{name}: it must be a name of a variable")

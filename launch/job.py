@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cluster import Cluster, quoted
+from launch.writer import stop_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,11 @@ class Job:
     directory: Path
     #: Settings of the preset that are changed, as `--set` takes them.
     changes: tuple[str, ...] = ()
-    #: Look the allocation over ahead of the training.
+    #: Settings of the preset that are left out, as `--unset` takes them.
+    absent: tuple[str, ...] = ()
+    #: Look the allocation over ahead of the training, and whether it can read these shards.
     check: bool = False
+    shards: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node"):
@@ -72,16 +76,19 @@ class Job:
     @property
     def training(self) -> tuple[str, ...]:
         """The trainer as words after `python`."""
-        sets = (word for change in self.changes for word in ("--set", change))
+        sets = [word for change in self.changes for word in ("--set", change)]
+        sets += [word for name in self.absent for word in ("--unset", name)]
         return (
             "-m", "trainer.train", f"{self.records}/preset.toml", "--run", str(self.run),
-            "--ds-config", f"{self.code}/ds_config.json", "--ranks", str(self.ranks), *sets,
+            "--ds-config", f"{self.code}/ds_config.json", "--ranks", str(self.ranks),
+            "--patience", str(self.cluster.patience), *sets,
         )  # fmt: skip
 
     @property
     def checking(self) -> tuple[str, ...]:
         """The look at the allocation as words after `python`."""
-        return ("-m", "launch", "check", "--ranks", str(self.ranks), "--run", str(self.run))
+        data = ("--data", self.shards) if self.shards else ()
+        return ("-m", "launch", "check", "--ranks", str(self.ranks), "--run", str(self.run), *data)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -172,14 +179,19 @@ def _torchrun(job: Job) -> str:
     )  # fmt: skip
     return "\n".join([
         'if [ "$1" != node ]; then',
+        f"  trap 'touch {quoted([stop_file(job.run)])}' INT TERM  # the ranks save and leave",
         f"  for host in {quoted(hosts)}; do",
         '    ssh "$host" bash "$(realpath "$0")" node & agents+=($!)',
         "  done",
-        '  for agent in "${agents[@]}"; do wait "$agent" || status=$?; done',
+        '  for agent in "${agents[@]}"; do',
+        '    while kill -0 "$agent" 2> /dev/null; do wait "$agent"; done  # a signal ends a wait',
+        '    wait "$agent" || status=$?',
+        "  done",
         "  exit ${status:-0}",
         "fi",
-        "# A rebooted machine must be able to join again.",
+        "# A rebooted machine must be able to join again, and ranks that shall leave, to save.",
         "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.cluster.slurm.seconds_to_save}",
         elastic,
     ])  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Kubernetes: a job as the manifest of a Kubeflow PyTorchJob, for `kubectl apply -f`."""
 
+import re
+
 from launch.cluster import Kubernetes, quoted
 from launch.job import Job
 
@@ -39,7 +41,7 @@ _REPLICAS = """\
 {script}
               resources:
                 limits:
-                  nvidia.com/gpu: {gpus}
+                  nvidia.com/gpu: "{gpus}"
               volumeMounts:
                 - name: runs
                   mountPath: {mount}
@@ -59,15 +61,30 @@ def manifest(job: Job) -> str:
     """The manifest, as YAML.
 
     Raises:
-        ValueError: the run's name is none that Kubernetes takes, or the run is not on the volume.
+        ValueError: the run's name is none that Kubernetes takes, or the run or the shards are not
+            on the volume.
     """
     site = job.cluster.kubernetes
     assert site is not None
     name = job.name.lower().replace("_", "-").replace(".", "-").strip("-")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?", name):
+        raise ValueError(
+            f"--run {job.run}: its last part names the job; Kubernetes takes at most 50 letters, "
+            "digits and -, beginning with a letter"
+        )
     if not job.run.is_relative_to(site.mount):
         raise ValueError(
             f"--run {job.run} is not below kubernetes.mount = {site.mount!r}: the pods see no "
             "other directory; put the run there"
+        )
+    if (
+        job.shards
+        and not job.shards.startswith("/")
+        and not job.directory.is_relative_to(site.mount)
+    ):
+        raise ValueError(
+            f"data.shards = {job.shards!r} is relative to {job.directory}, which the pods do not "
+            f"see: put the shards below {site.mount} and --set their whole path"
         )
     roles = {"Master": 1, "Worker": job.nodes - 1}
     replicas = (_replicas(job, site, role, count) for role, count in roles.items() if count)
@@ -94,6 +111,8 @@ def _script(job: Job) -> list[str]:
     """Kubeflow tells every pod its number and where they meet."""
     return [
         *job.cluster.setup,
+        # From TERM to KILL, as for the pod.
+        f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.cluster.slurm.seconds_to_save}",
         quoted(["exec", job.cluster.python, "-m", "torch.distributed.run"]) + " \\",
         f"  --nnodes={job.nodes} --nproc-per-node={job.gpus_per_node} --node-rank=$RANK \\",
         "  --master-addr=$MASTER_ADDR --master-port=$MASTER_PORT \\",

@@ -10,9 +10,6 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
-#: Exit status of a run that saved, left early, and wants to be started again (EX_TEMPFAIL).
-TO_BE_CONTINUED = 75
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

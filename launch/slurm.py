@@ -12,18 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster import quoted
+from launch.exits import REFUSED, TO_BE_CONTINUED
 from launch.job import Job, command, preamble
 
 _BODY = """\
 # {name}: {nodes} nodes x {gpus} ranks, from the code and the preset in {run}.
 run={run}
+# The plain number of an array's last task is the whole array's.
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
 start=${{SLURM_RESTART_COUNT:-0}}
 told=
 trap leave USR1
 trap : TERM  # the ranks save; this shell stays to say what became of them
 
 say() {{
-  printf '%s  job %s start %s: %s\\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$start" "$*" |
+  printf '%s  job %s start %s: %s\\n' "$(date '+%F %T')" "$job" "$start" "$*" |
     tee -a "$run/launch/events.txt"
 }}
 
@@ -32,19 +36,37 @@ newest() {{
   echo "${{newest:-none}}"
 }}
 
+# Whatever the controller is asked, it may be busy or starting again: insist for five minutes.
+insist() {{
+  for pause in 5 10 15 30 60 60 60 60; do
+    "$@" && return
+    sleep $pause
+  done
+  "$@"
+}}
+
 # A cancelled job stays so, and a shell whose node Slurm gave up must not touch the next start.
+# Without progress since the last time that a start did not save, another one would not help.
 again() {{
-  case $(scontrol show job -o "$SLURM_JOB_ID") in
+  case $(insist scontrol show job -o "$job") in
     *" JobState=RUNNING "*" Restarts=$start "*)
+      if [ "$1" != saved ]; then
+        if [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
+          say "$1, for the second time at checkpoint $(newest): not started again"
+          return
+        fi
+        newest > "$run/launch/failed-at"
+      fi
       say "$1; goes on from checkpoint $(newest)"
-      scontrol requeue "$SLURM_JOB_ID" ;;
+      insist scontrol requeue "$job" || say "scontrol does not answer: start the run again" ;;
+    "") say "$1; scontrol does not answer: start the run again" ;;
     *) say "$1; cancelled, or already started again" ;;
   esac
 }}
 
 leave() {{
   told=yes
-  scancel --signal=USR1 "$SLURM_JOB_ID"
+  scancel --signal=USR1 "$job"
   # Beyond the time limit Slurm would not start the job again.
   {{ sleep {seconds}; again "did not leave in {seconds} s"; }} &
   timer=$!
@@ -65,19 +87,12 @@ case $status in
   0)  # also what srun says when Slurm has given the job's node up
     case $(tail -n 1 "$run/log.txt") in
       *finished*) say "finished" ;;
+      *"asked to stop"*) say "stopped as asked" ;;
       *) again "srun ended in mid-run" ;;
     esac ;;
-  2) say "refused for the reason above; not started again" ;;
-  75) if [ -e "$run/launch/stop" ]; then say "stopped as asked"; else again "saved"; fi ;;
-  *)
-    if [ -n "$told" ]; then
-      again "told to leave before it could save"
-    elif [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
-      say "failed twice (status $status) at checkpoint $(newest): not started again"
-    else
-      newest > "$run/launch/failed-at"
-      again "failed with status $status"
-    fi ;;
+  {refused}) say "refused for the reason above; not started again" ;;
+  {more}) if [ -e "$run/launch/stop" ]; then say "stopped as asked"; else again saved; fi ;;
+  *) again "${{told:+told to leave before it could save, }}failed with status $status" ;;
 esac
 exit $status
 """
@@ -85,7 +100,7 @@ exit $status
 _CHECK = """\
 {command} || {{
   say "the check above found a fault; not started"
-  exit 2
+  exit {refused}
 }}
 """
 
@@ -93,11 +108,13 @@ _CHECK = """\
 def text(job: Job) -> str:
     """The batch script of one run."""
     header = _header(job, output=f"{job.records}/slurm-%j.out")
-    check = _CHECK.format(command=_srun(job, job.checking)) if job.check else ""
+    check = ""
+    if job.check:
+        check = _CHECK.format(command=_srun(job, job.checking), refused=REFUSED)
     body = _BODY.format(
         name=job.name, nodes=job.nodes, gpus=job.gpus_per_node, run=quoted([job.run]),
         seconds=max(1, job.cluster.slurm.seconds_to_save * 9 // 10), preamble=preamble(job),
-        check=check, srun=_srun(job, job.training),
+        check=check, srun=_srun(job, job.training), refused=REFUSED, more=TO_BE_CONTINUED,
     )  # fmt: skip
     return f"{header}\n{body}"
 
@@ -112,8 +129,7 @@ def array_text(jobs: Sequence[Job], *, at_most: int) -> str:
     scripts = "\n".join(f"  {quoted([job.records / 'job.sh'])}" for job in jobs)
     return (
         f"{header}\nscripts=(\n{scripts}\n)\n"
-        'script=${scripts[$SLURM_ARRAY_TASK_ID]}\n'
-        'echo "$SLURM_JOB_ID" > "$(dirname "$script")/job"\nexec bash "$script"\n'
+        'exec bash "${scripts[$SLURM_ARRAY_TASK_ID]}"\n'
     )  # fmt: skip
 
 
@@ -148,8 +164,8 @@ def _srun(job: Job, words: Sequence[str]) -> str:
     --kill-on-bad-exit=1, would hide the status that they leave with, and who was lost.
     """
     container = job.cluster.container
-    options = container.srun_options if container else ()
-    inside = container.command if container else ()
+    options = container.srun_options(directory=job.directory) if container else ()
+    inside = container.command(directory=job.directory) if container else ()
     # Since Slurm 22.05 srun does not take the number of CPUs over from the job.
     cpus = job.cluster.slurm.cpus_per_task
     per_task = [f"--cpus-per-task={cpus}"] if cpus else []
@@ -180,6 +196,24 @@ def state(number: str) -> str | None:
         raise
     what, _, why = found.partition("|")
     return (f"{what} ({why})" if why not in ("", "None") else what) or None
+
+
+def end(number: str) -> str | None:
+    """How a job ended that the queue does not know any more, such as "CANCELLED by 0".
+
+    None where Slurm has forgotten it: it remembers for minutes, or as long as it has accounting.
+    """
+    try:
+        accounted = _slurm("sacct", "-n", "-X", "-P", "-j", number, "-o", "State").split("\n")[0]
+        if accounted:
+            return accounted
+    except ValueError:
+        pass  # no accounting here
+    try:
+        found = re.search(r" JobState=(\S+)", _slurm("scontrol", "show", "job", "-o", number))
+    except ValueError:
+        return None
+    return found[1] if found else None
 
 
 def cancel(number: str) -> None:

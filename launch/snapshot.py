@@ -75,6 +75,15 @@ def check_changes(changes: tuple[str, ...]) -> None:
             ) from None
 
 
+def find_shards(preset: Path, changes: tuple[str, ...]) -> str | None:
+    """Where the run's data is, as preset and `--set` say; the trainer checks what they say."""
+    found = None
+    for text in (preset.read_text(), *changes):
+        data = tomllib.loads(text).get("data")
+        found = data.get("shards", found) if isinstance(data, dict) else found
+    return found if isinstance(found, str) else None
+
+
 def text(job: Job) -> str:
     """What starts the job: a shell or batch script, or a manifest."""
     if job.cluster.launcher == "slurm":

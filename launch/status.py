@@ -33,12 +33,14 @@ class Status:
     restarts: int
     job: str
     is_running: bool
+    #: Whether the last checkpoint is the run's end.
+    is_finished: bool
     health: str
 
     @property
     def left(self) -> str:
         """Time left at the present rate."""
-        if self.total is not None and self.images >= self.total:
+        if self.is_finished:
             return "finished"
         if not self.is_running or not self.rate or self.total is None:
             return ""
@@ -49,38 +51,38 @@ def read(run: Path) -> Status:
     """The status of a run."""
     rows = _last_rows(run / "metrics.jsonl")
     last = rows[-1] if rows else {}
-    log = _lines(run / "log.txt")
     job, is_running = _job(run)
     age = time.time() - last["time"] if last else None
-    images = last.get("images", 0)
     total = _total(run)
-    finished = total is not None and images >= total
+    is_finished = total is not None and _checkpoint(run)[0] >= total
     return Status(
         name=str(run),
-        images=images,
+        images=last.get("images", 0),
         total=total,
         rate=last.get("images_per_second"),
         loss=last.get("loss"),
         loss_scale=last.get("loss_scale"),
         age=age,
         checkpoint=last_checkpoint(run),
-        restarts=sum("resumes from checkpoint" in line for line in log),
+        restarts=_restarts(run / "log.txt"),
         job=job,
         is_running=is_running,
-        health=_health(run, rows, is_running=is_running, finished=finished),
+        is_finished=is_finished,
+        health=_health(run, rows, is_running=is_running, is_finished=is_finished),
     )
 
 
-def _health(run: Path, rows: Sequence[dict[str, Any]], *, is_running: bool, finished: bool) -> str:
+def _health(
+    run: Path, rows: Sequence[dict[str, Any]], *, is_running: bool, is_finished: bool
+) -> str:
     """The first thing that is wrong, or what happened last."""
     events = _lines(run / "launch" / "events.txt")
-    if finished:
+    if is_finished:
         return "finished"
     if not is_running:
         lost = [line for line in _lines(run / "log.txt")[-3:] if re.search(r"lost: |hung: ", line)]
-        return (lost or events or ["nobody trains it"])[-1][:300].partition("  ")[
-            2
-        ] or "not running"
+        said = lost or events
+        return said[-1].partition("  ")[2] if said else "nobody trains it"  # without the date
     gap = _usual_gap(rows)
     silent = time.time() - rows[-1]["time"] if rows else 0.0
     if gap and silent > max(60.0, 10 * gap):
@@ -104,7 +106,7 @@ def _job(run: Path) -> tuple[str, bool]:
         assert submitted is not None
         where = f"job {number}, {submitted.nodes} x {submitted.gpus_per_node}"
         try:
-            state = slurm.state(number) or "not in the queue"
+            state = slurm.state(number) or f"gone ({slurm.end(number) or 'forgotten by Slurm'})"
         except ValueError as error:
             state = f"unknown ({error})"
         return f"{where}: {state}", state.startswith("RUNNING")
@@ -119,11 +121,23 @@ def _job(run: Path) -> tuple[str, bool]:
 
 def last_checkpoint(run: Path) -> str | None:
     """Such as "000000012800, 3 min ago"."""
-    names = [p for p in run.glob("checkpoints/*") if re.fullmatch(r"\d{12}", p.name)]
-    if not names:
-        return None
-    newest = max(names, key=lambda p: p.name)
-    return f"{newest.name}, {duration(time.time() - newest.stat().st_mtime)} ago"
+    images, written = _checkpoint(run)
+    return f"{images:012d}, {duration(time.time() - written)} ago" if written else None
+
+
+def _checkpoint(run: Path) -> tuple[int, float]:
+    """The clock of the newest checkpoint and when it was written; zeros when there is none."""
+    found = [p for p in run.glob("checkpoints/*") if re.fullmatch(r"\d{12}", p.name)]
+    newest = max(found, key=lambda p: p.name, default=None)
+    return (int(newest.name), newest.stat().st_mtime) if newest else (0, 0.0)
+
+
+def _restarts(log: Path) -> int:
+    try:
+        with log.open(errors="replace") as lines:
+            return sum("resumes from checkpoint" in line for line in lines)
+    except FileNotFoundError:
+        return 0
 
 
 def _total(run: Path) -> int | None:
@@ -137,8 +151,14 @@ def _total(run: Path) -> int | None:
 
 
 def _last_rows(file: Path) -> list[dict[str, Any]]:
-    """The last rows of metrics; a line that is just being written is left for the next time."""
-    return [json.loads(line) for line in _lines(file) if line.endswith("}")]
+    """The last rows of metrics, less a line that is just being written, or that was torn."""
+    rows = []
+    for line in _lines(file):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def _lines(file: Path) -> list[str]:

@@ -55,7 +55,8 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         world = _from_torch(env)
-    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+    elif "OMPI_COMM_WORLD_RANK" not in env and "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        # Inside a Slurm job mpirun may start its own daemons by srun: those are no ranks of ours.
         world = _from_slurm(env)
     elif any(name in env for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")):
         world = _from_mpi(env)

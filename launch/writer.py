@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 #: Seconds between two signs of life, and how long their absence is watched before it is believed.
-BEAT, PATIENCE = 2.0, 12.0
+BEAT, PATIENCE = 2.0, 30.0
 
 
 class Lost(ValueError):
@@ -123,11 +123,14 @@ class Writer:
 
     def _show_life(self) -> None:
         while not self._released.wait(BEAT):
-            found = holder(self._run)
-            if found is None or found.token != self._me.token:
-                return
-            os.utime(_file(self._run))
-            self.asked_to_stop = stop_file(self._run).exists()
+            try:
+                found = holder(self._run)
+                if found is None or found.token != self._me.token:
+                    return
+                os.utime(_file(self._run))
+                self.asked_to_stop = stop_file(self._run).exists()
+            except OSError:
+                continue  # a network file system may fail for a while
 
 
 def claim(run: Path) -> Writer:

@@ -72,6 +72,11 @@ def output(directory: Path, rank: int) -> Path:
 
 def start(directory: Path, *, ranks: int, runs: list[list[str]], fp16: bool = False) -> Job:
     """Start a job of `ranks` processes. A run is "train" or "sample", and that tool's arguments."""
+    return fork(directory, partial(work, directory, runs, fp16), ranks=ranks)
+
+
+def fork(directory: Path, task: Callable[[], int], *, ranks: int) -> Job:
+    """Start `ranks` processes that all do the same; `launch.world.join` tells each who it is."""
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = []
@@ -85,7 +90,7 @@ def start(directory: Path, *, ranks: int, runs: list[list[str]], fp16: bool = Fa
             "MASTER_PORT": str(port),
         }
         output(directory, rank).touch()
-        process = forks().Process(target=live, args=(directory, env, runs, fp16))
+        process = forks().Process(target=live, args=(directory, env, task))
         process.start()
         processes.append(process)
     return Job(directory, processes)
@@ -133,7 +138,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def live(directory: Path, env: dict[str, str], runs: list[list[str]], fp16: bool) -> None:
+def live(directory: Path, env: dict[str, str], task: Callable[[], int]) -> None:
     """The life of one rank."""
     from trainer.group import run_as_rank
 
@@ -141,7 +146,7 @@ def live(directory: Path, env: dict[str, str], runs: list[list[str]], fp16: bool
     with output(directory, int(env["RANK"])).open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    run_as_rank(partial(work, directory, runs, fp16))
+    run_as_rank(task)
 
 
 def work(directory: Path, runs: list[list[str]], fp16: bool) -> int:
@@ -160,7 +165,7 @@ def work(directory: Path, runs: list[list[str]], fp16: bool) -> int:
     statuses: list[int | str] = []
     with (
         Preemption() as preemption,
-        connected(world) as device,
+        connected(world, patience=LIMIT) as device,
         Watch(world, patience=LIMIT) as watch,
     ):
         tools: dict[str, tuple[Callable, Callable]] = {

@@ -33,8 +33,24 @@ def test_a_run_on_disk(tmp_path: Path) -> None:
     for fact in ("500 of 1,000 (50.0 %)", "0.2500", "loss scale 65536", "000000000400, 0 s ago",
                  "no job"):  # fmt: skip
         assert fact in text
-    finished = status.read(make_run(tmp_path / "done", images=1000))
-    assert (finished.left, finished.health) == ("finished", "finished")
+    assert status.read(run).health == "nobody trains it"
+
+
+def test_a_run_is_finished_when_its_last_checkpoint_is_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=1000)
+    events = "2026-11-25 02:10:32  job 7 start 1: failed with status 1, for the second time\n"
+    (run / "launch" / "events.txt").write_text(events)
+    assert not status.read(run).is_finished
+    assert status.read(run).health == events.strip().partition("  ")[2]
+    (run / "checkpoints" / "000000001000").mkdir(parents=True)
+    assert (status.read(run).left, status.read(run).health) == ("finished", "finished")
+
+
+def test_all_restarts_of_a_long_log_count(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    start = "2026-11-25 02:10:32  resumes from checkpoint 000000000008: denoise\n"
+    (run / "log.txt").write_text(14 * (start + 500 * "2026-11-25 02:10:32  images 8 of 64\n"))
+    assert status.read(run).restarts == 14
 
 
 def test_several_runs_fit_80_columns(tmp_path: Path) -> None:
@@ -44,11 +60,14 @@ def test_several_runs_fit_80_columns(tmp_path: Path) -> None:
     assert all(any(name * 50 in line for line in lines) for name in "ab")
 
 
-def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
+def test_a_line_that_is_being_written_or_was_torn_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=500)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"images": 6')
-    assert status.read(run).images == 500
+        file.flush()
+        assert status.read(run).images == 500
+        file.write('{"images": 700}\n{"images": 800, "time": 1.0}\n')  # another start went on
+    assert status.read(run).images == 800
 
 
 @pytest.mark.timeout(900)
@@ -70,7 +89,7 @@ def test_watched_in_a_terminal_while_the_job_comes_and_goes(site: Site) -> None:
         assert "of 800,000" in shown and " left" in shown
         assert len(shown.strip().splitlines()) == 7  # no line was wrapped
         site.cluster.run("ctl", *site.words("stop", run))
-        wait_until(lambda: "not in the queue" in screen(), "the end on the screen")
+        wait_until(lambda: "gone (" in screen(), "the end on the screen")
         shown = screen()
         assert "stopped as asked" in shown and "images/s" not in shown
         assert f"{site.rows(name)[-1]['images']:,} of 800,000" in shown

@@ -4,10 +4,14 @@
 """
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import kubeflow.training.models
+import kubernetes.client.models
 import pytest
 import yaml
 
@@ -36,6 +40,7 @@ def big_job(site: str) -> Job:
         directory=Path("/home/me/adm"),
         changes=("training.lr = 1e-4", 'training.precision = "bf16"'),
         check=site == "slurm",
+        shards="/scratch/shards/imagenet64",
     )
 
 
@@ -48,9 +53,15 @@ def test_the_text_of_512_gpus_is_the_recorded_one(site: str) -> None:
         subprocess.run(["bash", "-n", recorded], check=True)
 
 
-def test_the_manifest_is_what_kubeflow_takes() -> None:
+def test_the_manifest_is_what_kubeflow_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = yaml.safe_load(snapshot.text(big_job("kubernetes")))
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    # Read by Kubeflow's own models and written again: whatever they do not know gets lost there.
+    for name, model in vars(kubeflow.training.models).items():
+        monkeypatch.setattr(kubernetes.client.models, name, model, raising=False)
+    client, text = kubernetes.client.ApiClient(), SimpleNamespace(data=json.dumps(manifest))
+    job = client.deserialize(text, "KubeflowOrgV1PyTorchJob")
+    assert client.sanitize_for_serialization(job) == manifest
     roles = manifest["spec"]["pytorchReplicaSpecs"]
     assert {name: role["replicas"] for name, role in roles.items()} == {"Master": 1, "Worker": 63}
     for role in roles.values():
@@ -123,6 +134,21 @@ def test_a_wrong_command_is_said_in_one_line(
     assert main(words) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("run", "shards", "message"),
+    [
+        ("/runs/512-lsun", "/runs/shards", "beginning with a letter"),
+        ("/runs/" + 51 * "x", "/runs/shards", "at most 50 letters"),
+        ("/elsewhere/lsun", "/runs/shards", "is not below kubernetes.mount = '/runs'"),
+        ("/runs/lsun", "shards/lsun", "data.shards = 'shards/lsun' is relative to /home/me/adm"),
+    ],
+)
+def test_what_pods_cannot_see_or_be_called_is_refused(run: str, shards: str, message: str) -> None:
+    job = dataclasses.replace(big_job("kubernetes"), run=Path(run), shards=shards)
+    with pytest.raises(ValueError, match=message):
+        snapshot.text(job)
 
 
 def test_hosts_must_be_as_many_as_nodes() -> None:

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from tests import golden, ranks
 from trainer import config as configs
+from trainer.adm.unet import build
 from trainer.draw import tile
-from trainer.train import build
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +83,20 @@ def test_a_request_resumes_its_parts_and_refuses_others(
     assert "exists: name another --out" in str(refused) and other == 0
     assert not np.array_equal(whole, arrays(tmp_path / "b.npz")[0])
 
-    # What an interruption leaves: the parts that were done. A drawn part is not drawn again.
-    out.unlink()
-    parts = out.with_suffix(".parts")
-    parts.mkdir()
-    marked = np.full((2, 8, 8, 3), 77, np.uint8)
-    np.savez(parts / "000001.npz", images=marked, labels=np.array([2, 3]))
-    assert draw(tmp_path, ask) == [0]
-    resumed = arrays(out)[0]
-    assert np.array_equal(resumed[2:4], marked)
-    assert np.array_equal(resumed[[0, 1, 4, 5]], whole[[0, 1, 4, 5]])
+    # An interruption leaves the parts that were done. A drawn part is not drawn again.
+    long = [*ask, "--images", "40", "--out", tmp_path / "long.npz"]
+    job = ranks.start(tmp_path / "killed", ranks=1, runs=[["sample", *map(str, long)]])
+    first = tmp_path / "long.parts" / "000000.npz"
+    ranks.wait_for(first)
+    job.kill()
+    assert not (tmp_path / "long.npz").exists()
+    (refused,) = draw(tmp_path, [*long, "--seed", "1"])
+    assert "holds parts of another request" in str(refused)
+    np.savez(first, images=np.full((2, 8, 8, 3), 77, np.uint8), labels=np.array([0, 1]))
+    assert draw(tmp_path, long) == [0]
+    resumed = arrays(tmp_path / "long.npz")[0]
+    assert resumed.shape == (40, 8, 8, 3) and (resumed[:2] == 77).all()
+    assert np.array_equal(resumed[2:6], whole[2:])
 
 
 def test_what_does_not_fit_is_refused_in_one_line(

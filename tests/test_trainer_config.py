@@ -8,8 +8,9 @@ import torch
 
 from tests import golden
 from trainer import config as configs
+from trainer.adm.unet import build
 from trainer.engine import load_mechanics, resolve_mechanics
-from trainer.train import Plan, build, parser
+from trainer.train import Plan, parser
 
 PUBLISHED = {
     "imagenet64": "64x64_diffusion",
@@ -62,7 +63,11 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ("training.lrr = 1e-4", "unknown setting 'training.lrr' (nearest: 'lr')"),
         ("modell.channels = 3", "unknown setting 'modell' (nearest: 'model')"),
         ('training.lr = "fast"', "training.lr = 'fast': it must be of type float"),
-        ("training.lr = 0", "training.lr = 0.0: it must be above 0"),
+        ("training.lr = 0", "training.lr = 0.0: it must be a number above 0"),
+        ("training.lr = nan", "training.lr = nan: it must be a number above 0"),
+        ("training.warmup_images = -32", "training.warmup_images = -32: it must be at least 0"),
+        ("training.seed = -1", "training.seed = -1: it must be from 0"),
+        ('intervals.samples_steps = "ddim60"', "intervals.samples_steps: respacing = 'ddim60'"),
         ("training.ema = []", "training.ema = (): it must be one or more"),
         ("training.ema = [1.0]", "training.ema = (1.0,)"),
         ('training.precision = "fp8"', 'one of "fp32", "bf16", "fp16"'),
@@ -80,6 +85,16 @@ def test_a_wrong_setting_is_named(change: str, message: str) -> None:
         configs.load("digits", [change])
     assert message in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_setting_can_be_left_out() -> None:
+    absent = ["model.head_channels", "intervals.samples"]
+    config = configs.load("digits", ["model.heads = 2"], absent=absent)
+    assert (config.model.heads, config.model.head_channels) == (2, None)
+    assert config.intervals.samples is None
+    message = r"--unset model.head_chanels: the preset .* \(nearest: 'model.head_channels'\)"
+    with pytest.raises(ValueError, match=message):
+        configs.load("digits", absent=["model.head_chanels"])
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(tmp_path: Path) -> None:
@@ -163,6 +178,11 @@ def test_a_plan_refuses_before_anything_is_written(tmp_path: Path, tiny: Path) -
         make(run, tiny, "model.image_size = 16")
     with pytest.raises(ValueError, match="no such weights file"):
         make(run, tiny, init=tmp_path / "none.pt")
+    torch.save({"out.2.bias": torch.zeros(6)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"--init .*other\.pt does not fit the network"):
+        make(run, tiny, init=tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="'fp16' does not run on this device"):
+        make(run, tiny, 'training.precision = "fp16"')
     assert not run.exists()
 
 

@@ -5,19 +5,26 @@ they left on disk against a property.
 """
 
 import json
+import resource
 import shutil
 import signal
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from launch.exits import FAILED
 from tests import ranks
 from trainer import config as configs
-from trainer.train import build
+from trainer.adm.unet import build
 
 STAGES = (1, 2, 3)
 STEP = 8  # images
@@ -36,8 +43,10 @@ class Place:
     def arguments(self, name: str, *, stage: int = 2, fp16: bool = False, sets: tuple = ()) -> list:
         mechanics = json.loads((ranks.ROOT / "ds_config.json").read_text())
         mechanics["zero_optimization"]["stage"] = stage
+        # Without this, stage 3 would leave parameters of so few numbers whole on every rank.
+        mechanics["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         if fp16:
-            mechanics["fp16"]["initial_scale_power"] = 24
+            mechanics["fp16"] |= {"initial_scale_power": 20, "loss_scale_window": 2}
         file = self.root / f"ds-{stage}-{fp16}.json"
         file.write_text(json.dumps(mechanics))
         sets = (*sets, 'training.precision = "fp16"') if fp16 else sets
@@ -53,10 +62,14 @@ class Place:
         job.wait()
         return job.statuses
 
-    def losses(self, name: str, key: str = "loss") -> list[float]:
-        """The loss of every step, the last one written where a step was done again."""
+    def values(self, name: str, key: str) -> dict[int, float]:
+        """A value by images, the last one written where a step was done again."""
         rows = [json.loads(line) for line in (self.run(name) / "metrics.jsonl").open()]
-        return [v for _, v in sorted({row["images"]: row[key] for row in rows}.items())]
+        return {row["images"]: row[key] for row in rows if key in row}
+
+    def losses(self, name: str, key: str = "loss") -> list[float]:
+        """The loss, or another value, of every step that has it."""
+        return [value for _, value in sorted(self.values(name, key).items())]
 
     def checkpoint(self, name: str, images: int) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by file and parameter name."""
@@ -124,13 +137,65 @@ def test_a_killed_run_resumes_bit_for_bit(place: Place) -> None:
 
 
 def test_the_number_of_ranks_changes_no_step(place: Place) -> None:
-    assert place.train(place.arguments("one"), world=1) == [0]
-    assert place.train(place.arguments("four"), world=4) == [0]
+    sets = ("intervals.samples = 32", "intervals.samples_count = 3",
+            'intervals.samples_steps = "ddim5"')  # fmt: skip
+    pruned = ("intervals.checkpoint = 8", "intervals.keep = 2", "intervals.keep_every = 24")
+    assert place.train(place.arguments("one", sets=(*sets, *pruned)), world=1) == [0]
+    assert place.train(place.arguments("four", sets=sets), world=4) == [0]
+    kept = {int(path.name) for path in (place.run("one") / "checkpoints").iterdir()}
+    assert kept == {24, 48, 56, 64}
     for other in ("one", "four", "zero1", "zero3"):
         assert place.losses(other) == pytest.approx(place.losses("zero2"), rel=1e-5)
         assert place.losses(other, "grad_norm") == pytest.approx(
             place.losses("zero2", "grad_norm"), rel=1e-4
         )
+
+
+def test_the_number_of_ranks_changes_no_grid(place: Place) -> None:
+    for name in ("000000000032.png", "000000000064.png"):
+        grids = [place.run(run) / "samples" / name for run in ("one", "four")]
+        one, four = (np.asarray(Image.open(grid)) for grid in grids)
+        assert one.std() > 10
+        assert np.abs(one.astype(int) - four).max() <= 1
+
+
+def test_tensorboard_has_what_a_run_is_watched_by(place: Place) -> None:
+    events = EventAccumulator(str(place.run("four") / "tensorboard"))
+    events.Reload()
+    assert {f"train/{name}" for name in ("loss", "mse", "vb", "grad_norm", "param_norm", "lr",
+            "loss_scale", "skipped", "skipped_total", "images_per_second", "data_wait_seconds",
+            "memory_gib")} <= set(events.Tags()["scalars"])  # fmt: skip
+    assert {f"{name}/q{q}" for name in ("loss", "mse", "vb") for q in range(4)} <= set(
+        events.Tags()["scalars"]
+    )
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(8, 65, 8))
+    assert [event.value for event in losses] == pytest.approx(place.losses("four"), rel=1e-6)
+    assert [event.step for event in events.Images("samples")] == [32, 64]
+    (text,) = events.Tensors("config/text_summary")
+    assert b"channel_mult = [1.0, 2.0]" in text.tensor_proto.string_val[0]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_nothing(place: Place) -> None:
+    place.fork("zero2", "full", images=32)
+    before = place.checkpoint("full", 32)
+    arguments = place.arguments("full", sets=("intervals.checkpoint = 8",))
+    job = ranks.fork(
+        place.root / "full-job",
+        partial(with_little_room, place.root / "full-job", arguments),
+        ranks=2,
+    )
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
+    assert job.text.count("error: the checkpoint could not be written: rank ") == 1
+    assert max(p.name for p in (place.run("full") / "checkpoints").glob("0*")) == f"{32:012d}"
+    assert equal(place.checkpoint("full", 32), before)
+
+
+def with_little_room(directory: Path, arguments: list) -> int:
+    """Train where no file may be larger than a megabyte, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    return ranks.work(directory, [arguments], False)
 
 
 def test_a_checkpoint_resumes_in_another_world_and_stage(place: Place) -> None:
@@ -167,23 +232,66 @@ def test_sharded_averages_equal_their_closed_form(place: Place, stage: int) -> N
             assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7), (decay, name)
 
 
-def test_an_overflow_skips_the_step_and_halves_the_scale(place: Place) -> None:
-    sets = ("intervals.checkpoint = 8", "training.images = 32")
-    runs = [place.arguments(f"half{stage}", stage=stage, fp16=True, sets=sets) for stage in STAGES]
-    assert place.train(*runs, world=2, fp16=True) == [0, 0, 0]
-    for stage in STAGES:
-        name = f"half{stage}"
+@pytest.fixture(scope="module")
+def half(place: Place) -> tuple[str, ...]:
+    """Runs of eight steps in fp16, in two stages; a window of the loss scale is two steps."""
+    sets = ("intervals.checkpoint = 8", "training.images = 64")
+    names = ("half2", "half3")
+    runs = [
+        place.arguments(name, stage=stage, fp16=True, sets=sets)
+        for name, stage in zip(names, (2, 3), strict=True)
+    ]
+    assert place.train(*runs, world=2, fp16=True) == [0, 0]
+    for run, name in zip(runs, names, strict=True):
+        place.fork(name, f"{name}-again", images=48)
+        run[run.index("--run") + 1] = str(place.run(f"{name}-again"))
+    assert place.train(*runs, world=2, fp16=True) == [0, 0]
+    return names
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(
+    place: Place, half: tuple[str, ...]
+) -> None:
+    for name in half:
         skipped = [bool(v) for v in place.losses(name, "skipped")]
         scales = place.losses(name, "loss_scale")
-        assert skipped[0], "the first step at a scale of 2^24 must overflow"
-        for n in range(1, 4):
-            assert scales[n] == (scales[n - 1] / 2 if skipped[n - 1] else scales[n - 1])
+        assert skipped[0], "the first step at a scale of 2^20 must overflow"
+        good = 0
+        for n in range(1, 8):
+            good = 0 if skipped[n - 1] else good + 1
+            factor = 0.5 if skipped[n - 1] else 2 if good in (3, 5, 7) else 1
+            assert scales[n] == factor * scales[n - 1]
+        assert any(a < b for a, b in pairwise(scales)), "the scale must grow again"
         before = build_start(place)
         after = place.checkpoint(name, STEP)
         for key, value in before.items():
             for kind in ("model", "ema-0.5", "ema-0.9"):
                 assert torch.equal(after[f"{kind}:{key}"], value)
         assert not any(v.any() for k, v in after.items() if k.startswith("adam"))
+
+
+def test_adam_sees_the_gradient_that_is_reported_also_where_the_scale_grows(
+    place: Place, half: tuple[str, ...]
+) -> None:
+    for name in half:
+        norms = place.values(name, "grad_norm")  # of the steps that were not skipped
+        assert len(norms) > 3
+        for images in norms:
+            before, after = (place.checkpoint(name, n) for n in (images - STEP, images))
+            squares = [
+                (after[key] - 0.9 * before[key]).double().square().sum()
+                for key in after
+                if key.startswith("adam-m")
+            ]
+            seen = 10 * float(sum(squares)) ** 0.5
+            assert seen == pytest.approx(min(1.0, norms[images]), rel=1e-3)
+
+
+def test_a_run_in_fp16_resumes_bit_for_bit(place: Place, half: tuple[str, ...]) -> None:
+    for name in half:
+        assert equal(place.checkpoint(name, 64), place.checkpoint(f"{name}-again", 64))
+        for key in ("loss", "loss_scale", "skipped"):
+            assert place.losses(name, key) == place.losses(f"{name}-again", key)
 
 
 def build_start(place: Place) -> dict[str, Tensor]:
@@ -265,11 +373,12 @@ def test_loss_aware_timesteps_and_dropout_resume_exactly(place: Place) -> None:
         'training.timesteps = "loss-second-moment"',
         "diffusion.steps = 21",
         "model.dropout = 0.2",
+        "model.checkpoint = true",
         "training.images = 320",
         "intervals.checkpoint = 160",
         "intervals.log = 8",
     )
-    assert place.train(place.arguments("aware", sets=sets), world=2) == [0]
+    assert place.train(place.arguments("aware", stage=3, sets=sets), world=2) == [0]
     place.fork("aware", "aware-again", images=160)
-    assert place.train(place.arguments("aware-again", sets=sets), world=2) == [0]
+    assert place.train(place.arguments("aware-again", stage=3, sets=sets), world=2) == [0]
     assert equal(place.checkpoint("aware", 320), place.checkpoint("aware-again", 320))

@@ -25,7 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launch.world import World
+from trainer.group import Broken
 
+#: What makes a directory a checkpoint.
+STATE = "state.json"
 _NAME = re.compile(r"\d{12}")
 
 
@@ -74,7 +77,7 @@ def read(path: Path) -> Checkpoint:
         ValueError: it has no readable state.json.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / STATE).read_text())
         return Checkpoint(path, {**state, "images": int(state["images"]), "files": state["files"]})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path} has no readable state.json: {error!r}") from None
@@ -112,12 +115,13 @@ def _fault(file: Path, facts: Mapping[str, Any]) -> str | None:
         return f"{file.name} is missing"
     if (size := file.stat().st_size) != facts["bytes"]:
         return f"{file.name} has {size} bytes instead of {facts['bytes']}"
-    if _sha256(file) != facts["sha256"]:
+    if sha256(file) != facts["sha256"]:
         return f"{file.name} does not match its checksum"
     return None
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The checksum of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -149,6 +153,16 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -
     """Load `weights` into `net`, strictly.
 
     Raises:
+        ValueError: as `check_fit`.
+    """
+    check_fit(net, weights, source=source)
+    net.load_state_dict(dict(weights))
+
+
+def check_fit(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Return if `weights` are those of such a network, which may be on the meta device.
+
+    Raises:
         ValueError: names or shapes are not those of the network.
     """
     own = net.state_dict()
@@ -164,7 +178,6 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -
         raise ValueError(
             f"{source} does not fit the network of this preset: {'; '.join(wrong[:3])}{more}"
         )
-    net.load_state_dict(dict(weights))
 
 
 class Saver:
@@ -227,8 +240,9 @@ class Saver:
         """Name the checkpoint, once no rank is writing any more, and prune older ones.
 
         Raises:
-            ValueError: a rank could not write its files, or another start has taken the run over;
-                what was committed before is untouched.
+            Broken: a rank could not write its files.
+            ValueError: another start has taken the run over.
+            What was committed before is untouched.
         """
         assert self._thread is not None
         self._thread.join()
@@ -237,13 +251,13 @@ class Saver:
         dist.all_gather_object(everyone, (self._facts, self.error))
         errors = [error for _, error in everyone if error]
         if errors:
-            raise ValueError(f"the checkpoint could not be written: {errors[0]}")
+            raise Broken(f"the checkpoint could not be written: {errors[0]}")
         images = self._state["images"]
         final = self._checkpoints / f"{images:012d}"
         if self._world.is_main:
             self._check_writer()
             files = {name: facts for part, _ in everyone for name, facts in part.items()}
-            _write_json(self._partial(images) / "state.json", {**self._state, "files": files})
+            _write_json(self._partial(images) / STATE, {**self._state, "files": files})
             if final.exists():  # this one was damaged, and an older one was resumed
                 os.replace(final, self._checkpoints / f".{images:012d}.damaged.partial")
             os.replace(self._partial(images), final)
@@ -261,9 +275,9 @@ class Saver:
                 file = directory / f"{kind}.safetensors"
                 save_file(dict(tensors), file, metadata={"images": str(self._state["images"])})
                 _sync(file)
-                self._facts[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        except (OSError, SafetensorError) as error:
-            self.error = f"rank {self._world.rank}: {directory}: {error}"
+                self._facts[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        except Exception as error:  # whatever it is, this checkpoint must not be committed
+            self.error = f"rank {self._world.rank}: {directory}: {type(error).__name__}: {error}"
 
     def _prune(self) -> None:
         every = self._keep_every

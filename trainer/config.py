@@ -7,6 +7,7 @@ process group or GPU is touched.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from data.stream import DataConfig
 from trainer.adm.diffusion import DiffusionConfig
+from trainer.adm.schedule import kept_timesteps
 from trainer.adm.unet import ClassifierConfig, UNetConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -51,11 +53,14 @@ class TrainingConfig:
             )
         _require(self.images % self.batch == 0, "training.images", self.images,
                  f"a multiple of training.batch = {self.batch}")  # fmt: skip
-        _require(self.lr > 0, "training.lr", self.lr, "above 0")
-        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
-        _require(
-            self.clip is None or self.clip > 0, "training.clip", self.clip, "above 0, or absent"
-        )
+        _require(0 < self.lr < math.inf, "training.lr", self.lr, "a number above 0")
+        _require(0 <= self.weight_decay < math.inf, "training.weight_decay", self.weight_decay,
+                 "a number from 0")  # fmt: skip
+        _require(self.clip is None or 0 < self.clip < math.inf, "training.clip", self.clip,
+                 "a number above 0, or absent")  # fmt: skip
+        _require(self.warmup_images >= 0, "training.warmup_images", self.warmup_images,
+                 "at least 0")  # fmt: skip
+        _require(0 <= self.seed < 2**63, "training.seed", self.seed, "from 0 to 2^63 - 1")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "training.betas",
                  self.betas, "two numbers in [0, 1)")  # fmt: skip
         _require(len(set(self.ema)) == len(self.ema) >= 1 and all(0 <= d < 1 for d in self.ema),
@@ -121,6 +126,11 @@ class Config:
                      self.training.timesteps, '"uniform" for a classifier')  # fmt: skip
             _require(self.intervals.samples is None, "intervals.samples", self.intervals.samples,
                      "absent for a classifier, which draws nothing")  # fmt: skip
+        if self.intervals.samples is not None:
+            try:
+                kept_timesteps(self.diffusion.steps, self.intervals.samples_steps)
+            except ValueError as error:
+                raise ValueError(f"intervals.samples_steps: {error}") from None
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -128,8 +138,10 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} = {value!r}: it must be {expected}")
 
 
-def load(preset: str | Path, changes: Iterable[str] = ()) -> Config:
+def load(preset: str | Path, changes: Iterable[str] = (), *, absent: Iterable[str] = ()) -> Config:
     """Read the preset of that name, or that TOML file, with `changes` such as "training.lr = 1e-4".
+
+    `absent` names settings that the file has and this experiment has not, such as "training.clip".
 
     Raises:
         ValueError: no such preset, or a setting that is unknown, missing, of another type, or
@@ -142,6 +154,8 @@ def load(preset: str | Path, changes: Iterable[str] = ()) -> Config:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for change in changes:
         _merge(table, _parse_change(change), path=())
+    for name in absent:
+        _remove(table, name)
     return from_table(table, where=str(preset))
 
 
@@ -237,6 +251,17 @@ def _merge(table: dict[str, Any], change: Mapping[str, Any], *, path: tuple[str,
             _merge(inner, value, path=(*path, key))
         else:
             table[key] = value
+
+
+def _remove(table: dict[str, Any], name: str) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = table.get(section)
+        table = inner if isinstance(inner, dict) else {}
+    if key not in table:
+        known = [".".join([*sections, k]) for k in table]
+        raise ValueError(f"--unset {name}: the preset has no such setting{_nearest(name, known)}")
+    del table[key]
 
 
 def _join(name: str, key: str) -> str:

@@ -51,6 +51,9 @@ def draw(
 
     `labels` (B,) for a class-conditional network, `low_res` (B, 3, h, w) in [-1, 1] for an
     upsampler. `on_step` is called after every step of the walk.
+
+    Raises:
+        ValueError: an image is not finite.
     """
     shape = (3, config.image_size, config.image_size)
     x = start(numbers, seed=walk.seed, shape=shape)
@@ -66,6 +69,11 @@ def draw(
         steps = ddim(walk.diffusion, denoise, x, noise=noise, eta=walk.eta, guidance=guidance)
     for _, x in steps:  # noqa: B007
         on_step()
+    if not x.isfinite().all():
+        raise ValueError(
+            f"images {numbers.tolist()[:3]}... are not finite: draw in another precision (bf16 or "
+            "fp32), or check the weights"
+        )
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -89,6 +97,7 @@ def draw_grid(
     world: World,
     device: torch.device,
     shown: Batch | None,
+    on_step: Callable[[], None],
 ) -> NDArray[np.uint8] | None:
     """A run's grid, uint8 (3, H, W), on the main rank; None on others. All ranks must call it.
 
@@ -113,15 +122,20 @@ def draw_grid(
         eta=0.0 if every.samples_steps.startswith("ddim") else None,
     )
     with torch.no_grad():
-        mine = draw(
-            net,
-            numbers.to(device),
-            config=config.model,
-            walk=walk,
-            labels=None if labels is None else labels.to(device),
-            low_res=low_res,
-        )
-    return _collect(mine.cpu().numpy(), count=every.samples_count, world=world)
+        # The training's state stays where it is, so a grid may take no more room than a step.
+        mine = [
+            draw(
+                net,
+                numbers[part].to(device),
+                config=config.model,
+                walk=walk,
+                labels=None if labels is None else labels[part].to(device),
+                low_res=None if low_res is None else low_res[part],
+                on_step=on_step,
+            ).cpu()
+            for part in torch.arange(len(numbers)).split(config.training.micro_batch)
+        ]
+    return _collect(torch.cat(mine).numpy(), count=every.samples_count, world=world)
 
 
 def grid_numbers(every: IntervalConfig, *, world: World) -> Tensor:

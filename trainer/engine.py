@@ -7,6 +7,7 @@ and `scatter`, by the network's own parameter names, whatever the stage and the 
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,8 +119,9 @@ class Engine:
     def __init__(
         self, net: nn.Module, *, config: Config, mechanics: dict[str, Any], device: torch.device
     ) -> None:
-        # Of DeepSpeed's own calls; each rank would show it once.
-        warnings.filterwarnings("ignore", ".*all_gather_into_tensor", category=FutureWarning)
+        # Of DeepSpeed's own calls; in stage 3 every micro-batch of every rank would show them.
+        deprecated = ".*(all_gather_into_tensor|reduce_scatter_tensor)"
+        warnings.filterwarnings("ignore", deprecated, category=FutureWarning)
         training = config.training
         self.device = device
         self.decays = training.ema
@@ -137,10 +139,10 @@ class Engine:
             weight_decay=training.weight_decay,
             fused=device.type == "cuda",
         )
-        _check_precision(training.precision)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=net.to(device), optimizer=self._base, config=mechanics, dist_init_required=False
         )
+        self._growth = _Growth(self._optimizer.loss_scaler)
         self._names = dict(self._ds.module.named_parameters())
         self._fill_states()
         ema.attach(self._base, decays=self.decays)
@@ -196,6 +198,8 @@ class Engine:
                 "diverged; lower training.lr, set training.clip, or go back to an older checkpoint"
             ) from None
         skipped = bool(self._optimizer.overflow) if hasattr(self._optimizer, "overflow") else False
+        if not skipped:
+            self._growth.update()
         self.updates += not skipped
         self.skipped += skipped
         return StepReport(
@@ -279,11 +283,39 @@ class Engine:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
+class _Growth:
+    """Doubles a dynamic loss scale after a step that ended a window without overflow.
+
+    DeepSpeed does that itself, but within the step and before it divides the gradients by the
+    scale: one step in each window would take them, and in stage 3 report them, at half their size.
+    """
+
+    def __init__(self, scaler: Any) -> None:
+        self._scaler = scaler
+        if scaler.dynamic:
+            self._window, scaler.scale_window = scaler.scale_window, sys.maxsize
+
+    def update(self) -> None:
+        """Called after every step that was not skipped."""
+        scaler = self._scaler
+        if not scaler.dynamic:
+            return
+        stable = scaler.cur_iter - 1 - scaler.last_overflow_iter
+        if stable > 1 and (stable - 1) % self._window == 0:
+            scaler.cur_scale *= scaler.scale_factor
+            scaler.cur_hysteresis = scaler.delayed_shift
+
+
 #: What a dynamic loss scaler remembers.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def _check_precision(precision: str) -> None:
+def check_precision(precision: str) -> None:
+    """Return if this machine computes in that precision.
+
+    Raises:
+        ValueError: it does not; names those that work.
+    """
     accelerator = deepspeed.get_accelerator()
     supported = {
         "fp32": True,

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from launch.exits import FAILED, REFUSED
 from launch.world import World
 
 T = TypeVar("T")
@@ -25,8 +26,8 @@ class Refused(ValueError):
     """An error of the user's that every rank raises alike, so that one of them may say it."""
 
 
-#: Exit status after an error of the user's (a config, a shard, a checkpoint, a flag) and of ours.
-REFUSED, FAILED = 2, 1
+class Broken(Exception):
+    """A failure that every rank raises alike, such as a full disk: another start may go well."""
 
 
 def device_of(world: World) -> torch.device:
@@ -54,10 +55,11 @@ def _own_gpu() -> bool:
 
 
 @contextmanager
-def connected(world: World, *, timeout_minutes: float = 10.0) -> Iterator[torch.device]:
+def connected(world: World, *, patience: float) -> Iterator[torch.device]:
     """The process group of all ranks while entered: gloo for CPU tensors, NCCL for the GPU's.
 
-    A collective that some rank never joins fails after `timeout_minutes`.
+    A collective that some rank never joins fails a minute after `patience` seconds, so that a
+    `Watch` of the same patience has named that rank before.
     """
     os.environ.update(world.environment())
     device = device_of(world)
@@ -65,7 +67,7 @@ def connected(world: World, *, timeout_minutes: float = 10.0) -> Iterator[torch.
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timedelta(seconds=patience + 60),
         device_id=device if device.type == "cuda" else None,
     )
     yield device
@@ -123,17 +125,17 @@ class Agreement:
 def run_as_rank(main: Callable[[], int]) -> None:
     """End this process with the status of `main`; at an error say it and leave at once.
 
-    What every rank refuses alike is one line from rank 0; any other error names its rank and host,
+    What every rank raises alike is one line from rank 0; any other error names its rank and host,
     a ValueError in one line, ours with the traceback. After such an error the process leaves
     without the farewells of MPI and torch, which would wait for peers that are stuck in a
     collective it will never join.
     """
     try:
         sys.exit(main())
-    except Refused as error:
+    except (Refused, Broken) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+        sys.exit(REFUSED if isinstance(error, Refused) else FAILED)
     except ValueError as error:
         print(f"{_own_name()}: error: {error}", file=sys.stderr)
         status = REFUSED

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.stream import Batch
-from launch.preempt import TO_BE_CONTINUED
+from launch.exits import TO_BE_CONTINUED
 from launch.world import World
 from trainer import ema
 from trainer.adm.objective import Classify, Denoise
@@ -77,7 +77,7 @@ class Loop:
                 reported = self.images
             if ends or self._due(every.checkpoint):
                 self._save()
-            if self._due(every.samples):
+            if self._due(every.samples) and not stop:
                 self._draw_grid()
         self._agreement.close()
         if self.saver.pending:
@@ -185,7 +185,8 @@ class Loop:
 
     def _draw_grid(self) -> None:
         """A grid from the first EMA; every rank draws its share of the images."""
-        self.mark("drawing samples")
+        if self.saver.pending:  # whatever becomes of the grid, the checkpoint stands
+            self._commit()
         began = time.monotonic()
         picture = draw_grid(
             dict(self.engine.gather(ema.key(self.config.training.ema[0]))),
@@ -193,6 +194,7 @@ class Loop:
             world=self.world,
             device=self.engine.device,
             shown=self.shown,
+            on_step=lambda: self.mark("drawing samples"),
         )
         if self.board is not None and picture is not None:
             name = f"{self.images:012d}"

@@ -23,7 +23,7 @@ from trainer import config as configs
 from trainer import ema
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.sampler import Guidance, classifier_guidance
-from trainer.adm.unet import Classifier, ClassifierConfig, UNet, UNetConfig
+from trainer.adm.unet import ClassifierConfig, UNetConfig, build
 from trainer.config import Config
 from trainer.draw import DTYPES, Walk, draw
 from trainer.group import agreed, connected, run_as_rank
@@ -33,49 +33,85 @@ from trainer.samplefile import merge, open_parts, read_low_res, write_part
 
 @dataclass(frozen=True)
 class Source:
-    """A trained network's config and weights."""
+    """Which weights of which network: picked once, by the main rank, since a run may go on."""
 
     config: Config
-    weights: dict[str, Tensor]
-    name: str
+    file: Path
+    sha256: str
 
     @classmethod
-    def open(cls, path: Path, *, preset: str | None, decay: float | None) -> "Source":
-        """From a run directory (its newest whole checkpoint), or a weights file and its preset.
+    def find(cls, path: Path, *, preset: str | None, decay: float | None) -> "Source":
+        """In a run directory (its newest whole checkpoint), a checkpoint, or a file and its preset.
 
         Raises:
             ValueError: there is nothing of that kind at `path`.
         """
         if path.is_dir():
-            config = configs.load(path / "config.toml") if preset is None else configs.load(preset)
+            is_checkpoint = (path / checkpoints.STATE).is_file()
+            run = path.parent.parent if is_checkpoint else path
+            config = configs.load(run / "config.toml" if preset is None else preset)
+            found = _newest([path] if is_checkpoint else checkpoints.committed(run / "checkpoints"))
             average = ema.key(config.training.ema[0] if decay is None else decay)
-            found = _newest(path / "checkpoints")
             file = found.file(average)
             if file.name not in found.state["files"]:
                 kinds = ", ".join(
                     sorted(n.removesuffix(".safetensors") for n in found.state["files"])
                 )
                 raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
-            return cls(config, checkpoints.load_weights(file), str(file))
+            return cls(config, file, found.state["files"][file.name]["sha256"])
         if preset is None:
             raise ValueError(f"{path} is no run directory; for a weights file, name its preset too")
-        return cls(configs.load(preset), checkpoints.load_weights(path), str(path))
+        if not path.is_file():
+            raise ValueError(f"no such weights file: {path}")
+        return cls(configs.load(preset), path, checkpoints.sha256(path))
 
-    def net(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network, filled, in `dtype` on `device`."""
-        model = self.config.model
-        net = Classifier(model) if isinstance(model, ClassifierConfig) else UNet(model)
-        checkpoints.fill(net, self.weights, source=self.name)
-        return net.to(device, dtype).eval().requires_grad_(False)
+    def net(self, *, device: torch.device, precision: str | None) -> nn.Module:
+        """The network, filled, on `device`; by default as it was trained, but on a CPU in fp32.
+
+        Raises:
+            ValueError: the file does not hold the weights of this network.
+        """
+        net = build(self.config.model)
+        checkpoints.fill(net, checkpoints.load_weights(self.file), source=self.file)
+        own = "fp32" if device.type == "cpu" else self.config.training.precision
+        return net.to(device, DTYPES[precision or own]).eval().requires_grad_(False)
 
 
-def _newest(directory: Path) -> checkpoints.Checkpoint:
-    for path in checkpoints.committed(directory):
+def _newest(paths: Sequence[Path]) -> checkpoints.Checkpoint:
+    """The first whole one of some checkpoints."""
+    for path in paths:
         found = checkpoints.read(path)
         if not (faults := found.faults()):
             return found
         print(f"passed over {path}: {faults[0]}", file=sys.stderr)
-    raise ValueError(f"no whole checkpoint in {directory}")
+    raise ValueError("the run has no whole checkpoint")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The networks of a request, and the checksum of the images that an upsampler enlarges."""
+
+    denoiser: Source
+    classifier: Source | None
+    low_res: str | None
+
+    @classmethod
+    def find(cls, arguments: argparse.Namespace) -> "Sources":
+        """What the command line names.
+
+        Raises:
+            ValueError: something of it is not there.
+        """
+        denoiser = Source.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
+        classifier = None
+        if arguments.classifier is not None:
+            classifier = Source.find(
+                arguments.classifier, preset=arguments.classifier_preset, decay=None
+            )
+        low_res: Path | None = arguments.low_res
+        if low_res is not None and not low_res.is_file():
+            raise ValueError(f"no such file of samples: --low-res {low_res}")
+        return cls(denoiser, classifier, None if low_res is None else checkpoints.sha256(low_res))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +125,11 @@ class Request:
     eta: float | None
     scale: float
     classes: tuple[int, ...] | None
-    low_res: str | None
-    precision: str
+    precision: str | None
+    device: str
+    #: Checksums of the weights, and of the images that an upsampler enlarges.
     sources: tuple[str, ...]
+    low_res: str | None
 
     def numbers(self, part: int) -> Tensor:
         """The image numbers of one part, (B,) int64."""
@@ -121,13 +159,12 @@ class Sampler:
         device: torch.device,
     ) -> None:
         assert isinstance(source.config.model, UNetConfig)
-        dtype = DTYPES[request.precision]
         self._request = request
         self._config = source.config.model
-        self._net = source.net(device=device, dtype=dtype)
+        self._net = source.net(device=device, precision=request.precision)
         self._classifier = None
         if classifier is not None:
-            self._classifier = classifier.net(device=device, dtype=dtype)
+            self._classifier = classifier.net(device=device, precision=request.precision)
         self._low_res = low_res
         self._device = device
         self._walk = Walk(
@@ -178,7 +215,11 @@ def sample(arguments: argparse.Namespace, *, world: World, device: torch.device)
     """Draw what was asked for; returns the exit status."""
     out: Path = arguments.out
     directory = out.with_suffix(".parts")
-    request, sampler = agreed(lambda: prepare(arguments, device=device))
+    found = [agreed(lambda: Sources.find(arguments) if world.is_main else None)]
+    dist.broadcast_object_list(found)
+    sources = found[0]
+    assert sources is not None
+    request, sampler = agreed(lambda: prepare(arguments, sources=sources, device=device))
     agreed(lambda: open_parts(directory, out, vars(request)) if world.is_main else None)
     files = [directory / f"{part:06d}.npz" for part in range(request.parts)]
     todo = [[part for part, file in enumerate(files) if not file.exists()]]
@@ -200,23 +241,20 @@ def sample(arguments: argparse.Namespace, *, world: World, device: torch.device)
     return 0
 
 
-def prepare(arguments: argparse.Namespace, *, device: torch.device) -> tuple[Request, Sampler]:
-    """Read and check all that the command line names.
+def prepare(
+    arguments: argparse.Namespace, *, sources: Sources, device: torch.device
+) -> tuple[Request, Sampler]:
+    """Read and check all that the command line asks for.
 
     Raises:
         ValueError: a file, a class, or a combination that does not work.
     """
-    source = Source.open(arguments.source, preset=arguments.preset, decay=arguments.ema)
+    source, classifier = sources.denoiser, sources.classifier
     model = source.config.model
     if not isinstance(model, UNetConfig):
-        raise ValueError(f"{source.name} is a classifier; give it as --classifier")
+        raise ValueError(f"{source.file} is a classifier; give it as --classifier")
     if arguments.images < 1 or arguments.batch < 1:
         raise ValueError("--images and --batch must be at least 1")
-    classifier = None
-    if arguments.classifier is not None:
-        classifier = Source.open(
-            arguments.classifier, preset=arguments.classifier_preset, decay=None
-        )
     low_res, low_labels = read_low_res(arguments.low_res, model=model, images=arguments.images)
     classes = _classes(arguments.classes, model=model, classifier=classifier)
     if low_labels is not None and classes is not None and arguments.classes is None:
@@ -232,9 +270,10 @@ def prepare(arguments: argparse.Namespace, *, device: torch.device) -> tuple[Req
         eta=eta,
         scale=arguments.scale if classifier is not None else 0.0,
         classes=classes,
-        low_res=None if arguments.low_res is None else str(arguments.low_res),
-        precision=arguments.precision or ("fp32" if device.type == "cpu" else "fp16"),
-        sources=tuple(s.name for s in (source, classifier) if s is not None),
+        precision=arguments.precision,
+        device=device.type,
+        sources=tuple(s.sha256 for s in (source, classifier) if s is not None),
+        low_res=sources.low_res,
     )
     return request, Sampler(
         request, source=source, classifier=classifier, low_res=low_res, device=device
@@ -248,10 +287,10 @@ def _classes(
     count = model.num_classes
     if classifier is not None:
         if not isinstance(classifier.config.model, ClassifierConfig):
-            raise ValueError(f"{classifier.name} is no classifier: --classifier needs one")
+            raise ValueError(f"{classifier.file} is no classifier: --classifier needs one")
         if classifier.config.model.image_size != model.image_size:
             raise ValueError(
-                f"{classifier.name} is for {classifier.config.model.image_size} px, "
+                f"{classifier.file} is for {classifier.config.model.image_size} px, "
                 f"the network for {model.image_size} px"
             )
         count = count or classifier.config.model.num_classes
@@ -271,7 +310,11 @@ def _classes(
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m trainer.sample", description=__doc__)
-    p.add_argument("source", type=Path, help="a run directory, or a weights file with --preset")
+    p.add_argument(
+        "source",
+        type=Path,
+        help="a run, one of its checkpoints, or a weights file and --preset",
+    )
     p.add_argument("--preset", help="the network of a weights file")
     p.add_argument("--out", type=Path, required=True, help="the .npz to write; a .png beside it")
     p.add_argument("--images", type=int, default=100)
@@ -284,7 +327,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--classes", help="such as 0,3,7; by default all in turn")
     p.add_argument("--low-res", type=Path, help="an .npz of samples that an upsampler enlarges")
     p.add_argument("--ema", type=float, help="which of a run's EMA decays; by default the first")
-    p.add_argument("--precision", choices=sorted(DTYPES), help="fp16 on a GPU, fp32 on a CPU")
+    p.add_argument(
+        "--precision",
+        choices=sorted(DTYPES),
+        help="as it was trained; fp32 on a CPU",
+    )
     p.add_argument("--seed", type=int, default=0)
     return p
 
@@ -294,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     world = join()
     # Ranks wait for the slowest one's last batch, which may take long.
-    with connected(world, timeout_minutes=240) as device:
+    with connected(world, patience=4 * 3600) as device:
         return sample(arguments, world=world, device=device)
 
 

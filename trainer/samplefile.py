@@ -59,7 +59,8 @@ def open_parts(parts: Path, out: Path, request: Mapping[str, Any]) -> None:
         raise ValueError(f"{out} exists: name another --out, or remove it")
     record = parts / "request.json"
     wanted = json.loads(json.dumps(request))
-    if record.exists() and json.loads(record.read_text()) != wanted:
+    is_ours = record.exists() and json.loads(record.read_text()) == wanted
+    if not is_ours and parts.exists() and any(parts.iterdir()):
         raise ValueError(
             f"{parts} holds parts of another request: remove it, or name another --out"
         )

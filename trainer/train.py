@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
@@ -19,25 +20,21 @@ from data.shards import open_shards
 from data.stream import Batch, Stream, to_device
 from launch.preempt import Preemption
 from launch.world import World, join
+from launch.writer import stop_file
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer.adm.objective import Classify, Denoise
 from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
-from trainer.adm.unet import Classifier, ClassifierConfig, UNet, UNetConfig
+from trainer.adm.unet import ClassifierConfig, build
 from trainer.checkpoint import Checkpoint, Saver
 from trainer.config import Config
 from trainer.draw import grid_numbers
-from trainer.engine import WEIGHTS, Engine, load_mechanics, resolve_mechanics
+from trainer.engine import WEIGHTS, Engine, check_precision, load_mechanics, resolve_mechanics
 from trainer.group import Refused, agreed, connected, run_as_rank
 from trainer.loop import Loop
 from trainer.metrics import Board, Metrics
 from trainer.run import Run
 from trainer.watch import Watch
-
-
-def build(model: UNetConfig | ClassifierConfig) -> UNet | Classifier:
-    """The network of a model config."""
-    return Classifier(model) if isinstance(model, ClassifierConfig) else UNet(model)
 
 
 def build_objective(config: Config) -> Denoise | Classify:
@@ -76,7 +73,7 @@ class Plan:
         Raises:
             ValueError: something is wrong with a preset, a setting, the shards, the run or a file.
         """
-        config = configs.load(arguments.preset, arguments.set)
+        config = configs.load(arguments.preset, arguments.set, absent=arguments.unset)
         mechanics = load_mechanics(arguments.ds_config)
         run = Run(arguments.run)
         stream = Stream(
@@ -85,13 +82,14 @@ class Plan:
             seed=config.training.seed,
         )
         _check_classes(config, len(stream.shards.classes))
+        check_precision(config.training.precision)
         return cls(
             run=run,
             config=config,
             mechanics=resolve_mechanics(mechanics, config=config, ranks=ranks),
             stream=stream,
             changes=run.check(config),
-            weights=checkpoints.load_weights(arguments.init) if arguments.init else None,
+            weights=_initial_weights(arguments.init, config) if arguments.init else None,
         )
 
 
@@ -118,6 +116,10 @@ def _train(
     """Decide where the run starts from, and train it from there."""
     config, run = plan.config, plan.run
     log = run.log if world.is_main else lambda _: None
+    if _is_asked_to_stop(run):
+        log(f"asked to stop: `python -m launch` goes on with it, or remove {stop_file(run.path)}")
+        return 0
+    watch.mark("verifying checkpoints")
     found = _resume_point(plan, world=world)
     images = 0 if found is None else found.images
     if images >= config.training.images:
@@ -127,6 +129,7 @@ def _train(
         run.open(config, mechanics=plan.mechanics)
     for name, (before, now) in plan.changes.items():
         log(f"{name} changes from {before!r} to {now!r}")
+    watch.mark("building the engine")
     engine, objective = _start(plan, found, device=device)
     log(f"{'starts' if found is None else f'resumes from checkpoint {found.path.name}'}: "
         f"{_facts(config, engine=engine, world=world)}")  # fmt: skip
@@ -160,6 +163,20 @@ def _train(
             pin=device.type == "cuda",
         )
         return loop.train(to_device(batches, device=device))
+
+
+def _initial_weights(file: Path, config: Config) -> Mapping[str, Tensor]:
+    weights = checkpoints.load_weights(file)
+    with torch.device("meta"):
+        checkpoints.check_fit(build(config.model), weights, source=f"--init {file}")
+    return weights
+
+
+def _is_asked_to_stop(run: Run) -> bool:
+    """Whether `launch stop` came before this start, as it may where a launcher starts again."""
+    asked = [run.is_asked_to_stop]  # the main rank's, which holds the run
+    dist.broadcast_object_list(asked)
+    return asked[0]
 
 
 def _check_classes(config: Config, found: int) -> None:
@@ -252,6 +269,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("preset", help="a name in trainer/presets, or a .toml file")
     p.add_argument("--run", required=True, type=Path, help="the run directory")
     p.add_argument("--set", action="append", default=[], metavar="'training.lr = 1e-4'")
+    p.add_argument("--unset", action="append", default=[], metavar="training.clip")
     p.add_argument("--ds-config", default="ds_config.json", help="DeepSpeed's mechanics")
     p.add_argument("--init", type=Path, help="start from these weights (.safetensors, .pt)")
     p.add_argument("--ranks", type=int, help="refuse to start with another number of ranks")
@@ -267,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = join(expected_size=arguments.ranks)
     with (
         Preemption() as preemption,
-        connected(world) as device,
+        connected(world, patience=arguments.patience) as device,
         Watch(world, patience=arguments.patience) as watch,
     ):
         return train(arguments, world=world, device=device, preemption=preemption, watch=watch)

@@ -20,8 +20,8 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from launch.exits import FAILED
 from launch.world import World
-from trainer.group import FAILED
 
 _BEAT = 1.0
 #: What the main rank has found; empty while all is well.
@@ -126,8 +126,10 @@ class Watch:
     def _find(self) -> str:
         """What is wrong, or nothing."""
         now = time.monotonic()
-        lost = [n for n, r in enumerate(self._heard) if now - r.heard > self._patience]
-        if lost:
+        silent = [now - rank.heard for rank in self._heard]
+        if max(silent) > self._patience:
+            # Those who fell silent together were last heard from in different beats.
+            lost = [n for n, s in enumerate(silent) if s > self._patience - 4 * _BEAT]
             return f"lost: {self._named(lost)}: not heard from for {self._patience:g} s"
         if self._world.is_main and now - self._moved > self._patience:
             least = min(rank.marks for rank in self._heard)

@@ -19,5 +19,6 @@ export DS_ENV_FILE=/runs/imagenet64/launch/deepspeed_env
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \
   --ranks 512 \
+  --patience 600 \
   --set 'training.lr = 1e-4' \
   --set 'training.precision = "bf16"'

@@ -20,5 +20,6 @@ mpirun -np 512 \
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \
   --ranks 512 \
+  --patience 600 \
   --set 'training.lr = 1e-4' \
   --set 'training.precision = "bf16"'

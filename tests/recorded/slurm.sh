@@ -16,13 +16,16 @@
 
 # imagenet64: 64 nodes x 8 ranks, from the code and the preset in /runs/imagenet64.
 run=/runs/imagenet64
+# The plain number of an array's last task is the whole array's.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 start=${SLURM_RESTART_COUNT:-0}
 told=
 trap leave USR1
 trap : TERM  # the ranks save; this shell stays to say what became of them
 
 say() {
-  printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$start" "$*" |
+  printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$job" "$start" "$*" |
     tee -a "$run/launch/events.txt"
 }
 
@@ -31,19 +34,37 @@ newest() {
   echo "${newest:-none}"
 }
 
+# Whatever the controller is asked, it may be busy or starting again: insist for five minutes.
+insist() {
+  for pause in 5 10 15 30 60 60 60 60; do
+    "$@" && return
+    sleep $pause
+  done
+  "$@"
+}
+
 # A cancelled job stays so, and a shell whose node Slurm gave up must not touch the next start.
+# Without progress since the last time that a start did not save, another one would not help.
 again() {
-  case $(scontrol show job -o "$SLURM_JOB_ID") in
+  case $(insist scontrol show job -o "$job") in
     *" JobState=RUNNING "*" Restarts=$start "*)
+      if [ "$1" != saved ]; then
+        if [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
+          say "$1, for the second time at checkpoint $(newest): not started again"
+          return
+        fi
+        newest > "$run/launch/failed-at"
+      fi
       say "$1; goes on from checkpoint $(newest)"
-      scontrol requeue "$SLURM_JOB_ID" ;;
+      insist scontrol requeue "$job" || say "scontrol does not answer: start the run again" ;;
+    "") say "$1; scontrol does not answer: start the run again" ;;
     *) say "$1; cancelled, or already started again" ;;
   esac
 }
 
 leave() {
   told=yes
-  scancel --signal=USR1 "$SLURM_JOB_ID"
+  scancel --signal=USR1 "$job"
   # Beyond the time limit Slurm would not start the job again.
   { sleep 270; again "did not leave in 270 s"; } &
   timer=$!
@@ -66,9 +87,10 @@ srun \
   --cpus-per-task=12 \
   /home/me/adm/.venv/bin/python -m launch check \
   --ranks 512 \
-  --run /runs/imagenet64 || {
+  --run /runs/imagenet64 \
+  --data /scratch/shards/imagenet64 || {
   say "the check above found a fault; not started"
-  exit 2
+  exit 78
 }
 srun \
   --kill-on-bad-exit=0 \
@@ -79,6 +101,7 @@ srun \
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \
   --ranks 512 \
+  --patience 600 \
   --set 'training.lr = 1e-4' \
   --set 'training.precision = "bf16"' &
 ranks=$!
@@ -92,18 +115,11 @@ case $status in
   0)  # also what srun says when Slurm has given the job's node up
     case $(tail -n 1 "$run/log.txt") in
       *finished*) say "finished" ;;
+      *"asked to stop"*) say "stopped as asked" ;;
       *) again "srun ended in mid-run" ;;
     esac ;;
-  2) say "refused for the reason above; not started again" ;;
-  75) if [ -e "$run/launch/stop" ]; then say "stopped as asked"; else again "saved"; fi ;;
-  *)
-    if [ -n "$told" ]; then
-      again "told to leave before it could save"
-    elif [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
-      say "failed twice (status $status) at checkpoint $(newest): not started again"
-    else
-      newest > "$run/launch/failed-at"
-      again "failed with status $status"
-    fi ;;
+  78) say "refused for the reason above; not started again" ;;
+  75) if [ -e "$run/launch/stop" ]; then say "stopped as asked"; else again saved; fi ;;
+  *) again "${told:+told to leave before it could save, }failed with status $status" ;;
 esac
 exit $status

@@ -135,13 +135,18 @@ class Classifier(Encoder):
         return full(out)
 
 
+def build(config: UNetConfig | ClassifierConfig) -> UNet | Classifier:
+    """The network of a configuration."""
+    return UNet(config) if isinstance(config, UNetConfig) else Classifier(config)
+
+
 def flops(config: UNetConfig | ClassifierConfig) -> int:
     """Floating-point operations (two per multiply-add) of one image's forward pass.
 
     Counted from shapes alone; convolutions, linear layers and attention products.
     """
     with torch.device("meta"):
-        net = UNet(config) if isinstance(config, UNetConfig) else Classifier(config)
+        net = build(config)
         inputs = {"x": torch.empty(1, 3, config.image_size, config.image_size), "t": torch.empty(1)}
         if isinstance(config, UNetConfig) and config.num_classes is not None:
             inputs["y"] = torch.empty(1, dtype=torch.int64)
