@@ -74,11 +74,18 @@ NodeName=DEFAULT CPUs=4 Sockets=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8
 Gres=gpu:{gpus} State=UNKNOWN
 {nodes}
 NodeName=big[01-64] CPUs=96 Sockets=2 CoresPerSocket=48 ThreadsPerCore=1 RealMemory=1000000 \
-Gres=gpu:8 State=FUTURE
+Gres=gpu:8 Feature=h100 State=CLOUD
 PartitionName=DEFAULT Nodes={names} MaxTime=INFINITE State=UP DefMemPerCPU=500
 PartitionName=main Default=YES PriorityTier=5 PreemptMode=OFF
 PartitionName=low PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high PriorityTier=10 PreemptMode=OFF
+# Machines of a cloud that are never started: what would run on 512 GPUs can be asked.
+PartitionName=gpu Nodes=big[01-64]
+PartitionName=batch Nodes=big[01-64]
+ResumeProgram=/bin/true
+SuspendProgram=/bin/true
+SuspendTime=600
+SuspendExcNodes={names}
 """
 _SSHD_CONFIG = """\
 HostKey /etc/ssh/host_key

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,10 @@ from tests.cluster import ROOT, wait_until
 from tests.site import Site
 
 PAGE = ROOT / "launch" / "README.md"
+
+
+def read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
 
 
 def commands() -> list[str]:
@@ -27,12 +32,14 @@ def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
     assert pack.main(["digits", str(here / "shards" / "digits"), "--size", "8"]) == 0
 
     def run(command: str, *, lasting: bool = False) -> str:
-        words = f"cd {here} && {'timeout 5 ' if lasting else ''}{command}"
+        words = f"cd {here} && {'timeout 15 ' if lasting else ''}{command}"
         return site.cluster.run("ctl", "bash", "-c", words, check=not lasting)
 
     for command in commands():
         lasting = "--watch" in command or command.startswith("tensorboard")
         said = run(command, lasting=lasting)
+        if lasting:
+            assert ("images/s" if "--watch" in command else "http://") in said, said
         if command.startswith("cp "):
             shutil.copy(site.settings("slurm"), here / "my.toml")  # what the user changes in it
         elif "--dry-run" in command:
@@ -42,8 +49,18 @@ def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
             wait_until(lambda log=log: log.exists() and "images/s" in log.read_text(), "steps")
         elif command.endswith("runs/digits") and "status" in command:
             assert ": RUNNING" in said and "images/s" in said
-    sweep = [here / "runs" / "both" / name for name in ("digits", "digits_classifier")]
-    for path in sweep:
-        wait_until(lambda path=path: (path / "log.txt").exists(), f"{path.name} in the sweep")
-    for path in sweep:
-        run(f"python -m launch stop {path}")
+    first, last = (here / "runs" / "both" / name for name in ("digits", "digits_classifier"))
+    for path in (first, last):
+        wait_until(
+            lambda path=path: "images/s" in read(path / "log.txt"), f"{path.name} in the sweep"
+        )
+
+    # What happens to one run of an array, its last one too, leaves the others alone.
+    run(f"scancel --signal=USR1 --batch {read(last / 'launch' / 'job')}")
+    wait_until(lambda: "resumes from" in read(last / "log.txt"), "the requeued run of the sweep")
+    run(f"python -m launch stop {last}")
+    assert "saved; goes on" in read(last / "launch" / "events.txt")
+    assert site.state(read(first / "launch" / "job").strip()) == "RUNNING"
+    assert read(first / "launch" / "events.txt").count("\n") == 1
+    run(f"python -m launch stop {first}")
+    assert "stopped as asked" in read(first / "launch" / "events.txt")

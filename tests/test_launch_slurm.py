@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
 
-from tests.cluster import wait_until
+from tests.cluster import ROOT, wait_until
 from tests.site import Site
 
 pytestmark = pytest.mark.timeout(900)
@@ -99,6 +100,13 @@ def test_an_old_rank_that_outlives_its_job_does_not_write(site: Site) -> None:
         site.cluster.power_off(host)
         site.cluster.boot(host)
         wait_until(site.cluster.idle, "idle nodes")
+
+
+@pytest.mark.parametrize("site_file", ["slurm", "slurm-pyxis"])
+def test_slurm_would_start_the_job_of_512_gpus(site: Site, site_file: str) -> None:
+    script = ROOT / "tests" / "recorded" / f"{site_file}.sh"
+    said = site.cluster.run("ctl", "sbatch", "--test-only", script)
+    assert re.search(r"to start at .* using 6144 processors on nodes big\[01-64\]", said)
 
 
 def test_what_is_refused_fails_once(site: Site) -> None:
