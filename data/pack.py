@@ -71,7 +71,8 @@ def pack(
     """Pack a source into `out`, or finish what an interrupted packing left there.
 
     Args:
-        class_map: lines of NAME CLASS, where directories are not the classes.
+        class_map: lines of NAME CLASS, or of CLASS in the names' order, where directories are not
+            the classes.
         classes_of: a dataset whose numbering of the classes is to be used.
         executor: runs the jobs; this process, if None.
 
@@ -278,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="no crop, for random crops in training; a smaller side beyond --size is scaled down",
     )
-    parser.add_argument("--class-map", type=Path, help="lines of NAME CLASS instead of directories")
+    parser.add_argument("--class-map", type=Path, help="lines of NAME CLASS, or of CLASS in order")
     parser.add_argument("--classes-of", type=Path, help="number classes as this dataset does")
     parser.add_argument("--format", choices=("png", "jpg"), help="default: png up to 64 pixels")
     parser.add_argument("--quality", type=int, default=95, help="of jpg")

@@ -106,12 +106,25 @@ def by_number(names: list[str], labels: list[int]) -> Listing:
 
 
 def relabel(listing: Listing, *, class_map: Path) -> Listing:
-    """Take classes from lines of `NAME CLASS`: image names, with or without directories.
+    """Take classes from a file of lines.
+
+    They are `NAME CLASS`, names with or without directories; or one `CLASS` for each image, in the
+    order of their names, as validation sets come with.
 
     Raises:
         ValueError: the map cannot be read, or an image is not in it.
     """
-    found = _read_class_map(class_map)
+    lines = _read_words(class_map)
+    if all(len(words) == 1 for words in lines):
+        if len(lines) != len(listing.names):
+            raise ValueError(
+                f"--class-map = {class_map} has {len(lines)} labels for {len(listing.names)} images"
+            )
+        return by_class_name(listing.names, [words[0] for words in lines])
+    for words in lines:
+        if len(words) != 2:
+            raise ValueError(f"--class-map = {class_map}: not `NAME CLASS`: {' '.join(words)}")
+    found = dict(lines)
     classes = []
     for name in listing.names:
         label = found.get(name, found.get(name.rsplit("/", 1)[-1]))
@@ -135,16 +148,12 @@ def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     return Listing(names=listing.names, labels=labels, classes=classes)
 
 
-def _read_class_map(path: Path) -> dict[str, str]:
+def _read_words(path: Path) -> list[list[str]]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise ValueError(f"--class-map = {path} cannot be read: {error}") from None
-    pairs = [line.replace(",", " ").split() for line in lines if line.strip()]
-    for pair in pairs:
-        if len(pair) != 2:
-            raise ValueError(f"--class-map = {path}: not `NAME CLASS`: {' '.join(pair)}")
-    return dict(pairs)
+    return [line.replace(",", " ").split() for line in lines if line.strip()]
 
 
 @cache

@@ -120,8 +120,14 @@ def test_a_class_map_overrides_directories(tmp_path: Path) -> None:
     assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 0
     shards = open_shards(tmp_path / "out")
     assert shards.classes == ("n0", "n1") and shards.count == 10
-    (tmp_path / "map").write_text("val_0.png n0\n")
-    assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 1
+    # One label for each image, in the order of the names, means the same.
+    arguments[1] = str(tmp_path / "again")
+    (tmp_path / "labels").write_text("n0\nn1\n" * 5)
+    assert main([*arguments, "--class-map", str(tmp_path / "labels")]) == 0
+    assert open_shards(tmp_path / "again").fingerprint == shards.fingerprint
+    for wrong in ("val_0.png n0\n", "n0\nn1\n"):
+        (tmp_path / "map").write_text(wrong)
+        assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 1
 
 
 def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
