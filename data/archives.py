@@ -13,7 +13,7 @@ from typing import Any
 
 from data.shards import write_atomically
 from data.sources import Digits, Folder, Listing, Source, Zip, by_number
-from data.tars import scan_tar
+from data.tars import IMAGE_SUFFIXES, all_or_no_labels, scan_tar
 
 
 def open_source(text: str, *, staging: Path) -> Source:
@@ -30,7 +30,15 @@ def open_source(text: str, *, staging: Path) -> Source:
     if (path / "data.mdb").is_file():
         return Lmdb(path)
     for suffix, kind in ((".parquet", Parquet), (".tar", Tars)):
-        files = [path] if path.suffix == suffix else sorted(path.glob(f"*{suffix}"))
+        if path.suffix == suffix:  # perhaps with a * in its name
+            files = sorted(path.parent.glob(path.name))
+        else:
+            files = sorted(path.glob(f"*{suffix}"))
+            if files and any(_holds_images(child) for child in path.iterdir()):
+                raise ValueError(
+                    f"SOURCE = {text} holds {files[0].name} and directories of images: to pack "
+                    "either, put them apart"
+                )
         if files and all(file.is_file() for file in files):
             return kind(files, staging=staging)
     if path.is_dir():
@@ -40,8 +48,12 @@ def open_source(text: str, *, staging: Path) -> Source:
     )
 
 
+#: What Hugging Face names the files of a split after.
+_SPLITS = {"train", "test", "validation", "val", "dev"}
+
+
 class Tars:
-    """Existing WebDataset shards; labels from `.cls` or `.json`, 0 where there are none."""
+    """Existing WebDataset shards; labels from `.cls` or `.json`, all 0 if there are none."""
 
     def __init__(self, files: list[Path], *, staging: Path) -> None:
         self._files = {file.name: file for file in files}
@@ -51,8 +63,8 @@ class Tars:
         for file in self._files.values():
             for sample in scan_tar(file):
                 names.append(f"{file.name}@{sample.offset}+{sample.size}/{sample.name}")
-                labels.append(sample.label or 0)
-        return by_number(names, labels)
+                labels.append(sample.label)
+        return by_number(names, all_or_no_labels(names, labels))
 
     def read(self, name: str) -> bytes:
         file, _, extent = name.partition("/")[0].rpartition("@")
@@ -63,6 +75,12 @@ class Parquet:
     """Hugging Face image datasets: a column of image bytes, and one of class labels."""
 
     def __init__(self, files: list[Path], *, staging: Path) -> None:
+        splits = {file.name.partition("-")[0] for file in files if "-" in file.name}
+        if len(splits & _SPLITS) > 1:
+            raise ValueError(
+                f"SOURCE = {files[0].parent} holds the splits {', '.join(sorted(splits))}: name "
+                f"one, such as '{files[0].parent}/train-*.parquet'"
+            )
         self._files, self._staging = files, staging
 
     def listing(self) -> Listing:
@@ -116,6 +134,12 @@ class Lmdb:
         return lmdb.open(str(self._path), readonly=True, lock=False, readahead=False)
 
 
+def _holds_images(directory: Path) -> bool:
+    if not directory.is_dir():
+        return False
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in os.listdir(directory))
+
+
 def _read_extent(path: Path, extent: str) -> bytes:
     offset, size = map(int, extent.split("+"))
     with path.open("rb") as file:
@@ -132,10 +156,14 @@ def _rows(file: Path) -> Iterator[tuple[bytes, int]]:
     if image is None:
         raise ValueError(f"{file} has no column of images among {schema.names}")
     label = "label" if "label" in schema.names else None
+    if label is None and (others := [name for name in schema.names if "label" in name]):
+        raise ValueError(f"{file} has no column `label`, but {others}: rename the one you mean")
     for batch in table.iter_batches(batch_size=256, columns=[image, label] if label else [image]):
         labels = batch.column(label).to_pylist() if label else [0] * len(batch)
         for value, number in zip(batch.column(image).to_pylist(), labels, strict=True):
-            yield value["bytes"] if isinstance(value, dict) else value, number
+            image_bytes = value["bytes"] if isinstance(value, dict) else value
+            # Where there is none, packing will list it with those that cannot be decoded.
+            yield image_bytes or b"", -1 if number is None else number
 
 
 def _is_bytes(kind: Any) -> bool:

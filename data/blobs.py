@@ -96,8 +96,9 @@ class Blobs:
     def _index(self, shard: int) -> Index:
         if self._local:
             return self._shards.index(shard)
-        content = self._reader.whole(self._shards.shards[shard].index)
-        return self._shards.parse_index(shard, content)
+        entry = self._shards.shards[shard]
+        content = self._reader.whole(entry.index, sha256=entry.index_sha256)
+        return self._shards.parse_index(content)
 
     def _demand_others_intact(self, shard: int, row: int) -> None:
         """Tell one damaged image from a shard that is another one of the same name."""

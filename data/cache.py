@@ -6,6 +6,7 @@ know of the others, and a set that fits is fetched once. What is read from here 
 anything else, against the index's checksums; a sample that fails is fetched again.
 """
 
+import hashlib
 import os
 import struct
 import sys
@@ -48,13 +49,16 @@ class CachedReader:
             for chunk in range(first // CHUNK, -(-(first + size) // CHUNK))
         )
 
-    def whole(self, name: str) -> bytes:
-        """All of a small file, which is kept for good."""
+    def whole(self, name: str, *, sha256: str) -> bytes:
+        """As `Reader.whole`; the file is kept for good, once it is what it should be."""
         path = self._root / name
-        if path.exists():
-            return path.read_bytes()
-        content = self._reader.whole(name)
-        self._write(path, content)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            content = b""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            content = self._reader.whole(name, sha256=sha256)
+            self._write(path, content)
         return content
 
     def forget(self, name: str, *, first: int, size: int) -> None:

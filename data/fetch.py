@@ -5,6 +5,7 @@ the store fails, after a pause that grows, and gives up with one clear error. we
 is imported here and nowhere else.
 """
 
+import hashlib
 import http.client
 import os
 import random
@@ -16,6 +17,7 @@ import urllib.parse
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -91,17 +93,35 @@ class Reader:
             OSError: they could not be read, even after retries.
         """
         if isinstance(self._store, LocalStore):
-            content = self._store.read(name, first, size)
+            try:
+                content = self._store.read(name, first, size)
+            except _FINAL:
+                raise
+            except OSError:
+                content = b""  # a stale handle, perhaps: the way below opens the file again
             if len(content) == size:
                 return content
         return b"".join(self.stream(name, first=first, last=first + size))
 
-    def whole(self, name: str) -> bytes:
-        """All of a small file."""
-        size = self.size(name)
-        if size is not None:
-            return self.read(name, first=0, size=size)
-        return self._persist(name, lambda: b"".join(self._store.pieces(name, first=0, last=_END)))
+    def whole(self, name: str, *, sha256: str | None = None) -> bytes:
+        """All of a small file.
+
+        Raises:
+            OSError: it could not be read, or had another checksum than `sha256` each time.
+        """
+
+        def attempt() -> bytes:
+            size = self._store.size(name)
+            content = b"".join(
+                self._store.pieces(name, first=0, last=_END if size is None else size)
+            )
+            if size not in (None, len(content)):
+                raise OSError(f"it has {len(content)} bytes instead of {size}")
+            if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+                raise OSError("it does not have the manifest's checksum")
+            return content
+
+        return self._persist(name, attempt)
 
     def stream(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """The bytes [first, last) in pieces, resuming from the byte reached after a failure."""
@@ -116,6 +136,7 @@ class Reader:
             except _FINAL:
                 raise
             except _TRANSIENT as error:
+                self._store.close()
                 self._pause(name, first, failures, error)
                 failures += 1
 
@@ -196,7 +217,10 @@ class HttpStore:
 
     def size(self, name: str) -> int:
         with self._open(name, method="HEAD", headers={}) as response:
-            return int(response.headers["Content-Length"])
+            length = response.headers["Content-Length"]
+            if length is None:
+                raise OSError("the server does not tell the size")
+            return int(length)
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -225,13 +249,27 @@ class FsspecStore:
         self._files, self._root = url_to_fs(root)
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
-        yield self._files.cat_file(f"{self._root}/{name}", start=first, end=last)
+        with _as_oserror():
+            content = self._files.cat_file(f"{self._root}/{name}", start=first, end=last)
+        yield content
 
     def size(self, name: str) -> int:
-        return int(self._files.size(f"{self._root}/{name}"))
+        with _as_oserror():
+            return int(self._files.size(f"{self._root}/{name}"))
 
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    """The drivers of fsspec raise what their libraries do; all of it may be worth another try."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class PipeStore:

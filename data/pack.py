@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -146,7 +147,7 @@ def _write(job: Job, aside: Path) -> Made:
         for number, (name, label) in enumerate(job.images, start=job.first):
             try:
                 image, suffix = encode(source.read(name), config=job.config)
-            except (*UNDECODABLE, zipfile.BadZipFile) as error:
+            except (*UNDECODABLE, zipfile.BadZipFile, zlib.error) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the disk's or the network's fault, not the image's
                 left_out.append(f"{name}: {error}")
@@ -204,16 +205,20 @@ def _claimed(out: Path) -> Iterator[None]:
     if out.exists() and not {WORK, MANIFEST} & set(os.listdir(out)) and any(out.iterdir()):
         raise ValueError(f"OUT = {out} is not empty and no packed dataset; choose another OUT")
     (out / WORK).mkdir(parents=True, exist_ok=True)
-    with (out / WORK / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"OUT = {out}: another process is packing there") from None
-        try:
+    held = False
+    try:
+        with (out / WORK / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"OUT = {out}: another process is packing there") from None
+            except OSError as error:  # some parallel file systems have no locks
+                print(f"{out} cannot be locked ({error}): pack there once only", file=sys.stderr)
+            held = True
             yield
-        finally:
-            if (out / MANIFEST).exists() or os.listdir(out / WORK) == ["lock"]:
-                shutil.rmtree(out / WORK)
+    finally:  # not before the lock is closed: network file systems keep what is open
+        if held and ((out / MANIFEST).exists() or os.listdir(out / WORK) == ["lock"]):
+            shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def _finish(out: Path, work: Plan, made: list[Made]) -> int:

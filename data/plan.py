@@ -65,11 +65,14 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pla
     """Shuffle the images globally by the seed and deal them to shards of equal size.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, or one has no class.
     """
     count = len(listing.names)
     if not count:
         raise ValueError(f"SOURCE = {source} holds no images")
+    if (least := min(listing.labels)) < 0:
+        name = listing.names[listing.labels.index(least)]
+        raise ValueError(f"SOURCE = {source}: {name} has the label {least}: it has no class")
     mixed = [(listing.names[i], listing.labels[i]) for i in permutation(count, config.seed)]
     # A few shards at least, even for small sets: epochs differ by the order of shards, too.
     per_shard = min(config.per_shard, -(-count // 8))

@@ -18,6 +18,9 @@ from PIL import Image
 
 from data.tars import IMAGE_SUFFIXES
 
+#: Classes named by numbers below this have them for labels; larger ones are dates and the like.
+_MOST_CLASSES = 65536
+
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
@@ -93,7 +96,12 @@ def by_first_directory(names: Iterable[str]) -> Listing:
 
 
 def by_class_name(names: list[str], classes: list[str]) -> Listing:
-    """A listing from the name of each image's class; labels count the names in sorted order."""
+    """A listing from the name of each image's class; labels count the names in sorted order.
+
+    Where all names are numbers, they are the labels.
+    """
+    if classes and all(name.isdecimal() and int(name) < _MOST_CLASSES for name in classes):
+        return by_number(names, [int(name) for name in classes])
     known = tuple(sorted(set(classes)))
     number = {name: i for i, name in enumerate(known)}
     return Listing(names=names, labels=[number[c] for c in classes], classes=known)
@@ -137,9 +145,13 @@ def relabel(listing: Listing, *, class_map: Path) -> Listing:
 def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     """Number the classes as another dataset does, e.g. a validation split as its training split.
 
+    Classes that are numbers already are those of the other dataset's.
+
     Raises:
         ValueError: a class that the other one does not have.
     """
+    if all(name.isdecimal() for name in listing.classes) and len(listing.classes) <= len(classes):
+        return Listing(names=listing.names, labels=listing.labels, classes=classes)
     number = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in listing.classes if name not in number]
     if unknown:

@@ -20,16 +20,21 @@ from data.workers import Filled, Setup, Workers
 
 __all__ = ["Batch", "DataConfig", "Stream", "to_device"]
 
-_SEEN_AT_LEAST = 1000  # images before `max_bad` counts as a share
+# Images before `max_bad` counts as a share: of a thousand ranks some will see two bad ones early.
+_SEEN_AT_LEAST = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch: images uint8 (B, 3, H, W), labels int64 (B,), image numbers int64 (B,)."""
+    """One micro-batch: images uint8 (B, 3, H, W), labels int64 (B,), image numbers int64 (B,).
+
+    `bad` of the images were damaged, and others stand in for them.
+    """
 
     images: Tensor
     labels: Tensor
     numbers: Tensor
+    bad: int = 0
 
 
 class Stream:
@@ -54,7 +59,7 @@ class Stream:
         self.config, self.shards, self.seed = config, shards, seed
         self.served = self.bad = 0
         self._samples = Samples(shards, config=config, seed=seed)
-        self._log = log or _to_stderr
+        self.log = log or _to_stderr
         self._running: list[Workers] = []
 
     def __enter__(self) -> "Stream":
@@ -172,7 +177,7 @@ class Stream:
             self.served += len(filled.labels)
             self.bad += len(filled.bad)
             for line in filled.bad:
-                self._log(f"bad sample replaced: {line}")
+                self.log(f"bad sample replaced: {line}")
             if self.bad > self.config.max_bad * max(self.served, _SEEN_AT_LEAST):
                 raise ValueError(
                     f"{self.bad} of {self.served} images are damaged, more than data.max_bad = "
@@ -182,6 +187,7 @@ class Stream:
                 images=_pinned(filled.images) if pin else torch.from_numpy(filled.images),
                 labels=_pinned(filled.labels) if pin else torch.from_numpy(filled.labels),
                 numbers=torch.tensor(filled.request.numbers, dtype=torch.int64),
+                bad=len(filled.bad),
             )
             del filled  # its slot shall be free again before the next one is waited for
 
@@ -203,7 +209,7 @@ def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Bat
             compute.wait_stream(side)
             for tensor in tensors:
                 tensor.record_stream(compute)
-        yield Batch(images=tensors[0], labels=tensors[1], numbers=tensors[2])
+        yield Batch(images=tensors[0], labels=tensors[1], numbers=tensors[2], bad=batch.bad)
 
 
 def _training_requests(

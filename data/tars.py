@@ -7,7 +7,7 @@ label beside `KEY.jpg`, `KEY.png` or another image.
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -89,16 +89,19 @@ def scan_tar(path: Path) -> list[TarSample]:
     """All images of a tar, in its order.
 
     Raises:
-        ValueError: it is compressed, damaged or truncated. Common readers end such a tar early
-            and silently.
+        ValueError: it is compressed, damaged or truncated (common readers end such a tar early and
+            silently), has a name twice or two images in a sample, or a label that is no number.
     """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     with path.open("rb") as file:
         for info in _members(path, file):
             key, _, suffix = info.name.rpartition("/")[2].partition(".")
             group = f"{info.name.rpartition('/')[0]}/{key}"
-            members.setdefault(group, {})[suffix.lower()] = info
-        found = (_sample(file, by_suffix) for by_suffix in members.values())
+            by_suffix = members.setdefault(group, {})
+            if suffix.lower() in by_suffix:
+                raise ValueError(f"{path} has {info.name} twice: every sample needs its own name")
+            by_suffix[suffix.lower()] = info
+        found = (_sample(path, file, by_suffix) for by_suffix in members.values())
         return [sample for sample in found if sample]
 
 
@@ -108,13 +111,26 @@ def index_tar(path: Path) -> Index:
     Raises:
         ValueError: as `scan_tar`.
     """
-    rows = []
+    rows, samples = [], scan_tar(path)
+    labels = all_or_no_labels([f"{path}: {s.name}" for s in samples], [s.label for s in samples])
     with path.open("rb") as file:
-        for sample in scan_tar(path):
+        for sample, label in zip(samples, labels, strict=True):
             file.seek(sample.offset)
             crc32 = zlib.crc32(file.read(sample.size))
-            rows.append((sample.offset, sample.size, sample.label or 0, crc32))
+            rows.append((sample.offset, sample.size, label, crc32))
     return np.array(rows, dtype=INDEX_DTYPE)
+
+
+def all_or_no_labels(names: Sequence[str], labels: Sequence[int | None]) -> list[int]:
+    """The labels, or 0 for each sample where none has one.
+
+    Raises:
+        ValueError: some have one.
+    """
+    without = [name for name, label in zip(names, labels, strict=True) if label is None]
+    if 0 < len(without) < len(labels):
+        raise ValueError(f"{without[0]} has no label, and {len(without) - 1} others; the rest have")
+    return [label or 0 for label in labels]
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -132,23 +148,34 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         raise ValueError(f"{path} is damaged or truncated at byte {end}")
 
 
-def _sample(file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> TarSample | None:
-    image = next((by_suffix[s] for s in by_suffix if s.split(".")[-1] in IMAGE_SUFFIXES), None)
-    if image is None:
+def _sample(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> TarSample | None:
+    images = [by_suffix[s] for s in by_suffix if s.split(".")[-1] in IMAGE_SUFFIXES]
+    if not images:
         return None
+    if len(images) > 1:
+        raise ValueError(
+            f"{path} has {images[0].name} and {images[1].name} in one sample (a name up to its "
+            "first dot): give each image a sample"
+        )
     return TarSample(
-        name=image.name,
-        offset=image.offset_data,
-        size=image.size,
-        label=_label(file, by_suffix),
+        name=images[0].name,
+        offset=images[0].offset_data,
+        size=images[0].size,
+        label=_label(path, file, by_suffix),
     )
 
 
-def _label(file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> int | None:
+def _label(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> int | None:
     for suffix in ("cls", "json"):
         if suffix in by_suffix:
             file.seek(by_suffix[suffix].offset_data)
-            content = json.loads(file.read(by_suffix[suffix].size))
+            text = file.read(by_suffix[suffix].size)
+            try:
+                content = int(text) if suffix == "cls" else json.loads(text)
+            except ValueError:
+                raise ValueError(
+                    f"{path}: {by_suffix[suffix].name} holds {text[:20]!r}, no number of a class"
+                ) from None
             if isinstance(content, dict):
                 content = content.get("label", content.get("cls"))
             if isinstance(content, int):

@@ -33,9 +33,10 @@ def decode(blob: bytes | memoryview, *, buffer: Pixels | None = None) -> Pixels:
     """
     if blob[:3] == b"\xff\xd8\xff":
         try:
-            return simplejpeg.decode_jpeg(blob, colorspace="RGB", strict=True, buffer=buffer)
+            if simplejpeg.decode_jpeg_header(blob)[2] not in ("CMYK", "YCCK"):  # rounded otherwise
+                return simplejpeg.decode_jpeg(blob, colorspace="RGB", strict=True, buffer=buffer)
         except ValueError:
-            pass  # CMYK, or recoverable damage: Pillow's verdict counts.
+            pass  # Perhaps recoverable damage: Pillow's verdict counts.
     return np.asarray(open_rgb(blob))
 
 

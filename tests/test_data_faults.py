@@ -1,5 +1,7 @@
 """Whatever breaks: nothing hangs, nothing is lost or doubled silently, the message says what."""
 
+import errno
+import os
 import resource
 import shutil
 import signal
@@ -234,6 +236,34 @@ def test_a_damaged_cache_is_refetched_and_bounded(whole: Shards, tmp_path: Path)
         cache = tmp_path / "little"
         assert epoch(url, cache=str(cache), cache_gb=little) == epoch(whole.root)
     assert len(list(cache.glob("*/0000000?"))) == 3
+
+
+def test_a_damaged_index_in_the_cache_is_fetched_again(whole: Shards, tmp_path: Path) -> None:
+    with serving(Path(whole.root), fault=lambda n, path: None) as url:
+        assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
+        (index,) = tmp_path.glob("*/00003.idx.npy")
+        good = index.read_bytes()
+        for bad in (good[:-1] + b"x", good[:50]):
+            index.write_bytes(bad)
+            assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
+            assert index.read_bytes() == good
+
+
+def test_a_failing_disk_is_tried_again(whole: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network file system is: handles go stale when its server starts again."""
+    wanted, read, reads = epoch(whole.root), os.pread, iter(range(10**6))
+
+    def failing(descriptor: int, size: int, at: int) -> bytes:
+        number = next(reads)
+        if number % 20 == 3:
+            os.fstat(descriptor)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(descriptor, size, at)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert epoch(whole.root) == wanted
+    monkeypatch.setattr(os, "pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
+    fails(whole, OSError, r"\d\.tar: reading stopped at byte \d+ after 2 attempts: .*bad")
 
 
 def test_a_full_cache_disk_costs_speed_only(whole: Shards, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -221,3 +223,109 @@ def test_what_is_no_source_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is neither a folder, zip"):
         open_source(str(tmp_path / "nothing"), staging=tmp_path)
     assert main([str(tmp_path), str(tmp_path / "out"), "--size", "8"]) == 1
+
+
+def one_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar of these files, in this order; names may repeat but for a trailing slash."""
+    with tarfile.open(path, "w") as tar:
+        for name, payload in members.items():
+            info = tarfile.TarInfo(name.rstrip("/"))
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.jpg", "b.jpg", "a.jpg/"], "has a.jpg twice"),
+        (["2021.01.00.jpg", "2021.01.01.jpg"], "2021.01.00.jpg and 2021.01.01.jpg in one sample"),
+        (["a.jpg", "a.cls", "b.jpg"], "b.jpg has no label, and 0 others"),
+        (["a.jpg", "a.json"], "a.json holds .* no number of a class"),
+    ],
+)
+def test_tars_that_would_lose_images_or_labels_are_refused(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    picture = image_file(0, width=20, height=20)
+    members = {name: b"1" if name.endswith("cls") else picture for name in names}
+    one_tar(tmp_path / "others.tar", members)
+    with pytest.raises(ValueError, match=message):
+        packed(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        index_directory(tmp_path)
+
+
+def test_a_folder_of_two_kinds_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "both")
+    one_tar(tmp_path / "both" / "left.tar", {"a.jpg": b"x"})
+    with pytest.raises(ValueError, match=r"holds left\.tar and directories"):
+        packed(tmp_path / "both", tmp_path / "out")
+
+
+def test_numbered_classes_keep_their_numbers(tmp_path: Path) -> None:
+    """As Caffe's `val.txt` has them, and directories named 0 to 999."""
+    for i, name in enumerate(("0", "2", "10")):
+        path = tmp_path / "train" / name / "x.JPEG"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(image_file(i, width=20, height=20))
+    train = packed(tmp_path / "train", tmp_path)
+    assert {label for _, label in content(train)} == {0, 2, 10}
+    assert train.classes == tuple(map(str, range(11)))
+
+
+def test_a_validation_set_by_numbers_takes_its_training_sets_names(
+    folder: Path, tmp_path: Path
+) -> None:
+    train = packed(folder, tmp_path)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(4):
+        (flat / f"val_{i}.JPEG").write_bytes(image_file(i, width=20, height=20))
+    (tmp_path / "val.txt").write_text("".join(f"val_{i}.JPEG {i % 3}\n" for i in range(4)))
+    arguments = [str(flat), str(tmp_path / "val"), "--size", "16", "--workers", "1"]
+    maps = ["--class-map", str(tmp_path / "val.txt"), "--classes-of", train.root]
+    assert main([*arguments, *maps]) == 0
+    val = open_shards(tmp_path / "val")
+    assert val.classes == train.classes
+    assert sorted(label for _, label in content(val)) == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": [b"x"], "fine_label": [1]}, r"no column `label`, but \['fine_label'\]"),
+        ({"image": [b"x"], "label": [-1]}, "has the label -1"),
+    ],
+)
+def test_parquet_without_usable_labels_is_refused(
+    tmp_path: Path, columns: dict[str, list], message: str
+) -> None:
+    parquet.write_table(pa.table(columns), tmp_path / "test-00000.parquet")
+    with pytest.raises(ValueError, match=message):
+        packed(tmp_path, tmp_path / "out")
+
+
+def test_splits_of_parquet_do_not_mix(tmp_path: Path) -> None:
+    for i, split in enumerate(("train", "test")):
+        image = image_file(i, width=20, height=20)
+        table = pa.table({"image": [image, None], "label": [i, i]})
+        parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"holds the splits test, train: name one"):
+        packed(tmp_path, tmp_path / "out")
+    only = packed(tmp_path / "train-*.parquet", tmp_path / "one")
+    assert only.count == 1  # where there was no image, it is listed
+    assert "decoded" not in (text := (tmp_path / "one/packed/left-out.txt").read_text()) and text
+
+
+def test_a_damaged_member_of_a_zip_costs_one_image(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, _ in files(folder):
+            archive.write(path, path.relative_to(folder))
+        offset = archive.infolist()[3].header_offset
+    raw = bytearray((tmp_path / "all.zip").read_bytes())
+    name = int.from_bytes(raw[offset + 26 : offset + 28], "little")
+    for at in range(offset + 30 + name, offset + 30 + name + 40):
+        raw[at] ^= 255
+    (tmp_path / "all.zip").write_bytes(raw)
+    assert packed(tmp_path / "all.zip", tmp_path).count == IMAGES - 1

@@ -219,5 +219,8 @@ def test_moving_to_the_device_changes_nothing(shards: Shards, whole: Seen, devic
         batches = stream.batches(images=0, batch=24, micro_batch=24, rank=0, ranks=1, pin=pin)
         for batch in islice(to_device(batches, device=torch.device(device)), 10):
             assert batch.images.device.type == device
-            remember(seen, Batch(**{name: t.cpu() for name, t in vars(batch).items()}))
+            fields = {
+                n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in vars(batch).items()
+            }
+            remember(seen, Batch(**fields))
     assert seen == whole

@@ -102,6 +102,7 @@ class Loop:
             terms = self.objective(self.engine, batch.images, batch.labels, batch.numbers)
             self.engine.backward(terms["loss"].mean())
             self.metrics.add(terms)
+            self.metrics.put("bad_share", batch.bad, len(batch.numbers))
             seen.append((batch.numbers, terms))
         lr = training.learning_rate(self.images)
         report = self.engine.step(lr=lr)

@@ -42,19 +42,20 @@ class Metrics:
             if name == "t":
                 continue
             values = values.detach().double()
-            self._put(name, values.sum(), values.numel())
+            self.put(name, values.sum(), values.numel())
             if name in ("loss", "mse", "vb"):
                 zeros = torch.zeros(QUARTERS, dtype=torch.float64, device=values.device)
                 sums = zeros.index_add(0, quarter, values)
                 counts = zeros.index_add(0, quarter, torch.ones_like(values))
                 for q in range(QUARTERS):
-                    self._put(f"{name}/q{q}", sums[q], counts[q])
+                    self.put(f"{name}/q{q}", sums[q], counts[q])
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Add one value of a quantity that is averaged over the steps of an interval."""
-        self._put(name, value, 1)
+        self.put(name, value, 1)
 
-    def _put(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+    def put(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Add to a quantity whose mean is the sum of its totals over that of its counts."""
         if name not in self._sums:
             self._sums[name] = torch.zeros((), dtype=torch.float64, device=self._device)
             self._counts[name] = torch.zeros((), dtype=torch.float64, device=self._device)

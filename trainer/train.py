@@ -106,6 +106,8 @@ def train(
     with ExitStack() as stack:
         run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
         watch.tell = run.log_loss
+        if world.is_main:
+            plan.stream.log = run.log
         return _train(replace(plan, run=run), world=world, device=device, preemption=preemption,
                       watch=watch)  # fmt: skip
 
