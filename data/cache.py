@@ -11,12 +11,14 @@ import os
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.fetch import Reader
 
 CHUNK = 1 << 20
+_ABANDONED_S = 3600.0  # no write takes so long: its process was killed
 _STAMP = struct.Struct("<q")  # which chunk a slot holds
 
 
@@ -40,7 +42,7 @@ class CachedReader:
             chunks += -(-size // CHUNK)
         self._locks = [threading.Lock() for _ in range(64)]
         self._usable = True
-        self._attempt(lambda: root.mkdir(parents=True, exist_ok=True))
+        self._attempt(self._open)
 
     def read(self, name: str, *, first: int, size: int) -> bytes:
         """As `Reader.read`."""
@@ -129,6 +131,18 @@ class CachedReader:
 
         if self._usable:
             self._attempt(write)
+
+    def _open(self) -> None:
+        """Make the directory, less what is beyond a bound that was larger, or half written."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        long_ago = time.time() - _ABANDONED_S
+        for path in self._root.iterdir():
+            is_slot = path.name.isdecimal()
+            is_aside = not is_slot and path.suffix[1:].isdecimal()
+            if (is_slot and int(path.name) >= self._slots) or (
+                is_aside and path.stat().st_mtime < long_ago
+            ):
+                path.unlink(missing_ok=True)
 
     def _attempt(self, write: Callable[[], None]) -> None:
         """A cache that cannot be written (a full disk, say) costs speed, not the run."""

@@ -36,7 +36,8 @@ _TRANSIENT = (OSError, http.client.HTTPException)
 class FetchConfig:
     """How patiently to read, and where to keep what came over a network.
 
-    `cache` is a directory of this node that all ranks share; it holds at most `cache_gb`.
+    `cache` is a directory of this node that all ranks share; it holds at most `cache_gb` of each
+    dataset.
     """
 
     retries: int = 6

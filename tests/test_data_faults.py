@@ -235,7 +235,10 @@ def test_a_damaged_cache_is_refetched_and_bounded(whole: Shards, tmp_path: Path)
         little = (CHUNK + 8) * 3 / 2**30
         cache = tmp_path / "little"
         assert epoch(url, cache=str(cache), cache_gb=little) == epoch(whole.root)
-    assert len(list(cache.glob("*/0000000?"))) == 3
+        assert len(list(cache.glob("*/0000000?"))) == 3
+        less = (CHUNK + 8) / 2**30
+        assert epoch(url, cache=str(cache), cache_gb=less) == epoch(whole.root)
+    assert [p.name for p in cache.glob("*/*") if p.suffix != ".npy"] == ["00000000"]
 
 
 def test_a_damaged_index_in_the_cache_is_fetched_again(whole: Shards, tmp_path: Path) -> None:

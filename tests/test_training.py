@@ -368,17 +368,25 @@ def test_sixteen_bits_and_offload_learn_alike(place: Place) -> None:
         assert place.losses(f"brain{stage}") == pytest.approx(place.losses("zero2"), rel=0.02)
 
 
-def test_loss_aware_timesteps_and_dropout_resume_exactly(place: Place) -> None:
-    sets = (
+def test_loss_aware_timesteps_dropout_and_recomputed_activations_resume_exactly(
+    place: Place,
+) -> None:
+    aware = (
         'training.timesteps = "loss-second-moment"',
         "diffusion.steps = 21",
-        "model.dropout = 0.2",
-        "model.checkpoint = true",
         "training.images = 320",
         "intervals.checkpoint = 160",
-        "intervals.log = 8",
     )
-    assert place.train(place.arguments("aware", stage=3, sets=sets), world=2) == [0]
-    place.fork("aware", "aware-again", images=160)
-    assert place.train(place.arguments("aware-again", stage=3, sets=sets), world=2) == [0]
+    thrifty = ("model.dropout = 0.2", "model.checkpoint = true")
+    runs = {"aware": (2, aware, 160), "thrifty": (3, thrifty, 32)}
+    for suffix in ("", "-again"):
+        if suffix:
+            for name, (_, _, images) in runs.items():
+                place.fork(name, name + suffix, images=images)
+        assert place.train(
+            *(place.arguments(name + suffix, stage=stage, sets=sets)
+              for name, (stage, sets, _) in runs.items()),
+            world=2,
+        ) == [0, 0]  # fmt: skip
     assert equal(place.checkpoint("aware", 320), place.checkpoint("aware-again", 320))
+    assert equal(place.checkpoint("thrifty", 64), place.checkpoint("thrifty-again", 64))
