@@ -47,10 +47,9 @@ class Source:
             ValueError: there is nothing of that kind at `path`.
         """
         if path.is_dir():
-            is_checkpoint = (path / checkpoints.STATE).is_file()
-            run = path.parent.parent if is_checkpoint else path
+            found = _newest(path)
+            run = found.path.parent.parent
             config = configs.load(run / "config.toml" if preset is None else preset)
-            found = _newest([path] if is_checkpoint else checkpoints.committed(run / "checkpoints"))
             average = ema.key(config.training.ema[0] if decay is None else decay)
             file = found.file(average)
             if file.name not in found.state["files"]:
@@ -77,14 +76,15 @@ class Source:
         return net.to(device, DTYPES[precision or own]).eval().requires_grad_(False)
 
 
-def _newest(paths: Sequence[Path]) -> checkpoints.Checkpoint:
-    """The first whole one of some checkpoints."""
-    for path in paths:
-        found = checkpoints.read(path)
+def _newest(path: Path) -> checkpoints.Checkpoint:
+    """A checkpoint, or a run's newest whole one."""
+    is_checkpoint = (path / checkpoints.STATE).is_file()
+    for one in [path] if is_checkpoint else checkpoints.committed(path / "checkpoints"):
+        found = checkpoints.read(one)
         if not (faults := found.faults()):
             return found
-        print(f"passed over {path}: {faults[0]}", file=sys.stderr)
-    raise ValueError("the run has no whole checkpoint")
+        print(f"passed over {one}: {faults[0]}", file=sys.stderr)
+    raise ValueError(f"{path} has no whole checkpoint")
 
 
 @dataclass(frozen=True)
