@@ -19,7 +19,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 test-cluster: $(VENV)/installed
-	CI=true $(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -rs -m cluster
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
