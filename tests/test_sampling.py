@@ -135,6 +135,18 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert not (tmp_path / "never.npz").exists()
 
 
+def test_images_that_are_not_finite_are_refused(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    state = torch.load(weights["unet"][0], weights_only=True)
+    state["out.2.bias"].fill_(torch.nan)
+    torch.save(state, tmp_path / "nan.pt")
+    ask = [tmp_path / "nan.pt", *weights["unet"][1:], "--images", "2", "--steps", "2"]
+    (status,) = draw(tmp_path, [*ask, "--out", tmp_path / "nan.npz"])
+    assert "images [0, 1]... are not finite" in str(status)
+    assert not (tmp_path / "nan.npz").exists()
+
+
 def test_a_grid_holds_every_image_once() -> None:
     images = np.arange(6 * 3 * 32 * 32, dtype=np.int64).reshape(6, 3, 32, 32).astype(np.uint8)
     grid = tile(images, columns=3)

@@ -47,13 +47,10 @@ def draw(
     guidance: Guidance | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Draw the images of these numbers, (B,) int64 on the device: uint8 (B, 3, H, W).
+    """Draw the images of these numbers, (B,) int64 on the device: float32 (B, 3, H, W).
 
     `labels` (B,) for a class-conditional network, `low_res` (B, 3, h, w) in [-1, 1] for an
     upsampler. `on_step` is called after every step of the walk.
-
-    Raises:
-        ValueError: an image is not finite.
     """
     shape = (3, config.image_size, config.image_size)
     x = start(numbers, seed=walk.seed, shape=shape)
@@ -69,12 +66,12 @@ def draw(
         steps = ddim(walk.diffusion, denoise, x, noise=noise, eta=walk.eta, guidance=guidance)
     for _, x in steps:  # noqa: B007
         on_step()
-    if not x.isfinite().all():
-        raise ValueError(
-            f"images {numbers.tolist()[:3]}... are not finite: draw in another precision (bf16 or "
-            "fp32), or check the weights"
-        )
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return x
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """float images in [-1, 1] -> uint8; what is not a number is black."""
+    return ((images.nan_to_num(nan=-1.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def tile(images: NDArray[np.uint8], *, columns: int | None = None) -> NDArray[np.uint8]:
@@ -135,7 +132,7 @@ def draw_grid(
             ).cpu()
             for part in torch.arange(len(numbers)).split(config.training.micro_batch)
         ]
-    return _collect(torch.cat(mine).numpy(), count=every.samples_count, world=world)
+    return _collect(to_pixels(torch.cat(mine)).numpy(), count=every.samples_count, world=world)
 
 
 def grid_numbers(every: IntervalConfig, *, world: World) -> Tensor:

@@ -25,7 +25,7 @@ from trainer.adm.diffusion import Diffusion
 from trainer.adm.sampler import Guidance, classifier_guidance
 from trainer.adm.unet import ClassifierConfig, UNetConfig, build
 from trainer.config import Config
-from trainer.draw import DTYPES, Walk, draw
+from trainer.draw import DTYPES, Walk, draw, to_pixels
 from trainer.group import agreed, connected, run_as_rank
 from trainer.metrics import Progress
 from trainer.samplefile import merge, open_parts, read_low_res, write_part
@@ -180,7 +180,11 @@ class Sampler:
     def draw(
         self, part: int, *, on_step: Callable[[], None]
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """One part: images uint8 (B, 3, H, W) and their labels (B,), zeros if there are none."""
+        """One part: images uint8 (B, 3, H, W) and their labels (B,), zeros if there are none.
+
+        Raises:
+            ValueError: an image is not finite.
+        """
         numbers = self._request.numbers(part)
         labels = self._request.labels(numbers)
         on_device = None if labels is None else labels.to(self._device)
@@ -195,8 +199,13 @@ class Sampler:
                 guidance=self._guidance(on_device),
                 on_step=on_step,
             )
+        if not images.isfinite().all():
+            raise ValueError(
+                f"images {numbers.tolist()[:3]}... are not finite: draw in another --precision "
+                "(bf16 or fp32), or check the weights"
+            )
         shown = torch.zeros_like(numbers) if labels is None else labels
-        return images.cpu().numpy(), shown.numpy()
+        return to_pixels(images).cpu().numpy(), shown.numpy()
 
     def _guidance(self, labels: Tensor | None) -> Guidance | None:
         if self._classifier is None:
