@@ -20,7 +20,6 @@ from PIL import Image
 from data.shards import open_shards
 from data.stream import DataConfig, Stream
 from data.tars import scan_tar
-from data.transforms import to_chw
 
 BATCH = 64
 _MDS_COPIES = 8  # so that no end of an epoch falls into the measurement
@@ -60,8 +59,7 @@ def decoding(root: Path, size: int, workers: int) -> Batches:
     """Pure decoding: files in memory to batches as training takes them, half of them mirrored."""
 
     def decode(blob: bytes, out: np.ndarray) -> None:
-        pixels = simplejpeg.decode_jpeg(blob, colorspace="RGB")
-        to_chw(pixels, flip=random.random() < 0.5, out=out)
+        out[:] = _mirrored_or_not(simplejpeg.decode_jpeg(blob, colorspace="RGB"))
 
     return _in_processes(root, size, workers, decode)
 
@@ -164,6 +162,8 @@ def _pillow(blob: bytes) -> Image.Image:
 
 
 def _finish(pixels: np.ndarray) -> np.ndarray:
-    if random.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.ascontiguousarray(_mirrored_or_not(pixels))
+
+
+def _mirrored_or_not(pixels: np.ndarray) -> np.ndarray:
+    return (pixels[:, ::-1] if random.random() < 0.5 else pixels).transpose(2, 0, 1)

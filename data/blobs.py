@@ -8,6 +8,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data.cache import CachedReader
 from data.fetch import FetchConfig, Reader, is_local
 from data.manifest import Shards
@@ -67,14 +69,18 @@ class Blobs:
 
     def _checked(self, shard: int, row: int) -> Blob:
         first, size, label, crc32 = self._entry(shard, row)
-        raw = self._reader.read(self._shards.shards[shard].tar, first=first, size=size)
+        try:
+            raw = self._reader.read(self._shards.shards[shard].tar, first=first, size=size)
+        except OSError as error:
+            key = self._key(shard, row) if self._local else f"image {row}"
+            raise OSError(f"{error}; wanted was {key}, at byte {first}") from error
         tar = f"{self._shards.root}/{self._shards.shards[shard].tar}"
         try:
             name, stated = read_header(raw[:HEADER])
         except ValueError as error:
             raise ValueError(
-                f"{tar}: no tar header at byte {first}, where the index has one ({error}); "
-                f"the shard is damaged: {_ADVICE}"
+                f"{tar}: no tar header of {self._key(shard, row)} at byte {first}, where the "
+                f"index has one ({error}); the shard is damaged: {_ADVICE}"
             ) from None
         if stated != size - HEADER:
             raise ValueError(
@@ -86,10 +92,21 @@ class Blobs:
             raise BadSampleError(f"{tar}: {name} does not have the checksum of its index")
         return Blob(f"{tar}: {name}", content, label)
 
+    def _key(self, shard: int, row: int) -> str:
+        """A sample's name for a message, as its own header has it or that of its label before."""
+        first = self._entry(shard, row)[0]
+        for at in (first, first - 2 * HEADER):
+            try:
+                raw = self._reader.glimpse(self._shards.shards[shard].tar, first=at, size=HEADER)
+                return read_header(raw)[0].partition(".")[0]
+            except (OSError, ValueError):
+                continue
+        return f"image {row}"
+
     def _entry(self, shard: int, row: int) -> tuple[int, int, int, int]:
         """First byte and size of header and payload, label, and the payload's crc32."""
         if shard not in self._indexes:
-            self._indexes[shard] = self._index(shard)
+            self._indexes[shard] = np.asarray(self._index(shard))  # rows of a memmap are slow
         offset, size, label, crc32 = self._indexes[shard][row].item()
         return offset - HEADER, size + HEADER, label, crc32
 

@@ -51,6 +51,10 @@ class CachedReader:
             for chunk in range(first // CHUNK, -(-(first + size) // CHUNK))
         )
 
+    def glimpse(self, name: str, *, first: int, size: int) -> bytes:
+        """As `Reader.glimpse`."""
+        return self._reader.glimpse(name, first=first, size=size)
+
     def whole(self, name: str, *, sha256: str) -> bytes:
         """As `Reader.whole`; the file is kept for good, once it is what it should be."""
         path = self._root / name

@@ -11,6 +11,7 @@ import os
 import random
 import select
 import shlex
+import signal
 import time
 import urllib.error
 import urllib.parse
@@ -19,11 +20,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 _T = TypeVar("_T")
 
 _PIECE = 1 << 16
+_RANGE = 1 << 20  # what one answer of a driver has to bring in time
 _END = 1 << 62  # beyond the end of any file
 _OPEN_FILES = 256  # a common limit is 1024 for the whole process
 _LONGEST_PAUSE = 10.0
@@ -103,6 +105,16 @@ class Reader:
             if len(content) == size:
                 return content
         return b"".join(self.stream(name, first=first, last=first + size))
+
+    def glimpse(self, name: str, *, first: int, size: int) -> bytes:
+        """What one attempt reads of a range: perhaps less than `size`.
+
+        Raises:
+            OSError: it cannot be read, or not from there.
+        """
+        if first < 0 or not self.seeks:
+            raise OSError(f"{self.root}/{name} cannot be read from byte {first}")
+        return b"".join(self._store.pieces(name, first=first, last=first + size))
 
     def whole(self, name: str, *, sha256: str | None = None) -> bytes:
         """All of a small file.
@@ -199,6 +211,19 @@ class LocalStore:
         return self._files[name]
 
 
+class _SameMethod(urllib.request.HTTPRedirectHandler):
+    """Asks with HEAD again where HEAD was sent elsewhere: a GET would bring the whole file."""
+
+    def redirect_request(self, request, *rest):  # type: ignore[no-untyped-def]
+        moved = super().redirect_request(request, *rest)
+        if moved is not None:
+            moved.method = request.get_method()
+        return moved
+
+
+_OPENER = urllib.request.build_opener(_SameMethod)
+
+
 class HttpStore:
     """Files below an http(s) URL, by range requests."""
 
@@ -230,7 +255,7 @@ class HttpStore:
         url = f"{self._root}/{urllib.parse.quote(name)}"
         request = urllib.request.Request(url, method=method, headers=headers)
         try:
-            response = urllib.request.urlopen(request, timeout=self._timeout_s)
+            response = _OPENER.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
             if error.code in (404, 410):
                 raise FileNotFoundError(f"{url}: {error}") from None
@@ -244,29 +269,49 @@ class HttpStore:
 class FsspecStore:
     """Files of any file system that fsspec knows: s3://, gs://, ..."""
 
-    def __init__(self, root: str) -> None:
-        from fsspec.core import url_to_fs  # its drivers are heavy; only such roots need them
+    def __init__(self, root: str, timeout_s: float) -> None:
+        from fsspec.asyn import sync  # its drivers are heavy; only such roots need them
+        from fsspec.core import url_to_fs
 
-        self._files, self._root = url_to_fs(root)
+        try:
+            self._files, self._root = url_to_fs(root)
+        except (ImportError, ValueError) as error:  # the driver is missing, or there is none
+            raise ValueError(f"data.shards = {root}: {error}") from None
+        self._sync, self._timeout_s = sync, timeout_s
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
-        with _as_oserror():
-            content = self._files.cat_file(f"{self._root}/{name}", start=first, end=last)
-        yield content
+        while first < last:
+            end = min(first + _RANGE, last)
+            content = self._call("cat_file", f"{self._root}/{name}", start=first, end=end)
+            yield content
+            first += len(content)
+            if len(content) < _RANGE:
+                return
 
     def size(self, name: str) -> int:
-        with _as_oserror():
-            return int(self._files.size(f"{self._root}/{name}"))
+        return int(self._call("info", f"{self._root}/{name}")["size"])
 
     def close(self) -> None:
         """Nothing is kept open."""
 
+    def _call(self, what: str, path: str, **arguments: int) -> Any:
+        """Most drivers wait without an end, and repeat for minutes; those that can be, are left."""
+        with _as_oserror(path):
+            if self._files.async_impl:
+                call = getattr(self._files, f"_{what}")
+                return self._sync(
+                    self._files.loop, call, path, timeout=self._timeout_s, **arguments
+                )
+            return getattr(self._files, what)(path, **arguments)
+
 
 @contextmanager
-def _as_oserror() -> Iterator[None]:
+def _as_oserror(path: str) -> Iterator[None]:
     """The drivers of fsspec raise what their libraries do; all of it may be worth another try."""
     try:
         yield
+    except _FINAL as error:
+        raise type(error)(f"{path}: {error}") from error
     except OSError:
         raise
     except Exception as error:
@@ -285,9 +330,10 @@ class PipeStore:
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         from webdataset.gopen import gopen  # imports torch: seconds that only pipes should cost
 
-        command = self._root.replace("{name}", shlex.quote(name))
+        command = self._root.removeprefix("pipe:").replace("{name}", shlex.quote(name))
         command = command.replace("{first}", str(first)).replace("{last}", str(last - 1))
-        pipe = gopen(command, "rb")
+        # In a session of its own, so that all of the command can be ended, not its shell alone.
+        pipe = gopen(f"pipe:exec setsid sh -c {shlex.quote(command)}", "rb")
         at = first if self.ranged else 0
         try:
             while at < last and (piece := self._read(pipe.stream.fileno(), last - at)):
@@ -296,7 +342,10 @@ class PipeStore:
                 at += len(piece)
         finally:
             pipe.stream.close()  # a command with more to say ends by SIGPIPE
-            pipe.proc.kill()
+            try:
+                os.killpg(pipe.proc.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pipe.proc.kill()  # it is gone, or has no session yet
             status = pipe.proc.wait()
         if at < last and status:
             raise OSError(f"the command ended with exit status {status}")
@@ -323,4 +372,4 @@ def _open_store(root: str, timeout_s: float) -> Store:
         return PipeStore(root, timeout_s)
     if root.startswith(("http://", "https://")):
         return HttpStore(root, timeout_s)
-    return LocalStore(root) if is_local(root) else FsspecStore(root)
+    return LocalStore(root) if is_local(root) else FsspecStore(root, timeout_s)

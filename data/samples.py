@@ -22,9 +22,10 @@ from data.transforms import (
     Pixels,
     center_crop,
     decode,
+    decode_into,
     flips,
     random_crop,
-    to_chw,
+    write,
 )
 
 _REQUESTS = 16  # under way at once in a process, where each costs a network's round trip
@@ -36,7 +37,7 @@ class DataConfig(FetchConfig):
 
     `streams` and `block` fix the order, together with the seed and the dataset: keep them for a
     whole run. `prefetch_mb` bounds the decoded images that wait; `max_bad` the share of images
-    that may be damaged before the run stops.
+    that may be damaged before the trainer stops the run.
     """
 
     shards: str
@@ -96,10 +97,10 @@ class Samples:
         self._blobs = Blobs(shards, config=config)
         remote = not is_local(shards.root)
         self._threads = ThreadPoolExecutor(_REQUESTS) if remote else None
-        self._scratch = np.empty(3 * fixed**2, dtype=np.uint8) if fixed else None
+        self._is_final = config.crop == "center" and fixed == config.image_size
 
     def load(self, request: Request, *, out: Pixels) -> Loaded:
-        """Fill `out` (n, 3, H, W) with the requested images.
+        """Fill `out` (n, H, W, 3) with the requested images.
 
         Raises:
             ValueError: a shard is not what its index says, or a whole block is damaged.
@@ -160,20 +161,20 @@ class Samples:
     def _put(self, blob: Blob, draw: "_Draw", out: Pixels) -> int:
         """Decode an image into `out`; its label."""
         try:
-            pixels = self._crop(decode(blob.content, buffer=self._scratch), draw)
-            to_chw(pixels, flip=draw.flip, out=out)
+            if self._is_final:  # cropped when it was packed
+                decode_into(blob.content, mirrored=draw.flip, out=out)
+            else:
+                pixels = self._crop(Image.fromarray(decode(blob.content)), draw)
+                write(pixels[:, ::-1] if draw.flip else pixels, out=out)
         except UNDECODABLE as error:
             raise BadSampleError(f"{blob.where} cannot be decoded: {error}") from None
         return blob.label
 
-    def _crop(self, pixels: Pixels, draw: "_Draw") -> Pixels:
+    def _crop(self, image: Image.Image, draw: "_Draw") -> Pixels:
         size = self.config.image_size
         if draw.crop == "random":
-            image = Image.fromarray(pixels)
             return random_crop(image, size=size, seed=self.seed, number=draw.number)
-        if self.shards.image_size == size:
-            return pixels
-        return center_crop(Image.fromarray(pixels), size=size)
+        return center_crop(image, size=size)
 
 
 class _Draw(NamedTuple):

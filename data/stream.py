@@ -20,13 +20,12 @@ from data.workers import Filled, Setup, Workers
 
 __all__ = ["Batch", "DataConfig", "Stream", "to_device"]
 
-# Images before `max_bad` counts as a share: of a thousand ranks some will see two bad ones early.
-_SEEN_AT_LEAST = 10_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch: images uint8 (B, 3, H, W), labels int64 (B,), image numbers int64 (B,).
+
+    The images lie as they were decoded, with the channels last, until `to_device` turns them.
 
     `bad` of the images were damaged, and others stand in for them.
     """
@@ -168,24 +167,19 @@ class Stream:
     def _load_here(self, requests: Iterator[Request], micro_batch: int) -> Iterator[Filled]:
         side = self.config.image_size
         for request in requests:
-            images = np.empty((len(request.numbers), 3, side, side), dtype=np.uint8)
+            images = np.empty((len(request.numbers), side, side, 3), dtype=np.uint8)
             yield Filled(request, images, *self._samples.load(request, out=images))
 
     def _count(self, loaded: Iterator[Filled], pin: bool) -> Iterator[Batch]:
-        """Count, make batches, and stop where too much is bad."""
+        """Count, tell of what was bad, and make batches."""
         for filled in loaded:
             self.served += len(filled.labels)
             self.bad += len(filled.bad)
             for line in filled.bad:
                 self.log(f"bad sample replaced: {line}")
-            if self.bad > self.config.max_bad * max(self.served, _SEEN_AT_LEAST):
-                raise ValueError(
-                    f"{self.bad} of {self.served} images are damaged, more than data.max_bad = "
-                    f"{self.config.max_bad}; the last: {filled.bad[-1]}"
-                )
             yield Batch(
-                images=_pinned(filled.images) if pin else torch.from_numpy(filled.images),
-                labels=_pinned(filled.labels) if pin else torch.from_numpy(filled.labels),
+                images=_tensor(filled.images, pin).permute(0, 3, 1, 2),
+                labels=_tensor(filled.labels, pin),
                 numbers=torch.tensor(filled.request.numbers, dtype=torch.int64),
                 bad=len(filled.bad),
             )
@@ -201,7 +195,7 @@ def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Bat
     for batch in batches:
         with torch.cuda.stream(side):
             tensors = [
-                tensor.to(device, non_blocking=True)
+                tensor.to(device, non_blocking=True).contiguous()
                 for tensor in (batch.images, batch.labels, batch.numbers)
             ]
         if side:
@@ -228,8 +222,10 @@ def _single_pass(count: int, micro_batch: int, rank: int, ranks: int) -> Iterato
         yield Request(mine[i : i + micro_batch], once=True)
 
 
-def _pinned(array: np.ndarray) -> Tensor:
+def _tensor(array: np.ndarray, pin: bool) -> Tensor:
     source = torch.from_numpy(array)
+    if not pin:
+        return source
     copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
     # numpy copies in this thread; torch would wake a team that then spins on the workers' cores.
     np.copyto(copy.numpy(), array)

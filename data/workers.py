@@ -228,7 +228,7 @@ def _map_slots(memory: int, setup: Setup) -> list[tuple[Pixels, Ints]]:
     for begin in range(0, len(buffer), setup.slot_bytes):
         labels = np.frombuffer(buffer, dtype=np.int64, count=n, offset=begin)
         images = np.frombuffer(buffer, np.uint8, count=n * 3 * side**2, offset=begin + 8 * n)
-        slots.append((images.reshape(n, 3, side, side), labels))
+        slots.append((images.reshape(n, side, side, 3), labels))
     return slots
 
 

@@ -26,6 +26,8 @@ def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
             pass
 
         def do_HEAD(self) -> None:
+            if self._moved():
+                return
             path = root / self.path.lstrip("/")
             if not path.is_file():
                 return self.send_error(404)
@@ -34,6 +36,8 @@ def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
             self.end_headers()
 
         def do_GET(self) -> None:
+            if self._moved():
+                return
             path = root / self.path.lstrip("/")
             if not path.is_file():
                 return self.send_error(404)
@@ -47,6 +51,15 @@ def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self._send(body, what)
+
+        def _moved(self) -> bool:
+            """What is asked for below /moved/ is elsewhere now."""
+            if not self.path.startswith("/moved/"):
+                return False
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.end_headers()
+            return True
 
         def _send(self, body: bytes, what: Fault) -> None:
             if what is None:

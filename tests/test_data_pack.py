@@ -18,7 +18,7 @@ from data.plan import PackConfig, plan
 from data.shards import Shards, open_shards, verify
 from data.sources import Folder
 from data.stream import DataConfig, Stream
-from data.transforms import center_crop, decode, halve_and_scale, random_crop
+from data.transforms import center_crop, decode, decode_into, halve_and_scale, random_crop
 from tests import ranks
 from tests.data_fixtures import image_file, pack_folder, write_folder
 
@@ -54,6 +54,19 @@ def _contains(image: np.ndarray, crop: np.ndarray) -> bool:
 def test_strict_decoding_equals_pillow() -> None:
     blob = image_file(3, width=61, height=47)
     assert (decode(blob) == np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (17, 9), (8, 5), (1, 1)])
+def test_mirroring_is_exact(kind: str, width: int, height: int) -> None:
+    blob = image_file(3, width=width, height=height, kind=kind)
+    out = np.zeros((height, width, 3), dtype=np.uint8)
+    decode_into(blob, mirrored=False, out=out)
+    assert np.array_equal(out, decode(blob))
+    decode_into(blob, mirrored=True, out=out)
+    assert np.array_equal(out, decode(blob)[:, ::-1])
+    with pytest.raises(ValueError, match=f"image of {width} x {height} pixels, not"):
+        decode_into(blob, mirrored=False, out=np.zeros((40, 40, 3), dtype=np.uint8))
 
 
 def test_digits_are_stored_unchanged(tmp_path: Path) -> None:

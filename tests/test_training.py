@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from data.order import Order
+from data.shards import open_shards
 from launch.exits import FAILED
 from tests import ranks
 from trainer import config as configs
@@ -298,6 +300,31 @@ def build_start(place: Place) -> dict[str, Tensor]:
     """The weights that the seed gives."""
     torch.manual_seed(3)
     return build(configs.load(place.preset).model).state_dict()
+
+
+def test_damaged_images_are_counted_on_all_ranks_and_stop_the_run_beyond_their_share(
+    place: Place, digits: Path
+) -> None:
+    shards = open_shards(shutil.copytree(digits, place.root / "damaged-digits"))
+    order = Order(shards.sizes, seed=3, streams=4, block=16)
+    for shard, row in zip(*order.locate([1, 4, 18])[1:], strict=True):  # of ranks 1, 0, 0
+        path = Path(shards.root) / shards.shards[shard].tar
+        content = bytearray(path.read_bytes())
+        content[int(shards.index(shard)[row]["offset"]) + 30] ^= 1
+        path.write_bytes(content)
+    where = f'data.shards = "{shards.root}"'
+    statuses = place.train(
+        place.arguments("damaged", sets=(where,)),
+        place.arguments("refused", sets=(where, "data.max_bad = 0.0002")),
+        world=2,
+    )
+    assert statuses[0] == 0
+    shares = place.losses("damaged", "bad_share")
+    assert shares == [2 / STEP, 0, 1 / STEP, 0, 0, 0, 0, 0]
+    assert (
+        "3 of 24 images were damaged and replaced" in (place.run("damaged") / "log.txt").read_text()
+    )
+    assert "3 of 24 images are damaged, more than data.max_bad = 0.0002" in statuses[1]
 
 
 def test_a_signal_to_one_rank_stops_all_and_saves(place: Place) -> None:

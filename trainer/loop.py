@@ -28,6 +28,9 @@ from trainer.group import Agreement, Refused
 from trainer.metrics import Board, Metrics, Progress
 from trainer.run import Run
 
+#: Images before `data.max_bad` counts as a share: a few early ones say little.
+_SEEN_AT_LEAST = 10_000
+
 
 def due(every: int | None, *, images: int, batch: int) -> bool:
     """Whether the step that ended at clock `images` crossed a multiple of `every`."""
@@ -58,6 +61,9 @@ class Loop:
     shown: Batch | None = None
     _agreement: Agreement = field(default_factory=lambda: Agreement(2))
     _was_pending: bool = False
+    #: Images of all ranks since this start, and those of them that were damaged.
+    _seen: int = 0
+    _bad: int = 0
 
     def train(self, batches: Iterator[Batch]) -> int:
         """Train to the end, or to a stop that the ranks agree on; the exit status says which.
@@ -154,6 +160,21 @@ class Loop:
         )
         if not means["skipped"] and not math.isfinite(means["loss"]):
             self._refuse(f"the loss is {means['loss']}")
+        self._judge_data(images, bad=round(means["bad_share"] * images))
+
+    def _judge_data(self, images: int, *, bad: int) -> None:
+        """Stop where more than the allowed share of all ranks' images had to be replaced."""
+        self._seen += images
+        self._bad += bad
+        if bad:
+            self._log(f"{self._bad:,} of {self._seen:,} images were damaged and replaced")
+        if self._bad > self.config.data.max_bad * max(self._seen, _SEEN_AT_LEAST):
+            raise Refused(
+                f"{self._bad} of {self._seen} images are damaged, more than data.max_bad = "
+                f"{self.config.data.max_bad}; the lines above name them, and so does "
+                "`python -m data.shards verify --full`; with a larger data.max_bad the same "
+                "command goes on"
+            )
 
     def _save(self) -> None:
         if self.saver.pending:
