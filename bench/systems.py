@@ -22,7 +22,7 @@ from data.stream import DataConfig, Stream
 from data.tars import scan_tar
 
 BATCH = 64
-_MDS_COPIES = 8  # so that no end of an epoch falls into the measurement
+_MDS_COPIES = 2  # so that no end of an epoch falls into the measurement
 
 Batches = Iterator[int]
 

@@ -44,7 +44,7 @@ from data.shards import (
 )
 from data.sources import Source, relabel, renumber
 from data.tars import ShardWriter
-from data.transforms import UNDECODABLE, center_crop, decode, halve_and_scale
+from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_rgb
 from launch.world import mpi_executor
 
 WORK = ".packing"
@@ -122,7 +122,7 @@ def encode(blob: bytes, *, config: PackConfig) -> tuple[bytes, str]:
     Raises:
         one of `UNDECODABLE`.
     """
-    image = Image.fromarray(decode(blob))
+    image = open_rgb(blob)
     if not config.keep_original:
         image = Image.fromarray(center_crop(image, size=config.size))
     elif min(image.size) > config.size:

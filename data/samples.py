@@ -28,6 +28,7 @@ from data.transforms import (
     write,
 )
 
+_HUGE = 1 << 22  # bytes from which numpy asks for huge pages: a tenth of decoding can be TLB misses
 _REQUESTS = 16  # under way at once in a process, where each costs a network's round trip
 
 
@@ -97,6 +98,7 @@ class Samples:
         self._blobs = Blobs(shards, config=config)
         remote = not is_local(shards.root)
         self._threads = ThreadPoolExecutor(_REQUESTS) if remote else None
+        self._scratch = np.empty(max(3 * config.image_size**2, _HUGE), dtype=np.uint8)
         self._is_final = config.crop == "center" and fixed == config.image_size
 
     def load(self, request: Request, *, out: Pixels) -> Loaded:
@@ -162,7 +164,7 @@ class Samples:
         """Decode an image into `out`; its label."""
         try:
             if self._is_final:  # cropped when it was packed
-                decode_into(blob.content, mirrored=draw.flip, out=out)
+                decode_into(blob.content, mirrored=draw.flip, out=out, scratch=self._scratch)
             else:
                 pixels = self._crop(Image.fromarray(decode(blob.content)), draw)
                 write(pixels[:, ::-1] if draw.flip else pixels, out=out)

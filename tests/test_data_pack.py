@@ -60,13 +60,13 @@ def test_strict_decoding_equals_pillow() -> None:
 @pytest.mark.parametrize(("width", "height"), [(16, 16), (17, 9), (8, 5), (1, 1)])
 def test_mirroring_is_exact(kind: str, width: int, height: int) -> None:
     blob = image_file(3, width=width, height=height, kind=kind)
-    out = np.zeros((height, width, 3), dtype=np.uint8)
-    decode_into(blob, mirrored=False, out=out)
+    out, scratch = np.zeros((height, width, 3), np.uint8), np.zeros(5000, np.uint8)
+    decode_into(blob, mirrored=False, out=out, scratch=scratch)
     assert np.array_equal(out, decode(blob))
-    decode_into(blob, mirrored=True, out=out)
+    decode_into(blob, mirrored=True, out=out, scratch=scratch)
     assert np.array_equal(out, decode(blob)[:, ::-1])
     with pytest.raises(ValueError, match=f"image of {width} x {height} pixels, not"):
-        decode_into(blob, mirrored=False, out=np.zeros((40, 40, 3), dtype=np.uint8))
+        decode_into(blob, mirrored=False, out=np.zeros((40, 40, 3), np.uint8), scratch=scratch)
 
 
 def test_digits_are_stored_unchanged(tmp_path: Path) -> None:
