@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,20 +80,25 @@ def measure_order() -> float:
     return time.perf_counter() - begin
 
 
-def measure_packing(photos: Path, out: Path, *, size: int, workers: int) -> tuple[float, float]:
+def measure_packing(
+    photos: Path, out: Path, *, size: int, workers: int, rounds: int
+) -> tuple[float, float]:
     """Packing against one process with Pillow alone: its rate per core, and its CPU per image.
 
-    Pillow's turn comes before and after.
+    Medians of some rounds; in each, Pillow's turn comes before and after.
     """
     paths = sorted(photos.rglob("*.JPEG"))
     some = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:BY_HAND]]
     command = [sys.executable, "-m", "data.pack", str(photos), str(out), "--format", "jpg"]
-    before = _by_hand(some, size)
-    begin = _clocks()
-    subprocess.run([*command, "--size", str(size), "--workers", str(workers)], check=True)
-    packed = (_clocks() - begin) / len(paths)
-    after = _by_hand(some, size)
-    wall, cpu = (before + after) / 2 / packed
+    ratios = []
+    for _ in range(rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        before = _by_hand(some, size)
+        begin = _clocks()
+        subprocess.run([*command, "--size", str(size), "--workers", str(workers)], check=True)
+        packed = (_clocks() - begin) / len(paths)
+        ratios.append((before + _by_hand(some, size)) / 2 / packed)
+    wall, cpu = np.median(ratios, axis=0)
     return wall / workers, 1 / cpu
 
 
@@ -195,7 +201,9 @@ def _run(options: argparse.Namespace, scratch: Path) -> None:
     many = _repeated(photos, scratch / "many")
     for size in options.sizes:
         root = scratch / f"packed-{size}"
-        rate, cpu = measure_packing(many, root, size=size, workers=options.workers)
+        rate, cpu = measure_packing(
+            many, root, size=size, workers=options.workers, rounds=options.rounds
+        )
         print(
             f"packing at {size} px: {rate:.2f} x cores x the rate of one process with Pillow, "
             f"{cpu:.2f} x its CPU time per image",

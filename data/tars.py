@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,10 +57,7 @@ class ShardWriter:
         return np.array(self._rows, dtype=INDEX_DTYPE)
 
     def _member(self, name: str, payload: bytes) -> int:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(payload), 0o444
-        info.uname = info.gname = "bigdata"
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._write(_header(name, len(payload)))
         offset = self._end
         self._write(payload + b"\0" * (-len(payload) % tarfile.BLOCKSIZE))
         return offset
@@ -69,15 +67,39 @@ class ShardWriter:
         self._end += len(content)
 
 
+def _header(name: str, size: int) -> bytes:
+    """The header of a member: tarfile's own, but for what differs, at a tenth of its time."""
+    header = bytearray(_blank_header())
+    encoded = name.encode()
+    if len(encoded) > 100 or size >= 8**11:
+        raise ValueError(f"{name} of {size} bytes is beyond what a plain tar can hold")
+    header[: len(encoded)] = encoded
+    header[124:135] = b"%011o" % size
+    header[148:155] = b"%06o\0" % (sum(header) + 7 * ord(" "))  # counted as spaces
+    return bytes(header)
+
+
+@cache
+def _blank_header() -> bytes:
+    info = tarfile.TarInfo()
+    info.mode, info.uname, info.gname = 0o444, "bigdata", "bigdata"
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[148:155] = bytes(7)  # of the checksum; the space after it stays
+    return bytes(header)
+
+
 def read_header(raw: bytes) -> tuple[str, int]:
     """Name and size in the 512 bytes of a plain header, of which each byte counts.
 
     Raises:
         ValueError: the checksum is wrong: this is no header.
     """
-    stated, rest = raw[148:156], raw[:148] + raw[156:HEADER]
+    stated = raw[148:156]  # the sum of all bytes, its own eight counted as spaces
+    # Half of adler32 is 1 + that sum modulo a prime: no flipped bit is lost on it, and no loop is
+    # as fast.
+    found = (zlib.adler32(raw[:HEADER]) & 0xFFFF) - 1 - sum(stated) + 8 * ord(" ")
     try:
-        if int(stated.rstrip(b"\0 "), 8) == sum(rest) + 8 * 32:
+        if len(raw) >= HEADER and (int(stated.rstrip(b"\0 "), 8) - found) % 65521 == 0:
             name = raw[:100].partition(b"\0")[0].decode("utf-8", "replace")
             return name, int(raw[124:136].rstrip(b"\0 "), 8)
     except ValueError:
