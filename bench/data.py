@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -80,26 +81,34 @@ def measure_order() -> float:
     return time.perf_counter() - begin
 
 
-def measure_packing(
-    photos: Path, out: Path, *, size: int, workers: int, rounds: int
-) -> tuple[float, float]:
-    """Packing against one process with Pillow alone: its rate per core, and its CPU per image.
+class Packing(NamedTuple):
+    """Packing against Pillow alone: ratios of rates per core, and of CPU time per image.
 
-    Medians of some rounds; in each, Pillow's turn comes before and after.
+    `per_core` is against one process, `at_once` against as many processes as there are workers.
     """
+
+    per_core: float
+    at_once: float
+    cpu: float
+
+
+def measure_packing(photos: Path, out: Path, *, size: int, workers: int, rounds: int) -> Packing:
+    """Medians of some rounds; in each, Pillow's turn comes before and after."""
     paths = sorted(photos.rglob("*.JPEG"))
     some = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:BY_HAND]]
     command = [sys.executable, "-m", "data.pack", str(photos), str(out), "--format", "jpg"]
-    ratios = []
-    for _ in range(rounds):
-        shutil.rmtree(out, ignore_errors=True)
-        before = _by_hand(some, size)
-        begin = _clocks()
-        subprocess.run([*command, "--size", str(size), "--workers", str(workers)], check=True)
-        packed = (_clocks() - begin) / len(paths)
-        ratios.append((before + _by_hand(some, size)) / 2 / packed)
-    wall, cpu = np.median(ratios, axis=0)
-    return wall / workers, 1 / cpu
+    found = []
+    with get_context("fork").Pool(workers) as pool:
+        for _ in range(rounds):
+            shutil.rmtree(out, ignore_errors=True)
+            before = _by_hand(some, size)
+            begin = _clocks()
+            subprocess.run([*command, "--size", str(size), "--workers", str(workers)], check=True)
+            packed = (_clocks() - begin) / len(paths)
+            wall, cpu = (before + _by_hand(some, size)) / 2 / packed
+            at_once = np.mean(pool.starmap(_by_hand, workers * [(some, size)], chunksize=1), axis=0)
+            found.append((wall / workers, at_once[0] / workers / packed[0], 1 / cpu))
+    return Packing(*np.median(found, axis=0))
 
 
 def _repeated(photos: Path, into: Path) -> Path:
@@ -201,12 +210,13 @@ def _run(options: argparse.Namespace, scratch: Path) -> None:
     many = _repeated(photos, scratch / "many")
     for size in options.sizes:
         root = scratch / f"packed-{size}"
-        rate, cpu = measure_packing(
+        packing = measure_packing(
             many, root, size=size, workers=options.workers, rounds=options.rounds
         )
         print(
-            f"packing at {size} px: {rate:.2f} x cores x the rate of one process with Pillow, "
-            f"{cpu:.2f} x its CPU time per image",
+            f"packing at {size} px: {packing.per_core:.2f} x cores x the rate of one process with "
+            f"Pillow, {packing.at_once:.2f} x that of {options.workers} such processes at once, "
+            f"{packing.cpu:.2f} x its CPU time per image",
             flush=True,
         )
         _compare(
