@@ -87,10 +87,10 @@ def test_a_tar_cut_inside_an_image_names_it(copy: Shards) -> None:
     with path.open("rb") as tar:
         tar.seek(int(entry["offset"]) - 512)
         key = tar.read(100).partition(b".")[0].decode()
-    path.write_bytes(path.read_bytes()[: int(entry["offset"]) + 20] + b"")
-    first = Blobs(copy, config=FetchConfig(retries=0))
+    os.truncate(path, int(entry["offset"]) + 20)
+    blobs = Blobs(copy, config=FetchConfig(retries=0))
     with pytest.raises(OSError, match=rf"00002\.tar: .* wanted was {key}, at byte"):
-        first.read(2, 3)
+        blobs.read(2, 3)
 
 
 def test_a_flipped_header_bit_stops_the_run(copy: Shards) -> None:
