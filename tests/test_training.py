@@ -1,15 +1,12 @@
 """Properties of real runs: real ranks over gloo, real DeepSpeed-ZeRO, real shards.
 
-Tiny runs of 8 steps are trained once for the module, in a handful of jobs; each test holds what
-they left on disk against a property.
+Tiny runs of 6 steps are trained once for the module on 2, 3 and 4 ranks in every ZeRO stage, in a
+handful of jobs; each test holds what they left on disk against a property.
 """
 
 import json
-import resource
 import shutil
 import signal
-from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,103 +14,42 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from data.order import Order
 from data.shards import open_shards
-from launch.exits import FAILED
 from tests import ranks
-from trainer import config as configs
-from trainer.adm.unet import build
-
-STAGES = (1, 2, 3)
-STEP = 8  # images
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the runs of this module are, and the preset they train."""
-
-    root: Path
-    preset: Path
-
-    def run(self, name: str) -> Path:
-        return self.root / name
-
-    def arguments(self, name: str, *, stage: int = 2, fp16: bool = False, sets: tuple = ()) -> list:
-        mechanics = json.loads((ranks.ROOT / "ds_config.json").read_text())
-        mechanics["zero_optimization"]["stage"] = stage
-        # Without this, stage 3 would leave parameters of so few numbers whole on every rank.
-        mechanics["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        if fp16:
-            mechanics["fp16"] |= {"initial_scale_power": 20, "loss_scale_window": 2}
-        file = self.root / f"ds-{stage}-{fp16}.json"
-        file.write_text(json.dumps(mechanics))
-        sets = (*sets, 'training.precision = "fp16"') if fp16 else sets
-        return [
-            "train", str(self.preset), "--run", str(self.run(name)), "--ds-config", str(file),
-            *(word for change in sets for word in ("--set", change)),
-        ]  # fmt: skip
-
-    def train(self, *runs: list, world: int, fp16: bool = False) -> list:
-        """Train the runs one after the other on `world` ranks; their statuses."""
-        name = f"job-{len(list(self.root.glob('job-*')))}"
-        job = ranks.start(self.root / name, ranks=world, runs=list(runs), fp16=fp16)
-        job.wait()
-        return job.statuses
-
-    def values(self, name: str, key: str) -> dict[int, float]:
-        """A value by images, the last one written where a step was done again."""
-        rows = [json.loads(line) for line in (self.run(name) / "metrics.jsonl").open()]
-        return {row["images"]: row[key] for row in rows if key in row}
-
-    def losses(self, name: str, key: str = "loss") -> list[float]:
-        """The loss, or another value, of every step that has it."""
-        return [value for _, value in sorted(self.values(name, key).items())]
-
-    def checkpoint(self, name: str, images: int) -> dict[str, Tensor]:
-        """All tensors of a checkpoint, by file and parameter name."""
-        path = self.run(name) / "checkpoints" / f"{images:012d}"
-        return {
-            f"{file.stem}:{key}": value
-            for file in sorted(path.glob("*.safetensors"))
-            for key, value in load_file(file).items()
-        }
-
-    def fork(self, name: str, new: str, *, images: int) -> None:
-        """A copy of a run as it was at a checkpoint."""
-        shutil.copytree(self.run(name), self.run(new))
-        for path in (self.run(new) / "checkpoints").iterdir():
-            if int(path.name) > images:
-                shutil.rmtree(path)
+from tests.runs import (
+    ALL,
+    END,
+    EVERY,
+    GRIDS,
+    HALF,
+    STAGES,
+    STEP,
+    STEPS,
+    Place,
+    build_start,
+    distance,
+    equal,
+)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
-    """Two ranks have trained 8 steps in every ZeRO stage, keeping the checkpoint of every step."""
-    here = Place(tmp_path_factory.mktemp("runs"), tiny)
-    every = ("intervals.checkpoint = 8",)
-    runs = [here.arguments(f"zero{stage}", stage=stage, sets=every) for stage in STAGES]
-    assert here.train(*runs, world=2) == [0, 0, 0]
-    return here
+@pytest.mark.parametrize(("world", "stage"), ALL)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    place: Place, world: int, stage: int
+) -> None:
+    name = f"{world}x{stage}"
+    assert f"resumes from checkpoint {HALF:012d}" in place.log(f"{name}-again")
+    assert place.losses(f"{name}-again") == place.losses(name)
+    assert equal(place.checkpoint(f"{name}-again", END), place.checkpoint(name, END))
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest relative L2 distance among the kinds of state."""
-
-    def norm(state: dict[str, Tensor], kind: str) -> float:
-        return sum(float(v.double().square().sum()) for k, v in state.items() if k[:5] == kind)
-
-    assert a.keys() == b.keys()
-    difference = {key: a[key] - b[key] for key in b}
-    kinds = {key[:5] for key in b}
-    return max((norm(difference, kind) / norm(b, kind)) ** 0.5 for kind in kinds)
+@pytest.mark.parametrize(("world", "stage"), ALL)
+def test_offload_to_the_host_learns_alike(place: Place, world: int, stage: int) -> None:
+    name = f"{world}x{stage}"
+    assert place.losses(f"{name}-offload") == pytest.approx(place.losses(name), rel=1e-5)
+    assert distance(place.checkpoint(f"{name}-offload", END), place.checkpoint(name, END)) < 5e-5
 
 
 def test_a_killed_run_resumes_bit_for_bit(place: Place) -> None:
@@ -123,46 +59,49 @@ def test_a_killed_run_resumes_bit_for_bit(place: Place) -> None:
         job = ranks.start(
             place.root / f"kill-{stage}",
             ranks=2,
-            runs=[place.arguments(name, stage=stage, sets=("training.images = 8000",))],
+            runs=[place.arguments(name, stage=stage, sets=(f"training.images = {1000 * STEP}",))],
         )
-        ranks.wait_for(place.run(name) / "checkpoints" / f"{4 * STEP:012d}")
+        ranks.wait_for(place.run(name) / "checkpoints" / f"{HALF:012d}")
         job.kill()
         for later in (place.run(name) / "checkpoints").iterdir():
-            if later.name != f"{4 * STEP:012d}":
+            if later.name != f"{HALF:012d}":
                 shutil.rmtree(later)
     runs = [place.arguments(f"killed{stage}", stage=stage) for stage in STAGES]
     assert place.train(*runs, world=2) == [0, 0, 0]
     for stage in STAGES:
-        assert "resumes from" in (place.run(f"killed{stage}") / "log.txt").read_text()
-        assert place.losses(f"killed{stage}")[:8] == place.losses(f"zero{stage}")
-        assert equal(place.checkpoint(f"killed{stage}", 64), place.checkpoint(f"zero{stage}", 64))
+        assert "resumes from" in place.log(f"killed{stage}")
+        assert place.losses(f"killed{stage}")[:STEPS] == place.losses(f"2x{stage}")
+        assert equal(place.checkpoint(f"killed{stage}", END), place.checkpoint(f"2x{stage}", END))
 
 
-def test_the_number_of_ranks_changes_no_step(place: Place) -> None:
-    sets = ("intervals.samples = 32", "intervals.samples_count = 3",
-            'intervals.samples_steps = "ddim5"')  # fmt: skip
-    pruned = ("intervals.checkpoint = 8", "intervals.keep = 2", "intervals.keep_every = 24")
-    assert place.train(place.arguments("one", sets=(*sets, *pruned)), world=1) == [0]
-    assert place.train(place.arguments("four", sets=sets), world=4) == [0]
+def test_the_number_of_ranks_and_the_stage_change_no_step(place: Place) -> None:
+    pruned = (*EVERY, "intervals.keep = 2", "intervals.keep_every = 30")
+    assert place.train(place.arguments("one", sets=(*GRIDS, *pruned)), world=1) == [0]
+    for name in [f"{world}x{stage}" for world, stage in ALL]:
+        assert place.losses(name) == pytest.approx(place.losses("one"), rel=1e-5)
+        for key in ("grad_norm", "param_norm"):
+            assert place.losses(name, key) == pytest.approx(place.losses("one", key), rel=1e-4)
+        assert distance(place.checkpoint(name, END), place.checkpoint("one", END)) < 5e-5
+
+
+def test_a_long_term_checkpoint_stays_for_each_multiple_that_the_batch_does_not_divide(
+    place: Place,
+) -> None:
     kept = {int(path.name) for path in (place.run("one") / "checkpoints").iterdir()}
-    assert kept == {24, 48, 56, 64}
-    for other in ("one", "four", "zero1", "zero3"):
-        assert place.losses(other) == pytest.approx(place.losses("zero2"), rel=1e-5)
-        assert place.losses(other, "grad_norm") == pytest.approx(
-            place.losses("zero2", "grad_norm"), rel=1e-4
-        )
+    assert kept == {36, 60, 72}  # for 30 and 60; and the newest two
 
 
-def test_the_number_of_ranks_changes_no_grid(place: Place) -> None:
-    for name in ("000000000032.png", "000000000064.png"):
-        grids = [place.run(run) / "samples" / name for run in ("one", "four")]
-        one, four = (np.asarray(Image.open(grid)) for grid in grids)
-        assert one.std() > 10
-        assert np.abs(one.astype(int) - four).max() <= 1
+def test_the_number_of_ranks_and_the_stage_change_no_grid(place: Place) -> None:
+    picture = f"samples/{END:012d}.png"
+    one = np.asarray(Image.open(place.run("one") / picture))
+    assert one.std() > 10
+    for world, stage in ALL:
+        grid = np.asarray(Image.open(place.run(f"{world}x{stage}") / picture))
+        assert np.abs(one.astype(int) - grid).max() <= 1
 
 
 def test_tensorboard_has_what_a_run_is_watched_by(place: Place) -> None:
-    events = EventAccumulator(str(place.run("four") / "tensorboard"))
+    events = EventAccumulator(str(place.run("4x2") / "tensorboard"))
     events.Reload()
     assert {f"train/{name}" for name in ("loss", "mse", "vb", "grad_norm", "param_norm", "lr",
             "loss_scale", "skipped", "skipped_total", "images_per_second", "data_wait_seconds",
@@ -171,81 +110,50 @@ def test_tensorboard_has_what_a_run_is_watched_by(place: Place) -> None:
         events.Tags()["scalars"]
     )
     losses = events.Scalars("train/loss")
-    assert [event.step for event in losses] == list(range(8, 65, 8))
-    assert [event.value for event in losses] == pytest.approx(place.losses("four"), rel=1e-6)
-    assert [event.step for event in events.Images("samples")] == [32, 64]
+    assert [event.step for event in losses] == list(range(STEP, END + 1, STEP))
+    assert [event.value for event in losses] == pytest.approx(place.losses("4x2"), rel=1e-6)
+    assert [event.step for event in events.Images("samples")] == [END]
     (text,) = events.Tensors("config/text_summary")
     assert b"channel_mult = [1.0, 2.0]" in text.tensor_proto.string_val[0]
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_nothing(place: Place) -> None:
-    place.fork("zero2", "full", images=32)
-    before = place.checkpoint("full", 32)
-    arguments = place.arguments("full", sets=("intervals.checkpoint = 8",))
-    job = ranks.fork(
-        place.root / "full-job",
-        partial(with_little_room, place.root / "full-job", arguments),
-        ranks=2,
-    )
-    job.wait()
-    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
-    assert job.text.count("error: the checkpoint could not be written: rank ") == 1
-    assert max(p.name for p in (place.run("full") / "checkpoints").glob("0*")) == f"{32:012d}"
-    assert equal(place.checkpoint("full", 32), before)
-
-
-def with_little_room(directory: Path, arguments: list) -> int:
-    """Train where no file may be larger than a megabyte, as on a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-    return ranks.work(directory, [arguments], False)
-
-
 def test_a_checkpoint_resumes_in_another_world_and_stage(place: Place) -> None:
-    place.fork("zero2", "moved", images=32)
-    place.fork("zero3", "gathered", images=32)
-    place.fork("zero1", "spread", images=32)
+    place.fork("2x2", "moved", images=HALF)
+    place.fork("2x3", "gathered", images=HALF)
+    place.fork("2x1", "spread", images=HALF)
     runs = [place.arguments("moved", stage=3), place.arguments("gathered", stage=1)]
     assert place.train(*runs, world=1) == [0, 0]
-    assert place.train(place.arguments("spread", stage=2), world=4) == [0]
+    assert place.train(place.arguments("spread", stage=3), world=3) == [0]
     for name in ("moved", "gathered", "spread"):
-        assert place.losses(name) == pytest.approx(place.losses("zero2"), rel=1e-5)
-        assert distance(place.checkpoint(name, 64), place.checkpoint("zero2", 64)) < 5e-5
+        assert place.losses(name) == pytest.approx(place.losses("2x2"), rel=1e-5)
+        assert distance(place.checkpoint(name, END), place.checkpoint("2x2", END)) < 5e-5
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_sharded_averages_equal_their_closed_form(place: Place, stage: int) -> None:
-    torch.manual_seed(3)
-    start = build(configs.load(place.preset).model).state_dict()
-    weights = [start] + [
-        {
-            k[6:]: v
-            for k, v in place.checkpoint(f"zero{stage}", n * STEP).items()
-            if k[:6] == "model:"
-        }
-        for n in range(1, 9)
-    ]
-    last = place.checkpoint(f"zero{stage}", 64)
+@pytest.mark.parametrize(("world", "stage"), ALL)
+def test_sharded_averages_equal_their_closed_form(place: Place, world: int, stage: int) -> None:
+    name = f"{world}x{stage}"
+    weights = [build_start(place), *(place.weights(name, n * STEP) for n in range(1, STEPS + 1))]
+    last = place.checkpoint(name, END)
     for decay in (0.5, 0.9):
-        for name in start:
-            expected = decay**8 * weights[0][name].double()
-            for n in range(1, 9):
-                expected += (1 - decay) * decay ** (8 - n) * weights[n][name].double()
-            found = last[f"ema-{decay}:{name}"].double()
-            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7), (decay, name)
+        for key in weights[0]:
+            expected = decay**STEPS * weights[0][key].double()
+            for n in range(1, STEPS + 1):
+                expected += (1 - decay) * decay ** (STEPS - n) * weights[n][key].double()
+            found = last[f"ema-{decay}:{key}"].double()
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7), (decay, key)
 
 
 @pytest.fixture(scope="module")
 def half(place: Place) -> tuple[str, ...]:
     """Runs of eight steps in fp16, in two stages; a window of the loss scale is two steps."""
-    sets = ("intervals.checkpoint = 8", "training.images = 64")
-    names = ("half2", "half3")
+    names, sets = ("half2", "half3"), (*EVERY, f"training.images = {8 * STEP}")
     runs = [
         place.arguments(name, stage=stage, fp16=True, sets=sets)
         for name, stage in zip(names, (2, 3), strict=True)
     ]
     assert place.train(*runs, world=2, fp16=True) == [0, 0]
     for run, name in zip(runs, names, strict=True):
-        place.fork(name, f"{name}-again", images=48)
+        place.fork(name, f"{name}-again", images=6 * STEP)
         run[run.index("--run") + 1] = str(place.run(f"{name}-again"))
     assert place.train(*runs, world=2, fp16=True) == [0, 0]
     return names
@@ -264,12 +172,21 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(
             factor = 0.5 if skipped[n - 1] else 2 if good in (3, 5, 7) else 1
             assert scales[n] == factor * scales[n - 1]
         assert any(a < b for a, b in pairwise(scales)), "the scale must grow again"
-        before = build_start(place)
-        after = place.checkpoint(name, STEP)
-        for key, value in before.items():
-            for kind in ("model", "ema-0.5", "ema-0.9"):
-                assert torch.equal(after[f"{kind}:{key}"], value)
-        assert not any(v.any() for k, v in after.items() if k.startswith("adam"))
+
+
+def test_a_skipped_step_changes_nothing_and_writes_no_checkpoint(
+    place: Place, half: tuple[str, ...]
+) -> None:
+    start = build_start(place)
+    for name in half:
+        taken = [not skipped for skipped in place.losses(name, "skipped")]
+        written = sorted(int(p.name) for p in (place.run(name) / "checkpoints").iterdir())
+        assert written == [n * STEP for n in range(1, 9) if taken[n - 1]]
+        first = place.checkpoint(name, written[0])
+        for key, value in start.items():
+            stepped = first[f"model:{key}"]
+            assert torch.allclose(first[f"ema-0.9:{key}"], 0.9 * value + 0.1 * stepped, atol=1e-7)
+        assert "every step since the last checkpoint was skipped" in place.log(name)
 
 
 def test_adam_sees_the_gradient_that_is_reported_also_where_the_scale_grows(
@@ -279,9 +196,12 @@ def test_adam_sees_the_gradient_that_is_reported_also_where_the_scale_grows(
         norms = place.values(name, "grad_norm")  # of the steps that were not skipped
         assert len(norms) > 3
         for images in norms:
-            before, after = (place.checkpoint(name, n) for n in (images - STEP, images))
+            after = place.checkpoint(name, images)
+            earlier = [int(p.name) for p in (place.run(name) / "checkpoints").iterdir()]
+            last = max((n for n in earlier if n < images), default=None)
+            before = place.checkpoint(name, last) if last else {}
             squares = [
-                (after[key] - 0.9 * before[key]).double().square().sum()
+                (after[key] - 0.9 * before.get(key, 0.0)).double().square().sum()
                 for key in after
                 if key.startswith("adam-m")
             ]
@@ -291,15 +211,9 @@ def test_adam_sees_the_gradient_that_is_reported_also_where_the_scale_grows(
 
 def test_a_run_in_fp16_resumes_bit_for_bit(place: Place, half: tuple[str, ...]) -> None:
     for name in half:
-        assert equal(place.checkpoint(name, 64), place.checkpoint(f"{name}-again", 64))
+        assert equal(place.checkpoint(name, 8 * STEP), place.checkpoint(f"{name}-again", 8 * STEP))
         for key in ("loss", "loss_scale", "skipped"):
             assert place.losses(name, key) == place.losses(f"{name}-again", key)
-
-
-def build_start(place: Place) -> dict[str, Tensor]:
-    """The weights that the seed gives."""
-    torch.manual_seed(3)
-    return build(configs.load(place.preset).model).state_dict()
 
 
 def test_damaged_images_are_counted_on_all_ranks_and_stop_the_run_beyond_their_share(
@@ -320,17 +234,15 @@ def test_damaged_images_are_counted_on_all_ranks_and_stop_the_run_beyond_their_s
     )
     assert statuses[0] == 0
     shares = place.losses("damaged", "bad_share")
-    assert shares == [2 / STEP, 0, 1 / STEP, 0, 0, 0, 0, 0]
-    assert (
-        "3 of 24 images were damaged and replaced" in (place.run("damaged") / "log.txt").read_text()
-    )
+    assert shares == [2 / STEP, 1 / STEP, 0, 0, 0, 0]
+    assert "3 of 24 images were damaged and replaced" in place.log("damaged")
     assert "3 of 24 images are damaged, more than data.max_bad = 0.0002" in statuses[1]
 
 
 def test_a_signal_to_one_rank_stops_all_and_saves(place: Place) -> None:
-    run = place.arguments("stopped", sets=("training.images = 80000",))
+    run = place.arguments("stopped", sets=(f"training.images = {10000 * STEP}",))
     job = ranks.start(place.root / "stop", ranks=2, runs=[run])
-    ranks.wait_for(place.run("stopped") / "checkpoints" / f"{4 * STEP:012d}")
+    ranks.wait_for(place.run("stopped") / "checkpoints" / f"{HALF:012d}")
     job.signal(1, signal.SIGTERM)
     job.wait()
     assert job.statuses == [75]
@@ -340,29 +252,12 @@ def test_a_signal_to_one_rank_stops_all_and_saves(place: Place) -> None:
     )
 
 
-def test_a_damaged_checkpoint_is_passed_over(place: Place) -> None:
-    place.fork("zero2", "torn", images=48)
-    checkpoints = place.run("torn") / "checkpoints"
-    torn = checkpoints / f"{48:012d}" / "ema-0.5.safetensors"
-    torn.write_bytes(torn.read_bytes()[:-1])
-    flipped = checkpoints / f"{40:012d}" / "model.safetensors"
-    content = bytearray(flipped.read_bytes())
-    content[-1] ^= 1
-    flipped.write_bytes(content)
-    (checkpoints / f".{56:012d}.partial").mkdir()
-    assert place.train(place.arguments("torn"), world=2) == [0]
-    log = (place.run("torn") / "log.txt").read_text()
-    assert "ema-0.5.safetensors has" in log and "model.safetensors does not match" in log
-    assert f"resumes from checkpoint {32:012d}" in log
-    assert equal(place.checkpoint("torn", 64), place.checkpoint("zero2", 64))
-
-
 def test_a_finished_run_says_so_and_refusals_touch_nothing(place: Place) -> None:
-    before = {p: p.read_bytes() for p in place.run("zero2").rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in place.run("2x2").rglob("*") if p.is_file()}
     statuses = place.train(
-        place.arguments("zero2", sets=("intervals.checkpoint = 8",)),
-        place.arguments("zero2", sets=("model.channels = 64",)),
-        place.arguments("zero2", sets=("data.block = 8",)),
+        place.arguments("2x2", sets=EVERY),
+        place.arguments("2x2", sets=("model.channels = 64",)),
+        place.arguments("2x2", sets=("data.block = 8",)),
         place.arguments("none", sets=("training.batch = 7", "training.images = 70")),
         world=2,
     )
@@ -371,28 +266,21 @@ def test_a_finished_run_says_so_and_refusals_touch_nothing(place: Place) -> None
     assert "data.block = 16 (now 8)" in statuses[2]
     assert "training.batch = 7 does not divide among 2 ranks" in statuses[3]
     assert not place.run("none").exists()
-    after = {p: p.read_bytes() for p in place.run("zero2").rglob("*") if p.is_file()}
-    log = place.run("zero2") / "log.txt"
-    assert after.pop(log).endswith(b"the run is finished: 64 images\n")
+    after = {p: p.read_bytes() for p in place.run("2x2").rglob("*") if p.is_file()}
+    log = place.run("2x2") / "log.txt"
+    assert after.pop(log).endswith(b"the run is finished: 72 images\n")
     before.pop(log)
     assert after == before
 
 
-def test_sixteen_bits_and_offload_learn_alike(place: Place) -> None:
+def test_sixteen_bits_learn_alike(place: Place) -> None:
     brain = [
         place.arguments(f"brain{stage}", stage=stage, sets=('training.precision = "bf16"',))
         for stage in STAGES
     ]
-    offload = place.arguments("offload", stage=2)
-    file = place.root / "offload.json"
-    mechanics = json.loads(Path(offload[offload.index("--ds-config") + 1]).read_text())
-    mechanics["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    file.write_text(json.dumps(mechanics))
-    offload[offload.index("--ds-config") + 1] = str(file)
-    assert place.train(*brain, offload, world=2) == [0, 0, 0, 0]
-    assert place.losses("offload") == pytest.approx(place.losses("zero2"), rel=1e-5)
+    assert place.train(*brain, world=2) == [0, 0, 0]
     for stage in STAGES:
-        assert place.losses(f"brain{stage}") == pytest.approx(place.losses("zero2"), rel=0.02)
+        assert place.losses(f"brain{stage}") == pytest.approx(place.losses("2x2"), rel=0.02)
 
 
 def test_loss_aware_timesteps_dropout_and_recomputed_activations_resume_exactly(
@@ -401,11 +289,11 @@ def test_loss_aware_timesteps_dropout_and_recomputed_activations_resume_exactly(
     aware = (
         'training.timesteps = "loss-second-moment"',
         "diffusion.steps = 21",
-        "training.images = 320",
-        "intervals.checkpoint = 160",
+        f"training.images = {40 * STEP}",
+        f"intervals.checkpoint = {20 * STEP}",
     )
     thrifty = ("model.dropout = 0.2", "model.checkpoint = true")
-    runs = {"aware": (2, aware, 160), "thrifty": (3, thrifty, 32)}
+    runs = {"aware": (2, aware, 20 * STEP), "thrifty": (3, thrifty, HALF)}
     for suffix in ("", "-again"):
         if suffix:
             for name, (_, _, images) in runs.items():
@@ -415,5 +303,5 @@ def test_loss_aware_timesteps_dropout_and_recomputed_activations_resume_exactly(
               for name, (stage, sets, _) in runs.items()),
             world=2,
         ) == [0, 0]  # fmt: skip
-    assert equal(place.checkpoint("aware", 320), place.checkpoint("aware-again", 320))
-    assert equal(place.checkpoint("thrifty", 64), place.checkpoint("thrifty-again", 64))
+    assert equal(place.checkpoint("aware", 40 * STEP), place.checkpoint("aware-again", 40 * STEP))
+    assert equal(place.checkpoint("thrifty", END), place.checkpoint("thrifty-again", END))

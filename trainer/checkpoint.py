@@ -2,7 +2,8 @@
 
 `RUN/checkpoints/000002560000/` (the clock, in images) holds one safetensors file for each kind of
 fp32 state (`model`, `ema-0.9999`, `adam-m`, `adam-v`), keyed by the reference's state-dict names,
-and `state.json`: the clock, what is not a tensor, and the size and sha256 of every file. The files
+and `state.json`: the clock, what is not a tensor, the size and sha256 of every file, and a checksum
+of itself. The files
 are dealt to ranks, written by a thread from host copies, and the directory gets its name when all
 ranks have agreed that all files are whole. Any world size and ZeRO stage loads any checkpoint.
 """
@@ -13,8 +14,10 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +32,13 @@ from trainer.group import Broken
 
 #: What makes a directory a checkpoint.
 STATE = "state.json"
+#: The checksum of the rest of state.json. Checkpoints of version 0.1 have none.
+_SELF = "sha256"
 _NAME = re.compile(r"\d{12}")
+#: The end of the name of what is being removed.
+_REMOVED = ".removed"
+#: What a checkpoint's state holds at least.
+_FORM = {"images": int, "engine": dict, "timesteps": dict, "order": dict, "files": dict}
 
 
 class Gathered(Protocol):
@@ -37,7 +46,7 @@ class Gathered(Protocol):
 
     kinds: tuple[str, ...]
 
-    def gather(self, kind: str) -> Iterator[tuple[str, Tensor]]: ...
+    def gather(self, kind: str, *, to: int | None) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -74,35 +83,62 @@ def read(path: Path) -> Checkpoint:
     """Open one committed checkpoint directory.
 
     Raises:
-        ValueError: it has no readable state.json.
+        ValueError: its state.json is missing, damaged, or that of another checkpoint.
     """
     try:
         state = json.loads((path / STATE).read_text())
-        return Checkpoint(path, {**state, "images": int(state["images"]), "files": state["files"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} has no readable state.json: {error!r}") from None
+        fault = _state_fault(path, state)
+    except (OSError, ValueError) as error:
+        fault = str(error)
+    if fault is not None:
+        raise ValueError(f"{path / STATE}: {fault}")
+    return Checkpoint(path, state)
 
 
-def latest_valid(checkpoints: Path, *, world: World) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each newer one that is not.
+def _state_fault(path: Path, state: Any) -> str | None:
+    """What is wrong with a checkpoint's state as it was read."""
+    if not isinstance(state, dict):
+        return "it is no JSON object"
+    if _SELF in state and state[_SELF] != _checksum(state):
+        return "it does not match its own checksum"
+    for name, kind in _FORM.items():
+        if not isinstance(state.get(name), kind):
+            return f"{name} = {state.get(name)!r}: it must be of type {kind.__name__}"
+    if _NAME.fullmatch(path.name) and state["images"] != int(path.name):
+        return f"images = {state['images']}: it must be {int(path.name)}, as the directory says"
+    return None
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    """The checksum of a state without its own checksum."""
+    rest = {name: value for name, value in state.items() if name != _SELF}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def latest_valid(
+    checkpoints: Path, *, kinds: Sequence[str], world: World
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint with files of these kinds, and a line for each newer one.
 
     All ranks must call it; each reads its share of the files, and all get the same answer.
     """
     paths = [committed(checkpoints)] if world.is_main else [None]
     dist.broadcast_object_list(paths)
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for path in paths[0] or []:
-        fault = _agreed_fault(path, world=world)
+        fault = _agreed_fault(path, kinds=kinds, world=world)
         if fault is None:
-            return read(path), passed_over
-        passed_over.append(f"checkpoint {path.name} is damaged and was passed over: {fault}")
-    return None, passed_over
+            return read(path), skipped
+        skipped.append(f"checkpoint {path.name} is damaged and skipped: {fault}")
+    return None, skipped
 
 
-def _agreed_fault(path: Path, *, world: World) -> str | None:
+def _agreed_fault(path: Path, *, kinds: Sequence[str], world: World) -> str | None:
     try:
-        files = sorted(read(path).state["files"].items())[world.rank :: world.size]
-        mine = next((f for name, facts in files if (f := _fault(path / name, facts))), None)
+        checkpoint = read(path)
+        mine = _kinds_fault(checkpoint, kinds)
+        files = sorted(checkpoint.state["files"].items())[world.rank :: world.size]
+        mine = mine or next((f for name, facts in files if (f := _fault(path / name, facts))), None)
     except ValueError as error:
         mine = str(error)
     faults: list[str | None] = [None] * world.size
@@ -110,7 +146,15 @@ def _agreed_fault(path: Path, *, world: World) -> str | None:
     return next((fault for fault in faults if fault), None)
 
 
-def _fault(file: Path, facts: Mapping[str, Any]) -> str | None:
+def _kinds_fault(checkpoint: Checkpoint, kinds: Sequence[str]) -> str | None:
+    listed = checkpoint.state["files"]
+    missing = [kind for kind in kinds if checkpoint.file(kind).name not in listed]
+    return f"{STATE} lists no {', '.join(missing)}" if missing else None
+
+
+def _fault(file: Path, facts: Any) -> str | None:
+    if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+        return f"{STATE} has no size and checksum of {file.name}"
     if not file.is_file():
         return f"{file.name} is missing"
     if (size := file.stat().st_size) != facts["bytes"]:
@@ -118,6 +162,19 @@ def _fault(file: Path, facts: Mapping[str, Any]) -> str | None:
     if sha256(file) != facts["sha256"]:
         return f"{file.name} does not match its checksum"
     return None
+
+
+def superseded(names: Sequence[int], *, keep: int, keep_every: int | None) -> list[int]:
+    """Which of a run's checkpoints, named by their clocks, are to be removed.
+
+    The newest `keep` stay, and of the others the first at or after each multiple of `keep_every`.
+    """
+    ordered = sorted(names)
+    return [
+        images
+        for before, images in zip([0, *ordered], ordered[:-keep], strict=False)
+        if keep_every is None or images // keep_every == before // keep_every
+    ]
 
 
 def sha256(file: Path) -> str:
@@ -195,12 +252,15 @@ class Saver:
         keep: int,
         keep_every: int | None = None,
         check_writer: Callable[[], None],
+        log: Callable[[str], None],
     ) -> None:
         self._checkpoints = checkpoints
         self._world = world
         self._keep = keep
         self._keep_every = keep_every
         self._check_writer = check_writer
+        self._log = log
+        self._mode = 0o666 & ~_umask()
         self._thread: threading.Thread | None = None
         self._state: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
@@ -222,17 +282,16 @@ class Saver:
         directory = self._partial(images)
         if self._world.is_main:
             self._check_writer()
-            for left_behind in self._checkpoints.glob(".*.partial"):
-                shutil.rmtree(left_behind)
-            directory.mkdir(parents=True)
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            self._remove(self._checkpoints.glob(".*.partial"))
+            directory.mkdir()
         dist.barrier()
         mine: dict[str, dict[str, Tensor]] = {}
         for number, kind in enumerate(source.kinds):
             owner = _owner(number, self._world)
-            for name, value in source.gather(kind):
-                if owner == self._world.rank:
-                    copy = value.detach().to("cpu", torch.float32, copy=True)
-                    mine.setdefault(kind, {})[name] = copy.contiguous()
+            whole = source.gather(kind, to=owner)
+            if owner == self._world.rank:
+                mine[kind] = whole
         self._thread = threading.Thread(target=self._write, args=(directory, mine))
         self._thread.start()
 
@@ -257,9 +316,10 @@ class Saver:
         if self._world.is_main:
             self._check_writer()
             files = {name: facts for part, _ in everyone for name, facts in part.items()}
-            _write_json(self._partial(images) / STATE, {**self._state, "files": files})
+            state = {**self._state, "files": files}
+            _write_json(self._partial(images) / STATE, {**state, _SELF: _checksum(state)})
             if final.exists():  # this one was damaged, and an older one was resumed
-                os.replace(final, self._checkpoints / f".{images:012d}.damaged.partial")
+                os.replace(final, _aside(final))
             os.replace(self._partial(images), final)
             _sync(self._checkpoints)
             self._prune()
@@ -274,22 +334,48 @@ class Saver:
             for kind, tensors in files.items():
                 file = directory / f"{kind}.safetensors"
                 save_file(dict(tensors), file, metadata={"images": str(self._state["images"])})
+                file.chmod(self._mode)  # safetensors lets nobody else read it
                 _sync(file)
                 self._facts[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         except Exception as error:  # whatever it is, this checkpoint must not be committed
             self.error = f"rank {self._world.rank}: {directory}: {type(error).__name__}: {error}"
 
     def _prune(self) -> None:
-        every = self._keep_every
-        for path in committed(self._checkpoints)[self._keep :]:
-            if every is None or int(path.name) % every:
-                shutil.rmtree(path)
+        names = [int(path.name) for path in committed(self._checkpoints)]
+        old = superseded(names, keep=self._keep, keep_every=self._keep_every)
+        self._remove(self._checkpoints / f"{images:012d}" for images in old)
+
+    def _remove(self, directories: Iterable[Path]) -> None:
+        """Remove directories and what earlier attempts left; a failure is logged and tried again.
+
+        A directory is renamed first, so that one that is half removed does not look committed.
+        """
+        left = list(self._checkpoints.glob(f".*{_REMOVED}"))
+        for path in [*left, *directories]:
+            try:
+                aside = path if path in left else path.rename(_aside(path))
+                shutil.rmtree(aside)
+            except OSError as error:
+                self._log(f"cannot remove {path}: {error}; tried again at the next checkpoint")
 
 
 def _owner(number: int, world: World) -> int:
     """The rank that writes file `number`: one node after the other, then their second ranks."""
     nodes = max(1, world.size // world.local_size)
     return (number % nodes * world.local_size + number // nodes) % world.size
+
+
+def _aside(path: Path) -> Path:
+    """A new name for a checkpoint that is to be removed."""
+    return path.with_name(f".{path.name.strip('.')}.{time.time_ns()}{_REMOVED}")
+
+
+@cache
+def _umask() -> int:
+    """The umask of this process, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write_json(path: Path, value: object) -> None:

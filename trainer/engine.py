@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import torch.nn.functional as F
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
 from trainer import ema
 from trainer.config import Config
-from trainer.group import Refused
+from trainer.partition import Part, Partition
 
 #: Keys of ds_config.json that the preset decides.
 _PRESET_OWNS = (
@@ -47,6 +50,11 @@ _NOT_HERE = ("optimizer", "scheduler")
 #: The names of gathered state: weights, Adam's two moments; one more per EMA decay.
 WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "model", "adam-m", "adam-v"
 _STATE_KEYS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
+
+
+def kinds(decays: Sequence[float]) -> tuple[str, ...]:
+    """The kinds of fp32 state of a run with these EMA decays: each is a file of its checkpoints."""
+    return (WEIGHTS, *map(ema.key, decays), FIRST_MOMENT, SECOND_MOMENT)
 
 
 def load_mechanics(path: str | Path) -> dict[str, Any]:
@@ -69,7 +77,23 @@ def load_mechanics(path: str | Path) -> dict[str, Any]:
     stage = _lookup(mechanics, "zero_optimization.stage")
     if stage not in (1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: it must be 1, 2 or 3")
+    _check_overflow_settings(mechanics, path=path)
     return mechanics
+
+
+def _check_overflow_settings(mechanics: dict[str, Any], *, path: str | Path) -> None:
+    """Refuse the settings under which a diverged run would train on."""
+    if _lookup(mechanics, "bf16.check_grad_overflow") is False:
+        raise ValueError(
+            f"{path}: bf16.check_grad_overflow = false: it must be true, or absent: gradients that "
+            "are not finite would enter the weights"
+        )
+    floor = _lookup(mechanics, "fp16.min_loss_scale")
+    if floor is not None and not (isinstance(floor, int) and floor >= 1):
+        raise ValueError(
+            f"{path}: fp16.min_loss_scale = {floor!r}: it must be an integer of at least 1: "
+            "without a floor the loss scale of a diverged run falls forever"
+        )
 
 
 def _lookup(table: dict[str, Any], name: str) -> Any:
@@ -102,11 +126,13 @@ def resolve_mechanics(mechanics: dict[str, Any], *, config: Config, ranks: int) 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one optimizer step did; `grad_norm` is before clipping."""
+    """What one optimizer step did, the same on all ranks; `grad_norm` is before clipping."""
 
     grad_norm: Tensor | float
     loss_scale: float
     skipped: bool
+    #: Why the gradients are not finite and no later step can be expected to do better.
+    diverged: str | None
 
 
 class Engine:
@@ -125,7 +151,7 @@ class Engine:
         training = config.training
         self.device = device
         self.decays = training.ema
-        self.kinds = (WEIGHTS, *(ema.key(d) for d in self.decays), FIRST_MOMENT, SECOND_MOMENT)
+        self.kinds = kinds(training.ema)
         self.updates = 0
         self.skipped = 0
         # DeepSpeed casts the module to 16 bits and makes its fp32 masters from that copy; the
@@ -145,6 +171,11 @@ class Engine:
         self._growth = _Growth(self._optimizer.loss_scaler)
         self._names = dict(self._ds.module.named_parameters())
         self._fill_states()
+        self._partition = Partition(
+            [_place(number, p) for number, p in enumerate(self._names.values())],
+            shapes={name: value.shape for name, value in start.items()},
+            device=device,
+        )
         ema.attach(self._base, decays=self.decays)
         for kind in (WEIGHTS, *(ema.key(d) for d in self.decays)):
             self.scatter(kind, start.__getitem__)
@@ -180,30 +211,32 @@ class Engine:
             self._ds.step()  # only counts the micro-batch
 
     def step(self, *, lr: float) -> StepReport:
-        """Clip, update the weights and their averages; or, on fp16 overflow, lower the scale.
+        """Clip, update the weights and their averages; or skip the step.
 
-        Raises:
-            Refused: gradients overflow even at the smallest loss scale.
+        DeepSpeed skips a step whose gradients are not finite in every precision. That is normal
+        only while a dynamic loss scale can still fall.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        scale = self.loss_scale
+        scale, diverged = self.loss_scale, None
         try:
             self._ds.step()
         except Exception as error:
             if "loss scale already at minimum" not in str(error):
                 raise
-            raise Refused(
-                f"gradients are not finite at the smallest loss scale {scale:g}: the run has "
-                "diverged; lower training.lr, set training.clip, or go back to an older checkpoint"
-            ) from None
-        skipped = bool(self._optimizer.overflow) if hasattr(self._optimizer, "overflow") else False
+            diverged = f"the gradients are not finite at the smallest loss scale, {scale:g}"
+        skipped = bool(self._optimizer.overflow)
+        if skipped and not self._optimizer.loss_scaler.dynamic:
+            diverged = f"the gradients are not finite at the constant loss scale {scale:g}"
         if not skipped:
             self._growth.update()
         self.updates += not skipped
         self.skipped += skipped
         return StepReport(
-            grad_norm=self._ds.get_global_grad_norm(), loss_scale=scale, skipped=skipped
+            grad_norm=self._ds.get_global_grad_norm(),
+            loss_scale=scale,
+            skipped=skipped,
+            diverged=diverged,
         )
 
     @property
@@ -218,22 +251,22 @@ class Engine:
         torch.distributed.all_reduce(total)
         return float(total.sqrt())
 
-    def gather(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's fp32 state of that kind, whole, on every rank. All ranks must iterate.
+    def gather(self, kind: str, *, to: int | None = None) -> dict[str, Tensor]:
+        """Every parameter's fp32 state of that kind, whole and on the host, by parameter name.
 
-        `kind` is one of `kinds`; the tensors are in the order of the network's parameters.
+        `kind` is one of `kinds`. All ranks must call it; rank `to` alone gets the tensors, or every
+        rank if it is None.
         """
-        for name, parameter in self._names.items():
-            if kind == WEIGHTS:
-                yield name, safe_get_full_fp32_param(parameter)
-            else:
-                yield name, safe_get_full_optimizer_state(parameter, _state_key(kind))
+        own = [_own_part(parameter, kind) for parameter in self._names.values()]
+        return self._partition.gather(own, to=to)
 
     def scatter(self, kind: str, read: Callable[[str], Tensor]) -> None:
         """Set every parameter's fp32 state of that kind from `read(name)`, each rank its part."""
         for name, parameter in self._names.items():
             value = read(name).to(self.device, torch.float32)
-            if kind == WEIGHTS:
+            if hasattr(parameter, "ds_id"):
+                _set_own_part(parameter, value, kind)
+            elif kind == WEIGHTS:
                 safe_set_full_fp32_param(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, _state_key(kind))
@@ -281,6 +314,49 @@ class Engine:
             }
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _place(number: int, parameter: Any) -> Part:
+    """Which numbers of a parameter this rank holds; all parts of ZeRO-3 but the last are full."""
+    if hasattr(parameter, "ds_id"):
+        size = parameter.ds_tensor.numel()
+        start = min(torch.distributed.get_rank() * size, parameter.ds_numel)
+        return Part(number, start, min(size, parameter.ds_numel - start))
+    if parameter._hp_mapping is None:
+        return Part(number, 0, 0)
+    address = parameter._hp_mapping.lp_fragment_address
+    return Part(number, address.start, address.numel)
+
+
+def _own_part(parameter: Any, kind: str) -> Tensor:
+    """The numbers that this rank holds of a parameter's state, flat."""
+    if hasattr(parameter, "ds_id"):
+        if kind == WEIGHTS:
+            part = safe_get_local_fp32_param(parameter)
+        else:
+            part = safe_get_local_optimizer_state(parameter, _state_key(kind))
+        return part[: _place(0, parameter).size]
+    if parameter._hp_mapping is None:
+        return torch.empty(0)
+    key = None if kind == WEIGHTS else _state_key(kind)
+    fragment: Tensor = parameter._hp_mapping.get_hp_fragment(key)
+    return fragment.detach().flatten()
+
+
+def _set_own_part(parameter: Any, value: Tensor, kind: str) -> None:
+    """Set this rank's part of a parameter's state in ZeRO-3.
+
+    DeepSpeed's setter of whole tensors fails where a parameter does not divide by the ranks. All
+    parts are equally long, and DeepSpeed leaves the end of the last one uninitialized, which would
+    count in norms: it is filled with zeros.
+    """
+    place = _place(0, parameter)
+    part = value.flatten()[place.start : place.start + place.size]
+    part = F.pad(part, (0, parameter.ds_tensor.numel() - place.size))
+    if kind == WEIGHTS:
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, _state_key(kind))
 
 
 class _Growth:

@@ -61,9 +61,14 @@ class Loop:
     shown: Batch | None = None
     _agreement: Agreement = field(default_factory=lambda: Agreement(2))
     _was_pending: bool = False
+    #: The engine's updates at the last checkpoint, or at this start.
+    _saved_updates: int = field(init=False)
     #: Images of all ranks since this start, and those of them that were damaged.
     _seen: int = 0
     _bad: int = 0
+
+    def __post_init__(self) -> None:
+        self._saved_updates = self.engine.updates
 
     def train(self, batches: Iterator[Batch]) -> int:
         """Train to the end, or to a stop that the ranks agree on; the exit status says which.
@@ -112,6 +117,8 @@ class Loop:
             seen.append((batch.numbers, terms))
         lr = training.learning_rate(self.images)
         report = self.engine.step(lr=lr)
+        if report.diverged is not None:
+            self._refuse(report.diverged)
         self._learn_timesteps(seen)
         self.images += training.batch
         self.metrics.note("lr", lr)
@@ -179,6 +186,9 @@ class Loop:
     def _save(self) -> None:
         if self.saver.pending:
             self._commit()
+        if self.engine.updates == self._saved_updates:
+            self._pass_over_save()
+            return
         self.mark("saving")
         if not math.isfinite(norm := self.engine.parameter_norm()):
             self._refuse(f"the norm of the weights is {norm}")
@@ -191,8 +201,15 @@ class Loop:
             "torch": torch.__version__,
         }
         self.saver.save(self.engine, images=self.images, state=state)
+        self._saved_updates = self.engine.updates
         self._was_pending = False
         self.metrics.pause(time.monotonic() - began)
+
+    def _pass_over_save(self) -> None:
+        """Write no checkpoint of weights that are saved already: it would push out a good one."""
+        if self.images >= self.config.training.images:
+            self._refuse("every step since the last checkpoint was skipped")
+        self._log("every step since the last checkpoint was skipped: none is written")
 
     def _commit(self) -> None:
         path = self.saver.commit()
@@ -201,8 +218,9 @@ class Loop:
 
     def _refuse(self, why: str) -> None:
         raise Refused(
-            f"the run has diverged before image {self.images:,}: {why}; the checkpoints up to then "
-            "are whole: lower training.lr or set training.clip, and run the same command again"
+            f"the run has diverged after image {self.images:,}: {why}; its checkpoints are intact: "
+            "lower training.lr or set training.clip, and rerun the same command to resume from "
+            "the last one"
         )
 
     def _draw_grid(self) -> None:
@@ -211,7 +229,7 @@ class Loop:
             self._commit()
         began = time.monotonic()
         picture = draw_grid(
-            dict(self.engine.gather(ema.key(self.config.training.ema[0]))),
+            self.engine.gather(ema.key(self.config.training.ema[0])),
             config=self.config,
             world=self.world,
             device=self.engine.device,

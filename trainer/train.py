@@ -29,7 +29,14 @@ from trainer.adm.unet import ClassifierConfig, build
 from trainer.checkpoint import Checkpoint, Saver
 from trainer.config import Config
 from trainer.draw import grid_numbers
-from trainer.engine import WEIGHTS, Engine, check_precision, load_mechanics, resolve_mechanics
+from trainer.engine import (
+    WEIGHTS,
+    Engine,
+    check_precision,
+    kinds,
+    load_mechanics,
+    resolve_mechanics,
+)
 from trainer.group import Refused, agreed, connected, run_as_rank
 from trainer.loop import Loop
 from trainer.metrics import Board, Metrics
@@ -196,7 +203,9 @@ def _resume_point(plan: Plan, *, world: World) -> Checkpoint | None:
     Raises:
         Refused: all its checkpoints are damaged, or were trained on other images.
     """
-    found, damaged = checkpoints.latest_valid(plan.run.checkpoints, world=world)
+    found, damaged = checkpoints.latest_valid(
+        plan.run.checkpoints, kinds=kinds(plan.config.training.ema), world=world
+    )
     if world.is_main:
         for line in damaged:
             plan.run.log(line)
@@ -252,6 +261,7 @@ def _saver(plan: Plan, *, world: World) -> Saver:
         keep=every.keep,
         keep_every=every.keep_every,
         check_writer=plan.run.check_writer,
+        log=plan.run.log,
     )
 
 

@@ -1,0 +1,193 @@
+"""Checkpoints of real runs: what is damaged, cannot be written or removed, or comes too late."""
+
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from launch.exits import FAILED
+from tests import ranks
+from tests.runs import END, EVERY, HALF, STEP, Place, equal
+from trainer.checkpoint import superseded
+
+
+def names(run: Path) -> list[int]:
+    """The clocks of a run's committed checkpoints."""
+    return sorted(int(p.name) for p in (run / "checkpoints").glob("[0-9]*"))
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    """Change a state.json as a person with an editor does."""
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    (path / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_nothing(place: Place) -> None:
+    place.fork("2x2", "full", images=HALF)
+    before = place.checkpoint("full", HALF)
+    arguments = place.arguments("full", sets=EVERY)
+    task = partial(with_little_room, place.root / "full-job", arguments)
+    job = ranks.fork(place.root / "full-job", task, ranks=2)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
+    assert job.text.count("error: the checkpoint could not be written: rank ") == 1
+    assert names(place.run("full"))[-1] == HALF
+    assert equal(place.checkpoint("full", HALF), before)
+
+
+def with_little_room(directory: Path, arguments: list) -> int:
+    """Train where no file may be larger than a megabyte, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    return ranks.work(directory, [arguments], False)
+
+
+def test_a_damaged_checkpoint_is_skipped(place: Place) -> None:
+    place.fork("2x2", "torn", images=5 * STEP)
+    checkpoints = place.run("torn") / "checkpoints"
+    torn = checkpoints / f"{5 * STEP:012d}" / "ema-0.5.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    flipped = checkpoints / f"{4 * STEP:012d}" / "model.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-1] ^= 1
+    flipped.write_bytes(content)
+    (checkpoints / f".{6 * STEP:012d}.partial").mkdir()
+    assert place.train(place.arguments("torn"), world=2) == [0]
+    log = place.log("torn")
+    assert "ema-0.5.safetensors has" in log and "model.safetensors does not match" in log
+    assert f"resumes from checkpoint {HALF:012d}" in log
+    assert equal(place.checkpoint("torn", END), place.checkpoint("2x2", END))
+
+
+def test_a_state_that_somebody_edited_is_skipped_for_the_next_older_one(place: Place) -> None:
+    place.fork("2x2", "edited", images=HALF)
+    checkpoints = place.run("edited") / "checkpoints"
+    edits: dict[int, Callable[[dict], object]] = {
+        1: lambda state: state.update(images=STEP + 8),
+        2: lambda state: state["engine"].update(updates=4),
+        3: lambda state: state.update(files={}),
+    }
+    for number, change in edits.items():
+        edit(checkpoints / f"{number * STEP:012d}", change)
+    assert "no checkpoint of" in place.train(place.arguments("edited"), world=2)[0]
+    assert place.log("edited").count("state.json: it does not match its own checksum") == 3
+
+
+def test_a_state_of_version_0_1_resumes_but_not_if_it_lacks_something(place: Place) -> None:
+    place.fork("2x2", "older", images=HALF)
+    checkpoints = place.run("older") / "checkpoints"
+    for number in (1, 2, 3):
+        edit(checkpoints / f"{number * STEP:012d}", lambda state: state.pop("sha256"))
+    edit(checkpoints / f"{3 * STEP:012d}", lambda state: state.pop("engine"))
+    edit(checkpoints / f"{2 * STEP:012d}", lambda state: state["files"].pop("adam-v.safetensors"))
+    assert place.train(place.arguments("older"), world=2) == [0]
+    log = place.log("older")
+    assert "engine = None: it must be of type dict" in log
+    assert "state.json lists no adam-v" in log
+    assert f"resumes from checkpoint {STEP:012d}" in log
+    assert equal(place.checkpoint("older", END), place.checkpoint("2x2", END))
+
+
+def test_a_checkpoint_under_the_name_of_another_is_skipped(place: Place) -> None:
+    place.fork("2x2", "renamed", images=STEP)
+    checkpoints = place.run("renamed") / "checkpoints"
+    (checkpoints / f"{STEP:012d}").rename(checkpoints / f"{2 * STEP:012d}")
+    assert "no checkpoint of" in place.train(place.arguments("renamed"), world=2)[0]
+    assert "images = 12: it must be 24, as the directory says" in place.log("renamed")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_that_explodes_stops_and_keeps_its_good_checkpoints(
+    place: Place, precision: str
+) -> None:
+    """By a learning rate of 1e20; in fp16 the loss scale is constant."""
+    name = f"exploded-{precision}"
+    place.fork("2x2", name, images=HALF)
+    before = place.checkpoint(name, HALF)
+    sets = ("training.lr = 1e20", f'training.precision = "{precision}"', "intervals.keep = 1")
+    arguments = place.arguments(name, sets=(*EVERY, *sets), loss_scale=128)
+    (status,) = place.train(arguments, world=2, fp16=True)
+    assert f"the run has diverged after image {HALF + STEP}: " in status
+    assert names(place.run(name))[-1] == HALF
+    assert equal(place.checkpoint(name, HALF), before)
+
+
+def test_only_what_came_too_late_for_a_multiple_is_removed() -> None:
+    saved = range(48, 481, 48)
+    assert superseded(saved, keep=2, keep_every=None) == [*range(48, 385, 48)]
+    kept = set(saved) - set(superseded(saved, keep=2, keep_every=100))
+    assert kept == {144, 240, 336, 432, 480}
+    # Whatever was removed before, the same ones stay: pruning at every commit is pruning once.
+    left: set[int] = set()
+    for images in saved:
+        left.add(images)
+        left -= set(superseded(sorted(left), keep=2, keep_every=100))
+    assert left == kept
+
+
+@pytest.fixture
+def stuck(place: Place) -> Iterator[Path]:
+    """A run with a checkpoint that cannot be removed, and one that somebody left half written."""
+    place.fork("2x2", "stuck", images=HALF)
+    checkpoints = place.run("stuck") / "checkpoints"
+    (checkpoints / f"{HALF:012d}").joinpath("copy").touch()
+    held = checkpoints / f"{STEP:012d}" / "model.safetensors"
+    half = checkpoints / f".{4 * STEP:012d}.partial" / "model.safetensors"
+    half.parent.mkdir()
+    half.touch()
+    with unremovable(held), unremovable(half):
+        yield checkpoints
+
+
+class unremovable:
+    """While entered, a file and so its directory cannot be removed, not even by root."""
+
+    def __init__(self, file: Path) -> None:
+        self._directory = os.open(file.parent, os.O_RDONLY)
+        self._name = file.name
+
+    def _change(self, attribute: str, mode: int) -> bool:
+        here = f"/proc/{os.getpid()}/fd/{self._directory}"
+        os.chmod(here, mode)
+        if os.getuid():
+            return True
+        change = ["chattr", attribute, f"{here}/{self._name}"]
+        return subprocess.run(change, capture_output=True).returncode == 0
+
+    def __enter__(self) -> None:
+        if not self._change("+i", 0o500):
+            pytest.skip("the file system of the test directory has no immutable files")
+
+    def __exit__(self, *_: object) -> None:
+        assert self._change("-i", 0o700)
+        os.close(self._directory)
+
+
+def test_what_cannot_be_removed_is_told_and_removed_later(place: Place, stuck: Path) -> None:
+    sets = (*EVERY, "intervals.keep = 1")
+    assert place.train(place.arguments("stuck", sets=sets), world=2) == [0]
+    assert names(place.run("stuck")) == [END]
+    assert place.log("stuck").count("tried again at the next checkpoint") >= 2
+    assert equal(place.checkpoint("stuck", END), place.checkpoint("2x2", END))
+    assert len(list(stuck.glob(".*.removed"))) == 2
+
+
+def test_the_group_can_read_every_file_of_a_run(place: Place) -> None:
+    task = partial(with_an_open_umask, place.root / "open-job", place.arguments("open"))
+    job = ranks.fork(place.root / "open-job", task, ranks=2)
+    job.wait()
+    assert job.statuses == [0]
+    modes = {p: p.stat().st_mode & 0o777 for p in place.run("open").rglob("*")}
+    assert len([p for p in modes if p.suffix == ".safetensors"]) == 10
+    for path, mode in modes.items():
+        assert mode == (0o775 if path.is_dir() else 0o664), path
+
+
+def with_an_open_umask(directory: Path, arguments: list) -> int:
+    os.umask(0o002)
+    return ranks.work(directory, [arguments], False)
