@@ -6,7 +6,6 @@ result is what the ADM evaluator reads: uint8 NHWC in `arr_0`, labels in `arr_1`
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,103 +14,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from launch.world import World, join
-from trainer import checkpoint as checkpoints
-from trainer import config as configs
-from trainer import ema
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.sampler import Guidance, classifier_guidance
-from trainer.adm.unet import ClassifierConfig, UNetConfig, build
-from trainer.config import Config
+from trainer.adm.unet import ClassifierConfig, UNetConfig
 from trainer.draw import DTYPES, Walk, draw, to_pixels
 from trainer.group import agreed, connected, run_as_rank
 from trainer.metrics import Progress
 from trainer.samplefile import merge, open_parts, read_low_res, write_part
-
-
-@dataclass(frozen=True)
-class Source:
-    """Which weights of which network: picked once, by the main rank, since a run may go on."""
-
-    config: Config
-    file: Path
-    sha256: str
-
-    @classmethod
-    def find(cls, path: Path, *, preset: str | None, decay: float | None) -> "Source":
-        """In a run directory (its newest whole checkpoint), a checkpoint, or a file and its preset.
-
-        Raises:
-            ValueError: there is nothing of that kind at `path`.
-        """
-        if path.is_dir():
-            found = _newest(path)
-            run = found.path.parent.parent
-            config = configs.load(run / "config.toml" if preset is None else preset)
-            average = ema.key(config.training.ema[0] if decay is None else decay)
-            file = found.file(average)
-            if file.name not in found.state["files"]:
-                kinds = ", ".join(
-                    sorted(n.removesuffix(".safetensors") for n in found.state["files"])
-                )
-                raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
-            return cls(config, file, found.state["files"][file.name]["sha256"])
-        if preset is None:
-            raise ValueError(f"{path} is no run directory; for a weights file, name its preset too")
-        if not path.is_file():
-            raise ValueError(f"no such weights file: {path}")
-        return cls(configs.load(preset), path, checkpoints.sha256(path))
-
-    def net(self, *, device: torch.device, precision: str | None) -> nn.Module:
-        """The network, filled, on `device`; by default as it was trained, but on a CPU in fp32.
-
-        Raises:
-            ValueError: the file does not hold the weights of this network.
-        """
-        net = build(self.config.model)
-        checkpoints.fill(net, checkpoints.load_weights(self.file), source=self.file)
-        own = "fp32" if device.type == "cpu" else self.config.training.precision
-        return net.to(device, DTYPES[precision or own]).eval().requires_grad_(False)
-
-
-def _newest(path: Path) -> checkpoints.Checkpoint:
-    """A checkpoint, or a run's newest whole one."""
-    is_checkpoint = (path / checkpoints.STATE).is_file()
-    for one in [path] if is_checkpoint else checkpoints.committed(path / "checkpoints"):
-        found = checkpoints.read(one)
-        if not (faults := found.faults()):
-            return found
-        print(f"passed over {one}: {faults[0]}", file=sys.stderr)
-    raise ValueError(f"{path} has no whole checkpoint")
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The networks of a request, and the checksum of the images that an upsampler enlarges."""
-
-    denoiser: Source
-    classifier: Source | None
-    low_res: str | None
-
-    @classmethod
-    def find(cls, arguments: argparse.Namespace) -> "Sources":
-        """What the command line names.
-
-        Raises:
-            ValueError: something of it is not there.
-        """
-        denoiser = Source.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
-        classifier = None
-        if arguments.classifier is not None:
-            classifier = Source.find(
-                arguments.classifier, preset=arguments.classifier_preset, decay=None
-            )
-        low_res: Path | None = arguments.low_res
-        if low_res is not None and not low_res.is_file():
-            raise ValueError(f"no such file of samples: --low-res {low_res}")
-        return cls(denoiser, classifier, None if low_res is None else checkpoints.sha256(low_res))
+from trainer.sources import Source, Sources
 
 
 @dataclass(frozen=True, kw_only=True)
