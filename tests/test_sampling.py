@@ -1,5 +1,6 @@
 """Drawn images: the same on any number of ranks, in the evaluator's layout, never mixed or lost."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,13 @@ def draw(root: Path, *runs: list[str], world: int = 1) -> list[int | str]:
     )
     job.wait()
     return job.statuses
+
+
+def interrupt(root: Path, run: list[str], *, drawn: Path) -> None:
+    """Kill a run as soon as it has drawn that part."""
+    job = ranks.start(root / "killed", ranks=1, runs=[["sample", *map(str, run)]])
+    ranks.wait_for(drawn)
+    job.kill()
 
 
 def arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -85,10 +93,8 @@ def test_a_request_resumes_its_parts_and_refuses_others(
 
     # An interruption leaves the parts that were done. A drawn part is not drawn again.
     long = [*ask, "--images", "40", "--out", tmp_path / "long.npz"]
-    job = ranks.start(tmp_path / "killed", ranks=1, runs=[["sample", *map(str, long)]])
     first = tmp_path / "long.parts" / "000000.npz"
-    ranks.wait_for(first)
-    job.kill()
+    interrupt(tmp_path, long, drawn=first)
     assert not (tmp_path / "long.npz").exists()
     (refused,) = draw(tmp_path, [*long, "--seed", "1"])
     assert "holds parts of another request" in str(refused)
@@ -97,6 +103,77 @@ def test_a_request_resumes_its_parts_and_refuses_others(
     resumed = arrays(tmp_path / "long.npz")[0]
     assert resumed.shape == (40, 8, 8, 3) and (resumed[:2] == 77).all()
     assert np.array_equal(resumed[2:6], whole[2:])
+
+
+def test_parts_that_a_crash_damaged_are_drawn_again(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    ask = [*weights["unet"], "--images", "40", "--batch", "2", "--steps", "3", "--out"]
+    parts = [tmp_path / "a.parts" / f"{part:06d}.npz" for part in range(6)]
+    interrupt(tmp_path, [*ask, tmp_path / "a.npz"], drawn=parts[-1])
+    two = np.full((2, 8, 8, 3), 77, np.uint8)
+    os.truncate(parts[0], 0)
+    content = bytearray(parts[1].read_bytes())
+    content[len(content) // 3] ^= 1
+    parts[1].write_bytes(content)
+    np.savez(parts[2], images=two[:1], labels=np.array([4]))
+    np.savez(parts[3], images=two, labels=np.array([7, 6]))
+    np.savez(parts[4], images=two / 255, labels=np.array([8, 9]))
+    np.savez(parts[5], images=two, labels=np.array([0, 1]))
+    for left_behind in (parts[0], tmp_path / "a.npz"):
+        left_behind.with_suffix(".partial").write_bytes(b"torn")
+    (tmp_path / "a.png").write_bytes(b"torn")
+
+    job = ranks.start(
+        tmp_path / "again",
+        ranks=2,
+        runs=[["sample", *map(str, ask), str(tmp_path / f"{name}.npz")] for name in "ab"],
+    )
+    text = job.wait()
+    assert job.statuses == [0, 0]
+    said = [line for line in text.splitlines() if "is damaged and is drawn again: " in line]
+    assert [line.split(" is ")[0] for line in said] == [str(part) for part in parts[:5]]
+    resumed, labels = arrays(tmp_path / "a.npz")
+    uninterrupted, _ = arrays(tmp_path / "b.npz")
+    assert (resumed[10:12] == 77).all() and labels.tolist() == [*range(10)] * 4
+    assert np.array_equal(np.delete(resumed, [10, 11], 0), np.delete(uninterrupted, [10, 11], 0))
+    with Image.open(tmp_path / "a.png") as grid:
+        grid.load()
+    assert not list(tmp_path.glob("a.part*"))
+
+
+def test_an_emptied_request_is_refused_by_name_or_written_again_where_there_are_no_parts(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    ask = [*weights["unet"], "--images", "2", "--steps", "2", "--out"]
+    for name in ("drawn", "empty", "lost"):
+        parts = tmp_path / f"{name}.parts"
+        parts.mkdir()
+        (parts / "000000.partial").write_bytes(b"torn")
+        if name != "lost":
+            (parts / "request.json").touch()
+        if name != "empty":
+            np.savez(parts / "000000.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    runs = ([*ask, tmp_path / f"{name}.npz"] for name in ("drawn", "empty", "lost"))
+    drawn, empty, lost = draw(tmp_path, *runs)
+    for status, name in ((drawn, "drawn"), (lost, "lost")):
+        assert f"{name}.parts/request.json is missing or damaged" in str(status)
+        assert f"remove {tmp_path / name}.parts" in str(status)
+        assert (tmp_path / f"{name}.parts" / "000000.npz").exists()
+    assert empty == 0 and arrays(tmp_path / "empty.npz")[0].shape == (2, 8, 8, 3)
+
+
+def test_samples_that_appear_while_drawing_are_not_overwritten(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    out, first = tmp_path / "a.npz", tmp_path / "a.parts" / "000000.npz"
+    ask = [*weights["unet"], "--images", "40", "--batch", "2", "--steps", "3", "--out", str(out)]
+    job = ranks.start(tmp_path / "job", ranks=1, runs=[["sample", *ask]])
+    ranks.wait_for(first)
+    out.write_bytes(b"another's")
+    job.wait()
+    assert f"{out} exists" in str(job.statuses[0])
+    assert out.read_bytes() == b"another's" and first.exists()
 
 
 def test_what_does_not_fit_is_refused_in_one_line(

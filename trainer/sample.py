@@ -23,7 +23,7 @@ from trainer.adm.unet import ClassifierConfig, UNetConfig
 from trainer.draw import DTYPES, Walk, draw, to_pixels
 from trainer.group import agreed, connected, run_as_rank
 from trainer.metrics import Progress
-from trainer.samplefile import merge, open_parts, read_low_res, write_part
+from trainer.samplefile import merge, open_parts, part_fault, read_low_res, write_part
 from trainer.sources import Source, Sources
 
 
@@ -58,6 +58,11 @@ class Request:
             return None
         return torch.tensor(self.classes)[numbers % len(self.classes)]
 
+    def recorded(self, numbers: Tensor) -> Tensor:
+        """The labels that the file holds: zeros where there are no classes."""
+        labels = self.labels(numbers)
+        return torch.zeros_like(numbers) if labels is None else labels
+
 
 class Sampler:
     """The networks of a request, ready to draw any of its parts."""
@@ -90,6 +95,10 @@ class Sampler:
     def steps(self) -> int:
         return self._walk.diffusion.steps
 
+    @property
+    def image_size(self) -> int:
+        return self._config.image_size
+
     def draw(
         self, part: int, *, on_step: Callable[[], None]
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -117,8 +126,7 @@ class Sampler:
                 f"images {numbers.tolist()[:3]}... are not finite: draw in another --precision "
                 "(bf16 or fp32), or check the weights"
             )
-        shown = torch.zeros_like(numbers) if labels is None else labels
-        return to_pixels(images).cpu().numpy(), shown.numpy()
+        return to_pixels(images).cpu().numpy(), self._request.recorded(numbers).numpy()
 
     def _guidance(self, labels: Tensor | None) -> Guidance | None:
         if self._classifier is None:
@@ -144,9 +152,8 @@ def sample(arguments: argparse.Namespace, *, world: World, device: torch.device)
     request, sampler = agreed(lambda: prepare(arguments, sources=sources, device=device))
     agreed(lambda: open_parts(directory, out, vars(request)) if world.is_main else None)
     files = [directory / f"{part:06d}.npz" for part in range(request.parts)]
-    todo = [[part for part, file in enumerate(files) if not file.exists()]]
-    dist.broadcast_object_list(todo)
-    mine = todo[0][world.rank :: world.size]
+    todo = _undrawn(files, request=request, size=sampler.image_size, world=world)
+    mine = todo[world.rank :: world.size]
     total = len(mine) * sampler.steps
     progress = Progress(total=total, done=0, unit="steps of the walks", shown=world.is_main)
     for count, part in enumerate(mine):
@@ -155,12 +162,33 @@ def sample(arguments: argparse.Namespace, *, world: World, device: torch.device)
             each = f"batch {count + 1} of {len(mine)} on each of {world.size} ranks"
             print(f"{each}, {progress.left()} left", flush=True)
     dist.barrier()
+    columns = len(request.classes or ())
+    shown = columns if 0 < columns <= 20 else None
+    agreed(
+        lambda: merge(files, out, images=request.images, columns=shown) if world.is_main else None
+    )
     if world.is_main:
-        columns = len(request.classes or ())
-        columns_shown = columns if 0 < columns <= 20 else None
-        merge(files, out, images=request.images, columns=columns_shown)
         print(f"wrote {out} and {out.with_suffix('.png')}")
     return 0
+
+
+def _undrawn(files: Sequence[Path], *, request: Request, size: int, world: World) -> list[int]:
+    """The parts that are missing or damaged; each rank checks its share, and all learn of all."""
+    listed = [[part for part, file in enumerate(files) if file.exists()]]
+    dist.broadcast_object_list(listed)
+    mine: dict[int, str] = {}
+    for part in listed[0][world.rank :: world.size]:
+        labels = request.recorded(request.numbers(part)).numpy()
+        if fault := part_fault(files[part], shape=(len(labels), size, size, 3), labels=labels):
+            mine[part] = fault
+    everyone: list[dict[int, str]] = [{}] * world.size
+    dist.all_gather_object(everyone, mine)
+    damaged = {part: fault for faults in everyone for part, fault in faults.items()}
+    if world.is_main:
+        for part in sorted(damaged):
+            print(f"{files[part]} is damaged and is drawn again: {damaged[part]}", flush=True)
+    whole = set(listed[0]) - set(damaged)
+    return [part for part in range(request.parts) if part not in whole]
 
 
 def prepare(

@@ -4,12 +4,15 @@ The `.npz` holds uint8 NHWC in `arr_0` and labels in `arr_1`, as ADM's evaluator
 result are written whole or not at all, and no process ever holds all images.
 """
 
+import io
 import json
+import os
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,8 @@ from trainer.draw import tile
 
 #: At most so many images stand in the PNG.
 GRID = 100
+#: Beside the parts: the request that they are of.
+REQUEST = "request.json"
 
 
 def read_low_res(
@@ -53,54 +58,142 @@ def open_parts(parts: Path, out: Path, request: Mapping[str, Any]) -> None:
     """Make the directory of the parts, or check that the one there is of the same request.
 
     Raises:
-        ValueError: the samples are drawn already, or other ones are half drawn.
+        ValueError: the samples are drawn already, other ones are half drawn, or it cannot be known
+            of which request the parts are.
     """
     if out.exists():
         raise ValueError(f"{out} exists: name another --out, or remove it")
-    record = parts / "request.json"
     wanted = json.loads(json.dumps(request))
-    is_ours = record.exists() and json.loads(record.read_text()) == wanted
-    if not is_ours and parts.exists() and any(parts.iterdir()):
+    recorded = _recorded(parts / REQUEST)
+    if recorded == wanted:
+        return
+    if recorded is not None:
         raise ValueError(
             f"{parts} holds parts of another request: remove it, or name another --out"
         )
+    left = sorted(path.name for path in parts.iterdir()) if parts.exists() else []
+    if any(name.endswith(".npz") for name in left):
+        raise ValueError(
+            f"{parts / REQUEST} is missing or damaged, so it is not known of which request "
+            f"the parts beside it are: remove {parts} to draw them again, or name another --out"
+        )
+    if foreign := [n for n in left if n != REQUEST and not n.endswith(".partial")]:
+        raise ValueError(f"{parts} holds other files ({foreign[0]}): name another --out")
     parts.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(wanted))
+    _sync(parts.parent)
+    with _whole(parts / REQUEST) as stream:
+        stream.write(json.dumps(wanted).encode())
+
+
+def _recorded(record: Path) -> dict[str, Any] | None:
+    """The request that a directory of parts is of; None where the record is missing or damaged."""
+    try:
+        found = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_part(file: Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
     """Put images, uint8 (B, 3, H, W), and labels (B,) on disk, whole or not at all."""
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
+    with _whole(file) as stream:
         np.savez(stream, images=images.transpose(0, 2, 3, 1), labels=labels)
-    partial.replace(file)
+
+
+def part_fault(file: Path, *, shape: tuple[int, ...], labels: NDArray[np.int64]) -> str | None:
+    """Why `file` is not a part with uint8 images of `shape`, (B, H, W, 3), and these labels (B,).
+
+    Reads every byte.
+    """
+    try:
+        images, recorded = _read(file, "images"), _read(file, "labels")
+    except ValueError as error:
+        return str(error)
+    if images.dtype != np.uint8 or images.shape != shape:
+        return f"its images are {images.dtype} {images.shape} instead of uint8 {shape}"
+    if recorded.dtype != np.int64 or not np.array_equal(recorded, labels):
+        return "its labels are not those of the request"
+    return None
 
 
 def merge(parts: Sequence[Path], out: Path, *, images: int, columns: int | None) -> None:
-    """Join the parts' files into `out` and draw its grid, of so many `columns`."""
-    partial = out.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w") as archive:
+    """Join the parts' files into `out`, draw its grid of so many `columns`, remove the parts.
+
+    Raises:
+        ValueError: `out` was written by another process, or a part was damaged since it was drawn.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: name another --out, or remove it")
+    grid = tile(_first(parts).transpose(0, 3, 1, 2), columns=columns)
+    with _whole(out.with_suffix(".png")) as stream:
+        Image.fromarray(grid.transpose(1, 2, 0)).save(stream, format="png")
+    with _whole(out) as stream, zipfile.ZipFile(stream, "w") as archive:
         for member, key in (("arr_0.npy", "images"), ("arr_1.npy", "labels")):
-            with archive.open(member, "w", force_zip64=True) as stream:
-                for file in parts:
-                    with np.load(file) as part:
-                        values = part[key]
-                    if file is parts[0]:
+            with archive.open(member, "w", force_zip64=True) as content:
+                for number, values in enumerate(_arrays(parts, key)):
+                    if number == 0:
                         header = np.lib.format.header_data_from_array_1_0(values)
                         header["shape"] = (images, *values.shape[1:])
-                        np.lib.format.write_array_header_1_0(stream, header)
-                    stream.write(np.ascontiguousarray(values).tobytes())
-    grid = tile(_first(parts).transpose(0, 3, 1, 2), columns=columns)
-    Image.fromarray(grid.transpose(1, 2, 0)).save(out.with_suffix(".png"))
-    partial.replace(out)
+                        np.lib.format.write_array_header_1_0(content, header)
+                    content.write(np.ascontiguousarray(values).tobytes())
+    # The request goes last: an interruption in between must not leave parts without it.
+    for file in parts:
+        file.unlink()
     shutil.rmtree(parts[0].parent)
 
 
 def _first(parts: Sequence[Path]) -> NDArray[np.uint8]:
     """The images that the grid shows, uint8 (N, H, W, 3)."""
     shown: list[NDArray[np.uint8]] = []
-    for file in parts:
-        if sum(map(len, shown)) < GRID:
-            with np.load(file) as part:
-                shown.append(part["images"])
+    for images in _arrays(parts, "images"):
+        shown.append(images)
+        if sum(map(len, shown)) >= GRID:
+            break
     return np.concatenate(shown)[:GRID]
+
+
+def _arrays(parts: Sequence[Path], key: str) -> Iterator[NDArray[Any]]:
+    """One array of each part in turn."""
+    for file in parts:
+        try:
+            values = _read(file, key)
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is damaged: {error}; rerun the same command to draw it again"
+            ) from None
+        yield values
+
+
+def _read(file: Path, key: str) -> NDArray[Any]:
+    """One array of a part, compared with its checksum.
+
+    Raises:
+        ValueError: why it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            content = archive.read(f"{key}.npy")
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # zipfile raises errors of many types for damaged files
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[BinaryIO]:
+    """A stream whose content gets the name `file` once all of it is on disk."""
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+    _sync(file.parent)
+
+
+def _sync(directory: Path) -> None:
+    """Force the names in a directory to disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
