@@ -212,6 +212,65 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert not (tmp_path / "never.npz").exists()
 
 
+def test_a_classifier_of_other_classes_or_noise_is_refused_before_drawing(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    like = Path(weights["guide"][3]).read_text()
+    steps = 'schedule = "cosine"\nsteps = 500'
+    noise = ('schedule = "cosine"', 'schedule = "linear"')
+    others = {
+        "fewer": like.replace("num_classes = 10", "num_classes = 4"),
+        "more": like.replace("num_classes = 10", "num_classes = 12"),
+        "noise": like.replace(*noise),
+        "steps": like.replace(noise[0], steps),
+        "both": like.replace(noise[0], steps).replace(*noise),
+    }
+    ask = [*weights["unet"], "--images", "10", "--steps", "2"]
+    runs: list[list] = []
+    for name, text in others.items():
+        preset = tmp_path / f"{name}.toml"
+        preset.write_text(text)
+        net = build(configs.load(preset).model)
+        save_file(net.state_dict(), tmp_path / f"{name}.safetensors")
+        guide = ["--classifier", tmp_path / f"{name}.safetensors", "--classifier-preset", preset]
+        runs.append([*ask, *guide, "--out", tmp_path / f"{name}.npz"])
+    free = tmp_path / "free.toml"
+    free.write_text(Path(weights["unet"][2]).read_text().replace("num_classes = 10", ""))
+    torch.save(build(configs.load(free).model).state_dict(), tmp_path / "free.pt")
+    unconditional = [tmp_path / "free.pt", "--preset", free, *runs[0][3:]]
+    *refused, drawn = draw(tmp_path, *runs, [*unconditional, "--out", tmp_path / "free.npz"])
+    assert drawn == 0 and arrays(tmp_path / "free.npz")[1].tolist() == [0, 1, 2, 3] * 2 + [0, 1]
+    expected = [
+        "model.num_classes = 4 instead of 10;",
+        "model.num_classes = 12 instead of 10;",
+        'diffusion.schedule = "linear" instead of "cosine";',
+        "diffusion.steps = 500 instead of 1000;",
+        'diffusion.steps = 500 instead of 1000, diffusion.schedule = "linear" instead of "cosine";',
+    ]
+    for status, name, message in zip(refused, others, expected, strict=True):
+        assert f"trained with {message}" in str(status)
+        assert f"{name}.safetensors (preset {tmp_path / name}.toml) cannot guide" in str(status)
+        assert f"the network {weights['unet'][0]} (preset " in str(status)
+        assert not (tmp_path / f"{name}.parts").exists()
+
+
+def test_a_classifier_run_of_another_schedule_is_refused_by_its_directory(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    ask = [*weights["unet"], "--images", "2", "--steps", "2", "--out", str(tmp_path / "a.npz")]
+    linear = ["--set", 'diffusion.schedule = "linear"', "--set", "training.images = 8"]
+    run = str(tmp_path / "c")
+    train = ["train", weights["guide"][3], *linear, "--run", run]
+    job = ranks.start(
+        tmp_path / "job", ranks=1, runs=[train, ["sample", *ask, "--classifier", run]]
+    )
+    job.wait()
+    trained, refused = job.statuses
+    assert trained == 0
+    assert f"--classifier {run} cannot guide the network {weights['unet'][0]}" in str(refused)
+    assert 'trained with diffusion.schedule = "linear" instead of "cosine";' in str(refused)
+
+
 def test_images_that_are_not_finite_are_refused(
     tmp_path: Path, weights: dict[str, list[str]]
 ) -> None:

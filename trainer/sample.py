@@ -19,12 +19,12 @@ from torch import Tensor
 from launch.world import World, join
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.sampler import Guidance, classifier_guidance
-from trainer.adm.unet import ClassifierConfig, UNetConfig
+from trainer.adm.unet import UNetConfig
 from trainer.draw import DTYPES, Walk, draw, to_pixels
 from trainer.group import agreed, connected, run_as_rank
 from trainer.metrics import Progress
 from trainer.samplefile import merge, open_parts, part_fault, read_low_res, write_part
-from trainer.sources import Source, Sources
+from trainer.sources import Source, Sources, check_guide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +206,11 @@ def prepare(
     if arguments.images < 1 or arguments.batch < 1:
         raise ValueError("--images and --batch must be at least 1")
     low_res, low_labels = read_low_res(arguments.low_res, model=model, images=arguments.images)
-    classes = _classes(arguments.classes, model=model, classifier=classifier)
-    if low_labels is not None and classes is not None and arguments.classes is None:
-        classes = tuple(low_labels.tolist())
+    count = model.num_classes
+    if classifier is not None:
+        check_guide(classifier, network=source)
+        count = classifier.config.model.num_classes
+    classes = _classes(arguments.classes, low_labels, count=count)
     eta = arguments.eta
     if eta is None and arguments.steps.startswith("ddim"):
         eta = 0.0
@@ -231,30 +233,29 @@ def prepare(
 
 
 def _classes(
-    text: str | None, *, model: UNetConfig, classifier: Source | None
+    text: str | None, low_labels: NDArray[np.int64] | None, *, count: int | None
 ) -> tuple[int, ...] | None:
-    """The classes of `--classes`, or all that the network or its classifier knows."""
-    count = model.num_classes
-    if classifier is not None:
-        if not isinstance(classifier.config.model, ClassifierConfig):
-            raise ValueError(f"{classifier.file} is no classifier: --classifier needs one")
-        if classifier.config.model.image_size != model.image_size:
-            raise ValueError(
-                f"{classifier.file} is for {classifier.config.model.image_size} px, "
-                f"the network for {model.image_size} px"
-            )
-        count = count or classifier.config.model.num_classes
-    if text is None:
-        return None if count is None else tuple(range(count))
-    if count is None:
+    """The classes of `--classes`, else those of the `--low-res` images, else all `count`."""
+    if count is None and text is not None:
         raise ValueError("--classes: the network has no classes and there is no --classifier")
+    if count is None:
+        return None
+    if text is not None:
+        option, classes = "--classes", _numbers(text)
+    elif low_labels is not None:
+        option, classes = "--low-res", tuple(low_labels.tolist())
+    else:
+        return tuple(range(count))
+    if wrong := [c for c in classes if not 0 <= c < count]:
+        raise ValueError(f"{option}: {wrong[0]} is not among the classes 0 to {count - 1}")
+    return classes
+
+
+def _numbers(text: str) -> tuple[int, ...]:
     try:
-        classes = tuple(int(word) for word in text.split(","))
+        return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise ValueError(f"--classes {text!r}: write numbers, as in --classes 0,3,7") from None
-    if wrong := [c for c in classes if not 0 <= c < count]:
-        raise ValueError(f"--classes: {wrong[0]} is not among the classes 0 to {count - 1}")
-    return classes
 
 
 def parser() -> argparse.ArgumentParser:

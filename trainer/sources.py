@@ -1,6 +1,7 @@
 """The networks of a sampling request: which weights the command line names, found and filled."""
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer import ema
-from trainer.adm.unet import build
+from trainer.adm.unet import ClassifierConfig, build
 from trainer.config import Config
 from trainer.draw import DTYPES
 
@@ -23,6 +24,8 @@ class Source:
     config: Config
     file: Path
     sha256: str
+    #: As messages name it.
+    name: str
 
     @classmethod
     def find(cls, path: Path, *, preset: str | None, decay: float | None) -> "Source":
@@ -31,6 +34,7 @@ class Source:
         Raises:
             ValueError: there is nothing of that kind at `path`.
         """
+        name = str(path) if preset is None else f"{path} (preset {preset})"
         if path.is_dir():
             found = _newest(path)
             run = found.path.parent.parent
@@ -42,12 +46,12 @@ class Source:
                     sorted(n.removesuffix(".safetensors") for n in found.state["files"])
                 )
                 raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
-            return cls(config, file, found.state["files"][file.name]["sha256"])
+            return cls(config, file, found.state["files"][file.name]["sha256"], name)
         if preset is None:
             raise ValueError(f"{path} is no run directory; for a weights file, name its preset too")
         if not path.is_file():
             raise ValueError(f"no such weights file: {path}")
-        return cls(configs.load(preset), path, checkpoints.sha256(path))
+        return cls(configs.load(preset), path, checkpoints.sha256(path), name)
 
     def net(self, *, device: torch.device, precision: str | None) -> nn.Module:
         """The network, filled, on `device`; by default as it was trained, but on a CPU in fp32.
@@ -70,6 +74,33 @@ def _newest(path: Path) -> checkpoints.Checkpoint:
             return found
         print(f"passed over {one}: {faults[0]}", file=sys.stderr)
     raise ValueError(f"{path} has no whole checkpoint")
+
+
+#: What a classifier must share with the network that it guides, where the network has it: the
+#: images, the classes, and what decides q(x_t | x_0) at a timestep.
+_SHARED = ("model.image_size", "model.num_classes", "diffusion.steps", "diffusion.schedule")
+
+
+def check_guide(classifier: Source, *, network: Source) -> None:
+    """Return if `classifier` can guide `network`.
+
+    Raises:
+        ValueError: it is no classifier, or one of other images, classes or noise.
+    """
+    if not isinstance(classifier.config.model, ClassifierConfig):
+        raise ValueError(f"{classifier.file} is no classifier: --classifier needs one")
+    own, wanted = configs.flatten(classifier.config), configs.flatten(network.config)
+    differing = [
+        f"{setting} = {json.dumps(own[setting])} instead of {json.dumps(wanted[setting])}"
+        for setting in _SHARED
+        if setting in wanted and own[setting] != wanted[setting]
+    ]
+    if differing:
+        raise ValueError(
+            f"--classifier {classifier.name} cannot guide the network {network.name}: it was "
+            f"trained with {', '.join(differing)}; give a classifier that was trained with the "
+            "network's values, or correct the preset of a weights file"
+        )
 
 
 @dataclass(frozen=True)
