@@ -283,6 +283,31 @@ def test_images_that_are_not_finite_are_refused(
     assert not (tmp_path / "nan.npz").exists()
 
 
+def test_an_upsampler_refuses_a_torn_low_res_file_and_labels_it_does_not_know(
+    tmp_path: Path, tiny: Path
+) -> None:
+    preset = tmp_path / "upsampler.toml"
+    preset.write_text(tiny.read_text().replace("[model]", "[model]\nsmall_size = 4"))
+    torch.save(build(configs.load(preset).model).state_dict(), tmp_path / "upsampler.pt")
+    small = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "unknown.npz", arr_0=small, arr_1=np.array([3, 10]))
+    np.savez(tmp_path / "short.npz", arr_0=small, arr_1=np.array([3]))
+    np.savez(tmp_path / "whole.npz", arr_0=small, arr_1=np.array([7, 3]))
+    (tmp_path / "torn.npz").touch()
+    ask = [tmp_path / "upsampler.pt", "--preset", preset, "--images", "2", "--steps", "2"]
+    *refused, drawn = draw(
+        tmp_path,
+        *(
+            [*ask, "--low-res", tmp_path / f"{name}.npz", "--out", tmp_path / f"{name}-8.npz"]
+            for name in ("unknown", "short", "torn", "whole")
+        ),
+    )
+    expected = ("10 is not among the classes 0 to 9", "short.npz: labels are", "torn.npz is not")
+    for status, message in zip(refused, expected, strict=True):
+        assert "--low-res" in str(status) and message in str(status)
+    assert drawn == 0 and arrays(tmp_path / "whole-8.npz")[1].tolist() == [7, 3]
+
+
 def test_a_grid_holds_every_image_once() -> None:
     images = np.arange(6 * 3 * 32 * 32, dtype=np.int64).reshape(6, 3, 32, 32).astype(np.uint8)
     grid = tile(images, columns=3)

@@ -44,12 +44,17 @@ def read_low_res(
         with np.load(path, allow_pickle=False) as file:
             pixels = file["arr_0"][:images]
             labels = file["arr_1"][:images] if "arr_1" in file else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--low-res {path} is no sample file: {error}") from None
+    except Exception as error:  # numpy and zipfile raise errors of many types for other files
+        raise ValueError(f"--low-res {path} is not a readable sample file: {error}") from None
     expected = (images, model.small_size, model.small_size, 3)
     if pixels.shape != expected or pixels.dtype != np.uint8:
         raise ValueError(
             f"--low-res {path}: {pixels.dtype} {pixels.shape} instead of uint8 {expected}"
+        )
+    if labels is not None and (labels.shape != (images,) or labels.dtype.kind not in "iu"):
+        raise ValueError(
+            f"--low-res {path}: labels are {labels.dtype} {labels.shape} instead of "
+            f"integers {(images,)}"
         )
     return pixels, labels
 
