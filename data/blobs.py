@@ -12,8 +12,8 @@ import numpy as np
 
 from data.cache import CachedReader
 from data.fetch import FetchConfig, Reader, is_local
-from data.manifest import Shards
-from data.tars import HEADER, Index, read_header
+from data.manifest import Shards, rows_at
+from data.tars import HEADER, INDEX_DTYPE, Index, read_header
 
 _ADVICE = "run `python -m data.shards verify --full`"
 
@@ -41,6 +41,7 @@ class Blobs:
         self._shards = shards
         self._local = is_local(shards.root)
         self._reader = _open_reader(shards, config)
+        self._rows_at: dict[int, int] = {}
         self._indexes: dict[int, Index] = {}
 
     def read(self, shard: int, row: int) -> Blob:
@@ -105,21 +106,33 @@ class Blobs:
 
     def _entry(self, shard: int, row: int) -> tuple[int, int, int, int]:
         """First byte and size of header and payload, label, and the payload's crc32."""
-        if shard not in self._indexes:
-            self._indexes[shard] = np.asarray(self._index(shard))  # rows of a memmap are slow
-        offset, size, label, crc32 = self._indexes[shard][row].item()
+        found = self._local_row(shard, row) if self._local else self._index(shard)[row]
+        offset, size, label, crc32 = found.item()
         return offset - HEADER, size + HEADER, label, crc32
 
+    def _local_row(self, shard: int, row: int) -> Index:
+        """A row read from its file: a mapping of each index would keep each of them open."""
+        if shard not in self._rows_at:
+            self._rows_at[shard] = rows_at(Path(self._shards.root), self._shards.shards[shard])
+        first = self._rows_at[shard] + row * INDEX_DTYPE.itemsize
+        name = self._shards.shards[shard].index
+        try:
+            raw = self._reader.read(name, first=first, size=INDEX_DTYPE.itemsize)
+        except OSError as error:
+            raise OSError(f"{error}; wanted was the row of image {row}") from error
+        return np.frombuffer(raw, INDEX_DTYPE)
+
     def _index(self, shard: int) -> Index:
-        if self._local:
-            return self._shards.index(shard)
-        entry = self._shards.shards[shard]
-        content = self._reader.whole(entry.index, sha256=entry.index_sha256)
-        return self._shards.parse_index(content)
+        """The index of a shard that lies elsewhere, kept in memory."""
+        if shard not in self._indexes:
+            entry = self._shards.shards[shard]
+            content = self._reader.whole(entry.index, sha256=entry.index_sha256)
+            self._indexes[shard] = self._shards.parse_index(content)
+        return self._indexes[shard]
 
     def _demand_others_intact(self, shard: int, row: int) -> None:
         """Tell one damaged image from a shard that is another one of the same name."""
-        rows = len(self._indexes[shard])
+        rows = self._shards.shards[shard].samples
         for other in {0, rows // 2, rows - 1} - {row}:
             try:
                 self._checked(shard, other)

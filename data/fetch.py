@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from data import descriptors
+
 _T = TypeVar("_T")
 
 _PIECE = 1 << 16
 _RANGE = 1 << 20  # what one answer of a driver has to bring in time
 _END = 1 << 62  # beyond the end of any file
-_OPEN_FILES = 256  # a common limit is 1024 for the whole process
 _LONGEST_PAUSE = 10.0
 
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -183,10 +184,10 @@ class Reader:
 
 
 class LocalStore:
-    """Files of a directory, kept open."""
+    """Files of a directory; those used last are kept open."""
 
     def __init__(self, root: str) -> None:
-        self._root = root
+        self._root, self._most = root, descriptors.share()
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
@@ -204,7 +205,7 @@ class LocalStore:
 
     def _file(self, name: str) -> int:
         if name not in self._files:
-            if len(self._files) >= _OPEN_FILES:
+            if len(self._files) >= self._most:
                 os.close(self._files.popitem(last=False)[1])
             self._files[name] = os.open(os.path.join(self._root, name), os.O_RDONLY)
         self._files.move_to_end(name)
@@ -357,7 +358,9 @@ class PipeStore:
         """Nothing is kept open."""
 
     def _read(self, descriptor: int, size: int) -> bytes:
-        if not select.select([descriptor], [], [], self._timeout_s)[0]:
+        ready = select.poll()  # `select` fails for descriptors from 1024 on
+        ready.register(descriptor, select.POLLIN)
+        if not ready.poll(self._timeout_s * 1000):
             raise TimeoutError(f"the command wrote nothing for {self._timeout_s:g} s")
         return os.read(descriptor, min(size, _PIECE))
 

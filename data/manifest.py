@@ -147,6 +147,17 @@ def map_index(root: Path, shard: Shard) -> Index:
     return index
 
 
+def rows_at(root: Path, shard: Shard) -> int:
+    """The byte of a local shard's index file at which its rows begin.
+
+    Raises:
+        OSError, ValueError: as `map_index`.
+    """
+    index = map_index(root, shard)
+    assert isinstance(index, np.memmap), "a shard without samples has no rows"
+    return index.offset
+
+
 def _load_array(source: Path | io.BytesIO, *, mapped: bool = False) -> Index:
     with _READING:
         index: Index = np.load(source, mmap_mode="r" if mapped else None, allow_pickle=False)

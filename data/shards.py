@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import descriptors
 from data.fetch import FetchConfig, Reader, is_local
 from data.manifest import (
     MANIFEST,
@@ -174,8 +175,9 @@ def _checksum_fault(root: Path, shard: Shard) -> str | None:
 def _describe_dataset(root: Path, sheet: Path | None) -> None:
     """Print what a dataset holds; draw thumbnails of some of its images."""
     shards = open_shards(root)
-    labels = np.concatenate([shards.index(i)["label"] for i in range(len(shards.shards))])
-    counts = np.bincount(labels, minlength=len(shards.classes))
+    counts = np.zeros(len(shards.classes), dtype=np.int64)
+    for i in range(len(shards.shards)):  # a kept label would keep its index's file open
+        counts += np.bincount(shards.index(i)["label"], minlength=len(counts))
     total = sum(shard.bytes for shard in shards.shards)
     size = f"{shards.image_size} x {shards.image_size}" if shards.image_size else "of own sizes"
     print(f"{shards.count} images {size}, {len(shards.shards)} shards, {total / 2**20:.1f} MiB")
@@ -225,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("index", help="index tars made by others")
     command.add_argument("dir", type=Path)
     options = parser.parse_args(arguments)
+    descriptors.raise_limit()
     try:
         if options.command == "verify":
             return _verify_command(options.dir, options.full)

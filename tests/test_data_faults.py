@@ -293,7 +293,7 @@ def test_a_failing_disk_is_tried_again(whole: Shards, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "pread", failing)
     assert epoch(whole.root) == wanted
     monkeypatch.setattr(os, "pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
-    fails(whole, OSError, r"\d\.tar: reading stopped at byte \d+ after 2 attempts: .*bad")
+    fails(whole, OSError, r"\d\.idx\.npy: reading stopped at byte \d+ after 2 attempts: .*bad")
 
 
 def test_a_full_cache_disk_costs_speed_only(whole: Shards, tmp_path: Path) -> None:
@@ -337,6 +337,65 @@ def test_packing_to_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
     assert run(10**9).returncode == 0
     assert open_shards(tmp_path / "again").fingerprint == done.fingerprint
     assert verify(tmp_path / "again", full=True) == []
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """More shards than `few_files` allows files to be open."""
+    blobs = [[image_file(i, width=4, height=4, kind="PNG")] for i in range(300)]
+    return write_shards(tmp_path_factory.mktemp("many"), blobs=blobs, image_size=4)
+
+
+def few_files(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run Python where a process may hold 256 files open, and may not raise that."""
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_more_shards_than_files_may_be_open(many: Shards, workers: int) -> None:
+    script = (
+        "import sys\n"
+        "from data.shards import open_shards\n"
+        "from data.stream import DataConfig, Stream\n"
+        f"config = DataConfig(shards=sys.argv[1], image_size=4, streams=1, workers={workers})\n"
+        "with Stream(open_shards(sys.argv[1]), config=config, seed=0) as stream:\n"
+        "  batches = stream.batches(images=0, batch=100, micro_batch=100, rank=0, ranks=1)\n"
+        "  seen = {int(label) for _ in range(6) for label in next(batches).labels}\n"
+        "print(len(seen))\n"
+    )
+    done = few_files(["-c", script, many.root])
+    assert (done.returncode, done.stdout) == (0, "300\n"), done.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "index"])
+def test_commands_on_more_shards_than_files_may_be_open(
+    many: Shards, tmp_path: Path, command: str
+) -> None:
+    root = Path(shutil.copytree(many.root, tmp_path / "many"))
+    if command == "index":
+        (root / "manifest.json").unlink()
+    done = few_files(["-m", "data.shards", command, str(root)])
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_raise_the_soft_limit_of_open_files() -> None:
+    script = (
+        "import resource\n"
+        "from data import descriptors\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))\n"
+        "assert descriptors.share() == 50\n"
+        "descriptors.raise_limit()\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)\n"
+        "assert descriptors.share() == 100\n"
+    )
+    done = few_files(["-c", script])
+    assert done.returncode == 0, done.stderr
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:

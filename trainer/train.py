@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from data import descriptors
 from data.shards import open_shards
 from data.stream import Batch, Stream, to_device
 from launch.preempt import Preemption
@@ -294,6 +295,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
+    descriptors.raise_limit()
     world = join(expected_size=arguments.ranks)
     with (
         Preemption() as preemption,

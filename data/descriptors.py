@@ -1,0 +1,29 @@
+"""How many files a process may hold open, and how many of them the data layer takes."""
+
+import resource
+from contextlib import suppress
+
+# Enough for a shard and its index in each of 192 streams, with some of them between two shards.
+_WANTED = 512
+# Some containers allow a thousand million, and programs that close every possible one take minutes.
+_ENOUGH = 1 << 16
+
+
+def raise_limit() -> None:
+    """Raise this process's soft limit of open files to its hard limit, where that is allowed.
+
+    For commands that stream; the processes that they start inherit it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def share() -> int:
+    """How many files a reader keeps open: half of what is allowed at most, and at least one."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _WANTED
+    return max(min(_WANTED, soft // 2), 1)
