@@ -127,7 +127,7 @@ class Blobs:
         if shard not in self._indexes:
             entry = self._shards.shards[shard]
             content = self._reader.whole(entry.index, sha256=entry.index_sha256)
-            self._indexes[shard] = self._shards.parse_index(content)
+            self._indexes[shard] = self._shards.parse_index(shard, content)
         return self._indexes[shard]
 
     def _demand_others_intact(self, shard: int, row: int) -> None:

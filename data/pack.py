@@ -31,6 +31,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.archives import open_source
+from data.manifest import parse_manifest
 from data.plan import Job, PackConfig, Plan, plan
 from data.shards import (
     MANIFEST,
@@ -184,7 +185,9 @@ def _already_packed(out: Path, work: Plan) -> bool:
     """Whether `out` is finished; otherwise mark it as being made by this plan."""
     found, mark = None, out / WORK / "plan"
     if (out / MANIFEST).exists():
-        found = json.loads((out / MANIFEST).read_text()).get("made_by", {}).get("plan")
+        content = (out / MANIFEST).read_bytes()
+        parse_manifest(str(out), content)
+        found = json.loads(content).get("made_by", {}).get("plan")
     elif mark.exists():
         found = mark.read_text()
     if found not in (None, work.digest):

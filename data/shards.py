@@ -26,6 +26,7 @@ from data.manifest import (
     MANIFEST,
     Shard,
     Shards,
+    check_name,
     index_bytes,
     manifest_text,
     map_index,
@@ -79,12 +80,18 @@ def index_directory(root: Path) -> Shards:
     """Make index and manifest for the tars in a directory; labels become classes "0" to "max".
 
     Raises:
-        ValueError: there is a manifest already, there are no tars, or one is damaged.
+        ValueError: there is a manifest already, there are no tars, one is damaged, or its name is
+            not one that a shard may have.
     """
     tars = sorted(root.glob("*.tar"))
     if (root / MANIFEST).exists() or not tars:
         what = "has a manifest already" if tars else "holds no .tar files"
         raise ValueError(f"{root} {what}: there is nothing to index")
+    for tar in tars:
+        try:
+            check_name(tar.stem)
+        except ValueError as error:
+            raise ValueError(f"{tar}: {error}; rename it") from None
     shards, labels = [], [0]
     for tar in tars:
         index = index_tar(tar)
