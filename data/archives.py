@@ -7,13 +7,15 @@ compressed in groups, is unpacked once, next to the shards in the making.
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data.manifest import NO_CLASS
 from data.shards import write_atomically
-from data.sources import Digits, Folder, Listing, Source, Zip, by_number
-from data.tars import IMAGE_SUFFIXES, all_or_no_labels, scan_tar
+from data.sources import Digits, Folder, Listing, Source, Zip, by_number_if_any
+from data.tars import IMAGE_SUFFIXES, scan_tar
 
 
 def open_source(text: str, *, staging: Path) -> Source:
@@ -53,18 +55,19 @@ _SPLITS = {"train", "test", "validation", "val", "dev"}
 
 
 class Tars:
-    """Existing WebDataset shards; labels from `.cls` or `.json`, all 0 if there are none."""
+    """Existing WebDataset shards; labels from `.cls` or `.json`, if there are any."""
 
     def __init__(self, files: list[Path], *, staging: Path) -> None:
         self._files = {file.name: file for file in files}
 
     def listing(self) -> Listing:
-        names, labels = [], []
+        names: list[str] = []
+        labels: list[int | None] = []
         for file in self._files.values():
             for sample in scan_tar(file):
                 names.append(f"{file.name}@{sample.offset}+{sample.size}/{sample.name}")
                 labels.append(sample.label)
-        return by_number(names, all_or_no_labels(names, labels))
+        return by_number_if_any(names, labels)
 
     def read(self, name: str) -> bytes:
         file, _, extent = name.partition("/")[0].rpartition("@")
@@ -84,20 +87,21 @@ class Parquet:
         self._files, self._staging = files, staging
 
     def listing(self) -> Listing:
-        names, labels = [], []
+        names: list[str] = []
+        labels: list[int | None] = []
         for file in self._files:
             for extent, label in self._unpacked(file):
                 names.append(f"{file.name}@{extent}")
                 labels.append(label)
-        listing = by_number(names, labels)
-        classes = _class_names(self._files[0]) or listing.classes
-        return Listing(names=names, labels=labels, classes=classes)
+        listing = by_number_if_any(names, labels)
+        classes = _class_names(self._files[0]) if NO_CLASS not in listing.classes else None
+        return replace(listing, classes=classes or listing.classes)
 
     def read(self, name: str) -> bytes:
         file, _, extent = name.rpartition("@")
         return _read_extent(self._staging / f"{file}.blob", extent)
 
-    def _unpacked(self, file: Path) -> list[tuple[str, int]]:
+    def _unpacked(self, file: Path) -> list[tuple[str, int | None]]:
         """Extent and label of each image, after unpacking them all into one file."""
         done = self._staging / f"{file.name}.extents"
         if not done.exists():
@@ -147,7 +151,7 @@ def _read_extent(path: Path, extent: str) -> bytes:
         return file.read(size)
 
 
-def _rows(file: Path) -> Iterator[tuple[bytes, int]]:
+def _rows(file: Path) -> Iterator[tuple[bytes, int | None]]:
     from pyarrow import parquet, types  # optional: only this source needs it
 
     table = parquet.ParquetFile(file)
@@ -159,11 +163,11 @@ def _rows(file: Path) -> Iterator[tuple[bytes, int]]:
     if label is None and (others := [name for name in schema.names if "label" in name]):
         raise ValueError(f"{file} has no column `label`, but {others}: rename the one you mean")
     for batch in table.iter_batches(batch_size=256, columns=[image, label] if label else [image]):
-        labels = batch.column(label).to_pylist() if label else [0] * len(batch)
-        for value, number in zip(batch.column(image).to_pylist(), labels, strict=True):
-            image_bytes = value["bytes"] if isinstance(value, dict) else value
+        images = [v["bytes"] if isinstance(v, dict) else v for v in batch.column(image).to_pylist()]
+        labels = batch.column(label).to_pylist() if label else [None] * len(batch)
+        for image_bytes, number in zip(images, labels, strict=True):
             # Where there is none, packing will list it with those that cannot be decoded.
-            yield image_bytes or b"", -1 if number is None else number
+            yield image_bytes or b"", -1 if label and number is None else number
 
 
 def _is_bytes(kind: Any) -> bool:

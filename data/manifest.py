@@ -22,6 +22,9 @@ from data.tars import HEADER, INDEX_DTYPE, Index
 MANIFEST = "manifest.json"
 FORMAT = "adm-shards-1"
 
+#: What the class of images without a label is called.
+NO_CLASS = ""
+
 # A name becomes a file in a cache, a part of a URL and a word of a shell command.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -88,6 +91,11 @@ class Shards:
     def count(self) -> int:
         """Images in all."""
         return sum(self.sizes)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each image has a label."""
+        return NO_CLASS not in self.classes
 
     def index(self, shard: int) -> Index:
         """The index of one local shard, mapped into memory that all processes share.

@@ -31,7 +31,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.archives import open_source
-from data.manifest import parse_manifest
+from data.manifest import NO_CLASS, parse_manifest
 from data.plan import Job, PackConfig, Plan, plan
 from data.shards import (
     MANIFEST,
@@ -43,7 +43,7 @@ from data.shards import (
     open_shards,
     write_atomically,
 )
-from data.sources import Source, relabel, renumber
+from data.sources import Listing, Source, relabel, renumber
 from data.tars import ShardWriter
 from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_rgb
 from launch.world import mpi_executor
@@ -89,6 +89,7 @@ def pack(
         listing = open_source(source, staging=out / WORK).listing()
         if class_map:
             listing = relabel(listing, class_map=class_map)
+        _tell_of_missing_labels(listing, source)
         if classes_of:
             listing = renumber(listing, classes=open_shards(classes_of).classes)
         work = plan(listing, source=source, out=out, config=config)
@@ -98,6 +99,16 @@ def pack(
         with executor or nullcontext() as running:
             made = list(_with_progress(_results(work.jobs, running), jobs=work.jobs))
         return _finish(out, work, sorted(made, key=lambda m: m.shard.name))
+
+
+def _tell_of_missing_labels(listing: Listing, source: str) -> None:
+    if NO_CLASS in listing.classes:
+        count = listing.labels.count(listing.classes.index(NO_CLASS))
+        print(
+            f"SOURCE = {source}: {count} of {len(listing.names)} images have no label; "
+            "networks with classes (model.num_classes) do not train on them",
+            file=sys.stderr,
+        )
 
 
 def make_shard(job: Job) -> Made:

@@ -24,6 +24,7 @@ from data import descriptors
 from data.fetch import FetchConfig, Reader, is_local
 from data.manifest import (
     MANIFEST,
+    NO_CLASS,
     Shard,
     Shards,
     check_name,
@@ -79,9 +80,11 @@ def verify(root: str | Path, *, full: bool = False) -> list[str]:
 def index_directory(root: Path) -> Shards:
     """Make index and manifest for the tars in a directory; labels become classes "0" to "max".
 
+    Without labels there is one class, which has no name.
+
     Raises:
-        ValueError: there is a manifest already, there are no tars, one is damaged, or its name is
-            not one that a shard may have.
+        ValueError: there is a manifest already, there are no tars, one is damaged, its name is not
+            one that a shard may have, or some have labels and others none.
     """
     tars = sorted(root.glob("*.tar"))
     if (root / MANIFEST).exists() or not tars:
@@ -93,13 +96,20 @@ def index_directory(root: Path) -> Shards:
         except ValueError as error:
             raise ValueError(f"{tar}: {error}; rename it") from None
     shards, labels = [], [0]
+    kinds: dict[bool, Path] = {}
     for tar in tars:
-        index = index_tar(tar)
+        index, labelled = index_tar(tar)
+        if labelled is not None:
+            kinds.setdefault(labelled, tar)
+        if len(kinds) == 2:
+            raise ValueError(f"{kinds[False]} has no labels, and {kinds[True]} has some")
         labels.append(int(index["label"].max(initial=0)))
         content = index_bytes(index)
         tar.with_suffix(".idx.npy").write_bytes(content)
         shards.append(describe(tar, index, content))
     classes = tuple(str(i) for i in range(max(labels) + 1))
+    if False in kinds:
+        classes = (NO_CLASS,)
     made_by = {"index": "tars made by others"}
     text = manifest_text(tuple(shards), classes=classes, image_size=None, made_by=made_by)
     write_atomically(root / MANIFEST, text.encode())

@@ -16,7 +16,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from data.tars import IMAGE_SUFFIXES
+from data.manifest import NO_CLASS
+from data.tars import IMAGE_SUFFIXES, all_or_no_labels
 
 #: Classes named by numbers below this have them for labels; larger ones are dates and the like.
 _MOST_CLASSES = 65536
@@ -92,7 +93,7 @@ class Digits:
 def by_first_directory(names: Iterable[str]) -> Listing:
     """The images among `names`, with their first directories, sorted, as classes."""
     images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-    return by_class_name(images, [n.split("/", 1)[0] if "/" in n else "" for n in images])
+    return by_class_name(images, [n.split("/", 1)[0] if "/" in n else NO_CLASS for n in images])
 
 
 def by_class_name(names: list[str], classes: list[str]) -> Listing:
@@ -111,6 +112,18 @@ def by_number(names: list[str], labels: list[int]) -> Listing:
     """A listing whose labels are numbers already: they stay as they are."""
     classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
     return Listing(names=names, labels=labels, classes=classes)
+
+
+def by_number_if_any(names: list[str], labels: list[int | None]) -> Listing:
+    """As `by_number`; or without labels, where no image has one.
+
+    Raises:
+        ValueError: some images have a label.
+    """
+    numbers = all_or_no_labels(names, labels)
+    if None in labels:
+        return Listing(names=names, labels=numbers, classes=(NO_CLASS,))
+    return by_number(names, numbers)
 
 
 def relabel(listing: Listing, *, class_map: Path) -> Listing:
@@ -148,8 +161,10 @@ def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     Classes that are numbers already are those of the other dataset's.
 
     Raises:
-        ValueError: a class that the other one does not have.
+        ValueError: a class that the other one does not have, or images without a label.
     """
+    if NO_CLASS in listing.classes:
+        raise ValueError("--classes-of: some images have no label; add --class-map")
     if all(name.isdecimal() for name in listing.classes) and len(listing.classes) <= len(classes):
         return Listing(names=listing.names, labels=listing.labels, classes=classes)
     number = {name: i for i, name in enumerate(classes)}

@@ -22,6 +22,7 @@ INDEX_DTYPE = np.dtype(
     [("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
 )  # of the image's payload
 Index = NDArray[np.void]
+_LARGEST_LABEL = int(np.iinfo(INDEX_DTYPE["label"]).max)
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 
@@ -127,20 +128,28 @@ def scan_tar(path: Path) -> list[TarSample]:
         return [sample for sample in found if sample]
 
 
-def index_tar(path: Path) -> Index:
-    """The index of a tar made by others; images without a label get class 0.
+def index_tar(path: Path) -> tuple[Index, bool | None]:
+    """The index of a tar made by others, and whether its images have labels; None without images.
+
+    Where they have none, the index says 0.
 
     Raises:
-        ValueError: as `scan_tar`.
+        ValueError: as `scan_tar`, some images have a label, or one is out of range.
     """
     rows, samples = [], scan_tar(path)
     labels = all_or_no_labels([f"{path}: {s.name}" for s in samples], [s.label for s in samples])
     with path.open("rb") as file:
         for sample, label in zip(samples, labels, strict=True):
+            if not 0 <= label <= _LARGEST_LABEL:
+                raise ValueError(
+                    f"{path}: {sample.name} has the label {label}: must be from 0 to "
+                    f"{_LARGEST_LABEL}"
+                )
             file.seek(sample.offset)
             crc32 = zlib.crc32(file.read(sample.size))
             rows.append((sample.offset, sample.size, label, crc32))
-    return np.array(rows, dtype=INDEX_DTYPE)
+    labelled = samples[0].label is not None if samples else None
+    return np.array(rows, dtype=INDEX_DTYPE), labelled
 
 
 def all_or_no_labels(names: Sequence[str], labels: Sequence[int | None]) -> list[int]:

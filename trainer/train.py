@@ -23,6 +23,7 @@ from launch.preempt import Preemption
 from launch.world import World, join
 from launch.writer import stop_file
 from trainer import checkpoint as checkpoints
+from trainer import classes
 from trainer import config as configs
 from trainer.adm.objective import Classify, Denoise
 from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
@@ -89,7 +90,7 @@ class Plan:
             config=config.data,
             seed=config.training.seed,
         )
-        _check_classes(config, len(stream.shards.classes))
+        classes.check(config, stream.shards, run=run)
         check_precision(config.training.precision)
         return cls(
             run=run,
@@ -139,10 +140,13 @@ def _train(
         run.open(config, mechanics=plan.mechanics)
     for name, (before, now) in plan.changes.items():
         log(f"{name} changes from {before!r} to {now!r}")
+    if line := classes.untrained(config, plan.stream.shards):
+        log(line)
     watch.mark("building the engine")
     engine, objective = _start(plan, found, device=device)
-    log(f"{'starts' if found is None else f'resumes from checkpoint {found.path.name}'}: "
-        f"{_facts(config, engine=engine, world=world)}")  # fmt: skip
+    begins = "starts" if found is None else f"resumes from checkpoint {found.path.name}"
+    facts = _facts(config, engine=engine, world=world)
+    log(f"{begins}: {facts}, {classes.extent(config, plan.stream.shards)}")
     with ExitStack() as stack:
         stream = stack.enter_context(plan.stream)
         board = None
@@ -187,15 +191,6 @@ def _is_asked_to_stop(run: Run) -> bool:
     asked = [run.is_asked_to_stop]  # the main rank's, which holds the run
     dist.broadcast_object_list(asked)
     return asked[0]
-
-
-def _check_classes(config: Config, found: int) -> None:
-    classes = config.model.num_classes
-    if classes is not None and found > classes:
-        raise ValueError(
-            f"{config.data.shards} has {found} classes, the network {classes}: "
-            f"set model.num_classes to {found}"
-        )
 
 
 def _resume_point(plan: Plan, *, world: World) -> Checkpoint | None:

@@ -1,0 +1,205 @@
+"""Networks with classes train on labelled images only, and the log says on which."""
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from data.pack import pack
+from data.plan import PackConfig
+from data.shards import Shards, index_directory, open_shards
+from tests import ranks
+from tests.data_fixtures import image_file
+from trainer import config as configs
+from trainer.run import Run
+from trainer.train import Plan, parser
+
+IMAGES = 12
+
+
+def png(i: int) -> bytes:
+    return image_file(i, width=8, height=8, kind="PNG")
+
+
+def folder(root: Path, names: Callable[[int], str]) -> Path:
+    """A folder of images with these names."""
+    for i in range(IMAGES):
+        path = root / "source" / names(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(i))
+    return root / "source"
+
+
+def packed(source: Path | str, root: Path) -> Shards:
+    pack(str(source), out=root / "shards", config=PackConfig(size=8))
+    return open_shards(root / "shards")
+
+
+def tars(root: Path, *, suffix: str, texts: list[str]) -> Path:
+    """Two tars of images, each with a file of another suffix beside it."""
+    source = folder(root / "files", lambda i: f"{i}.png")
+    (root / "tars").mkdir()
+    for part in range(2):
+        with tarfile.open(root / "tars" / f"{part}.tar", "w") as tar:
+            for i in range(part, IMAGES, 2):
+                (source / f"{i}.{suffix}").write_text(texts[i])
+                for name in (f"{i}.{suffix}", f"{i}.png"):
+                    tar.add(source / name, arcname=name)
+    return root / "tars"
+
+
+def flat_folder(root: Path) -> Shards:
+    return packed(folder(root, lambda i: f"cat_{i}.png"), root)
+
+
+def images_beside_the_class_folders(root: Path) -> Shards:
+    return packed(folder(root, lambda i: f"{i}.png" if i < 3 else f"n{i % 2}/{i}.png"), root)
+
+
+def one_folder(root: Path) -> Shards:
+    return packed(folder(root, lambda i: f"images/{i}.png"), root)
+
+
+def packed_tars_without_labels(root: Path) -> Shards:
+    return packed(tars(root, suffix="txt", texts=IMAGES * ["a cat"]), root)
+
+
+def indexed_tars_without_labels(root: Path) -> Shards:
+    return index_directory(tars(root, suffix="txt", texts=IMAGES * ["a cat"]))
+
+
+def indexed_tars_with_captions_for_labels(root: Path) -> Shards:
+    return index_directory(tars(root, suffix="json", texts=IMAGES * ['{"label": "a cat"}']))
+
+
+def indexed_tars_that_all_say_0(root: Path) -> Shards:
+    return index_directory(tars(root, suffix="cls", texts=IMAGES * ["0"]))
+
+
+def parquet_without_labels(root: Path) -> Shards:
+    table = pa.table({"image": [png(i) for i in range(IMAGES)]})
+    parquet.write_table(table, root / "train-0.parquet")
+    return packed(root / "train-0.parquet", root)
+
+
+def make(run: Path, preset: Path | str, shards: Shards, *changes: str) -> Plan:
+    sets = [f'data.shards = "{shards.root}"', "data.streams = 4", *changes]
+    words = [word for change in sets for word in ("--set", change)]
+    return Plan.make(parser().parse_args([str(preset), "--run", str(run), *words]), ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "lack"),
+    [
+        (flat_folder, "the images have no labels"),
+        (images_beside_the_class_folders, "some images have no label"),
+        (one_folder, "all images have the same label, 'images'"),
+        (packed_tars_without_labels, "the images have no labels"),
+        (indexed_tars_without_labels, "the images have no labels"),
+        (indexed_tars_with_captions_for_labels, "the images have no labels"),
+        (indexed_tars_that_all_say_0, "all images have the same label, '0'"),
+        (parquet_without_labels, "the images have no labels"),
+    ],
+)
+def test_training_classes_on_images_without_labels_is_refused(
+    tmp_path: Path, tiny: Path, dataset: Callable[[Path], Shards], lack: str
+) -> None:
+    shards = dataset(tmp_path)
+    with pytest.raises(ValueError) as raised:
+        make(tmp_path / "run", tiny, shards)
+    assert f"{shards.root}: {lack}" in str(raised.value)
+    assert "model.num_classes = 10: pack the images again" in str(raised.value)
+    assert "--unset model.num_classes" in str(raised.value)
+    with pytest.raises(ValueError) as raised:
+        make(tmp_path / "run", "digits_classifier", shards)
+    assert lack in str(raised.value) and "--unset" not in str(raised.value)
+
+
+def test_training_one_class_on_images_without_labels_is_refused_too(
+    tmp_path: Path, tiny: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"no labels, but model\.num_classes = 1"):
+        make(tmp_path / "run", tiny, flat_folder(tmp_path / "flat"), "model.num_classes = 1")
+    make(tmp_path / "run", tiny, one_folder(tmp_path / "one"), "model.num_classes = 1")
+
+
+def test_training_without_classes_needs_no_labels(tmp_path: Path, tiny: Path, digits: Path) -> None:
+    preset = tmp_path / "unconditional.toml"
+    preset.write_text(tiny.read_text().replace("num_classes = 10\n", ""))
+    for shards in (flat_folder(tmp_path), open_shards(digits)):
+        assert make(tmp_path / "run", preset, shards).config.model.num_classes is None
+
+
+def test_resuming_a_run_that_was_trained_without_labels_says_to_start_another(
+    tmp_path: Path, tiny: Path
+) -> None:
+    shards, run = flat_folder(tmp_path), Run(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    changes = [f'data.shards = "{shards.root}"', "data.streams = 4"]
+    run.config_file.write_text(configs.to_toml(configs.load(tiny, changes)))
+    with pytest.raises(ValueError, match=r"run was trained on these shards: start another run"):
+        make(run.path, tiny, shards)
+
+
+def test_packing_a_flat_folder_says_that_there_are_no_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat_folder(tmp_path / "flat")
+    assert "12 of 12 images have no label" in capsys.readouterr().err
+    images_beside_the_class_folders(tmp_path / "mixed")
+    assert "3 of 12 images have no label" in capsys.readouterr().err
+    one_folder(tmp_path / "one")
+    assert "no label" not in capsys.readouterr().err
+
+
+def test_numbering_unlabelled_tars_as_another_dataset_is_refused(
+    tmp_path: Path, digits: Path
+) -> None:
+    source = tars(tmp_path, suffix="txt", texts=IMAGES * ["a cat"])
+    with pytest.raises(ValueError, match=r"--classes-of: some images have no label"):
+        pack(str(source), out=tmp_path / "out", config=PackConfig(size=8), classes_of=digits)
+
+
+def test_indexing_tars_of_which_some_have_no_labels_is_refused(tmp_path: Path) -> None:
+    root = tars(tmp_path, suffix="cls", texts=[str(i) for i in range(IMAGES)])
+    plain = tars(tmp_path / "plain", suffix="txt", texts=IMAGES * [""])
+    shutil.copy(plain / "1.tar", root / "1.tar")
+    with pytest.raises(ValueError, match=r"1\.tar has no labels, and .*0\.tar has"):
+        index_directory(root)
+
+
+@pytest.mark.parametrize("label", [-1, 2**31])
+def test_indexing_tars_with_labels_out_of_range_is_refused(tmp_path: Path, label: int) -> None:
+    root = tars(tmp_path, suffix="cls", texts=[*(IMAGES - 1) * ["3"], str(label)])
+    with pytest.raises(ValueError, match=rf"1\.tar: 11\.png has the label {label}: must be from 0"):
+        index_directory(root)
+
+
+def test_indexing_labelled_tars_keeps_their_manifest(tmp_path: Path) -> None:
+    """Runs on them resume after they were indexed again."""
+    root = tars(tmp_path, suffix="cls", texts=[str(i % 3) for i in range(IMAGES)])
+    assert index_directory(root).classes == ("0", "1", "2")
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert manifest["made_by"] == {"index": "tars made by others"}
+
+
+def test_training_on_fewer_classes_than_the_network_has_is_in_the_log(
+    tmp_path: Path, tiny: Path, digits: Path
+) -> None:
+    runs, changes = [], (["model.num_classes = 12"], ["model.num_classes = 11"], [])
+    for i, sets in enumerate(changes):
+        words = [word for change in (*sets, "training.images = 8") for word in ("--set", change)]
+        runs.append(["train", str(tiny), "--run", str(tmp_path / f"run-{i}"), *words])
+    job = ranks.start(tmp_path / "job", ranks=1, runs=runs)
+    job.wait()
+    assert job.statuses == [0, 0, 0]
+    more, one_more, equal = ((tmp_path / f"run-{i}" / "log.txt").read_text() for i in range(3))
+    assert f"{digits} has 10 classes, the network 12: classes 10 to 11 are never trained" in more
+    assert f"{digits} has 10 classes, the network 11: class 10 is never trained" in one_more
+    assert "never trained" not in equal
+    assert "starts: denoise" in equal and "1,797 images in 10 classes, 0.0 epochs" in equal

@@ -1,0 +1,63 @@
+"""Whether the classes of the shards fit those of the network, and what a run is trained on."""
+
+from data.shards import Shards
+from trainer.config import Config
+from trainer.run import Run
+
+
+def check(config: Config, shards: Shards, *, run: Run) -> None:
+    """Return if the shards have labels that the network can be trained on, or it needs none.
+
+    Raises:
+        ValueError: there are no labels, one for all images, or more than the network has.
+    """
+    classes, found = config.model.num_classes, len(shards.classes)
+    if classes is None:
+        return
+    if not shards.labelled or found == 1 < classes:
+        raise ValueError(
+            f"{config.data.shards}: {_lack(shards)}, but model.num_classes = {classes}: "
+            f"{_ways_out(config, run)}"
+        )
+    if found > classes:
+        raise ValueError(
+            f"{config.data.shards} has {found} classes, the network {classes}: "
+            f"set model.num_classes to {found}"
+        )
+
+
+def untrained(config: Config, shards: Shards) -> str:
+    """A line for the log where the network has more classes than the shards; or nothing."""
+    classes, found = config.model.num_classes, len(shards.classes)
+    if classes is None or found >= classes:
+        return ""
+    last = classes - 1
+    which = f"class {last} is" if found == last else f"classes {found} to {last} are"
+    return f"{config.data.shards} has {found} classes, the network {classes}: {which} never trained"
+
+
+def extent(config: Config, shards: Shards) -> str:
+    """What a run is trained on and how often it sees that, for the line that it starts with."""
+    count = len(shards.classes)
+    kind = f"in {count} class{'es' if count > 1 else ''}" if shards.labelled else "without labels"
+    epochs = config.training.images / shards.count
+    return f"{shards.count:,} images {kind}, {epochs:,.1f} epochs"
+
+
+def _lack(shards: Shards) -> str:
+    if shards.labelled:
+        return f"all images have the same label, {shards.classes[0]!r}"
+    if len(shards.classes) == 1:
+        return "the images have no labels"
+    return "some images have no label (they lie beside the folders of the classes)"
+
+
+def _ways_out(config: Config, run: Run) -> str:
+    pack = "pack the images again with a folder for each class or with --class-map"
+    unset = ", or train a network without classes: --unset model.num_classes"
+    again = f". {run.path} was trained on these shards: start another run"
+    return (
+        pack
+        + (unset if config.objective == "denoise" else "")
+        + (again if run.checkpoints.exists() else "")
+    )
