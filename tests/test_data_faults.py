@@ -384,17 +384,15 @@ def test_commands_on_more_shards_than_files_may_be_open(
     assert done.returncode == 0, done.stderr
 
 
-def test_commands_raise_the_soft_limit_of_open_files() -> None:
+def test_a_command_raises_the_soft_limit_of_open_files(many: Shards) -> None:
     script = (
-        "import resource\n"
-        "from data import descriptors\n"
+        "import resource, sys\n"
+        "from data.shards import main\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))\n"
-        "assert descriptors.share() == 50\n"
-        "descriptors.raise_limit()\n"
+        "assert main(['verify', sys.argv[1]]) == 0\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)\n"
-        "assert descriptors.share() == 100\n"
     )
-    done = few_files(["-c", script])
+    done = few_files(["-c", script, many.root])
     assert done.returncode == 0, done.stderr
 
 
