@@ -27,9 +27,21 @@ class Preemption:
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
+    def record_early(self) -> None:
+        """Set `requested` already before this is entered; but let Ctrl-C end the process at once.
+
+        For a process that has long imports ahead of it, in which a signal would kill it.
+        """
+        for number in (n for n in self._signals if n != signal.SIGINT):
+            signal.signal(number, self._on_signal)
+            # A signal that is repeated must not kill Python while it ends.
+            self._before[number] = signal.SIG_IGN
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     def __enter__(self) -> "Preemption":
         for number in self._signals:
-            self._before[number] = signal.signal(number, self._on_signal)
+            self._before.setdefault(number, signal.signal(number, self._on_signal))
         return self
 
     def __exit__(self, *_: object) -> None:

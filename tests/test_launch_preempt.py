@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from launch import preempt
 from launch.preempt import Preemption
+from tests.cluster import ROOT
 
 
 def test_a_signal_is_remembered_and_a_repeated_one_harmless() -> None:
@@ -24,3 +27,21 @@ def test_an_insistent_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None
     with Preemption(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_process_records_signals_early_and_is_not_killed_as_it_ends() -> None:
+    code = (
+        "import os, signal\n"
+        "from launch.preempt import Preemption\n"
+        "early = Preemption()\n"
+        "early.record_early()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "with early as preemption:\n"
+        "    assert preemption.requested == 'SIGUSR1'\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):\n"
+        "        kill(pid, number)\n"
+        "os.last = Last()\n"  # goes with the modules, when Python has taken its handlers back
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

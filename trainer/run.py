@@ -81,8 +81,8 @@ class Run:
         return configs.changes_between(configs.load(self.config_file), config)
 
     def _contents(self) -> list[Path]:
-        """What is there besides what the launcher puts there ahead of the first start."""
-        return [p for p in self.path.iterdir() if p.name not in ("launch", "code")]
+        """What is there besides the launcher's, and the log of starts that left before a step."""
+        return [p for p in self.path.iterdir() if p.name not in ("launch", "code", "log.txt")]
 
     def open(self, config: Config, *, mechanics: dict[str, Any]) -> None:
         """Create the directory, or update its record of the config."""

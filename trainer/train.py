@@ -5,11 +5,18 @@ status 75; the same command resumes. A finished run says so and leaves with stat
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from launch.preempt import Preemption
+
+if __name__ == "__main__":
+    # Importing torch takes seconds, in which a stop signal would kill the process.
+    _EARLY = Preemption()
+    _EARLY.record_early()
 
 import torch
 import torch.distributed as dist
@@ -19,7 +26,7 @@ from torch import Tensor
 from data import descriptors
 from data.shards import open_shards
 from data.stream import Batch, Stream, to_device
-from launch.preempt import Preemption
+from launch.exits import TO_BE_CONTINUED
 from launch.world import World, join
 from launch.writer import stop_file
 from trainer import checkpoint as checkpoints
@@ -130,12 +137,16 @@ def _train(
     if _is_asked_to_stop(run):
         log(f"asked to stop: `python -m launch` goes on with it, or remove {stop_file(run.path)}")
         return 0
+    if _is_told_to_leave(preemption, log=log):
+        return TO_BE_CONTINUED
     watch.mark("verifying checkpoints")
     found = _resume_point(plan, world=world)
     images = 0 if found is None else found.images
     if images >= config.training.images:
         log(f"the run is finished: {images:,} images")
         return 0
+    if _is_told_to_leave(preemption, log=log):
+        return TO_BE_CONTINUED
     if world.is_main:
         run.open(config, mechanics=plan.mechanics)
     for name, (before, now) in plan.changes.items():
@@ -147,6 +158,8 @@ def _train(
     begins = "starts" if found is None else f"resumes from checkpoint {found.path.name}"
     facts = _facts(config, engine=engine, world=world)
     log(f"{begins}: {facts}, {classes.extent(config, plan.stream.shards)}")
+    if _is_told_to_leave(preemption, log=log):
+        return TO_BE_CONTINUED
     with ExitStack() as stack:
         stream = stack.enter_context(plan.stream)
         board = None
@@ -191,6 +204,15 @@ def _is_asked_to_stop(run: Run) -> bool:
     asked = [run.is_asked_to_stop]  # the main rank's, which holds the run
     dist.broadcast_object_list(asked)
     return asked[0]
+
+
+def _is_told_to_leave(preemption: Preemption, *, log: Callable[[str], None]) -> bool:
+    """Whether a signal has reached any rank before the first step, so that nothing is to save."""
+    told = torch.tensor(preemption.requested is not None, dtype=torch.int32)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    if told:
+        log("stopped by a signal before the first step; the same command goes on")
+    return bool(told)
 
 
 def _resume_point(plan: Plan, *, world: World) -> Checkpoint | None:
@@ -287,13 +309,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     descriptors.raise_limit()
     world = join(expected_size=arguments.ranks)
     with (
-        Preemption() as preemption,
+        preemption or Preemption() as preemption,
         connected(world, patience=arguments.patience) as device,
         Watch(world, patience=arguments.patience) as watch,
     ):
@@ -301,4 +323,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_as_rank(main)
+    run_as_rank(lambda: main(preemption=_EARLY))

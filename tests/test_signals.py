@@ -1,0 +1,71 @@
+"""A signal that comes while a rank is being started, to the process that a user starts."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.exits import TO_BE_CONTINUED
+from tests import ranks
+
+#: Tells on stdout that the trainer imports torch, and waits for a line on stdin.
+_SITE = """\
+import sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            print("importing", flush=True)
+            sys.stdin.readline()
+
+sys.meta_path.insert(0, Stop())
+"""
+
+
+def start(run: Path, preset: Path, *, pause: Path | None = None) -> "subprocess.Popen[str]":
+    """`python -m trainer.train`; with `pause`, a directory, it waits where it imports torch."""
+    env = ranks.environment()
+    if pause is not None:
+        (pause / "sitecustomize.py").write_text(_SITE)
+        env["PYTHONPATH"] = str(pause)
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer.train", str(preset), "--run", str(run)],
+        cwd=ranks.ROOT, env=env, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def signalled_in_import(run: Path, preset: Path, number: signal.Signals) -> tuple[int, str]:
+    """The status of a trainer that gets a signal as it imports torch, and what it printed."""
+    run.parent.mkdir(exist_ok=True)
+    process = start(run, preset, pause=run.parent)
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    said = process.communicate("\n", timeout=ranks.LIMIT)[0]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
+    tmp_path: Path, tiny: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "own" / "run"
+    status, said = signalled_in_import(run, tiny, number)
+    assert status == TO_BE_CONTINUED, said
+    assert said.endswith("stopped by a signal before the first step; the same command goes on\n")
+    assert not (run / "checkpoints").exists()
+    again = start(run, tiny)
+    said = again.communicate(timeout=ranks.LIMIT)[0]
+    assert again.returncode == 0 and "finished" in said, said
+    assert "starts: denoise" in said
+
+
+def test_ctrl_c_while_torch_is_imported_ends_the_process_without_a_traceback(
+    tmp_path: Path, tiny: Path
+) -> None:
+    status, said = signalled_in_import(tmp_path / "own" / "run", tiny, signal.SIGINT)
+    assert (status, said) == (-signal.SIGINT, "")
+    assert not (tmp_path / "own" / "run").exists()
