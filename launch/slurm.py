@@ -23,8 +23,10 @@ job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
 start=${{SLURM_RESTART_COUNT:-0}}
 told=
+timer=
+status=
 trap leave USR1
-trap : TERM  # the ranks save; this shell stays to say what became of them
+trap told=yes TERM  # the ranks get it too; this shell stays to say what became of them
 
 say() {{
   printf '%s  job %s start %s: %s\\n' "$(date '+%F %T')" "$job" "$start" "$*" |
@@ -46,11 +48,12 @@ insist() {{
 }}
 
 # A cancelled job stays so, and a shell whose node Slurm gave up must not touch the next start.
-# Without progress since the last time that a start did not save, another one would not help.
+# Without progress since the last start that failed, another one would not help. A start that was
+# told to leave did not fail, however it ended.
 again() {{
   case $(insist scontrol show job -o "$job") in
     *" JobState=RUNNING "*" Restarts=$start "*)
-      if [ "$1" != saved ]; then
+      if [ "$status" != {more} ] && [ -z "$told" ]; then
         if [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
           say "$1, for the second time at checkpoint $(newest): not started again"
           return
@@ -64,24 +67,40 @@ again() {{
   esac
 }}
 
+# The signal is repeated, since a rank that is being started misses it. Beyond the time limit Slurm
+# would not start the job again.
 leave() {{
   told=yes
-  scancel --signal=USR1 "$job"
-  # Beyond the time limit Slurm would not start the job again.
-  {{ sleep {seconds}; again "did not leave in {seconds} s"; }} &
+  [ -z "$timer" ] || return
+  {{
+    for try in 1 2 3 4 5 6 7 8 9; do
+      scancel --signal=USR1 "$job" &
+      sleep {tenth}
+    done
+    again "did not leave in {seconds} s"
+  }} &
   timer=$!
+}}
+
+# A trap runs while bash waits, but not while a command runs in the foreground.
+finish() {{
+  wait "$1"
+  while kill -0 "$1" 2> /dev/null; do wait "$1"; done  # a signal ended the wait before
+  wait "$1"
 }}
 
 {preamble}
 
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
-{check}{srun} &
-ranks=$!
-wait "$ranks"
-while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ended the wait before
-wait "$ranks"
+{check}if [ -n "$told" ]; then
+  [ -z "$timer" ] || kill "$timer"
+  again "told to leave before the ranks were started"
+  exit {more}
+fi
+{srun} &
+finish $!
 status=$?
-[ -z "$told" ] || kill "$timer" 2> /dev/null
+[ -z "$timer" ] || kill "$timer" 2> /dev/null
 
 case $status in
   0)  # also what srun says when Slurm has given the job's node up
@@ -91,30 +110,53 @@ case $status in
       *) again "srun ended in mid-run" ;;
     esac ;;
   {refused}) say "refused for the reason above; not started again" ;;
-  {more}) if [ -e "$run/launch/stop" ]; then say "stopped as asked"; else again saved; fi ;;
-  *) again "${{told:+told to leave before it could save, }}failed with status $status" ;;
+  {more})
+    if [ -e "$run/launch/stop" ]; then
+      say "stopped as asked"
+    elif tail -n 1 "$run/log.txt" 2> /dev/null | grep -q "before the first step"; then
+      again "told to leave before the first step"
+    else
+      again saved
+    fi ;;
+  *)
+    if [ -n "$told" ]; then
+      again "told to leave, ended with status $status"
+    else
+      again "failed with status $status"
+    fi ;;
 esac
 exit $status
 """
 
 _CHECK = """\
-{command} || {{
+{command} &
+finish $!
+status=$?
+if [ -z "$told" ] && [ $status -gt 128 ]; then
+  again "a signal ended the check: status $status"
+  exit $status
+elif [ -z "$told" ] && [ $status != 0 ]; then
   say "the check above found a fault; not started"
   exit {refused}
-}}
+fi
 """
+
+#: Until the trainer's first line Python has no handler, and either signal would kill the rank.
+_WITHOUT_SIGNALS = ("sh", "-c", 'trap "" USR1 TERM; exec "$0" "$@"')
 
 
 def text(job: Job) -> str:
     """The batch script of one run."""
     header = _header(job, output=f"{job.records}/slurm-%j.out")
+    python, seconds = job.cluster.python, job.cluster.slurm.seconds_to_save
     check = ""
     if job.check:
-        check = _CHECK.format(command=_srun(job, job.checking), refused=REFUSED)
+        check = _CHECK.format(command=_srun(job, python, *job.checking), refused=REFUSED)
     body = _BODY.format(
         name=job.name, nodes=job.nodes, gpus=job.gpus_per_node, run=quoted([job.run]),
-        seconds=max(1, job.cluster.slurm.seconds_to_save * 9 // 10), preamble=preamble(job),
-        check=check, srun=_srun(job, job.training), refused=REFUSED, more=TO_BE_CONTINUED,
+        tenth=f"{seconds / 10:g}", seconds=f"{seconds * 9 / 10:g}", preamble=preamble(job),
+        check=check, srun=_srun(job, *_WITHOUT_SIGNALS, python, *job.training),
+        refused=REFUSED, more=TO_BE_CONTINUED,
     )  # fmt: skip
     return f"{header}\n{body}"
 
@@ -157,7 +199,7 @@ def _header(job: Job, *, output: str, array: str | None = None) -> str:
     return "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in lines)
 
 
-def _srun(job: Job, words: Sequence[str]) -> str:
+def _srun(job: Job, *program: str) -> str:
     """One task per GPU.
 
     When one ends the others have a minute to end by themselves: to be killed at once, as by
@@ -170,7 +212,7 @@ def _srun(job: Job, words: Sequence[str]) -> str:
     cpus = job.cluster.slurm.cpus_per_task
     per_task = [f"--cpus-per-task={cpus}"] if cpus else []
     start = command("srun", "--kill-on-bad-exit=0", "--wait=60", "--label", *per_task, *options)
-    return f"{start} \\\n  {command(*inside, job.cluster.python, *words)}"
+    return f"{start} \\\n  {command(*inside, *program)}"
 
 
 def submit(script: Path) -> str:

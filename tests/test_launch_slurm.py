@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 
 import pytest
 
@@ -72,6 +73,23 @@ def test_preemption_power_loss_and_cancellation(site: Site, undisturbed: dict[in
     assert "start 2: saved; cancelled, or already started again" in events
     assert f"checkpoint {site.rows('tried')[-1]['images']:012d} committed" in site.log("tried")
     assert same_as(site.losses("tried"), undisturbed)
+
+
+def test_two_preemptions_while_the_ranks_start_are_no_failures(site: Site) -> None:
+    job = site.submit("early", site.settings("slurm"), nodes=1)
+    for starts in (1, 2):
+        wait_until(
+            lambda starts=starts: site.events("early").count("begins on") == starts,
+            f"start {starts} of the run",
+        )
+        time.sleep(2)  # the ranks import torch
+        site.cluster.run("ctl", "scancel", "--signal=USR1", "--batch", job)
+    site.wait_gone(job)
+    events = site.events("early")
+    assert "failed" not in events and "second time" not in events, events
+    assert events.endswith(": finished\n"), f"{events}\n{site.output('early')[-3000:]}"
+    assert events.count("begins on") >= 3, events
+    assert not (site.run("early") / "launch" / "failed-at").exists()
 
 
 def test_an_old_rank_that_outlives_its_job_does_not_write(site: Site) -> None:

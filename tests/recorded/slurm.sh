@@ -21,8 +21,10 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 start=${SLURM_RESTART_COUNT:-0}
 told=
+timer=
+status=
 trap leave USR1
-trap : TERM  # the ranks save; this shell stays to say what became of them
+trap told=yes TERM  # the ranks get it too; this shell stays to say what became of them
 
 say() {
   printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$job" "$start" "$*" |
@@ -44,11 +46,12 @@ insist() {
 }
 
 # A cancelled job stays so, and a shell whose node Slurm gave up must not touch the next start.
-# Without progress since the last time that a start did not save, another one would not help.
+# Without progress since the last start that failed, another one would not help. A start that was
+# told to leave did not fail, however it ended.
 again() {
   case $(insist scontrol show job -o "$job") in
     *" JobState=RUNNING "*" Restarts=$start "*)
-      if [ "$1" != saved ]; then
+      if [ "$status" != 75 ] && [ -z "$told" ]; then
         if [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
           say "$1, for the second time at checkpoint $(newest): not started again"
           return
@@ -62,12 +65,26 @@ again() {
   esac
 }
 
+# The signal is repeated, since a rank that is being started misses it. Beyond the time limit Slurm
+# would not start the job again.
 leave() {
   told=yes
-  scancel --signal=USR1 "$job"
-  # Beyond the time limit Slurm would not start the job again.
-  { sleep 270; again "did not leave in 270 s"; } &
+  [ -z "$timer" ] || return
+  {
+    for try in 1 2 3 4 5 6 7 8 9; do
+      scancel --signal=USR1 "$job" &
+      sleep 30
+    done
+    again "did not leave in 270 s"
+  } &
   timer=$!
+}
+
+# A trap runs while bash waits, but not while a command runs in the foreground.
+finish() {
+  wait "$1"
+  while kill -0 "$1" 2> /dev/null; do wait "$1"; done  # a signal ended the wait before
+  wait "$1"
 }
 
 cd /home/me/adm
@@ -88,28 +105,36 @@ srun \
   /home/me/adm/.venv/bin/python -m launch check \
   --ranks 512 \
   --run /runs/imagenet64 \
-  --data /scratch/shards/imagenet64 || {
+  --data /scratch/shards/imagenet64 &
+finish $!
+status=$?
+if [ -z "$told" ] && [ $status -gt 128 ]; then
+  again "a signal ended the check: status $status"
+  exit $status
+elif [ -z "$told" ] && [ $status != 0 ]; then
   say "the check above found a fault; not started"
   exit 78
-}
+fi
+if [ -n "$told" ]; then
+  [ -z "$timer" ] || kill "$timer"
+  again "told to leave before the ranks were started"
+  exit 75
+fi
 srun \
   --kill-on-bad-exit=0 \
   --wait=60 \
   --label \
   --cpus-per-task=12 \
-  /home/me/adm/.venv/bin/python -m trainer.train /runs/imagenet64/launch/preset.toml \
+  sh -c 'trap "" USR1 TERM; exec "$0" "$@"' /home/me/adm/.venv/bin/python -m trainer.train /runs/imagenet64/launch/preset.toml \
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \
   --ranks 512 \
   --patience 600 \
   --set 'training.lr = 1e-4' \
   --set 'training.precision = "bf16"' &
-ranks=$!
-wait "$ranks"
-while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ended the wait before
-wait "$ranks"
+finish $!
 status=$?
-[ -z "$told" ] || kill "$timer" 2> /dev/null
+[ -z "$timer" ] || kill "$timer" 2> /dev/null
 
 case $status in
   0)  # also what srun says when Slurm has given the job's node up
@@ -119,7 +144,19 @@ case $status in
       *) again "srun ended in mid-run" ;;
     esac ;;
   78) say "refused for the reason above; not started again" ;;
-  75) if [ -e "$run/launch/stop" ]; then say "stopped as asked"; else again saved; fi ;;
-  *) again "${told:+told to leave before it could save, }failed with status $status" ;;
+  75)
+    if [ -e "$run/launch/stop" ]; then
+      say "stopped as asked"
+    elif tail -n 1 "$run/log.txt" 2> /dev/null | grep -q "before the first step"; then
+      again "told to leave before the first step"
+    else
+      again saved
+    fi ;;
+  *)
+    if [ -n "$told" ]; then
+      again "told to leave, ended with status $status"
+    else
+      again "failed with status $status"
+    fi ;;
 esac
 exit $status

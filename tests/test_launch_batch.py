@@ -1,0 +1,162 @@
+"""The batch script under bash, with stand-ins for Slurm's programs: what is started again."""
+
+import os
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from launch import cluster as clusters
+from launch import slurm
+from launch.job import Job
+from tests.cluster import ROOT
+
+#: Ahead of what a test's own lines do, a stand-in notes its process for the others.
+_PROGRAMS = {
+    "srun": """\
+case "$*" in *"launch check"*) step=check ;; *) step=ranks ;; esac
+echo $step >> started
+echo $$ > step
+tell() { kill -s "$1" "$PPID"; }
+. ./$step.sh""",
+    "scancel": 'kill -USR1 "$(cat step)"; touch signalled',
+    "scontrol": """\
+case $1 in
+  show)
+    [ -e requeued ] && state=COMPLETING
+    echo " JobState=${state:-RUNNING} Reason=None Restarts=$SLURM_RESTART_COUNT BatchFlag=1 " ;;
+  requeue) touch requeued ;;
+esac""",
+}
+#: A minute, or until the job is put back into the queue, when Slurm kills its ranks.
+LAST = "for try in {1..600}; do [ ! -e requeued ] || kill -9 $$; sleep 0.1; done"
+
+
+@dataclass
+class Bash:
+    """Starts a job's script, as Slurm does, in a directory with the stand-ins."""
+
+    directory: Path
+
+    def start(
+        self,
+        number: int = 0,
+        *,
+        ranks: str,
+        check: str | None = None,
+        setup: str = ":",
+        seconds_to_save: int = 1,
+    ) -> int:
+        """Run a start of the job; the status it ends with.
+
+        `ranks` and `check` are what those steps do; `tell USR1` signals the script.
+        """
+        settings = clusters.load(ROOT / "launch" / "clusters" / "slurm.toml")
+        hurry = replace(settings.slurm, seconds_to_save=seconds_to_save)
+        job = Job(
+            run=self.directory / "run", nodes=1, gpus_per_node=1, directory=self.directory,
+            cluster=replace(settings, slurm=hurry, setup=(setup,)), check=check is not None,
+        )  # fmt: skip
+        job.records.mkdir(parents=True, exist_ok=True)
+        (self.directory / "requeued").unlink(missing_ok=True)
+        for name, lines in {"ranks": ranks, "check": check or ""}.items():
+            (self.directory / f"{name}.sh").write_text(f"{lines}\n")
+        for name, text in _PROGRAMS.items():
+            file = self.directory / "bin" / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f"#!/bin/bash\n{text}\n")
+            file.chmod(0o755)
+        env = {
+            "PATH": f"{self.directory}/bin:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n1",
+            "SLURM_RESTART_COUNT": str(number),
+        }
+        script = subprocess.run(["bash"], input=slurm.text(job), text=True, env=env, timeout=120)
+        return script.returncode
+
+    def text(self, name: str) -> str:
+        file = self.directory / name
+        return file.read_text() if file.exists() else ""
+
+    @property
+    def events(self) -> str:
+        return self.text("run/launch/events.txt")
+
+    @property
+    def requeued(self) -> bool:
+        """Whether the last start put the job back into the queue."""
+        return (self.directory / "requeued").exists()
+
+
+@pytest.fixture
+def bash(tmp_path: Path) -> Bash:
+    return Bash(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        "tell USR1; exec sleep 300",  # they die from the signal
+        f"trap 'exit 75' USR1; tell USR1; {LAST}",
+        f"trap 'exit 0' USR1; tell USR1; {LAST}",
+        f"trap 'exit 1' USR1; tell USR1; {LAST}",
+        f"trap '' USR1; tell USR1; {LAST}",
+        "tell TERM; kill -TERM $$",
+    ],
+    ids=["killed", "75", "0", "1", "stays", "TERM"],
+)
+def test_a_job_that_is_told_to_leave_at_every_start_goes_on(bash: Bash, ranks: str) -> None:
+    for number in range(3):
+        bash.start(number, ranks=ranks)
+        assert bash.requeued, bash.events
+    assert bash.events.count("goes on from checkpoint none") == 3
+    assert "failed" not in bash.events and not bash.text("run/launch/failed-at")
+
+
+def test_a_job_that_is_told_to_leave_before_its_ranks_start_starts_none(bash: Bash) -> None:
+    assert bash.start(ranks="exit 1", setup="kill -USR1 $$") == 75
+    assert "told to leave before the ranks were started; goes on" in bash.events
+    assert bash.text("started") == ""
+    assert bash.requeued
+
+
+def test_a_job_that_is_told_to_leave_during_the_check_is_no_fault_of_a_node(bash: Bash) -> None:
+    assert bash.start(ranks="exit 1", check="tell USR1; exec sleep 300") == 75
+    assert "told to leave before the ranks were started; goes on" in bash.events
+    assert bash.text("started") == "check\n"
+    assert bash.requeued
+
+
+def test_a_signal_that_comes_while_the_ranks_are_started_is_repeated(bash: Bash) -> None:
+    late = f"""\
+trap '' USR1
+tell USR1
+until [ -e signalled ]; do sleep 0.1; done
+trap 'exit 75' USR1
+{LAST}"""
+    assert bash.start(ranks=late, seconds_to_save=20) == 75
+    assert "saved; goes on" in bash.events
+
+
+def test_a_check_that_slurm_ends_is_no_fault_of_a_node(bash: Bash) -> None:
+    bash.start(ranks="exit 1", check="kill -TERM $$")
+    assert "a signal ended the check: status 143; goes on" in bash.events
+    assert bash.requeued
+
+
+def test_what_was_not_told_to_leave_fails_twice(bash: Bash) -> None:
+    for number in range(2):
+        assert bash.start(number, ranks="exit 1") == 1
+        assert bash.requeued == (number == 0)
+    assert "failed with status 1; goes on" in bash.events
+    assert "failed with status 1, for the second time at checkpoint none" in bash.events
+
+
+def test_what_is_refused_or_faulty_is_not_started_again(bash: Bash) -> None:
+    assert bash.start(ranks="tell USR1; exit 78") == 78
+    assert bash.start(ranks="exit 0", check="exit 1") == 78
+    assert "the check above found a fault; not started" in bash.events
+    assert bash.text("started") == "ranks\ncheck\n"
+    assert not bash.requeued
