@@ -227,7 +227,8 @@ class Engine:
             diverged = f"the gradients are not finite at the smallest loss scale, {scale:g}"
         skipped = bool(self._optimizer.overflow)
         if skipped and not self._optimizer.loss_scaler.dynamic:
-            diverged = f"the gradients are not finite at the constant loss scale {scale:g}"
+            at = f" at the constant loss scale {scale:g}" if scale != 1 else ""
+            diverged = f"the gradients are not finite{at}"
         if not skipped:
             self._growth.update()
         self.updates += not skipped

@@ -63,6 +63,7 @@ class Watch:
         self._heard = [_Rank() for _ in range(world.size if world.is_main else 1)]
         self._moved = 0.0
         self._verdict = ""
+        self._threads: list[threading.Thread] = []
         self.tell: Callable[[str], None] = lambda _: None
 
     def mark(self, doing: str) -> None:
@@ -78,8 +79,11 @@ class Watch:
         self._moved = time.monotonic()
         for rank in self._heard:
             rank.heard = self._moved
-        for work in (self._talk, self._judge):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._talk, self._judge)
+        ]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -93,6 +97,10 @@ class Watch:
         if error is None:
             dist.barrier()
         self._done.set()
+        if error is None:
+            for thread in self._threads:
+                thread.join()
+            dist.barrier()  # the store ends with the main rank, and nobody may be reading it then
 
     def _say_alive(self) -> None:
         self._beats += 1
