@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 
@@ -181,8 +182,20 @@ def test_a_plan_refuses_before_anything_is_written(tmp_path: Path, tiny: Path) -
     torch.save({"out.2.bias": torch.zeros(6)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"--init .*other\.pt does not fit the network"):
         make(run, tiny, init=tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="'fp16' does not run on this device"):
-        make(run, tiny, 'training.precision = "fp16"')
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_is_refused_only_on_a_device_that_lacks_it(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    run, change = tmp_path / "run", f'training.precision = "{precision}"'
+    name = f"is_{precision}_supported"
+    monkeypatch.setattr(deepspeed.get_accelerator(), name, lambda: True)
+    assert make(run, tiny, change).config.training.precision == precision
+    monkeypatch.setattr(deepspeed.get_accelerator(), name, lambda: False)
+    with pytest.raises(ValueError, match=f"'{precision}' does not run on this device"):
+        make(run, tiny, change)
     assert not run.exists()
 
 
