@@ -2,9 +2,9 @@
 
 Each machine is a process tree in network, UTS, mount, IPC and PID namespaces of its own: it has
 its own host name, address, /tmp, /run, /dev/shm and sshd. `ctl` is the login node and runs munged
-and slurmctld; n1, n2 ... run slurmd with two pretended GPUs. They share the cluster's directory
-and the checkout, as over NFS, and one key opens all of them. A machine can be cut off from the
-network, powered off and booted. Needs root and the Debian packages in `PACKAGES`.
+and slurmctld; n1, n2 ... run slurmd with two pretended GPUs. They share the cluster's directory,
+the checkout and its Python, as over NFS, and one key opens all of them. A machine can be cut off
+from the network, powered off and booted. Needs root and the Debian packages in `PACKAGES`.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,6 +128,17 @@ def wait_until(holds: Callable[[], object], what: str, *, limit: float = LIMIT) 
         time.sleep(0.1)
 
 
+def below_tmp(places: Iterable[str | Path]) -> list[str]:
+    """The directories among `places` that a /tmp of its own would hide, none inside of another."""
+    absolute = [Path(os.path.abspath(place)) for place in places]
+    found: list[Path] = []
+    for place in sorted({*absolute, *(place.resolve() for place in absolute)}):
+        below = Path("/tmp") in place.parents and place.is_dir()
+        if below and not any(outer in place.parents for outer in found):
+            found.append(place)
+    return [str(place) for place in found]
+
+
 @dataclass
 class Cluster:
     """The machines; use as a context manager."""
@@ -153,7 +164,7 @@ class Cluster:
         try:
             for name in ("ctl", *self.names):
                 self.boot(name)
-            wait_until(self.idle, f"idle nodes; see {self.home}/log", limit=60)
+            wait_until(self.idle, f"idle nodes; see {self.home}/log")
         except BaseException:
             self.__exit__()
             raise
@@ -166,7 +177,10 @@ class Cluster:
         self._alone.close()
 
     def idle(self) -> bool:
-        """Whether every node is up and has nothing to do."""
+        """Whether every node is up and has nothing to do; an error says what ended a machine."""
+        for name, machine in self._machines.items():
+            log = self.home / "log" / f"init.{name}"
+            assert machine.poll() is None, f"machine {name} has ended:\n{log.read_text()}"
         states = self.run("ctl", "sinfo", "-h", "-p", "main", "-N", "-o", "%t", check=False)
         return states.split() == ["idle"] * self.nodes
 
@@ -185,7 +199,7 @@ class Cluster:
             stderr=subprocess.STDOUT,
         )
         self._machines[name] = machine
-        wait_until(lambda: _is_apart(self._pid(name)), f"{name} in its namespaces", limit=30)
+        wait_until(lambda: _is_apart(self._pid(name)), f"{name} in its namespaces")
         mac = self._peers()[name][1]
         _ip("link", "add", _cable(name), "type", "veth", "peer", "name", "eth0",
             "address", mac, "netns", str(self._pid(name)))  # fmt: skip
@@ -196,13 +210,14 @@ class Cluster:
 
     def power_off(self, name: str) -> None:
         """Pull the plug: everything on the machine is gone, and says no goodbye."""
-        self.cut(name)
         machine = self._machines.pop(name)
+        if machine.poll() is None:  # else it has ended by itself, and its cable with it
+            self.cut(name)
         if (pid := self._pid_of(machine)) is not None:
             os.kill(pid, signal.SIGKILL)
         machine.kill()
         machine.wait()
-        _ip("link", "del", _cable(name))
+        subprocess.run(["ip", "link", "del", _cable(name)], capture_output=True)
 
     def cut(self, name: str) -> None:
         """Drop all packets of a machine, silently."""
@@ -253,7 +268,8 @@ class Cluster:
 
     def _settings(self, name: str) -> str:
         environment = {**self.environment, "PATH": _PATH}
-        shared = [str(self.home), str(ROOT)]
+        places = [self.home, ROOT, sys.prefix, sys.base_prefix, *sys.path]
+        shared = below_tmp([*places, environment["TORCH_EXTENSIONS_DIR"]])
         return json.dumps({"name": name, "home": str(self.home), "shared": shared,
                            "peers": self._peers(), "environment": environment})  # fmt: skip
 

@@ -39,10 +39,9 @@ def _mount(settings: dict, *, home: Path) -> None:
     own.mkdir(exist_ok=True)
     _run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", own)
     for shared in settings["shared"]:
-        if shared.startswith("/tmp/"):
-            inside = own / Path(shared).relative_to("/tmp")
-            inside.mkdir(parents=True)
-            _run("mount", "--bind", shared, inside)
+        inside = own / Path(shared).relative_to("/tmp")
+        inside.mkdir(parents=True)
+        _run("mount", "--bind", shared, inside)
     _run("mount", "--rbind", own, "/tmp")
     os.chdir("/")
     Path("/run/sshd").mkdir(mode=0o755)
