@@ -103,7 +103,9 @@ def forks() -> ForkServerContext:
     # The last one is what DeepSpeed imports as it makes an optimizer: torch's compiler.
     context.set_forkserver_preload(["trainer.train", "trainer.sample", _LAST])
     before = dict(os.environ)
-    os.environ.update(environment(), PYTHONPATH=str(ROOT))
+    own = environment()
+    os.environ.clear()
+    os.environ.update(own, PYTHONPATH=str(ROOT))
     try:
         process = context.Process(target=int)
         process.start()
@@ -129,7 +131,10 @@ def environment() -> dict[str, str]:
     """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     own = {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return {**os.environ, **own, "CUDA_VISIBLE_DEVICES": ""}
+    # The tests may themselves run in a job: its ranks are others.
+    theirs = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(theirs)}
+    return {**inherited, **own, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port() -> int:
