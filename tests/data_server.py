@@ -3,23 +3,20 @@
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Fault = str | None
-"""None, "503", "stall" (for longer than a client should wait), "reset", "short" or "no ranges"."""
-
-STALL_S = 30.0
+"""None, "503", "stall" (until the server ends), "reset", "short" or "no ranges"."""
 
 
 @contextmanager
 def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
     """Serve `root` at the URL given; `fault(n, path)` decides about the n-th GET of a tar."""
     counter = iter(range(10**9))
-    lock = threading.Lock()
+    lock, ends = threading.Lock(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:
@@ -67,7 +64,7 @@ def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
                 return
             self.wfile.write(body[: len(body) // 2])
             if what == "stall":
-                time.sleep(STALL_S)
+                ends.wait()
             elif what == "reset":
                 linger = struct.pack("ii", 1, 0)
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -83,6 +80,7 @@ def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
+        ends.set()
         server.shutdown()
         server.server_close()
         thread.join()

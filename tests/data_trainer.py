@@ -1,9 +1,10 @@
 """A trainer reduced to its data: one rank that serves, records, and saves its position.
 
-    python -m tests.data_trainer SHARDS LIFE RANK RANKS WORKERS IMAGES END
+    python -m tests.data_trainer SHARDS LIFE RANK RANKS WORKERS IMAGES END ENDLESS
 
 From position IMAGES to END, every step appends lines `NUMBER HASH` to LIFE/served-RANK, then saves
-the position in LIFE/position-RANK, as a checkpoint would be saved.
+the position in LIFE/position-RANK, as a checkpoint would be saved. With ENDLESS = 1 the last step
+waits until the rank is killed.
 """
 
 import hashlib
@@ -18,7 +19,9 @@ from data.stream import DataConfig, Stream
 BATCH = 24
 
 
-def main(root: str, life: Path, rank: int, ranks: int, workers: int, images: int, end: int) -> None:
+def main(
+    root: str, life: Path, rank: int, ranks: int, workers: int, images: int, end: int, endless: int
+) -> None:
     """Serve one rank's part of the images [images, end)."""
     config = DataConfig(shards=root, image_size=16, streams=8, block=7, workers=workers)
     served = (life / f"served-{rank}").open("w")
@@ -27,6 +30,8 @@ def main(root: str, life: Path, rank: int, ranks: int, workers: int, images: int
             images=images, batch=BATCH, micro_batch=BATCH // ranks, rank=rank, ranks=ranks
         )
         for position in range(images + BATCH, end + 1, BATCH):
+            while endless and position == end:
+                time.sleep(1)
             batch = next(batches)
             for image, number in zip(batch.images, batch.numbers, strict=True):
                 digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()

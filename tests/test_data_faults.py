@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ from data.cache import CHUNK
 from data.fetch import FetchConfig
 from data.shards import Shards, open_shards, verify
 from data.stream import Batch, DataConfig, Stream
+from tests import ranks
 from tests.data_fixtures import image_file, pack_folder, write_shards
 from tests.data_server import serving
 
@@ -173,10 +173,8 @@ def test_a_bad_http_server_changes_nothing(whole: Shards, tmp_path: Path, cached
 
 def test_a_stalling_http_server_is_left_and_asked_again(whole: Shards) -> None:
     stalls = {3, 17}
-    begin = time.monotonic()
     with serving(Path(whole.root), fault=lambda n, path: "stall" if n in stalls else None) as url:
-        assert epoch(url, timeout_s=0.3) == epoch(whole.root)
-    assert time.monotonic() - begin < 15
+        assert epoch(url, timeout_s=1.0, retries=8) == epoch(whole.root)
 
 
 def test_a_dead_http_server_is_one_clear_error(whole: Shards) -> None:
@@ -211,14 +209,16 @@ def test_pipes_serve_the_same(whole: Shards, tmp_path: Path) -> None:
 
 
 def test_a_pipe_that_stalls_is_left(whole: Shards) -> None:
-    stalling = f"pipe:case {{name}} in *.tar) sleep 61;; *) cat {whole.root}/{{name}};; esac"
-    config = config_for(f"{stalling}; : {{first}} {{last}}", timeout_s=0.3, retries=1)
+    sleep = f"sleep 600.{os.getpid()}"  # no other process on the machine is called so
+    stalling = f"pipe:case {{name}} in *.tar) {sleep};; *) cat {whole.root}/{{name}};; esac"
+    config = config_for(f"{stalling}; : {{first}} {{last}}", timeout_s=2.0, retries=1)
     with (
         Stream(open_shards(config.shards, fetch=config), config=config, seed=1) as stream,
         pytest.raises(OSError, match=r"byte \d+ after 2 attempts: the command wrote nothing"),
     ):
         take(stream)
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "61"]]
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+    assert sleep.split() not in left
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -306,7 +306,7 @@ def test_a_full_cache_disk_costs_speed_only(whole: Shards, tmp_path: Path) -> No
     )
     with serving(Path(whole.root), fault=lambda n, path: None) as url:
         done = subprocess.run(
-            [sys.executable, "-c", script, url], capture_output=True, text=True, timeout=100
+            [sys.executable, "-c", script, url], capture_output=True, text=True, timeout=ranks.LIMIT
         )
     assert done.returncode == 0, done.stderr
     assert "File too large; reading on without it" in done.stderr
@@ -326,7 +326,7 @@ def test_packing_to_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
             arguments,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=ranks.LIMIT,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         )
 
@@ -437,7 +437,7 @@ def test_workers_outlive_signals_but_not_the_trainer(whole: Shards) -> None:
             trainer.stdin.flush()
             assert trainer.stdout.readline() == b"served\n"
         trainer.kill()
-    gone, alive = psutil.wait_procs(workers, timeout=10)
+    gone, alive = psutil.wait_procs(workers, timeout=ranks.LIMIT)
     assert len(gone) == 2 and not alive
 
 

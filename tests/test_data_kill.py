@@ -31,7 +31,7 @@ def live(
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.data_trainer", shards.root, str(life)]
-            + [str(n) for n in (rank, ranks, workers, images, END)],
+            + [str(n) for n in (rank, ranks, workers, images, END, int(kill is not None))],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in range(ranks)
@@ -67,7 +67,7 @@ def read(life: Path) -> dict[int, str]:
 
 def test_killed_and_restarted_equals_uninterrupted(shards: Shards, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
-    main(shards.root, tmp_path / "whole", rank=0, ranks=1, workers=0, images=0, end=END)
+    main(shards.root, tmp_path / "whole", rank=0, ranks=1, workers=0, images=0, end=END, endless=0)
     wanted = read(tmp_path / "whole")
     assert sorted(wanted) == list(range(END))
 

@@ -40,8 +40,10 @@ def bucket(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)  # the user's own say something else
     for name in list(os.environ):
-        if name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+        if name.lower() in ("http_proxy", "https_proxy", "all_proxy", "aws_profile"):
             monkeypatch.delenv(name)
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem()

@@ -1,13 +1,15 @@
 """The page on clusters: every command of it runs on the test cluster as written."""
 
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from data import pack
-from tests.cluster import ROOT, wait_until
+from tests.cluster import LIMIT, ROOT, wait_until
 from tests.site import Site
 
 PAGE = ROOT / "launch" / "README.md"
@@ -31,15 +33,27 @@ def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
     shutil.copy(ROOT / "ds_config.json", here)
     assert pack.main(["digits", str(here / "shards" / "digits"), "--size", "8"]) == 0
 
-    def run(command: str, *, lasting: bool = False) -> str:
-        words = f"cd {here} && {'timeout 15 ' if lasting else ''}{command}"
-        return site.cluster.run("ctl", "bash", "-c", words, check=not lasting)
+    def run(command: str) -> str:
+        return site.cluster.run("ctl", "bash", "-c", f"cd {here} && {command}")
+
+    def run_until(text: str, command: str) -> None:
+        """Run a command that does not end by itself until it has printed `text`."""
+        said = site.cluster.home / "said.txt"
+        words = f"cd {here} && exec timeout {LIMIT:g} {command} > {said} 2>&1"
+        process = site.cluster.start("ctl", "bash", "-c", words)
+        wait_until(lambda: text in read(said), f"{text!r} from {command}")
+        (pid,) = site.cluster.pids("ctl", [f"timeout {LIMIT:g} "])
+        os.kill(pid, signal.SIGTERM)
+        process.communicate(timeout=LIMIT)
 
     for command in commands():
-        lasting = "--watch" in command or command.startswith("tensorboard")
-        said = run(command, lasting=lasting)
-        if lasting:
-            assert ("images/s" if "--watch" in command else "http://") in said, said
+        if "--watch" in command:
+            run_until("images/s", command)
+            continue
+        if command.startswith("tensorboard"):
+            run_until("http://", command)
+            continue
+        said = run(command)
         if command.startswith("cp "):
             shutil.copy(site.settings("slurm"), here / "my.toml")  # what the user changes in it
         elif "--dry-run" in command:

@@ -1,6 +1,7 @@
 """`launch status`: of runs on disk, and live in a real terminal while a job comes and goes."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -30,9 +31,9 @@ def test_a_run_on_disk(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=500)
     (run / "checkpoints" / "000000000400").mkdir(parents=True)
     text = status.text([run])
-    for fact in ("500 of 1,000 (50.0 %)", "0.2500", "loss scale 65536", "000000000400, 0 s ago",
-                 "no job"):  # fmt: skip
+    for fact in ("500 of 1,000 (50.0 %)", "0.2500", "loss scale 65536", "no job"):
         assert fact in text
+    assert re.search(r"000000000400, \d+ s ago", text)
     assert status.read(run).health == "nobody trains it"
 
 

@@ -1,7 +1,10 @@
 """Drawn images: the same on any number of ranks, in the evaluator's layout, never mixed or lost."""
 
 import os
+import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from safetensors.torch import save_file
 
 from tests import golden, ranks
 from trainer import config as configs
+from trainer import sample, samplefile
 from trainer.adm.unet import build
 from trainer.draw import tile
 
@@ -45,10 +49,21 @@ def draw(root: Path, *runs: list[str], world: int = 1) -> list[int | str]:
 
 
 def interrupt(root: Path, run: list[str], *, drawn: Path) -> None:
-    """Kill a run as soon as it has drawn that part."""
-    job = ranks.start(root / "killed", ranks=1, runs=[["sample", *map(str, run)]])
+    """Kill a run when it has drawn that part, where it waits."""
+    task = partial(draw_until, root / "killed", ["sample", *map(str, run)], drawn)
+    job = ranks.fork(root / "killed", task, ranks=1)
     ranks.wait_for(drawn)
     job.kill()
+
+
+def draw_until(directory: Path, run: list[str], drawn: Path) -> int:
+    def write_part(file: Path, *args: Any, **kwargs: Any) -> None:
+        samplefile.write_part(file, *args, **kwargs)
+        if file == drawn:
+            signal.pause()
+
+    sample.write_part = write_part
+    return ranks.work(directory, [run], False)
 
 
 def arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:

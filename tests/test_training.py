@@ -53,13 +53,14 @@ def test_offload_to_the_host_learns_alike(place: Place, world: int, stage: int) 
 
 
 def test_a_killed_run_resumes_bit_for_bit(place: Place) -> None:
+    endless = (f"training.images = {10000 * STEP}", "intervals.keep = 10000")
     for stage in STAGES:
         name = f"killed{stage}"
-        # A checkpoint at step 4 alone; the ranks are killed, at no chosen moment, after it.
+        # A checkpoint at step 3 alone; the ranks are killed, at no chosen moment, after it.
         job = ranks.start(
             place.root / f"kill-{stage}",
             ranks=2,
-            runs=[place.arguments(name, stage=stage, sets=(f"training.images = {1000 * STEP}",))],
+            runs=[place.arguments(name, stage=stage, sets=endless)],
         )
         ranks.wait_for(place.run(name) / "checkpoints" / f"{HALF:012d}")
         job.kill()
@@ -240,7 +241,8 @@ def test_damaged_images_are_counted_on_all_ranks_and_stop_the_run_beyond_their_s
 
 
 def test_a_signal_to_one_rank_stops_all_and_saves(place: Place) -> None:
-    run = place.arguments("stopped", sets=(f"training.images = {10000 * STEP}",))
+    endless = (f"training.images = {10000 * STEP}", "intervals.keep = 10000")
+    run = place.arguments("stopped", sets=endless)
     job = ranks.start(place.root / "stop", ranks=2, runs=[run])
     ranks.wait_for(place.run("stopped") / "checkpoints" / f"{HALF:012d}")
     job.signal(1, signal.SIGTERM)
