@@ -1,9 +1,9 @@
-"""How fast the data layer is, as ratios measured on one machine in one run.
+"""Speed of the data layer, as ratios measured on one machine in one run.
 
     python -m bench.data [--sizes 128 256] [--rounds 3]
 
-Each system runs in a process of its own; rounds alternate between the systems, so that what else
-the machine does falls on all of them, and the medians are compared. Needs scikit-learn for the
+Each system runs in a process of its own; rounds alternate between the systems, so that other load
+on the machine affects all of them, and the medians are compared. Needs scikit-learn for the
 photographs; MosaicML Streaming is compared where `import streaming` works.
 """
 
@@ -28,16 +28,20 @@ from PIL import Image
 
 from bench.photos import make_photos
 from bench.systems import BATCH, SYSTEMS, mosaicml_copy
+from data.config import DataConfig
+from data.dataset import open_shards
 from data.order import Order
 from data.plan import PackConfig
-from data.shards import open_shards
-from data.stream import DataConfig, Stream
+from data.stream import Stream
 from data.transforms import center_crop
 
 WARM_UP_S = 1.5
+# Images in ImageNet's training split.
 IMAGENET = 1_281_167
+# Copies of each photograph in the packed set.
 REPEATS = 4
-BY_HAND = 800  # images, drawn at random: photographs differ in cost
+# Photographs for timing Pillow, drawn at random: they differ in cost.
+BY_HAND = 800
 
 
 class Speed(NamedTuple):
@@ -62,18 +66,22 @@ def measure(name: str, root: Path, *, size: int, workers: int, seconds: float) -
 
 
 def measure_resume(root: Path, *, size: int, workers: int) -> float:
-    """Seconds from nothing open to the first batch, deep in the third epoch."""
+    """Seconds from opening the dataset to the first batch, in the third epoch."""
     begin = time.perf_counter()
     shards = open_shards(root)
     config = DataConfig(shards=str(root), image_size=size, workers=workers)
     position = int(2.7 * shards.count) // BATCH * BATCH
     with Stream(shards, config=config, seed=0) as stream:
-        next(stream.batches(images=position, batch=BATCH, micro_batch=BATCH, rank=0, ranks=1))
+        next(
+            stream.batches(
+                images_seen=position, batch_size=BATCH, micro_batch_size=BATCH, rank=0, ranks=1
+            )
+        )
         return time.perf_counter() - begin
 
 
 def measure_order() -> float:
-    """Seconds to find the first 256 images deep in the third epoch of ImageNet."""
+    """Seconds to locate 256 images in the third epoch of ImageNet."""
     sizes = [2048] * (IMAGENET // 2048) + [IMAGENET % 2048]
     order = Order(sizes, seed=0, streams=192, block=512)
     begin = time.perf_counter()
@@ -82,9 +90,9 @@ def measure_order() -> float:
 
 
 class Packing(NamedTuple):
-    """Packing against Pillow alone: ratios of rates per core, and of CPU time per image.
+    """Packing compared with Pillow alone: ratios of rates per core, and of CPU time per image.
 
-    `per_core` is against one process, `at_once` against as many processes as there are workers.
+    `per_core` compares with one process, `at_once` with as many processes as there are workers.
     """
 
     per_core: float
@@ -93,7 +101,7 @@ class Packing(NamedTuple):
 
 
 def measure_packing(photos: Path, out: Path, *, size: int, workers: int, rounds: int) -> Packing:
-    """Medians of some rounds; in each, Pillow's turn comes before and after."""
+    """Medians over rounds; in each, Pillow is timed before and after the packing."""
     paths = sorted(photos.rglob("*.JPEG"))
     some = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:BY_HAND]]
     command = [sys.executable, "-m", "data.pack", str(photos), str(out), "--format", "jpg"]
@@ -114,7 +122,7 @@ def measure_packing(photos: Path, out: Path, *, size: int, workers: int, rounds:
 def _repeated(photos: Path, into: Path) -> Path:
     """A folder with each photograph `REPEATS` times.
 
-    Starting a packing shall weigh little, and permuting blocks, which are small in a small set.
+    So that the start of a packing, and permuting the small blocks of a small set, weigh little.
     """
     for path in sorted(photos.rglob("*.JPEG")):
         for i in range(REPEATS):
@@ -125,7 +133,7 @@ def _repeated(photos: Path, into: Path) -> Path:
 
 
 def _by_hand(paths: list[Path], size: int) -> np.ndarray:
-    """What an image costs one process with Pillow alone: seconds of wall and CPU."""
+    """Seconds of wall and CPU time (2,) per image, for one process with Pillow alone."""
     begin = _clocks()
     for path in paths:
         _pack_by_hand(path, size, PackConfig(size=size).quality)
@@ -133,7 +141,7 @@ def _by_hand(paths: list[Path], size: int) -> np.ndarray:
 
 
 def _clocks() -> np.ndarray:
-    """Seconds of the wall, and of the CPUs in this process and the children it waited for."""
+    """Wall time, and CPU time of this process and its finished children: seconds (2,)."""
     return np.array([time.perf_counter(), sum(os.times()[:4])])
 
 
@@ -155,26 +163,26 @@ def _cpu_seconds() -> float:
 
 
 def _mebibytes() -> float:
-    """Memory of all processes; what they share counts once."""
+    """Memory of all processes; shared memory counts once."""
     return sum(process.memory_full_info().pss for process in _family()) / 2**20
 
 
 def _in_a_process(*arguments: object) -> list[float]:
     command = [sys.executable, "-m", "bench.data", "--one", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    numbers: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return numbers
+    results: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 def _one(what: str, root: str, size: str, workers: str, seconds: str) -> int:
-    """The measuring process: print its numbers and leave, whatever is still running."""
+    """The measuring process: print its results and exit, with all of its children."""
     if what == "resume":
-        numbers = [measure_resume(Path(root), size=int(size), workers=int(workers))]
+        results = [measure_resume(Path(root), size=int(size), workers=int(workers))]
     else:
-        numbers = list(
+        results = list(
             measure(what, Path(root), size=int(size), workers=int(workers), seconds=float(seconds))
         )
-    print(json.dumps(numbers), flush=True)
+    print(json.dumps(results), flush=True)
     for process in psutil.Process().children(recursive=True):
         process.kill()
     os._exit(0)
@@ -231,20 +239,32 @@ def _run(options: argparse.Namespace, scratch: Path) -> None:
             for _ in range(options.rounds)
         ]
         print(f"\nfirst batch of {BATCH} after a cold resume: {median(cold):.2f} s", flush=True)
-    print(f"finding 256 images deep in ImageNet's third epoch: {measure_order() * 1000:.0f} ms")
+    print(f"locating 256 images in ImageNet's third epoch: {measure_order() * 1000:.0f} ms")
 
 
 def main() -> int:
-    """The command line of `python -m bench.data`."""
+    """Run `python -m bench.data`; returns the exit status."""
     if sys.argv[1:2] == ["--one"]:
         return _one(*sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__)
-    parser.add_argument("--photos", type=Path, help="a folder of images; made, if not given")
-    parser.add_argument("--images", type=int, default=3000, help="how many to make")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    add = parser.add_argument
+    add("--photos", type=Path, help="a folder of images (default: make them)")
+    add("--images", type=int, default=3000, help="images to make (default: %(default)s)")
+    add(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[128, 256],
+        help="sides of the packed images in pixels (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes of each system (default: one for each CPU, here %(default)s)",
+    )
+    add("--seconds", type=float, default=5.0, help="length of a round (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="rounds of each system (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         _run(options, Path(scratch))

@@ -1,4 +1,4 @@
-"""A stand-in for ImageNet where there is none: varied JPEGs cut from scikit-learn's two photos.
+"""A substitute for ImageNet: varied JPEGs cut from scikit-learn's two photos.
 
     python -m bench.photos OUT [--images 3000] [--classes 1000]
 
@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 def make_photos(root: Path, *, images: int, classes: int, longest: int = 500) -> None:
     """Write ROOT/nXXXXXXXX/nXXXXXXXX_N.JPEG; image i depends on i alone.
 
-    `longest` bounds the sides in pixels; ImageNet's are 500 typically.
+    `longest` bounds the sides in pixels; ImageNet's are typically 500.
     """
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     for i in range(images):
@@ -50,11 +50,15 @@ def _view(photo: Image.Image, rng: np.random.Generator, longest: int) -> Image.I
 
 
 def main() -> int:
-    """The command line of `python -m bench.photos`."""
+    """Run `python -m bench.photos`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.photos", description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write the images to")
+    parser.add_argument(
+        "--images", type=int, default=3000, help="images to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--classes", type=int, default=1000, help="class directories (default: %(default)s)"
+    )
     options = parser.parse_args()
     make_photos(options.out, images=options.images, classes=options.classes)
     return 0

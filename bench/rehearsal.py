@@ -1,4 +1,4 @@
-"""ImageNet's way through the data layer, rehearsed on photographs that anyone has.
+"""All steps from ImageNet to training, on photographs that scikit-learn includes.
 
     python -m bench.rehearsal [--images 3000] [--batch 2]
 
@@ -19,9 +19,10 @@ from pathlib import Path
 import webdataset as wds
 
 from bench.photos import make_photos
+from data.config import DataConfig
+from data.dataset import Shards, open_shards, verify
 from data.pack import main as pack
-from data.shards import Shards, open_shards, verify
-from data.stream import DataConfig, Stream
+from data.stream import Stream
 
 CLASSES, SIZE, RANKS = 1000, 64, 3
 
@@ -34,7 +35,11 @@ def stream_an_epoch(shards: Shards) -> str:
     for rank in range(RANKS):
         with Stream(shards, config=config, seed=0) as stream:
             batches = stream.batches(
-                images=0, batch=config.streams, micro_batch=32, rank=rank, ranks=RANKS
+                images_seen=0,
+                batch_size=config.streams,
+                micro_batch_size=32,
+                rank=rank,
+                ranks=RANKS,
             )
             for batch in islice(batches, epoch // RANKS // 32):
                 seen += [image.numpy().tobytes() for image in batch.images]
@@ -44,7 +49,7 @@ def stream_an_epoch(shards: Shards) -> str:
 
 
 def read_with_webdataset(shards: Shards) -> str:
-    """What a stranger's reader finds."""
+    """The dataset as plain webdataset reads it."""
     urls = [str(Path(shards.root) / shard.tar) for shard in shards.shards]
     dataset = wds.WebDataset(urls, shardshuffle=False).decode("torchrgb8").to_tuple("png", "cls")
     labels = [label for image, label in dataset if image.shape == (3, SIZE, SIZE)]
@@ -71,27 +76,31 @@ def train_a_step(shards: Shards, *, run: Path, batch: int) -> str:
 
 
 def main() -> int:
-    """The command line of `python -m bench.rehearsal`."""
+    """Run `python -m bench.rehearsal`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.rehearsal", description=__doc__)
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument(
+        "--images", type=int, default=3000, help="photos to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=2, help="images of the training step (default: %(default)s)"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         photos, out = Path(scratch, "photos"), Path(scratch, "packed")
-        _say("photos", lambda: make_photos(photos, images=options.images, classes=CLASSES))
-        _say("pack", lambda: pack([str(photos), str(out), "--size", str(SIZE)]))
-        _say("verify", lambda: verify(out, full=True) or "every checksum is right")
+        _report("photos", lambda: make_photos(photos, images=options.images, classes=CLASSES))
+        _report("pack", lambda: pack([str(photos), str(out), "--size", str(SIZE)]))
+        _report("verify", lambda: verify(out, full=True) or "all checksums match")
         shards = open_shards(out)
-        _say("stream", lambda: stream_an_epoch(shards))
-        _say("plain webdataset", lambda: read_with_webdataset(shards))
-        _say(
+        _report("stream", lambda: stream_an_epoch(shards))
+        _report("plain webdataset", lambda: read_with_webdataset(shards))
+        _report(
             "train a step",
             lambda: train_a_step(shards, run=Path(scratch, "run"), batch=options.batch),
         )
     return 0
 
 
-def _say(what: str, work: Callable[[], object]) -> None:
+def _report(what: str, work: Callable[[], object]) -> None:
     begin = time.perf_counter()
     found = work() or "done"
     print(f"{what}: {found} ({time.perf_counter() - begin:.0f} s)", flush=True)

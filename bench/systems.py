@@ -1,6 +1,6 @@
-"""What `bench.data` compares: each system as an endless iterator over batch sizes it has served.
+"""The systems that `bench.data` compares: endless iterators over the sizes of served batches.
 
-All read the same JPEG files, decode, mirror half of them, and hand over uint8 (B, 3, H, W) tensors
+All read the same JPEG files, decode them, mirror half of them, and yield uint8 (B, 3, H, W) tensors
 in the training process, with the same number of worker processes.
 """
 
@@ -17,49 +17,53 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from data.shards import open_shards
-from data.stream import DataConfig, Stream
+from data.config import DataConfig
+from data.dataset import open_shards
+from data.stream import Stream
 from data.tars import scan_tar
 
 BATCH = 64
-_MDS_COPIES = 2  # so that no end of an epoch falls into the measurement
+# Copies of the images in MDS shards, so that no epoch ends during the measurement.
+_MDS_COPIES = 2
 
 Batches = Iterator[int]
 
 
 def stored_images(root: Path) -> list[bytes]:
     """The image files in a packed dataset, in order."""
-    blobs = []
+    stored = []
     for tar in sorted(root.glob("*.tar")):
         with tar.open("rb") as file:
             for sample in scan_tar(tar):
                 file.seek(sample.offset)
-                blobs.append(file.read(sample.size))
-    return blobs
+                stored.append(file.read(sample.size))
+    return stored
 
 
 def ours(root: Path, size: int, workers: int) -> Batches:
     """This repository's stream."""
     config = DataConfig(shards=str(root), image_size=size, workers=workers)
     with Stream(open_shards(root), config=config, seed=0) as stream:
-        for batch in stream.batches(images=0, batch=BATCH, micro_batch=BATCH, rank=0, ranks=1):
+        for batch in stream.batches(
+            images_seen=0, batch_size=BATCH, micro_batch_size=BATCH, rank=0, ranks=1
+        ):
             yield len(batch.images)
 
 
 def decoder(root: Path, size: int, workers: int) -> Batches:
-    """Nothing but calls of simplejpeg, on files in memory; the pixels are thrown away."""
+    """Calls of simplejpeg alone, on files in memory; the pixels are discarded."""
 
-    def decode(blob: bytes, out: np.ndarray) -> None:
-        simplejpeg.decode_jpeg(blob, colorspace="RGB")
+    def decode(content: bytes, out: np.ndarray) -> None:
+        simplejpeg.decode_jpeg(content, colorspace="RGB")
 
     return _in_processes(root, size, workers, decode)
 
 
 def decoding(root: Path, size: int, workers: int) -> Batches:
-    """Pure decoding: files in memory to batches as training takes them, half of them mirrored."""
+    """Decoding alone: files in memory to batches, half of the images mirrored."""
 
-    def decode(blob: bytes, out: np.ndarray) -> None:
-        out[:] = _mirrored_or_not(simplejpeg.decode_jpeg(blob, colorspace="RGB"))
+    def decode(content: bytes, out: np.ndarray) -> None:
+        out[:] = _mirrored_or_not(simplejpeg.decode_jpeg(content, colorspace="RGB"))
 
     return _in_processes(root, size, workers, decode)
 
@@ -68,16 +72,16 @@ def _in_processes(
     root: Path, size: int, workers: int, decode: Callable[[bytes, np.ndarray], None]
 ) -> Batches:
     done = Value("q", 0)
-    blobs = stored_images(root)
+    stored = stored_images(root)
 
     def work() -> None:
         batch = np.empty((BATCH, 3, size, size), dtype=np.uint8)
         while True:
-            for i in range(0, len(blobs), BATCH):
-                for blob, out in zip(blobs[i : i + BATCH], batch, strict=False):
-                    decode(blob, out)
+            for i in range(0, len(stored), BATCH):
+                for content, out in zip(stored[i : i + BATCH], batch, strict=False):
+                    decode(content, out)
                 with done.get_lock():
-                    done.value += len(blobs[i : i + BATCH])
+                    done.value += len(stored[i : i + BATCH])
 
     for _ in range(workers):
         Process(target=work, daemon=True).start()
@@ -91,12 +95,14 @@ def _in_processes(
 
 def webdataset_pillow(root: Path, size: int, workers: int) -> Batches:
     """webdataset's own pipeline, decoding with Pillow as it does by default."""
-    return _webdataset(root, workers, lambda blob: np.asarray(_pillow(blob)))
+    return _webdataset(root, workers, lambda content: np.asarray(_pillow(content)))
 
 
 def webdataset_simplejpeg(root: Path, size: int, workers: int) -> Batches:
     """webdataset's own pipeline with our decoder."""
-    return _webdataset(root, workers, lambda blob: simplejpeg.decode_jpeg(blob, colorspace="RGB"))
+    return _webdataset(
+        root, workers, lambda content: simplejpeg.decode_jpeg(content, colorspace="RGB")
+    )
 
 
 def mosaicml(root: Path, size: int, workers: int) -> Batches:
@@ -126,8 +132,8 @@ def mosaicml_copy(root: Path) -> Path:
     if not local.exists():
         columns = {"image": "bytes", "label": "int"}
         with MDSWriter(out=str(local), columns=columns) as writer:
-            for blob in stored_images(root) * _MDS_COPIES:
-                writer.write({"image": blob, "label": 0})
+            for content in stored_images(root) * _MDS_COPIES:
+                writer.write({"image": content, "label": 0})
     return local
 
 
@@ -149,7 +155,7 @@ def _webdataset(root: Path, workers: int, decode: Callable[[bytes], np.ndarray])
         wds.WebDataset(urls, shardshuffle=len(urls))
         .shuffle(1000)
         .to_tuple("jpg", "cls")
-        .map_tuple(lambda blob: torch.from_numpy(_finish(decode(blob))), int)
+        .map_tuple(lambda content: torch.from_numpy(_finish(decode(content))), int)
         .batched(BATCH)
         .repeat()
     )
@@ -157,8 +163,8 @@ def _webdataset(root: Path, workers: int, decode: Callable[[bytes], np.ndarray])
         yield len(images)
 
 
-def _pillow(blob: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(blob)).convert("RGB")
+def _pillow(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def _finish(pixels: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Sources that are datasets already: WebDataset tars, Hugging Face parquet, LSUN's lmdb.
 
-Packing reads images in shuffled order. Tars and lmdb allow that; parquet, whose images lie
-compressed in groups, is unpacked once, next to the shards in the making.
+Packing reads images in shuffled order. Tars and lmdb allow that; parquet, which compresses images
+in groups, is unpacked once, into a directory of the packing.
 """
 
 import json
@@ -12,17 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data import files
 from data.manifest import NO_CLASS
-from data.shards import write_atomically
 from data.sources import Digits, Folder, Listing, Source, Zip, by_number_if_any
 from data.tars import IMAGE_SUFFIXES, scan_tar
 
 
 def open_source(text: str, *, staging: Path) -> Source:
-    """The source that the command line means; parquet is unpacked into `staging`.
+    """The source at a path of the command line; parquet is unpacked into `staging`.
 
     Raises:
-        ValueError: nothing of the known kinds is there.
+        ValueError: there is nothing of the known kinds.
     """
     path = Path(text)
     if text == "digits":
@@ -33,24 +33,24 @@ def open_source(text: str, *, staging: Path) -> Source:
         return Lmdb(path)
     for suffix, kind in ((".parquet", Parquet), (".tar", Tars)):
         if path.suffix == suffix:  # perhaps with a * in its name
-            files = sorted(path.parent.glob(path.name))
+            found = sorted(path.parent.glob(path.name))
         else:
-            files = sorted(path.glob(f"*{suffix}"))
-            if files and any(_holds_images(child) for child in path.iterdir()):
+            found = sorted(path.glob(f"*{suffix}"))
+            if found and any(_holds_images(child) for child in path.iterdir()):
                 raise ValueError(
-                    f"SOURCE = {text} holds {files[0].name} and directories of images: to pack "
-                    "either, put them apart"
+                    f"SOURCE = {text} holds {found[0].name} and directories of images: move "
+                    "one of them to another directory"
                 )
-        if files and all(file.is_file() for file in files):
-            return kind(files, staging=staging)
+        if found and all(file.is_file() for file in found):
+            return kind(found, staging=staging)
     if path.is_dir():
         return Folder(path)
     raise ValueError(
-        f"SOURCE = {text} is neither a folder, zip, tar, parquet or lmdb of images, nor `digits`"
+        f"SOURCE = {text}: must be a folder, zip, tar, parquet or lmdb of images, or `digits`"
     )
 
 
-#: What Hugging Face names the files of a split after.
+# The names of splits with which Hugging Face begins the names of files.
 _SPLITS = {"train", "test", "validation", "val", "dev"}
 
 
@@ -61,6 +61,7 @@ class Tars:
         self._files = {file.name: file for file in files}
 
     def listing(self) -> Listing:
+        """As `Source.listing`."""
         names: list[str] = []
         labels: list[int | None] = []
         for file in self._files.values():
@@ -70,23 +71,29 @@ class Tars:
         return by_number_if_any(names, labels)
 
     def read(self, name: str) -> bytes:
+        """As `Source.read`."""
         file, _, extent = name.partition("/")[0].rpartition("@")
         return _read_extent(self._files[file], extent)
 
 
 class Parquet:
-    """Hugging Face image datasets: a column of image bytes, and one of class labels."""
+    """Hugging Face image datasets: a column of image files, and perhaps one of class labels.
+
+    Raises:
+        ValueError: the files are of several splits.
+    """
 
     def __init__(self, files: list[Path], *, staging: Path) -> None:
         splits = {file.name.partition("-")[0] for file in files if "-" in file.name}
         if len(splits & _SPLITS) > 1:
             raise ValueError(
-                f"SOURCE = {files[0].parent} holds the splits {', '.join(sorted(splits))}: name "
+                f"SOURCE = {files[0].parent} holds the splits {', '.join(sorted(splits))}: give "
                 f"one, such as '{files[0].parent}/train-*.parquet'"
             )
         self._files, self._staging = files, staging
 
     def listing(self) -> Listing:
+        """As `Source.listing`."""
         names: list[str] = []
         labels: list[int | None] = []
         for file in self._files:
@@ -98,36 +105,37 @@ class Parquet:
         return replace(listing, classes=classes or listing.classes)
 
     def read(self, name: str) -> bytes:
+        """As `Source.read`."""
         file, _, extent = name.rpartition("@")
         return _read_extent(self._staging / f"{file}.blob", extent)
 
     def _unpacked(self, file: Path) -> list[tuple[str, int | None]]:
-        """Extent and label of each image, after unpacking them all into one file."""
+        """Extent and label of each image; they are unpacked into one file, if they are not yet."""
         done = self._staging / f"{file.name}.extents"
         if not done.exists():
             extents = []
-            with (self._staging / f"{file.name}.blob").open("wb") as blob:
+            with files.whole(self._staging / f"{file.name}.blob") as blob:
                 for image, label in _rows(file):
                     extents.append((f"{blob.tell()}+{len(image)}", label))
                     blob.write(image)
-                blob.flush()
-                os.fsync(blob.fileno())
-            write_atomically(done, json.dumps(extents).encode())
+            files.write(done, json.dumps(extents))
         return [(extent, label) for extent, label in json.loads(done.read_text())]
 
 
 class Lmdb:
-    """LSUN's layout: one category, image files by key."""
+    """LSUN's layout: a database of one category, image files by key."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def listing(self) -> Listing:
+        """As `Source.listing`."""
         with self._database.begin() as transaction:
             keys = [key.decode("latin-1") for key in transaction.cursor().iternext(values=False)]
         return Listing(names=keys, labels=[0] * len(keys), classes=(self._path.name,))
 
     def read(self, name: str) -> bytes:
+        """As `Source.read`."""
         with self._database.begin() as transaction:
             return bytes(transaction.get(name.encode("latin-1")))
 
@@ -152,6 +160,10 @@ def _read_extent(path: Path, extent: str) -> bytes:
 
 
 def _rows(file: Path) -> Iterator[tuple[bytes, int | None]]:
+    """Image file and label of each row: b"" where there is no image, -1 where a label is missing.
+
+    The label is None where the file has no column of labels.
+    """
     from pyarrow import parquet, types  # optional: only this source needs it
 
     table = parquet.ParquetFile(file)
@@ -161,12 +173,12 @@ def _rows(file: Path) -> Iterator[tuple[bytes, int | None]]:
         raise ValueError(f"{file} has no column of images among {schema.names}")
     label = "label" if "label" in schema.names else None
     if label is None and (others := [name for name in schema.names if "label" in name]):
-        raise ValueError(f"{file} has no column `label`, but {others}: rename the one you mean")
+        raise ValueError(f"{file} has no column `label`, but {others}: rename the right one")
     for batch in table.iter_batches(batch_size=256, columns=[image, label] if label else [image]):
         images = [v["bytes"] if isinstance(v, dict) else v for v in batch.column(image).to_pylist()]
         labels = batch.column(label).to_pylist() if label else [None] * len(batch)
         for image_bytes, number in zip(images, labels, strict=True):
-            # Where there is none, packing will list it with those that cannot be decoded.
+            # Packing lists b"" with the images that cannot be decoded, and refuses a label of -1.
             yield image_bytes or b"", -1 if label and number is None else number
 
 
@@ -177,7 +189,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def _class_names(file: Path) -> tuple[str, ...] | None:
-    """What Hugging Face's metadata in the file call the labels."""
+    """The names of the labels in the metadata that Hugging Face adds to a file."""
     from pyarrow import parquet  # optional: only this source needs it
 
     metadata = parquet.read_schema(file).metadata or {}

@@ -1,9 +1,9 @@
 """A node's own copy of what its ranks read over a network: bounded, shared, disposable.
 
-The shards are cut into chunks, numbered through the dataset; chunk c lives in slot c mod slots, one
-file each, written aside and renamed. So the bound holds by construction, no process needs to
-know of the others, and a set that fits is fetched once. What is read from here is checked like
-anything else, against the index's checksums; a sample that fails is fetched again.
+The shards are cut into chunks, counted through the dataset; chunk c has slot c mod slots, one file
+each, written under another name and renamed. So the bound holds by construction, no process needs
+to know of the others, and a dataset that fits is fetched once. What is read from here is checked
+like anything else, against the index's checksums; a sample that fails is fetched again.
 """
 
 import hashlib
@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.fetch import Reader
+from data.reader import Reader
 
 CHUNK = 1 << 20
-_ABANDONED_S = 3600.0  # no write takes so long: its process was killed
-_STAMP = struct.Struct("<q")  # which chunk a slot holds
+# No write takes so long: its process was killed.
+_ABANDONED_S = 3600.0
+# The first bytes of a slot: which chunk it holds.
+_STAMP = struct.Struct("<q")
 
 
 class CachedReader:
@@ -56,7 +58,7 @@ class CachedReader:
         return self._reader.glimpse(name, first=first, size=size)
 
     def whole(self, name: str, *, sha256: str) -> bytes:
-        """As `Reader.whole`; the file is kept for good, once it is what it should be."""
+        """As `Reader.whole`; a file with the right checksum is kept beside the slots."""
         path = self._root / name
         try:
             content = path.read_bytes()
@@ -68,7 +70,7 @@ class CachedReader:
         return content
 
     def forget(self, name: str, *, first: int, size: int) -> None:
-        """Drop the chunks of a range: what they held was wrong."""
+        """Delete the chunks of a range: their content was wrong."""
         for chunk in range(first // CHUNK, -(-(first + size) // CHUNK)):
             self._slot(name, chunk).unlink(missing_ok=True)
 
@@ -77,7 +79,7 @@ class CachedReader:
         self._reader.close()
 
     def _part(self, name: str, chunk: int, first: int, last: int) -> bytes:
-        """What bytes [first, last) of a tar have in common with one chunk."""
+        """Those of the bytes [first, last) of a tar that are in one chunk."""
         begin = chunk * CHUNK
         low, high = max(first - begin, 0), min(last - begin, CHUNK)
         found = self._lookup(name, chunk, low, high)
@@ -90,8 +92,8 @@ class CachedReader:
             return self._fetch(name, chunk)[low:high] if found is None else found
 
     def _lock(self, name: str, chunk: int) -> threading.Lock:
-        """Keeps the threads of this process from fetching the same thing twice."""
-        what = self._first[name] + (chunk if self._reader.seeks else 0)
+        """Keeps the threads of this process from fetching the same chunk twice."""
+        what = self._first[name] + (chunk if self._reader.seekable else 0)
         return self._locks[what % len(self._locks)]
 
     def _lookup(self, name: str, chunk: int, low: int, high: int) -> bytes | None:
@@ -103,16 +105,16 @@ class CachedReader:
                 file.seek(low, os.SEEK_CUR)
                 part = file.read(high - low)
         except OSError:
-            return None  # not there, or not readable: the original is
+            return None  # missing or unreadable: read the original
         return part if len(part) == high - low else None
 
     def _fetch(self, name: str, wanted: int) -> bytes:
-        """Fetch and keep one chunk, or where the store only reads forward, all of the tar."""
+        """Fetch and keep one chunk; all of the tar where the store is not seekable."""
         first, last = 0, self._tars[name]
-        if self._reader.seeks:
+        if self._reader.seekable:
             first, last = wanted * CHUNK, min((wanted + 1) * CHUNK, last)
         found = b""
-        pieces = self._reader.stream(name, first=first, last=last)
+        pieces = self._reader.pieces(name, first=first, last=last)
         for chunk, content in enumerate(_in_chunks(pieces), start=first // CHUNK):
             stamp = _STAMP.pack(self._first[name] + chunk)
             self._write(self._slot(name, chunk), stamp + content)
@@ -124,6 +126,7 @@ class CachedReader:
         return self._root / f"{(self._first[name] + chunk) % self._slots:08d}"
 
     def _write(self, path: Path, content: bytes) -> None:
+        # Not `files.write`, which syncs: what a power cut damages here is fetched again.
         aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
 
         def write() -> None:
@@ -137,7 +140,7 @@ class CachedReader:
             self._attempt(write)
 
     def _open(self) -> None:
-        """Make the directory, less what is beyond a bound that was larger, or half written."""
+        """Make the directory; delete slots beyond the bound and abandoned writes."""
         self._root.mkdir(parents=True, exist_ok=True)
         long_ago = time.time() - _ABANDONED_S
         for path in self._root.iterdir():
@@ -149,12 +152,14 @@ class CachedReader:
                 path.unlink(missing_ok=True)
 
     def _attempt(self, write: Callable[[], None]) -> None:
-        """A cache that cannot be written (a full disk, say) costs speed, not the run."""
+        """Write, or go on without the cache: a full disk, say, costs speed but not the run."""
         try:
             write()
         except OSError as error:
             self._usable = False
-            print(f"data.cache = {self._root}: {error}; reading on without it", file=sys.stderr)
+            print(
+                f"data.cache = {self._root}: {error}; continuing without the cache", file=sys.stderr
+            )
 
 
 def _in_chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:

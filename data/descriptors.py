@@ -1,18 +1,18 @@
-"""How many files a process may hold open, and how many of them the data layer takes."""
+"""How many files a process may hold open, and how many of them the data layer uses."""
 
 import resource
 from contextlib import suppress
 
-# Enough for a shard and its index in each of 192 streams, with some of them between two shards.
+# Enough for a shard and its index in each of 192 streams, some of which read from two shards.
 _WANTED = 512
-# Some containers allow a thousand million, and programs that close every possible one take minutes.
+# Some containers allow 10^9, and programs that close every possible descriptor take minutes.
 _ENOUGH = 1 << 16
 
 
 def raise_limit() -> None:
     """Raise this process's soft limit of open files to its hard limit, where that is allowed.
 
-    For commands that stream; the processes that they start inherit it.
+    Processes started after that inherit it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)

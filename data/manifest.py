@@ -1,42 +1,34 @@
-"""What a packed dataset says about itself: the manifest over all shards, the index of each.
+"""The manifest of a packed dataset: `manifest.json`, its text and its checks.
 
-`manifest.json` names the shards with their sizes and checksums, the classes, and a fingerprint
-over all of it, which names the dataset. `NAME.idx.npy` holds the place, label and checksum of
-every image in NAME.tar.
+It names the shards with their sizes and checksums, the classes, and a fingerprint over all of it,
+which identifies the dataset.
 """
 
 import hashlib
-import io
 import json
 import re
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-
-from data.tars import HEADER, INDEX_DTYPE, Index
+from data.config import check
+from data.tars import HEADER
 
 MANIFEST = "manifest.json"
 FORMAT = "adm-shards-1"
 
-#: What the class of images without a label is called.
+# The name of the class of images without a label.
 NO_CLASS = ""
 
 # A name becomes a file in a cache, a part of a URL and a word of a shell command.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MOST_BYTES = 1 << 50
-
-# numpy reads an array's header with `ast`, which Python 3.11 cannot do in two threads at once.
-_READING = threading.Lock()
+_MAX_BYTES = 1 << 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file as the manifest knows it.
+    """One tar file as the manifest lists it.
 
     Raises:
         ValueError: a value of another type, or one that no shard can have.
@@ -52,67 +44,37 @@ class Shard:
         check_name(self.name)
         for field in ("sha256", "index_sha256"):
             value = getattr(self, field)
-            if not (isinstance(value, str) and _SHA256.fullmatch(value)):
-                raise ValueError(f"{field} = {value!r:.80}: must be 64 hex digits")
-        if not (type(self.bytes) is int and 0 <= self.bytes <= _MOST_BYTES):
-            raise ValueError(f"bytes = {self.bytes!r:.80}: must be from 0 to {_MOST_BYTES}")
+            is_digest = isinstance(value, str) and bool(_SHA256.fullmatch(value))
+            check(is_digest, field, value, "64 hex digits")
+        is_size = type(self.bytes) is int and 0 <= self.bytes <= _MAX_BYTES
+        check(is_size, "bytes", self.bytes, f"from 0 to {_MAX_BYTES}")
         most = self.bytes // HEADER
-        if not (type(self.samples) is int and 0 <= self.samples <= most):
-            raise ValueError(
-                f"samples = {self.samples!r:.80}: must be from 0 to {most}, which is what a tar of "
-                f"{self.bytes} bytes has room for"
-            )
+        check(
+            type(self.samples) is int and 0 <= self.samples <= most,
+            "samples",
+            self.samples,
+            f"from 0 to {most}, the most that a tar of {self.bytes} bytes can hold",
+        )
 
     @property
     def tar(self) -> str:
+        """The file name of the tar."""
         return f"{self.name}.tar"
 
     @property
     def index(self) -> str:
+        """The file name of the index."""
         return f"{self.name}.idx.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shards:
-    """A packed dataset. `image_size` is None where the images keep their own sizes."""
+class Manifest:
+    """What a packed dataset contains. `image_size` is None where images keep their own sizes."""
 
-    root: str
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
     image_size: int | None
     fingerprint: str
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Samples of each shard."""
-        return tuple(shard.samples for shard in self.shards)
-
-    @property
-    def count(self) -> int:
-        """Images in all."""
-        return sum(self.sizes)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether each image has a label."""
-        return NO_CLASS not in self.classes
-
-    def index(self, shard: int) -> Index:
-        """The index of one local shard, mapped into memory that all processes share.
-
-        Raises:
-            OSError, ValueError: as `map_index`.
-        """
-        return map_index(Path(self.root), self.shards[shard])
-
-    def parse_index(self, shard: int, content: bytes) -> Index:
-        """The index of one shard that came over a network, and has the manifest's checksum.
-
-        Raises:
-            ValueError: as `map_index`.
-        """
-        where = f"{self.root}/{self.shards[shard].index}"
-        return _check_index(_read_array(io.BytesIO(content), where), self.shards[shard], where)
 
 
 def check_name(name: object) -> None:
@@ -121,18 +83,12 @@ def check_name(name: object) -> None:
     Raises:
         ValueError: it may not.
     """
-    if not (isinstance(name, str) and _NAME.fullmatch(name)):
-        raise ValueError(
-            f"name = {name!r:.80}: must be letters, digits, '_', '-' and '.', and begin with a "
-            "letter, a digit or '_'"
-        )
-
-
-def index_bytes(index: Index) -> bytes:
-    """The content of an index file."""
-    buffer = io.BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    return buffer.getvalue()
+    check(
+        isinstance(name, str) and bool(_NAME.fullmatch(name)),
+        "name",
+        name,
+        "letters, digits, '_', '-' and '.', and begin with a letter, a digit or '_'",
+    )
 
 
 def manifest_text(
@@ -142,7 +98,7 @@ def manifest_text(
     image_size: int | None,
     made_by: Mapping[str, Any],
 ) -> str:
-    """The manifest as JSON, fingerprint included. `made_by` records how the tars were made."""
+    """The manifest as JSON, with its fingerprint. `made_by` records how the tars were made."""
     body = {
         "format": FORMAT,
         "image_size": image_size,
@@ -153,13 +109,12 @@ def manifest_text(
     return json.dumps({**body, "fingerprint": _fingerprint(body)}, indent=1) + "\n"
 
 
-def parse_manifest(root: str, content: bytes) -> Shards:
-    """Read a manifest back.
+def parse_manifest(where: str, content: bytes) -> Manifest:
+    """The manifest in the content of a file; `where` names it in messages.
 
     Raises:
-        ValueError: it is damaged, altered, or something else; the message names file and entry.
+        ValueError: it is damaged, altered, or something else; the message names the entry.
     """
-    where = f"{root}/{MANIFEST}"
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -168,10 +123,9 @@ def parse_manifest(root: str, content: bytes) -> Shards:
         raise ValueError(f"{where} is not the manifest of a packed dataset ({FORMAT})")
     fingerprint = manifest.pop("fingerprint", None)
     if fingerprint != _fingerprint(manifest):
-        raise ValueError(f"{where} was altered: its fingerprint does not fit its content")
+        raise ValueError(f"{where} was altered: its fingerprint does not match its content")
     try:
-        return Shards(
-            root=root,
+        return Manifest(
             shards=_parse_shards(manifest.get("shards")),
             classes=_parse_classes(manifest.get("classes")),
             image_size=_parse_image_size(manifest.get("image_size")),
@@ -221,54 +175,6 @@ def _parse_image_size(size: object) -> int | None:
     if size is not None and not (type(size) is int and size >= 1):
         raise ValueError(f"image_size = {size!r:.80}: must be at least 1, or null")
     return size
-
-
-def map_index(root: Path, shard: Shard) -> Index:
-    """The index of a local shard, mapped into memory that all processes share.
-
-    Raises:
-        OSError: it is missing or unreadable.
-        ValueError: it is damaged, or does not have the manifest's number of samples.
-    """
-    path = root / shard.index
-    if not shard.samples:  # nothing cannot be mapped
-        return _check_index(_read_array(io.BytesIO(path.read_bytes()), path), shard, path)
-    try:
-        with _READING:
-            index: Index = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    return _check_index(index, shard, path)
-
-
-def rows_at(root: Path, shard: Shard) -> int:
-    """The byte of a local shard's index file at which its rows begin.
-
-    Raises:
-        OSError, ValueError: as `map_index`.
-    """
-    index = map_index(root, shard)
-    assert isinstance(index, np.memmap), "a shard without samples has no rows"
-    return index.offset
-
-
-def _read_array(file: BinaryIO, where: Path | str) -> Index:
-    try:
-        with _READING:
-            index: Index = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{where} is damaged: {error}") from None
-    return index
-
-
-def _check_index(index: Index, shard: Shard, where: Path | str) -> Index:
-    if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
-        kind = "" if index.dtype == INDEX_DTYPE else " of another kind"
-        raise ValueError(
-            f"{where} has {index.size} rows{kind}, the manifest says {shard.samples} samples: "
-            "copy or pack it again"
-        )
-    return index
 
 
 def _fingerprint(body: Mapping[str, Any]) -> str:

@@ -1,12 +1,12 @@
-"""First step of the data's way: which sample is image number g?
+"""First step of the data's way: which sample is image g of a run?
 
 A pure function of (seed, g). Nothing here touches a file, so the position of a run in its data is
-one integer, `images`, and every rank, worker and restart computes the same answer.
+one integer, `images_seen`, and every rank, worker and restart computes the same answer.
 
 S logical streams share each epoch. Image g belongs to stream s = g mod S, as its m-th image,
 m = g div S. With N images and L = N div S, that is position p = m mod L of epoch e = m div L. An
 epoch lays the shards end to end in the order perm(seed, e); stream s owns L consecutive positions
-of that tape and walks them block by block, each block of k positions permuted by
+of that tape and reads them block by block, each block of k positions permuted by
 perm(seed, e, s, block). Block borders are staggered by s k / S, so that the streams do not all
 open a new block in the same step. The N mod S images that do not fit are a window that moves on
 by its own length every epoch.
@@ -25,7 +25,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def splitmix64(words: ArrayLike) -> Words:
-    """One step of the splitmix64 generator from each 64-bit state: the hash used throughout."""
+    """One step of the splitmix64 generator from each 64-bit state: uint64, of the same shape."""
     z = np.asarray(words, dtype=np.uint64) + _GAMMA
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -33,7 +33,10 @@ def splitmix64(words: ArrayLike) -> Words:
 
 
 def keyed(*words: ArrayLike) -> Words:
-    """Hash a key of integers (arrays broadcast) to uniform 64-bit words, e.g. (seed, image)."""
+    """Hash a key of integers, e.g. (seed, image index), to uniform 64-bit words.
+
+    Arrays in the key broadcast; the result is uint64, of their shape, at least (1,).
+    """
     # numpy warns of overflow for scalars but not for arrays; the wrap-around is the point.
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
@@ -42,17 +45,17 @@ def keyed(*words: ArrayLike) -> Words:
 
 
 def uniform(*words: ArrayLike) -> NDArray[np.float64]:
-    """Like `keyed`, as numbers in [0, 1)."""
+    """Like `keyed`, as float64 in [0, 1)."""
     return (keyed(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(size: int, *key: int) -> Ints:
-    """The permutation of `size` elements named by `key`; pinned by a golden test."""
+    """The permutation named by `key`: int64 (size,). Pinned by a golden test."""
     return np.argsort(keyed(*key, np.arange(size)), kind="stable")
 
 
 class Place(NamedTuple):
-    """Where images are: arrays of equal shape."""
+    """Where images are: int64 arrays of equal shape."""
 
     epoch: Ints
     shard: Ints
@@ -64,7 +67,7 @@ class _Tape(NamedTuple):
 
     shards: Ints  # in the order of the epoch
     ends: Ints  # tape position after each of them
-    starts: Ints  # number of the first kept image of each, counted in packing order
+    starts: Ints  # first kept image of each, counted in packing order
     window: int  # first image left out, in packing order
 
 
@@ -104,9 +107,9 @@ class Order:
         """Images that an epoch does not serve: fewer than `streams`."""
         return self.images - self.streams * self.length
 
-    def locate(self, numbers: ArrayLike) -> Place:
-        """Find the epoch, shard and row of each image number (int64, any shape (n,))."""
-        turn, stream = np.divmod(np.asarray(numbers, dtype=np.int64), self.streams)
+    def locate(self, indices: ArrayLike) -> Place:
+        """Find the epoch, shard and row of each image index (n,): int64 (n,) each."""
+        turn, stream = np.divmod(np.asarray(indices, dtype=np.int64), self.streams)
         epoch, position = np.divmod(turn, self.length)
         tape_at = stream * self.length + self._shuffled(epoch, stream, position)
         place = Place(epoch, np.empty_like(epoch), np.empty_like(epoch))
@@ -115,9 +118,12 @@ class Order:
             place.shard[here], place.row[here] = self._on_tape(int(e), tape_at[here])
         return place
 
-    def alternatives(self, number: int) -> Ints:
-        """The other image numbers of this one's block, nearest first: stand-ins if it is bad."""
-        turn, stream = divmod(number, self.streams)
+    def alternatives(self, index: int) -> Ints:
+        """The other image indices of this one's block, int64 (n,), in the order after it.
+
+        The images there replace this one if it is damaged.
+        """
+        turn, stream = divmod(index, self.streams)
         position = turn % self.length
         _, first, size = self._block_of(np.array([stream]), np.array([position]))
         step = (position - int(first[0]) + np.arange(1, int(size[0]))) % int(size[0])
@@ -150,13 +156,14 @@ class Order:
 
     def _block_permutation(self, key: int, epoch: int, stream: int, block: int, size: int) -> Ints:
         if key not in self._blocks:
-            # Two epochs' ends may be in use at once; beyond that the oldest blocks are done with.
+            # The current block of each stream, and some around it: older ones are not needed again.
             while len(self._blocks) >= 4 * self.streams:
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[key] = permutation(size, self.seed, epoch, stream, block)
         return self._blocks[key]
 
     def _on_tape(self, epoch: int, position: Ints) -> tuple[Ints, Ints]:
+        """Shard and row at each position of an epoch's tape."""
         tape = self._tape(epoch)
         at = np.searchsorted(tape.ends, position, side="right")
         shard = tape.shards[at]
@@ -172,7 +179,11 @@ class Order:
         return self._tapes[epoch]
 
     def _lay(self, epoch: int) -> _Tape:
+        """Put the shards of an epoch end to end, without its window of left-out images."""
         shards = permutation(len(self.sizes), self.seed, epoch)
+        # The window moves by its own length every epoch, and starts again when the next one would
+        # reach beyond the last image.
         window = self.left_out * (epoch % (self.images // max(self.left_out, 1)))
+        # Images before each border that stay, in packing order: all but those in the window.
         kept = self._borders - np.clip(self._borders - window, 0, self.left_out)
         return _Tape(shards, np.cumsum(np.diff(kept)[shards]), kept[:-1][shards], window)

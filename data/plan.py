@@ -1,20 +1,22 @@
-"""The plan of a packing, made before anything is written and by itself: no files, no processes."""
+"""The plan of a packing: a pure function of the listing and the settings."""
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.config import check
 from data.order import permutation
 from data.sources import Listing
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """What to do with each image, and how to deal them to shards.
+    """What to do with each image, and how to distribute them over shards.
 
     `size` is the side of ADM's centre crop, or with `keep_original` the smaller side beyond which
-    an image is scaled down, uncropped. `format` None takes png to 64 pixels, jpg above.
+    an image is scaled down, uncropped. `format` None is png for crops of up to 64 pixels,
+    otherwise jpg.
     """
 
     size: int
@@ -25,23 +27,20 @@ class PackConfig:
     per_shard: int = 2048
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.per_shard < 1:
-            raise ValueError(
-                f"--size {self.size} and --per-shard {self.per_shard}: at least 1 each"
-            )
-        if self.format not in (None, "png", "jpg"):
-            raise ValueError(f"--format = {self.format}: choose png or jpg")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality = {self.quality}: choose 1 to 100")
+        check(self.size >= 1, "--size", self.size, "at least 1")
+        check(self.per_shard >= 1, "--per-shard", self.per_shard, "at least 1")
+        check(self.format in (None, "png", "jpg"), "--format", self.format, "png or jpg")
+        check(1 <= self.quality <= 100, "--quality", self.quality, "from 1 to 100")
 
     @property
     def suffix(self) -> str:
+        """Suffix and format of the stored images, but for those that are kept unchanged."""
         return self.format or ("png" if self.size <= 64 and not self.keep_original else "jpg")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One shard to be made: its images in order, with labels by number."""
+class PackJob:
+    """One shard to be made: (name, label) of its images, in order; `first` images precede them."""
 
     name: str
     source: str
@@ -52,17 +51,17 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PackPlan:
     """All jobs of a packing; `digest` changes with anything that changes the shards."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[PackJob, ...]
     classes: tuple[str, ...]
     config: PackConfig
     digest: str
 
 
-def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Plan:
-    """Shuffle the images globally by the seed and deal them to shards of equal size.
+def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> PackPlan:
+    """Shuffle the images globally by the seed and distribute them over shards of equal size.
 
     Raises:
         ValueError: there are no images, or one has no class.
@@ -72,12 +71,12 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pla
         raise ValueError(f"SOURCE = {source} holds no images")
     if (least := min(listing.labels)) < 0:
         name = listing.names[listing.labels.index(least)]
-        raise ValueError(f"SOURCE = {source}: {name} has the label {least}: it has no class")
+        raise ValueError(f"SOURCE = {source}: {name} has the label {least}: must be at least 0")
     mixed = [(listing.names[i], listing.labels[i]) for i in permutation(count, config.seed)]
-    # A few shards at least, even for small sets: epochs differ by the order of shards, too.
+    # At least 8 shards, even for small sets: epochs differ by the order of shards, too.
     per_shard = min(config.per_shard, -(-count // 8))
     jobs = tuple(
-        Job(
+        PackJob(
             name=f"{i:05d}",
             source=source,
             out=str(out),
@@ -89,4 +88,4 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pla
     )
     text = json.dumps([asdict(config), listing.classes, [job.images for job in jobs]])
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Plan(jobs=jobs, classes=listing.classes, config=config, digest=digest)
+    return PackPlan(jobs=jobs, classes=listing.classes, config=config, digest=digest)

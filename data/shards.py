@@ -1,196 +1,42 @@
-"""Packed datasets on disk: opening them, verifying them, looking at them.
+"""Verify, show or index a packed dataset.
 
-A dataset is a directory (or URL) of plain `.tar` files in WebDataset's conventions, so that any
-WebDataset reader opens them. Beside each lies `NAME.idx.npy` with the place, label and checksum of
-every image, and over all of them `manifest.json`, whose fingerprint names the dataset.
-
-    python -m data.shards verify DIR [--full]      is it as the manifest says?
-    python -m data.shards info DIR [--sheet PNG]   what is in it?
-    python -m data.shards index DIR                make index and manifest for tars made by others
+python -m data.shards verify DIR [--full]      compare a dataset with its manifest
+python -m data.shards info DIR [--sheet PNG]   print counts, classes and sizes
+python -m data.shards index DIR                make index and manifest for existing tars
 """
 
 import argparse
-import hashlib
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data import descriptors
-from data.fetch import FetchConfig, Reader, is_local
-from data.manifest import (
-    MANIFEST,
-    NO_CLASS,
-    Shard,
-    Shards,
-    check_name,
-    index_bytes,
-    manifest_text,
-    map_index,
-    parse_manifest,
-)
+from data.config import FetchConfig
+from data.dataset import Shards, index_directory, open_shards, verify
+from data.exits import REFUSED, REPORTED, CommandParser, exit_status
+from data.reader import Reader
 from data.sheet import contact_sheet
-from data.tars import Index, index_tar
 
-__all__ = ["Shards", "open_shards", "verify"]
-
-_AT_ONCE = 32  # requests that only ask for sizes
-_SHEET = 64  # thumbnails on a contact sheet
-
-
-def open_shards(root: str | Path, *, fetch: FetchConfig | None = None) -> Shards:
-    """Open a packed dataset and check that every shard and index is there in full.
-
-    Where only a pipe leads to the files, their sizes show when they are read.
-
-    Raises:
-        ValueError: anything missing, of another size than the manifest says, or not a dataset.
-    """
-    reader = Reader(str(root), config=fetch or FetchConfig())
-    shards = _read_manifest(reader)
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        for fault in threads.map(partial(_fault, shards, reader), shards.shards):
-            if fault:
-                raise ValueError(fault)
-    return shards
+# Thumbnails on a contact sheet.
+_THUMBNAILS = 64
+# Classes that `info` lists by name.
+_LISTED = 20
 
 
-def verify(root: str | Path, *, full: bool = False) -> list[str]:
-    """Faults of a local dataset, one line each: presence and sizes, or with `full` checksums.
-
-    Raises:
-        ValueError: there is no readable manifest to verify against.
-    """
-    reader = Reader(str(root), config=FetchConfig(retries=0))
-    shards = _read_manifest(reader)
-    faults = []
-    for shard in shards.shards:
-        fault = _fault(shards, reader, shard)
-        if full and not fault:
-            fault = _checksum_fault(Path(root), shard)
-        if fault:
-            faults.append(fault)
-    return faults
+def _verify(root: Path, *, full: bool) -> int:
+    faults = verify(root, full=full)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        return REFUSED
+    print(f"{root}: all shards match the manifest")
+    return 0
 
 
-def index_directory(root: Path) -> Shards:
-    """Make index and manifest for the tars in a directory; labels become classes "0" to "max".
-
-    Without labels there is one class, which has no name.
-
-    Raises:
-        ValueError: there is a manifest already, there are no tars, one is damaged, its name is not
-            one that a shard may have, or some have labels and others none.
-    """
-    tars = sorted(root.glob("*.tar"))
-    if (root / MANIFEST).exists() or not tars:
-        what = "has a manifest already" if tars else "holds no .tar files"
-        raise ValueError(f"{root} {what}: there is nothing to index")
-    for tar in tars:
-        try:
-            check_name(tar.stem)
-        except ValueError as error:
-            raise ValueError(f"{tar}: {error}; rename it") from None
-    shards, labels = [], [0]
-    kinds: dict[bool, Path] = {}
-    for tar in tars:
-        index, labelled = index_tar(tar)
-        if labelled is not None:
-            kinds.setdefault(labelled, tar)
-        if len(kinds) == 2:
-            raise ValueError(f"{kinds[False]} has no labels, and {kinds[True]} has some")
-        labels.append(int(index["label"].max(initial=0)))
-        content = index_bytes(index)
-        tar.with_suffix(".idx.npy").write_bytes(content)
-        shards.append(describe(tar, index, content))
-    classes = tuple(str(i) for i in range(max(labels) + 1))
-    if False in kinds:
-        classes = (NO_CLASS,)
-    made_by = {"index": "tars made by others"}
-    text = manifest_text(tuple(shards), classes=classes, image_size=None, made_by=made_by)
-    write_atomically(root / MANIFEST, text.encode())
-    return open_shards(root)
-
-
-def describe(tar: Path, index: Index, content: bytes) -> Shard:
-    """A finished shard's entry in the manifest, from its file, index and index file's content."""
-    return Shard(
-        name=tar.stem,
-        samples=len(index),
-        bytes=tar.stat().st_size,
-        sha256=file_sha256(tar),
-        index_sha256=hashlib.sha256(content).hexdigest(),
-    )
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there in full or not at all, also after a power cut."""
-    aside = path.with_name(f"{path.name}.new")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _read_manifest(reader: Reader) -> Shards:
-    try:
-        content = reader.whole(MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"no dataset at {reader.root}: {MANIFEST} is missing; make one with "
-            "`python -m data.pack`"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{reader.root}/{MANIFEST} cannot be read: {error}") from None
-    return parse_manifest(reader.root, content)
-
-
-def _fault(shards: Shards, reader: Reader, shard: Shard) -> str | None:
-    """What is wrong with a shard as far as sizes tell."""
-    for name in (shard.tar, shard.index):
-        try:
-            size = reader.size(name)
-        except FileNotFoundError:
-            missing = f"{shards.root}/{name} is missing"
-            return f"{missing}: the manifest lists it; copy or pack it again"
-        except OSError as error:
-            return str(error)
-        if name == shard.tar and size not in (None, shard.bytes):
-            return (
-                f"{shards.root}/{name} has {size} bytes, the manifest says {shard.bytes}: "
-                "it was truncated or replaced; copy or pack it again"
-            )
-    try:
-        if is_local(shards.root):
-            map_index(Path(shards.root), shard)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _checksum_fault(root: Path, shard: Shard) -> str | None:
-    for name, sha256 in ((shard.tar, shard.sha256), (shard.index, shard.index_sha256)):
-        if file_sha256(root / name) != sha256:
-            return f"{root / name}: its checksum is not the manifest's"
-    return None
-
-
-def _describe_dataset(root: Path, sheet: Path | None) -> None:
-    """Print what a dataset holds; draw thumbnails of some of its images."""
+def _show(root: Path, *, sheet: Path | None = None) -> int:
+    """Print what a dataset contains; draw thumbnails of some of its images."""
     shards = open_shards(root)
     counts = np.zeros(len(shards.classes), dtype=np.int64)
     for i in range(len(shards.shards)):  # a kept label would keep its index's file open
@@ -199,62 +45,72 @@ def _describe_dataset(root: Path, sheet: Path | None) -> None:
     size = f"{shards.image_size} x {shards.image_size}" if shards.image_size else "of own sizes"
     print(f"{shards.count} images {size}, {len(shards.shards)} shards, {total / 2**20:.1f} MiB")
     print(f"{len(counts)} classes with {counts.min()} to {counts.max()} images")
-    for name, count in list(zip(shards.classes, counts, strict=True))[:20]:
+    for name, count in list(zip(shards.classes, counts, strict=True))[:_LISTED]:
         print(f"  {name or '(none)'}: {count}")
-    if len(counts) > 20:
-        print(f"  ... and {len(counts) - 20} more")
+    if len(counts) > _LISTED:
+        print(f"  ... and {len(counts) - _LISTED} more")
     print(f"fingerprint {shards.fingerprint}")
     if sheet:
-        contact_sheet(_blobs(shards, _SHEET)).save(sheet)
+        contact_sheet(_stored(shards, _THUMBNAILS)).save(sheet)
         print(f"thumbnails: {sheet}")
+    return 0
 
 
-def _blobs(shards: Shards, count: int) -> Iterator[bytes]:
-    """Image files spread over the dataset."""
+def _stored(shards: Shards, count: int) -> Iterator[bytes]:
+    """Image files at equal distances through the dataset."""
     reader = Reader(shards.root, config=FetchConfig())
     ends = np.cumsum(shards.sizes)
-    for number in np.linspace(0, shards.count - 1, min(count, shards.count), dtype=int):
-        shard = int(np.searchsorted(ends, number, side="right"))
-        entry = shards.index(shard)[number - ends[shard]]
+    for image in np.linspace(0, shards.count - 1, min(count, shards.count), dtype=int):
+        shard = int(np.searchsorted(ends, image, side="right"))
+        entry = shards.index(shard)[image - ends[shard]]
         yield reader.read(
             shards.shards[shard].tar, first=int(entry["offset"]), size=int(entry["size"])
         )
     reader.close()
 
 
-def _verify_command(root: Path, full: bool) -> int:
-    faults = verify(root, full=full)
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if not faults:
-        print(f"{root}: all shards are as the manifest says")
-    return 1 if faults else 0
+def _index(root: Path) -> int:
+    index_directory(root)
+    return _show(root)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="python -m data.shards", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("verify", help="compare a dataset with its manifest")
+    command.set_defaults(run=_verify)
+    command.add_argument("root", metavar="DIR", type=Path, help="directory of the dataset")
+    command.add_argument(
+        "--full",
+        action="store_true",
+        help="compare checksums too, which reads every byte (default: sizes only)",
+    )
+    command = commands.add_parser("info", help="print counts, classes and sizes")
+    command.set_defaults(run=_show)
+    command.add_argument("root", metavar="DIR", type=Path, help="directory of the dataset")
+    command.add_argument(
+        "--sheet",
+        metavar="PNG",
+        type=Path,
+        help=f"draw up to {_THUMBNAILS} thumbnails into this file (default: none)",
+    )
+    command = commands.add_parser("index", help="make index and manifest for existing tars")
+    command.set_defaults(run=_index)
+    command.add_argument("root", metavar="DIR", type=Path, help="directory of the tars")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line of `python -m data.shards`."""
-    parser = argparse.ArgumentParser(prog="python -m data.shards")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("verify", help="check a dataset against its manifest")
-    command.add_argument("dir", type=Path)
-    command.add_argument("--full", action="store_true", help="checksums too, not only sizes")
-    command = commands.add_parser("info", help="classes, counts, sizes")
-    command.add_argument("dir", type=Path)
-    command.add_argument("--sheet", type=Path, help="draw thumbnails into this PNG")
-    command = commands.add_parser("index", help="index tars made by others")
-    command.add_argument("dir", type=Path)
-    options = parser.parse_args(arguments)
+    """Run `python -m data.shards`; returns the exit status."""
+    options = vars(_parser().parse_args(arguments))
     descriptors.raise_limit()
+    run = options.pop("run")
     try:
-        if options.command == "verify":
-            return _verify_command(options.dir, options.full)
-        if options.command == "index":
-            index_directory(options.dir)
-        _describe_dataset(options.dir, getattr(options, "sheet", None))
-    except (ValueError, OSError) as error:
+        status: int = run(**options)
+    except REPORTED as error:
         print(error, file=sys.stderr)
-        return 1
-    return 0
+        return exit_status(error)
+    return status
 
 
 if __name__ == "__main__":

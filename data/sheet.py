@@ -1,4 +1,4 @@
-"""A look at a dataset: thumbnails side by side in one picture."""
+"""Contact sheets: thumbnails of a dataset in one picture."""
 
 import math
 from collections.abc import Iterable
@@ -7,21 +7,22 @@ from PIL import Image
 
 from data.transforms import decode
 
+# Pixels of a thumbnail's longer side.
 TILE = 128
 
 
-def contact_sheet(blobs: Iterable[bytes], *, tile: int = TILE) -> Image.Image:
+def contact_sheet(stored: Iterable[bytes], *, tile: int = TILE) -> Image.Image:
     """Draw image files as thumbnails of at most `tile` pixels, in rows of a square sheet.
 
     Raises:
         one of `data.transforms.UNDECODABLE`.
     """
     thumbnails = []
-    for blob in blobs:
-        image = Image.fromarray(decode(blob))
+    for content in stored:
+        image = Image.fromarray(decode(content))
         scale = tile / max(image.size)
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-        # Small pictures are for looking at their pixels, large ones at their content.
+        # Small images are shown pixel by pixel, large ones smoothly.
         filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
         thumbnails.append(image.resize(size, filter_))
     columns = math.ceil(math.sqrt(len(thumbnails)))

@@ -1,7 +1,7 @@
 """Where images come from before they are packed: a source lists its images and reads one.
 
-Listing happens once, in the planning process; reading happens wherever a shard is made. A name
-says all that reading needs, so that a plan can be sent to any process or node.
+The planning process lists them once; whichever process makes a shard reads them. A name contains
+all that reading needs, so that a plan can be sent to any process or node.
 """
 
 import io
@@ -19,13 +19,13 @@ from PIL import Image
 from data.manifest import NO_CLASS
 from data.tars import IMAGE_SUFFIXES, all_or_no_labels
 
-#: Classes named by numbers below this have them for labels; larger ones are dates and the like.
+# Classes named by numbers below this have these labels; larger numbers are dates and the like.
 _MOST_CLASSES = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """All images of a source: their names there, their labels, and what the labels are called."""
+    """All images of a source: their names there, their labels, and the names of the labels."""
 
     names: list[str]
     labels: list[int]
@@ -51,27 +51,34 @@ class Folder:
         self.root = root
 
     def listing(self) -> Listing:
+        """As `Source.listing`."""
         return by_first_directory(self._names())
 
     def read(self, name: str) -> bytes:
+        """As `Source.read`."""
         return (self.root / name).read_bytes()
 
     def _names(self) -> Iterator[str]:
-        for directory, _, files in os.walk(self.root, followlinks=True):
+        for directory, _, names in os.walk(self.root, followlinks=True):
             inside = Path(directory).relative_to(self.root)
-            yield from ((inside / file).as_posix() for file in files)
+            yield from ((inside / name).as_posix() for name in names)
 
 
 class Zip:
     """Image files in a zip archive; the class is the first directory's name."""
 
     def __init__(self, path: Path) -> None:
-        self._archive = zipfile.ZipFile(path)
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"SOURCE = {path} is damaged: {error}") from None
 
     def listing(self) -> Listing:
+        """As `Source.listing`."""
         return by_first_directory(self._archive.namelist())
 
     def read(self, name: str) -> bytes:
+        """As `Source.read`."""
         return self._archive.read(name)
 
 
@@ -79,11 +86,13 @@ class Digits:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, values 0..16 spread over 0..255."""
 
     def listing(self) -> Listing:
+        """As `Source.listing`."""
         labels = [int(label) for label in _digits()[1]]
         names = [f"{i:04d}" for i in range(len(labels))]
         return Listing(names=names, labels=labels, classes=tuple("0123456789"))
 
     def read(self, name: str) -> bytes:
+        """As `Source.read`."""
         grey = np.round(_digits()[0][int(name)] * 255 / 16).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(np.repeat(grey[:, :, None], 3, axis=2)).save(buffer, format="PNG")
@@ -104,8 +113,8 @@ def by_class_name(names: list[str], classes: list[str]) -> Listing:
     if classes and all(name.isdecimal() and int(name) < _MOST_CLASSES for name in classes):
         return by_number(names, [int(name) for name in classes])
     known = tuple(sorted(set(classes)))
-    number = {name: i for i, name in enumerate(known)}
-    return Listing(names=names, labels=[number[c] for c in classes], classes=known)
+    label = {name: i for i, name in enumerate(known)}
+    return Listing(names=names, labels=[label[c] for c in classes], classes=known)
 
 
 def by_number(names: list[str], labels: list[int]) -> Listing:
@@ -120,17 +129,17 @@ def by_number_if_any(names: list[str], labels: list[int | None]) -> Listing:
     Raises:
         ValueError: some images have a label.
     """
-    numbers = all_or_no_labels(names, labels)
+    known = all_or_no_labels(names, labels)
     if None in labels:
-        return Listing(names=names, labels=numbers, classes=(NO_CLASS,))
-    return by_number(names, numbers)
+        return Listing(names=names, labels=known, classes=(NO_CLASS,))
+    return by_number(names, known)
 
 
 def relabel(listing: Listing, *, class_map: Path) -> Listing:
     """Take classes from a file of lines.
 
     They are `NAME CLASS`, names with or without directories; or one `CLASS` for each image, in the
-    order of their names, as validation sets come with.
+    order of the names, as in the label files of validation sets.
 
     Raises:
         ValueError: the map cannot be read, or an image is not in it.
@@ -144,7 +153,7 @@ def relabel(listing: Listing, *, class_map: Path) -> Listing:
         return by_class_name(listing.names, [words[0] for words in lines])
     for words in lines:
         if len(words) != 2:
-            raise ValueError(f"--class-map = {class_map}: not `NAME CLASS`: {' '.join(words)}")
+            raise ValueError(f"--class-map = {class_map}: {' '.join(words)!r}: must be NAME CLASS")
     found = dict(lines)
     classes = []
     for name in listing.names:
@@ -158,7 +167,7 @@ def relabel(listing: Listing, *, class_map: Path) -> Listing:
 def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     """Number the classes as another dataset does, e.g. a validation split as its training split.
 
-    Classes that are numbers already are those of the other dataset's.
+    Classes that are numbers already are taken to be the other dataset's labels.
 
     Raises:
         ValueError: a class that the other one does not have, or images without a label.

@@ -1,7 +1,7 @@
 """The stream: shard -> sample -> batch, endless and exact from any position.
 
-What training asks for. The position is the integer `images`; everything else follows from it, the
-seed, the shards and the configuration, so there is no loader state to save.
+What training asks for. The position is the integer `images_seen`; everything else follows from it,
+the seed, the shards and the configuration, so there is no loader state to save.
 """
 
 import sys
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.samples import DataConfig, Request, Samples
-from data.shards import Shards
+from data.config import DataConfig
+from data.dataset import Shards
+from data.samples import BatchRequest, Samples
 from data.workers import Filled, Setup, Workers
 
 __all__ = ["Batch", "DataConfig", "Stream", "to_device"]
@@ -23,25 +24,24 @@ __all__ = ["Batch", "DataConfig", "Stream", "to_device"]
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch: images uint8 (B, 3, H, W), labels int64 (B,), image numbers int64 (B,).
+    """One micro-batch: images uint8 (B, 3, H, W), labels int64 (B,), image indices int64 (B,).
 
-    The images lie as they were decoded, with the channels last, until `to_device` turns them.
-
-    `bad` of the images were damaged, and others stand in for them.
+    In memory the images are as decoded, channels last, until `to_device` makes them contiguous.
+    `bad` of the images were damaged and are replaced by others.
     """
 
     images: Tensor
     labels: Tensor
-    numbers: Tensor
+    indices: Tensor
     bad: int = 0
 
 
 class Stream:
     """Batches of a dataset, decoded ahead in worker processes.
 
-    `served` and `bad` count this process's images and, among them, those that were damaged and
-    replaced; `log` receives a line for each of the latter. Use as a context manager, or close it:
-    that ends the workers.
+    `served` counts this process's images, `bad` those of them that were damaged and replaced;
+    `log` receives a line for each of the latter. Use as a context manager, or call `close`, which
+    ends the workers.
 
     Raises:
         ValueError: too few images, or shards packed for another image size.
@@ -74,7 +74,7 @@ class Stream:
 
     @property
     def identity(self) -> dict[str, int | str]:
-        """What fixes the order besides `images`: save it, and `check_identity` on resume."""
+        """What determines the order besides `images_seen`: save it, and check it on resume."""
         return {
             "seed": self.seed,
             "streams": self.config.streams,
@@ -83,7 +83,7 @@ class Stream:
         }
 
     def check_identity(self, saved: dict[str, int | str]) -> None:
-        """Refuse to continue a run in another order than it began.
+        """Refuse to continue a run in another order than before.
 
         Raises:
             ValueError: naming each entry that differs.
@@ -95,35 +95,43 @@ class Stream:
         ]
         if differing:
             raise ValueError(
-                f"the run began with other data ({'; '.join(differing)}): give it the shards "
-                f"and settings it began with, not {self.shards.root}, or start another run"
+                f"data.shards = {self.shards.root}: the run began with other data "
+                f"({'; '.join(differing)}); restore its shards and settings, or start another run"
             )
 
     def batches(
-        self, *, images: int, batch: int, micro_batch: int, rank: int, ranks: int, pin: bool = False
+        self,
+        *,
+        images_seen: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        ranks: int,
+        pin: bool = False,
     ) -> Iterator[Batch]:
-        """Endless micro-batches of one rank from position `images` on.
+        """Endless micro-batches of one rank, from position `images_seen` on.
 
-        Step n takes the images [images + n batch, images + (n + 1) batch); this rank those with
-        number mod ranks = rank, `micro_batch` at a time. `pin` puts them into page-locked memory.
+        With B = `batch_size`, step n takes the images [images_seen + n B, images_seen + (n + 1) B);
+        this rank those with index mod ranks = rank, `micro_batch_size` at a time. `pin` puts them
+        into page-locked memory.
 
         Raises:
-            ValueError: `batch` is no multiple of ranks x micro_batch; damaged shards.
+            ValueError: `batch_size` is no multiple of ranks x micro_batch_size; damaged shards.
             OSError: shards cannot be read.
             RuntimeError: a worker died.
         """
-        if batch % (ranks * micro_batch):
+        if batch_size % (ranks * micro_batch_size):
             raise ValueError(
-                f"batch = {batch} is no multiple of ranks x micro_batch = {ranks} x {micro_batch}; "
-                "change one of them"
+                f"training.batch = {batch_size}: must be a multiple of ranks x "
+                f"training.micro_batch = {ranks} x {micro_batch_size}"
             )
-        requests = _training_requests(images, batch, micro_batch, rank, ranks)
-        return self._load(requests, micro_batch=micro_batch, pin=pin)
+        requests = _training_requests(images_seen, batch_size, micro_batch_size, rank, ranks)
+        return self._load(requests, micro_batch_size=micro_batch_size, pin=pin)
 
     def once(
-        self, *, micro_batch: int, rank: int, ranks: int, pin: bool = False
+        self, *, micro_batch_size: int, rank: int, ranks: int, pin: bool = False
     ) -> Iterator[Batch]:
-        """Each image of the split once, in packing order, without flips or random crops.
+        """Each image once, in packing order, without flips or random crops: a validation split.
 
         Rank r takes images r, r + ranks, ... All ranks get equally many micro-batches, as
         collectives need; the last ones may be short or empty.
@@ -131,8 +139,8 @@ class Stream:
         Raises:
             ValueError: an image is damaged; and as `batches`.
         """
-        requests = _single_pass(self.shards.count, micro_batch, rank, ranks)
-        return self._load(requests, micro_batch=micro_batch, pin=pin)
+        requests = _single_pass(self.shards.count, micro_batch_size, rank, ranks)
+        return self._load(requests, micro_batch_size=micro_batch_size, pin=pin)
 
     def close(self) -> None:
         """End the workers and close all files."""
@@ -141,11 +149,13 @@ class Stream:
         self._running.clear()
         self._samples.close()
 
-    def _load(self, requests: Iterator[Request], *, micro_batch: int, pin: bool) -> Iterator[Batch]:
+    def _load(
+        self, requests: Iterator[BatchRequest], *, micro_batch_size: int, pin: bool
+    ) -> Iterator[Batch]:
         if not self.config.workers:
-            yield from self._count(self._load_here(requests, micro_batch), pin)
+            yield from self._count(self._load_here(requests, micro_batch_size), pin)
             return
-        workers = Workers(self._setup(micro_batch))
+        workers = Workers(self._setup(micro_batch_size))
         self._running.append(workers)
         try:
             with closing(workers):
@@ -154,24 +164,34 @@ class Stream:
             if workers in self._running:
                 self._running.remove(workers)
 
-    def _setup(self, micro_batch: int) -> Setup:
+    def _setup(self, micro_batch_size: int) -> Setup:
+        """The workers' setup, with as many slots (one micro-batch each) as prefetch_mb allows.
+
+        Eight slots for each worker are enough: four requests are queued there, and the other slots
+        hold batches that wait or are in use.
+
+        Raises:
+            ValueError: not even one slot fits.
+        """
         room = self.config.prefetch_mb * 2**20
-        setup = Setup(self.shards, self.config, self.seed, images=micro_batch, slots=1)
+        setup = Setup(self.shards, self.config, self.seed, images=micro_batch_size, slots=1)
         if setup.slot_bytes > room:
             raise ValueError(
                 f"data.prefetch_mb = {self.config.prefetch_mb} holds no micro-batch of "
-                f"{micro_batch} images; set it to {-(-2 * setup.slot_bytes // 2**20)} or more"
+                f"{micro_batch_size} images; set it to {-(-2 * setup.slot_bytes // 2**20)} or more"
             )
         return setup._replace(slots=min(room // setup.slot_bytes, 8 * self.config.workers))
 
-    def _load_here(self, requests: Iterator[Request], micro_batch: int) -> Iterator[Filled]:
+    def _load_here(
+        self, requests: Iterator[BatchRequest], micro_batch_size: int
+    ) -> Iterator[Filled]:
         side = self.config.image_size
         for request in requests:
-            images = np.empty((len(request.numbers), side, side, 3), dtype=np.uint8)
+            images = np.empty((len(request.indices), side, side, 3), dtype=np.uint8)
             yield Filled(request, images, *self._samples.load(request, out=images))
 
     def _count(self, loaded: Iterator[Filled], pin: bool) -> Iterator[Batch]:
-        """Count, tell of what was bad, and make batches."""
+        """Make batches; count and log the bad samples."""
         for filled in loaded:
             self.served += len(filled.labels)
             self.bad += len(filled.bad)
@@ -180,46 +200,49 @@ class Stream:
             yield Batch(
                 images=_tensor(filled.images, pin).permute(0, 3, 1, 2),
                 labels=_tensor(filled.labels, pin),
-                numbers=torch.tensor(filled.request.numbers, dtype=torch.int64),
+                indices=torch.tensor(filled.request.indices, dtype=torch.int64),
                 bad=len(filled.bad),
             )
-            del filled  # its slot shall be free again before the next one is waited for
+            del filled  # frees its slot before the wait for the next one
 
 
 def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Batch]:
-    """Move batches to where the network is; to a GPU beside the computation that runs there.
+    """Move batches to the device, contiguous; to a GPU, while it computes.
 
-    The batches should be pinned; each is asked for only when it is needed.
+    Shapes and dtypes stay those of `Batch`. For a GPU, the batches should be pinned. Each is
+    requested only when it is needed.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in batches:
         with torch.cuda.stream(side):
             tensors = [
                 tensor.to(device, non_blocking=True).contiguous()
-                for tensor in (batch.images, batch.labels, batch.numbers)
+                for tensor in (batch.images, batch.labels, batch.indices)
             ]
         if side:
             compute = torch.cuda.current_stream(device)
             compute.wait_stream(side)
             for tensor in tensors:
                 tensor.record_stream(compute)
-        yield Batch(images=tensors[0], labels=tensors[1], numbers=tensors[2], bad=batch.bad)
+        yield Batch(images=tensors[0], labels=tensors[1], indices=tensors[2], bad=batch.bad)
 
 
 def _training_requests(
-    images: int, batch: int, micro_batch: int, rank: int, ranks: int
-) -> Iterator[Request]:
+    images_seen: int, batch_size: int, micro_batch_size: int, rank: int, ranks: int
+) -> Iterator[BatchRequest]:
     while True:
-        mine = range(images + (rank - images) % ranks, images + batch, ranks)
-        for i in range(0, len(mine), micro_batch):
-            yield Request(mine[i : i + micro_batch], once=False)
-        images += batch
+        mine = range(images_seen + (rank - images_seen) % ranks, images_seen + batch_size, ranks)
+        for i in range(0, len(mine), micro_batch_size):
+            yield BatchRequest(mine[i : i + micro_batch_size], once=False)
+        images_seen += batch_size
 
 
-def _single_pass(count: int, micro_batch: int, rank: int, ranks: int) -> Iterator[Request]:
+def _single_pass(
+    count: int, micro_batch_size: int, rank: int, ranks: int
+) -> Iterator[BatchRequest]:
     mine = range(rank, count, ranks)
-    for i in range(0, -(-count // ranks), micro_batch):
-        yield Request(mine[i : i + micro_batch], once=True)
+    for i in range(0, -(-count // ranks), micro_batch_size):
+        yield BatchRequest(mine[i : i + micro_batch_size], once=True)
 
 
 def _tensor(array: np.ndarray, pin: bool) -> Tensor:
@@ -227,7 +250,7 @@ def _tensor(array: np.ndarray, pin: bool) -> Tensor:
     if not pin:
         return source
     copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-    # numpy copies in this thread; torch would wake a team that then spins on the workers' cores.
+    # numpy copies in this thread; torch would start threads that occupy the workers' cores.
     np.copyto(copy.numpy(), array)
     return copy
 

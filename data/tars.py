@@ -1,7 +1,7 @@
-"""Tar files in WebDataset's conventions: writing them, and finding the samples in others'.
+"""Tar files in WebDataset's conventions: writing ours, and finding the samples in others'.
 
-A sample is what lies together under one name up to the first dot: `KEY.cls` or `KEY.json` for the
-label beside `KEY.jpg`, `KEY.png` or another image.
+A sample is the files with one name up to the first dot: `KEY.jpg`, `KEY.png` or another image, and
+`KEY.cls` or `KEY.json` for its label.
 """
 
 import json
@@ -16,11 +16,11 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-HEADER = 512  # bytes of a tar header, which stands right before its payload
+# Bytes of a tar header; the payload follows it.
+HEADER = 512
 
-INDEX_DTYPE = np.dtype(
-    [("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
-)  # of the image's payload
+# One row of an index; offset, size and crc32 are those of the image's payload.
+INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
 Index = NDArray[np.void]
 _LARGEST_LABEL = int(np.iinfo(INDEX_DTYPE["label"]).max)
 
@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 
 @dataclass(frozen=True, kw_only=True)
 class TarSample:
-    """One image in a tar: where its payload is; `label` is None where the tar names none."""
+    """One image in a tar: where its payload is; `label` is None where the tar has none."""
 
     name: str
     offset: int
@@ -52,7 +52,7 @@ class ShardWriter:
         self._rows.append((offset, len(image), label, zlib.crc32(image)))
 
     def close(self) -> Index:
-        """End the tar and return its index."""
+        """End the tar and return its index (n,), of `INDEX_DTYPE`."""
         end = self._end + 2 * HEADER
         self._write(b"\0" * (-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self._end))
         return np.array(self._rows, dtype=INDEX_DTYPE)
@@ -69,11 +69,11 @@ class ShardWriter:
 
 
 def _header(name: str, size: int) -> bytes:
-    """The header of a member: tarfile's own, but for what differs, at a tenth of its time."""
+    """The header of a member, as tarfile makes it, in a tenth of its time."""
     header = bytearray(_blank_header())
     encoded = name.encode()
     if len(encoded) > 100 or size >= 8**11:
-        raise ValueError(f"{name} of {size} bytes is beyond what a plain tar can hold")
+        raise ValueError(f"{name} of {size} bytes is too long or too large for a plain tar")
     header[: len(encoded)] = encoded
     header[124:135] = b"%011o" % size
     header[148:155] = b"%06o\0" % (sum(header) + 7 * ord(" "))  # counted as spaces
@@ -90,21 +90,21 @@ def _blank_header() -> bytes:
 
 
 def read_header(raw: bytes) -> tuple[str, int]:
-    """Name and size in the 512 bytes of a plain header, of which each byte counts.
+    """Name and size in the 512 bytes of a plain header.
 
     Raises:
         ValueError: the checksum is wrong: this is no header.
     """
     stated = raw[148:156]  # the sum of all bytes, its own eight counted as spaces
-    # Half of adler32 is 1 + that sum modulo a prime: no flipped bit is lost on it, and no loop is
-    # as fast.
+    # The lower half of adler32 is 1 + that sum modulo a prime: it shows any flipped bit, and no
+    # loop is as fast.
     found = (zlib.adler32(raw[:HEADER]) & 0xFFFF) - 1 - sum(stated) + 8 * ord(" ")
     try:
         if len(raw) >= HEADER and (int(stated.rstrip(b"\0 "), 8) - found) % 65521 == 0:
             name = raw[:100].partition(b"\0")[0].decode("utf-8", "replace")
             return name, int(raw[124:136].rstrip(b"\0 "), 8)
     except ValueError:
-        pass  # not even digits
+        pass  # not digits
     raise ValueError("bad checksum")
 
 
@@ -112,8 +112,8 @@ def scan_tar(path: Path) -> list[TarSample]:
     """All images of a tar, in its order.
 
     Raises:
-        ValueError: it is compressed, damaged or truncated (common readers end such a tar early and
-            silently), has a name twice or two images in a sample, or a label that is no number.
+        ValueError: it is compressed, damaged or truncated (common readers stop there without an
+            error), has a name twice or two images in a sample, or a label that is no number.
     """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     with path.open("rb") as file:
@@ -129,12 +129,12 @@ def scan_tar(path: Path) -> list[TarSample]:
 
 
 def index_tar(path: Path) -> tuple[Index, bool | None]:
-    """The index of a tar made by others, and whether its images have labels; None without images.
+    """The index (n,) of a tar, and whether its images have labels; None without images.
 
-    Where they have none, the index says 0.
+    Images without labels have label 0 in the index.
 
     Raises:
-        ValueError: as `scan_tar`, some images have a label, or one is out of range.
+        ValueError: as `scan_tar`, only some images have a label, or a label is out of range.
     """
     rows, samples = [], scan_tar(path)
     labels = all_or_no_labels([f"{path}: {s.name}" for s in samples], [s.label for s in samples])
@@ -156,15 +156,17 @@ def all_or_no_labels(names: Sequence[str], labels: Sequence[int | None]) -> list
     """The labels, or 0 for each sample where none has one.
 
     Raises:
-        ValueError: some have one.
+        ValueError: only some have one.
     """
     without = [name for name, label in zip(names, labels, strict=True) if label is None]
     if 0 < len(without) < len(labels):
-        raise ValueError(f"{without[0]} has no label, and {len(without) - 1} others; the rest have")
+        more = len(without) - 1
+        raise ValueError(f"{without[0]} has no label, nor have {more} others, but the rest have")
     return [label or 0 for label in labels]
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar; after the last one, check that it ends as a tar must."""
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -204,8 +206,9 @@ def _label(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) ->
             try:
                 content = int(text) if suffix == "cls" else json.loads(text)
             except ValueError:
+                name = by_suffix[suffix].name
                 raise ValueError(
-                    f"{path}: {by_suffix[suffix].name} holds {text[:20]!r}, no number of a class"
+                    f"{path}: {name} = {text[:20]!r}: must be a class number"
                 ) from None
             if isinstance(content, dict):
                 content = content.get("label", content.get("cls"))

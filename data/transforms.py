@@ -1,7 +1,7 @@
 """From stored bytes to pixels: decoding, ADM's crops, flips.
 
 Everything here is exact and deterministic: decoding takes no fast-and-different path, the centre
-crop equals the reference's bit for bit, and random draws are keyed by (seed, image number).
+crop equals the reference's bit for bit, and random draws are keyed by (seed, image index).
 """
 
 import io
@@ -25,37 +25,43 @@ _FLIP_DRAWS = 0x464C4950
 
 
 def decode(
-    blob: bytes | memoryview,
+    content: bytes | memoryview,
     *,
     colours: Literal["RGB", "BGR"] = "RGB",
     buffer: Pixels | None = None,
 ) -> Pixels:
-    """Decode an image file to uint8 (H, W, 3), strictly first, then as far as Pillow will go.
+    """Decode an image file to uint8 (H, W, 3): strictly, or else as far as Pillow can.
 
-    `buffer` may take the pixels, if there is room: fresh pages cost a third of the decoding.
+    The pixels lie in `buffer`, uint8 (n,), if it is large enough: new memory costs a third of the
+    decoding.
 
     Raises:
-        one of `UNDECODABLE` where even Pillow gives up.
+        one of `UNDECODABLE` where Pillow fails, too.
     """
-    if blob[:3] == b"\xff\xd8\xff":
+    if content[:3] == b"\xff\xd8\xff":
         try:
-            if simplejpeg.decode_jpeg_header(blob)[2] not in ("CMYK", "YCCK"):  # rounded otherwise
-                return simplejpeg.decode_jpeg(blob, colorspace=colours, strict=True, buffer=buffer)
+            # CMYK goes to Pillow: simplejpeg rounds it otherwise.
+            if simplejpeg.decode_jpeg_header(content)[2] not in ("CMYK", "YCCK"):
+                return simplejpeg.decode_jpeg(
+                    content, colorspace=colours, strict=True, buffer=buffer
+                )
         except ValueError:
-            pass  # Perhaps recoverable damage: Pillow's verdict counts.
-    pixels = np.asarray(open_rgb(blob))
+            pass  # perhaps damage from which Pillow recovers
+    pixels = np.asarray(open_rgb(content))
     return pixels if colours == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
 
 
-def decode_into(blob: bytes | memoryview, *, mirrored: bool, out: Pixels, scratch: Pixels) -> None:
-    """Decode an image of the size of `out` (H, W, 3) into it, mirrored if asked.
+def decode_into(
+    content: bytes | memoryview, *, mirrored: bool, out: Pixels, scratch: Pixels
+) -> None:
+    """Decode an image of the size of `out`, uint8 (H, W, 3), into it, mirrored if asked.
 
-    It is decoded to `scratch`, which stays in the CPU's cache, and moved from there in one go.
+    It is decoded to `scratch`, uint8 (n,), which stays in the CPU's cache, and copied from there.
 
     Raises:
         ValueError: it has another size; or one of `UNDECODABLE`.
     """
-    pixels = decode(blob, colours="BGR" if mirrored else "RGB", buffer=scratch)
+    pixels = decode(content, colours="BGR" if mirrored else "RGB", buffer=scratch)
     if not mirrored:
         write(pixels, out=out)
         return
@@ -67,9 +73,13 @@ def decode_into(blob: bytes | memoryview, *, mirrored: bool, out: Pixels, scratc
     out.reshape(-1, row).view(ours)[:] = pixels.reshape(-1, row).view(theirs)[:, ::-1]
 
 
-def open_rgb(blob: bytes | memoryview) -> Image.Image:
-    """Decode an image file with Pillow to an RGB image."""
-    with Image.open(io.BytesIO(blob)) as image:
+def open_rgb(content: bytes | memoryview) -> Image.Image:
+    """Decode an image file with Pillow to an RGB image.
+
+    Raises:
+        one of `UNDECODABLE`.
+    """
+    with Image.open(io.BytesIO(content)) as image:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")  # which copies in any case
 
@@ -90,13 +100,13 @@ def center_crop(image: Image.Image, *, size: int) -> Pixels:
     return pixels[top : top + size, left : left + size]
 
 
-def random_crop(image: Image.Image, *, size: int, seed: int, number: int) -> Pixels:
+def random_crop(image: Image.Image, *, size: int, seed: int, index: int) -> Pixels:
     """ADM's crop for classifiers: 80 to 100 % of the smaller side, at any place.
 
-    Drawn by (seed, image number), so that a restart on other ranks sees the same crop.
+    uint8 (size, size, 3), drawn by (seed, image index): a restart on other ranks sees the same.
     """
     smallest, largest = size, math.ceil(size / 0.8)
-    draws = uniform(_CROP_DRAWS, seed, number, np.arange(3))
+    draws = uniform(_CROP_DRAWS, seed, index, np.arange(3))
     side = smallest + int(draws[0] * (largest - smallest + 1))
     pixels = np.asarray(halve_and_scale(image, side=side))
     top = int(draws[1] * (pixels.shape[0] - size + 1))
@@ -104,13 +114,13 @@ def random_crop(image: Image.Image, *, size: int, seed: int, number: int) -> Pix
     return pixels[top : top + size, left : left + size]
 
 
-def flips(*, seed: int, numbers: Ints) -> NDArray[np.bool_]:
-    """Which images are mirrored: fair coins keyed by (seed, image number)."""
-    return uniform(_FLIP_DRAWS, seed, numbers) < 0.5
+def flips(*, seed: int, indices: Ints) -> NDArray[np.bool_]:
+    """Which images (n,) are mirrored: bool (n,), fair and keyed by (seed, image index)."""
+    return uniform(_FLIP_DRAWS, seed, indices) < 0.5
 
 
 def write(pixels: Pixels, *, out: Pixels) -> None:
-    """Write pixels (H, W, 3) into `out`.
+    """Write pixels into `out`, both uint8 (H, W, 3).
 
     Raises:
         ValueError: the image has another size.

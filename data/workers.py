@@ -1,9 +1,9 @@
 """Decoding outside the trainer: processes that fill slots of one shared block of memory.
 
-A worker is a fresh Python of this module alone, not a fork of the trainer: no locks of its threads,
-no CUDA, no second copy of its imports. Trainer and worker talk through one socket, and pixels go
-through anonymous shared memory. Either side notices at once when the other is gone: the socket
-closes. Nothing is left behind whoever is killed.
+A worker is a new Python process that imports this module alone, not a fork of the trainer: it has
+no locks of the trainer's threads, no CUDA, and no torch. Trainer and worker exchange messages over
+one socket, and pixels through anonymous shared memory. When either of them ends, the socket closes
+and the other notices at once. Whichever is killed, no process and no memory is left behind.
 """
 
 import mmap
@@ -23,16 +23,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.config import DataConfig
+from data.dataset import Shards
 from data.order import Ints
-from data.samples import DataConfig, Request, Samples
-from data.shards import Shards
+from data.samples import BatchRequest, Samples
 from data.transforms import Pixels
 
-_QUEUED = 4  # requests at one worker: enough that it never waits for the trainer's next word
+# Requests sent to one worker in advance: enough that it never waits for the next one.
+_QUEUED = 4
 
 
 class Setup(NamedTuple):
-    """All that a worker needs to know; a slot holds `images` images and labels."""
+    """What a worker needs at its start; a slot holds `images` images and labels."""
 
     shards: Shards
     config: DataConfig
@@ -42,13 +44,17 @@ class Setup(NamedTuple):
 
     @property
     def slot_bytes(self) -> int:
+        """Size of a slot: a label of 8 bytes and the pixels of each image."""
         return self.images * (3 * self.config.image_size**2 + 8)
 
 
 class Filled(NamedTuple):
-    """A request done. Its arrays may lie in a slot, which is not used again while they are."""
+    """A finished request: images uint8 (n, H, W, 3), labels int64 (n,), a line per bad sample.
 
-    request: Request
+    The images may lie in a slot, which is not used again while the array exists.
+    """
+
+    request: BatchRequest
     images: Pixels
     labels: Ints
     bad: tuple[str, ...]
@@ -81,14 +87,14 @@ class Workers:
     ) -> None:
         self.close()
 
-    def load(self, requests: Iterator[Request]) -> Iterator[Filled]:
+    def load(self, requests: Iterator[BatchRequest]) -> Iterator[Filled]:
         """Load requests in their order, as many ahead as there are slots.
 
         Raises:
             whatever `Samples.load` raised in a worker; RuntimeError if a worker died.
         """
         free = deque(range(self._setup.slots))
-        pending: deque[tuple[Request, int]] = deque()
+        pending: deque[tuple[BatchRequest, int]] = deque()
         bad: dict[int, tuple[str, ...]] = {}
         busy = [0] * len(self._sockets)
         while True:
@@ -101,6 +107,8 @@ class Workers:
                 return
             if pending[0][1] in bad:
                 request, slot = pending.popleft()
+                # While there are slots for all workers, the caller may keep this one as it is; a
+                # caller that keeps many batches gets copies, so that the workers do not wait.
                 share = len(free) + len(pending) >= len(self._sockets)
                 yield self._hand_out(request, slot, bad.pop(slot), free, share)
                 continue
@@ -110,7 +118,7 @@ class Workers:
                 busy[worker] -= 1
 
     def close(self) -> None:
-        """End the processes, now: they hold nothing that could be lost."""
+        """Kill the processes: they hold nothing that could be lost."""
         for socket in self._sockets:
             socket.close()
         for process in self._processes:
@@ -118,24 +126,24 @@ class Workers:
             process.wait()
 
     def _hand_out(
-        self, request: Request, slot: int, bad: tuple[str, ...], free: deque[int], share: bool
+        self, request: BatchRequest, slot: int, bad: tuple[str, ...], free: deque[int], share: bool
     ) -> Filled:
-        """Share a slot until its images are dropped; copy for whoever hoards what was shared."""
+        """The images of a slot: the slot itself with `share`, otherwise a copy of it."""
         images, labels = self._slots[slot]
-        images = images[: len(request.numbers)]
+        images = images[: len(request.indices)]
         if share:
-            # A tensor made from this array keeps it alive, and with it the slot.
+            # A tensor made from this array keeps it alive; the slot is free when both are gone.
             weakref.finalize(images, free.append, slot)
         else:
             images = images.copy()
             free.append(slot)
-        return Filled(request, images, labels[: len(request.numbers)].copy(), bad)
+        return Filled(request, images, labels[: len(request.indices)].copy(), bad)
 
     def _ready(self) -> list[int]:
         sockets = list(self._sockets)
         return [sockets.index(ready) for ready in wait(sockets)]
 
-    def _send(self, worker: int, message: tuple[int, Request]) -> None:
+    def _send(self, worker: int, message: tuple[int, BatchRequest]) -> None:
         try:
             self._sockets[worker].send(message)
         except OSError:
@@ -154,14 +162,14 @@ class Workers:
         process = self._processes[worker]
         return RuntimeError(
             f"data worker {worker} (process {process.pid}) died with exit status {process.wait()}; "
-            "if it was killed (-9), the machine may be short of memory: lower data.workers or "
-            "data.prefetch_mb. The same command resumes the run"
+            "if it was killed (-9), the machine may be out of memory: lower data.workers or "
+            "data.prefetch_mb. Rerun the same command to resume"
         )
 
 
 def serve(socket: Connection, memory: int) -> None:
-    """A worker's life: load what is asked for until the trainer is gone."""
-    # The trainer decides when to leave; a signal sent to the whole job is not for us.
+    """Run a worker: load what is requested until the trainer has ended."""
+    # The trainer decides when to stop; a signal to the whole job must not end its workers first.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     setup: Setup = socket.recv()
@@ -169,7 +177,7 @@ def serve(socket: Connection, memory: int) -> None:
     slots = _map_slots(memory, setup)
     trainer = os.getppid()
     while True:
-        # Another child of the trainer might hold the socket's other end open beyond its death.
+        # Another child of the trainer might keep the socket's other end open after it has ended.
         while not socket.poll(5):
             if os.getppid() != trainer:
                 return
@@ -178,10 +186,10 @@ def serve(socket: Connection, memory: int) -> None:
 
 
 def _answer(
-    samples: Samples, request: Request, slot: tuple[Pixels, Ints]
+    samples: Samples, request: BatchRequest, slot: tuple[Pixels, Ints]
 ) -> tuple[str, ...] | Exception:
     images, labels = slot
-    n = len(request.numbers)
+    n = len(request.indices)
     try:
         loaded = samples.load(request, out=images[:n])
     except (ValueError, OSError) as error:
@@ -202,7 +210,7 @@ def _start(setup: Setup, memory: int) -> tuple["subprocess.Popen[bytes]", Connec
         [sys.executable, "-P", "-m", "data.workers", str(theirs.fileno()), str(memory)],
         pass_fds=(theirs.fileno(), memory),
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the trainer
+        start_new_session=True,  # Ctrl-C goes to the trainer only
         env={**os.environ, **threads, "PYTHONPATH": path.rstrip(os.pathsep)},
     )
     theirs.close()
@@ -211,7 +219,7 @@ def _start(setup: Setup, memory: int) -> tuple["subprocess.Popen[bytes]", Connec
 
 
 def _shared_memory(size: int) -> int:
-    """A descriptor of anonymous memory: it has no name, so it cannot outlive its users."""
+    """A descriptor of anonymous memory: it is freed with the last process that uses it."""
     if sys.platform == "linux":
         memory = os.memfd_create("images")
     else:
@@ -236,4 +244,4 @@ if __name__ == "__main__":
     try:
         serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
     except (EOFError, ConnectionError):
-        sys.exit(0)  # the trainer is gone
+        sys.exit(0)  # the trainer has ended

@@ -1,92 +1,108 @@
-"""From a login node to a finished run.
+"""Start, watch and stop runs, from a login node.
 
   python -m launch PRESET --run DIR --nodes N --gpus-per-node G [--cluster my.toml]
-  python -m launch status DIR... [--watch]     where runs stand
-  python -m launch stop DIR                    save, leave, and do not start again
-  python -m launch sweep PRESETS... --runs DIR --at-most K ...    a set of runs as one Slurm array
-  python -m launch check                       look an allocation over, from inside of it
+  python -m launch status DIR... [--watch]     show the state of runs
+  python -m launch stop DIR                    save, stop, and do not requeue
+  python -m launch sweep PRESETS... --runs DIR --at-most K ...    several runs as one Slurm array
+  python -m launch check                       preflight check, on every rank of an allocation
 
-The same command on a run that is there goes on with it. `--dry-run` prints what would be started.
+Rerun the same command to resume a run. `--dry-run` prints what would be submitted.
+Exit status: 78 for a user error (an option, a setting, a file).
 """
 
 import argparse
-import subprocess
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import slurm, snapshot, status, writer
+from data import files
+from data.exits import CommandParser, exit_status
+from launch import queue, records, slurm, status
 from launch.cluster import LAUNCHERS, Cluster, load
 from launch.job import Job
-
-#: Exit status after an error of the user's.
-REFUSED = 2
+from trainer import config as configs
+from trainer import ds_config as ds_configs
+from trainer import settings
+from trainer.adm.config import check as check_setting
+from trainer.ranks import lease
 
 
 def start(argv: Sequence[str]) -> int:
-    """`python -m launch PRESET ...`: submit a run, or train it from here."""
+    """`python -m launch PRESET ...`: submit a run, or start it from here."""
     arguments = _start_parser().parse_args(argv)
-    preset = snapshot.find_preset(arguments.preset)
+    preset = settings.find(arguments.preset, directory=configs.PRESETS)
     job = _job(arguments, run=arguments.run, preset=preset)
+    text = records.text(job)
     if arguments.dry_run:
-        print(snapshot.text(job), end="")
+        print(text, end="")
         return 0
-    snapshot.check_free(job.run)
-    return _submit(job, snapshot.prepare(job, preset=preset))
+    records.check_free(job.run)
+    return _submit(job, records.prepare(job, preset=preset))
 
 
 def sweep(argv: Sequence[str]) -> int:
-    """`python -m launch sweep PRESETS...`: one Slurm array, a run for each preset."""
+    """`python -m launch sweep PRESETS...`: submit one Slurm array, with a run for each preset."""
     arguments = _sweep_parser().parse_args(argv)
-    presets = [snapshot.find_preset(preset) for preset in arguments.presets]
+    check_setting(arguments.at_most >= 1, "--at-most", arguments.at_most, "at least 1")
+    presets = [settings.find(preset, directory=configs.PRESETS) for preset in arguments.presets]
+    names = [preset.stem for preset in presets]
+    check_setting(len(set(names)) == len(names), "PRESETS", names, "presets of different names")
     jobs = [_job(arguments, run=arguments.runs / preset.stem, preset=preset) for preset in presets]
-    if len({job.run for job in jobs}) < len(jobs):
-        raise ValueError("two of the presets have the same name: each needs a run of its own")
-    if jobs[0].cluster.launcher != "slurm":
-        raise ValueError(f"launcher = {jobs[0].cluster.launcher!r}: a sweep is an array of Slurm's")
+    launcher = jobs[0].cluster.launcher
+    check_setting(launcher == "slurm", "launcher", launcher, '"slurm" for a sweep')
     text = slurm.array_text(jobs, at_most=arguments.at_most)
     if arguments.dry_run:
         print(text, end="")
         return 0
+    for job in jobs:
+        records.check_free(job.run)
     for job, preset in zip(jobs, presets, strict=True):
-        snapshot.check_free(job.run)
-        snapshot.prepare(job, preset=preset)
+        records.prepare(job, preset=preset)
     script = jobs[0].run.parent / "sweep.sh"
-    script.write_text(text)
-    array = slurm.submit(script)
+    files.write(script, text)
+    array = queue.submit(script)
     for index, job in enumerate(jobs):
-        (job.records / "job").write_text(f"{array}_{index}\n")
-    print(f"submitted {script} as array {array}: {len(jobs)} runs, {arguments.at_most} at once")
+        records.keep_job_id(job, f"{array}_{index}")
+    print(f"submitted {script} as job array {array}: {len(jobs)} runs, {arguments.at_most} at once")
     return 0
 
 
 def stop(argv: Sequence[str]) -> int:
-    """`python -m launch stop DIR`: the ranks save and leave; returns when they are gone."""
-    parser = argparse.ArgumentParser(prog="python -m launch stop")
-    parser.add_argument("run", type=Path)
+    """`python -m launch stop DIR`: request a stop, and wait until the ranks have saved."""
+    parser = CommandParser(
+        prog="python -m launch stop",
+        description="Save a run and stop it. The job is not requeued.",
+    )
+    parser.add_argument("run", type=Path, metavar="DIR", help="the run directory")
     run = parser.parse_args(argv).run.absolute()
     if not (run / "launch").is_dir():
-        raise ValueError(f"{run} is no run directory")
-    writer.request_stop(run)
-    job = snapshot.number(run)
-    waiting = slurm.state(job) if job else None
-    if job and waiting and waiting.startswith("PENDING"):
-        slurm.cancel(job)
-        print(f"job {job} was {waiting}; taken out of the queue")
+        raise ValueError(f"{run} is not a run directory")
+    lease.request_stop(run)
+    job_id = records.job_id(run)
+    state = queue.state(job_id) if job_id else None
+    if job_id and state and state.startswith("PENDING"):
+        queue.cancel(job_id)
+        print(f"job {job_id} was {state}; removed from the queue")
         return 0
-    print("waiting for the ranks to save and leave (Ctrl-C leaves the request standing)")
-    while (job and slurm.state(job)) or writer.live_holder(run):
+    print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
+    while (job_id and queue.state(job_id)) or lease.live_holder(run):
         time.sleep(2)
-    print(f"stopped; {status.last_checkpoint(run) or 'there is no checkpoint'}")
+    print(f"stopped; last checkpoint: {status.last_checkpoint(run) or 'none'}")
     return 0
 
 
 def show(argv: Sequence[str]) -> int:
-    """`python -m launch status DIR...`."""
-    parser = argparse.ArgumentParser(prog="python -m launch status")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--watch", action="store_true", help="draw again until Ctrl-C")
+    """`python -m launch status DIR...`: print the state of runs."""
+    parser = CommandParser(prog="python -m launch status", description="Show the state of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="the run directories")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="refresh every 2 seconds until Ctrl-C (default: print once)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.watch:
         status.watch(arguments.runs)
@@ -96,59 +112,80 @@ def show(argv: Sequence[str]) -> int:
 
 
 def check(argv: Sequence[str]) -> int:
-    """`python -m launch check`, on every rank of an allocation."""
-    from launch import check as checks  # needs torch, which a login node need not have
+    """`python -m launch check`: the preflight check, started on every rank of an allocation."""
+    from trainer import preflight  # needs torch, which a login node may not have
 
-    return checks.main(argv)
+    return preflight.main(argv)
 
 
 def _job(arguments: argparse.Namespace, *, run: Path, preset: Path) -> Job:
-    cluster = load(arguments.cluster) if arguments.cluster else Cluster(launcher="alone")
-    changes = tuple(arguments.set)
-    snapshot.check_changes(changes)
-    return Job(
+    """The job of a run. Its whole config has been checked, for its number of ranks."""
+    config = configs.load(preset, arguments.set, unset=arguments.unset)
+    job = Job(
         run=run.absolute(),
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,
-        cluster=cluster,
+        cluster=load(arguments.cluster) if arguments.cluster else Cluster(launcher="alone"),
         directory=Path.cwd(),
-        changes=changes,
-        absent=tuple(arguments.unset),
+        overrides=tuple(arguments.set),
+        unset=tuple(arguments.unset),
         check=arguments.check,
-        shards=snapshot.find_shards(preset, changes),
+        shards=config.data.shards,
     )
+    ds_config = ds_configs.load(records.ROOT / "ds_config.json")
+    ds_configs.resolve(ds_config, config=config, ranks=job.ranks)
+    return job
 
 
 def _submit(job: Job, script: Path) -> int:
-    """Hand the text over, or run it here and return its status."""
+    """Submit the script, or become the shell that runs it."""
     if job.cluster.launcher == "kubernetes":
-        print(f"written; start it with: kubectl apply -f {script}")
+        print(f"wrote {script}; to start it, run: kubectl apply -f {script}")
         return 0
     if job.cluster.launcher != "slurm":
-        return subprocess.run(["bash", str(script)]).returncode
-    number = slurm.submit(script)
-    (job.records / "job").write_text(f"{number}\n")
-    print(f"submitted {script} as job {number}; its output: {job.records}/slurm-{number}.out")
+        # On Ctrl-C the ranks save, and a Python parent would kill this shell meanwhile.
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and bash could not undo it
+            signal.signal(ignored, signal.SIG_DFL)
+        os.execvp("bash", ["bash", str(script)])
+    job_id = queue.submit(script)
+    records.keep_job_id(job, job_id)
+    print(f"submitted {script} as job {job_id}; output: {job.records}/slurm-{job_id}.out")
     return 0
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=1, help="ranks on each node")
-    parser.add_argument("--cluster", type=Path, metavar="TOML",
-                        help=f"the site's settings (launchers: {', '.join(LAUNCHERS)}); "
-                        "without it the run is trained here")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="'training.lr = 1e-4'")
-    parser.add_argument("--unset", action="append", default=[], metavar="training.clip")
-    parser.add_argument("--check", action="store_true", help="look the nodes over before training")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be started")
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="number of machines (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=1,
+        help="number of GPUs, and so of ranks, on each machine (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="TOML",
+        help="site settings, a file as in launch/clusters; its `launcher` is one of "
+        f"{', '.join(LAUNCHERS)} (default: train on this machine)",
+    )
+    settings.add_overrides(parser)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run the preflight check before training (default: train at once)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be submitted, and write nothing (default: submit it)",
+    )
 
 
 def _start_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="python -m launch", description=__doc__, formatter_class=layout)
     parser.add_argument("preset", help="a name in trainer/presets, or a .toml file")
     parser.add_argument("--run", required=True, type=Path, help="the run directory")
     _add_common(parser)
@@ -156,10 +193,22 @@ def _start_parser() -> argparse.ArgumentParser:
 
 
 def _sweep_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launch sweep")
-    parser.add_argument("presets", nargs="+", help="a run is made for each, named as it is")
-    parser.add_argument("--runs", required=True, type=Path, help="the directory of the runs")
-    parser.add_argument("--at-most", type=int, default=1, help="runs at once")
+    parser = CommandParser(
+        prog="python -m launch sweep",
+        description="Submit one Slurm array, with a run for each preset.",
+    )
+    parser.add_argument(
+        "presets", nargs="+", help="names in trainer/presets, or .toml files; each names its run"
+    )
+    parser.add_argument(
+        "--runs", required=True, type=Path, help="the directory of the run directories"
+    )
+    parser.add_argument(
+        "--at-most",
+        type=int,
+        default=1,
+        help="number of runs that train at the same time (default: %(default)s)",
+    )
     _add_common(parser)
     return parser
 
@@ -171,9 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = verbs.get(words[0]) if words else None
     try:
         return verb(words[1:]) if verb else start(words)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+        return exit_status(error)
 
 
 if __name__ == "__main__":

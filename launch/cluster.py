@@ -1,20 +1,19 @@
-"""What a site wants said with every job: a small TOML file of the user's, read into `Cluster`.
+"""Site settings added to every job: a TOML file of the user's, read into `Cluster`.
 
-`launch/clusters/` has examples. Whatever a file leaves out is left out of the job too, so that
-the site's own defaults hold.
+`launch/clusters/` has examples. A setting that is absent from the file is absent from the job, so
+that the site's own default applies.
 """
 
-import dataclasses
 import re
-import shlex
 import sys
-import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from trainer import settings
+from trainer.adm.config import check
 
 Launcher = Literal["slurm", "mpirun", "deepspeed", "torchrun", "alone", "kubernetes"]
 LAUNCHERS: tuple[str, ...] = get_args(Launcher)
@@ -22,7 +21,7 @@ LAUNCHERS: tuple[str, ...] = get_args(Launcher)
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """What `sbatch` is asked for besides nodes and tasks."""
+    """Options of `sbatch` besides nodes and tasks."""
 
     partition: str | None = None
     account: str | None = None
@@ -36,24 +35,17 @@ class Slurm:
     memory: str | None = None
     #: The generic resource that counts GPUs, such as "gpu" or "gpu:h100".
     gres: str = "gpu"
-    #: How long before the time limit the ranks are told to save and leave.
-    seconds_to_save: int = 300
     #: Further options of sbatch, such as "--exclusive".
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.seconds_to_save <= 65535:
-            raise ValueError(
-                f"slurm.seconds_to_save = {self.seconds_to_save}: it must be from 1 to 65535"
-            )
         for option in self.options:
-            if not option.startswith("--"):
-                raise ValueError(f'slurm.options: {option!r}: write it as "--name=value"')
+            check(option.startswith("--"), "slurm.options", option, 'such as "--name=value"')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """An image that the ranks run in. The run directory must be seen at the same path inside."""
+    """An image that the ranks run in. The run directory must have the same path inside."""
 
     kind: Literal["pyxis", "apptainer"]
     image: str
@@ -69,7 +61,7 @@ class Container:
         return (f"--container-image={self.image}", *mounts, workdir)
 
     def command(self, *, directory: Path) -> tuple[str, ...]:
-        """What stands before the command that runs inside, in `directory`."""
+        """The words before a command that make it run inside, in `directory`."""
         if self.kind == "pyxis":
             return ()
         mounts = (word for mount in self.mounts for word in ("--bind", mount))
@@ -78,53 +70,57 @@ class Container:
 
 @dataclass(frozen=True, kw_only=True)
 class Kubernetes:
-    """Where the pods get their image, and the volume that the run directory is on."""
+    """The pods' image, and the volume that holds the run directory."""
 
     image: str
     #: A persistent volume claim, mounted at `mount` in every pod and here.
     claim: str
     mount: str
     namespace: str = "default"
-    #: Kubeflow starts a job again this often before it calls it failed.
+    #: How often Kubeflow restarts a job before it marks it as failed.
     restarts: int = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """How jobs are started at a site."""
+    """How a site starts jobs."""
 
     launcher: Launcher = "slurm"
     #: The interpreter on the nodes, by absolute path.
     python: str = sys.executable
-    #: Lines of shell ahead of everything, such as "module load cuda".
+    #: Shell lines that run first, such as "module load cuda".
     setup: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    #: The machines, where no scheduler names them.
+    #: The machines, for launchers that are not schedulers.
     hosts: tuple[str, ...] = ()
     mpi: Literal["openmpi", "mpich"] = "openmpi"
     #: Further options of mpirun, `deepspeed` or torchrun.
     options: tuple[str, ...] = ()
     port: int = 29500
-    #: Seconds after which a rank that is lost or hung ends the job.
+    #: Seconds after which a lost or hung rank ends the job.
     patience: int = 600
+    #: Seconds that the ranks have to save: under Slurm before the time limit, under torchrun and
+    #: Kubernetes between TERM and KILL.
+    seconds_to_save: int = 300
     slurm: Slurm = Slurm()
     container: Container | None = None
     kubernetes: Kubernetes | None = None
 
     def __post_init__(self) -> None:
-        if self.patience < 10:
-            raise ValueError(f"patience = {self.patience}: it must be at least 10 seconds")
+        check(self.patience >= 10, "patience", self.patience, "at least 10 seconds")
+        seconds = self.seconds_to_save
+        check(1 <= seconds <= 65535, "seconds_to_save", seconds, "from 1 to 65535")
         for name in self.environment:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise ValueError(f"environment.{name}: it must be a name of a variable")
+            is_name = re.fullmatch(r"[A-Za-z_]\w*", name) is not None
+            check(is_name, "environment", name, "a table whose keys are names of variables")
         if self.launcher == "kubernetes" and self.kubernetes is None:
             raise ValueError(
-                'launcher = "kubernetes": it needs a section [kubernetes] with image, claim, mount'
+                'launcher = "kubernetes": add a section [kubernetes] with image, claim and mount'
             )
         if self.container is not None and self.launcher != "slurm":
             raise ValueError(
-                f"launcher = {self.launcher!r}: [container] goes with slurm alone; start the "
-                "launcher inside of the container instead, and remove the section"
+                f'launcher = {self.launcher!r}: must be "slurm" with a section [container]; '
+                "remove the section, and start the launcher inside the container instead"
             )
 
 
@@ -132,53 +128,22 @@ def load(path: Path) -> Cluster:
     """Read a cluster file.
 
     Raises:
-        ValueError: it is missing or no TOML, or a setting is unknown or of another type.
+        ValueError: the file is missing or is not TOML, or a setting is unknown or invalid.
     """
+    table = settings.read(path)
     try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"cannot read the cluster file {path}: {error}") from None
-    try:
-        return typing.cast(Cluster, _build(Cluster, table, where=""))
+        _lift_seconds_to_save(table)
+        return typing.cast(Cluster, settings.build(Cluster, table))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _build(kind: Any, table: Mapping[str, Any], *, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    if unknown := [key for key in table if key not in hints]:
-        raise ValueError(f"unknown setting {where}{unknown[0]}; there are: {', '.join(hints)}")
-    for required in dataclasses.fields(kind):
-        absent = required.default is required.default_factory is dataclasses.MISSING
-        if absent and required.name not in table:
-            raise ValueError(f"setting {where}{required.name} is missing")
-    return kind(**{k: _convert(hints[k], v, name=f"{where}{k}") for k, v in table.items()})
-
-
-def _convert(hint: Any, value: Any, *, name: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        hint = get_args(hint)[0]
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(hint, value, where=f"{name}.")
-    if typing.get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-        raise ValueError(f"{name} = {value!r}: it must be one of {', '.join(get_args(hint))}")
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_convert(str, item, name=f"{name}[{i}]") for i, item in enumerate(value))
-    if typing.get_origin(hint) is Mapping and isinstance(value, dict):
-        return {key: _convert(str, item, name=f"{name}.{key}") for key, item in value.items()}
-    if type(value) is not hint:
-        raise ValueError(f"{name} = {value!r}: it must be of type {_said(hint)}")
-    return value
-
-
-def _said(hint: Any) -> str:
-    """A type as a TOML file's writer knows it."""
-    names = {str: "string", int: "integer", tuple: "list of strings", Mapping: "table of strings"}
-    return names.get(typing.get_origin(hint) or hint, "table")
-
-
-def quoted(words: typing.Iterable[object]) -> str:
-    """Words as the shell reads them back."""
-    return shlex.join(str(word) for word in words)
+def _lift_seconds_to_save(table: settings.Table) -> None:
+    """Accept `seconds_to_save` in [slurm], where cluster files had it at first."""
+    section = table.get("slurm")
+    if not isinstance(section, dict) or "seconds_to_save" not in section:
+        return
+    earlier = section.pop("seconds_to_save")
+    seconds = table.setdefault("seconds_to_save", earlier)
+    same = f"equal to seconds_to_save = {seconds!r}, or absent"
+    check(earlier == seconds, "slurm.seconds_to_save", earlier, same)

@@ -2,125 +2,90 @@
 
 import re
 
-from launch.cluster import Kubernetes, quoted
+from launch.cluster import Kubernetes
 from launch.job import Job
+from launch.shell import fill, quoted
+from trainer.adm.config import check
 
-_MANIFEST = """\
-# {name}: {nodes} pods x {gpus} ranks. A pod that fails is started again and the run goes on.
-apiVersion: kubeflow.org/v1
-kind: PyTorchJob
-metadata:
-  name: {name}
-  namespace: {namespace}
-spec:
-  nprocPerNode: "{gpus}"
-  runPolicy:
-    backoffLimit: {restarts}
-    cleanPodPolicy: Running
-  pytorchReplicaSpecs:
-{replicas}"""
-
-_REPLICAS = """\
-    {role}:
-      replicas: {count}
-      restartPolicy: OnFailure
-      template:
-        spec:
-          # From TERM to KILL: the ranks save in it.
-          terminationGracePeriodSeconds: {grace}
-          containers:
-            - name: pytorch
-              image: {image}
-              workingDir: {directory}
-              env:
-{env}
-              command:
-                - bash
-                - -c
-                - |
-{script}
-              resources:
-                limits:
-                  nvidia.com/gpu: "{gpus}"
-              volumeMounts:
-                - name: runs
-                  mountPath: {mount}
-                - name: shared-memory
-                  mountPath: /dev/shm
-          volumes:
-            - name: runs
-              persistentVolumeClaim:
-                claimName: {claim}
-            - name: shared-memory
-              emptyDir:
-                medium: Memory
-"""
+# The indentation of the script, a block of YAML.
+_INDENT = " " * 18
 
 
 def manifest(job: Job) -> str:
     """The manifest, as YAML.
 
     Raises:
-        ValueError: the run's name is none that Kubernetes takes, or the run or the shards are not
-            on the volume.
+        ValueError: Kubernetes does not accept the run's name, or the run or the shards are not on
+            the volume.
     """
     site = job.cluster.kubernetes
     assert site is not None
-    name = job.name.lower().replace("_", "-").replace(".", "-").strip("-")
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?", name):
-        raise ValueError(
-            f"--run {job.run}: its last part names the job; Kubernetes takes at most 50 letters, "
-            "digits and -, beginning with a letter"
-        )
-    if not job.run.is_relative_to(site.mount):
-        raise ValueError(
-            f"--run {job.run} is not below kubernetes.mount = {site.mount!r}: the pods see no "
-            "other directory; put the run there"
-        )
-    if (
-        job.shards
-        and not job.shards.startswith("/")
-        and not job.directory.is_relative_to(site.mount)
-    ):
-        raise ValueError(
-            f"data.shards = {job.shards!r} is relative to {job.directory}, which the pods do not "
-            f"see: put the shards below {site.mount} and --set their whole path"
-        )
+    _check_volume(job, site)
     roles = {"Master": 1, "Worker": job.nodes - 1}
-    replicas = (_replicas(job, site, role, count) for role, count in roles.items() if count)
-    return _MANIFEST.format(
-        name=name, nodes=job.nodes, gpus=job.gpus_per_node, namespace=_text(site.namespace),
-        restarts=site.restarts, replicas="".join(replicas),
-    )  # fmt: skip
+    return fill(
+        "kubernetes.yaml",
+        name=_pod_name(job),
+        nodes=job.nodes,
+        gpus=job.gpus_per_node,
+        namespace=_string(site.namespace),
+        restarts=site.restarts,
+        replicas="\n".join(_replicas(job, site, role, n) for role, n in roles.items() if n),
+    )
+
+
+def _pod_name(job: Job) -> str:
+    name = job.name.lower().replace("_", "-").replace(".", "-").strip("-")
+    accepted = re.fullmatch(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?", name) is not None
+    expected = "a path whose last part, the job's name, has at most 50 letters, digits and -"
+    check(accepted, "--run", str(job.run), f"{expected}, beginning with a letter")
+    return name
+
+
+def _check_volume(job: Job, site: Kubernetes) -> None:
+    """Refuse directories that the pods do not have."""
+    below = f"below kubernetes.mount = {site.mount!r}, the only directory that the pods share"
+    check(job.run.is_relative_to(site.mount), "--run", str(job.run), below)
+    is_relative = job.shards is not None and not job.shards.startswith("/")
+    seen = not is_relative or job.directory.is_relative_to(site.mount)
+    whole = f"an absolute path: the pods do not have {job.directory}"
+    check(seen, "data.shards", job.shards, whole)
 
 
 def _replicas(job: Job, site: Kubernetes, role: str, count: int) -> str:
     env = (
-        f"                - name: {name}\n                  value: {_text(value)}"
+        f"                - name: {name}\n                  value: {_string(value)}"
         for name, value in job.environment.items()
     )
-    return _REPLICAS.format(
-        role=role, count=count, image=_text(site.image), directory=_text(str(job.directory)),
-        env="\n".join(env), script="\n".join(f"{' ' * 18}{line}" for line in _script(job)),
-        gpus=job.gpus_per_node, mount=_text(site.mount), claim=_text(site.claim),
-        grace=job.cluster.slurm.seconds_to_save,
-    )  # fmt: skip
+    text = fill(
+        "kubernetes-role.yaml",
+        role=role,
+        count=count,
+        image=_string(site.image),
+        directory=_string(str(job.directory)),
+        env="\n".join(env),
+        script="\n".join(f"{_INDENT}{line}" for line in _script(job)),
+        gpus=job.gpus_per_node,
+        mount=_string(site.mount),
+        claim=_string(site.claim),
+        grace=job.cluster.seconds_to_save,
+    )
+    return text.rstrip()
 
 
 def _script(job: Job) -> list[str]:
-    """Kubeflow tells every pod its number and where they meet."""
+    """Kubeflow sets each pod's RANK, and where the pods meet."""
     return [
         *job.cluster.setup,
-        # From TERM to KILL, as for the pod.
-        f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.cluster.slurm.seconds_to_save}",
+        # The same as the pod's grace period.
+        f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.cluster.seconds_to_save}",
         quoted(["exec", job.cluster.python, "-m", "torch.distributed.run"]) + " \\",
         f"  --nnodes={job.nodes} --nproc-per-node={job.gpus_per_node} --node-rank=$RANK \\",
         "  --master-addr=$MASTER_ADDR --master-port=$MASTER_PORT \\",
-        f"  -m -- {quoted(job.training[1:])}",
+        f"  -m -- {quoted(job.train_words[1:])}",
     ]
 
 
-def _text(value: str) -> str:
+def _string(value: str) -> str:
     """A double-quoted YAML string."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

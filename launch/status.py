@@ -1,4 +1,8 @@
-"""Where runs stand: read from their directories, and from the queue."""
+"""Where runs stand: `RUN/launch/state.json`, `RUN/metrics.jsonl`, checkpoints, and the queue.
+
+The state is the trainer's own account, and a killed run keeps the state "running": whether a run
+is alive is asked of the queue, or read from the lease.
+"""
 
 import json
 import os
@@ -12,17 +16,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from launch import slurm, snapshot, writer
+from data.progress import duration
+from launch import queue, records
+from trainer import runstate
+from trainer.ranks import lease
+from trainer.runstate import RunState
 
-_TAIL = 200_000  # bytes; thousands of lines of metrics
+# Bytes read from the end of a file: thousands of lines of metrics.
+_TAIL = 200_000
+# Seconds without a sign of life after which a writer counts as dead.
+_QUIET = 60.0
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A run as its directory shows it."""
+    """A run as its directory and the queue show it."""
 
     name: str
-    images: int
+    images_seen: int
     total: int | None
     rate: float | None
     loss: float | None
@@ -30,12 +43,14 @@ class Status:
     #: Seconds since the last line of metrics.
     age: float | None
     checkpoint: str | None
-    restarts: int
+    #: None for a run without state.json.
+    restarts: int | None
     job: str
     is_running: bool
-    #: Whether the last checkpoint is the run's end.
     is_finished: bool
     health: str
+    #: The last line of events.txt, in which the batch script records what it did.
+    event: str | None
 
     @property
     def left(self) -> str:
@@ -44,83 +59,109 @@ class Status:
             return "finished"
         if not self.is_running or not self.rate or self.total is None:
             return ""
-        return f"{duration((self.total - self.images) / self.rate)} left"
+        return f"{duration((self.total - self.images_seen) / self.rate)} left"
 
 
 def read(run: Path) -> Status:
-    """The status of a run."""
-    rows = _last_rows(run / "metrics.jsonl")
+    """The status of a run. What cannot be read is left out.
+
+    A run begun by the last release has no state.json until it is started again; its metrics and
+    checkpoints are shown.
+    """
+    state, rows, total = RunState.read(run), _rows(run / "metrics.jsonl"), _total(run)
     last = rows[-1] if rows else {}
     job, is_running = _job(run)
-    age = time.time() - last["time"] if last else None
-    total = _total(run)
-    is_finished = total is not None and _checkpoint(run)[0] >= total
+    saved, _ = _checkpoint(run)
+    is_finished = state.state == "finished" if state else total is not None and saved >= total
     return Status(
         name=str(run),
-        images=last.get("images", 0),
+        images_seen=(state.images_seen if state else 0) or last.get("images") or saved,
         total=total,
         rate=last.get("images_per_second"),
         loss=last.get("loss"),
         loss_scale=last.get("loss_scale"),
-        age=age,
+        age=time.time() - last["time"] if last else None,
         checkpoint=last_checkpoint(run),
-        restarts=_restarts(run / "log.txt"),
+        restarts=max(state.starts - 1, 0) if state else None,
         job=job,
         is_running=is_running,
         is_finished=is_finished,
-        health=_health(run, rows, is_running=is_running, is_finished=is_finished),
+        health="finished" if is_finished else _health(run, state, rows, is_running=is_running),
+        event=_last_event(run),
     )
 
 
-def _health(
-    run: Path, rows: Sequence[dict[str, Any]], *, is_running: bool, is_finished: bool
-) -> str:
-    """The first thing that is wrong, or what happened last."""
-    events = _lines(run / "launch" / "events.txt")
-    if is_finished:
-        return "finished"
+def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, is_running: bool) -> str:
+    """How a run that is not finished is doing, or how its last start ended."""
     if not is_running:
-        lost = [line for line in _lines(run / "log.txt")[-3:] if re.search(r"lost: |hung: ", line)]
-        said = lost or events
-        return said[-1].partition("  ")[2] if said else "nobody trains it"  # without the date
-    gap = _usual_gap(rows)
-    silent = time.time() - rows[-1]["time"] if rows else 0.0
+        return _ending(state)
+    gap, silent = _usual_gap(rows), _silence(run, rows)
     if gap and silent > max(60.0, 10 * gap):
-        return f"silent for {duration(silent)}; it used to report every {duration(gap)}"
+        return f"no metrics for {duration(silent)} (usually every {duration(gap)})"
     if rows and rows[-1].get("skipped") == 1:
         return "every step of the last interval was skipped: gradients overflow"
     return "ok"
 
 
-def _usual_gap(rows: Sequence[dict[str, Any]]) -> float:
-    """The middle one of the last times between two reports, in seconds."""
+def _ending(state: RunState | None) -> str:
+    """How the last start ended, by its own account."""
+    if state is None:
+        return "not running"
+    if state.state == "running":
+        return "not running; the last start did not record how it ended"
+    why = (state.why or "").partition("\n")[0]
+    return f"stopped {why}".strip() if state.state == "stopped" else f"{state.state}: {why}"
+
+
+def _usual_gap(rows: Sequence[Row]) -> float:
+    """The median time between two reports, in seconds; 0.0 when it is unknown."""
     times = [row["time"] for row in rows[-20:]]
     gaps = sorted(b - a for a, b in pairwise(times))
     return gaps[len(gaps) // 2] if gaps else 0.0
 
 
+def _silence(run: Path, rows: Sequence[Row]) -> float:
+    """Seconds since the last report, or since the start that has not reported yet."""
+    signs = [row["time"] for row in rows[-1:]] + [_written(runstate.file(run))]
+    return time.time() - max(signs)
+
+
 def _job(run: Path) -> tuple[str, bool]:
-    """What is known of the run's job, and whether it works on the run."""
-    submitted, number = snapshot.Submitted.of(run), snapshot.number(run)
-    if number:
-        assert submitted is not None
-        where = f"job {number}, {submitted.nodes} x {submitted.gpus_per_node}"
-        try:
-            state = slurm.state(number) or f"gone ({slurm.end(number) or 'forgotten by Slurm'})"
-        except ValueError as error:
-            state = f"unknown ({error})"
-        return f"{where}: {state}", state.startswith("RUNNING")
-    found = writer.holder(run)
+    """A line about the run's job, and whether it is running."""
+    job_id, submitted = records.job_id(run), records.Submitted.of(run)
+    if job_id is None:
+        return _writer(run)
+    where = f"job {job_id}"
+    if submitted is not None:
+        where += f", {submitted.nodes} x {submitted.gpus_per_node}"
+    try:
+        state = queue.state(job_id) or f"gone ({queue.end(job_id) or 'no record in Slurm'})"
+    except ValueError as error:
+        return f"{where}: unknown ({error})", _writer(run)[1]
+    return f"{where}: {state}", state.startswith("RUNNING")
+
+
+def _writer(run: Path) -> tuple[str, bool]:
+    """A line about the process that holds the lease, and whether it shows signs of life."""
+    found = lease.holder(run)
     if found is None or found.is_gone():
         return "no job", False
-    quiet = time.time() - (run / "launch" / "writer.json").stat().st_mtime
-    if quiet > 60:
+    quiet = time.time() - _written(run / "launch" / "writer.json")
+    if quiet > _QUIET:
         return f"{found}: no sign of life for {duration(quiet)}", False
     return str(found), True
 
 
+def _written(file: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0.0 when it does not exist."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def last_checkpoint(run: Path) -> str | None:
-    """Such as "000000012800, 3 min ago"."""
+    """Such as "000000012800, 3 min ago"; None when there is none."""
     images, written = _checkpoint(run)
     return f"{images:012d}, {duration(time.time() - written)} ago" if written else None
 
@@ -129,66 +170,68 @@ def _checkpoint(run: Path) -> tuple[int, float]:
     """The clock of the newest checkpoint and when it was written; zeros when there is none."""
     found = [p for p in run.glob("checkpoints/*") if re.fullmatch(r"\d{12}", p.name)]
     newest = max(found, key=lambda p: p.name, default=None)
-    return (int(newest.name), newest.stat().st_mtime) if newest else (0, 0.0)
+    return (int(newest.name), _written(newest)) if newest else (0, 0.0)
 
 
-def _restarts(log: Path) -> int:
-    try:
-        with log.open(errors="replace") as lines:
-            return sum("resumes from checkpoint" in line for line in lines)
-    except FileNotFoundError:
-        return 0
+def _last_event(run: Path) -> str | None:
+    lines = _lines(run / "launch" / "events.txt")
+    return lines[-1].partition("  ")[2] if lines else None  # without the date
 
 
 def _total(run: Path) -> int | None:
     """The images of the whole run, once the trainer has resolved its config."""
     try:
-        config = tomllib.loads((run / "config.toml").read_text())
-    except FileNotFoundError:
+        images = tomllib.loads((run / "config.toml").read_text())["training"]["images"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    images: int = config["training"]["images"]
-    return images
+    return images if isinstance(images, int) else None
 
 
-def _last_rows(file: Path) -> list[dict[str, Any]]:
-    """The last rows of metrics, less a line that is just being written, or that was torn."""
+def _rows(file: Path) -> list[Row]:
+    """The last rows of metrics. Lines that are torn or still being written are left out."""
     rows = []
     for line in _lines(file):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and {"images", "time"} <= row.keys():
+            rows.append(row)
     return rows
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines at the end of a file that may be long, or not be there."""
+    """The lines at the end of a file that may be long, or missing."""
     try:
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - _TAIL))
             lines = stream.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
+    except OSError:
         return []
     return lines if size <= _TAIL else lines[1:]
 
 
 def render(status: Status, *, width: int = 80) -> str:
-    """A run in five lines of at most `width` characters."""
-    total = f" of {status.total:,}" if status.total else ""
-    percent = f" ({100 * status.images / status.total:.1f} %)" if status.total else ""
+    """A run in five or six lines of at most `width` characters."""
+    seen = f"{status.images_seen:,}"
+    if status.total:
+        seen += f" of {status.total:,} ({100 * status.images_seen / status.total:.1f} %)"
     rate = f"{status.rate:.1f} images/s" if status.rate and status.is_running else ""
-    loss = "" if status.loss is None else f"{status.loss:.4f}"
+    loss = "none yet" if status.loss is None else f"{status.loss:.4f}"
     scale = "" if status.loss_scale in (None, 1.0) else f"loss scale {status.loss_scale:g}"
     age = "" if status.age is None else f"{duration(status.age)} ago"
+    restarts = "" if status.restarts is None else f"{status.restarts} restarts"
     rows = [
         status.name if len(status.name) < width else "..." + status.name[4 - width :],
-        _row("images", f"{status.images:,}{total}{percent}", rate, status.left),
-        _row("loss", loss or "none yet", scale, age),
-        _row("saved", status.checkpoint or "nothing yet", f"{status.restarts} restarts"),
+        _row("images", seen, rate, status.left),
+        _row("loss", loss, scale, age),
+        _row("saved", status.checkpoint or "nothing yet", restarts),
         _row("job", status.job),
         _row("health", status.health),
     ]
+    if status.event:
+        rows.append(_row("event", status.event))
     return "\n".join(row[: width - 1] for row in rows) + "\n"
 
 
@@ -197,19 +240,19 @@ def _row(name: str, *facts: str) -> str:
 
 
 def text(runs: Iterable[Path], *, width: int = 80) -> str:
-    """All runs, one under the other.
+    """The status of all runs, with an empty line between them.
 
     Raises:
-        ValueError: one of them is no run directory.
+        ValueError: one of them is not a run directory.
     """
     for run in runs:
         if not (run / "launch").is_dir() and not (run / "config.toml").is_file():
-            raise ValueError(f"{run} is no run directory")
+            raise ValueError(f"{run} is not a run directory")
     return "\n".join(render(read(run), width=width) for run in runs)
 
 
 def watch(runs: Sequence[Path], *, seconds: float = 2.0) -> None:
-    """Draw the status again and again, until Ctrl-C."""
+    """Show the status every few seconds, until Ctrl-C."""
     try:
         while True:
             width = shutil.get_terminal_size().columns
@@ -218,15 +261,3 @@ def watch(runs: Sequence[Path], *, seconds: float = 2.0) -> None:
             time.sleep(seconds)
     except KeyboardInterrupt:
         print()
-
-
-def duration(seconds: float) -> str:
-    """Such as "3 d 4 h", "2 h 12 min", "41 s": the two largest units."""
-    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

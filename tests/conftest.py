@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data import pack
-from tests.cluster import Cluster, missing
-from tests.runs import EVERY, GRIDS, HALF, STAGES, WORLDS, Place
-from tests.site import Site
+from tests.support import golden
+from tests.support.cluster import Cluster, missing
+from tests.support.runs import EVERY, GRIDS, HALF, STAGES, WORLDS, Place
+from tests.support.site import Site
+from trainer import config as configs
+from trainer.adm.unet import build
 
 TINY = """
 objective = "denoise"
@@ -118,3 +122,24 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
                 again.append(here.arguments(f"{name}-{suffix}", stage=stage, offload=offload))
         assert here.train(*again, world=world) == [0] * len(again)
     return here
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, list[str]]:
+    """Networks with formula weights: a UNet as a published `.pt`, a classifier as safetensors."""
+    root = tmp_path_factory.mktemp("weights")
+    text = tiny.read_text().replace('objective = "denoise"', 'objective = "classify"')
+    (root / "classifier.toml").write_text(text)
+    nets = {}
+    for name, preset in (("unet", tiny), ("classifier", root / "classifier.toml")):
+        nets[name] = build(configs.load(preset).model)
+        golden.set_formula_weights(nets[name])
+    torch.save(nets["unet"].state_dict(), root / "unet.pt")
+    save_file(nets["classifier"].state_dict(), root / "classifier.safetensors")
+    return {
+        "unet": [str(root / "unet.pt"), "--preset", str(tiny)],
+        "guide": [
+            "--classifier", str(root / "classifier.safetensors"),
+            "--classifier-preset", str(root / "classifier.toml"), "--scale", "3",
+        ],
+    }  # fmt: skip

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests import golden
+from tests.support import golden
 from trainer.adm import sampler
-from trainer.adm.diffusion import Diffusion, DiffusionConfig, Prediction, bits_per_dimension
-from trainer.adm.schedule import kept_timesteps
+from trainer.adm.config import DiffusionConfig
+from trainer.adm.diffusion import Diffusion, Prediction, bits_per_dimension
+from trainer.adm.respacing import kept_timesteps
 
 CASES = {case["name"]: case for case in golden.table("cases")["diffusions"]}
 WANT = golden.tensors("diffusion")
@@ -179,7 +180,7 @@ def test_impossible_respacing_is_refused_by_name(respacing: str) -> None:
         ({"schedule": "sine"}, "diffusion.schedule = 'sine'"),
         ({"predict": "v"}, "diffusion.predict = 'v'"),
         ({"variance": "fixed_large"}, "diffusion.loss = 'hybrid'"),
-        ({"loss": "simple"}, "variance untrained"),
+        ({"loss": "simple"}, "leaves untrained"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], named: str) -> None:

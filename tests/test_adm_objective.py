@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.adm.diffusion import DiffusionConfig
+from trainer.adm.config import DiffusionConfig
 from trainer.adm.objective import Classify, Denoise
 from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
 

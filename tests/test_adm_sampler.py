@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import golden
+from tests.support import golden
 from trainer.adm import sampler
-from trainer.adm.diffusion import Diffusion, DiffusionConfig, Net
+from trainer.adm.config import DiffusionConfig
+from trainer.adm.diffusion import Diffusion, Net
 
 SHAPE = (3, 8, 8)
 NUMBERS = torch.arange(4)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests import golden
-from trainer.adm.diffusion import Diffusion, DiffusionConfig
+from tests.support import golden
+from trainer.adm.config import DiffusionConfig
+from trainer.adm.diffusion import Diffusion
 
 WANT = golden.table("training")
 DOUBLE = golden.table("double")

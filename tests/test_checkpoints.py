@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.exits import FAILED
-from tests import ranks
-from tests.runs import END, EVERY, HALF, STEP, Place, equal
+from data.exits import FAILED
+from tests.support import ranks
+from tests.support.runs import END, EVERY, HALF, STEP, Place, equal
 from trainer.checkpoint import superseded
 
 
 def names(run: Path) -> list[int]:
     """The clocks of a run's committed checkpoints."""
-    return sorted(int(p.name) for p in (run / "checkpoints").glob("[0-9]*"))
+    return sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def edit(path: Path, change: Callable[[dict], object]) -> None:
@@ -64,6 +65,19 @@ def test_a_damaged_checkpoint_is_skipped(place: Place) -> None:
     assert equal(place.checkpoint("torn", END), place.checkpoint("2x2", END))
 
 
+def test_a_damaged_newer_checkpoint_takes_no_place_of_a_good_one(place: Place) -> None:
+    place.fork("2x2", "aged", images=5 * STEP)
+    checkpoints = place.run("aged") / "checkpoints"
+    torn = checkpoints / f"{5 * STEP:012d}" / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    for older in range(2, 5):
+        shutil.rmtree(checkpoints / f"{older * STEP:012d}")
+    sets = (*EVERY, "intervals.keep = 1", f"training.images = {3 * STEP}")
+    assert place.train(place.arguments("aged", sets=sets), world=2) == [0]
+    assert names(place.run("aged")) == [3 * STEP]
+    assert (checkpoints / f"{5 * STEP:012d}.damaged" / torn.name).exists()
+
+
 def test_a_state_that_somebody_edited_is_skipped_for_the_next_older_one(place: Place) -> None:
     place.fork("2x2", "edited", images=HALF)
     checkpoints = place.run("edited") / "checkpoints"
@@ -87,7 +101,7 @@ def test_a_state_of_version_0_1_resumes_but_not_if_it_lacks_something(place: Pla
     edit(checkpoints / f"{2 * STEP:012d}", lambda state: state["files"].pop("adam-v.safetensors"))
     assert place.train(place.arguments("older"), world=2) == [0]
     log = place.log("older")
-    assert "engine = None: it must be of type dict" in log
+    assert "engine = None: must be of type dict" in log
     assert "state.json lists no adam-v" in log
     assert f"resumes from checkpoint {STEP:012d}" in log
     assert equal(place.checkpoint("older", END), place.checkpoint("2x2", END))
@@ -98,7 +112,7 @@ def test_a_checkpoint_under_the_name_of_another_is_skipped(place: Place) -> None
     checkpoints = place.run("renamed") / "checkpoints"
     (checkpoints / f"{STEP:012d}").rename(checkpoints / f"{2 * STEP:012d}")
     assert "no checkpoint of" in place.train(place.arguments("renamed"), world=2)[0]
-    assert "images = 12: it must be 24, as the directory says" in place.log("renamed")
+    assert "images = 12: must be 24, as the directory is named" in place.log("renamed")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

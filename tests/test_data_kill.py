@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data.shards import Shards
-from tests.data_fixtures import pack_folder
-from tests.data_trainer import BATCH, main
+from data.dataset import Shards
+from tests.support.data_fixtures import pack_folder
+from tests.support.data_trainer import BATCH, main
 
 END = 120 * BATCH
 
@@ -22,22 +22,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 def live(
-    shards: Shards, life: Path, *, images: int, ranks: int, workers: int, kill: float | None
+    shards: Shards, life: Path, *, images_seen: int, ranks: int, workers: int, kill: float | None
 ) -> int:
     """Run all ranks from a position on; kill them some time into it. The position they saved."""
     life.mkdir(parents=True)
     for rank in range(ranks):
-        (life / f"position-{rank}").write_text(str(images))
+        (life / f"position-{rank}").write_text(str(images_seen))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.data_trainer", shards.root, str(life)]
-            + [str(n) for n in (rank, ranks, workers, images, END, int(kill is not None))],
+            [sys.executable, "-m", "tests.support.data_trainer", shards.root, str(life)]
+            + [str(n) for n in (rank, ranks, workers, images_seen, END, int(kill is not None))],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in range(ranks)
     ]
     if kill is not None:
-        wait_until_all_are_past(life, images)
+        wait_until_all_are_past(life, images_seen)
         time.sleep(kill)
         for process in processes:
             process.kill()
@@ -47,9 +47,9 @@ def live(
     return min(int(file.read_text()) for file in life.glob("position-*"))
 
 
-def wait_until_all_are_past(life: Path, images: int) -> None:
+def wait_until_all_are_past(life: Path, images_seen: int) -> None:
     deadline = time.monotonic() + 100
-    while min(int(file.read_text()) for file in life.glob("position-*")) <= images:
+    while min(int(file.read_text()) for file in life.glob("position-*")) <= images_seen:
         assert time.monotonic() < deadline, "no rank has come further"
         time.sleep(0.01)
 
@@ -67,19 +67,30 @@ def read(life: Path) -> dict[int, str]:
 
 def test_killed_and_restarted_equals_uninterrupted(shards: Shards, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
-    main(shards.root, tmp_path / "whole", rank=0, ranks=1, workers=0, images=0, end=END, endless=0)
+    main(
+        shards.root,
+        tmp_path / "whole",
+        rank=0,
+        ranks=1,
+        workers=0,
+        images_seen=0,
+        end=END,
+        endless=0,
+    )
     wanted = read(tmp_path / "whole")
     assert sorted(wanted) == list(range(END))
 
-    draw, got, images = random.Random(), {}, 0
+    draw, got, images_seen = random.Random(), {}, 0
     for number, ranks in enumerate((2, 3, 1)):
         life = tmp_path / f"life-{number}"
         kill = None if number == 2 else draw.uniform(0, 0.2)
-        reached = live(shards, life, images=images, ranks=ranks, workers=2 - number, kill=kill)
-        assert images < reached and (reached == END) == (number == 2)
+        reached = live(
+            shards, life, images_seen=images_seen, ranks=ranks, workers=2 - number, kill=kill
+        )
+        assert images_seen < reached and (reached == END) == (number == 2)
         served = read(life)
-        got |= {image: served[image] for image in range(images, reached)}
+        got |= {image: served[image] for image in range(images_seen, reached)}
         # Some ranks had gone on beyond the saved position; that, too, was the same sequence.
         assert all(wanted[image] == digest for image, digest in served.items())
-        images = reached
+        images_seen = reached
     assert got == wanted

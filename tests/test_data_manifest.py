@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.manifest import index_bytes, manifest_text, parse_manifest
-from data.shards import Shards, index_directory, open_shards
+from data.dataset import Shards, index_directory, open_shards
+from data.exits import REFUSED
+from data.index import index_bytes
+from data.manifest import manifest_text, parse_manifest
 from data.shards import main as shards_main
 from data.tars import INDEX_DTYPE
-from tests.data_fixtures import image_file, write_shards
-from tests.data_server import serving
-from tests.test_data_faults import epoch
+from tests.support.data_fixtures import image_file, write_shards
+from tests.support.data_server import serving
+from tests.support.data_streams import epoch
 
 SIZE = 16
 IMAGES = 60
@@ -25,7 +27,7 @@ IMAGES = 60
 def shards(tmp_path: Path) -> Shards:
     pictures = [image_file(i, width=SIZE, height=SIZE, kind="PNG") for i in range(IMAGES)]
     (tmp_path / "site").mkdir()
-    return write_shards(tmp_path / "site", blobs=[pictures[:30], pictures[30:]], image_size=SIZE)
+    return write_shards(tmp_path / "site", stored=[pictures[:30], pictures[30:]], image_size=SIZE)
 
 
 def rewrite(shards: Shards, change: Callable[[dict[str, Any]], object]) -> None:
@@ -94,7 +96,7 @@ def test_opening_a_damaged_manifest_names_the_entry(
     with pytest.raises(ValueError, match=rf"site/manifest\.json: .*{message}") as raised:
         open_shards(shards.root)
     assert len(str(raised.value).splitlines()) == 1
-    assert shards_main(["verify", shards.root]) == 1
+    assert shards_main(["verify", shards.root]) == REFUSED
     assert capsys.readouterr().err == f"{raised.value}\n"
 
 
@@ -174,7 +176,7 @@ RELEASED = """{
 
 
 def test_manifests_of_the_last_release_keep_opening_with_their_fingerprints() -> None:
-    opened = parse_manifest("there", RELEASED.encode())
+    opened = parse_manifest("manifest.json", RELEASED.encode())
     assert opened.fingerprint.startswith("a0f404351c11cfce")
     made_by = {"index": "tars made by others"}
     again = manifest_text(

@@ -13,14 +13,18 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits, load_sample_image
 
-from data.pack import LEFT_OUT, WORK, main, make_shard, pack
+from data.claim import WORK
+from data.config import DataConfig
+from data.dataset import Shards, open_shards, verify
+from data.exits import REFUSED
+from data.jobs import make_shard
+from data.pack import LEFT_OUT, main, pack
 from data.plan import PackConfig, plan
-from data.shards import Shards, open_shards, verify
 from data.sources import Folder
-from data.stream import DataConfig, Stream
+from data.stream import Stream
 from data.transforms import center_crop, decode, decode_into, halve_and_scale, random_crop
-from tests import ranks
-from tests.data_fixtures import image_file, pack_folder, write_folder
+from tests.support import ranks
+from tests.support.data_fixtures import image_file, pack_folder, write_folder
 
 GOLDENS = load_file(Path(__file__).parent / "goldens" / "center_crop.safetensors")
 
@@ -37,10 +41,10 @@ def test_center_crop_equals_the_reference(name: str) -> None:
 
 def test_random_crop_keeps_80_to_100_percent_and_is_keyed() -> None:
     image = Image.fromarray(load_sample_image("china.jpg"))
-    crops = [random_crop(image, size=48, seed=1, number=n) for n in range(20)]
+    crops = [random_crop(image, size=48, seed=1, index=n) for n in range(20)]
     assert all(crop.shape == (48, 48, 3) for crop in crops)
     assert len({crop.tobytes() for crop in crops}) == 20
-    assert (crops[3] == random_crop(image, size=48, seed=1, number=3)).all()
+    assert (crops[3] == random_crop(image, size=48, seed=1, index=3)).all()
     # Each crop is a window of the picture at one of the allowed scales.
     scales = [np.asarray(halve_and_scale(image, side=side)) for side in range(48, 61)]
     assert all(any(_contains(scaled, crop) for scaled in scales) for crop in crops[:4])
@@ -79,7 +83,7 @@ def test_digits_are_stored_unchanged(tmp_path: Path) -> None:
     for image, label in zip(digits.images, digits.target, strict=True):
         wanted.setdefault(np.round(image * 255 / 16).astype(np.uint8).tobytes(), int(label))
     with Stream(shards, config=config, seed=0) as stream:
-        for batch in stream.once(micro_batch=600, rank=0, ranks=1):
+        for batch in stream.once(micro_batch_size=600, rank=0, ranks=1):
             assert (batch.images[:, 0] == batch.images[:, 2]).all()
             for image, label in zip(batch.images[:, 0].numpy(), batch.labels, strict=True):
                 assert wanted[image.tobytes()] == label
@@ -140,7 +144,7 @@ def test_a_class_map_overrides_directories(tmp_path: Path) -> None:
     assert open_shards(tmp_path / "again").fingerprint == shards.fingerprint
     for wrong in ("val_0.png n0\n", "n0\nn1\n"):
         (tmp_path / "map").write_text(wrong)
-        assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 1
+        assert main([*arguments, "--class-map", str(tmp_path / "map")]) == REFUSED
 
 
 def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,13 +152,13 @@ def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     before = contents(Path(shards.root))
     arguments = [str(tmp_path / "source"), shards.root, "--per-shard", "9", "--workers", "1"]
     assert main([*arguments, "--size", "16"]) == 0
-    assert main([*arguments, "--size", "8"]) == 1
+    assert main([*arguments, "--size", "8"]) == REFUSED
     assert "holds another dataset" in capsys.readouterr().err
     assert contents(Path(shards.root)) == before
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("precious")
-    assert main([str(tmp_path / "source"), str(other), "--size", "16"]) == 1
+    assert main([str(tmp_path / "source"), str(other), "--size", "16"]) == REFUSED
     assert contents(other) == {"thesis.tex": b"precious"}
 
 
@@ -209,4 +213,4 @@ def test_the_ranks_of_mpirun_pack_the_same_bytes(tmp_path: Path) -> None:
     command += ["--size", "16", "--mpi"]
     subprocess.run(command, env=ranks.environment(), check=True, timeout=ranks.LIMIT)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    assert main([str(source), str(tmp_path / "alone"), "--size", "16", "--mpi"]) == 1
+    assert main([str(source), str(tmp_path / "alone"), "--size", "16", "--mpi"]) == REFUSED

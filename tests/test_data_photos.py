@@ -10,10 +10,11 @@ import torch
 import webdataset as wds
 
 from bench.photos import make_photos
+from data.config import DataConfig
+from data.dataset import Shards, open_shards, verify
 from data.pack import pack
 from data.plan import PackConfig
-from data.shards import Shards, open_shards, verify
-from data.stream import DataConfig, Stream
+from data.stream import Stream
 from data.transforms import center_crop, open_rgb
 
 CLASSES, PER_CLASS, SIZE = 1000, 2, 64
@@ -47,7 +48,7 @@ def test_the_stream_serves_the_reference_crops(photos: Path, shards: Shards) -> 
     config = DataConfig(shards=shards.root, image_size=SIZE, workers=2, flip=False)
     served: dict[bytes, int] = {}
     with Stream(shards, config=config, seed=0) as stream:
-        for batch in stream.once(micro_batch=100, rank=0, ranks=1):
+        for batch in stream.once(micro_batch_size=100, rank=0, ranks=1):
             for image, label in zip(batch.images, batch.labels, strict=True):
                 served[image.numpy().tobytes()] = int(label)
     assert len(served) == CLASSES * PER_CLASS
@@ -68,7 +69,9 @@ def test_batches_are_as_mixed_as_ideal_shuffling(shards: Shards) -> None:
     config = DataConfig(shards=shards.root, image_size=SIZE, workers=0, streams=16)
     counts = []
     with Stream(shards, config=config, seed=0) as stream:
-        batches = stream.batches(images=0, batch=100, micro_batch=100, rank=0, ranks=1)
+        batches = stream.batches(
+            images_seen=0, batch_size=100, micro_batch_size=100, rank=0, ranks=1
+        )
         for _ in range(20):
             groups = next(batches).labels % 10
             counts.append(torch.bincount(groups, minlength=10).double())

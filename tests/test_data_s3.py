@@ -9,10 +9,10 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from data.fetch import FetchConfig
-from data.shards import Shards, open_shards
-from tests.data_fixtures import pack_folder
-from tests.test_data_faults import IMAGES, epoch, fails
+from data.config import FetchConfig
+from data.dataset import Shards, open_shards
+from tests.support.data_fixtures import pack_folder
+from tests.support.data_streams import IMAGES, epoch, fails
 
 BUCKET = "s3://images"
 
@@ -73,7 +73,7 @@ def test_what_is_missing_in_a_bucket_is_named(bucket: s3fs.S3FileSystem) -> None
     bucket.rm(f"{BUCKET}/set/00004.tar")
     with pytest.raises(ValueError, match=r"00004\.tar is missing"):
         open_shards(f"{BUCKET}/set")
-    fails(opened, OSError, r"00004\.tar.* wanted was image \d", workers=1)
+    fails(opened, OSError, r"00004\.tar.* while reading image \d", workers=1)
 
 
 def test_an_object_that_was_replaced_stops_the_run(bucket: s3fs.S3FileSystem) -> None:

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.dataset import Shards, open_shards
 from data.order import Order
-from data.shards import Shards, open_shards
 from data.stream import Batch, DataConfig, Stream, to_device
-from tests.data_fixtures import image_file, pack_folder, write_shards
+from tests.support.data_fixtures import image_file, pack_folder, write_shards
 
 SIZE = 16
 Seen = dict[int, tuple[bytes, int]]
@@ -33,7 +33,7 @@ def config_for(shards: Shards, **changes: object) -> DataConfig:
 
 
 def remember(seen: Seen, batch: Batch) -> None:
-    for image, label, number in zip(batch.images, batch.labels, batch.numbers, strict=True):
+    for image, label, number in zip(batch.images, batch.labels, batch.indices, strict=True):
         assert int(number) not in seen
         seen[int(number)] = (image.numpy().tobytes(), int(label))
 
@@ -45,7 +45,7 @@ def serve(
     ranks: int,
     micro: int,
     batch: int,
-    images: int,
+    images_seen: int,
     steps: int,
 ) -> Seen:
     """What all ranks together serve in some steps."""
@@ -53,7 +53,11 @@ def serve(
     for rank in range(ranks):
         with Stream(shards, config=config, seed=3) as stream:
             batches = stream.batches(
-                images=images, batch=batch, micro_batch=micro, rank=rank, ranks=ranks
+                images_seen=images_seen,
+                batch_size=batch,
+                micro_batch_size=micro,
+                rank=rank,
+                ranks=ranks,
             )
             for one in islice(batches, steps * batch // (ranks * micro)):
                 assert one.images.shape[:2] == (micro, 3) and one.labels.shape == (micro,)
@@ -65,7 +69,7 @@ def serve(
 @pytest.fixture(scope="module")
 def whole(shards: Shards) -> Seen:
     """The uninterrupted run of one process through several epochs."""
-    seen = serve(shards, config_for(shards), ranks=1, micro=24, batch=24, images=0, steps=10)
+    seen = serve(shards, config_for(shards), ranks=1, micro=24, batch=24, images_seen=0, steps=10)
     assert sorted(seen) == list(range(240))
     return seen
 
@@ -77,11 +81,17 @@ def test_the_sequence_does_not_depend_on_ranks_or_restarts(
 ) -> None:
     batch = data.draw(st.sampled_from([12, 24, 48]))
     micro = data.draw(st.sampled_from([m for m in range(1, 13) if batch % (ranks * m) == 0]))
-    images = start * 24
+    images_seen = start * 24
     seen = serve(
-        shards, config_for(shards), ranks=ranks, micro=micro, batch=batch, images=images, steps=2
+        shards,
+        config_for(shards),
+        ranks=ranks,
+        micro=micro,
+        batch=batch,
+        images_seen=images_seen,
+        steps=2,
     )
-    assert sorted(seen) == list(range(images, images + 2 * batch))
+    assert sorted(seen) == list(range(images_seen, images_seen + 2 * batch))
     assert all(whole[number] == sample for number, sample in seen.items())
 
 
@@ -101,23 +111,29 @@ def test_any_shards_any_ranks_any_workers_any_restart(
     batch = 12
     ends = np.cumsum(sizes)
     with TemporaryDirectory() as directory:
-        blobs = [PNGS[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-        shards = write_shards(Path(directory), blobs=blobs, image_size=4)
+        stored = [PNGS[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        shards = write_shards(Path(directory), stored=stored, image_size=4)
         config = replace(config_for(shards), image_size=4, streams=streams, block=3)
         epoch = sum(sizes) // streams * streams
-        steps, images, seen = -(-3 * epoch // batch), 0, {}
+        steps, images_seen, seen = -(-3 * epoch // batch), 0, {}
         while steps:
             ranks, workers = data.draw(st.sampled_from([(1, 0), (2, 1), (3, 0), (4, 0), (6, 0)]))
             some = data.draw(st.integers(1, steps))
             micro = data.draw(st.sampled_from([m for m in (1, 2, 3) if batch // ranks % m == 0]))
             one = replace(config, workers=workers)
             seen |= serve(
-                shards, one, ranks=ranks, micro=micro, batch=batch, images=images, steps=some
+                shards,
+                one,
+                ranks=ranks,
+                micro=micro,
+                batch=batch,
+                images_seen=images_seen,
+                steps=some,
             )
-            images, steps = images + some * batch, steps - some
+            images_seen, steps = images_seen + some * batch, steps - some
     order = Order(sizes, seed=3, streams=streams, block=3)
-    place = order.locate(np.arange(images))
-    labels = np.array([seen[number][1] for number in range(images)])
+    place = order.locate(np.arange(images_seen))
+    labels = np.array([seen[number][1] for number in range(images_seen)])
     assert (labels == (ends - sizes)[place.shard] + place.row).all()
     for e in range(3):
         assert len(set(labels[e * epoch : (e + 1) * epoch])) == epoch
@@ -126,7 +142,7 @@ def test_any_shards_any_ranks_any_workers_any_restart(
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_sequence_does_not_depend_on_workers(shards: Shards, whole: Seen, workers: int) -> None:
     config = config_for(shards, workers=workers)
-    seen = serve(shards, config, ranks=2, micro=4, batch=24, images=48, steps=8)
+    seen = serve(shards, config, ranks=2, micro=4, batch=24, images_seen=48, steps=8)
     assert len(seen) == 192 and all(whole[number] == sample for number, sample in seen.items())
 
 
@@ -134,7 +150,7 @@ def test_what_is_kept_stays_as_it_was(shards: Shards, whole: Seen) -> None:
     """Batches lie in the workers' memory; keeping many of them is allowed and changes nothing."""
     config = config_for(shards, workers=2)
     with Stream(shards, config=config, seed=3) as stream:
-        batches = stream.batches(images=0, batch=24, micro_batch=24, rank=0, ranks=1)
+        batches = stream.batches(images_seen=0, batch_size=24, micro_batch_size=24, rank=0, ranks=1)
         kept = list(islice(batches, 10))
         for _ in islice(batches, 40):
             pass
@@ -147,7 +163,7 @@ def test_what_is_kept_stays_as_it_was(shards: Shards, whole: Seen) -> None:
 def test_each_epoch_serves_the_stored_images(shards: Shards, whole: Seen) -> None:
     stored: Seen = {}
     with Stream(shards, config=config_for(shards), seed=0) as stream:
-        for batch in stream.once(micro_batch=60, rank=0, ranks=1):
+        for batch in stream.once(micro_batch_size=60, rank=0, ranks=1):
             remember(stored, batch)
     plain = dict(stored.values())
     turned = {np.frombuffer(p, np.uint8).reshape(3, SIZE, SIZE)[..., ::-1].tobytes() for p in plain}
@@ -162,7 +178,7 @@ def test_once_neither_repeats_nor_drops(shards: Shards, workers: int, ranks: int
     lengths = set()
     for rank in range(ranks):
         with Stream(shards, config=config_for(shards, workers=workers), seed=0) as stream:
-            batches = list(stream.once(micro_batch=4, rank=rank, ranks=ranks))
+            batches = list(stream.once(micro_batch_size=4, rank=rank, ranks=ranks))
         lengths.add(len(batches))
         for batch in batches:
             remember(seen, batch)
@@ -172,7 +188,7 @@ def test_once_neither_repeats_nor_drops(shards: Shards, workers: int, ranks: int
 def test_random_crops_do_not_depend_on_ranks(shards: Shards) -> None:
     config = config_for(shards, crop="random")
     one, two = (
-        serve(shards, config, ranks=r, micro=4, batch=24, images=24, steps=2) for r in (1, 2)
+        serve(shards, config, ranks=r, micro=4, batch=24, images_seen=24, steps=2) for r in (1, 2)
     )
     assert one == two
 
@@ -180,11 +196,9 @@ def test_random_crops_do_not_depend_on_ranks(shards: Shards) -> None:
 def test_a_batch_that_ranks_cannot_share_is_an_error(shards: Shards) -> None:
     with (
         Stream(shards, config=config_for(shards), seed=0) as stream,
-        pytest.raises(
-            ValueError, match=r"batch = 20 is no multiple of ranks x micro_batch = 3 x 2"
-        ),
+        pytest.raises(ValueError, match=r"training.batch = 20: must be a multiple of .* = 3 x 2"),
     ):
-        stream.batches(images=0, batch=20, micro_batch=2, rank=0, ranks=3)
+        stream.batches(images_seen=0, batch_size=20, micro_batch_size=2, rank=0, ranks=3)
 
 
 def test_settings_that_do_not_fit_are_errors(shards: Shards) -> None:
@@ -196,7 +210,7 @@ def test_settings_that_do_not_fit_are_errors(shards: Shards) -> None:
         Stream(shards, config=config_for(shards, workers=1), seed=0) as stream,
         pytest.raises(ValueError, match=r"data.prefetch_mb = 1 holds no micro-batch"),
     ):
-        next(stream.batches(images=0, batch=2048, micro_batch=2048, rank=0, ranks=1))
+        next(stream.batches(images_seen=0, batch_size=2048, micro_batch_size=2048, rank=0, ranks=1))
 
 
 def test_resuming_with_other_data_is_an_error(shards: Shards, tmp_path: Path) -> None:
@@ -216,7 +230,9 @@ def test_moving_to_the_device_changes_nothing(shards: Shards, whole: Seen, devic
     seen: Seen = {}
     pin = device == "cuda"
     with Stream(shards, config=config_for(shards, workers=1), seed=3) as stream:
-        batches = stream.batches(images=0, batch=24, micro_batch=24, rank=0, ranks=1, pin=pin)
+        batches = stream.batches(
+            images_seen=0, batch_size=24, micro_batch_size=24, rank=0, ranks=1, pin=pin
+        )
         for batch in islice(to_device(batches, device=torch.device(device)), 10):
             assert batch.images.device.type == device
             fields = {

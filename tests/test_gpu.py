@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import golden, ranks
+from tests.support import golden, ranks
 from trainer.adm import keyed
-from trainer.adm.unet import UNet, UNetConfig
+from trainer.adm.config import UNetConfig
+from trainer.adm.unet import UNet
 
 pytestmark = pytest.mark.gpu
 

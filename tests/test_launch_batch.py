@@ -10,9 +10,9 @@ import pytest
 from launch import cluster as clusters
 from launch import slurm
 from launch.job import Job
-from tests.cluster import ROOT
+from tests.support.cluster import ROOT
 
-#: Ahead of what a test's own lines do, a stand-in notes its process for the others.
+# Ahead of what a test's own lines do, a stand-in notes its process for the others.
 _PROGRAMS = {
     "srun": """\
 case "$*" in *"launch check"*) step=check ;; *) step=ranks ;; esac
@@ -29,7 +29,7 @@ case $1 in
   requeue) touch requeued ;;
 esac""",
 }
-#: A minute, or until the job is put back into the queue, when Slurm kills its ranks.
+# A minute, or until the job is put back into the queue, when Slurm kills its ranks.
 LAST = "for try in {1..600}; do [ ! -e requeued ] || kill -9 $$; sleep 0.1; done"
 
 
@@ -53,11 +53,14 @@ class Bash:
         `ranks` and `check` are what those steps do; `tell USR1` signals the script.
         """
         settings = clusters.load(ROOT / "launch" / "clusters" / "slurm.toml")
-        hurry = replace(settings.slurm, seconds_to_save=seconds_to_save)
         job = Job(
-            run=self.directory / "run", nodes=1, gpus_per_node=1, directory=self.directory,
-            cluster=replace(settings, slurm=hurry, setup=(setup,)), check=check is not None,
-        )  # fmt: skip
+            run=self.directory / "run",
+            nodes=1,
+            gpus_per_node=1,
+            directory=self.directory,
+            cluster=replace(settings, seconds_to_save=seconds_to_save, setup=(setup,)),
+            check=check is not None,
+        )
         job.records.mkdir(parents=True, exist_ok=True)
         (self.directory / "requeued").unlink(missing_ok=True)
         for name, lines in {"ranks": ranks, "check": check or ""}.items():
@@ -111,20 +114,20 @@ def test_a_job_that_is_told_to_leave_at_every_start_goes_on(bash: Bash, ranks: s
     for number in range(3):
         bash.start(number, ranks=ranks)
         assert bash.requeued, bash.events
-    assert bash.events.count("goes on from checkpoint none") == 3
+    assert bash.events.count("resumes from checkpoint none") == 3
     assert "failed" not in bash.events and not bash.text("run/launch/failed-at")
 
 
 def test_a_job_that_is_told_to_leave_before_its_ranks_start_starts_none(bash: Bash) -> None:
     assert bash.start(ranks="exit 1", setup="kill -USR1 $$") == 75
-    assert "told to leave before the ranks were started; goes on" in bash.events
+    assert "told to leave before the ranks were started; resumes" in bash.events
     assert bash.text("started") == ""
     assert bash.requeued
 
 
 def test_a_job_that_is_told_to_leave_during_the_check_is_no_fault_of_a_node(bash: Bash) -> None:
     assert bash.start(ranks="exit 1", check="tell USR1; exec sleep 300") == 75
-    assert "told to leave before the ranks were started; goes on" in bash.events
+    assert "told to leave before the ranks were started; resumes" in bash.events
     assert bash.text("started") == "check\n"
     assert bash.requeued
 
@@ -137,12 +140,19 @@ until [ -e signalled ]; do sleep 0.1; done
 trap 'exit 75' USR1
 {LAST}"""
     assert bash.start(ranks=late, seconds_to_save=20) == 75
-    assert "saved; goes on" in bash.events
+    assert "saved; resumes" in bash.events
 
 
 def test_a_check_that_slurm_ends_is_no_fault_of_a_node(bash: Bash) -> None:
     bash.start(ranks="exit 1", check="kill -TERM $$")
-    assert "a signal ended the check: status 143; goes on" in bash.events
+    assert "a signal ended the check: status 143; resumes" in bash.events
+    assert bash.requeued
+
+
+def test_a_node_that_slurm_gives_up_is_no_stop_on_request(bash: Bash) -> None:
+    state = '{\n "state": "stopped",\n "why": "by a signal"\n}\n'  # of the start before
+    bash.start(ranks=f"printf '%s' '{state}' > run/launch/state.json")
+    assert "srun ended in mid-run; resumes" in bash.events
     assert bash.requeued
 
 
@@ -150,7 +160,7 @@ def test_what_was_not_told_to_leave_fails_twice(bash: Bash) -> None:
     for number in range(2):
         assert bash.start(number, ranks="exit 1") == 1
         assert bash.requeued == (number == 0)
-    assert "failed with status 1; goes on" in bash.events
+    assert "failed with status 1; resumes" in bash.events
     assert "failed with status 1, for the second time at checkpoint none" in bash.events
 
 

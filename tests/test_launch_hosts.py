@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import LIMIT, wait_until
-from tests.site import Site
+from tests.support.cluster import LIMIT, wait_until
+from tests.support.site import Site
 
 pytestmark = pytest.mark.timeout(900)
 LAUNCHERS = ("mpirun", "deepspeed", "torchrun")
-#: Seconds that a rank may be silent in these tests.
+# Seconds that a rank may be silent in these tests.
 PATIENCE = 15
 LONG = "training.images = 800000"
 
@@ -49,8 +49,8 @@ def start_bare(site: Site, name: str) -> "list[subprocess.Popen[str]]":
         world = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2}
         meeting = {"MASTER_ADDR": "n1", "MASTER_PORT": 29511, "GLOO_SOCKET_IFNAME": "eth0"}
         env = [f"{key}={value}" for key, value in {**world, **meeting}.items()]
-        words = ["env", *env, sys.executable, "-m", "trainer.train", site.preset, "--run",
-                 site.run(name), "--patience", PATIENCE, "--set", LONG]  # fmt: skip
+        train = [sys.executable, "-m", "trainer.train", site.preset, "--run", site.run(name)]
+        words = ["env", *env, *train, "--patience", PATIENCE, "--set", LONG]
         jobs.append(site.cluster.start(f"n{1 + rank // 2}", *words))
     site.wait_start(name, 0)
     return jobs
@@ -73,6 +73,7 @@ def test_a_cut_off_machine_ends_the_job_and_is_named(site: Site) -> None:
     lost = rf"n1: lost: n2 \(ranks 2, 3; .*\): not heard from for {PATIENCE} s"
     assert re.search(lost, texts[0])
     assert re.search(lost, site.log("cut"))
+    assert site.recorded("cut").state == "failed"
     assert re.search(r"n2: lost: n1 \(rank 0; .*\)", texts[2])
 
 
@@ -94,25 +95,25 @@ def test_a_main_rank_that_says_nothing_ends_the_job_and_is_named(site: Site) -> 
 def test_check_names_the_bad_node(site: Site) -> None:
     words = ["srun", "-N2", "--ntasks-per-node=2", sys.executable, "-m", "launch", "check"]
     good = site.cluster.run("ctl", *words, "--data", site.preset.parent / "digits", "--free", 0)
-    assert "every node is ready" in good and "all-reduce of 4 ranks" in good
+    assert "all nodes are ready" in good and "all-reduce of 4 ranks" in good
     # Here n1 keeps its shards on its own disk, and n2 has none.
     own = "/tmp/own-digits"
     site.cluster.run("n1", "cp", "-r", site.preset.parent / "digits", own)
     bad = site.cluster.run("ctl", *words, "--data", own, "--free", 0, check=False)
-    assert "bad: n2" in bad and "No such file" in bad
+    assert "bad nodes: n2" in bad and "No such file" in bad
 
 
 def test_a_second_job_on_the_same_run_is_refused(site: Site) -> None:
-    job = site.submit("once", site.settings("slurm"), "training.images = 800000", nodes=1)
+    job = site.submit("once", site.settings("slurm"), LONG, nodes=1)
     wait_until(lambda: site.state(job) == "RUNNING", "the job")
-    again = site.start("once", site.settings("slurm"), "training.images = 800000", nodes=1)
+    again = site.start("once", site.settings("slurm"), LONG, nodes=1)
     said = site.cluster.run("ctl", *again, check=False)
     assert f"job {job} of" in said and "RUNNING" in said
     site.wait_start("once", 0)
-    alone = [sys.executable, "-m", "trainer.train", site.preset, "--run", site.run("once"),
-             "--set", "training.images = 800000"]  # fmt: skip
-    said = site.cluster.run("ctl", *alone, check=False)
+    alone = [sys.executable, "-m", "trainer.train", site.preset, "--run", site.run("once")]
+    said = site.cluster.run("ctl", *alone, "--set", LONG, check=False)
     assert re.search(rf"error: job {job} on n\d is writing", said)
     site.cluster.run("ctl", *site.words("stop", site.run("once")))
-    assert "stopped as asked" in site.events("once")
+    assert "stopped as requested" in site.events("once")
+    assert site.recorded("once").state == "stopped"
     assert site.state(job) == ""

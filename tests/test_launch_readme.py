@@ -1,4 +1,4 @@
-"""The page on clusters: every command of it runs on the test cluster as written."""
+"""launch/README.md: each of its commands runs on the test cluster as written."""
 
 import os
 import re
@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 
 from data import pack
-from tests.cluster import LIMIT, ROOT, wait_until
-from tests.site import Site
+from tests.support.cluster import LIMIT, ROOT, wait_until
+from tests.support.site import Site
+from trainer.runstate import RunState
 
 PAGE = ROOT / "launch" / "README.md"
 
 
 def read(file: Path) -> str:
     return file.read_text() if file.exists() else ""
+
+
+def images_seen(run: Path) -> int:
+    state = RunState.read(run)
+    return state.images_seen if state else 0
 
 
 def commands() -> list[str]:
@@ -59,22 +65,19 @@ def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
         elif "--dry-run" in command:
             assert said.startswith("#!/bin/bash") and not (here / "runs").exists()
         elif "--check" in command:
-            log = here / "runs" / "digits" / "log.txt"
-            wait_until(lambda log=log: log.exists() and "images/s" in log.read_text(), "steps")
+            wait_until(lambda: images_seen(here / "runs" / "digits") > 0, "steps")
         elif command.endswith("runs/digits") and "status" in command:
             assert ": RUNNING" in said and "images/s" in said
     first, last = (here / "runs" / "both" / name for name in ("digits", "digits_classifier"))
     for path in (first, last):
-        wait_until(
-            lambda path=path: "images/s" in read(path / "log.txt"), f"{path.name} in the sweep"
-        )
+        wait_until(lambda path=path: images_seen(path) > 0, f"{path.name} in the sweep")
 
     # What happens to one run of an array, its last one too, leaves the others alone.
     run(f"scancel --signal=USR1 --batch {read(last / 'launch' / 'job')}")
-    wait_until(lambda: "resumes from" in read(last / "log.txt"), "the requeued run of the sweep")
+    wait_until(lambda: RunState.read(last).starts == 2, "the requeued run of the sweep")
     run(f"python -m launch stop {last}")
-    assert "saved; goes on" in read(last / "launch" / "events.txt")
+    assert "saved; resumes" in read(last / "launch" / "events.txt")
     assert site.state(read(first / "launch" / "job").strip()) == "RUNNING"
     assert read(first / "launch" / "events.txt").count("\n") == 1
     run(f"python -m launch stop {first}")
-    assert "stopped as asked" in read(first / "launch" / "events.txt")
+    assert "stopped as requested" in read(first / "launch" / "events.txt")

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests.cluster import ROOT, wait_until
-from tests.site import Site
+from tests.support.cluster import ROOT, wait_until
+from tests.support.site import Site
 
 pytestmark = pytest.mark.timeout(900)
 IMAGES = 4000
@@ -35,19 +35,19 @@ def same_as(losses: dict[int, float], undisturbed: dict[int, float]) -> bool:
 def test_time_limits_are_survived_until_the_run_is_finished(
     site: Site, undisturbed: dict[int, float]
 ) -> None:
-    job = site.submit(
-        "limited", site.settings("slurm", time='"1"'),
-        f"training.images = {IMAGES}", f"intervals.checkpoint = {IMAGES}",
-    )  # fmt: skip
-    wait_until(lambda: site.events("limited").count("saved; goes on") >= 2, "two time limits")
+    sets = (f"training.images = {IMAGES}", f"intervals.checkpoint = {IMAGES}")
+    job = site.submit("limited", site.settings("slurm", time='"1"'), *sets)
+    wait_until(lambda: site.events("limited").count("saved; resumes") >= 2, "two time limits")
     site.cluster.run("ctl", "scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     site.wait_gone(job)
     events = site.events("limited")
-    assert events.count(": saved; goes on from checkpoint") >= 2, events
+    assert events.count(": saved; resumes from checkpoint") >= 2, events
     assert events.endswith(": finished\n")
     assert site.losses("limited") == undisturbed
     for run in ("limited", "undisturbed"):
-        assert f"checkpoint {IMAGES:012d} committed" in site.log(run)
+        recorded = site.recorded(run)
+        assert (recorded.state, recorded.checkpoint) == ("finished", f"{IMAGES:012d}")
+    assert site.recorded("limited").starts >= 3
     state = [
         json.loads((site.run(run) / "checkpoints" / f"{IMAGES:012d}/state.json").read_text())
         for run in ("limited", "undisturbed")
@@ -60,7 +60,7 @@ def test_preemption_power_loss_and_cancellation(site: Site, undisturbed: dict[in
     site.wait_start("tried", 0)
     site.cluster.run("ctl", "srun", "-p", "high", "-N2", "--gres=gpu:2", "true")
     site.wait_start("tried", 1)
-    assert "start 0: saved; goes on" in site.events("tried")
+    assert "start 0: saved; resumes" in site.events("tried")
 
     site.cluster.power_off("n2")
     wait_until(lambda: site.state(job) == "PENDING", "the requeued job")
@@ -71,7 +71,8 @@ def test_preemption_power_loss_and_cancellation(site: Site, undisturbed: dict[in
     site.wait_gone(job)
     events = site.events("tried")
     assert "start 2: saved; cancelled, or already started again" in events
-    assert f"checkpoint {site.rows('tried')[-1]['images']:012d} committed" in site.log("tried")
+    assert site.recorded("tried").state == "stopped"
+    assert site.recorded("tried").checkpoint == f"{site.rows('tried')[-1]['images']:012d}"
     assert same_as(site.losses("tried"), undisturbed)
 
 
@@ -110,7 +111,7 @@ def test_an_old_rank_that_outlives_its_job_does_not_write(site: Site) -> None:
         assert seen == sorted(set(seen)) and seen[0] == int(second[:12]) + 8
         # It was Slurm that started the job again, and the old ranks had trained on meanwhile.
         events = site.events("outlived")
-        assert "goes on from" not in events
+        assert "resumes from" not in events
         assert before.count("images/s") > 0 and int(second[:12]) > int(events.split()[-1])
     finally:
         site.cluster.run("ctl", *site.words("stop", site.run("outlived")))
@@ -128,12 +129,13 @@ def test_slurm_would_start_the_job_of_512_gpus(site: Site, site_file: str) -> No
 
 
 def test_what_is_refused_fails_once(site: Site) -> None:
-    job = site.submit("poisoned", site.settings("slurm"), "model.channels = 33")
+    # The login node cannot see it: shards may be on the nodes' own disks.
+    job = site.submit("poisoned", site.settings("slurm"), 'data.shards = "/nowhere/digits"')
     site.wait_gone(job)
     events = site.events("poisoned")
     assert events.count("begins on") == 1
     assert "refused for the reason above" in events
-    assert "model.channels" in site.output("poisoned")
+    assert "/nowhere/digits" in site.output("poisoned")
     assert not (site.run("poisoned") / "checkpoints").exists()
 
 

@@ -1,57 +1,154 @@
 """`launch status`: of runs on disk, and live in a real terminal while a job comes and goes."""
 
 import json
+import os
 import re
 import time
 from pathlib import Path
 
 import pytest
 
-from launch import status
-from tests.cluster import wait_until
-from tests.site import Site
+from launch import queue, status
+from tests.support.cluster import wait_until
+from tests.support.site import Site
+from trainer.ranks.lease import Holder
+from trainer.runstate import RunState, file
 
+STATE_FILES = (
+    "launch/state.json",
+    "launch/writer.json",
+    "launch/job.json",
+    "launch/job",
+    "launch/events.txt",
+    "config.toml",
+    "metrics.jsonl",
+)
 _CONFIG = "[training]\nimages = 1000\n"
 
 
 def make_run(path: Path, *, images: int) -> Path:
-    """A run directory with three lines of metrics, ten seconds apart."""
+    """A run directory of the last release: metrics, ten seconds apart, and no state.json."""
     (path / "launch").mkdir(parents=True)
     (path / "config.toml").write_text(_CONFIG)
     now = time.time()
-    with (path / "metrics.jsonl").open("w") as file:
+    with (path / "metrics.jsonl").open("w") as metrics:
         for n in (2, 1, 0):
-            row = {"images": images - 100 * n, "time": now - 10 * n, "loss": 0.25,
-                   "images_per_second": 10.0, "loss_scale": 65536.0, "skipped": 0.0}  # fmt: skip
-            file.write(json.dumps(row) + "\n")
+            row = {"images": images - 100 * n, "time": now - 10 * n, "loss": 0.25}
+            row |= {"images_per_second": 10.0, "loss_scale": 65536.0, "skipped": 0.0}
+            metrics.write(json.dumps(row) + "\n")
     return path
+
+
+def note(run: Path, **entries: object) -> None:
+    """Write the run's state."""
+    RunState(**entries).write(run, writer="test")  # type: ignore[arg-type]
+
+
+def add_events(run: Path, *events: str) -> None:
+    """Write what the batch script recorded."""
+    lines = (f"2026-11-25 02:10:32  {event}\n" for event in events)
+    (run / "launch" / "events.txt").write_text("".join(lines))
+
+
+def make_writer(run: Path) -> None:
+    """A live process, this one, that holds the lease."""
+    holder = Holder.here()
+    (run / "launch" / "writer.json").write_text(json.dumps(vars(holder)))
 
 
 def test_a_run_on_disk(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=500)
     (run / "checkpoints" / "000000000400").mkdir(parents=True)
+    note(run, state="running", images_seen=500, starts=3, checkpoint="000000000400")
     text = status.text([run])
-    for fact in ("500 of 1,000 (50.0 %)", "0.2500", "loss scale 65536", "no job"):
+    for fact in ("500 of 1,000 (50.0 %)", "0.2500", "loss scale 65536", "no job", "2 restarts"):
         assert fact in text
     assert re.search(r"000000000400, \d+ s ago", text)
-    assert status.read(run).health == "nobody trains it"
+    assert status.read(run).health == "not running; the last start did not record how it ended"
 
 
-def test_a_run_is_finished_when_its_last_checkpoint_is_there(tmp_path: Path) -> None:
+def test_a_run_of_the_last_release_shows_what_its_directory_holds(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=1000)
-    events = "2026-11-25 02:10:32  job 7 start 1: failed with status 1, for the second time\n"
-    (run / "launch" / "events.txt").write_text(events)
-    assert not status.read(run).is_finished
-    assert status.read(run).health == events.strip().partition("  ")[2]
+    start = "2026-11-25 02:10:32  goes on from checkpoint 000000000008: denoise\n"
+    (run / "log.txt").write_text(14 * start)
+    shown = status.read(run)
+    assert (shown.health, shown.restarts, shown.images_seen) == ("not running", None, 1000)
+    assert "restarts" not in status.render(shown)
     (run / "checkpoints" / "000000001000").mkdir(parents=True)
     assert (status.read(run).left, status.read(run).health) == ("finished", "finished")
+    (run / "metrics.jsonl").unlink()
+    assert status.read(run).images_seen == 1000
 
 
-def test_all_restarts_of_a_long_log_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("entries", "health"),
+    [
+        ({"state": "finished"}, "finished"),
+        ({"state": "stopped", "why": "by `python -m launch stop`"}, "stopped by `python -m launch"),
+        ({"state": "stopped", "why": "by a signal"}, "stopped by a signal"),
+        ({"state": "refused", "why": "no shards\nat all"}, "refused: no shards"),
+        ({"state": "failed", "why": "lost: n2 (rank 2)"}, "failed: lost: n2 (rank 2)"),
+    ],
+)
+def test_the_state_says_how_the_last_start_ended(
+    entries: dict[str, object], health: str, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run", images=500)
-    start = "2026-11-25 02:10:32  resumes from checkpoint 000000000008: denoise\n"
-    (run / "log.txt").write_text(14 * (start + 500 * "2026-11-25 02:10:32  images 8 of 64\n"))
-    assert status.read(run).restarts == 14
+    note(run, **entries)
+    assert status.read(run).health.startswith(health)
+    assert status.read(run).is_finished == (health == "finished")
+    assert "\n" not in status.read(run).health
+
+
+def test_the_last_event_of_the_batch_script_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    note(run, state="failed", why="RuntimeError: no space left")
+    add_events(run, "job 7 start 0: begins on n1", "job 7 start 1: failed with status 1")
+    lines = status.text([run]).splitlines()
+    assert lines[-2:] == [
+        "  health  failed: RuntimeError: no space left",
+        "  event   job 7 start 1: failed with status 1",
+    ]
+
+
+def test_a_live_run_without_metrics_for_long_is_not_healthy(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    note(run, state="running", images_seen=500, starts=1)
+    make_writer(run)
+    assert (status.read(run).is_running, status.read(run).health) == (True, "ok")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    late = [json.dumps({**row, "time": row["time"] - 7200}) + "\n" for row in rows]
+    (run / "metrics.jsonl").write_text("".join(late))
+    assert status.read(run).health == "ok"  # it has just been started again
+    os.utime(file(run), (time.time() - 3600, time.time() - 3600))
+    assert status.read(run).health == "no metrics for 1 h 0 min (usually every 10 s)"
+
+
+def test_a_run_is_alive_by_its_lease_where_slurm_does_not_respond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    (run / "launch" / "job").write_text("7\n")
+    make_writer(run)
+    monkeypatch.setenv("PATH", "")
+    assert status.read(run).job.startswith("job 7: unknown (squeue")
+    assert status.read(run).is_running
+    monkeypatch.setattr(queue, "state", lambda job_id: None)
+    monkeypatch.setattr(queue, "end", lambda job_id: "CANCELLED by 0")
+    assert status.read(run).job == "job 7: gone (CANCELLED by 0)"
+    assert not status.read(run).is_running
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"state": 5}', "[]", "null", "\0\0", "x = "])
+@pytest.mark.parametrize("name", STATE_FILES)
+def test_an_empty_or_torn_file_gives_no_traceback(
+    name: str, torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    run = make_run(tmp_path / "run", images=500)
+    note(run, state="running", images_seen=500, starts=1)
+    (run / name).write_text(torn)
+    assert "images  500" in status.text([run])
 
 
 def test_several_runs_fit_80_columns(tmp_path: Path) -> None:
@@ -63,12 +160,12 @@ def test_several_runs_fit_80_columns(tmp_path: Path) -> None:
 
 def test_a_line_that_is_being_written_or_was_torn_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=500)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"images": 6')
-        file.flush()
-        assert status.read(run).images == 500
-        file.write('{"images": 700}\n{"images": 800, "time": 1.0}\n')  # another start went on
-    assert status.read(run).images == 800
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"images": 6')
+        metrics.flush()
+        assert status.read(run).images_seen == 500
+        metrics.write('{"images": 700}\n{"images": 800, "time": 1.0}\n')  # by another start
+    assert status.read(run).images_seen == 800
 
 
 @pytest.mark.timeout(900)
@@ -88,11 +185,11 @@ def test_watched_in_a_terminal_while_the_job_comes_and_goes(site: Site) -> None:
         shown = screen()
         assert f"job {job}, 1 x 2: RUNNING" in shown and "health  ok" in shown
         assert "of 800,000" in shown and " left" in shown
-        assert len(shown.strip().splitlines()) == 7  # no line was wrapped
+        assert len(shown.strip().splitlines()) == 8  # no line was wrapped
         site.cluster.run("ctl", *site.words("stop", run))
         wait_until(lambda: "gone (" in screen(), "the end on the screen")
         shown = screen()
-        assert "stopped as asked" in shown and "images/s" not in shown
+        assert "stopped as requested" in shown and "images/s" not in shown
         assert f"{site.rows(name)[-1]['images']:,} of 800,000" in shown
         assert f"{site.rows(name)[-1]['images']:012d}" in shown
     finally:

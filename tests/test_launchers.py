@@ -8,28 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from tests import ranks
+from tests.support import ranks
 
 TRAIN = "trainer.train"
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", TRAIN],
-    "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2",
-               sys.executable, "-m", TRAIN],
+    "mpirun": [*MPIRUN, "-n", "2", sys.executable, "-m", TRAIN],
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", TRAIN],
     "alone": [sys.executable, "-m", TRAIN],
-}  # fmt: skip
+}
 
 
 def train(launcher: str, run: Path, tiny: Path) -> tuple[str, list[float]]:
     """Two steps of the tiny preset; what was printed, and the losses."""
-    command = [
-        *LAUNCHERS[launcher], str(tiny), "--run", str(run),
-        "--set", "training.images = 16", "--set", "intervals.checkpoint = 16",
-    ]  # fmt: skip
+    sets = ["--set", "training.images = 16", "--set", "intervals.checkpoint = 16"]
     done = subprocess.run(
-        command, cwd=ranks.ROOT, env=ranks.environment(), text=True, timeout=ranks.LIMIT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [*LAUNCHERS[launcher], str(tiny), "--run", str(run), *sets],
+        cwd=ranks.ROOT,
+        env=ranks.environment(),
+        text=True,
+        timeout=ranks.LIMIT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout
     rows = (run / "metrics.jsonl").read_text().splitlines()
     return (run / "log.txt").read_text(), [json.loads(row)["loss"] for row in rows]

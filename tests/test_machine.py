@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from tests.cluster import below_tmp
+from tests.support.cluster import below_tmp
 
 
 def test_a_checkout_below_tmp_is_seen_with_its_python_and_the_clusters_directory() -> None:

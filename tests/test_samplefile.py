@@ -12,7 +12,7 @@ def test_a_part_that_is_cut_or_has_another_bit_is_found(tmp_path: Path) -> None:
     labels = np.array([3, 1])
     file = tmp_path / "000000.npz"
     write_part(file, images, labels)
-    assert not file.with_suffix(".partial").exists()
+    assert not file.with_name(f"{file.name}.partial").exists()
     whole = file.read_bytes()
 
     def fault() -> str | None:

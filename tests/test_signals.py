@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.exits import TO_BE_CONTINUED
-from tests import ranks
+from data.exits import TO_BE_CONTINUED
+from tests.support import ranks
 
 #: Tells on stdout that the trainer imports torch, and waits for a line on stdin.
 _SITE = """\
@@ -55,7 +55,9 @@ def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
     run = tmp_path / "own" / "run"
     status, said = signalled_in_import(run, tiny, number)
     assert status == TO_BE_CONTINUED, said
-    assert said.endswith("stopped by a signal before the first step; the same command goes on\n")
+    assert said.endswith(
+        "stopped by a signal before the first step; rerun the same command to resume\n"
+    )
     assert not (run / "checkpoints").exists()
     again = start(run, tiny)
     said = again.communicate(timeout=ranks.LIMIT)[0]

@@ -1,28 +1,33 @@
-"""The house stands as drawn: import arrows point one way, and each heavy library has one door."""
+"""The structure: import arrows point one way, heavy libraries stay in one module each."""
 
 import ast
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOUSE = ("launch", "data", "trainer")
+#: launch -> trainer -> data: a package imports itself and those after it.
+PACKAGES = ("launch", "trainer", "data")
 
-#: launch <- data <- trainer; and the paper's mathematics stand alone.
-MAY_IMPORT = {
-    "launch": {"launch"},
-    "data": {"launch", "data"},
-    "trainer": {"launch", "data", "trainer"},
+#: The only modules that import a heavy library.
+ONLY_IN = {
+    "deepspeed": {"trainer/engine.py"},
+    "webdataset": {"data/stores.py"},
+    "mpi4py": {"trainer/ranks/world.py", "data/pack.py"},
+    "tensorboard": {"trainer/tensorboard.py"},
 }
-
-DOORS = {
-    "deepspeed": "trainer/engine.py",
-    "webdataset": "data/fetch.py",
-    "mpi4py": "launch/world.py",
-    "tensorboard": "trainer/metrics.py",
-}
+#: What a login node runs, which has neither torch nor numpy.
+PURE = (
+    "trainer.config",
+    "trainer.settings",
+    "trainer.ds_config",
+    "trainer.runstate",
+    "data.config",
+)
 
 
 def imports(file: Path) -> set[str]:
@@ -39,43 +44,71 @@ def imports(file: Path) -> set[str]:
 
 FILES = {
     file.relative_to(ROOT).as_posix(): imports(file)
-    for package in HOUSE
+    for package in PACKAGES
     for file in (ROOT / package).rglob("*.py")
 }
 
 
-@pytest.mark.parametrize("package", HOUSE)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_one_way(package: str) -> None:
+    below = set(PACKAGES[PACKAGES.index(package) :])
     for file, names in FILES.items():
         if file.startswith(f"{package}/"):
-            ours = {name.split(".")[0] for name in names} & set(HOUSE)
-            assert ours <= MAY_IMPORT[package], file
+            ours = {name.split(".")[0] for name in names} & set(PACKAGES)
+            assert ours <= below, file
 
 
-def test_the_mathematics_know_neither_the_house_nor_the_cluster() -> None:
+def test_the_mathematics_import_nothing_else_of_ours() -> None:
     for file, names in FILES.items():
         if file.startswith("trainer/adm/"):
-            assert all(name.startswith("trainer.adm") for name in names
-                       if name.split(".")[0] in HOUSE), file  # fmt: skip
+            ours = [name for name in names if name.split(".")[0] in PACKAGES]
+            assert all(name.startswith("trainer.adm") for name in ours), file
             assert not any("distributed" in name for name in names), file
 
 
-@pytest.mark.parametrize("library", DOORS)
-def test_a_heavy_library_has_one_door(library: str) -> None:
-    through = {file for file, names in FILES.items() if any(library in name for name in names)}
-    assert through == {DOORS[library]}
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_heavy_library_is_imported_in_one_place(library: str) -> None:
+    found = {
+        file
+        for file, names in FILES.items()
+        if any(library in name.split(".") for name in names if not name.startswith("trainer."))
+    }
+    assert found == ONLY_IN[library]
 
 
-def test_launch_works_where_there_is_no_torch() -> None:
-    """On a login node, that is; `check` alone runs on the nodes."""
-    names = ", ".join(
-        f"'{file.removesuffix('.py').replace('/', '.')}'"
-        for file in FILES
-        if file.startswith("launch/") and file != "launch/check.py"
-    )
+def test_a_login_node_needs_neither_torch_nor_numpy() -> None:
+    launch = [f.removesuffix(".py").replace("/", ".") for f in FILES if f.startswith("launch/")]
     code = (
         "import importlib, sys\n"
         "sys.modules.update(torch=None, deepspeed=None, numpy=None)\n"
-        f"for name in ({names},): importlib.import_module(name)\n"
+        f"for name in {(*launch, *PURE)}: importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def functions(file: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, lines and parameters of every function in a file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            yield node.name, node.end_lineno - node.lineno + 1, count
+
+
+def test_files_and_functions_stay_small() -> None:
+    files = [file for file in ROOT.rglob("*.py") if ".venv" not in file.parts]
+    lengths = {file: len(file.read_text().splitlines()) for file in files}
+    assert [f"{file}: {length}" for file, length in lengths.items() if length > 300] == []
+    ours = [file for file in files if file.relative_to(ROOT).parts[0] in PACKAGES]
+    found = [(file, *function) for file in ours for function in functions(file)]
+    assert [each for each in found if each[2] > 60 or each[3] > 9] == []
+    assert statistics.median(lines for *_, lines, _ in found) <= 9
+
+
+def test_nothing_reads_the_log() -> None:
+    for file in FILES:
+        text = (ROOT / file).read_text()
+        code = [line for line in text.splitlines() if '"log.txt"' in line]
+        assert not code or file == "trainer/run.py", file
+    for template in (ROOT / "launch" / "templates").iterdir():
+        assert "log.txt" not in template.read_text()

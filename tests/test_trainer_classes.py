@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from data.dataset import Shards, index_directory, open_shards
 from data.pack import pack
 from data.plan import PackConfig
-from data.shards import Shards, index_directory, open_shards
-from tests import ranks
-from tests.data_fixtures import image_file
+from tests.support import ranks
+from tests.support.data_fixtures import image_file
 from trainer import config as configs
 from trainer.run import Run
-from trainer.train import Plan, parser
+from trainer.train import TrainingPlan, parser
 
 IMAGES = 12
 
@@ -87,10 +87,10 @@ def parquet_without_labels(root: Path) -> Shards:
     return packed(root / "train-0.parquet", root)
 
 
-def make(run: Path, preset: Path | str, shards: Shards, *changes: str) -> Plan:
+def make(run: Path, preset: Path | str, shards: Shards, *changes: str) -> TrainingPlan:
     sets = [f'data.shards = "{shards.root}"', "data.streams = 4", *changes]
     words = [word for change in sets for word in ("--set", change)]
-    return Plan.make(parser().parse_args([str(preset), "--run", str(run), *words]), ranks=1)
+    return TrainingPlan.make(parser().parse_args([str(preset), "--run", str(run), *words]), ranks=1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is wrong is said in one line that names it, before anything is started or written."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import deepspeed
 import pytest
 import torch
 
-from tests import golden
+from data.exits import REFUSED
+from tests.support import golden
 from trainer import config as configs
+from trainer import ds_config as ds_configs
 from trainer.adm.unet import build
-from trainer.engine import load_mechanics, resolve_mechanics
-from trainer.train import Plan, parser
+from trainer.train import TrainingPlan, parser
 
 PUBLISHED = {
     "imagenet64": "64x64_diffusion",
@@ -63,20 +65,20 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
     [
         ("training.lrr = 1e-4", "unknown setting 'training.lrr' (nearest: 'lr')"),
         ("modell.channels = 3", "unknown setting 'modell' (nearest: 'model')"),
-        ('training.lr = "fast"', "training.lr = 'fast': it must be of type float"),
-        ("training.lr = 0", "training.lr = 0.0: it must be a number above 0"),
-        ("training.lr = nan", "training.lr = nan: it must be a number above 0"),
-        ("training.warmup_images = -32", "training.warmup_images = -32: it must be at least 0"),
-        ("training.seed = -1", "training.seed = -1: it must be from 0"),
+        ('training.lr = "fast"', "training.lr = 'fast': must be a number"),
+        ("training.lr = 0", "training.lr = 0.0: must be a number above 0"),
+        ("training.lr = nan", "training.lr = nan: must be a number above 0"),
+        ("training.warmup_images = -32", "training.warmup_images = -32: must be at least 0"),
+        ("training.seed = -1", "training.seed = -1: must be from 0"),
         ('intervals.samples_steps = "ddim60"', "intervals.samples_steps: respacing = 'ddim60'"),
-        ("training.ema = []", "training.ema = (): it must be one or more"),
+        ("training.ema = []", "training.ema = (): must be one or more"),
         ("training.ema = [1.0]", "training.ema = (1.0,)"),
         ('training.precision = "fp8"', 'one of "fp32", "bf16", "fp16"'),
         ("training.images = 100", "a multiple of training.batch"),
         ("model.channel_mult = [1, 2.3]", "model.channel_mult"),
         ("model.attention = [7]", "model.attention"),
         ("model = 3", "model"),
-        ("intervals.keep = 0", "intervals.keep = 0: it must be at least 1"),
+        ("intervals.keep = 0", "intervals.keep = 0: must be at least 1"),
         ('objective = "paint"', "objective = 'paint'"),
         ("training.lr 3", "is not TOML"),
     ],
@@ -90,18 +92,18 @@ def test_a_wrong_setting_is_named(change: str, message: str) -> None:
 
 def test_a_setting_can_be_left_out() -> None:
     absent = ["model.head_channels", "intervals.samples"]
-    config = configs.load("digits", ["model.heads = 2"], absent=absent)
+    config = configs.load("digits", ["model.heads = 2"], unset=absent)
     assert (config.model.heads, config.model.head_channels) == (2, None)
     assert config.intervals.samples is None
     message = r"--unset model.head_chanels: the preset .* \(nearest: 'model.head_channels'\)"
     with pytest.raises(ValueError, match=message):
-        configs.load("digits", absent=["model.head_chanels"])
+        configs.load("digits", unset=["model.head_chanels"])
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown preset 'imagnet64' \(nearest: 'imagenet64'\)"):
         configs.load("imagnet64")
-    with pytest.raises(ValueError, match="no such preset file"):
+    with pytest.raises(ValueError, match="no such file"):
         configs.load(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("objective = ")
     with pytest.raises(ValueError, match="is not valid TOML"):
@@ -143,28 +145,87 @@ def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path:
         )
     )
     with pytest.raises(ValueError, match=r"train_batch_size, fp16\.enabled, optimizer, which the"):
-        load_mechanics(file)
+        ds_configs.load(file)
     file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    with pytest.raises(ValueError, match="stage = 0: it must be 1, 2 or 3"):
-        load_mechanics(file)
+    with pytest.raises(ValueError, match="stage = 0: must be 1, 2 or 3"):
+        ds_configs.load(file)
     file.write_text("{")
     with pytest.raises(ValueError, match="cannot read the DeepSpeed config"):
-        load_mechanics(file)
+        ds_configs.load(file)
+
+
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [
+        ("zero_optimization", "round_robin_gradients"),
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+        ("fp16", "fp16_master_weights_and_grads"),
+        ("torch_autocast", "enabled"),
+    ],
+)
+def test_deepspeed_settings_that_would_train_something_else_are_refused(
+    tmp_path: Path, section: str, setting: str
+) -> None:
+    ds_config = json.loads(Path("ds_config.json").read_text())
+    ds_config.setdefault(section, {})[setting] = True
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(ds_config))
+    with pytest.raises(ValueError, match=rf"{section}\.{setting} = True: must be absent: "):
+        ds_configs.load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "source"),
+    [
+        ("model.learn_sigma = false", "diffusion.variance"),
+        ("data.image_size = 99", "model.image_size"),
+    ],
+)
+def test_a_setting_that_follows_from_another_cannot_be_set(change: str, source: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot be set: it follows from {source}"):
+        configs.load("digits", [change])
+
+
+def test_the_config_command_prints_what_it_resolved_or_the_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert configs.main(["digits", "--set", "training.lr = 1", "--ranks", "2"]) == 0
+    printed = tmp_path / "printed.toml"
+    printed.write_text(capsys.readouterr().out)
+    assert configs.load(printed) == configs.load("digits", ["training.lr = 1"])
+    assert configs.main(["imagenet64", "--ranks", "21"]) == REFUSED
+    assert "2048 does not divide among 21 ranks" in capsys.readouterr().err
+    assert configs.main(["digits", "--set", "training.lrr = 1"]) == REFUSED
+    assert "unknown setting 'training.lrr' (nearest: 'lr')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["trainer.config", "trainer.train", "trainer.sample", "launch", "data.pack", "data.shards"],
+)
+def test_a_wrong_option_ends_every_command_alike(command: str) -> None:
+    main = importlib.import_module("launch.__main__" if command == "launch" else command).main
+    with pytest.raises(SystemExit) as end:
+        main(["--no-such-option"])
+    assert end.value.code == REFUSED
 
 
 def test_every_auto_is_filled_from_the_preset() -> None:
     config = configs.load("digits")
-    resolved = resolve_mechanics(load_mechanics("ds_config.json"), config=config, ranks=2)
+    resolved = ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=2)
     assert "auto" not in json.dumps(resolved)
     assert resolved["train_batch_size"] == config.training.batch
     with pytest.raises(ValueError, match=r"training\.batch = 64 does not divide among 3 ranks"):
-        resolve_mechanics(load_mechanics("ds_config.json"), config=config, ranks=3)
+        ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=3)
 
 
-def make(run: Path, preset: Path | str, *changes: str, init: Path | None = None) -> Plan:
+def make(run: Path, preset: Path | str, *changes: str, init: Path | None = None) -> TrainingPlan:
     sets = [word for change in changes for word in ("--set", change)]
     start = ["--init", str(init)] if init else []
-    return Plan.make(parser().parse_args([str(preset), "--run", str(run), *sets, *start]), ranks=1)
+    return TrainingPlan.make(
+        parser().parse_args([str(preset), "--run", str(run), *sets, *start]), ranks=1
+    )
 
 
 def test_a_plan_refuses_before_anything_is_written(tmp_path: Path, tiny: Path) -> None:

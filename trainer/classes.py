@@ -1,6 +1,6 @@
 """Whether the classes of the shards fit those of the network, and what a run is trained on."""
 
-from data.shards import Shards
+from data.dataset import Shards
 from trainer.config import Config
 from trainer.run import Run
 

@@ -1,33 +1,33 @@
-"""Drawing images: a network, labels and image numbers go in, uint8 pictures come out.
+"""Drawing images: a network, labels and image indices go in, uint8 pictures come out.
 
-Every draw of noise is keyed by (seed, image number, step), and images are drawn in fixed batches,
+Every draw of noise is keyed by (seed, image index, step), and images are drawn in fixed batches,
 so image i is the same whichever rank draws it and however many ranks there are.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.stream import Batch
-from launch.world import World
+from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.objective import to_range
 from trainer.adm.sampler import Guidance, ancestral, ddim, start, step_noise
-from trainer.adm.unet import UNet, UNetConfig
+from trainer.adm.unet import UNet
 from trainer.config import Config, IntervalConfig
+from trainer.ranks.group import gather
+from trainer.ranks.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
+class SamplerConfig:
     """How the noise becomes an image."""
 
     diffusion: Diffusion
@@ -38,32 +38,32 @@ class Walk:
 
 def draw(
     net: nn.Module,
-    numbers: Tensor,
+    indices: Tensor,
     *,
     config: UNetConfig,
-    walk: Walk,
+    sampler: SamplerConfig,
     labels: Tensor | None = None,
     low_res: Tensor | None = None,
     guidance: Guidance | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Draw the images of these numbers, (B,) int64 on the device: float32 (B, 3, H, W).
+    """Draw the images of these indices, (B,) int64 on the device: float32 (B, 3, H, W).
 
     `labels` (B,) for a class-conditional network, `low_res` (B, 3, h, w) in [-1, 1] for an
-    upsampler. `on_step` is called after every step of the walk.
+    upsampler. `on_step` is called after every denoising step.
     """
     shape = (3, config.image_size, config.image_size)
-    x = start(numbers, seed=walk.seed, shape=shape)
-    noise = step_noise(numbers, seed=walk.seed, shape=shape)
+    x = start(indices, seed=sampler.seed, shape=shape)
+    noise = step_noise(indices, seed=sampler.seed, shape=shape)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         out: Tensor = net(x, t, labels, low_res)
         return out
 
-    if walk.eta is None:
-        steps = ancestral(walk.diffusion, denoise, x, noise=noise, guidance=guidance)
+    if sampler.eta is None:
+        steps = ancestral(sampler.diffusion, denoise, x, noise=noise, guidance=guidance)
     else:
-        steps = ddim(walk.diffusion, denoise, x, noise=noise, eta=walk.eta, guidance=guidance)
+        steps = ddim(sampler.diffusion, denoise, x, noise=noise, eta=sampler.eta, guidance=guidance)
     for _, x in steps:  # noqa: B007
         on_step()
     return x
@@ -99,21 +99,21 @@ def draw_grid(
     """A run's grid, uint8 (3, H, W), on the main rank; None on others. All ranks must call it.
 
     An upsampler enlarges the images of `shown`, of which each rank has the share that
-    `grid_numbers` names.
+    `grid_indices` names.
     """
     assert isinstance(config.model, UNetConfig)
     net = UNet(config.model).to(device)
     net.load_state_dict(dict(weights))
     net = net.to(DTYPES[config.training.precision]).eval()
     every = config.intervals
-    numbers = grid_numbers(every, world=world)
-    labels = _spread(numbers, every.samples_count, config.model.num_classes)
+    indices = grid_indices(every, world=world)
+    labels = _spread(indices, every.samples_count, config.model.num_classes)
     low_res = None
     if shown is not None and config.model.small_size is not None:
         x0 = to_range(shown.images.to(device))
         low_res = F.interpolate(x0, config.model.small_size, mode="area")
         labels = None if labels is None else shown.labels
-    walk = Walk(
+    sampler = SamplerConfig(
         diffusion=Diffusion(config.diffusion, respacing=every.samples_steps),
         seed=config.training.seed,
         eta=0.0 if every.samples_steps.startswith("ddim") else None,
@@ -123,19 +123,19 @@ def draw_grid(
         mine = [
             draw(
                 net,
-                numbers[part].to(device),
+                indices[part].to(device),
                 config=config.model,
-                walk=walk,
+                sampler=sampler,
                 labels=None if labels is None else labels[part].to(device),
                 low_res=None if low_res is None else low_res[part],
                 on_step=on_step,
             ).cpu()
-            for part in torch.arange(len(numbers)).split(config.training.micro_batch)
+            for part in torch.arange(len(indices)).split(config.training.micro_batch)
         ]
     return _collect(to_pixels(torch.cat(mine)).numpy(), count=every.samples_count, world=world)
 
 
-def grid_numbers(every: IntervalConfig, *, world: World) -> Tensor:
+def grid_indices(every: IntervalConfig, *, world: World) -> Tensor:
     """The images of the grid that this rank draws: one in every so many; all ranks draw alike.
 
     Ranks beyond the size of the grid draw an image that is not shown.
@@ -145,8 +145,7 @@ def grid_numbers(every: IntervalConfig, *, world: World) -> Tensor:
 
 def _collect(mine: NDArray[np.uint8], *, count: int, world: World) -> NDArray[np.uint8] | None:
     """The grid of all ranks' images, on the main rank."""
-    parts: list[Any] = [None] * world.size
-    dist.all_gather_object(parts, mine)
+    parts = gather(mine)
     if not world.is_main:
         return None
     images = np.empty((count, *mine.shape[1:]), np.uint8)
@@ -155,8 +154,8 @@ def _collect(mine: NDArray[np.uint8], *, count: int, world: World) -> NDArray[np
     return tile(images)
 
 
-def _spread(numbers: Tensor, count: int, classes: int | None) -> Tensor | None:
+def _spread(indices: Tensor, count: int, classes: int | None) -> Tensor | None:
     """Labels of a grid: all classes in turn where they fit, else evenly spread ones."""
     if classes is None:
         return None
-    return numbers % classes if classes <= count else numbers * classes // count % classes
+    return indices % classes if classes <= count else indices * classes // count % classes

@@ -5,45 +5,61 @@ it happens to be, in stage 3 parameter by parameter. A whole state is gathered i
 on its way to the host: one collective for each parameter would cost thousands in every checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Numbers that all ranks together send in one collective: 256 MiB of fp32.
+from trainer.ranks.group import gather
+
+# Numbers that all ranks together send in one collective: 256 MiB of fp32.
 _PIECE = 2**26
 
 
 @dataclass(frozen=True)
 class Part:
-    """The numbers [start, start + size) of a flattened parameter, by its place in the network."""
+    """The numbers [start, start + size) of a flattened parameter."""
 
-    parameter: int
     start: int
     size: int
 
 
 class Partition:
-    """The parts of all ranks. All ranks must make it, and call its methods, together."""
+    """A network's parameters as DeepSpeed has dealt their fp32 state to the ranks.
 
-    def __init__(
-        self, own: Sequence[Part], *, shapes: dict[str, torch.Size], device: torch.device
-    ) -> None:
-        self._shapes = shapes
-        self._device = device
-        self._parts: list[list[Part]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(self._parts, list(own))
+    `key` names a state of the optimizer, or None the fp32 weights. All ranks must make it, and call
+    its methods, together.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], *, shapes: Mapping[str, torch.Size]) -> None:
+        self._parameters = dict(parameters)
+        self._shapes = dict(shapes)
+        self._device: torch.device = next(iter(self._parameters.values())).device
+        self._parts = gather([_held(parameter) for parameter in self._parameters.values()])
         self._longest = max(sum(part.size for part in parts) for parts in self._parts)
 
-    def gather(self, own: Sequence[Tensor], *, to: int | None) -> dict[str, Tensor]:
-        """Whole fp32 tensors on the host by parameter name, from each rank's flat parts `own`.
+    def set(self, name: str, key: str | None, value: Tensor) -> None:
+        """Set this rank's part of a parameter's state from the whole `value`, of any shape."""
+        parameter, part = self._parameters[name], _held(self._parameters[name])
+        own = value.flatten()[part.start : part.start + part.size].to(self._device, torch.float32)
+        if hasattr(parameter, "ds_id"):
+            # All parts are equally long, and DeepSpeed leaves the end of the last uninitialized,
+            # which would count in norms. Its setter of whole tensors needs sizes that divide.
+            own = F.pad(own, (0, parameter.ds_tensor.numel() - part.size))
+            parameter._z3_optimizer.set_local_hp_param(own, parameter, key)
+        elif parameter._hp_mapping is not None:
+            parameter._hp_mapping.get_hp_fragment(key).data.copy_(own)
+
+    def gather(self, key: str | None, *, to: int | None) -> dict[str, Tensor]:
+        """Whole fp32 tensors on the host by parameter name.
 
         They go to rank `to` alone, and the other ranks get nothing; None means to every rank.
         """
-        held = [part for part in own if len(part)]  # the others may be on another device
+        held = [_own(p, key) for p in self._parameters.values() if _held(p).size]
         flat = torch.cat(held) if held else torch.empty(0)
         flat = F.pad(flat, (0, self._longest - len(flat)))
         ranks, receives = len(self._parts), to in (None, dist.get_rank())
@@ -59,12 +75,33 @@ class Partition:
         values = [torch.empty(shape.numel()) for shape in self._shapes.values()]
         for flat, parts in zip(flats, self._parts, strict=True):
             first = 0
-            for part in parts:
-                into = values[part.parameter][part.start : part.start + part.size]
-                into.copy_(flat[first : first + part.size])
+            for value, part in zip(values, parts, strict=True):
+                own = flat[first : first + part.size]
+                value[part.start : part.start + part.size].copy_(own)
                 first += part.size
         named = zip(self._shapes.items(), values, strict=True)
         return {name: value.view(shape) for (name, shape), value in named}
+
+
+def _held(parameter: Any) -> Part:
+    """Which numbers of a parameter this rank holds; all parts of ZeRO-3 but the last are full."""
+    if hasattr(parameter, "ds_id"):
+        size = parameter.ds_tensor.numel()
+        start = min(dist.get_rank() * size, parameter.ds_numel)
+        return Part(start, min(size, parameter.ds_numel - start))
+    if parameter._hp_mapping is None:
+        return Part(0, 0)
+    address = parameter._hp_mapping.lp_fragment_address
+    return Part(address.start, address.numel)
+
+
+def _own(parameter: Any, key: str | None) -> Tensor:
+    """The numbers that this rank holds of a parameter's state, flat."""
+    if hasattr(parameter, "ds_id"):
+        part: Tensor = parameter._z3_optimizer.get_local_fp32_param(parameter, key)
+        return part[: _held(parameter).size]
+    fragment: Tensor = parameter._hp_mapping.get_hp_fragment(key)
+    return fragment.detach().flatten()
 
 
 def _exchange(piece: Tensor, *, to: int | None) -> list[Tensor]:

@@ -1,14 +1,17 @@
 """The run directory: a run is a directory, and the same command on it resumes.
 
 `RUN/`: `config.toml` and `ds_config.json` as resolved, `log.txt`, `metrics.jsonl`, `tensorboard/`,
-`samples/`, `checkpoints/`, `launch/`.
+`samples/`, `checkpoints/`, `launch/` with `state.json`.
 """
 
 import json
+import os
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from launch.writer import Writer, claim
+from data import files
 from trainer import config as configs
 from trainer.config import Config
+from trainer.ranks import lease as leases
+from trainer.ranks.lease import Lease, LeaseLost
+from trainer.runstate import RunState
+
+# What a run may not change when it is resumed: its weights or its order would mean another thing.
+_FIXED = (
+    "objective",
+    "model",
+    "diffusion",
+    "training.seed",
+    "training.timesteps",
+    "training.ema",
+    "data.streams",
+    "data.block",
+)
+_FREE = ("model.checkpoint",)
 
 
 @dataclass(frozen=True)
@@ -27,42 +46,63 @@ class Run:
     """The paths of a run, and its log. Only the main rank writes, once it has claimed the run."""
 
     path: Path
-    writer: Writer | None = None
+    #: The right to write the run; the main rank's alone.
+    lease: Lease | None = None
+    #: Names the claim of this start, on all ranks.
+    token: str = ""
 
     @contextmanager
     def claimed(self) -> Iterator["Run"]:
-        """This run, with the right to write it.
+        """This run, with the right to write it. How it ends is noted in its state.
 
         Raises:
             ValueError: another job writes it.
         """
-        writer = claim(self.path)
-        yield replace(self, writer=writer)
-        writer.release()
+        lease = leases.claim(self.path)
+        run = replace(self, lease=lease, token=lease.token)
+        before = RunState.read(self.path)
+        starts = 1 + (before.starts if before else 0)
+        run.note(state="running", starts=starts, why=None, job_id=lease.job_id)
+        try:
+            yield run
+        except LeaseLost:
+            raise
+        except Exception as error:
+            state = "refused" if isinstance(error, ValueError) else "failed"
+            # A full disk, or a lost lease, must not take the place of the error.
+            with suppress(OSError, LeaseLost):
+                run.note(state=state, why=f"{error}" or type(error).__name__)
+            raise
+        finally:
+            lease.release()
 
-    def check_writer(self) -> None:
+    def check_lease(self) -> None:
         """Return if this process may still write. Called ahead of every append and commit.
 
         Raises:
             ValueError: another start has taken the run over.
         """
-        assert self.writer is not None, "claim the run before writing it"
-        self.writer.check()
+        assert self.lease is not None, "claim the run before writing it"
+        self.lease.check()
 
     @property
-    def is_asked_to_stop(self) -> bool:
-        return self.writer is not None and self.writer.asked_to_stop
+    def stop_requested(self) -> bool:
+        """Whether `python -m launch stop` wants the run to end; the main rank knows."""
+        return self.lease is not None and self.lease.stop_requested
 
     @property
     def config_file(self) -> Path:
+        """The resolved config of the last start."""
         return self.path / "config.toml"
 
     @property
     def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
         return self.path / "checkpoints"
 
     @property
     def samples(self) -> Path:
+        """Where grids are kept."""
         return self.path / "samples"
 
     def check(self, config: Config) -> dict[str, tuple[Any, Any]]:
@@ -78,36 +118,50 @@ class Run:
                 f"{self.path} exists and is no run directory (it has no config.toml): "
                 "name a new directory with --run"
             )
-        return configs.changes_between(configs.load(self.config_file), config)
+        return changes_between(configs.load(self.config_file), config)
 
     def _contents(self) -> list[Path]:
-        """What is there besides the launcher's, and the log of starts that left before a step."""
+        """Entries other than the launcher's and log.txt, which a start without a step leaves."""
         return [p for p in self.path.iterdir() if p.name not in ("launch", "code", "log.txt")]
 
-    def open(self, config: Config, *, mechanics: dict[str, Any]) -> None:
+    def open(self, config: Config, *, ds_config: dict[str, Any]) -> None:
         """Create the directory, or update its record of the config."""
-        self.check_writer()
+        self.check_lease()
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.config_file, configs.to_toml(config))
-        _replace(self.path / "ds_config.json", json.dumps(mechanics, indent=2) + "\n")
+        files.write(self.config_file, configs.to_toml(config))
+        files.write(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+
+    def note(self, **changes: Any) -> None:
+        """Change entries of `launch/state.json`."""
+        self.check_lease()
+        self._note(**changes)
+
+    def _note(self, **changes: Any) -> None:
+        state = RunState.read(self.path) or RunState(state="running")
+        # Ranks of several hosts, and two threads of one, may note a lost rank at once.
+        writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+        replace(state, **changes).write(self.path, writer=writer)
 
     def picture(self, name: str, grid: NDArray[np.uint8]) -> None:
         """Keep uint8 (3, H, W) as `samples/NAME.png`."""
-        self.check_writer()
+        self.check_lease()
         self.samples.mkdir(exist_ok=True)
         Image.fromarray(grid.transpose(1, 2, 0)).save(self.samples / f"{name}.png")
 
     def log(self, text: str) -> None:
         """A dated line to the terminal and to log.txt."""
-        self.check_writer()
+        self.check_lease()
         line = self._append(text)
         if sys.stdout.isatty():
             line = line.ljust(79)  # covers what the progress line left
         print(line, flush=True)
 
-    def log_loss(self, text: str) -> None:
-        """A dated line to log.txt about a lost rank: any rank's, since the main one may be lost."""
+    def log_lost_rank(self, text: str) -> None:
+        """A dated line about a lost rank, and the state "failed". Any rank may call it."""
         self._append(text)
+        holder = leases.holder(self.path)
+        if holder is not None and holder.token == self.token:
+            self._note(state="failed", why=text)
 
     def _append(self, text: str) -> str:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
@@ -116,8 +170,26 @@ class Run:
         return line
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a whole file or leave the old one."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(file)
+def changes_between(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, as name -> (old, new).
+
+    Raises:
+        ValueError: one of them is part of what the run is.
+    """
+    before, after = configs.flatten(old), configs.flatten(new)
+    changed = {
+        name: (before.get(name), after.get(name))
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    }
+    fixed = [
+        f"{name} = {a!r} (now {b!r})"
+        for name, (a, b) in changed.items()
+        if name not in _FREE and any(name == f or name.startswith(f + ".") for f in _FIXED)
+    ]
+    if fixed:
+        raise ValueError(
+            f"the run was started with another config: {', '.join(fixed)}; "
+            "give the same preset and --set, or another --run directory"
+        )
+    return changed

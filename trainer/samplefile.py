@@ -6,24 +6,23 @@ result are written whole or not at all, and no process ever holds all images.
 
 import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.adm.unet import UNetConfig
+from data import files
+from trainer.adm.config import UNetConfig
 from trainer.draw import tile
 
-#: At most so many images stand in the PNG.
+# The most images in the PNG.
 GRID = 100
-#: Beside the parts: the request that they are of.
+# The file beside the parts that records their request.
 REQUEST = "request.json"
 
 
@@ -85,8 +84,8 @@ def open_parts(parts: Path, out: Path, request: Mapping[str, Any]) -> None:
     if foreign := [n for n in left if n != REQUEST and not n.endswith(".partial")]:
         raise ValueError(f"{parts} holds other files ({foreign[0]}): name another --out")
     parts.mkdir(parents=True, exist_ok=True)
-    _sync(parts.parent)
-    with _whole(parts / REQUEST) as stream:
+    files.sync(parts.parent)
+    with files.whole(parts / REQUEST) as stream:
         stream.write(json.dumps(wanted).encode())
 
 
@@ -101,7 +100,7 @@ def _recorded(record: Path) -> dict[str, Any] | None:
 
 def write_part(file: Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
     """Put images, uint8 (B, 3, H, W), and labels (B,) on disk, whole or not at all."""
-    with _whole(file) as stream:
+    with files.whole(file) as stream:
         np.savez(stream, images=images.transpose(0, 2, 3, 1), labels=labels)
 
 
@@ -130,9 +129,9 @@ def merge(parts: Sequence[Path], out: Path, *, images: int, columns: int | None)
     if out.exists():
         raise ValueError(f"{out} exists: name another --out, or remove it")
     grid = tile(_first(parts).transpose(0, 3, 1, 2), columns=columns)
-    with _whole(out.with_suffix(".png")) as stream:
+    with files.whole(out.with_suffix(".png")) as stream:
         Image.fromarray(grid.transpose(1, 2, 0)).save(stream, format="png")
-    with _whole(out) as stream, zipfile.ZipFile(stream, "w") as archive:
+    with files.whole(out) as stream, zipfile.ZipFile(stream, "w") as archive:
         for member, key in (("arr_0.npy", "images"), ("arr_1.npy", "labels")):
             with archive.open(member, "w", force_zip64=True) as content:
                 for number, values in enumerate(_arrays(parts, key)):
@@ -181,24 +180,3 @@ def _read(file: Path, key: str) -> NDArray[Any]:
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # zipfile raises errors of many types for damaged files
         raise ValueError(f"{type(error).__name__}: {error}") from None
-
-
-@contextmanager
-def _whole(file: Path) -> Iterator[BinaryIO]:
-    """A stream whose content gets the name `file` once all of it is on disk."""
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-    _sync(file.parent)
-
-
-def _sync(directory: Path) -> None:
-    """Force the names in a directory to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""`python -m trainer.train PRESET --run DIR`: train a preset, or go on with the run that is there.
+"""`python -m trainer.train PRESET --run DIR`: train a preset, or resume the run that is there.
 
 Started by torchrun, mpirun, srun, `deepspeed` or alone. Ctrl-C or TERM saves and leaves with
 status 75; the same command resumes. A finished run says so and leaves with status 0.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.preempt import Preemption
+from trainer.ranks.signals import Preemption
 
 if __name__ == "__main__":
     # Importing torch takes seconds, in which a stop signal would kill the process.
@@ -19,63 +19,38 @@ if __name__ == "__main__":
     _EARLY.record_early()
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from data import descriptors
-from data.shards import open_shards
+from data.dataset import open_shards
+from data.exits import TO_BE_CONTINUED, CommandParser
 from data.stream import Batch, Stream, to_device
-from launch.exits import TO_BE_CONTINUED
-from launch.world import World, join
-from launch.writer import stop_file
-from trainer import checkpoint as checkpoints
-from trainer import classes
+from trainer import classes, settings, start
 from trainer import config as configs
+from trainer import ds_config as ds_configs
 from trainer.adm.objective import Classify, Denoise
-from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
-from trainer.adm.unet import ClassifierConfig, build
-from trainer.checkpoint import Checkpoint, Saver
+from trainer.checkpoint import Checkpoint
 from trainer.config import Config
-from trainer.draw import grid_numbers
-from trainer.engine import (
-    WEIGHTS,
-    Engine,
-    check_precision,
-    kinds,
-    load_mechanics,
-    resolve_mechanics,
-)
-from trainer.group import Refused, agreed, connected, run_as_rank
+from trainer.draw import grid_indices
+from trainer.engine import Engine, check_precision
 from trainer.loop import Loop
-from trainer.metrics import Board, Metrics
+from trainer.metrics import Metrics
+from trainer.ranks.group import agreed, connected, from_main, gather, run_as_rank
+from trainer.ranks.lease import stop_file
+from trainer.ranks.watchdog import Watchdog
+from trainer.ranks.world import World, join
 from trainer.run import Run
-from trainer.watch import Watch
-
-
-def build_objective(config: Config) -> Denoise | Classify:
-    """The objective of a config: noising, loss and weighting."""
-    seed, model = config.training.seed, config.model
-    if isinstance(model, ClassifierConfig):
-        return Classify(config.diffusion, seed=seed)
-    adaptive = config.training.timesteps == "loss-second-moment"
-    sampler = LossSecondMoment if adaptive else UniformTimesteps
-    return Denoise(
-        config.diffusion,
-        timesteps=sampler(config.diffusion.steps, seed=seed),
-        seed=seed,
-        class_conditional=model.num_classes is not None,
-        small_size=model.small_size,
-    )
+from trainer.saver import Saver
+from trainer.tensorboard import Board
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """All that was asked for, read and checked; nothing has been written or put on a GPU."""
 
     run: Run
     config: Config
-    mechanics: dict[str, Any]
+    ds_config: dict[str, Any]
     stream: Stream
     #: The settings that this start changes in the run that is there.
     changes: Mapping[str, tuple[Any, Any]]
@@ -83,15 +58,15 @@ class Plan:
     weights: Mapping[str, Tensor] | None
 
     @classmethod
-    def make(cls, arguments: argparse.Namespace, *, ranks: int) -> "Plan":
+    def make(cls, arguments: argparse.Namespace, *, ranks: int) -> "TrainingPlan":
         """Read and check what the command line names.
 
         Raises:
             ValueError: something is wrong with a preset, a setting, the shards, the run or a file.
         """
-        config = configs.load(arguments.preset, arguments.set, absent=arguments.unset)
-        mechanics = load_mechanics(arguments.ds_config)
-        run = Run(arguments.run)
+        config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
+        ds_config = ds_configs.load(arguments.ds_config)
+        run, init = Run(arguments.run), arguments.init
         stream = Stream(
             open_shards(config.data.shards, fetch=config.data),
             config=config.data,
@@ -102,209 +77,186 @@ class Plan:
         return cls(
             run=run,
             config=config,
-            mechanics=resolve_mechanics(mechanics, config=config, ranks=ranks),
+            ds_config=ds_configs.resolve(ds_config, config=config, ranks=ranks),
             stream=stream,
             changes=run.check(config),
-            weights=_initial_weights(arguments.init, config) if arguments.init else None,
+            weights=start.initial_weights(init, config) if init else None,
         )
 
 
-def train(
-    arguments: argparse.Namespace,
-    *,
-    world: World,
-    device: torch.device,
-    preemption: Preemption,
-    watch: Watch,
-) -> int:
-    """Check everything, take hold of the run, and train it; returns the exit status."""
-    plan = agreed(lambda: Plan.make(arguments, ranks=world.size))
+@dataclass(frozen=True, kw_only=True)
+class RankContext:
+    """This rank's identity, device, signals and watchdog."""
+
+    world: World
+    device: torch.device
+    preemption: Preemption
+    watchdog: Watchdog
+
+    def must_leave(self) -> bool:
+        """Whether a signal has reached any rank. All ranks must call it."""
+        return any(gather(self.preemption.stop_requested))
+
+
+def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
+    """Check everything, claim the run, and train it; returns the exit status."""
+    world = context.world
+    plan = agreed(lambda: TrainingPlan.make(arguments, ranks=world.size))
     with ExitStack() as stack:
         run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
-        watch.tell = run.log_loss
+        run = replace(run, token=from_main(lambda: run.token))
+        context.watchdog.tell = run.log_lost_rank
         if world.is_main:
             plan.stream.log = run.log
-        return _train(replace(plan, run=run), world=world, device=device, preemption=preemption,
-                      watch=watch)  # fmt: skip
+        return _train(replace(plan, run=run), context=context)
 
 
-def _train(
-    plan: Plan, *, world: World, device: torch.device, preemption: Preemption, watch: Watch
-) -> int:
+def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     """Decide where the run starts from, and train it from there."""
-    config, run = plan.config, plan.run
+    config, run, world = plan.config, plan.run, context.world
     log = run.log if world.is_main else lambda _: None
-    if _is_asked_to_stop(run):
-        log(f"asked to stop: `python -m launch` goes on with it, or remove {stop_file(run.path)}")
-        return 0
-    if _is_told_to_leave(preemption, log=log):
-        return TO_BE_CONTINUED
-    watch.mark("verifying checkpoints")
-    found = _resume_point(plan, world=world)
-    images = 0 if found is None else found.images
-    if images >= config.training.images:
-        log(f"the run is finished: {images:,} images")
-        return 0
-    if _is_told_to_leave(preemption, log=log):
-        return TO_BE_CONTINUED
+    if from_main(lambda: run.stop_requested):
+        log(
+            f"stop requested; to resume, run `python -m launch ...` or delete {stop_file(run.path)}"
+        )
+        return _leave(plan, context, status=0, state="stopped", why="by `python -m launch stop`")
+    if context.must_leave():
+        return _leave_early(plan, context, log=log)
+    context.watchdog.mark("verifying checkpoints")
+    found = start.resume_point(run, config=config, stream=plan.stream, world=world)
+    images_seen = 0 if found is None else found.images_seen
     if world.is_main:
-        run.open(config, mechanics=plan.mechanics)
+        run.note(images_seen=images_seen, checkpoint=None if found is None else found.path.name)
+    if images_seen >= config.training.images:
+        log(f"the run is finished: {images_seen:,} images")
+        return _leave(plan, context, status=0, state="finished")
+    if context.must_leave():
+        return _leave_early(plan, context, log=log)
+    if world.is_main:
+        run.open(config, ds_config=plan.ds_config)
     for name, (before, now) in plan.changes.items():
         log(f"{name} changes from {before!r} to {now!r}")
     if line := classes.untrained(config, plan.stream.shards):
         log(line)
-    watch.mark("building the engine")
-    engine, objective = _start(plan, found, device=device)
-    begins = "starts" if found is None else f"resumes from checkpoint {found.path.name}"
-    facts = _facts(config, engine=engine, world=world)
-    log(f"{begins}: {facts}, {classes.extent(config, plan.stream.shards)}")
-    if _is_told_to_leave(preemption, log=log):
-        return TO_BE_CONTINUED
+    context.watchdog.mark("building the engine")
+    engine, objective = start.begin(
+        config, ds_config=plan.ds_config, found=found, initial=plan.weights, device=context.device
+    )
+    log(_first_line(plan, found=found, engine=engine, world=world))
+    if context.must_leave():
+        return _leave_early(plan, context, log=log)
+    return _loop(plan, context, engine=engine, objective=objective, images_seen=images_seen)
+
+
+def _loop(
+    plan: TrainingPlan,
+    context: RankContext,
+    *,
+    engine: Engine,
+    objective: Denoise | Classify,
+    images_seen: int,
+) -> int:
+    """Train from the clock `images_seen`; returns the exit status."""
+    config, run, world, every = plan.config, plan.run, context.world, plan.config.intervals
     with ExitStack() as stack:
         stream = stack.enter_context(plan.stream)
         board = None
         if world.is_main:
             text = configs.to_toml(config)
-            board = stack.enter_context(Board(run.path, images=images, config=text))
+            board = stack.enter_context(Board(run.path, images_seen=images_seen, config=text))
         loop = Loop(
             config=config,
             run=run,
             world=world,
             engine=engine,
             objective=objective,
-            saver=_saver(plan, world=world),
-            metrics=Metrics(world=world, device=device, timesteps=config.diffusion.steps),
+            saver=Saver(run, world=world, keep=every.keep, keep_every=every.keep_every),
+            metrics=Metrics(world=world, device=context.device, timesteps=config.diffusion.steps),
             board=board,
-            images=images,
+            images_seen=images_seen,
             order=stream.identity,
             shown=_shown(plan, world=world),
-            told_to_stop=lambda: preemption.requested is not None or run.is_asked_to_stop,
-            mark=watch.mark,
+            stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
+            mark=context.watchdog.mark,
         )
         batches = stream.batches(
-            images=images,
-            batch=config.training.batch,
-            micro_batch=engine.micro_batch,
+            images_seen=images_seen,
+            batch_size=config.training.batch,
+            micro_batch_size=engine.micro_batch,
             rank=world.rank,
             ranks=world.size,
-            pin=device.type == "cuda",
+            pin=context.device.type == "cuda",
         )
-        return loop.train(to_device(batches, device=device))
+        return loop.train(to_device(batches, device=context.device))
 
 
-def _initial_weights(file: Path, config: Config) -> Mapping[str, Tensor]:
-    weights = checkpoints.load_weights(file)
-    with torch.device("meta"):
-        checkpoints.check_fit(build(config.model), weights, source=f"--init {file}")
-    return weights
+def _leave_early(plan: TrainingPlan, context: RankContext, *, log: Callable[[str], None]) -> int:
+    log("stopped by a signal before the first step; rerun the same command to resume")
+    why = "by a signal before the first step"
+    return _leave(plan, context, status=TO_BE_CONTINUED, state="stopped", why=why)
 
 
-def _is_asked_to_stop(run: Run) -> bool:
-    """Whether `launch stop` came before this start, as it may where a launcher starts again."""
-    asked = [run.is_asked_to_stop]  # the main rank's, which holds the run
-    dist.broadcast_object_list(asked)
-    return asked[0]
+def _leave(
+    plan: TrainingPlan, context: RankContext, *, status: int, state: str, why: str | None = None
+) -> int:
+    """Note how a start ended that did not train."""
+    if context.world.is_main:
+        plan.run.note(state=state, why=why)
+    return status
 
 
-def _is_told_to_leave(preemption: Preemption, *, log: Callable[[str], None]) -> bool:
-    """Whether a signal has reached any rank before the first step, so that nothing is to save."""
-    told = torch.tensor(preemption.requested is not None, dtype=torch.int32)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    if told:
-        log("stopped by a signal before the first step; the same command goes on")
-    return bool(told)
-
-
-def _resume_point(plan: Plan, *, world: World) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, if it has any; damaged ones are passed over aloud.
-
-    Raises:
-        Refused: all its checkpoints are damaged, or were trained on other images.
-    """
-    found, damaged = checkpoints.latest_valid(
-        plan.run.checkpoints, kinds=kinds(plan.config.training.ema), world=world
-    )
-    if world.is_main:
-        for line in damaged:
-            plan.run.log(line)
-    if found is None and damaged:
-        raise Refused(
-            f"no checkpoint of {plan.run.path} is whole; to start from the beginning, move "
-            f"{plan.run.checkpoints} away"
-        )
-    if found is not None:
-        agreed(lambda: plan.stream.check_identity(found.state["order"]))
-    return found
-
-
-def _start(
-    plan: Plan, found: Checkpoint | None, *, device: torch.device
-) -> tuple[Engine, Denoise | Classify]:
-    """The engine and the objective where the run begins.
-
-    The weights come from 1. the run's own checkpoint, 2. `--init`, 3. the seed.
-    """
-    torch.manual_seed(plan.config.training.seed)
-    net = build(plan.config.model)
-    if found is not None:
-        file = found.file(WEIGHTS)
-        checkpoints.fill(net, checkpoints.load_weights(file), source=file)
-    elif plan.weights is not None:
-        checkpoints.fill(net, plan.weights, source="--init")
-    engine = Engine(net, config=plan.config, mechanics=plan.mechanics, device=device)
-    objective = build_objective(plan.config)
-    if found is not None:
-        for kind in engine.kinds[1:]:
-            with safe_open(found.file(kind), framework="pt") as file:
-                engine.scatter(kind, file.get_tensor)
-        engine.load_scalars(found.state["engine"])
-        objective.timesteps.load(found.state["timesteps"])
-    return engine, objective
-
-
-def _shown(plan: Plan, *, world: World) -> Batch | None:
+def _shown(plan: TrainingPlan, *, world: World) -> Batch | None:
     """The first images of the shards, for an upsampler to enlarge in its grids."""
     config = plan.config
     if config.intervals.samples is None or getattr(config.model, "small_size", None) is None:
         return None
-    share = len(grid_numbers(config.intervals, world=world))
-    return next(plan.stream.once(micro_batch=share, rank=world.rank, ranks=world.size))
+    share = len(grid_indices(config.intervals, world=world))
+    return next(plan.stream.once(micro_batch_size=share, rank=world.rank, ranks=world.size))
 
 
-def _saver(plan: Plan, *, world: World) -> Saver:
-    every = plan.config.intervals
-    return Saver(
-        plan.run.checkpoints,
-        world=world,
-        keep=every.keep,
-        keep_every=every.keep_every,
-        check_writer=plan.run.check_writer,
-        log=plan.run.log,
-    )
-
-
-def _facts(config: Config, *, engine: Engine, world: World) -> str:
-    """What runs, on what, in one line."""
+def _first_line(
+    plan: TrainingPlan, *, found: Checkpoint | None, engine: Engine, world: World
+) -> str:
+    """What runs, on what, from where."""
+    config = plan.config
+    begins = "starts" if found is None else f"resumes from checkpoint {found.path.name}"
     cut = f"{world.size} x {engine.accumulation} x {engine.micro_batch}"
     return (
-        f"{config.objective}, {engine.parameters:,} parameters, {config.training.precision}, "
-        f"{world.size} ranks ({world.launcher}) on {engine.device.type}, ZeRO-{engine.stage}, "
-        f"batch {config.training.batch} = {cut}"
+        f"{begins}: {config.objective}, {engine.parameter_count:,} parameters, "
+        f"{config.training.precision}, {world.size} ranks ({world.launcher}) on "
+        f"{engine.device.type}, ZeRO-{engine.stage}, batch {config.training.batch} = {cut}, "
+        f"{classes.extent(config, plan.stream.shards)}"
     )
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m trainer.train", description=__doc__)
+    p = CommandParser(prog="python -m trainer.train", description=__doc__)
     p.add_argument("preset", help="a name in trainer/presets, or a .toml file")
     p.add_argument("--run", required=True, type=Path, help="the run directory")
-    p.add_argument("--set", action="append", default=[], metavar="'training.lr = 1e-4'")
-    p.add_argument("--unset", action="append", default=[], metavar="training.clip")
-    p.add_argument("--ds-config", default="ds_config.json", help="DeepSpeed's mechanics")
-    p.add_argument("--init", type=Path, help="start from these weights (.safetensors, .pt)")
-    p.add_argument("--ranks", type=int, help="refuse to start with another number of ranks")
-    p.add_argument("--patience", type=float, default=600.0, metavar="SECONDS",
-                   help="end the job when a rank is lost or hung for so long")  # fmt: skip
+    settings.add_overrides(p)
+    p.add_argument(
+        "--ds-config",
+        default="ds_config.json",
+        help="DeepSpeed's settings (default: %(default)s)",
+    )
+    p.add_argument(
+        "--init",
+        type=Path,
+        help="start from these weights, .safetensors or .pt (default: from the seed)",
+    )
+    p.add_argument(
+        "--ranks",
+        type=int,
+        help="refuse to start with another number of ranks (default: any number)",
+    )
+    p.add_argument(
+        "--patience",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="end the job when a rank is lost or hung for so long (default: %(default)s)",
+    )
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
     return p
 
@@ -317,9 +269,10 @@ def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = N
     with (
         preemption or Preemption() as preemption,
         connected(world, patience=arguments.patience) as device,
-        Watch(world, patience=arguments.patience) as watch,
+        Watchdog(world, patience=arguments.patience) as watchdog,
     ):
-        return train(arguments, world=world, device=device, preemption=preemption, watch=watch)
+        context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)
+        return train(arguments, context=context)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/bash
 # imagenet64: 64 x 8 ranks by deepspeed.
-cd /home/me/adm
+cd /home/me/adm || exit
 export PATH=/home/me/adm/.venv/bin:$PATH
 export GLOO_SOCKET_IFNAME=eth0
 export NCCL_SOCKET_IFNAME=eth0

@@ -16,7 +16,7 @@
 
 # imagenet64: 64 nodes x 8 ranks, from the code and the preset in /runs/imagenet64.
 run=/runs/imagenet64
-# The plain number of an array's last task is the whole array's.
+# The job id of an array's last task is that of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 start=${SLURM_RESTART_COUNT:-0}
@@ -24,19 +24,24 @@ told=
 timer=
 status=
 trap leave USR1
-trap told=yes TERM  # the ranks get it too; this shell stays to say what became of them
+trap told=yes TERM  # the ranks get it too; this shell stays to record how they ended
 
 say() {
   printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$job" "$start" "$*" |
     tee -a "$run/launch/events.txt"
 }
 
+# An entry of the state that the trainer records, or nothing.
+state() {
+  sed -n "s/^ \"$1\": \"\(.*\)\",*$/\1/p" "$run/launch/state.json" 2> /dev/null
+}
+
 newest() {
-  newest=$(ls "$run/checkpoints" 2> /dev/null | grep -Ex '[0-9]{12}' | tail -n 1)
+  newest=$(state checkpoint)
   echo "${newest:-none}"
 }
 
-# Whatever the controller is asked, it may be busy or starting again: insist for five minutes.
+# The controller may be busy or restarting: retry for five minutes.
 insist() {
   for pause in 5 10 15 30 60 60 60 60; do
     "$@" && return
@@ -45,9 +50,9 @@ insist() {
   "$@"
 }
 
-# A cancelled job stays so, and a shell whose node Slurm gave up must not touch the next start.
-# Without progress since the last start that failed, another one would not help. A start that was
-# told to leave did not fail, however it ended.
+# A cancelled job stays cancelled, and a script whose node Slurm gave up must not requeue the next
+# start. A second failure without a new checkpoint in between ends the job. A start that was told to
+# leave has not failed, whatever its status.
 again() {
   case $(insist scontrol show job -o "$job") in
     *" JobState=RUNNING "*" Restarts=$start "*)
@@ -58,20 +63,20 @@ again() {
         fi
         newest > "$run/launch/failed-at"
       fi
-      say "$1; goes on from checkpoint $(newest)"
+      say "$1; resumes from checkpoint $(newest)"
       insist scontrol requeue "$job" || say "scontrol does not answer: start the run again" ;;
     "") say "$1; scontrol does not answer: start the run again" ;;
     *) say "$1; cancelled, or already started again" ;;
   esac
 }
 
-# The signal is repeated, since a rank that is being started misses it. Beyond the time limit Slurm
-# would not start the job again.
+# The signal is repeated, since a rank that is starting ignores it. The job must requeue itself before
+# its time limit: after it Slurm would end the job for good.
 leave() {
   told=yes
   [ -z "$timer" ] || return
   {
-    for try in 1 2 3 4 5 6 7 8 9; do
+    for _ in 1 2 3 4 5 6 7 8 9; do
       scancel --signal=USR1 "$job" &
       sleep 30
     done
@@ -87,7 +92,7 @@ finish() {
   wait "$1"
 }
 
-cd /home/me/adm
+cd /home/me/adm || exit
 module load cuda/12.6
 export PATH=/home/me/adm/.venv/bin:$PATH
 export NCCL_SOCKET_IFNAME=ib0
@@ -138,16 +143,18 @@ status=$?
 
 case $status in
   0)  # also what srun says when Slurm has given the job's node up
-    case $(tail -n 1 "$run/log.txt") in
-      *finished*) say "finished" ;;
-      *"asked to stop"*) say "stopped as asked" ;;
-      *) again "srun ended in mid-run" ;;
-    esac ;;
+    if [ "$(state state)" = finished ]; then
+      say "finished"
+    elif [ -e "$run/launch/stop" ]; then
+      say "stopped as requested"
+    else
+      again "srun ended in mid-run"
+    fi ;;
   78) say "refused for the reason above; not started again" ;;
   75)
     if [ -e "$run/launch/stop" ]; then
-      say "stopped as asked"
-    elif tail -n 1 "$run/log.txt" 2> /dev/null | grep -q "before the first step"; then
+      say "stopped as requested"
+    elif [ "$(state why)" = "by a signal before the first step" ]; then
       again "told to leave before the first step"
     else
       again saved

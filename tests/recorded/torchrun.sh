@@ -1,6 +1,6 @@
 #!/bin/bash
 # imagenet64: 64 x 8 ranks by torchrun.
-cd /home/me/adm
+cd /home/me/adm || exit
 export PATH=/home/me/adm/.venv/bin:$PATH
 export GLOO_SOCKET_IFNAME=eth0
 export NCCL_SOCKET_IFNAME=eth0
@@ -16,9 +16,9 @@ if [ "$1" != node ]; then
     while kill -0 "$agent" 2> /dev/null; do wait "$agent"; done  # a signal ends a wait
     wait "$agent" || status=$?
   done
-  exit ${status:-0}
+  exit "${status:-0}"
 fi
-# A rebooted machine must be able to join again, and ranks that shall leave, to save.
+# A rebooted machine must be able to rejoin, and ranks need time to save after TERM.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
 /home/me/adm/.venv/bin/python -m torch.distributed.run \

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-Conditioning = Literal["adagn", "add", "concat"]
-QkvOrder = Literal["legacy", "new"]
+from trainer.adm.config import GROUPS, Conditioning, QkvOrder
+
 Resampling = Literal["same", "up", "down"]
 ConvT = TypeVar("ConvT", nn.Conv1d, nn.Conv2d)
 
-GROUPS = 32
 _HALF_SQRT = 1 / math.sqrt(2)
 
 
@@ -39,6 +38,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, ...) -> the same shape and dtype."""
         # torch's own 16-bit kernel rounds mean and deviation to 16 bits between its two passes.
         weight, bias = full(self.weight), full(self.bias)
         return F.group_norm(full(x), self.num_groups, weight, bias, self.eps).to(x.dtype)
@@ -84,6 +84,7 @@ class ResidualBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W')."""
         if self.checkpoint and torch.is_grad_enabled():
             out: Tensor = recompute(self._block, x, emb, use_reentrant=False)
             return out
@@ -133,6 +134,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, H, W) -> the same shape."""
         if self.checkpoint and torch.is_grad_enabled():
             out: Tensor = recompute(self._block, x, use_reentrant=False)
             return out
@@ -164,6 +166,7 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Conv1d(channels, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, S, S) -> logits (B, classes)."""
         tokens = x.flatten(2)
         tokens = torch.cat((tokens.mean(dim=2, keepdim=True), tokens), dim=2)
         qkv = self.qkv_proj(tokens + self.positional_embedding)
@@ -180,6 +183,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, H, W) -> (B, channels, H / 2, W / 2)."""
         out: Tensor = self.op(x)
         return out
 
@@ -192,6 +196,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, H, W) -> (B, channels, 2 H, 2 W)."""
         out: Tensor = self.conv(resize(x, "up"))
         return out
 
@@ -200,6 +205,7 @@ class Stage(nn.ModuleList):
     """Blocks run one after another; residual blocks also take the embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C, H, W), emb (B, emb_channels) -> (B, C', H', W')."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResidualBlock) else layer(x)
         return x

@@ -7,62 +7,17 @@ which may be respaced; nets always see the timestep of the full one, `original(t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from trainer.adm import likelihood
-from trainer.adm.checks import check, check_choice
-from trainer.adm.schedule import cosine_betas, kept_timesteps, linear_betas, respaced_betas
-
-Schedule = Literal["linear", "cosine"]
-Predict = Literal["eps", "x0"]
-Variance = Literal["learned", "fixed_large", "fixed_small"]
-Loss = Literal["hybrid", "hybrid_rescaled", "vlb", "vlb_rescaled", "simple"]
+from trainer.adm.config import DiffusionConfig
+from trainer.adm.respacing import kept_timesteps
+from trainer.adm.schedule import cosine_betas, linear_betas, respaced_betas
 
 Net = Callable[[Tensor, Tensor], Tensor]
 """(x_t, original timesteps) -> output, with labels and low resolution already bound."""
-
-_FEWEST_LINEAR_STEPS = 21
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
-    """The noising process and what the net learns of it.
-
-    `loss`: "simple" is the mean squared error; "hybrid" adds the variational term for the learned
-    variance, in bits per dimension, with the mean detached ("hybrid_rescaled" times steps / 1000);
-    "vlb" is that term alone, for the mean too ("vlb_rescaled" times steps).
-    """
-
-    steps: int = 1000
-    schedule: Schedule
-    predict: Predict = "eps"
-    variance: Variance = "learned"
-    loss: Loss = "hybrid"
-
-    def __post_init__(self) -> None:
-        check_choice("diffusion.schedule", self.schedule, get_args(Schedule))
-        check_choice("diffusion.predict", self.predict, get_args(Predict))
-        check_choice("diffusion.variance", self.variance, get_args(Variance))
-        check_choice("diffusion.loss", self.loss, get_args(Loss))
-        fewest = _FEWEST_LINEAR_STEPS if self.schedule == "linear" else 2
-        check(
-            self.steps >= fewest,
-            f"diffusion.steps = {self.steps}: a {self.schedule} schedule needs at least {fewest}",
-        )
-        learned = self.variance == "learned"
-        check(
-            learned or not self.loss.startswith("hybrid"),
-            f"diffusion.loss = {self.loss!r} trains a variance, but diffusion.variance "
-            f'= {self.variance!r}: choose loss "simple" or variance "learned"',
-        )
-        check(
-            not learned or self.loss != "simple",
-            'diffusion.loss = "simple" leaves the variance untrained: choose "hybrid", or '
-            "a fixed diffusion.variance",
-        )
 
 
 @dataclass(frozen=True)

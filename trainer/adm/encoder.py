@@ -4,146 +4,21 @@ Paper, section 3: levels of residual blocks, attention at some resolutions, resa
 levels. What comes out of every stage is kept, for the skip connections or the pooling head.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainer.adm.blocks import (
-    GROUPS,
     AttentionBlock,
-    Conditioning,
     Downsample,
-    QkvOrder,
     Resampling,
     ResidualBlock,
     Stage,
     Upsample,
     timestep_embedding,
 )
-from trainer.adm.checks import check, check_choice
-
-Resample = Literal["biggan", "conv", "pool"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """What the UNet and the classifier share. `attention` and `local_attention` are resolutions.
-
-    Level i has int(channels * channel_mult[i]) channels and half the resolution of level i - 1.
-    Attention at a resolution in `local_attention` sees windows of `local_window` squared.
-    Give `heads` or `head_channels`, not both. The bottom of the net always has attention.
-    """
-
-    image_size: int
-    channels: int
-    channel_mult: tuple[float, ...]
-    blocks: int
-    attention: tuple[int, ...]
-    heads: int | None = None
-    head_channels: int | None = None
-    qkv: QkvOrder = "legacy"
-    resample: Resample = "biggan"
-    conditioning: Conditioning = "adagn"
-    rescale_residuals: bool = False
-    local_attention: tuple[int, ...] = ()
-    local_window: int = 8
-    dropout: float = 0.0
-    checkpoint: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("model.qkv", self.qkv, get_args(QkvOrder))
-        check_choice("model.resample", self.resample, get_args(Resample))
-        check_choice("model.conditioning", self.conditioning, get_args(Conditioning))
-        check(0 <= self.dropout < 1, f"model.dropout = {self.dropout}: choose from 0 up to below 1")
-        check(self.blocks >= 1, f"model.blocks = {self.blocks}: at least 1 per level")
-        self._check_levels()
-        self._check_attention()
-        self._check_heads()
-
-    @property
-    def level_channels(self) -> tuple[int, ...]:
-        """Channels of every level, the largest maps first."""
-        return tuple(int(self.channels * mult) for mult in self.channel_mult)
-
-    @property
-    def resolutions(self) -> tuple[int, ...]:
-        """Height and width of every level's maps."""
-        return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
-
-    @property
-    def emb_channels(self) -> int:
-        """Width of the embedding of timestep and class."""
-        return 4 * self.channels
-
-    def heads_at(self, channels: int) -> int:
-        """Number of attention heads on a map of so many channels."""
-        if self.head_channels is not None:
-            return channels // self.head_channels
-        assert self.heads is not None
-        return self.heads
-
-    def attention_heads(self) -> tuple[int, ...]:
-        """Every fixed number of heads in the net."""
-        return () if self.heads is None else (self.heads,)
-
-    def _check_levels(self) -> None:
-        levels = len(self.channel_mult)
-        check(levels >= 1, "model.channel_mult is empty: give one multiplier per level")
-        check(
-            self.image_size > 0 and self.image_size % (1 << (levels - 1)) == 0,
-            f"model.image_size = {self.image_size}: not divisible by 2 for each of the "
-            f"{levels} levels of model.channel_mult; use fewer levels or another size",
-        )
-        check(
-            self.channels > 0 and self.channels % 2 == 0,
-            f"model.channels = {self.channels}: choose a positive even number",
-        )
-        for mult in self.channel_mult:
-            width = self.channels * mult
-            check(
-                width > 0 and width % GROUPS == 0,
-                f"model.channels = {self.channels} with multiplier {mult} in model.channel_mult: "
-                f"{width} channels; GroupNorm needs a multiple of {GROUPS}",
-            )
-
-    def _check_attention(self) -> None:
-        for resolution in self.attention:
-            check(
-                resolution in self.resolutions,
-                f"model.attention has {resolution}: the net's resolutions are {self.resolutions}",
-            )
-        for resolution in self.local_attention:
-            check(
-                resolution in self.attention,
-                f"model.local_attention has {resolution}: add it to model.attention "
-                f"= {self.attention} too",
-            )
-            check(
-                self.local_window > 0 and resolution % self.local_window == 0,
-                f"model.local_window = {self.local_window}: does not divide resolution "
-                f"{resolution} of model.local_attention",
-            )
-
-    def _check_heads(self) -> None:
-        check(
-            (self.heads is None) != (self.head_channels is None),
-            f"model.heads = {self.heads}, model.head_channels = {self.head_channels}: "
-            "give one of the two",
-        )
-        widths = {self.level_channels[-1]} | {
-            width
-            for width, resolution in zip(self.level_channels, self.resolutions, strict=True)
-            if resolution in self.attention
-        }
-        divisors = self.attention_heads() if self.head_channels is None else (self.head_channels,)
-        for divisor in divisors:
-            check(
-                divisor >= 1 and all(width % divisor == 0 for width in widths),
-                f"model.heads or model.head_channels = {divisor}: does not divide the "
-                f"{sorted(widths)} channels of the maps with attention",
-            )
+from trainer.adm.config import EncoderConfig
 
 
 class Encoder(nn.Module):

@@ -1,4 +1,4 @@
-"""Randomness without state: every draw is a pure function of (seed, image number, stream).
+"""Randomness without state: every draw is a pure function of (seed, image index, stream).
 
 A batch may be split over any ranks and micro-batches, on any device, and each image still gets
 the same bits. Only exactly rounded operations are used (integers, a table, one sum, one
@@ -21,32 +21,32 @@ _MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLY_2 = 0x94D049BB133111EB - 2**64
 
 
-def uniform(numbers: Tensor, *, seed: int, stream: int) -> Tensor:
-    """One float32 in [0, 1) per image; `numbers` is int64 (B,), the result (B,)."""
-    bits = hash64(numbers, seed=seed, stream=stream, count=1)[:, 0]
+def uniform(indices: Tensor, *, seed: int, stream: int) -> Tensor:
+    """One float32 in [0, 1) per image; `indices` is int64 (B,), the result (B,)."""
+    bits = hash64(indices, seed=seed, stream=stream, count=1)[:, 0]
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
-def normal(numbers: Tensor, *, seed: int, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal float32 noise of `shape` per image: `numbers` (B,) -> (B, *shape).
+def normal(indices: Tensor, *, seed: int, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 noise of `shape` per image: `indices` (B,) -> (B, *shape).
 
     Each value is the scaled sum of two quantiles, picked by 16 random bits each: 2**32 distinct
     values up to 6 sigma, and normal to within what 10^9 draws could tell.
     """
     size = prod(shape)
-    bits = hash64(numbers, seed=seed, stream=stream, count=(size + 1) // 2)
-    table = _quantiles(numbers.device)
+    bits = hash64(indices, seed=seed, stream=stream, count=(size + 1) // 2)
+    table = _quantiles(indices.device)
     first = table[bits & 0xFFFF] + table[_shift(bits, 16) & 0xFFFF]
     second = table[_shift(bits, 32) & 0xFFFF] + table[_shift(bits, 48)]
     values = torch.stack((first, second), dim=-1).flatten(1)[:, :size]
-    return values.mul(sqrt(0.5)).view(len(numbers), *shape)
+    return values.mul(sqrt(0.5)).view(len(indices), *shape)
 
 
-def hash64(numbers: Tensor, *, seed: int, stream: int, count: int) -> Tensor:
-    """`count` hashed 64-bit words per image, int64: `numbers` (B,) -> (B, count)."""
+def hash64(indices: Tensor, *, seed: int, stream: int, count: int) -> Tensor:
+    """`count` hashed 64-bit words per image, int64: `indices` (B,) -> (B, count)."""
     start = _mix(_mix(torch.tensor(seed, dtype=torch.int64)) + stream).item()
-    keys = _mix(numbers + start)
-    counters = torch.arange(1, count + 1, device=numbers.device) * _GAMMA
+    keys = _mix(indices + start)
+    counters = torch.arange(1, count + 1, device=indices.device) * _GAMMA
     return _mix(keys[:, None] + counters)
 
 

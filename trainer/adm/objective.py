@@ -1,7 +1,7 @@
 """What is minimised: a net and a batch of uint8 images go in, loss terms per image come out.
 
 An objective owns noising and weighting; the loop never sees a schedule. All draws are keyed by
-(seed, image number), so any split of a batch over ranks and micro-batches sees the same noise.
+(seed, image index), so any split of a batch over ranks and micro-batches sees the same noise.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.adm import keyed
-from trainer.adm.diffusion import Diffusion, DiffusionConfig
+from trainer.adm.config import DiffusionConfig
+from trainer.adm.diffusion import Diffusion
 from trainer.adm.timesteps import TimestepSampler, UniformTimesteps
 
 
@@ -36,16 +37,16 @@ class Denoise:
         self.class_conditional, self.small_size = class_conditional, small_size
 
     def __call__(
-        self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, numbers: Tensor
+        self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, indices: Tensor
     ) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W), int64 labels and image numbers (B,) -> terms per image (B,).
+        """uint8 (B, 3, H, W), int64 labels and image indices (B,) -> terms per image (B,).
 
         "loss" is weighted for the choice of "t". Detached: "unweighted", and its parts "mse" and
         "vb" as they apply.
         """
         x0 = to_range(images)
-        t, weight = self.timesteps.draw(numbers)
-        noise = draw_noise(x0, numbers, seed=self.seed)
+        t, weight = self.timesteps.draw(indices)
+        noise = draw_noise(x0, indices, seed=self.seed)
         x_t = self.diffusion.q_sample(x0, t, noise)
         out = net(x_t, self.diffusion.original(t), **self._conditions(x0, labels))
         terms = self.diffusion.losses(out, x0=x0, x_t=x_t, noise=noise, t=t)
@@ -68,12 +69,12 @@ class Classify:
         self.timesteps, self.seed = UniformTimesteps(config.steps, seed=seed), seed
 
     def __call__(
-        self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, numbers: Tensor
+        self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, indices: Tensor
     ) -> dict[str, Tensor]:
         """As `Denoise`: "loss", "t", and "acc1" and "acc5", 1 where the label is among the best."""
         x0 = to_range(images)
-        t, _ = self.timesteps.draw(numbers)
-        x_t = self.diffusion.q_sample(x0, t, draw_noise(x0, numbers, seed=self.seed))
+        t, _ = self.timesteps.draw(indices)
+        x_t = self.diffusion.q_sample(x0, t, draw_noise(x0, indices, seed=self.seed))
         logits = net(x_t, self.diffusion.original(t))
         loss = F.cross_entropy(logits, labels, reduction="none")
         return {"loss": loss, "t": t, **accuracies(logits.detach(), labels)}
@@ -84,9 +85,9 @@ def to_range(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def draw_noise(x0: Tensor, numbers: Tensor, *, seed: int) -> Tensor:
+def draw_noise(x0: Tensor, indices: Tensor, *, seed: int) -> Tensor:
     """The standard normal noise of each image, shaped as x0."""
-    return keyed.normal(numbers, seed=seed, stream=keyed.NOISE, shape=tuple(x0.shape[1:]))
+    return keyed.normal(indices, seed=seed, stream=keyed.NOISE, shape=tuple(x0.shape[1:]))
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""How images are drawn: noise goes in, and step by step an image comes out.
+"""Sampling: noise goes in, and step by step an image comes out.
 
-The ancestral walk (paper, Algorithm 1) and DDIM (Algorithm 2; Song et al. 2020), forwards and
+Ancestral sampling (paper, Algorithm 1) and DDIM (Algorithm 2; Song et al. 2020), forwards and
 inverted. A guidance is a function handed in: (x_t, original timesteps) -> the gradient of
-log p(y | x_t), already scaled. The walks yield after every step, so a caller can show progress.
+log p(y | x_t), already scaled. Samplers yield after every step, so a caller can show progress.
 """
 
 from collections.abc import Callable, Iterator
@@ -89,16 +89,16 @@ def classifier_guidance(classifier: Net, labels: Tensor, *, scale: float) -> Gui
     return gradient
 
 
-def start(numbers: Tensor, *, seed: int, shape: tuple[int, ...]) -> Tensor:
-    """The pure noise that each image's walk begins with: numbers (B,) -> (B, *shape)."""
-    return keyed.normal(numbers, seed=seed, stream=keyed.SAMPLE_START, shape=shape)
+def start(indices: Tensor, *, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """The pure noise that sampling each image starts from: indices (B,) -> (B, *shape)."""
+    return keyed.normal(indices, seed=seed, stream=keyed.SAMPLE_START, shape=shape)
 
 
-def step_noise(numbers: Tensor, *, seed: int, shape: tuple[int, ...]) -> Noise:
+def step_noise(indices: Tensor, *, seed: int, shape: tuple[int, ...]) -> Noise:
     """The noise of each image's steps: the same for any batching of the images."""
 
     def noise(step: int) -> Tensor:
-        return keyed.normal(numbers, seed=seed, stream=keyed.SAMPLE_STEP + step, shape=shape)
+        return keyed.normal(indices, seed=seed, stream=keyed.SAMPLE_STEP + step, shape=shape)
 
     return noise
 

@@ -1,6 +1,6 @@
 """Which timestep each training image is noised to, and how its loss is weighted for that.
 
-Draws are keyed by (seed, image number); only the loss-aware sampler has a state, the latest
+Draws are keyed by (seed, image index); only the loss-aware sampler has a state, the latest
 losses of every timestep, which the trainer gathers from all ranks and saves.
 """
 
@@ -14,14 +14,14 @@ from trainer.adm import keyed
 
 
 class TimestepSampler(Protocol):
-    """Draws timesteps; hears of their losses."""
+    """Draws timesteps, and may learn from their losses."""
 
-    def draw(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Image numbers int64 (B,) -> timesteps int64 (B,), and float32 weights (B,) of losses."""
+    def draw(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Image indices int64 (B,) -> timesteps int64 (B,), and float32 weights (B,) of losses."""
         ...
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Hears one step's timesteps and unweighted losses: all ranks' images, by image number."""
+        """Learn from one step's timesteps (B,) and unweighted losses (B,), in the images' order."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -29,7 +29,7 @@ class TimestepSampler(Protocol):
         ...
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Take back what `state` gave."""
         ...
 
 
@@ -39,18 +39,21 @@ class UniformTimesteps:
     def __init__(self, steps: int, *, seed: int) -> None:
         self.steps, self.seed = steps, seed
 
-    def draw(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        u = keyed.uniform(numbers, seed=self.seed, stream=keyed.TIMESTEP)
+    def draw(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TimestepSampler.draw`; all weights are 1."""
+        u = keyed.uniform(indices, seed=self.seed, stream=keyed.TIMESTEP)
         t = (u * self.steps).long().clamp(max=self.steps - 1)
         return t, torch.ones_like(u)
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        pass
+        """Nothing to learn."""
 
     def state(self) -> dict[str, Any]:
+        """Nothing to keep."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Nothing to take back."""
         assert not state, "uniform timesteps have no state"
 
 
@@ -70,22 +73,26 @@ class LossSecondMoment:
         self._losses: list[deque[float]] = [deque(maxlen=history) for _ in range(steps)]
         self._probabilities = self._weigh()
 
-    def draw(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        u = keyed.uniform(numbers, seed=self.seed, stream=keyed.TIMESTEP)
+    def draw(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TimestepSampler.draw`."""
+        u = keyed.uniform(indices, seed=self.seed, stream=keyed.TIMESTEP)
         # The running sum is made on the CPU, so that no device's summation order moves a draw.
         below = self._probabilities.cumsum(0).to(u.device)
         t = torch.searchsorted(below, u.double(), right=True).clamp(max=self.steps - 1)
         return t, (1 / (self.steps * self._probabilities.to(u.device)[t])).float()
 
     def update(self, t: Tensor, loss: Tensor) -> None:
+        """As `TimestepSampler.update`."""
         for step, value in zip(t.tolist(), loss.tolist(), strict=True):
             self._losses[step].append(value)
         self._probabilities = self._weigh()
 
     def state(self) -> dict[str, Any]:
+        """The latest losses of every timestep."""
         return {"losses": [list(losses) for losses in self._losses]}
 
     def load(self, state: dict[str, Any]) -> None:
+        """As `TimestepSampler.load`."""
         assert len(state["losses"]) == self.steps, "the history of another number of timesteps"
         self._losses = [deque(losses, maxlen=self.history) for losses in state["losses"]]
         self._probabilities = self._weigh()

@@ -5,80 +5,21 @@ with `small_size` takes a low-resolution image beside its input (the upsamplers)
 adds a pooling head (section 4). State-dict keys are those of the published checkpoints.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.adm.blocks import AttentionPool, GroupNorm, Stage, full, zeroed
-from trainer.adm.checks import check, check_choice
+from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.encoder import (
     Encoder,
-    EncoderConfig,
     attention,
     resampler,
     residual,
 )
 
-Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
-
 _SPATIAL_WIDTH = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig(EncoderConfig):
-    """A diffusion UNet; class-conditional with `num_classes`, an upsampler with `small_size`."""
-
-    heads_up: int | None = None
-    num_classes: int | None = None
-    small_size: int | None = None
-    learn_sigma: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            self.heads_up is None or self.heads is not None,
-            f"model.heads_up = {self.heads_up}: only with model.heads, not model.head_channels",
-        )
-        check(
-            self.num_classes is None or self.num_classes >= 1,
-            f"model.num_classes = {self.num_classes}: at least 1; leave it out for no classes",
-        )
-        check(
-            self.small_size is None
-            or (0 < self.small_size < self.image_size and self.image_size % self.small_size == 0),
-            f"model.small_size = {self.small_size}: choose a smaller divisor of "
-            f"model.image_size = {self.image_size}; leave it out for no upsampler",
-        )
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the net's input: those of the enlarged low resolution come beside."""
-        return 3 if self.small_size is None else 6
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the net's output: prediction, and with `learn_sigma` the variance's."""
-        return 6 if self.learn_sigma else 3
-
-    def attention_heads(self) -> tuple[int, ...]:
-        return tuple(heads for heads in (self.heads, self.heads_up) if heads is not None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(EncoderConfig):
-    """A classifier of noised images: the encoder and a head that pools its features."""
-
-    num_classes: int
-    pool: Pool = "attention"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("model.pool", self.pool, get_args(Pool))
-        check(self.num_classes >= 2, f"model.num_classes = {self.num_classes}: at least 2")
 
 
 class UNet(Encoder):

@@ -1,0 +1,79 @@
+"""The output directory of a packing: one process at a time, and nothing left of a refused one."""
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from data.manifest import MANIFEST
+
+# The directory in OUT for what only a packing needs; it is removed in the end.
+WORK = ".packing"
+# The file in it with the digest of the plan that an unfinished packing follows.
+PLAN = "plan"
+_LOCK = "lock"
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Hold `out` alone, with `WORK` in it.
+
+    Directories made here are removed again if the packing is refused.
+
+    Raises:
+        ValueError: `out` holds something else than a packing, or another process packs there.
+        OSError: `out` cannot be made.
+    """
+    if out.exists() and not {WORK, MANIFEST} & set(os.listdir(out)) and any(out.iterdir()):
+        raise ValueError(f"OUT = {out} is not empty and no packed dataset; choose another OUT")
+    work = out / WORK
+    is_new = not work.exists()
+    is_held = is_refused = False
+    with _directory(work):
+        try:
+            with (work / _LOCK).open("w") as lock:
+                _lock(lock.fileno(), out)
+                is_held = True
+                yield
+        except ValueError:
+            # Without a plan, what was unpacked there is of no use to another attempt.
+            is_refused = is_new and not (work / PLAN).exists()
+            raise
+        finally:  # once the lock is closed: network file systems keep what is open
+            if is_held and (is_refused or _is_done(out)):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_done(out: Path) -> bool:
+    """Whether nothing in `WORK` is needed any more."""
+    return (out / MANIFEST).exists() or os.listdir(out / WORK) == [_LOCK]
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[None]:
+    """Make a directory and its parents; in the end, remove those of them that are empty."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for each in missing:
+            with suppress(OSError):  # it is not empty, or is gone already
+                each.rmdir()
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    """Take the lock until the file is closed.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"OUT = {out}: another process is packing there") from None
+    except OSError as error:  # some parallel file systems have no locks
+        print(f"{out} cannot be locked ({error}): run no second packing there", file=sys.stderr)

@@ -1,0 +1,63 @@
+"""Settings of the data layer: frozen dataclasses, checked when they are made.
+
+Neither torch nor numpy is imported here: a login node checks presets with Python alone.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+def check(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raise ValueError, naming the setting, its value and what it must be, unless `holds`."""
+    if not holds:
+        # Cut: a damaged file may have anything for a value.
+        raise ValueError(f"{name} = {value!r:.80}: must be {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """How to read a dataset's files: attempts, time limit, and a cache of this node.
+
+    `retries` more attempts follow a failed one; `timeout_s` seconds without an answer are a
+    failure. `cache` is a directory of the node that its ranks share, for what comes over a
+    network; it holds at most `cache_gb` GiB of each dataset.
+    """
+
+    retries: int = 6
+    timeout_s: float = 30.0
+    cache: str | None = None
+    cache_gb: float = 100.0
+
+    def __post_init__(self) -> None:
+        check(self.retries >= 0, "data.retries", self.retries, "at least 0")
+        check(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "above 0")
+        check(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(FetchConfig):
+    """Which shards to read, in which order, and how to make images of them.
+
+    `streams` and `block` determine the order, together with the seed and the dataset: keep them
+    for a whole run. `prefetch_mb` (MiB) bounds the memory for images decoded ahead, `max_bad` the
+    share of damaged images before the trainer stops the run.
+    """
+
+    shards: str
+    image_size: int
+    streams: int = 192
+    block: int = 512
+    workers: int = 2
+    flip: bool = True
+    crop: Literal["center", "random"] = "center"
+    prefetch_mb: int = 256
+    max_bad: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_size", "streams", "block", "prefetch_mb"):
+            value = getattr(self, name)
+            check(value >= 1, f"data.{name}", value, "at least 1")
+        check(self.workers >= 0, "data.workers", self.workers, "at least 0 (decode in the trainer)")
+        check(self.crop in ("center", "random"), "data.crop", self.crop, '"center" or "random"')
+        check(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "a share between 0 and 1")

@@ -1,0 +1,40 @@
+"""Exit statuses of all commands: whether to run a command again, or to correct it first.
+
+0 is success, also of a run that was stopped on request. The others are those of sysexits.h, since
+launchers use small numbers for themselves (srun ends with 2 where a node has no such program).
+"""
+
+import argparse
+import sys
+from concurrent.futures import BrokenExecutor
+from typing import NoReturn
+
+from data.stores import FINAL
+
+# A fault of the machine (a full disk, a lost rank, a killed worker): run the command again.
+FAILED = 1
+# A training run that saved and left early: run the command again to resume (EX_TEMPFAIL).
+TO_BE_CONTINUED = 75
+# A user error (a wrong option, a missing or damaged input): correct it first (EX_CONFIG).
+REFUSED = 78
+
+# Errors that a command reports in one line; any other is a bug and shows its traceback.
+REPORTED = (ValueError, ImportError, OSError, BrokenExecutor)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that treats a wrong option like any other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with `REFUSED`."""
+        self.print_usage(sys.stderr)
+        self.exit(REFUSED, f"{self.prog}: error: {message}\n")
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status of a command that `error` stopped.
+
+    A missing path, or one of the wrong kind or without permission, is a user error; every other
+    `OSError` is a fault of the machine.
+    """
+    return REFUSED if isinstance(error, (ValueError, ImportError, *FINAL)) else FAILED

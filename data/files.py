@@ -1,0 +1,40 @@
+"""Files that are there in full or not at all, also after a power cut."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole(path: Path, *, writer: str = "partial") -> Iterator[BinaryIO]:
+    """A file whose content gets the name `path` once all of it is on disk.
+
+    Processes that may write the same file at once must give different names as `writer`.
+    """
+    aside = path.with_name(f"{path.name}.{writer}")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
+    """Write a whole file, or leave the one that is there."""
+    with whole(path, writer=writer) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,141 @@
+"""Reading a dataset's files in spite of failures.
+
+A `Reader` repeats what a store failed to do: it resumes from the byte it had reached, after pauses
+that grow, and after `retries` more attempts raises one error that names file and byte.
+"""
+
+import hashlib
+import http.client
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from data.config import FetchConfig
+from data.stores import FINAL, is_local, open_store
+
+_T = TypeVar("_T")
+
+# Beyond the end of any file.
+_END = 1 << 62
+_LONGEST_PAUSE_S = 10.0
+_TRANSIENT = (OSError, http.client.HTTPException)
+
+
+class Reader:
+    """Reads ranges of files under `root`: a directory, an http(s) or fsspec URL, or `pipe:...`."""
+
+    def __init__(self, root: str, *, config: FetchConfig) -> None:
+        self.root, self._config = root, config
+        self._store = open_store(root, config.timeout_s)
+
+    @property
+    def seekable(self) -> bool:
+        """False for commands that can only write a file from its beginning."""
+        return self._store.seekable
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where unknown.
+
+        Raises:
+            OSError: it is missing or cannot be reached.
+        """
+        return self._persist(name, lambda: self._store.size(name))
+
+    def read(self, name: str, *, first: int, size: int) -> bytes:
+        """`size` bytes of a file from byte `first` on.
+
+        Raises:
+            OSError: they could not be read, even after retries.
+        """
+        if is_local(self.root):
+            # A stale handle is no fault of the disk: the file is opened again, without a pause.
+            try:
+                content = b"".join(self._store.pieces(name, first=first, last=first + size))
+            except FINAL:
+                raise
+            except OSError:
+                content = b""
+            if len(content) == size:
+                return content
+            self._store.close()
+        return b"".join(self.pieces(name, first=first, last=first + size))
+
+    def glimpse(self, name: str, *, first: int, size: int) -> bytes:
+        """What one attempt reads of a range: perhaps less than `size`.
+
+        Raises:
+            OSError: it cannot be read, or not from there.
+        """
+        if first < 0 or not self.seekable:
+            raise OSError(f"{self.root}/{name} cannot be read from byte {first}")
+        return b"".join(self._store.pieces(name, first=first, last=first + size))
+
+    def whole(self, name: str, *, sha256: str | None = None) -> bytes:
+        """All of a small file.
+
+        Raises:
+            OSError: it could not be read, or had another checksum than `sha256` each time.
+        """
+
+        def attempt() -> bytes:
+            size = self._store.size(name)
+            content = b"".join(
+                self._store.pieces(name, first=0, last=_END if size is None else size)
+            )
+            if size not in (None, len(content)):
+                raise OSError(f"it has {len(content)} bytes instead of {size}")
+            if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+                raise OSError("its checksum is not the manifest's")
+            return content
+
+        return self._persist(name, attempt)
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        """The bytes [first, last) in pieces, resuming from the byte reached after a failure.
+
+        Raises:
+            OSError: as `read`.
+        """
+        failures = 0
+        while first < last:
+            try:
+                for piece in self._store.pieces(name, first=first, last=last):
+                    first += len(piece)
+                    yield piece
+                if first < last:
+                    raise OSError(f"it ended {last - first} bytes early")
+            except FINAL:
+                raise
+            except _TRANSIENT as error:
+                self._store.close()  # a file handle may be stale
+                self._pause(name, first, failures, error)
+                failures += 1
+
+    def forget(self, name: str, *, first: int, size: int) -> None:
+        """Discard what is kept of a range: here, only the open files."""
+        self._store.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._store.close()
+
+    def _persist(self, name: str, attempt: Callable[[], _T]) -> _T:
+        failures = 0
+        while True:
+            try:
+                return attempt()
+            except FINAL:
+                raise
+            except _TRANSIENT as error:
+                self._pause(name, 0, failures, error)
+                failures += 1
+
+    def _pause(self, name: str, at: int, failures: int, error: Exception) -> None:
+        if failures >= self._config.retries:
+            raise OSError(
+                f"{self.root}/{name}: reading stopped at byte {at} after {failures + 1} attempts: "
+                f"{error or type(error).__name__}"
+            ) from error
+        # Jitter, so that a thousand ranks do not return to a weak server at the same instant.
+        time.sleep(min(0.2 * 2**failures, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))

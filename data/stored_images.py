@@ -1,0 +1,168 @@
+"""Stored images as bytes: each is read with its tar header and checked against the index.
+
+A header or size other than the index says means a replaced or truncated shard, and stops the run.
+A wrong checksum means one damaged image, unless other images of the shard have wrong ones, too.
+"""
+
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.cache import CachedReader
+from data.config import FetchConfig
+from data.dataset import Shards
+from data.reader import Reader
+from data.stores import is_local
+from data.tars import HEADER, INDEX_DTYPE, Index, read_header
+
+_ADVICE = "run `python -m data.shards verify --full`"
+
+
+class BadSampleError(Exception):
+    """One damaged stored image: the message gives shard, key and reason."""
+
+
+class StoredImage(NamedTuple):
+    """A stored image: where it is (shard and key), the file's bytes, its label."""
+
+    where: str
+    content: memoryview
+    label: int
+
+
+class StoredImages:
+    """Random access to the stored images of a dataset by shard and row.
+
+    Raises:
+        ValueError: a command that can only read a file from its beginning, and no cache.
+    """
+
+    def __init__(self, shards: Shards, *, config: FetchConfig) -> None:
+        self._shards = shards
+        self._local = is_local(shards.root)
+        self._reader = _open_reader(shards, config)
+        self._rows_at: dict[int, int] = {}
+        self._indexes: dict[int, Index] = {}
+
+    def read(self, shard: int, row: int) -> StoredImage:
+        """One stored image.
+
+        Raises:
+            BadSampleError: its checksum is wrong.
+            ValueError: the shard is not what its index says.
+            OSError: the shard cannot be read.
+        """
+        try:
+            return self._checked(shard, row)
+        except (BadSampleError, ValueError):
+            # Perhaps only the copy is damaged: in a cache, by a stale file handle or a flipped bit.
+            first, size, _, _ = self._entry(shard, row)
+            self._reader.forget(self._shards.shards[shard].tar, first=first, size=size)
+        try:
+            return self._checked(shard, row)
+        except BadSampleError:
+            self._demand_others_intact(shard, row)
+            raise
+
+    def close(self) -> None:
+        """Close all files."""
+        self._reader.close()
+
+    def _checked(self, shard: int, row: int) -> StoredImage:
+        first, size, label, crc32 = self._entry(shard, row)
+        try:
+            raw = self._reader.read(self._shards.shards[shard].tar, first=first, size=size)
+        except OSError as error:
+            key = self._key(shard, row) if self._local else f"image {row}"
+            raise OSError(f"{error}; while reading {key}, at byte {first}") from error
+        tar = f"{self._shards.root}/{self._shards.shards[shard].tar}"
+        try:
+            name, stated = read_header(raw[:HEADER])
+        except ValueError as error:
+            raise ValueError(
+                f"{tar}: no tar header of {self._key(shard, row)} at byte {first}, where the "
+                f"index has one ({error}); the shard is damaged: {_ADVICE}"
+            ) from None
+        if stated != size - HEADER:
+            raise ValueError(
+                f"{tar}: {name} has {stated} bytes, the index says {size - HEADER}; "
+                f"the shard was damaged or replaced: {_ADVICE}"
+            )
+        content = memoryview(raw)[HEADER:]
+        if zlib.crc32(content) != crc32:
+            raise BadSampleError(f"{tar}: {name} has another checksum than the index says")
+        return StoredImage(f"{tar}: {name}", content, label)
+
+    def _key(self, shard: int, row: int) -> str:
+        """A sample's name for a message, from its own header or from that of its label before."""
+        first = self._entry(shard, row)[0]
+        for at in (first, first - 2 * HEADER):
+            try:
+                raw = self._reader.glimpse(self._shards.shards[shard].tar, first=at, size=HEADER)
+                return read_header(raw)[0].partition(".")[0]
+            except (OSError, ValueError):
+                continue
+        return f"image {row}"
+
+    def _entry(self, shard: int, row: int) -> tuple[int, int, int, int]:
+        """First byte and size of header and payload, label, and the payload's crc32."""
+        found = self._local_row(shard, row) if self._local else self._index(shard)[row]
+        offset, size, label, crc32 = found.item()
+        return offset - HEADER, size + HEADER, label, crc32
+
+    def _local_row(self, shard: int, row: int) -> Index:
+        """A row read from its file: mapping each index would keep all of them open."""
+        if shard not in self._rows_at:
+            self._rows_at[shard] = self._shards.rows_at(shard)
+        first = self._rows_at[shard] + row * INDEX_DTYPE.itemsize
+        name = self._shards.shards[shard].index
+        try:
+            raw = self._reader.read(name, first=first, size=INDEX_DTYPE.itemsize)
+        except OSError as error:
+            raise OSError(f"{error}; while reading the index row of image {row}") from error
+        return np.frombuffer(raw, INDEX_DTYPE)
+
+    def _index(self, shard: int) -> Index:
+        """The index of a shard that is not local, kept in memory."""
+        if shard not in self._indexes:
+            entry = self._shards.shards[shard]
+            content = self._reader.whole(entry.index, sha256=entry.index_sha256)
+            self._indexes[shard] = self._shards.parse_index(shard, content)
+        return self._indexes[shard]
+
+    def _demand_others_intact(self, shard: int, row: int) -> None:
+        """Tell one damaged image from a shard that was replaced or is damaged throughout.
+
+        Raises:
+            ValueError: another image of the shard has a wrong checksum, too.
+        """
+        rows = self._shards.shards[shard].samples
+        for other in {0, rows // 2, rows - 1} - {row}:
+            try:
+                self._checked(shard, other)
+            except BadSampleError:
+                raise ValueError(
+                    f"{self._shards.root}/{self._shards.shards[shard].tar}: several images have "
+                    "wrong checksums; the shard was replaced or is damaged throughout: "
+                    f"{_ADVICE}"
+                ) from None
+
+
+def _open_reader(shards: Shards, config: FetchConfig) -> Reader | CachedReader:
+    """A reader of the dataset, through the node's cache if one is set and of use."""
+    reader = Reader(shards.root, config=config)
+    if config.cache and not is_local(shards.root):
+        return CachedReader(
+            reader,
+            root=Path(config.cache) / shards.fingerprint[:16],
+            tars={shard.tar: shard.bytes for shard in shards.shards},
+            bound=int(config.cache_gb * 2**30),
+        )
+    if not reader.seekable:
+        raise ValueError(
+            f"data.shards = {shards.root} cannot read from the middle of a file: add {{first}} and "
+            "{last} to the command, or set data.cache"
+        )
+    return reader

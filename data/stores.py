@@ -1,0 +1,282 @@
+"""Where a dataset's files are: a directory, an http(s) or fsspec URL, the output of a command.
+
+A store reads a range of a file once. `data.reader` adds retries. This is the only module that
+imports webdataset, whose `gopen` runs the commands.
+"""
+
+import http.client
+import os
+import select
+import shlex
+import signal
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Protocol
+
+from data import descriptors
+
+_PIECE = 1 << 16
+# Bytes of one request to an fsspec driver: each must arrive within `timeout_s`.
+_RANGE = 1 << 20
+
+# Errors that another attempt does not change.
+FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+class Store(Protocol):
+    """Files that can be read by ranges of bytes."""
+
+    @property
+    def seekable(self) -> bool:
+        """Whether a read from the middle of a file costs no more than that range."""
+        ...
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        """The bytes [first, last) of a file, in pieces as they arrive."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where that is unknown."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open; a later read opens it again."""
+        ...
+
+
+class LocalStore:
+    """Files of a directory. The most recently used ones are kept open."""
+
+    seekable = True
+
+    def __init__(self, root: str) -> None:
+        self._root, self._most = root, descriptors.share()
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        """As `Store.pieces`, in one piece."""
+        yield os.pread(self._file(name), last - first, first)
+
+    def size(self, name: str) -> int:
+        """As `Store.size`."""
+        return os.stat(os.path.join(self._root, name)).st_size
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _file(self, name: str) -> int:
+        if name not in self._files:
+            if len(self._files) >= self._most:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[name] = os.open(os.path.join(self._root, name), os.O_RDONLY)
+        self._files.move_to_end(name)
+        return self._files[name]
+
+
+class _SameMethod(urllib.request.HTTPRedirectHandler):
+    """Follows a redirected HEAD with HEAD: urllib would send GET and receive the whole file."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        moved = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if moved is not None:
+            moved.method = req.get_method()
+        return moved
+
+
+_OPENER = urllib.request.build_opener(_SameMethod)
+
+
+class HttpStore:
+    """Files below an http(s) URL, read by range requests."""
+
+    seekable = True
+
+    def __init__(self, root: str, timeout_s: float) -> None:
+        self._root, self._timeout_s = root.rstrip("/"), timeout_s
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        """As `Store.pieces`.
+
+        Raises:
+            ValueError: the server ignores ranges.
+        """
+        headers = {"Range": f"bytes={first}-{last - 1}"}
+        with self._open(name, method="GET", headers=headers) as response:
+            if response.status != http.client.PARTIAL_CONTENT:
+                raise ValueError(
+                    f"{self._root} does not serve byte ranges; use a server that does, or "
+                    "data.shards = 'pipe:curl -fsSL URL/{name}' with data.cache"
+                )
+            while piece := response.read(_PIECE):
+                yield piece
+
+    def size(self, name: str) -> int:
+        """As `Store.size`."""
+        with self._open(name, method="HEAD", headers={}) as response:
+            length = response.headers["Content-Length"]
+            if length is None:
+                raise OSError("the server does not give the size")
+            return int(length)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def _open(self, name: str, *, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        url = f"{self._root}/{urllib.parse.quote(name)}"
+        request = urllib.request.Request(url, method=method, headers=headers)
+        try:
+            response = _OPENER.open(request, timeout=self._timeout_s)
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(f"{url}: {error}") from None
+            if error.code in (401, 403):
+                raise PermissionError(f"{url}: {error}") from None
+            raise
+        assert isinstance(response, http.client.HTTPResponse)
+        return response
+
+
+class FsspecStore:
+    """Files of any file system for which fsspec has a driver: s3://, gs://, ..."""
+
+    seekable = True
+
+    def __init__(self, root: str, timeout_s: float) -> None:
+        from fsspec.asyn import sync  # slow to import, and only such roots need it
+        from fsspec.core import url_to_fs
+
+        try:
+            self._files, self._root = url_to_fs(root)
+        except (ImportError, ValueError) as error:  # the driver is not installed, or unknown
+            raise ValueError(f"data.shards = {root}: {error}") from None
+        self._sync, self._timeout_s = sync, timeout_s
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        """As `Store.pieces`."""
+        while first < last:
+            end = min(first + _RANGE, last)
+            content = self._call("cat_file", f"{self._root}/{name}", start=first, end=end)
+            yield content
+            first += len(content)
+            if len(content) < _RANGE:
+                return
+
+    def size(self, name: str) -> int:
+        """As `Store.size`."""
+        return int(self._call("info", f"{self._root}/{name}")["size"])
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def _call(self, what: str, path: str, **arguments: int) -> Any:
+        """Call the driver, with a time limit where it is asynchronous: most have none of their own.
+
+        Raises:
+            OSError: the driver raised anything at all.
+        """
+        with _as_oserror(path):
+            if self._files.async_impl:
+                call = getattr(self._files, f"_{what}")
+                return self._sync(
+                    self._files.loop, call, path, timeout=self._timeout_s, **arguments
+                )
+            return getattr(self._files, what)(path, **arguments)
+
+
+@contextmanager
+def _as_oserror(path: str) -> Iterator[None]:
+    """Drivers raise the exceptions of their own libraries; any of them is worth another attempt."""
+    try:
+        yield
+    except FINAL as error:
+        raise type(error)(f"{path}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class PipeStore:
+    """Output of a shell command that contains {name}, and ideally {first} and {last} (inclusive).
+
+    Without the latter two, a read starts at the beginning of the file and drops what it skips.
+
+    Raises:
+        ValueError: the command does not contain {name}.
+    """
+
+    def __init__(self, root: str, timeout_s: float) -> None:
+        if "{name}" not in root:
+            raise ValueError(f"data.shards = {root}: the command must contain {{name}}")
+        self._root, self._timeout_s = root, timeout_s
+        self.seekable = "{first}" in root and "{last}" in root
+
+    def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
+        """As `Store.pieces`."""
+        from webdataset.gopen import gopen  # imports torch: seconds that only pipes should cost
+
+        command = self._root.removeprefix("pipe:").replace("{name}", shlex.quote(name))
+        command = command.replace("{first}", str(first)).replace("{last}", str(last - 1))
+        # A session of its own, so that killpg ends all of the command and not its shell alone.
+        pipe = gopen(f"pipe:exec setsid sh -c {shlex.quote(command)}", "rb")
+        at = first if self.seekable else 0
+        try:
+            while at < last and (piece := self._read(pipe.stream.fileno(), last - at)):
+                if at + len(piece) > first:
+                    yield piece[max(first - at, 0) :]
+                at += len(piece)
+        finally:
+            pipe.stream.close()  # a command with more to write ends by SIGPIPE
+            try:
+                os.killpg(pipe.proc.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pipe.proc.kill()  # it has ended, or has no session yet
+            status = pipe.proc.wait()
+        if at < last and status:
+            raise OSError(f"the command ended with exit status {status}")
+
+    def size(self, name: str) -> None:
+        """As `Store.size`: unknown."""
+        return None
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def _read(self, descriptor: int, size: int) -> bytes:
+        ready = select.poll()  # `select` fails for descriptors from 1024 on
+        ready.register(descriptor, select.POLLIN)
+        if not ready.poll(self._timeout_s * 1000):
+            raise TimeoutError(f"the command wrote nothing for {self._timeout_s:g} s")
+        return os.read(descriptor, min(size, _PIECE))
+
+
+def is_local(root: str) -> bool:
+    """Whether `root` is a directory of this machine."""
+    return "://" not in root and not root.startswith("pipe:")
+
+
+def open_store(root: str, timeout_s: float) -> Store:
+    """The store for `root`: a directory, an http(s) or fsspec URL, or `pipe:COMMAND`.
+
+    Raises:
+        ValueError: fsspec has no driver for the URL, or a command does not contain {name}.
+    """
+    if root.startswith("pipe:"):
+        return PipeStore(root, timeout_s)
+    if root.startswith(("http://", "https://")):
+        return HttpStore(root, timeout_s)
+    return LocalStore(root) if is_local(root) else FsspecStore(root, timeout_s)

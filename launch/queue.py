@@ -1,0 +1,66 @@
+"""Slurm's queue: submit, query, cancel. The only module that talks to Slurm."""
+
+import re
+import subprocess
+from pathlib import Path
+
+
+def submit(script: Path) -> str:
+    """Submit a batch script; returns the job id.
+
+    Raises:
+        ValueError: Slurm rejects it.
+    """
+    return _slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+
+def state(job_id: str) -> str | None:
+    """The state of a queued or running job, such as "RUNNING" or "PENDING (Resources)".
+
+    None when the job is not in the queue.
+
+    Raises:
+        ValueError: Slurm does not respond.
+    """
+    try:
+        found = _slurm("squeue", "-h", "-j", job_id, "-o", "%T|%r").split("\n")[0]
+    except ValueError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    name, _, reason = found.partition("|")
+    return (f"{name} ({reason})" if reason not in ("", "None") else name) or None
+
+
+def end(job_id: str) -> str | None:
+    """How a job ended that is no longer in the queue, such as "CANCELLED by 0".
+
+    None when Slurm has no record of it: without accounting it keeps one for some minutes.
+    """
+    try:
+        accounted = _slurm("sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State").split("\n")[0]
+        if accounted:
+            return accounted
+    except ValueError:
+        pass  # no accounting here
+    try:
+        found = re.search(r" JobState=(\S+)", _slurm("scontrol", "show", "job", "-o", job_id))
+    except ValueError:
+        return None
+    return found[1] if found else None
+
+
+def cancel(job_id: str) -> None:
+    """Remove a job from the queue that has not started."""
+    _slurm("scancel", job_id)
+
+
+def _slurm(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{command[0]} did not respond: {error}") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise ValueError(f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}")
+    return done.stdout

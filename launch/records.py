@@ -1,0 +1,117 @@
+"""The job's files in `RUN/launch/`, and the copy of the code that it runs.
+
+The checkout may change while a job waits in a queue or between its starts; the run does not.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import files
+from launch import hosts, kubernetes, queue, slurm
+from launch.job import Job
+from trainer import settings
+from trainer.ranks import lease
+
+ROOT = Path(__file__).parent.parent
+_CODE = ("trainer", "data", "launch")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The launcher and the size of the job that was last started on a run."""
+
+    launcher: str
+    nodes: int
+    gpus_per_node: int
+
+    @classmethod
+    def of(cls, run: Path) -> "Submitted | None":
+        """As recorded in the run directory; None where there is no readable record."""
+        try:
+            facts = json.loads((run / "launch" / "job.json").read_text())
+            submitted: Submitted = settings.build(cls, facts)
+        except (OSError, ValueError, TypeError):
+            return None
+        return submitted
+
+
+def job_id(run: Path) -> str | None:
+    """Slurm's id of the run's last job; None where none was submitted."""
+    try:
+        return (run / "launch" / "job").read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def keep_job_id(job: Job, job_id: str) -> None:
+    """Record the id that Slurm gave a job."""
+    files.write(job.records / "job", f"{job_id}\n")
+
+
+def text(job: Job) -> str:
+    """The text that starts the job: a shell or batch script, or a manifest."""
+    if job.cluster.launcher == "slurm":
+        return slurm.text(job)
+    if job.cluster.launcher == "kubernetes":
+        return kubernetes.manifest(job)
+    return hosts.text(job)
+
+
+def script(job: Job) -> Path:
+    """The file of that text."""
+    is_manifest = job.cluster.launcher == "kubernetes"
+    return job.records / ("job.yaml" if is_manifest else "job.sh")
+
+
+def check_free(run: Path) -> None:
+    """Return if no job is queued for the run, and nothing is writing it.
+
+    Raises:
+        ValueError: a job is queued or running, or a process is writing the run.
+    """
+    stop = f"wait for it, or stop it with `python -m launch stop {run}`"
+    queued = job_id(run)
+    state = queue.state(queued) if queued else None
+    if state is not None:
+        raise ValueError(f"job {queued} of {run} is {state}: {stop}")
+    busy = lease.live_holder(run)
+    if busy is not None:
+        raise ValueError(f"{busy} is writing {run}: {stop}")
+
+
+def prepare(job: Job, *, preset: Path) -> Path:
+    """Copy the code and the preset, and write the text; returns the text's file.
+
+    Requests and records of an earlier job (`stop`, `failed-at`, `job`) are removed.
+    """
+    job.records.mkdir(parents=True, exist_ok=True)
+    _copy_code(job.code)
+    shutil.copyfile(preset, job.records / "preset.toml")
+    for earlier in ("stop", "failed-at", "job"):
+        (job.records / earlier).unlink(missing_ok=True)
+    facts: Mapping[str, object] = {
+        "launcher": job.cluster.launcher,
+        "nodes": job.nodes,
+        "gpus_per_node": job.gpus_per_node,
+    }
+    files.write(job.records / "job.json", json.dumps(facts) + "\n")
+    files.write(script(job), text(job))
+    return script(job)
+
+
+def _copy_code(to: Path) -> None:
+    partial = to.with_name(".code.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for package in _CODE:
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(ROOT / package, partial / package, ignore=ignored)
+    shutil.copyfile(ROOT / "ds_config.json", partial / "ds_config.json")
+    if to.exists():
+        to.rename(to.with_name(f".code.{time.time_ns()}"))
+    partial.rename(to)
+    for old in to.parent.glob(".code.*"):
+        shutil.rmtree(old)

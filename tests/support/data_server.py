@@ -1,0 +1,99 @@
+"""A real http server of a directory that answers byte ranges, and misbehaves as it is told."""
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+Fault = str | None
+"""None, "503", "stall" (until the server ends), "reset", "short" or "no ranges"."""
+
+
+@contextmanager
+def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
+    """Serve `root` at the URL given; `fault(n, path)` decides about the n-th GET of a tar."""
+    server = _Server(root, fault)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.ends.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(self, root: Path, fault: Callable[[int, str], Fault]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root, self.ends = root, threading.Event()
+        self._fault, self._count, self._lock = fault, 0, threading.Lock()
+
+    def fault_of(self, path: str) -> Fault:
+        """What goes wrong with this GET."""
+        if not path.endswith(".tar"):
+            return None
+        with self._lock:
+            self._count += 1
+            return self._fault(self._count - 1, path)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        path = self._file()
+        if path:
+            self.send_response(200)
+            self.send_header("Content-Length", str(path.stat().st_size))
+            self.end_headers()
+
+    def do_GET(self) -> None:
+        path = self._file()
+        if not path:
+            return
+        fault = self.server.fault_of(self.path)
+        if fault == "503":
+            self.send_error(503)
+            return
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        body = path.read_bytes()[first : last + 1]
+        self.send_response(200 if fault == "no ranges" else 206)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self._send(body, fault)
+
+    def _file(self) -> Path | None:
+        """The file that is asked for. What is below /moved/ is elsewhere now."""
+        path = self.server.root / self.path.lstrip("/")
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.end_headers()
+        elif path.is_file():
+            return path
+        else:
+            self.send_error(404)
+        return None
+
+    def _send(self, body: bytes, fault: Fault) -> None:
+        if fault is None:
+            self.wfile.write(body)
+            return
+        self.wfile.write(body[: len(body) // 2])
+        if fault == "stall":
+            self.server.ends.wait()
+        elif fault == "reset":
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close_connection = True

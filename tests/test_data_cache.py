@@ -1,0 +1,84 @@
+"""A node's cache: damaged, too small or on a full disk, it costs time and nothing else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.cache import CHUNK
+from data.dataset import Shards
+from tests.support import ranks
+from tests.support.data_fixtures import pack_folder
+from tests.support.data_server import serving
+from tests.support.data_streams import IMAGES, SIZE, epoch
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return pack_folder(tmp_path_factory.mktemp("whole"), images=IMAGES, size=SIZE)
+
+
+def test_a_damaged_cache_is_refetched_and_bounded(whole: Shards, tmp_path: Path) -> None:
+    requests = []
+    with serving(Path(whole.root), fault=lambda n, path: requests.append(path)) as url:
+        assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
+        first = len(requests)
+        assert first == len(whole.shards)  # each of these tars is one chunk
+        (directory,) = tmp_path.iterdir()
+        for slot in directory.glob("0000000?"):
+            content = bytearray(slot.read_bytes())
+            content[8:15000] = b"\xff" * (15000 - 8)
+            slot.write_bytes(content)
+        assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
+        assert len(requests) > first
+        little = (CHUNK + 8) * 3 / 2**30
+        cache = tmp_path / "little"
+        assert epoch(url, cache=str(cache), cache_gb=little) == epoch(whole.root)
+        assert len(list(cache.glob("*/0000000?"))) == 3
+        less = (CHUNK + 8) / 2**30
+        assert epoch(url, cache=str(cache), cache_gb=less) == epoch(whole.root)
+    assert [p.name for p in cache.glob("*/*") if p.suffix != ".npy"] == ["00000000"]
+
+
+def test_a_cache_of_many_chunks_serves_the_same(
+    whole: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.cache.CHUNK", 1500)  # images and their headers lie across several
+    roots = {"forward": f"pipe:cat {whole.root}/{{name}}"}
+    with serving(Path(whole.root), fault=lambda n, path: "reset" if n % 7 == 3 else None) as url:
+        roots["ranged"] = url
+        for name, root in roots.items():
+            for chunks in (1000, 5):
+                cache = tmp_path / f"{name}-{chunks}"
+                some = epoch(root, cache=str(cache), cache_gb=chunks * 1508 / 2**30, retries=4)
+                assert some == epoch(whole.root)
+                assert 1 < len([p for p in cache.glob("*/*") if not p.suffix]) <= chunks
+
+
+def test_a_damaged_index_in_the_cache_is_fetched_again(whole: Shards, tmp_path: Path) -> None:
+    with serving(Path(whole.root), fault=lambda n, path: None) as url:
+        assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
+        (index,) = tmp_path.glob("*/00003.idx.npy")
+        good = index.read_bytes()
+        for bad in (good[:-1] + b"x", good[:50]):
+            index.write_bytes(bad)
+            assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
+            assert index.read_bytes() == good
+
+
+def test_a_full_cache_disk_costs_speed_only(whole: Shards, tmp_path: Path) -> None:
+    """A limit on the size of files is a disk that is full for all but small ones."""
+    script = (
+        "import sys, resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from tests.support.data_streams import epoch\n"
+        f"assert epoch(sys.argv[1], cache={str(tmp_path)!r}) == epoch({whole.root!r})\n"
+    )
+    with serving(Path(whole.root), fault=lambda n, path: None) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", script, url], capture_output=True, text=True, timeout=ranks.LIMIT
+        )
+    assert done.returncode == 0, done.stderr
+    assert "File too large; continuing without the cache" in done.stderr
+    assert not any(path.is_file() and path.stat().st_size > 4096 for path in tmp_path.rglob("*"))

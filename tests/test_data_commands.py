@@ -1,0 +1,78 @@
+"""The data layer's commands: exit statuses, help, and what a refused command leaves behind."""
+
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+
+import pytest
+
+from data import pack, shards
+from data.exits import FAILED, REFUSED, exit_status
+from data.progress import duration
+from tests.support.data_fixtures import write_folder
+
+
+@pytest.mark.parametrize("error", [ValueError(), ImportError(), FileNotFoundError()])
+def test_user_errors_are_refused(error: Exception) -> None:
+    assert exit_status(error) == REFUSED
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), BrokenExecutor()])
+def test_faults_of_the_machine_are_failures(error: Exception) -> None:
+    assert exit_status(error) == FAILED
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "0"], "--size = 0: must be at least 1"),
+        (["--quality", "101"], "--quality = 101: must be from 1 to 100"),
+        (["--workers", "0"], "--workers = 0: must be at least 1"),
+        (["--class-map", "nowhere"], "--class-map = nowhere cannot be read"),
+        (["--classes-of", "nowhere"], "no dataset at nowhere"),
+        (["--mpi"], "--mpi needs at least 2 ranks"),
+    ],
+)
+def test_a_wrong_option_is_refused_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    source = write_folder(tmp_path / "source", images=3)
+    assert (
+        pack.main([str(source), str(tmp_path / "a" / "b"), "--workers", "1", *options]) == REFUSED
+    )
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_missing_source_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    assert pack.main(["/nowhere", str(tmp_path / "a" / "b" / "c")]) == REFUSED
+    (tmp_path / "empty").mkdir()
+    assert pack.main(["/nowhere", str(tmp_path / "empty")]) == REFUSED
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip"])
+def test_a_damaged_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "images.zip").write_bytes(content)
+    assert pack.main([str(tmp_path / "images.zip"), str(tmp_path / "out")]) == REFUSED
+
+
+@pytest.mark.parametrize("command", [pack.main, shards.main])
+def test_an_unknown_option_is_refused(command: object) -> None:
+    assert callable(command)
+    with pytest.raises(SystemExit, match=str(REFUSED)):
+        command(["--nonsense"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (-3.0, "0 s"),
+        (59.4, "59 s"),
+        (61, "1 min 1 s"),
+        (2 * 3600 + 12 * 60, "2 h 12 min"),
+        (27 * 3600 + 59, "1 d 3 h"),
+        (40 * 86400, "40 d 0 h"),
+    ],
+)
+def test_durations_keep_their_days(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

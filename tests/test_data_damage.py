@@ -1,0 +1,130 @@
+"""Damaged shards and images: the run stops, or one image is replaced and counted."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import FetchConfig
+from data.dataset import Shards, open_shards, verify
+from data.stored_images import StoredImages
+from data.stream import Stream
+from tests.support.data_fixtures import image_file, pack_folder, write_shards
+from tests.support.data_streams import IMAGES, SIZE, config_for, fails, take
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return pack_folder(tmp_path_factory.mktemp("whole"), images=IMAGES, size=SIZE)
+
+
+@pytest.fixture
+def copy(whole: Shards, tmp_path: Path) -> Shards:
+    """A dataset that a test may damage after it was opened."""
+    return open_shards(shutil.copytree(whole.root, tmp_path / "copy"))
+
+
+def rewrite(shards: Shards, shard: int, *, at: int, flip: int) -> None:
+    path = Path(shards.root) / shards.shards[shard].tar
+    content = bytearray(path.read_bytes())
+    content[at] ^= flip
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_tar_stops_the_run(copy: Shards, workers: int) -> None:
+    path = Path(copy.root) / "00002.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    named = (
+        r"00002\.tar: reading stopped at byte \d+ .*bytes early; while reading (image|\d{8}-img)"
+    )
+    fails(copy, OSError, named, workers=workers)
+
+
+def test_a_tar_cut_inside_an_image_names_it(copy: Shards) -> None:
+    path = Path(copy.root) / "00002.tar"
+    entry = copy.index(2)[3]
+    with path.open("rb") as tar:
+        tar.seek(int(entry["offset"]) - 512)
+        key = tar.read(100).partition(b".")[0].decode()
+    os.truncate(path, int(entry["offset"]) + 20)
+    stored = StoredImages(copy, config=FetchConfig(retries=0))
+    with pytest.raises(OSError, match=rf"00002\.tar: .* while reading {key}, at byte"):
+        stored.read(2, 3)
+
+
+def test_a_flipped_header_bit_stops_the_run(copy: Shards) -> None:
+    header = int(copy.index(3)[2]["offset"]) - 512
+    rewrite(copy, 3, at=header + 5, flip=1)
+    fails(copy, ValueError, rf"00003\.tar: no tar header of \d{{8}}-img_\d+ at byte {header}")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_flipped_payload_byte_costs_one_image(copy: Shards, workers: int) -> None:
+    entry = copy.index(3)[2]
+    rewrite(copy, 3, at=int(entry["offset"]) + int(entry["size"]) // 2, flip=255)
+    check_one_replaced(copy, r"00003.tar: ", "has another checksum than the index", workers=workers)
+
+
+def check_one_replaced(shards: Shards, *needles: str, workers: int = 0) -> None:
+    """Exactly the one bad sample is replaced, counted and named, epoch after epoch."""
+    lines: list[str] = []
+    config = config_for(shards.root, workers=workers, flip=False)
+    with Stream(shards, config=config, seed=1, log=lines.append) as stream:
+        batches = take(stream)
+        assert stream.bad == len(lines) == 2
+    assert all(needle in line for needle in needles for line in lines)
+    for e in range(2):
+        pixels = [i.numpy().tobytes() for b in batches[5 * e : 5 * e + 5] for i in b.images]
+        assert len(pixels) == IMAGES and len(set(pixels)) == IMAGES - 1
+
+
+def test_an_undecodable_image_costs_one_image(tmp_path: Path) -> None:
+    stored = [image_file(i, width=SIZE, height=SIZE, kind="PNG") for i in range(IMAGES)]
+    stored[7] = b"garbage"
+    shards = write_shards(tmp_path, stored=[stored], image_size=SIZE)
+    check_one_replaced(shards, "0.tar: key7.png cannot be decoded")
+    with (
+        Stream(shards, config=config_for(shards.root), seed=1) as stream,
+        pytest.raises(ValueError, match=r"key7\.png .* a validation split must be intact"),
+    ):
+        list(stream.once(micro_batch_size=10, rank=0, ranks=1))
+
+
+def test_a_shard_that_vanishes_stops_the_run(copy: Shards) -> None:
+    (Path(copy.root) / "00004.tar").unlink()
+    with pytest.raises(ValueError, match=r"00004\.tar is missing"):
+        open_shards(copy.root)
+    fails(copy, OSError, r"00004\.tar", workers=1)
+
+
+def test_a_shard_replaced_by_another_of_its_name_stops_the_run(
+    copy: Shards, tmp_path: Path
+) -> None:
+    larger = pack_folder(tmp_path / "larger", images=100, size=2 * SIZE)
+    shutil.copy(Path(larger.root) / "00001.tar", Path(copy.root) / "00001.tar")
+    with pytest.raises(ValueError, match=r"00001\.tar has \d+ bytes, the manifest says"):
+        open_shards(copy.root)
+    other = pack_folder(tmp_path / "other", images=100, size=SIZE)
+    assert other.shards[1].bytes == copy.shards[1].bytes
+    shutil.copy(Path(other.root) / "00001.tar", Path(copy.root) / "00001.tar")
+    fails(copy, ValueError, r"00001\.tar: .* the index says|00001\.tar: no tar header")
+
+
+def test_a_replaced_shard_of_the_same_layout_stops_the_run(copy: Shards) -> None:
+    path = Path(copy.root) / "00001.tar"
+    content = bytearray(path.read_bytes())
+    for entry in copy.index(1):
+        content[int(entry["offset"]) + 30] ^= 1
+    path.write_bytes(content)
+    open_shards(copy.root)
+    fails(copy, ValueError, r"00001\.tar: several images have wrong checksums")
+    assert "00001.tar" in verify(copy.root, full=True)[0]
+
+
+def test_wrong_settings_of_reading_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"data.timeout_s = 0"):
+        config_for("x", timeout_s=0)
+    assert np.isclose(config_for("x").timeout_s, 30)

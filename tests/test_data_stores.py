@@ -1,0 +1,113 @@
+"""Servers, pipes and disks that fail: reading resumes where it was, or one error says why."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data.config import FetchConfig
+from data.dataset import Shards, open_shards
+from data.stream import Stream
+from tests.support.data_fixtures import pack_folder
+from tests.support.data_server import serving
+from tests.support.data_streams import IMAGES, SIZE, config_for, epoch, fails, take
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return pack_folder(tmp_path_factory.mktemp("whole"), images=IMAGES, size=SIZE)
+
+
+@pytest.fixture
+def copy(whole: Shards, tmp_path: Path) -> Shards:
+    """A dataset that a test may damage after it was opened."""
+    return open_shards(shutil.copytree(whole.root, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_bad_http_server_changes_nothing(whole: Shards, tmp_path: Path, cached: bool) -> None:
+    faults = ["503", "short", "reset"] + 40 * [None]
+    with serving(Path(whole.root), fault=lambda n, path: faults[n % 43]) as url:
+        cache = str(tmp_path / "cache") if cached else None
+        assert epoch(url, workers=2, retries=8, cache=cache) == epoch(whole.root)
+        assert epoch(url, retries=8, cache=cache) == epoch(whole.root)
+
+
+def test_a_stalling_http_server_is_left_and_asked_again(whole: Shards) -> None:
+    stalls = {3, 17}
+    with serving(Path(whole.root), fault=lambda n, path: "stall" if n in stalls else None) as url:
+        assert epoch(url, timeout_s=1.0, retries=8) == epoch(whole.root)
+
+
+def test_a_dead_http_server_is_one_clear_error(whole: Shards) -> None:
+    with serving(
+        Path(whole.root), fault=lambda n, path: "503" if path == "/00002.tar" else None
+    ) as url:
+        fails(
+            open_shards(url), OSError, r"00002\.tar: reading stopped at byte \d+ after 2 attempts"
+        )
+    with serving(Path(whole.root), fault=lambda n, path: "no ranges") as url:
+        fails(open_shards(url), ValueError, r"does not serve byte ranges")
+
+
+def test_redirections_are_followed(whole: Shards) -> None:
+    with serving(Path(whole.root), fault=lambda n, path: None) as url:
+        assert epoch(f"{url}/moved") == epoch(whole.root)
+
+
+def test_a_missing_remote_shard_is_found_before_training(copy: Shards) -> None:
+    (Path(copy.root) / "00004.tar").unlink()
+    with (
+        serving(Path(copy.root), fault=lambda n, path: None) as url,
+        pytest.raises(ValueError, match=r"00004\.tar is missing"),
+    ):
+        open_shards(url)
+
+
+def test_pipes_serve_the_same(whole: Shards, tmp_path: Path) -> None:
+    seeking = f"pipe:tail -c +$(({{first}} + 1)) {whole.root}/{{name}}; : {{last}}"
+    assert epoch(seeking) == epoch(whole.root)
+    forward = f"pipe:cat {whole.root}/{{name}}"
+    assert epoch(forward, cache=str(tmp_path)) == epoch(whole.root)
+    with pytest.raises(ValueError, match=r"or set data.cache"):
+        epoch(forward)
+    with pytest.raises(ValueError, match=r"manifest.json cannot be read: .* exit status 1"):
+        open_shards("pipe:cat /nowhere/{name}", fetch=FetchConfig(retries=1))
+
+
+def test_a_pipe_that_stalls_is_left(whole: Shards) -> None:
+    sleep = f"sleep 600.{os.getpid()}"  # no other process on the machine is called so
+    stalling = f"pipe:case {{name}} in *.tar) {sleep};; *) cat {whole.root}/{{name}};; esac"
+    config = config_for(f"{stalling}; : {{first}} {{last}}", timeout_s=2.0, retries=1)
+    with (
+        Stream(open_shards(config.shards, fetch=config), config=config, seed=1) as stream,
+        pytest.raises(OSError, match=r"byte \d+ after 2 attempts: the command wrote nothing"),
+    ):
+        take(stream)
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+    assert sleep.split() not in left
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_file_systems_of_fsspec_serve_the_same(whole: Shards, workers: int) -> None:
+    assert epoch(f"file://{whole.root}", workers=workers) == epoch(whole.root)
+
+
+def test_a_failing_disk_is_tried_again(whole: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network file system is: handles go stale when its server starts again."""
+    wanted, read, reads = epoch(whole.root), os.pread, iter(range(10**6))
+
+    def failing(descriptor: int, size: int, at: int) -> bytes:
+        number = next(reads)
+        if number % 20 == 3:
+            os.fstat(descriptor)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(descriptor, size, at)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert epoch(whole.root) == wanted
+    monkeypatch.setattr(os, "pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
+    fails(whole, OSError, r"\d\.idx\.npy: reading stopped at byte \d+ after 2 attempts: .*bad")

@@ -1,0 +1,158 @@
+"""User errors are refused on the login node: in one line, with status 78, nothing is written."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from data.exits import REFUSED
+from launch import cluster as clusters
+from launch import records
+from launch.__main__ import main
+from launch.cluster import Cluster
+from tests.test_launch_texts import ROOT, big_job
+
+SLURM = str(ROOT / "launch" / "clusters" / "slurm.toml")
+DRY_RUNS = pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=["", "dry-run"])
+
+
+def refused(*words: object) -> None:
+    """Run `python -m launch`, which must return 78."""
+    assert main([str(word) for word in words]) == REFUSED == 78
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lancher = 'slurm'", r"unknown setting 'lancher' \(nearest: 'launcher'\)"),
+        ("launcher = 'pbs'", 'launcher = \'pbs\': must be one of "slurm", "mpirun"'),
+        ("[slurm]\ntime = 5", "slurm.time = 5: must be a string"),
+        ("seconds_to_save = 0", "seconds_to_save = 0: must be from 1 to 65535"),
+        ("[slurm]\nseconds_to_save = 0", "seconds_to_save = 0: must be from 1 to 65535"),
+        ("patience = 1", "patience = 1: must be at least 10 seconds"),
+        ("launcher = 'kubernetes'", r"add a section \[kubernetes\]"),
+        ("[kubernetes]\nimage = 'x'", "setting 'kubernetes.claim' is missing"),
+        ("launcher = 'mpirun'\n[container]\nkind = 'pyxis'\nimage = 'x'", 'must be "slurm" with'),
+        ("[environment]\n'A B' = 'x'", "environment = 'A B': must be a table"),
+        ("launcher = ", "is not valid TOML"),
+    ],
+)
+def test_an_invalid_cluster_file_is_refused_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        clusters.load(file)
+    assert "\n" not in str(error.value) and str(file) in str(error.value)
+
+
+def test_seconds_to_save_is_still_read_from_the_section_slurm(tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text("[slurm]\nseconds_to_save = 120\n")
+    assert clusters.load(file).seconds_to_save == 120
+    file.write_text("seconds_to_save = 120\n[slurm]\nseconds_to_save = 120\n")
+    assert clusters.load(file).seconds_to_save == 120
+    file.write_text("seconds_to_save = 60\n[slurm]\nseconds_to_save = 120\n")
+    message = "slurm.seconds_to_save = 120: must be equal to seconds_to_save = 60, or absent"
+    with pytest.raises(ValueError, match=message):
+        clusters.load(file)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digitz", "--run", "r"], "unknown preset 'digitz' (nearest: 'digits')"),
+        (["digits", "--run", "r", "--nodes", "2"], "--nodes = 2: must be 1 on this machine"),
+        (["digits", "--run", "r", "--nodes", "0"], "--nodes = 0: must be at least 1"),
+        (["digits", "--run", "r", "--set", "lr"], "--set 'lr' is not TOML"),
+        (["digits", "--run", "r", "--cluster", "none.toml"], "cannot read none.toml"),
+        (["digits", "--run", "r", "--check"], "--check: not available with launcher = 'alone'"),
+        (["digits", "--run", "a b"], "/a b': must be a path whose last part"),
+        (["digits", "--run", "/proc/1/none"], "/proc/1/none"),
+        (["status", "nowhere"], "nowhere is not a run directory"),
+        (["stop", "nowhere"], "is not a run directory"),
+        (["sweep", "digits", "--runs", "r"], "launcher = 'alone': must be \"slurm\" for a sweep"),
+        (["sweep", "digits", "--runs", "r", "--at-most", "0"], "--at-most = 0: must be at least 1"),
+        (["sweep", "digits", "digits", "--runs", "r"], "must be presets of different names"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(*words)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["digits"],
+        ["digits", "--run", "r", "--nodes", "two"],
+        ["status"],
+        ["stop", "a", "b"],
+        ["sweep", "digits"],
+        ["check", "--rank", "x"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_option_of_any_verb_is_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == REFUSED
+    assert "usage: python -m launch" in capsys.readouterr().err
+
+
+@DRY_RUNS
+@pytest.mark.parametrize("verb", ["", "sweep"])
+def test_an_unknown_setting_is_refused_on_the_login_node(
+    verb: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--runs" if verb else "--run", tmp_path / "runs")
+    words = (*filter(None, [verb]), "digits", *where, "--set", "training.lrr = 1", *options)
+    refused(*words, "--cluster", SLURM)
+    said = capsys.readouterr()
+    assert "unknown setting 'training.lrr' (nearest: 'lr')" in said.err
+    assert said.out == "" and not (tmp_path / "runs").exists()
+
+
+@DRY_RUNS
+@pytest.mark.parametrize("verb", ["", "sweep"])
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused_on_the_login_node(
+    verb: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--runs" if verb else "--run", tmp_path / "runs")
+    size = ("--nodes", 3, "--gpus-per-node", 7)
+    words = (*filter(None, [verb]), "imagenet64", *where, *size, *options)
+    refused(*words, "--cluster", SLURM)
+    said = capsys.readouterr()
+    assert "training.batch = 2048 does not divide among 21 ranks" in said.err
+    assert said.out == "" and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "shards", "message"),
+    [
+        ("/runs/512-lsun", "/runs/shards", "beginning with a letter"),
+        ("/runs/" + 51 * "x", "/runs/shards", "at most 50 letters"),
+        ("/elsewhere/lsun", "/runs/shards", "must be below kubernetes.mount = '/runs'"),
+        ("/runs/lsun", "shards/lsun", "data.shards = 'shards/lsun': must be an absolute path"),
+    ],
+)
+def test_names_and_directories_that_pods_cannot_have_are_refused(
+    run: str, shards: str, message: str
+) -> None:
+    job = dataclasses.replace(big_job("kubernetes"), run=Path(run), shards=shards)
+    with pytest.raises(ValueError, match=message):
+        records.text(job)
+
+
+def test_hosts_must_be_as_many_as_nodes() -> None:
+    one = Cluster(launcher="mpirun", hosts=("a",))
+    message = "--nodes = 64: must be the number of `hosts` in the cluster file, 1"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(big_job("slurm"), cluster=one, check=False)

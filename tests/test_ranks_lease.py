@@ -1,0 +1,72 @@
+"""One process at a time writes a run; real processes take it, hold it, lose it and die with it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.ranks import lease
+
+ROOT = Path(__file__).parent.parent
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainer.ranks.lease import claim
+held = claim(Path(sys.argv[1]))
+print("held", flush=True)
+while True:
+    time.sleep(0.1)
+    held.check()
+"""
+
+
+def hold(run: Path, *, job: str | None = None, start: int = 0) -> "subprocess.Popen[str]":
+    """A process that holds the run until it is killed, or loses it."""
+    slurm = {} if job is None else {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(start)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)],
+        cwd=ROOT, env={"PATH": "/bin", **slurm}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.communicate()
+
+
+def test_a_live_writer_is_not_disturbed(tmp_path: Path) -> None:
+    holder = hold(tmp_path)
+    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is writing"):
+        lease.claim(tmp_path)
+    assert holder.poll() is None
+    kill(holder)
+
+
+def test_a_dead_writer_is_followed_at_once(tmp_path: Path) -> None:
+    kill(hold(tmp_path))
+    kill(hold(tmp_path, job="7"))
+    lease.claim(tmp_path).release()
+    assert lease.holder(tmp_path) is None
+
+
+def test_the_same_job_started_again_takes_over_and_the_old_start_loses(tmp_path: Path) -> None:
+    old = hold(tmp_path, job="7", start=0)
+    new = hold(tmp_path, job="7", start=1)
+    said = old.communicate(timeout=60)[1]
+    assert f"LeaseLost: job 7 on {lease.Holder.here().host} has taken over {tmp_path}" in said
+    assert new.poll() is None
+    kill(new)
+
+
+def test_a_request_to_stop_reaches_the_writer(tmp_path: Path) -> None:
+    held = lease.claim(tmp_path)
+    assert not held.stop_requested
+    held.release()
+    lease.request_stop(tmp_path)
+    again = lease.claim(tmp_path)
+    assert again.stop_requested
+    again.release()

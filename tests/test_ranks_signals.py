@@ -1,0 +1,47 @@
+"""A stop signal is a wish that the ranks agree on; only an insistent Ctrl-C interrupts."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.cluster import ROOT
+from trainer.ranks import signals
+from trainer.ranks.signals import Preemption
+
+
+def test_a_signal_is_remembered_and_a_repeated_one_harmless() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Preemption() as preemption:
+        assert not preemption.stop_requested
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert preemption.stop_requested
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_insistent_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "PATIENCE", 0.0)
+    with Preemption(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_process_records_signals_early_and_is_not_killed_as_it_ends() -> None:
+    code = (
+        "import os, signal\n"
+        "from trainer.ranks.signals import Preemption\n"
+        "early = Preemption()\n"
+        "early.record_early()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "with early as preemption:\n"
+        "    assert preemption.stop_requested\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):\n"
+        "        kill(pid, number)\n"
+        "os.last = Last()\n"  # goes with the modules, when Python has taken its handlers back
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

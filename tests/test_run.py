@@ -1,0 +1,65 @@
+"""The run directory's record of how a start ended, whatever else goes wrong."""
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trainer.ranks.group import Broken, Refused
+from trainer.run import Run
+from trainer.runstate import RunState
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """While entered, no file can be written, as on a disk that is full."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(Refused("diverged"), "refused"), (Broken("no room"), "failed"), (KeyError("x"), "failed")],
+)
+def test_an_error_is_recorded_and_raised_also_where_it_cannot_be_recorded(
+    tmp_path: Path, error: Exception, state: str
+) -> None:
+    with pytest.raises(type(error)), Run(tmp_path).claimed():
+        raise error
+    found = RunState.read(tmp_path)
+    assert found is not None and (found.state, found.starts) == (state, 1)
+    claim = Run(tmp_path).claimed()
+    claim.__enter__()
+    with full_disk():
+        assert claim.__exit__(type(error), error, None) is False  # and raises nothing else
+    found = RunState.read(tmp_path)
+    assert found is not None and (found.state, found.starts) == ("running", 2)
+
+
+def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Path) -> None:
+    with Run(tmp_path).claimed() as run:
+        run.note(checkpoint="000000000064", images_seen=64)
+
+        def note() -> None:
+            for _ in range(50):
+                run.log_lost_rank("n1: lost: n2 (rank 1; computing)")
+
+        threads = [threading.Thread(target=note) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    found = RunState.read(tmp_path)
+    assert found is not None
+    assert (found.state, found.checkpoint, found.starts) == ("failed", "000000000064", 1)
+    assert sorted(p.name for p in (tmp_path / "launch").iterdir()) == ["state.json"]

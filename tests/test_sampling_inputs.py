@@ -1,0 +1,148 @@
+"""What a sampling request may not be given: each is refused in one line before drawing."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from tests.support import ranks
+from trainer import config as configs
+from trainer.adm.unet import build
+
+
+def test_what_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    out = ["--out", tmp_path / "never.npz", "--images", "2"]
+    guide = weights["guide"]
+    foreign = tmp_path / "foreign.pt"
+    foreign.write_bytes(b"not a tensor in sight")
+    statuses = ranks.sample(
+        tmp_path,
+        [*weights["unet"], *out, "--classes", "10"],
+        [*weights["unet"], *out, "--steps", "2000"],
+        [*weights["unet"], *out, "--low-res", foreign],
+        [weights["unet"][0], *out],
+        [guide[1], "--preset", guide[3], *out],
+        [guide[1], *weights["unet"][1:], *out],
+        [foreign, *weights["unet"][1:], *out],
+        [tmp_path / "norun", *out],
+        [*weights["unet"], *out, "--classifier", *weights["unet"][:1], "--classifier-preset",
+         weights["unet"][2]],
+    )  # fmt: skip
+    expected = [
+        "10 is not among the classes 0 to 9",
+        "2000",
+        "is no upsampler: leave out --low-res",
+        "name its preset too",
+        "is a classifier; give it as --classifier",
+        "does not fit the network of this preset",
+        "weights file",
+        "norun",
+        "is no classifier",
+    ]
+    for status, message in zip(statuses, expected, strict=True):
+        assert message in str(status) and len(str(status).splitlines()) == 1
+    assert not (tmp_path / "never.npz").exists()
+
+
+def test_a_classifier_of_other_classes_or_noise_is_refused_before_drawing(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    like = Path(weights["guide"][3]).read_text()
+    steps = 'schedule = "cosine"\nsteps = 500'
+    noise = ('schedule = "cosine"', 'schedule = "linear"')
+    others = {
+        "fewer": like.replace("num_classes = 10", "num_classes = 4"),
+        "more": like.replace("num_classes = 10", "num_classes = 12"),
+        "noise": like.replace(*noise),
+        "steps": like.replace(noise[0], steps),
+        "both": like.replace(noise[0], steps).replace(*noise),
+    }
+    ask = [*weights["unet"], "--images", "10", "--steps", "2"]
+    runs: list[list] = []
+    for name, text in others.items():
+        preset = tmp_path / f"{name}.toml"
+        preset.write_text(text)
+        net = build(configs.load(preset).model)
+        save_file(net.state_dict(), tmp_path / f"{name}.safetensors")
+        guide = ["--classifier", tmp_path / f"{name}.safetensors", "--classifier-preset", preset]
+        runs.append([*ask, *guide, "--out", tmp_path / f"{name}.npz"])
+    free = tmp_path / "free.toml"
+    free.write_text(Path(weights["unet"][2]).read_text().replace("num_classes = 10", ""))
+    torch.save(build(configs.load(free).model).state_dict(), tmp_path / "free.pt")
+    unconditional = [tmp_path / "free.pt", "--preset", free, *runs[0][3:]]
+    *refused, drawn = ranks.sample(
+        tmp_path, *runs, [*unconditional, "--out", tmp_path / "free.npz"]
+    )
+    assert drawn == 0 and ranks.arrays(tmp_path / "free.npz")[1].tolist() == [0, 1, 2, 3] * 2 + [
+        0,
+        1,
+    ]
+    expected = [
+        "model.num_classes = 4 instead of 10;",
+        "model.num_classes = 12 instead of 10;",
+        'diffusion.schedule = "linear" instead of "cosine";',
+        "diffusion.steps = 500 instead of 1000;",
+        'diffusion.steps = 500 instead of 1000, diffusion.schedule = "linear" instead of "cosine";',
+    ]
+    for status, name, message in zip(refused, others, expected, strict=True):
+        assert f"trained with {message}" in str(status)
+        assert f"{name}.safetensors (preset {tmp_path / name}.toml) cannot guide" in str(status)
+        assert f"the network {weights['unet'][0]} (preset " in str(status)
+        assert not (tmp_path / f"{name}.parts").exists()
+
+
+def test_a_classifier_run_of_another_schedule_is_refused_by_its_directory(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    ask = [*weights["unet"], "--images", "2", "--steps", "2", "--out", str(tmp_path / "a.npz")]
+    linear = ["--set", 'diffusion.schedule = "linear"', "--set", "training.images = 8"]
+    run = str(tmp_path / "c")
+    train = ["train", weights["guide"][3], *linear, "--run", run]
+    job = ranks.start(
+        tmp_path / "job", ranks=1, runs=[train, ["sample", *ask, "--classifier", run]]
+    )
+    job.wait()
+    trained, refused = job.statuses
+    assert trained == 0
+    assert f"--classifier {run} cannot guide the network {weights['unet'][0]}" in str(refused)
+    assert 'trained with diffusion.schedule = "linear" instead of "cosine";' in str(refused)
+
+
+def test_images_that_are_not_finite_are_refused(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    state = torch.load(weights["unet"][0], weights_only=True)
+    state["out.2.bias"].fill_(torch.nan)
+    torch.save(state, tmp_path / "nan.pt")
+    ask = [tmp_path / "nan.pt", *weights["unet"][1:], "--images", "2", "--steps", "2"]
+    (status,) = ranks.sample(tmp_path, [*ask, "--out", tmp_path / "nan.npz"])
+    assert "images [0, 1]... are not finite" in str(status)
+    assert not (tmp_path / "nan.npz").exists()
+
+
+def test_an_upsampler_refuses_a_torn_low_res_file_and_labels_it_does_not_know(
+    tmp_path: Path, tiny: Path
+) -> None:
+    preset = tmp_path / "upsampler.toml"
+    preset.write_text(tiny.read_text().replace("[model]", "[model]\nsmall_size = 4"))
+    torch.save(build(configs.load(preset).model).state_dict(), tmp_path / "upsampler.pt")
+    small = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "unknown.npz", arr_0=small, arr_1=np.array([3, 10]))
+    np.savez(tmp_path / "short.npz", arr_0=small, arr_1=np.array([3]))
+    np.savez(tmp_path / "whole.npz", arr_0=small, arr_1=np.array([7, 3]))
+    (tmp_path / "torn.npz").touch()
+    ask = [tmp_path / "upsampler.pt", "--preset", preset, "--images", "2", "--steps", "2"]
+    *refused, drawn = ranks.sample(
+        tmp_path,
+        *(
+            [*ask, "--low-res", tmp_path / f"{name}.npz", "--out", tmp_path / f"{name}-8.npz"]
+            for name in ("unknown", "short", "torn", "whole")
+        ),
+    )
+    expected = ("10 is not among the classes 0 to 9", "short.npz: labels are", "torn.npz is not")
+    for status, message in zip(refused, expected, strict=True):
+        assert "--low-res" in str(status) and message in str(status)
+    assert drawn == 0 and ranks.arrays(tmp_path / "whole-8.npz")[1].tolist() == [7, 3]

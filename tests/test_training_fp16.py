@@ -1,0 +1,81 @@
+"""fp16 training: loss scaling, skipped steps, and exact resume with them."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.support.runs import EVERY, STEP, Place, build_start, equal
+
+
+@pytest.fixture(scope="module")
+def half(place: Place) -> tuple[str, ...]:
+    """Runs of eight steps in fp16, in two stages; a window of the loss scale is two steps."""
+    names, sets = ("half2", "half3"), (*EVERY, f"training.images = {8 * STEP}")
+    runs = [
+        place.arguments(name, stage=stage, fp16=True, sets=sets)
+        for name, stage in zip(names, (2, 3), strict=True)
+    ]
+    assert place.train(*runs, world=2, fp16=True) == [0, 0]
+    for run, name in zip(runs, names, strict=True):
+        place.fork(name, f"{name}-again", images=6 * STEP)
+        run[run.index("--run") + 1] = str(place.run(f"{name}-again"))
+    assert place.train(*runs, world=2, fp16=True) == [0, 0]
+    return names
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(
+    place: Place, half: tuple[str, ...]
+) -> None:
+    for name in half:
+        skipped = [bool(v) for v in place.losses(name, "skipped")]
+        scales = place.losses(name, "loss_scale")
+        assert skipped[0], "the first step at a scale of 2^20 must overflow"
+        good = 0
+        for n in range(1, 8):
+            good = 0 if skipped[n - 1] else good + 1
+            factor = 0.5 if skipped[n - 1] else 2 if good in (3, 5, 7) else 1
+            assert scales[n] == factor * scales[n - 1]
+        assert any(a < b for a, b in pairwise(scales)), "the scale must grow again"
+
+
+def test_a_skipped_step_changes_nothing_and_writes_no_checkpoint(
+    place: Place, half: tuple[str, ...]
+) -> None:
+    start = build_start(place)
+    for name in half:
+        taken = [not skipped for skipped in place.losses(name, "skipped")]
+        written = sorted(int(p.name) for p in (place.run(name) / "checkpoints").iterdir())
+        assert written == [n * STEP for n in range(1, 9) if taken[n - 1]]
+        first = place.checkpoint(name, written[0])
+        for key, value in start.items():
+            stepped = first[f"model:{key}"]
+            assert torch.allclose(first[f"ema-0.9:{key}"], 0.9 * value + 0.1 * stepped, atol=1e-7)
+        assert "every step since the last checkpoint was skipped" in place.log(name)
+
+
+def test_adam_sees_the_gradient_that_is_reported_also_where_the_scale_grows(
+    place: Place, half: tuple[str, ...]
+) -> None:
+    for name in half:
+        norms = place.values(name, "grad_norm")  # of the steps that were not skipped
+        assert len(norms) > 3
+        for images in norms:
+            after = place.checkpoint(name, images)
+            earlier = [int(p.name) for p in (place.run(name) / "checkpoints").iterdir()]
+            last = max((n for n in earlier if n < images), default=None)
+            before = place.checkpoint(name, last) if last else {}
+            squares = [
+                (after[key] - 0.9 * before.get(key, 0.0)).double().square().sum()
+                for key in after
+                if key.startswith("adam-m")
+            ]
+            seen = 10 * float(sum(squares)) ** 0.5
+            assert seen == pytest.approx(min(1.0, norms[images]), rel=1e-3)
+
+
+def test_a_run_in_fp16_resumes_bit_for_bit(place: Place, half: tuple[str, ...]) -> None:
+    for name in half:
+        assert equal(place.checkpoint(name, 8 * STEP), place.checkpoint(f"{name}-again", 8 * STEP))
+        for key in ("loss", "loss_scale", "skipped"):
+            assert place.losses(name, key) == place.losses(f"{name}-again", key)

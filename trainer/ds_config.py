@@ -1,0 +1,103 @@
+"""DeepSpeed's settings: `ds_config.json` holds the mechanics, the preset fills what is "auto".
+
+No DeepSpeed here: a login node checks the file before anything is queued.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config
+
+# Keys that the preset decides.
+_PRESET_OWNS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "fp16.enabled",
+)
+_NOT_HERE = ("optimizer", "scheduler")
+_MASTERS = "weights, averages and moments are kept in fp32 here"
+# Settings that DeepSpeed takes, and why a run under them would go wrong.
+_WRONG = {
+    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19 then mixes up which numbers of the "
+    "weights a rank holds",
+    "bf16.bf16_master_weights_and_grads": _MASTERS,
+    "bf16.bf16_optimizer_states": _MASTERS,
+    "fp16.fp16_master_weights_and_grads": _MASTERS,
+    "torch_autocast.enabled": "training.precision decides in what the network computes",
+}
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read ds_config.json.
+
+    Raises:
+        ValueError: it is unreadable, or sets what the preset owns (all such keys are named).
+    """
+    try:
+        ds_config: dict[str, Any] = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the DeepSpeed config {path}: {error}") from None
+    claimed = [name for name in _PRESET_OWNS if _lookup(ds_config, name) not in (None, "auto")]
+    claimed += [name for name in _NOT_HERE if name in ds_config]
+    if claimed:
+        raise ValueError(
+            f"{path} sets {', '.join(claimed)}, which the preset decides: "
+            'write "auto" there (remove optimizer and scheduler), and set it in the preset'
+        )
+    stage = _lookup(ds_config, "zero_optimization.stage")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3")
+    _check_numerics(ds_config, path=path)
+    return ds_config
+
+
+def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:
+    """Refuse the settings under which a run would silently learn something else."""
+    for name, why in _WRONG.items():
+        if _lookup(ds_config, name) not in (None, False):
+            raise ValueError(
+                f"{path}: {name} = {_lookup(ds_config, name)!r}: must be absent: {why}"
+            )
+    if _lookup(ds_config, "bf16.check_grad_overflow") is False:
+        raise ValueError(
+            f"{path}: bf16.check_grad_overflow = False: must be true, or absent: gradients that "
+            "are not finite would enter the weights"
+        )
+    floor = _lookup(ds_config, "fp16.min_loss_scale")
+    if floor is not None and not (isinstance(floor, int) and floor >= 1):
+        raise ValueError(
+            f"{path}: fp16.min_loss_scale = {floor!r}: must be an integer of at least 1: "
+            "without a floor the loss scale of a diverged run falls forever"
+        )
+
+
+def _lookup(table: dict[str, Any], name: str) -> Any:
+    head, _, rest = name.partition(".")
+    value = table.get(head)
+    return _lookup(value, rest) if rest and isinstance(value, dict) else value
+
+
+def resolve(ds_config: dict[str, Any], *, config: Config, ranks: int) -> dict[str, Any]:
+    """`ds_config` with every "auto" filled from the preset and the number of ranks."""
+    training = config.training
+    micro = training.micro_batch_on(ranks)
+    owned = (
+        training.batch,
+        micro,
+        training.batch // (ranks * micro),
+        training.clip or 0.0,
+        training.precision == "bf16",
+        training.precision == "fp16",
+    )
+    resolved: dict[str, Any] = json.loads(json.dumps(ds_config))
+    for name, value in zip(_PRESET_OWNS, owned, strict=True):
+        head, _, rest = name.partition(".")
+        if rest:
+            resolved.setdefault(head, {})[rest] = value
+        else:
+            resolved[head] = value
+    return resolved

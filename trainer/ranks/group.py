@@ -1,0 +1,162 @@
+"""What the ranks do together: connect, agree before they act, exchange Python objects, end.
+
+No rank decides alone on a signal, a checkpoint or an error. A rank that fails exits soon, so that
+the launcher ends the others and its message is the first.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data.exits import FAILED, REFUSED
+from trainer.ranks.world import World, is_main_process, process_name, set_environment
+
+T = TypeVar("T")
+
+
+class Refused(ValueError):
+    """A user error that every rank raises alike, so that one of them can report it."""
+
+
+class Broken(Exception):
+    """A failure that every rank raises alike, such as a full disk: another start may succeed."""
+
+
+def device_of(world: World) -> torch.device:
+    """This rank's GPU, or the CPU on a machine that has none.
+
+    Raises:
+        ValueError: more ranks than GPUs on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm may show each task only its own GPU; then that one is number 0.
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 and world.local_size > 1 and world.own_gpu else world.local_rank
+    if index >= count:
+        raise ValueError(
+            f"{world.local_size} ranks on {socket.gethostname()}, which shows {count} GPUs: "
+            "start one rank for each GPU"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def connected(world: World, *, patience: float) -> Iterator[torch.device]:
+    """The process group of all ranks while entered: gloo for CPU tensors, NCCL for the GPU's.
+
+    A collective that some rank never joins fails a minute after `patience` seconds, so that a
+    `Watchdog` of the same patience has named that rank before.
+    """
+    set_environment(world)
+    device = device_of(world)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=patience + 60),
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield device
+    dist.destroy_process_group()
+
+
+def agreed(check: Callable[[], T]) -> T:
+    """The result of `check` on this rank, once it has succeeded on every rank.
+
+    Raises:
+        Refused: on every rank, with the faults of all ranks; one common to all is reported once.
+    """
+    results: list[T] = []
+    fault = None
+    try:
+        results.append(check())
+    except ValueError as error:
+        fault = str(error)
+    faults = gather(fault)
+    said = {f: rank for rank, f in reversed(list(enumerate(faults))) if f}
+    if said:
+        everywhere = len(said) == 1 and all(faults)
+        raise Refused(
+            next(iter(said)) if everywhere else "; ".join(f"rank {r}: {f}" for f, r in said.items())
+        )
+    return results[0]
+
+
+def gather(mine: T) -> list[T]:
+    """What every rank has, in the order of the ranks. All ranks must call it."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on the main rank, which alone calls it. All ranks must call this.
+
+    Raises:
+        Refused: on every rank, if `make` raises ValueError.
+    """
+    made: list[Any] = [agreed(lambda: make() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(made)
+    result: T = made[0]
+    return result
+
+
+class Agreement:
+    """Flags that any rank may raise, known to all ranks one step later.
+
+    The exchange runs beside the next step and needs only the host, so no rank waits for a GPU.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._flags = torch.zeros(count, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """What all ranks together raised at the last call; starts the exchange of `flags`."""
+        if self._work is not None:
+            self._work.wait()
+        known = tuple(bool(flag) for flag in self._flags.tolist())
+        self._flags = torch.tensor(flags, dtype=torch.int32)
+        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
+        return known
+
+    def close(self) -> None:
+        """Finish the exchange that is under way, so that the group can be left."""
+        if self._work is not None:
+            self._work.wait()
+
+
+def run_as_rank(main: Callable[[], int]) -> None:
+    """End this process with the status of `main`; at an error report it and exit at once.
+
+    What every rank raises alike is one line from rank 0; any other error names its rank and host,
+    a ValueError in one line, ours with the traceback. After such an error the process leaves
+    without the shutdown of MPI and torch, which would wait for peers that are stuck in a
+    collective it will never join.
+    """
+    try:
+        sys.exit(main())
+    except (Refused, Broken) as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(REFUSED if isinstance(error, Refused) else FAILED)
+    except ValueError as error:
+        print(f"{process_name()}: error: {error}", file=sys.stderr)
+        status = REFUSED
+    except Exception:
+        print(f"{process_name()} failed:", file=sys.stderr)
+        traceback.print_exc()
+        status = FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

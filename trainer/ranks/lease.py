@@ -1,0 +1,188 @@
+"""The right to write a run: one process has it at a time, and one that has lost it finds out.
+
+After a requeue an old main rank may still be alive, on a node that the scheduler gave up. So the
+right is a token in `RUN/launch/writer.json`: a start takes it, and a process checks before each
+append or commit that the token is still its own. The holder touches the file every few seconds.
+Clocks of machines are not compared: only a change of the file's time counts.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data import files
+from trainer.ranks.world import scheduler_job
+
+# Seconds between two signs of life, and how long their absence is watched before it is believed.
+BEAT, PATIENCE = 2.0, 30.0
+
+
+class LeaseLost(ValueError):
+    """Another start has taken the run over: this one must not write any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A process that may write a run."""
+
+    token: str
+    host: str
+    pid: int
+    #: Tells a machine and its process numbers from another of the same name.
+    machine: str
+    #: The scheduler's number of the job, and how often it was started again before.
+    job: str | None
+    start: int
+
+    @classmethod
+    def here(cls) -> "Holder":
+        """This process."""
+        job = scheduler_job()
+        return cls(
+            token=secrets.token_hex(8),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            machine=_machine(),
+            job=job.job_id,
+            start=job.start,
+        )
+
+    def __str__(self) -> str:
+        job = f"job {self.job}" if self.job else f"process {self.pid}"
+        return f"{job} on {self.host}"
+
+    def is_followed_by(self, other: "Holder") -> bool:
+        """Whether the scheduler itself started `other` in place of this one."""
+        return self.job is not None and self.job == other.job and self.start < other.start
+
+    def is_gone(self) -> bool:
+        """Whether this is a process of this machine that has ended."""
+        return self.machine == _machine() and not Path(f"/proc/{self.pid}").exists()
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def holder(run: Path) -> Holder | None:
+    """The process that holds the run; None if there is none, or the file is damaged."""
+    try:
+        return Holder(**json.loads(_file(run).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def live_holder(run: Path) -> Holder | None:
+    """Who writes the run now. Takes up to `PATIENCE` seconds when someone did and says nothing."""
+    found = holder(run)
+    if found is None or found.is_gone():
+        return None
+    beat, end = _beat(run), time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        if _beat(run) != beat:
+            return holder(run)
+    return None
+
+
+class Lease:
+    """The right to write a run, from `claim` until it is released or lost.
+
+    `stop_requested` turns true when someone has asked for that by `request_stop`.
+    """
+
+    def __init__(self, run: Path, me: Holder) -> None:
+        self._run = run
+        self._me = me
+        self._released = threading.Event()
+        self.stop_requested = stop_file(run).exists()
+        threading.Thread(target=self._show_life, daemon=True).start()
+
+    @property
+    def job_id(self) -> str | None:
+        """The scheduler's number of the job that holds the run."""
+        return self._me.job
+
+    @property
+    def token(self) -> str:
+        """Names this claim."""
+        return self._me.token
+
+    def check(self) -> None:
+        """Return if this process still is the one that writes.
+
+        Raises:
+            LeaseLost: another start has taken over.
+        """
+        found = holder(self._run)
+        if found is None or found.token != self._me.token:
+            raise LeaseLost(
+                f"{found or 'another start'} has taken over {self._run}: "
+                f"{self._me} stops without writing"
+            )
+
+    def release(self) -> None:
+        """Let the next start begin at once."""
+        self._released.set()
+        found = holder(self._run)
+        if found is not None and found.token == self._me.token:
+            _file(self._run).unlink(missing_ok=True)
+
+    def _show_life(self) -> None:
+        while not self._released.wait(BEAT):
+            try:
+                found = holder(self._run)
+                if found is None or found.token != self._me.token:
+                    return
+                os.utime(_file(self._run))
+                self.stop_requested = stop_file(self._run).exists()
+            except OSError:
+                continue  # a network file system may fail for a while
+
+
+def claim(run: Path) -> Lease:
+    """Take the right to write `run`.
+
+    Raises:
+        ValueError: another job writes it.
+    """
+    me, before = Holder.here(), holder(run)
+    if before is not None and not before.is_followed_by(me):
+        busy = live_holder(run)
+        if busy is not None:
+            raise ValueError(
+                f"{busy} is writing {run}: wait for it, stop it with `python -m launch stop {run}`,"
+                " or name another --run directory"
+            )
+    _file(run).parent.mkdir(parents=True, exist_ok=True)
+    files.write(_file(run), json.dumps(asdict(me), indent=1) + "\n", writer=me.token)
+    return Lease(run, me)
+
+
+def stop_file(run: Path) -> Path:
+    """While it exists, the run saves, leaves and is not started again."""
+    return run / "launch" / "stop"
+
+
+def request_stop(run: Path) -> None:
+    """Ask the process that writes the run to save and leave."""
+    stop_file(run).touch()
+
+
+def _file(run: Path) -> Path:
+    return run / "launch" / "writer.json"
+
+
+def _beat(run: Path) -> int:
+    """The last sign of life. Opening the file makes a network file system look afresh."""
+    try:
+        with _file(run).open() as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return 0

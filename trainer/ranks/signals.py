@@ -1,0 +1,54 @@
+"""A signal becomes a flag; the ranks agree on it and leave together.
+
+No rank acts on a signal alone: one that left at its own step would leave the others waiting in
+a collective. The training loop folds `stop_requested` into what all ranks agree on at every step.
+"""
+
+import signal
+import time
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Seconds after which another Ctrl-C means it. torchrun passes on the one that its terminal also
+# gave to the ranks.
+PATIENCE = 3.0
+
+
+class Preemption:
+    """While entered, a stop signal only sets `stop_requested`; a later Ctrl-C interrupts."""
+
+    def __init__(self, signals: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
+        self.stop_requested = False
+        self._signals = tuple(signals)
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def record_early(self) -> None:
+        """Set `stop_requested` before this is entered too; but let Ctrl-C end the process at once.
+
+        For a process that has long imports ahead of it, in which a signal would kill it.
+        """
+        for number in (n for n in self._signals if n != signal.SIGINT):
+            signal.signal(number, self._on_signal)
+            # A signal that is repeated must not kill Python while it ends.
+            self._before[number] = signal.SIG_IGN
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __enter__(self) -> "Preemption":
+        for number in self._signals:
+            self._before.setdefault(number, signal.signal(number, self._on_signal))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self.stop_requested:
+            self.stop_requested = True
+            self._since = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
+            raise KeyboardInterrupt

@@ -1,0 +1,180 @@
+"""Who am I: the rank of this process among all, read once from whatever launched it.
+
+Every launcher tells its processes apart in its own words. `join` translates them into one
+`World`, which is passed down from there on, and into the six variables that torch and
+DeepSpeed read. In the trainer, mpi4py is imported here alone.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, replace
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all processes of the run, and where they meet."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    launcher: str = "alone"
+    #: Whether the launcher shows each process its own GPU alone, which then is number 0.
+    own_gpu: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes the run."""
+        return self.rank == 0
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which torch.distributed and DeepSpeed find each other."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | None = None) -> World:
+    """The `World` of this process; sets torch's variables in `env`.
+
+    Understands torchrun and `deepspeed` (RANK ...), `srun` (SLURM_PROCID ...), `mpirun` of Open
+    MPI or MPICH (through mpi4py), and a process on its own.
+
+    Raises:
+        ValueError: fewer or more processes came up than `expected_size`. Launchers that fail to
+            find each other start every rank as a world of one; all would write the same run.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = _from_torch(env)
+    elif "OMPI_COMM_WORLD_RANK" not in env and "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        # Inside a Slurm job mpirun may start its own daemons by srun: those are no ranks of ours.
+        world = _from_slurm(env)
+    elif any(name in env for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")):
+        world = _from_mpi(env)
+    else:
+        world = World(port=_free_port())
+    if expected_size is not None and world.size != expected_size:
+        raise ValueError(
+            f"{world.size} processes came up ({world.launcher}), {expected_size} were asked for: "
+            "the launcher's ranks did not find each other; check its --mpi or --nnodes options"
+        )
+    env.update(world.environment())
+    own_gpu = "SLURM_PROCID" in env and "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
+    return replace(world, own_gpu=own_gpu)
+
+
+def set_environment(world: World) -> None:
+    """Let torch.distributed and DeepSpeed find the world in this process's environment."""
+    os.environ.update(world.environment())
+
+
+def is_main_process(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is rank 0, also where joining the world has failed."""
+    return env.get("RANK", "0") == "0"
+
+
+def process_name(env: Mapping[str, str] = os.environ) -> str:
+    """Such as "rank 3 on gpu07"."""
+    return f"rank {env.get('RANK', '0')} on {socket.gethostname()}"
+
+
+@dataclass(frozen=True)
+class SchedulerJob:
+    """The scheduler's job that this process is part of, and how often it was started before."""
+
+    job_id: str | None
+    start: int
+
+
+def step_hosts(env: Mapping[str, str] = os.environ) -> list[str]:
+    """The hosts of this Slurm step; none under another launcher."""
+    return hosts(env.get("SLURM_STEP_NODELIST", ""))
+
+
+def scheduler_job(env: Mapping[str, str] = os.environ) -> SchedulerJob:
+    """What Slurm tells this process, under whichever launcher."""
+    return SchedulerJob(env.get("SLURM_JOB_ID"), int(env.get("SLURM_RESTART_COUNT") or 0))
+
+
+def _from_torch(env: Mapping[str, str]) -> World:
+    return World(
+        rank=int(env["RANK"]),
+        size=int(env["WORLD_SIZE"]),
+        local_rank=int(env.get("LOCAL_RANK", "0")),
+        local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+        address=env.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(env.get("MASTER_PORT", DEFAULT_PORT)),
+        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> World:
+    """One task per rank; they meet on the job's first host, at a port made from the job id."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+    return World(
+        rank=int(env["SLURM_PROCID"]),
+        size=int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]),
+        local_rank=int(env["SLURM_LOCALID"]),
+        local_size=_tasks_here(env),
+        address=env.get("MASTER_ADDR") or hosts(nodes)[0],
+        port=int(env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 20000),
+        launcher="slurm",
+    )
+
+
+def _tasks_here(env: Mapping[str, str]) -> int:
+    """This node's share of SLURM_STEP_TASKS_PER_NODE, such as "4(x2),3"."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[int(env.get("SLURM_NODEID", "0"))]
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The hosts of a Slurm list: "gpu[07-09,12],cpu1" -> gpu07, gpu08, gpu09, gpu12, cpu1."""
+    found: list[str] = []
+    for prefix, inside, suffix in re.findall(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist):
+        for span in inside.split(",") if inside else [""]:
+            first, _, last = span.partition("-")
+            numbers = range(int(first), int(last or first) + 1) if first else [None]
+            found += [
+                prefix if n is None else f"{prefix}{n:0{len(first)}d}{suffix}" for n in numbers
+            ]
+    return found
+
+
+def _from_mpi(env: Mapping[str, str]) -> World:
+    from mpi4py import MPI
+
+    everyone = MPI.COMM_WORLD
+    here = everyone.Split_type(MPI.COMM_TYPE_SHARED, key=everyone.rank)
+    meeting = everyone.bcast((socket.gethostname(), _free_port()) if everyone.rank == 0 else None)
+    return World(
+        rank=everyone.rank,
+        size=everyone.size,
+        local_rank=here.rank,
+        local_size=here.size,
+        address=env.get("MASTER_ADDR")
+        or ("127.0.0.1" if here.size == everyone.size else meeting[0]),
+        port=int(env.get("MASTER_PORT") or meeting[1]),
+        launcher="mpi",
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port

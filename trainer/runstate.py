@@ -1,0 +1,59 @@
+"""`RUN/launch/state.json`: the state of a run, for programs: the job script, `status`, the tests.
+
+It tells of starts that claimed the run; one that is refused before leaves no trace here. The
+trainer's main rank writes it. A run that was killed keeps the state "running". log.txt is for
+people, and no program reads it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from data import files
+from trainer import settings
+
+State = Literal["running", "finished", "stopped", "refused", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What a run last recorded about itself."""
+
+    state: State
+    #: The clock at the last report or checkpoint.
+    images_seen: int = 0
+    #: How many times the run was started, this time included.
+    starts: int = 0
+    #: The name of the last checkpoint that was committed.
+    checkpoint: str | None = None
+    #: Why the run is no longer running.
+    why: str | None = None
+    #: The scheduler's id of the job.
+    job_id: str | None = None
+
+    @classmethod
+    def read(cls, run: Path) -> "RunState | None":
+        """The state of a run; None when the file is missing or damaged.
+
+        Raises:
+            OSError: the file cannot be read now.
+        """
+        try:
+            found = json.loads(file(run).read_text())
+            known = {field.name for field in fields(cls)}
+            table = {k: v for k, v in found.items() if k in known and v is not None}
+            state: RunState = settings.build(cls, table)
+        except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+            return None
+        return state
+
+    def write(self, run: Path, *, writer: str) -> None:
+        """Write it with one entry on each line, as the job script's `sed` expects."""
+        text = json.dumps({"format": "run-state-1", **asdict(self)}, indent=1)
+        files.write(file(run), text + "\n", writer=writer)
+
+
+def file(run: Path) -> Path:
+    """The file of a run's state."""
+    return run / "launch" / "state.json"

@@ -1,0 +1,179 @@
+"""Settings: a TOML file and the command line's changes to it become frozen dataclasses.
+
+The one reader, for presets and cluster files. What is wrong raises ValueError naming the setting,
+its value and what it must be. No torch here: a login node reads settings too.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+Table = dict[str, Any]
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The options by which every command changes settings of a preset."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="'training.lr = 1e-4'",
+        help="change a setting, written as in the file; may be repeated (default: none)",
+    )
+    parser.add_argument(
+        "--unset",
+        action="append",
+        default=[],
+        metavar="training.clip",
+        help="leave a setting out; may be repeated (default: none)",
+    )
+
+
+def find(name: str | Path, *, directory: Path) -> Path:
+    """The file that `name` means: a path that ends in .toml, or a name in `directory`.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}")
+        return path
+    names = sorted(p.stem for p in directory.glob("*.toml"))
+    if str(name) not in names:
+        raise ValueError(
+            f"unknown preset {str(name)!r}{nearest(str(name), names)}; "
+            f"there are: {', '.join(names)}"
+        )
+    return directory / f"{name}.toml"
+
+
+def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()) -> Table:
+    """The table of a TOML file, with the changes of `--set` and `--unset`.
+
+    Raises:
+        ValueError: the file or a change is unreadable, or a setting to leave out is not there.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    for change in overrides:
+        _merge(table, _parse_change(change), path=())
+    for name in unset:
+        _remove(table, name)
+    return table
+
+
+def build(kind: Any, table: Mapping[str, Any], *, name: str = "") -> Any:
+    """An instance of dataclass `kind` from a table; its keys and types must be the class's own.
+
+    `name` is the section that the table is.
+
+    Raises:
+        ValueError: a setting is unknown, missing, of another type, or out of its range.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in table:
+        if key not in fields:
+            raise ValueError(f"unknown setting {join(name, key)!r}{nearest(key, fields)}")
+    for key, field in fields.items():
+        if key not in table and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"setting {join(name, key)!r} is missing")
+    return kind(**{k: _convert(hints[k], v, name=join(name, k)) for k, v in table.items()})
+
+
+def join(section: str, key: str) -> str:
+    """The dotted name of a setting."""
+    return f"{section}.{key}" if section else key
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (nearest: {close[0]!r})" if close else ""
+
+
+def _convert(hint: Any, value: Any, *, name: str) -> Any:
+    """`value` as type `hint`, losslessly: an int may stand for a float, a list for a tuple."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(a for a in arguments if a is not type(None))
+        return _convert(inner, value, name=name)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} = {value!r}: must be a section, [{name}]")
+        return build(hint, value, name=name)
+    if origin is Literal:
+        return _choose(arguments, value, name=name)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], v, name=f"{name}[{i}]") for i, v in enumerate(value))
+    if isinstance(value, Mapping) and _is_mapping(origin):
+        return {key: _convert(arguments[1], v, name=join(name, key)) for key, v in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name} = {value!r}: must be {_said(hint)}")
+    return value
+
+
+def _choose(choices: tuple[Any, ...], value: Any, *, name: str) -> Any:
+    if value not in choices:
+        known = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} = {value!r}: must be one of {known}")
+    return value
+
+
+def _is_mapping(origin: Any) -> bool:
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _said(hint: Any) -> str:
+    """A type as the writer of a TOML file knows it."""
+    origin = typing.get_origin(hint)
+    if _is_mapping(origin):
+        return "a table of strings"
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    return "a list" if origin is tuple else names[hint]
+
+
+def _parse_change(text: str) -> Table:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise ValueError(
+            f"--set {text!r} is not TOML; write it as in the file: --set 'training.lr = 1e-4', "
+            """--set 'training.precision = "bf16"'"""
+        ) from None
+
+
+def _merge(table: Table, change: Mapping[str, Any], *, path: tuple[str, ...]) -> None:
+    for key, value in change.items():
+        if isinstance(value, Mapping):
+            inner = table.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"--set: {'.'.join((*path, key))} is a value, not a section")
+            _merge(inner, value, path=(*path, key))
+        else:
+            table[key] = value
+
+
+def _remove(table: Table, name: str) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = table.get(section)
+        table = inner if isinstance(inner, dict) else {}
+    if key not in table:
+        known = [".".join([*sections, k]) for k in table]
+        raise ValueError(f"--unset {name}: the preset has no such setting{nearest(name, known)}")
+    del table[key]

@@ -1,0 +1,87 @@
+"""All that a checkpoint holds beside tensors, captured and restored side by side.
+
+What a run needs beyond this is a function of its config and of the clock `images_seen`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class _Engine(Protocol):
+    def scalars(self) -> dict[str, Any]: ...
+    def load_scalars(self, state: dict[str, Any]) -> None: ...
+
+
+class _Timesteps(Protocol):
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """The state of a run at one moment, without its tensors."""
+
+    images_seen: int
+    #: Updates, skipped steps and the loss scaler, as `Engine.scalars` gives them.
+    engine: dict[str, Any]
+    #: What an adaptive timestep sampler has learned.
+    timesteps: dict[str, Any]
+    #: What makes the order of the data, compared on resume.
+    order: dict[str, Any]
+    #: For people: where it was written.
+    ranks: int
+    torch: str
+
+    @classmethod
+    def capture(
+        cls,
+        *,
+        images_seen: int,
+        engine: _Engine,
+        timesteps: _Timesteps,
+        order: dict[str, Any],
+        ranks: int,
+    ) -> "TrainState":
+        """The state of the parts of a run."""
+        return cls(
+            images_seen=images_seen,
+            engine=engine.scalars(),
+            timesteps=timesteps.state(),
+            order=order,
+            ranks=ranks,
+            torch=torch.__version__,
+        )
+
+    def restore(self, *, engine: _Engine, timesteps: _Timesteps) -> None:
+        """Restore the parts. The caller uses the clock and compares the order."""
+        engine.load_scalars(self.engine)
+        timesteps.load(self.timesteps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entries in a checkpoint's state.json, where the clock is called "images"."""
+        entries = dict(vars(self))
+        return {"images": entries.pop("images_seen"), **entries}
+
+    @classmethod
+    def from_json(cls, entries: Mapping[str, Any]) -> "TrainState":
+        """Read the entries back.
+
+        Raises:
+            ValueError: one is missing or of another type.
+        """
+        kinds = {"images": int, "engine": dict, "timesteps": dict, "order": dict}
+        for name, kind in kinds.items():
+            if type(entries.get(name)) is not kind:
+                found = entries.get(name)
+                raise ValueError(f"{name} = {found!r}: must be of type {kind.__name__}")
+        return cls(
+            images_seen=entries["images"],
+            engine=entries["engine"],
+            timesteps=entries["timesteps"],
+            order=entries["order"],
+            ranks=entries.get("ranks", 0),
+            torch=entries.get("torch", ""),
+        )
