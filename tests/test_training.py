@@ -235,3 +235,21 @@ def test_loss_aware_timesteps_dropout_and_recomputed_activations_resume_exactly(
         ) == [0, 0]  # fmt: skip
     assert equal(place.checkpoint("aware", 40 * STEP), place.checkpoint("aware-again", 40 * STEP))
     assert equal(place.checkpoint("thrifty", END), place.checkpoint("thrifty-again", END))
+
+
+def test_a_run_without_a_checkpoint_takes_a_corrected_config(place: Place) -> None:
+    """The first start diverged before its first checkpoint; the second has a smaller network."""
+    wide = ("training.lr = 1e20", "model.channels = 64")
+    narrow = place.arguments("corrected", sets=("model.channels = 32",))
+    (refused, finished) = place.train(place.arguments("corrected", sets=wide), narrow, world=2)
+    assert "the run has diverged" in refused and finished == 0
+    assert "model.channels changes from 64 to 32" in place.log("corrected")
+    assert equal(place.checkpoint("corrected", END), place.checkpoint("2x2", END))
+
+
+def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_again(place: Place) -> None:
+    place.fork("2x2", "emptied", images=HALF)
+    place.run("emptied").joinpath("checkpoints").rename(place.root / "elsewhere")
+    assert place.train(place.arguments("emptied"), world=2) == [0]
+    assert "was committed: the run starts from the beginning" in place.log("emptied")
+    assert place.losses("emptied") == place.losses("2x2")

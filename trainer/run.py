@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image
 
 from data import files
 from trainer import config as configs
+from trainer.checkpoint import committed
 from trainer.config import Config
 from trainer.ranks import lease as leases
 from trainer.ranks.lease import Lease, LeaseLost
@@ -118,7 +119,14 @@ class Run:
                 f"{self.path} exists and is no run directory (it has no config.toml): "
                 "name a new directory with --run"
             )
-        return changes_between(configs.load(self.config_file), config)
+        changes = changes_between(configs.load(self.config_file), config)
+        # Before the first checkpoint there is nothing that another config could not continue.
+        if fixed := fixed_among(changes) if committed(self.checkpoints) else []:
+            raise ValueError(
+                f"the run was started with another config: {', '.join(fixed)}; "
+                "give the same preset and --set, or another --run directory"
+            )
+        return changes
 
     def _contents(self) -> list[Path]:
         """Entries other than the launcher's and log.txt, which a start without a step leaves."""
@@ -171,25 +179,19 @@ class Run:
 
 
 def changes_between(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, as name -> (old, new).
-
-    Raises:
-        ValueError: one of them is part of what the run is.
-    """
+    """The settings that differ, as name -> (old, new)."""
     before, after = configs.flatten(old), configs.flatten(new)
-    changed = {
+    return {
         name: (before.get(name), after.get(name))
         for name in {**before, **after}
         if before.get(name) != after.get(name)
     }
-    fixed = [
+
+
+def fixed_among(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Those of the changes that a run with a checkpoint may not make, in words."""
+    return [
         f"{name} = {a!r} (now {b!r})"
-        for name, (a, b) in changed.items()
+        for name, (a, b) in changes.items()
         if name not in _FREE and any(name == f or name.startswith(f + ".") for f in _FIXED)
     ]
-    if fixed:
-        raise ValueError(
-            f"the run was started with another config: {', '.join(fixed)}; "
-            "give the same preset and --set, or another --run directory"
-        )
-    return changed

@@ -40,6 +40,7 @@ from trainer.ranks.lease import stop_file
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import World, join
 from trainer.run import Run
+from trainer.runstate import RunState
 from trainer.saver import Saver
 from trainer.tensorboard import Board
 
@@ -126,7 +127,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     found = start.resume_point(run, config=config, stream=plan.stream, world=world)
     images_seen = 0 if found is None else found.images_seen
     if world.is_main:
-        run.note(images_seen=images_seen, checkpoint=None if found is None else found.path.name)
+        _note_beginning(run, found)
     if images_seen >= config.training.images:
         log(f"the run is finished: {images_seen:,} images")
         return _leave(plan, context, status=0, state="finished")
@@ -188,6 +189,20 @@ def _loop(
             pin=context.device.type == "cuda",
         )
         return loop.train(to_device(batches, device=context.device))
+
+
+def _note_beginning(run: Run, found: Checkpoint | None) -> None:
+    """Note where the run begins, and log that the checkpoints of an earlier start are gone."""
+    before = RunState.read(run.path)
+    if found is None and before is not None and before.checkpoint is not None:
+        run.log(
+            f"{run.checkpoints} has no checkpoint, though {before.checkpoint} was committed: "
+            "the run starts from the beginning"
+        )
+    run.note(
+        images_seen=0 if found is None else found.images_seen,
+        checkpoint=None if found is None else found.path.name,
+    )
 
 
 def _leave_early(plan: TrainingPlan, context: RankContext, *, log: Callable[[str], None]) -> int:
