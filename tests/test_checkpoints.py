@@ -205,3 +205,15 @@ def test_the_group_can_read_every_file_of_a_run(place: Place) -> None:
 def with_an_open_umask(directory: Path, arguments: list) -> int:
     os.umask(0o002)
     return ranks.work(directory, [arguments], False)
+
+
+def test_settings_that_deepspeed_refuses_are_one_line(place: Place) -> None:
+    arguments = place.arguments("unknown")
+    file = place.root / "unknown.json"
+    ds_config = json.loads(Path(arguments[arguments.index("--ds-config") + 1]).read_text())
+    ds_config["zero_optimization"]["reduce_bucket_size"] = "large"
+    file.write_text(json.dumps(ds_config))
+    arguments[arguments.index("--ds-config") + 1] = str(file)
+    (status,) = place.train(arguments, world=2)
+    assert status.startswith("DeepSpeed refuses its settings (--ds-config): ")
+    assert "reduce_bucket_size" in status and "\n" not in status

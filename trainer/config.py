@@ -107,7 +107,7 @@ class IntervalConfig:
     checkpoint: int
     #: The newest checkpoints that are kept.
     keep: int = 3
-    #: Checkpoints at multiples of this are never pruned. Absent: only the newest are kept.
+    #: The first checkpoint at or after each multiple of this stays. Absent: the newest alone stay.
     keep_every: int | None = None
     #: Grids drawn from the EMA weights. Absent: none.
     samples: int | None = None

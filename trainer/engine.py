@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
 from trainer import ema
@@ -29,6 +30,9 @@ from trainer.partition import Partition
 WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "model", "adam-m", "adam-v"
 # Their keys in the optimizer; the averages' are the kinds themselves.
 _STATE_KEYS = {WEIGHTS: None, FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
+
+# Numbers whose fp64 copies are made at once for a norm: 32 MiB.
+_PIECE = 2**22
 
 
 def kinds(decays: Sequence[float]) -> tuple[str, ...]:
@@ -78,9 +82,7 @@ class Engine:
             weight_decay=training.weight_decay,
             fused=device.type == "cuda",
         )
-        self._ds, self._optimizer, _, _ = deepspeed.initialize(
-            model=net.to(device), optimizer=self._base, config=ds_config, dist_init_required=False
-        )
+        self._ds, self._optimizer = _initialize(net.to(device), self._base, ds_config)
         self._scaling = LossScale(self._optimizer.loss_scaler)
         self._fill_states()
         self._partition = Partition(
@@ -164,7 +166,9 @@ class Engine:
         """The L2 norm of all fp32 master weights. All ranks must call it."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for partition in self._masters():
-            total += partition.detach().double().square().sum()
+            # In pieces: the fp64 copy of a whole partition may not fit beside the training.
+            for piece in partition.detach().split(_PIECE):
+                total += piece.double().square().sum()
         torch.distributed.all_reduce(total)
         return float(total.sqrt())
 
@@ -219,6 +223,24 @@ class Engine:
             }
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _initialize(
+    net: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
+) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its optimizer.
+
+    Raises:
+        ValueError: DeepSpeed refuses the settings.
+    """
+    try:
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=net, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"DeepSpeed refuses its settings (--ds-config): {said}") from error
+    return engine, wrapped
 
 
 def check_precision(precision: str) -> None:

@@ -90,7 +90,7 @@ def begin(
         weights.fill(net, weights.load(file), source=file)
     elif initial is not None:
         weights.fill(net, initial, source="--init")
-    engine = Engine(net, config=config, ds_config=ds_config, device=device)
+    engine = agreed(lambda: Engine(net, config=config, ds_config=ds_config, device=device))
     objective = build_objective(config)
     if found is not None:
         for kind in engine.kinds[1:]:
