@@ -44,4 +44,5 @@ def test_a_process_records_signals_early_and_is_not_killed_as_it_ends() -> None:
         "os.last = Last()\n"  # goes with the modules, when Python has taken its handlers back
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    said = "\nstop requested: the run saves and stops after this step\n"
+    assert (done.returncode, done.stderr) == (0, said)

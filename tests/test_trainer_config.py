@@ -201,6 +201,18 @@ def test_the_config_command_prints_what_it_resolved_or_the_error(
 
 
 @pytest.mark.parametrize(
+    ("batch", "ranks", "near"),
+    [(64, 1, None), (1024, 8, None), (97, 1, "96 or 98"), (1016, 8, "1008 or 1024"), (6, 1, None)],
+)
+def test_a_batch_that_cuts_badly_is_told_with_one_near_it(
+    batch: int, ranks: int, near: str | None
+) -> None:
+    sets = [f"training.batch = {batch}", f"training.images = {batch}", "training.micro_batch = 64"]
+    said = configs.load("digits", sets).training.badly_cut_on(ranks)
+    assert (said is None) if near is None else (said is not None and f"{near} would" in said)
+
+
+@pytest.mark.parametrize(
     "command",
     ["trainer.config", "trainer.train", "trainer.sample", "launch", "data.pack", "data.shards"],
 )

@@ -98,6 +98,19 @@ class TrainingConfig:
             )
         return max(n for n in range(1, min(share, self.micro_batch) + 1) if share % n == 0)
 
+    def badly_cut_on(self, ranks: int) -> str | None:
+        """What to set where the batch is cut into micro-batches of less than half the limit."""
+        share, micro = self.batch // ranks, self.micro_batch_on(ranks)
+        if 2 * micro > min(share, self.micro_batch):
+            return None
+        steps = -(-share // self.micro_batch)
+        near = [ranks * steps * (share // steps), ranks * steps * -(-share // steps)]
+        return (
+            f"training.batch = {self.batch} is cut into {share // micro} micro-batches of {micro} "
+            f"on each of {ranks} ranks, though training.micro_batch = {self.micro_batch}: "
+            f"{near[0]} or {near[1]} would be {steps} of up to {self.micro_batch}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalConfig:

@@ -135,9 +135,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
         return _leave_early(plan, context, log=log)
     if world.is_main:
         run.open(config, ds_config=plan.ds_config)
-    for name, (before, now) in plan.changes.items():
-        log(f"{name} changes from {before!r} to {now!r}")
-    if line := classes.untrained(config, plan.stream.shards):
+    for line in _remarks(plan, ranks=world.size):
         log(line)
     context.watchdog.mark("building the engine")
     engine, objective = start.begin(
@@ -189,6 +187,14 @@ def _loop(
             pin=context.device.type == "cuda",
         )
         return loop.train(to_device(batches, device=context.device))
+
+
+def _remarks(plan: TrainingPlan, *, ranks: int) -> list[str]:
+    """What the log says of the config before the run begins."""
+    changed = [f"{name} changes from {a!r} to {b!r}" for name, (a, b) in plan.changes.items()]
+    config = plan.config
+    odd = (classes.untrained(config, plan.stream.shards), config.training.badly_cut_on(ranks))
+    return changed + [line for line in odd if line]
 
 
 def _note_beginning(run: Run, found: Checkpoint | None) -> None:

@@ -4,11 +4,14 @@ No rank acts on a signal alone: one that left at its own step would leave the ot
 a collective. The training loop folds `stop_requested` into what all ranks agree on at every step.
 """
 
+import os
 import signal
 import time
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
+
+from trainer.ranks.world import is_main_process
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Seconds after which another Ctrl-C means it. torchrun passes on the one that its terminal also
@@ -49,6 +52,8 @@ class Preemption:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if not self.stop_requested:
             self.stop_requested = True
+            if is_main_process():  # not by print, which a signal may have interrupted
+                os.write(2, b"\nstop requested: the run saves and stops after this step\n")
             self._since = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
             raise KeyboardInterrupt
