@@ -21,6 +21,20 @@ def raise_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def require(count: int, *, why: str) -> None:
+    """Return if this process may hold so many files open.
+
+    Raises:
+        ValueError: it may not.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        raise ValueError(
+            f"at most {soft} files may be open in this process (ulimit -n), "
+            f"and {why} need {count}: raise the hard limit (LimitNOFILE of slurmd, or limits.conf)"
+        )
+
+
 def share() -> int:
     """How many files a reader keeps open: half of what is allowed at most, and at least one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,5 +1,6 @@
 """A signal that comes while a rank is being started, to the process that a user starts."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.exits import TO_BE_CONTINUED
+from data.exits import REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
 
 #: Tells on stdout that the trainer imports torch, and waits for a line on stdin.
@@ -71,3 +72,21 @@ def test_ctrl_c_while_torch_is_imported_ends_the_process_without_a_traceback(
     status, said = signalled_in_import(tmp_path / "own" / "run", tiny, signal.SIGINT)
     assert (status, said) == (-signal.SIGINT, "")
     assert not (tmp_path / "own" / "run").exists()
+
+
+def test_training_with_too_few_open_files_is_refused_before_the_ranks_connect(
+    tmp_path: Path, tiny: Path
+) -> None:
+    """At 247 ranks the main rank would be full at the usual limit of 1024, hours into a queue."""
+    command = [sys.executable, "-m", "trainer.train", str(tiny), "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        command,
+        cwd=ranks.ROOT,
+        env=ranks.environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+    )
+    assert done.returncode == REFUSED
+    assert "at most 256 files may be open" in done.stderr and "1 ranks need 604" in done.stderr
+    assert not (tmp_path / "run").exists()

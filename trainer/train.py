@@ -287,6 +287,8 @@ def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = N
     arguments = parser().parse_args(argv)
     descriptors.raise_limit()
     world = join(expected_size=arguments.ranks)
+    # The main rank holds a connection or two of every other; the rest are files and libraries.
+    descriptors.require(4 * world.size + 600, why=f"{world.size} ranks")
     with (
         preemption or Preemption() as preemption,
         connected(world, patience=arguments.patience) as device,
