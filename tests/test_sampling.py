@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.exits import TO_BE_CONTINUED
 from tests.support import ranks
 from trainer import sample, samplefile
 from trainer.draw import tile
@@ -162,3 +163,36 @@ def test_a_grid_holds_every_image_once() -> None:
         row, column = divmod(i, 3)
         top, left = row * 34 + 1, column * 34 + 1
         assert np.array_equal(grid[:, top : top + 32, left : left + 32], images[i])
+
+
+def test_a_signal_stops_drawing_and_the_same_command_resumes(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    out = tmp_path / "a.npz"
+    ask = [*weights["unet"], "--images", "400", "--batch", "2", "--steps", "50", "--out", out]
+    job = ranks.start(tmp_path / "stopped", ranks=2, runs=[["sample", *map(str, ask)]])
+    ranks.wait_for(tmp_path / "a.parts" / "000000.npz")
+    job.signal(1, signal.SIGTERM)
+    job.signal(0, signal.SIGTERM)
+    job.wait()
+    assert job.statuses == [TO_BE_CONTINUED]
+    assert "stopped by a signal; rerun the same command to resume" in job.text
+    assert not out.exists()
+    few = [*weights["unet"], "--images", "8", "--batch", "2", "--steps", "5"]
+    (refused,) = ranks.sample(tmp_path, [*few, "--out", out])
+    assert "(images was 400, is 8; steps was '50', is '5')" in str(refused)
+
+
+def test_a_second_job_on_one_file_is_refused_while_the_first_draws(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    ask = [*weights["unet"], "--images", "40", "--batch", "2", "--steps", "5"]
+    drawn = tmp_path / "a.parts" / "000000.npz"
+    run = [*ask, "--out", tmp_path / "a.npz"]
+    task = partial(draw_until, tmp_path / "first", ["sample", *map(str, run)], drawn)
+    first = ranks.fork(tmp_path / "first", task, ranks=1)
+    ranks.wait_for(drawn)
+    (refused,) = ranks.sample(tmp_path, run)
+    first.kill()
+    assert "is drawing" in str(refused) and "name another --out" in str(refused)
+    assert ranks.sample(tmp_path, run) == [0]

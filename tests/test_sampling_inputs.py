@@ -1,13 +1,16 @@
 """What a sampling request may not be given: each is refused in one line before drawing."""
 
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.support import ranks
 from trainer import config as configs
+from trainer import sample
 from trainer.adm.unet import build
 
 
@@ -146,3 +149,34 @@ def test_an_upsampler_refuses_a_torn_low_res_file_and_labels_it_does_not_know(
     for status, message in zip(refused, expected, strict=True):
         assert "--low-res" in str(status) and message in str(status)
     assert drawn == 0 and ranks.arrays(tmp_path / "whole-8.npz")[1].tolist() == [7, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scale", "2"], "--scale = 2.0: must be absent without --classifier"),
+        (["--classifier-preset", "x"], "--classifier-preset = 'x': must be absent without"),
+        (["--ema", "0.5"], "--ema = 0.5: must be absent for a weights file"),
+        (["--eta", "-1"], "--eta = -1.0: must be from 0 to 1"),
+        (["--eta", "2"], "--eta = 2.0: must be from 0 to 1"),
+        (["--eta", "nan"], "--eta = nan: must be from 0 to 1"),
+        (["--scale", "nan"], "--scale = nan: must be a finite number"),
+        (["--out", "scale1.5"], "--out = 'scale1.5': must be a file that ends in .npz"),
+        (["--images", "0"], "--images = 0: must be at least 1"),
+    ],
+)
+def test_an_option_that_would_be_ignored_or_means_nothing_is_refused(
+    options: list[str], message: str
+) -> None:
+    words = ["unet.pt", "--preset", "digits", "--out", "a.npz", *options]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample.check_options(sample.parser().parse_args(words))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_drawing(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "a.npz"
+    (status,) = ranks.sample(tmp_path, [*weights["unet"], "--images", "2", "--out", out])
+    assert "cannot write" in str(status) and "name another --out" in str(status)

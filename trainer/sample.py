@@ -6,49 +6,96 @@ result is what the ADM evaluator reads: uint8 NHWC in `arr_0`, labels in `arr_1`
 """
 
 import argparse
+import math
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
-from data.exits import CommandParser
-from trainer.adm.config import UNetConfig
+from data.exits import TO_BE_CONTINUED, CommandParser
+from trainer.adm.config import UNetConfig, check
 from trainer.draw import DTYPES
 from trainer.networks import SampleInputs, check_guide
 from trainer.parts import PartSampler, SampleRequest
 from trainer.progress import Progress
 from trainer.ranks.group import agreed, connected, from_main, gather, run_as_rank
+from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
-from trainer.samplefile import merge, open_parts, part_fault, read_low_res, write_part
+from trainer.samplefile import claimed, merge, open_parts, part_fault, read_low_res, write_part
 
 
-def sample(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
+def sample(
+    arguments: argparse.Namespace, *, world: World, device: torch.device, preemption: Preemption
+) -> int:
     """Draw what was asked for; returns the exit status."""
     out: Path = arguments.out
+    agreed(lambda: check_options(arguments))
     directory = out.with_suffix(".parts")
     sources = from_main(lambda: SampleInputs.find(arguments))
     request, sampler = agreed(lambda: prepare(arguments, sources=sources, device=device))
     from_main(lambda: open_parts(directory, out, vars(request)))
+    with ExitStack() as stack:
+        agreed(lambda: stack.enter_context(claimed(directory)) if world.is_main else None)
+        return _sample(request, sampler, out=out, world=world, preemption=preemption)
+
+
+def _sample(
+    request: SampleRequest, sampler: PartSampler, *, out: Path, world: World, preemption: Preemption
+) -> int:
+    directory = out.with_suffix(".parts")
     files = [directory / f"{part:06d}.npz" for part in range(request.parts)]
     todo = _undrawn(files, request=request, size=sampler.image_size, world=world)
     mine = todo[world.rank :: world.size]
     total = len(mine) * sampler.steps
     progress = Progress(total=total, done=0, unit="denoising steps", shown=world.is_main)
-    for count, part in enumerate(mine):
-        write_part(files[part], *sampler.draw(part, on_step=progress.advance))
+
+    def on_step() -> None:
+        progress.advance()
+        if preemption.stop_requested:
+            raise _StoppedError
+
+    with suppress(_StoppedError):
+        for count, part in enumerate(mine):
+            write_part(files[part], *sampler.draw(part, on_step=on_step))
+            if world.is_main:
+                each = f"batch {count + 1} of {len(mine)} on each of {world.size} ranks"
+                print(f"{each}, {progress.left()} left", flush=True)
+    if not all(gather(all(files[part].exists() for part in mine))):
         if world.is_main:
-            each = f"batch {count + 1} of {len(mine)} on each of {world.size} ranks"
-            print(f"{each}, {progress.left()} left", flush=True)
-    dist.barrier()
+            print("stopped by a signal; rerun the same command to resume")
+        return TO_BE_CONTINUED
     columns = len(request.classes or ())
     shown = columns if 0 < columns <= 20 else None
     from_main(lambda: merge(files, out, images=request.images, columns=shown))
     if world.is_main:
         print(f"wrote {out} and {out.with_suffix('.png')}")
     return 0
+
+
+class _StoppedError(Exception):
+    """A signal has come between two denoising steps."""
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that would be ignored, and values that mean nothing.
+
+    Raises:
+        ValueError: naming the option, its value and what it must be.
+    """
+    guided, from_run = arguments.classifier is not None, arguments.source.is_dir()
+    check(arguments.out.suffix == ".npz", "--out", str(arguments.out), "a file that ends in .npz")
+    check(arguments.images >= 1, "--images", arguments.images, "at least 1")
+    check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1")
+    eta, scale = arguments.eta, arguments.scale
+    check(eta is None or 0 <= eta <= 1, "--eta", eta, "from 0 to 1")
+    check(scale is None or math.isfinite(scale), "--scale", scale, "a finite number")
+    check(guided or scale is None, "--scale", scale, "absent without --classifier")
+    preset = arguments.classifier_preset
+    check(guided or preset is None, "--classifier-preset", preset, "absent without --classifier")
+    check(from_run or arguments.ema is None, "--ema", arguments.ema, "absent for a weights file")
 
 
 def _undrawn(
@@ -81,15 +128,13 @@ def prepare(
     model = source.config.model
     if not isinstance(model, UNetConfig):
         raise ValueError(f"{source.file} is a classifier; give it as --classifier")
-    if arguments.images < 1 or arguments.batch < 1:
-        raise ValueError("--images and --batch must be at least 1")
     low_res, low_labels = read_low_res(arguments.low_res, model=model, images=arguments.images)
     count = model.num_classes
     if classifier is not None:
         check_guide(classifier, network=source)
         count = classifier.config.model.num_classes
     classes = _classes(arguments.classes, low_labels, count=count)
-    eta = arguments.eta
+    eta, scale = arguments.eta, 1.0 if arguments.scale is None else arguments.scale
     if eta is None and arguments.steps.startswith("ddim"):
         eta = 0.0
     request = SampleRequest(
@@ -98,7 +143,7 @@ def prepare(
         seed=arguments.seed,
         steps=arguments.steps,
         eta=eta,
-        scale=arguments.scale if classifier is not None else 0.0,
+        scale=scale if classifier is not None else 0.0,
         classes=classes,
         precision=arguments.precision,
         device=device.type,
@@ -155,8 +200,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--classifier-preset", help="the preset of a classifier's weights file (default: its run's)"
     )
-    scale = "multiply the classifier's gradient by this (default: %(default)s)"
-    add("--scale", type=float, default=1.0, help=scale)
+    scale = "multiply the classifier's gradient by this (default: 1.0)"
+    add("--scale", type=float, help=scale)
     add("--classes", help="draw these classes in turn, such as 0,3,7 (default: all)")
     low_res = "the .npz of samples that an upsampler enlarges (required for one)"
     add("--low-res", type=Path, help=low_res)
@@ -164,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     precision = "compute in this precision (default: as trained; fp32 on a CPU)"
     add("--precision", choices=sorted(DTYPES), help=precision)
     add("--seed", type=int, default=0, help="the seed of all noise (default: %(default)s)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
     return p
 
 
@@ -172,8 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     world = join()
     # Ranks wait for the slowest one's last batch, which may take long.
-    with connected(world, patience=4 * 3600) as device:
-        return sample(arguments, world=world, device=device)
+    with Preemption() as preemption, connected(world, patience=4 * 3600) as device:
+        return sample(arguments, world=world, device=device, preemption=preemption)
 
 
 if __name__ == "__main__":

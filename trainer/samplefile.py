@@ -9,6 +9,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from data import files
 from trainer.adm.config import UNetConfig
 from trainer.draw import tile
+from trainer.ranks import lease as leases
 
 # The most images in the PNG.
 GRID = 100
@@ -72,8 +74,14 @@ def open_parts(parts: Path, out: Path, request: Mapping[str, Any]) -> None:
     if recorded == wanted:
         return
     if recorded is not None:
+        differing = [
+            f"{name} was {recorded.get(name)!r}, is {wanted.get(name)!r}"
+            for name in {**recorded, **wanted}
+            if recorded.get(name) != wanted.get(name)
+        ]
         raise ValueError(
-            f"{parts} holds parts of another request: remove it, or name another --out"
+            f"{parts} holds parts of another request ({'; '.join(differing)}): give the same "
+            "options, remove it, or name another --out"
         )
     left = sorted(path.name for path in parts.iterdir()) if parts.exists() else []
     if any(name.endswith(".npz") for name in left):
@@ -81,12 +89,31 @@ def open_parts(parts: Path, out: Path, request: Mapping[str, Any]) -> None:
             f"{parts / REQUEST} is missing or damaged, so it is not known of which request "
             f"the parts beside it are: remove {parts} to draw them again, or name another --out"
         )
-    if foreign := [n for n in left if n != REQUEST and not n.endswith(".partial")]:
+    known = (REQUEST, "launch")
+    if foreign := [n for n in left if n not in known and not n.endswith(".partial")]:
         raise ValueError(f"{parts} holds other files ({foreign[0]}): name another --out")
-    parts.mkdir(parents=True, exist_ok=True)
-    files.sync(parts.parent)
-    with files.whole(parts / REQUEST) as stream:
-        stream.write(json.dumps(wanted).encode())
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        files.write(parts / REQUEST, json.dumps(wanted))
+        files.sync(parts.parent)
+    except OSError as error:
+        raise ValueError(f"cannot write {parts}: {error}; name another --out") from None
+
+
+@contextmanager
+def claimed(parts: Path) -> Iterator[None]:
+    """The right to draw these parts while entered.
+
+    Raises:
+        ValueError: another process is drawing them.
+    """
+    if (busy := leases.live_holder(parts)) is not None:
+        raise ValueError(f"{busy} is drawing {parts}: wait for it, or name another --out")
+    lease = leases.claim(parts)
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 def _recorded(record: Path) -> dict[str, Any] | None:

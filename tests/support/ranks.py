@@ -193,9 +193,10 @@ def work(directory: Path, runs: list[list[str]], fp16: bool) -> int:
         context = train.RankContext(
             world=world, device=device, preemption=preemption, watchdog=watchdog
         )
+        draw = partial(sample.sample, world=world, device=device, preemption=preemption)
         tools: dict[str, tuple[Callable, Callable]] = {
             "train": (train.parser, partial(train.train, context=context)),
-            "sample": (sample.parser, partial(sample.sample, world=world, device=device)),
+            "sample": (sample.parser, draw),
         }
         for tool, *arguments in runs:
             parser, use = tools[tool]
