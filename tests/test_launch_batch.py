@@ -18,6 +18,7 @@ _PROGRAMS = {
 case "$*" in *"launch check"*) step=check ;; *) step=ranks ;; esac
 echo $step >> started
 echo $$ > step
+case "$SLURM_EXPORT_ENV $*" in *--export=ALL*) ;; NONE*) unset PYTHONPATH ;; esac
 tell() { kill -s "$1" "$PPID"; }
 . ./$step.sh""",
     "scancel": 'kill -USR1 "$(cat step)"; touch signalled',
@@ -47,10 +48,12 @@ class Bash:
         check: str | None = None,
         setup: str = ":",
         seconds_to_save: int = 1,
+        **variables: str,
     ) -> int:
         """Run a start of the job; the status it ends with.
 
-        `ranks` and `check` are what those steps do; `tell USR1` signals the script.
+        `ranks` and `check` are what those steps do; `tell USR1` signals the script. `variables` are
+        the environment that Slurm gives the script.
         """
         settings = clusters.load(ROOT / "launch" / "clusters" / "slurm.toml")
         job = Job(
@@ -75,6 +78,7 @@ class Bash:
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "n1",
             "SLURM_RESTART_COUNT": str(number),
+            **variables,
         }
         script = subprocess.run(["bash"], input=slurm.text(job), text=True, env=env, timeout=120)
         return script.returncode
@@ -170,3 +174,9 @@ def test_what_is_refused_or_faulty_is_not_started_again(bash: Bash) -> None:
     assert "the check above found a fault; not started" in bash.events
     assert bash.text("started") == "ranks\ncheck\n"
     assert not bash.requeued
+
+
+def test_a_job_submitted_with_export_none_runs_the_snapshot(bash: Bash) -> None:
+    note = 'echo "$PYTHONPATH" >> paths'
+    bash.start(ranks=note, check=note, SLURM_EXPORT_ENV="NONE")
+    assert bash.text("paths") == 2 * f"{bash.directory}/run/code\n"

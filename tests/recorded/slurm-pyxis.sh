@@ -105,6 +105,7 @@ if [ -n "$told" ]; then
   exit 75
 fi
 srun \
+  --export=ALL \
   --kill-on-bad-exit=0 \
   --wait=60 \
   --label \

@@ -103,6 +103,7 @@ export PYTHONSAFEPATH=1
 
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
 srun \
+  --export=ALL \
   --kill-on-bad-exit=0 \
   --wait=60 \
   --label \
@@ -126,6 +127,7 @@ if [ -n "$told" ]; then
   exit 75
 fi
 srun \
+  --export=ALL \
   --kill-on-bad-exit=0 \
   --wait=60 \
   --label \
