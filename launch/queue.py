@@ -1,8 +1,16 @@
 """Slurm's queue: submit, query, cancel. The only module that talks to Slurm."""
 
+import os
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+
+# Variables by which Slurm's commands find the cluster and prove who asks.
+_REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
+# Options whose variables users set once in their shell, such as SBATCH_ACCOUNT. They count where
+# the script has no such option; for Slurm alone a variable would outrank the script.
+_DEFAULTS = ("account", "partition", "qos", "reservation")
 
 
 def submit(script: Path) -> str:
@@ -11,7 +19,20 @@ def submit(script: Path) -> str:
     Raises:
         ValueError: Slurm rejects it.
     """
-    return _slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    env = environment(os.environ, text=script.read_text())
+    return _slurm("sbatch", "--parsable", str(script), env=env).strip().partition(";")[0]
+
+
+def environment(env: Mapping[str, str], *, text: str) -> dict[str, str]:
+    """The environment to submit a script of this text in: no variable changes what the text says.
+
+    From within a job, such as that of salloc, sbatch would take over options of that job from the
+    variables SBATCH_*, and hand on SLURM_* and SRUN_*, which contradict those of the new job.
+    """
+    absent = (name for name in _DEFAULTS if f"#SBATCH --{name}=" not in text)
+    kept = {*_REACH, *(f"SBATCH_{name.upper()}" for name in absent)}
+    ours = ("SLURM_", "SBATCH_", "SRUN_")
+    return {k: v for k, v in env.items() if k in kept or not k.startswith(ours)}
 
 
 def state(job_id: str) -> str | None:
@@ -55,9 +76,9 @@ def cancel(job_id: str) -> None:
     _slurm("scancel", job_id)
 
 
-def _slurm(*command: str) -> str:
+def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{command[0]} did not respond: {error}") from None
     if done.returncode:

@@ -1,0 +1,65 @@
+"""Submission, with a stand-in for sbatch: what it is given, and what is shown of its answer."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+
+Sbatch = Callable[[str], None]
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sbatch:
+    """Makes sbatch a bash script of these lines, in the directory of the test."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+
+    def install(lines: str) -> None:
+        file = tmp_path / "bin" / "sbatch"
+        file.parent.mkdir()
+        file.write_text(f"#!/bin/bash\n{lines}\n")
+        file.chmod(0o755)
+
+    return install
+
+
+def submit(*lines: str) -> int:
+    """Submit the digits by a cluster file with these lines in its section [slurm]."""
+    Path("site.toml").write_text("\n".join(["[slurm]", *lines]))
+    return main(["digits", "--run", "run", "--cluster", "site.toml"])
+
+
+def test_a_job_submitted_from_an_interactive_job_inherits_nothing_of_it(
+    sbatch: Sbatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch("env > env.txt; echo 7")
+    inherited = {
+        "SLURM_JOB_ID": "6",
+        "SLURM_MEM_PER_CPU": "500",
+        "SLURM_CPU_BIND": "none",
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_EXPORT": "NONE",
+        "SRUN_CPUS_PER_TASK": "1",
+    }
+    reach = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "east", "SLURM_JWT": "x"}
+    for name, value in {**inherited, **reach}.items():
+        monkeypatch.setenv(name, value)
+    assert submit() == 0
+    seen = set(Path("env.txt").read_text().splitlines())
+    assert not seen & {f"{name}={value}" for name, value in inherited.items()}
+    assert seen >= {f"{name}={value}" for name, value in reach.items()}
+
+
+@pytest.mark.parametrize("lines", [(), ('account = "file"',)], ids=["", "in the file"])
+def test_an_account_in_the_shell_counts_unless_the_cluster_file_names_one(
+    lines: tuple[str, ...], sbatch: Sbatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch("env > env.txt; echo 7")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "shell")
+    assert submit(*lines) == 0
+    assert ("SBATCH_ACCOUNT=shell" in Path("env.txt").read_text()) == (not lines)
