@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.cluster import Cluster
 from launch.shell import quoted
 from trainer.adm.config import check
+from trainer.ranks import world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +105,14 @@ class Job:
 
 
 def preamble(job: Job) -> str:
-    """The first lines of every script: the directory, the site's setup, the environment."""
+    """The first lines of every script: the directory, the site's setup, the environment.
+
+    What the user's shell says of ranks is of another job. The setup and the environment may set it.
+    """
+    forget = f"unset {quoted(world.VARIABLES)}"
     exports = [f"export {name}={quoted([value])}" for name, value in job.environment.items()]
     python = Path(job.cluster.python)
     if python.is_absolute():  # the tools beside it go first, as in an activated environment
         exports.insert(0, f"export PATH={quoted([python.parent])}:$PATH")
-    return "\n".join([f"cd {quoted([job.directory])} || exit", *job.cluster.setup, *exports])
+    begin = [f"cd {quoted([job.directory])} || exit", forget]
+    return "\n".join([*begin, *job.cluster.setup, *exports])

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Bash:
         ranks: str,
         check: str | None = None,
         setup: str = ":",
+        environment: Mapping[str, str] | None = None,
         seconds_to_save: int = 1,
         **variables: str,
     ) -> int:
@@ -61,7 +63,12 @@ class Bash:
             nodes=1,
             gpus_per_node=1,
             directory=self.directory,
-            cluster=replace(settings, seconds_to_save=seconds_to_save, setup=(setup,)),
+            cluster=replace(
+                settings,
+                seconds_to_save=seconds_to_save,
+                setup=(setup,),
+                environment=environment or {},
+            ),
             check=check is not None,
         )
         job.records.mkdir(parents=True, exist_ok=True)
@@ -180,3 +187,12 @@ def test_a_job_submitted_with_export_none_runs_the_snapshot(bash: Bash) -> None:
     note = 'echo "$PYTHONPATH" >> paths'
     bash.start(ranks=note, check=note, SLURM_EXPORT_ENV="NONE")
     assert bash.text("paths") == 2 * f"{bash.directory}/run/code\n"
+
+
+def test_ranks_do_not_believe_the_variables_of_the_shell_that_submitted_them(bash: Bash) -> None:
+    shell = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "elsewhere"}
+    note = 'echo "$MASTER_ADDR, $RANK, $WORLD_SIZE, $LOCAL_RANK, $MASTER_PORT" >> world'
+    bash.start(ranks=note, MASTER_PORT="1", **shell)
+    bash.start(ranks=note, environment={"MASTER_ADDR": "n7"}, **shell)
+    bash.start(ranks=note, setup="export MASTER_PORT=29517", **shell)
+    assert bash.text("world") == ", , , , \nn7, , , , \n, , , , 29517\n"

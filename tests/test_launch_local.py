@@ -16,7 +16,7 @@ touch started
 for try in {1..600}; do sleep 0.1; done"""
 
 
-def start(directory: Path, *, ranks: str) -> "subprocess.Popen[bytes]":
+def start(directory: Path, *, ranks: str, **variables: str) -> "subprocess.Popen[bytes]":
     """Start a run whose interpreter does as `ranks` says, in bash, in `directory`."""
     python, settings = directory / "python", directory / "site.toml"
     python.write_text(f"#!/bin/bash\n{ranks}\n")
@@ -26,7 +26,7 @@ def start(directory: Path, *, ranks: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [sys.executable, "-m", "launch", *words],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         start_new_session=True,
         # A shell starts background jobs with SIGINT ignored, which bash could not trap.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -44,3 +44,8 @@ def test_ctrl_c_lets_the_ranks_save(tmp_path: Path) -> None:
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does
     assert job.wait(timeout=60) == 75
     assert (tmp_path / "saved").exists()
+
+
+def test_a_rank_in_the_shell_is_not_believed(tmp_path: Path) -> None:
+    shell = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere"}
+    assert start(tmp_path, ranks='exit "${WORLD_SIZE:-0}"', **shell).wait(timeout=60) == 0

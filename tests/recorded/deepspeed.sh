@@ -1,6 +1,7 @@
 #!/bin/bash
 # imagenet64: 64 x 8 ranks by deepspeed.
 cd /home/me/adm || exit
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export PATH=/home/me/adm/.venv/bin:$PATH
 export GLOO_SOCKET_IFNAME=eth0
 export NCCL_SOCKET_IFNAME=eth0

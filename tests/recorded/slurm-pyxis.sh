@@ -93,6 +93,7 @@ finish() {
 }
 
 cd /home/me/adm || exit
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export PYTHONPATH=/runs/imagenet64/code

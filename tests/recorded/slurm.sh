@@ -93,6 +93,7 @@ finish() {
 }
 
 cd /home/me/adm || exit
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 module load cuda/12.6
 export PATH=/home/me/adm/.venv/bin:$PATH
 export NCCL_SOCKET_IFNAME=ib0

@@ -45,6 +45,10 @@ class World:
         }
 
 
+# The variables of `World.environment`, which a rank believes.
+VARIABLES = tuple(World().environment())
+
+
 def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | None = None) -> World:
     """The `World` of this process; sets torch's variables in `env`.
 
