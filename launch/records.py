@@ -4,6 +4,7 @@ The checkout may change while a job waits in a queue or between its starts; the 
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,11 +23,13 @@ _CODE = ("trainer", "data", "launch")
 
 @dataclass(frozen=True)
 class Submitted:
-    """The launcher and the size of the job that was last started on a run."""
+    """The job that was last started on a run: its launcher, its size, the run's directory."""
 
     launcher: str
     nodes: int
     gpus_per_node: int
+    #: None in records of earlier releases.
+    run: str | None = None
 
     @classmethod
     def of(cls, run: Path) -> "Submitted | None":
@@ -38,9 +41,22 @@ class Submitted:
             return None
         return submitted
 
+    def is_of(self, run: Path) -> bool:
+        """Whether this is a record of the job of `run`, and did not come with a copy of its files.
+
+        A directory on another machine, or one that is gone, is another run's: its job is not ours.
+        """
+        try:
+            return self.run is None or os.path.samefile(self.run, run)
+        except FileNotFoundError:
+            return False
+
 
 def job_id(run: Path) -> str | None:
     """Slurm's id of the run's last job; None where none was submitted."""
+    submitted = Submitted.of(run)
+    if submitted is not None and not submitted.is_of(run):
+        return None
     try:
         return (run / "launch" / "job").read_text().strip() or None
     except (OSError, UnicodeDecodeError):
@@ -97,6 +113,7 @@ def prepare(job: Job, *, preset: Path) -> Path:
         "launcher": job.cluster.launcher,
         "nodes": job.nodes,
         "gpus_per_node": job.gpus_per_node,
+        "run": str(job.run),
     }
     files.write(job.records / "job.json", json.dumps(facts) + "\n")
     files.write(script(job), text(job))

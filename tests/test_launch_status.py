@@ -52,7 +52,7 @@ def add_events(run: Path, *events: str) -> None:
 
 def make_writer(run: Path) -> None:
     """A live process, this one, that holds the lease."""
-    holder = Holder.here()
+    holder = Holder.here(run)
     (run / "launch" / "writer.json").write_text(json.dumps(vars(holder)))
 
 

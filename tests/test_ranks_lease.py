@@ -1,5 +1,7 @@
 """One process at a time writes a run; real processes take it, hold it, lose it and die with it."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +59,9 @@ def test_the_same_job_started_again_takes_over_and_the_old_start_loses(tmp_path:
     old = hold(tmp_path, job="7", start=0)
     new = hold(tmp_path, job="7", start=1)
     said = old.communicate(timeout=60)[1]
-    assert f"LeaseLost: job 7 on {lease.Holder.here().host} has taken over {tmp_path}" in said
+    assert (
+        f"LeaseLost: job 7 on {lease.Holder.here(tmp_path).host} has taken over {tmp_path}" in said
+    )
     assert new.poll() is None
     kill(new)
 
@@ -70,3 +74,26 @@ def test_a_request_to_stop_reaches_the_writer(tmp_path: Path) -> None:
     again = lease.claim(tmp_path)
     assert again.stop_requested
     again.release()
+
+
+def test_a_copy_of_a_run_that_is_being_written_is_free_at_once(tmp_path: Path) -> None:
+    original, copy = tmp_path / "a", tmp_path / "b"
+    (original / "launch").mkdir(parents=True)
+    holder = hold(original)
+    shutil.copytree(original, copy)
+    assert lease.holder(copy) is None
+    lease.claim(copy).release()
+    with pytest.raises(ValueError, match="is writing"):
+        lease.claim(original)
+    kill(holder)
+
+
+def test_a_writer_of_the_last_release_keeps_its_run(tmp_path: Path) -> None:
+    file = tmp_path / "launch" / "writer.json"
+    holder = hold(tmp_path)
+    found = json.loads(file.read_text())
+    found.pop("run", None)
+    file.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is writing"):
+        lease.claim(tmp_path)
+    kill(holder)

@@ -38,10 +38,12 @@ class Holder:
     #: The scheduler's number of the job, and how often it was started again before.
     job: str | None
     start: int
+    #: The run's directory; None in files of earlier releases.
+    run: str | None = None
 
     @classmethod
-    def here(cls) -> "Holder":
-        """This process."""
+    def here(cls, run: Path) -> "Holder":
+        """This process, as the writer of `run`."""
         job = scheduler_job()
         return cls(
             token=secrets.token_hex(8),
@@ -50,6 +52,7 @@ class Holder:
             machine=_machine(),
             job=job.job_id,
             start=job.start,
+            run=str(run.absolute()),
         )
 
     def __str__(self) -> str:
@@ -59,6 +62,18 @@ class Holder:
     def is_followed_by(self, other: "Holder") -> bool:
         """Whether the scheduler itself started `other` in place of this one."""
         return self.job is not None and self.job == other.job and self.start < other.start
+
+    def writes(self, run: Path) -> bool:
+        """Whether it writes `run`, and not the run that `run` is a copy of.
+
+        A directory that is not found may have another name on this machine.
+        """
+        if self.run is None or self.run == str(run.absolute()):
+            return True
+        try:
+            return os.path.samefile(self.run, run)
+        except FileNotFoundError:
+            return True
 
     def is_gone(self) -> bool:
         """Whether this is a process of this machine that has ended."""
@@ -71,11 +86,12 @@ def _machine() -> str:
 
 
 def holder(run: Path) -> Holder | None:
-    """The process that holds the run; None if there is none, or the file is damaged."""
+    """The process that holds the run; None if there is none, or the file is damaged or copied."""
     try:
-        return Holder(**json.loads(_file(run).read_text()))
+        found = Holder(**json.loads(_file(run).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
+    return found if found.writes(run) else None
 
 
 def live_holder(run: Path) -> Holder | None:
@@ -152,7 +168,7 @@ def claim(run: Path) -> Lease:
     Raises:
         ValueError: another job writes it.
     """
-    me, before = Holder.here(), holder(run)
+    me, before = Holder.here(run), holder(run)
     if before is not None and not before.is_followed_by(me):
         busy = live_holder(run)
         if busy is not None:
