@@ -4,6 +4,7 @@
 that the site's own default applies.
 """
 
+import math
 import re
 import sys
 import typing
@@ -12,11 +13,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from data.progress import duration
 from trainer import settings
 from trainer.adm.config import check
 
 Launcher = Literal["slurm", "mpirun", "deepspeed", "torchrun", "alone", "kubernetes"]
 LAUNCHERS: tuple[str, ...] = get_args(Launcher)
+# Slurm's notations of a time limit: minutes, with hours or days before and seconds behind.
+_TIMES = (
+    r"(?P<minutes>\d+)(:(?P<seconds>\d+))?",
+    r"(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)",
+    r"(?P<days>\d+)-(?P<hours>\d+)(:(?P<minutes>\d+)(:(?P<seconds>\d+))?)?",
+)
+_SECONDS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+
+
+def limit(time: str) -> float:
+    """A time limit of Slurm's in seconds.
+
+    Raises:
+        ValueError: it is not in one of Slurm's notations.
+    """
+    found = [match for form in _TIMES if (match := re.fullmatch(form, time))]
+    is_unlimited = time.upper() in ("UNLIMITED", "INFINITE")
+    notations = 'such as "90" (minutes), "24:00:00", "2-00:00:00" or "UNLIMITED"'
+    check(is_unlimited or bool(found), "slurm.time", time, notations)
+    parts = found[0].groupdict() if found else {}
+    seconds = sum(_SECONDS[unit] * int(count or 0) for unit, count in parts.items())
+    return math.ceil(seconds / 60) * 60 or math.inf  # Slurm counts whole minutes; 0 is no limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +52,7 @@ class Slurm:
     qos: str | None = None
     constraint: str | None = None
     reservation: str | None = None
-    #: Slurm's own notation, such as "24:00:00" or "2-00:00:00".
+    #: Slurm's own notation, such as "24:00:00" or "2-00:00:00"; a plain number is minutes.
     time: str | None = None
     cpus_per_task: int | None = None
     #: Memory per node, such as "0" (all) or "200G".
@@ -41,6 +65,19 @@ class Slurm:
     def __post_init__(self) -> None:
         for option in self.options:
             check(option.startswith("--"), "slurm.options", option, 'such as "--name=value"')
+        self.limit()
+
+    def limit(self) -> float | None:
+        """The time limit in seconds; infinite if there is none, None if the site decides.
+
+        Raises:
+            ValueError: it is not in Slurm's notation.
+        """
+        # The last line of a script counts, and `options` come after `time`.
+        found = (re.fullmatch(r"--time[= ]+(.*)", option) for option in self.options)
+        times = [self.time, *(match[1] for match in found if match)]
+        given = [time for time in times if time is not None]
+        return limit(given[-1]) if given else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +147,8 @@ class Cluster:
         check(self.patience >= 10, "patience", self.patience, "at least 10 seconds")
         seconds = self.seconds_to_save
         check(1 <= seconds <= 65535, "seconds_to_save", seconds, "from 1 to 65535")
+        if self.launcher == "slurm" and (time := self.slurm.limit()) is not None:
+            self._check_time(time)
         for name in self.environment:
             is_name = re.fullmatch(r"[A-Za-z_]\w*", name) is not None
             check(is_name, "environment", name, "a table whose keys are names of variables")
@@ -121,6 +160,15 @@ class Cluster:
             raise ValueError(
                 f'launcher = {self.launcher!r}: must be "slurm" with a section [container]; '
                 "remove the section, and start the launcher inside the container instead"
+            )
+
+    def _check_time(self, time: float) -> None:
+        """Refuse a time limit that the ranks would only use to save."""
+        if time <= self.seconds_to_save:
+            raise ValueError(
+                f"slurm.time is {duration(time)}: must be above seconds_to_save, "
+                f"{duration(self.seconds_to_save)}, or no time is left to train; raise the former "
+                "or reduce the latter"
             )
 
 

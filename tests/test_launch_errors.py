@@ -1,6 +1,7 @@
 """User errors are refused on the login node: in one line, with status 78, nothing is written."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from data.exits import REFUSED
 from launch import cluster as clusters
 from launch import records
 from launch.__main__ import main
-from launch.cluster import Cluster
+from launch.cluster import Cluster, Slurm
 from tests.test_launch_texts import ROOT, big_job
 
 SLURM = str(ROOT / "launch" / "clusters" / "slurm.toml")
@@ -27,6 +28,10 @@ def refused(*words: object) -> None:
         ("lancher = 'slurm'", r"unknown setting 'lancher' \(nearest: 'launcher'\)"),
         ("launcher = 'pbs'", 'launcher = \'pbs\': must be one of "slurm", "mpirun"'),
         ("[slurm]\ntime = 5", "slurm.time = 5: must be a string"),
+        ("[slurm]\ntime = '1 day'", "slurm.time = '1 day': must be such as"),
+        ("[slurm]\ntime = '24h'", "slurm.time = '24h': must be such as"),
+        ("[slurm]\ntime = '1:2:3:4'", "slurm.time = '1:2:3:4': must be such as"),
+        ("[slurm]\ntime = ''", "slurm.time = '': must be such as"),
         ("seconds_to_save = 0", "seconds_to_save = 0: must be from 1 to 65535"),
         ("[slurm]\nseconds_to_save = 0", "seconds_to_save = 0: must be from 1 to 65535"),
         ("patience = 1", "patience = 1: must be at least 10 seconds"),
@@ -57,6 +62,51 @@ def test_seconds_to_save_is_still_read_from_the_section_slurm(tmp_path: Path) ->
     message = "slurm.seconds_to_save = 120: must be equal to seconds_to_save = 60, or absent"
     with pytest.raises(ValueError, match=message):
         clusters.load(file)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "time = '5'",
+        "time = '0-0:5'",
+        "time = '4:01'",
+        "time = '8:00:00'\noptions = ['--time=3']",
+        "options = ['--time 3']",
+    ],
+)
+def test_a_time_limit_that_leaves_no_time_to_train_is_refused_in_words(
+    lines: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text(f"[slurm]\n{lines}\n")
+    message = (
+        r"slurm.time is \d min 0 s: must be above seconds_to_save, 5 min 0 s, or no time is left"
+    )
+    with pytest.raises(ValueError, match=message):
+        clusters.load(file)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("6", 360),
+        ("90:30", 91 * 60),  # Slurm rounds up to minutes
+        ("2:00:00", 7200),
+        ("1-12", 36 * 3600),
+        ("1-12:30", 36 * 3600 + 1800),
+        ("1-12:30:00", 36 * 3600 + 1800),
+        ("0", math.inf),
+        ("unlimited", math.inf),
+        ("INFINITE", math.inf),
+    ],
+)
+def test_a_time_limit_is_read_as_slurm_reads_it(time: str, seconds: float) -> None:
+    assert Cluster(slurm=Slurm(time=time)).slurm.limit() == seconds
+
+
+def test_a_time_limit_of_a_minute_is_enough_where_little_is_kept_to_save() -> None:
+    site = Cluster(slurm=Slurm(time="1"), seconds_to_save=25)
+    assert site.slurm.limit() == 60
 
 
 @pytest.mark.parametrize(
