@@ -57,14 +57,20 @@ class Slurm:
     cpus_per_task: int | None = None
     #: Memory per node, such as "0" (all) or "200G".
     memory: str | None = None
-    #: The generic resource that counts GPUs, such as "gpu" or "gpu:h100".
+    #: The generic resource that counts GPUs, such as "gpu" or "gpu:h100". "none" requests none, for
+    #: sites that give whole nodes.
     gres: str = "gpu"
+    #: The option of sbatch that requests them.
+    gpus_flag: Literal["gres", "gpus-per-node", "gpus-per-task"] = "gres"
     #: Further options of sbatch, such as "--exclusive".
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for option in self.options:
             check(option.startswith("--"), "slurm.options", option, 'such as "--name=value"')
+        is_gres = re.fullmatch(r"[\w/.-]+(:(?!\d+$)[\w.-]+)?", self.gres) is not None
+        expected = 'such as "gpu" or "gpu:h100", without a number, or "none" to leave it out'
+        check(is_gres, "slurm.gres", self.gres, expected)
         self.limit()
 
     def limit(self) -> float | None:

@@ -55,12 +55,12 @@ def array_text(jobs: Sequence[Job], *, at_most: int) -> str:
 
 def _header(job: Job, *, output: str, array: str | None = None) -> str:
     slurm = job.cluster.slurm
-    options = {
+    options: dict[str, object] = {
         "job-name": job.name if array is None else f"{job.run.parent.name}-sweep",
         "array": array,
         "nodes": job.nodes,
         "ntasks-per-node": job.gpus_per_node,
-        "gres": f"{slurm.gres}:{job.gpus_per_node}",
+        **_gpus(job),
         "cpus-per-task": slurm.cpus_per_task,
         "mem": slurm.memory,
         "time": slurm.time,
@@ -75,6 +75,16 @@ def _header(job: Job, *, output: str, array: str | None = None) -> str:
     lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
     lines += [*slurm.options, "--open-mode=append", "--requeue"]
     return "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in lines)
+
+
+def _gpus(job: Job) -> dict[str, str]:
+    """The option that requests the GPUs of a node, or of each of its tasks."""
+    gres, flag = job.cluster.slurm.gres, job.cluster.slurm.gpus_flag
+    if gres == "none":
+        return {}
+    count = 1 if flag == "gpus-per-task" else job.gpus_per_node
+    kind = gres if flag == "gres" else gres.partition(":")[2]
+    return {flag: f"{kind}:{count}" if kind else f"{count}"}
 
 
 def _srun(job: Job, *program: str) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import kubeflow.training.models
 import kubernetes.client.models
@@ -109,6 +110,28 @@ def test_a_sweep_is_one_array_with_a_limit() -> None:
     text = array_text(jobs, at_most=2)
     assert "#SBATCH --array=0-2%2\n" in text
     assert all(f"  /runs/{name}/launch/job.sh\n" in text for name in ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("gres", "flag", "expected"),
+    [
+        ("gpu", "gres", "--gres=gpu:8"),
+        ("gpu:h100", "gres", "--gres=gpu:h100:8"),
+        ("gpu", "gpus-per-node", "--gpus-per-node=8"),
+        ("gpu:h100", "gpus-per-node", "--gpus-per-node=h100:8"),
+        ("gpu:h100", "gpus-per-task", "--gpus-per-task=h100:1"),
+        ("none", "gres", None),
+    ],
+)
+def test_a_site_names_the_option_that_requests_gpus(
+    gres: str, flag: Any, expected: str | None
+) -> None:
+    job = big_job("slurm")
+    options = dataclasses.replace(job.cluster.slurm, gres=gres, gpus_flag=flag)
+    site = dataclasses.replace(job.cluster, slurm=options)
+    text = records.text(dataclasses.replace(job, cluster=site))
+    said = [line for line in text.splitlines() if "gpu" in line and "partition" not in line]
+    assert [f"#SBATCH {expected}"] * bool(expected) == [s for s in said if s.startswith("#SBATCH")]
 
 
 def test_mpich_starts_the_same_ranks() -> None:
