@@ -82,6 +82,9 @@ def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{command[0]} did not respond: {error}") from None
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise ValueError(f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}")
+        said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").split(
+            "\n"
+        )
+        lines = [line.removeprefix(f"{command[0]}: ") for line in said]
+        raise ValueError(f"{command[0]}: " + "\n".join(lines))
     return done.stdout

@@ -137,7 +137,8 @@ def _job(run: Path) -> tuple[str, bool]:
     try:
         state = queue.state(job_id) or f"gone ({queue.end(job_id) or 'no record in Slurm'})"
     except ValueError as error:
-        return f"{where}: unknown ({error})", _writer(run)[1]
+        why = str(error).splitlines()[-1]
+        return f"{where}: unknown ({why})", _writer(run)[1]
     return f"{where}: {state}", state.startswith("RUNNING")
 
 

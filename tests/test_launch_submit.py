@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from data.exits import REFUSED
+from launch import status
 from launch.__main__ import main
 
 Sbatch = Callable[[str], None]
@@ -63,3 +65,32 @@ def test_an_account_in_the_shell_counts_unless_the_cluster_file_names_one(
     monkeypatch.setenv("SBATCH_ACCOUNT", "shell")
     assert submit(*lines) == 0
     assert ("SBATCH_ACCOUNT=shell" in Path("env.txt").read_text()) == (not lines)
+
+
+REFUSAL = """\
+sbatch: lua: the partition gpu needs a project.
+sbatch: lua: Your projects: east, west.
+sbatch: error: Batch job submission failed: Unspecified error"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_all_of_what_sbatch_says_on_refusal_is_shown(
+    stream: str, sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch(f"echo '{REFUSAL}' > /dev/{stream}; exit 1")
+    assert submit() == REFUSED
+    assert capsys.readouterr().err == "error: " + REFUSAL.replace("\nsbatch: ", "\n") + "\n"
+
+
+def test_the_status_has_one_line_for_what_squeue_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        "#!/bin/bash\nprintf 'squeue: error: one\\nsqueue: error: two\\n' >&2; exit 1"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "run" / "launch").mkdir(parents=True)
+    (tmp_path / "run" / "launch" / "job").write_text("7\n")
+    assert status.read(tmp_path / "run").job == "job 7: unknown (error: two)"
