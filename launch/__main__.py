@@ -10,10 +10,21 @@ Rerun the same command to resume a run. `--dry-run` prints what would be submitt
 Exit status: 78 for a user error (an option, a setting, a file).
 """
 
+import sys
+
+# Ahead of all other imports, which an older Python may not have.
+if sys.version_info < (3, 11):  # noqa: UP036
+    version = ".".join(map(str, sys.version_info[:3]))
+    print(
+        f"error: Python {version} ({sys.executable}): must be Python 3.11 or newer; load such a "
+        "module, or name the interpreter, such as `python3.11 -m launch ...`",
+        file=sys.stderr,
+    )
+    sys.exit(78)
+
 import argparse
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path

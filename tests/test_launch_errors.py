@@ -1,7 +1,10 @@
 """User errors are refused on the login node: in one line, with status 78, nothing is written."""
 
+import ast
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,3 +212,19 @@ def test_hosts_must_be_as_many_as_nodes() -> None:
     message = "--nodes = 64: must be the number of `hosts` in the cluster file, 1"
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(big_job("slurm"), cluster=one, check=False)
+
+
+OLD = """
+import runpy, sys
+sys.version_info = (3, 9, 18)
+sys.modules["tomllib"] = None
+runpy.run_module("launch", run_name="__main__")
+"""
+
+
+def test_an_old_python_on_the_login_node_is_told_which_one_is_needed() -> None:
+    ast.parse((ROOT / "launch" / "__main__.py").read_text(), feature_version=(3, 8))
+    done = subprocess.run([sys.executable, "-c", OLD], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == REFUSED
+    assert "Python 3.9.18 (" in done.stderr and "must be Python 3.11 or newer" in done.stderr
+    assert done.stderr.count("\n") == 1
