@@ -20,7 +20,8 @@ case "$*" in *"launch check"*) step=check ;; *) step=ranks ;; esac
 echo $step >> started
 echo $$ > step
 case "$SLURM_EXPORT_ENV $*" in *--export=ALL*) ;; NONE*) unset PYTHONPATH ;; esac
-tell() { kill -s "$1" "$PPID"; }
+read -r _ _ _ script _ < "/proc/$PPID/stat"  # whose background this is
+tell() { kill -s "$1" "$script"; }
 . ./$step.sh""",
     "scancel": 'kill -USR1 "$(cat step)"; touch signalled',
     "scontrol": """\

@@ -18,7 +18,6 @@ if __name__ == "__main__":
     _EARLY = Preemption()
     _EARLY.record_early()
 
-import torch
 from torch import Tensor
 
 from data import descriptors
@@ -35,7 +34,8 @@ from trainer.draw import grid_indices
 from trainer.engine import Engine, check_precision
 from trainer.loop import Loop
 from trainer.metrics import Metrics
-from trainer.ranks.group import agreed, connected, from_main, gather, run_as_rank
+from trainer.ranks.context import RankContext
+from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.lease import stop_file
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import World, join
@@ -83,20 +83,6 @@ class TrainingPlan:
             changes=run.check(config),
             weights=start.initial_weights(init, config) if init else None,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankContext:
-    """This rank's identity, device, signals and watchdog."""
-
-    world: World
-    device: torch.device
-    preemption: Preemption
-    watchdog: Watchdog
-
-    def must_leave(self) -> bool:
-        """Whether a signal has reached any rank. All ranks must call it."""
-        return any(gather(self.preemption.stop_requested))
 
 
 def train(arguments: argparse.Namespace, *, context: RankContext) -> int:

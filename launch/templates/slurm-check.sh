@@ -1,5 +1,4 @@
-@srun@ &
-finish $!
+attend @srun@
 status=$?
 if [ -z "$told" ] && [ $status -gt 128 ]; then
   again "a signal ended the check: status $status"

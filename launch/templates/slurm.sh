@@ -69,11 +69,21 @@ leave() {
   timer=$!
 }
 
-# A trap runs while bash waits, but not while a command runs in the foreground.
-finish() {
-  wait "$1"
-  while kill -0 "$1" 2> /dev/null; do wait "$1"; done  # a signal ended the wait before
-  wait "$1"
+# Run a command in the background, where a trap of this shell need not wait for it, and return its
+# status. The status goes through a file: bash loses it, and may wait for the timer of `leave`
+# instead, when that trap comes while it waits.
+attend() {
+  {
+    trap : TERM USR1  # the command itself acts on them
+    "$@"
+    echo $? > "$run/launch/ended"
+  } &
+  ranks=$!
+  wait "$ranks"
+  while kill -0 "$ranks" 2> /dev/null; do sleep 0.2; done  # a signal ended the wait
+  ended=$(cat "$run/launch/ended")
+  rm -f "$run/launch/ended"
+  return "${ended:-137}"
 }
 
 @preamble@
@@ -84,8 +94,7 @@ say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
   again "told to leave before the ranks were started"
   exit @more@
 fi
-@srun@ &
-finish $!
+attend @srun@
 status=$?
 [ -z "$timer" ] || kill "$timer" 2> /dev/null
 

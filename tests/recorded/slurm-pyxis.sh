@@ -85,11 +85,21 @@ leave() {
   timer=$!
 }
 
-# A trap runs while bash waits, but not while a command runs in the foreground.
-finish() {
-  wait "$1"
-  while kill -0 "$1" 2> /dev/null; do wait "$1"; done  # a signal ended the wait before
-  wait "$1"
+# Run a command in the background, where a trap of this shell need not wait for it, and return its
+# status. The status goes through a file: bash loses it, and may wait for the timer of `leave`
+# instead, when that trap comes while it waits.
+attend() {
+  {
+    trap : TERM USR1  # the command itself acts on them
+    "$@"
+    echo $? > "$run/launch/ended"
+  } &
+  ranks=$!
+  wait "$ranks"
+  while kill -0 "$ranks" 2> /dev/null; do sleep 0.2; done  # a signal ended the wait
+  ended=$(cat "$run/launch/ended")
+  rm -f "$run/launch/ended"
+  return "${ended:-137}"
 }
 
 cd /home/me/adm || exit
@@ -105,7 +115,7 @@ if [ -n "$told" ]; then
   again "told to leave before the ranks were started"
   exit 75
 fi
-srun \
+attend srun \
   --export=ALL \
   --kill-on-bad-exit=0 \
   --wait=60 \
@@ -120,8 +130,7 @@ srun \
   --ranks 512 \
   --patience 600 \
   --set 'training.lr = 1e-4' \
-  --set 'training.precision = "bf16"' &
-finish $!
+  --set 'training.precision = "bf16"'
 status=$?
 [ -z "$timer" ] || kill "$timer" 2> /dev/null
 

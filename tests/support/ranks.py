@@ -174,6 +174,7 @@ def live(directory: Path, env: dict[str, str], task: Callable[[], int]) -> None:
 def work(directory: Path, runs: list[list[str]], fp16: bool) -> int:
     """Do the runs one after the other, as one rank among all."""
     from trainer import sample, train
+    from trainer.ranks.context import RankContext
     from trainer.ranks.group import connected
     from trainer.ranks.signals import Preemption
     from trainer.ranks.watchdog import Watchdog
@@ -190,9 +191,7 @@ def work(directory: Path, runs: list[list[str]], fp16: bool) -> int:
         connected(world, patience=LIMIT) as device,
         Watchdog(world, patience=LIMIT) as watchdog,
     ):
-        context = train.RankContext(
-            world=world, device=device, preemption=preemption, watchdog=watchdog
-        )
+        context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)
         draw = partial(sample.sample, world=world, device=device, preemption=preemption)
         tools: dict[str, tuple[Callable, Callable]] = {
             "train": (train.parser, partial(train.train, context=context)),
