@@ -6,6 +6,7 @@ in groups, is unpacked once, into a directory of the packing.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from data import files
+from data.listing import Listing, by_number_if_any
 from data.manifest import NO_CLASS
-from data.sources import Digits, Folder, Listing, Source, Zip, by_number_if_any
-from data.tars import IMAGE_SUFFIXES, scan_tar
+from data.names import is_image, litter
+from data.sources import Digits, Folder, Source, Zip
+from data.tars import scan_tar
 
 
 def open_source(text: str, *, staging: Path) -> Source:
@@ -64,11 +67,12 @@ class Tars:
         """As `Source.listing`."""
         names: list[str] = []
         labels: list[int | None] = []
+        skipped = Counter[str]()
         for file in self._files.values():
-            for sample in scan_tar(file):
+            for sample in scan_tar(file, skipped=skipped):
                 names.append(f"{file.name}@{sample.offset}+{sample.size}/{sample.name}")
                 labels.append(sample.label)
-        return by_number_if_any(names, labels)
+        return replace(by_number_if_any(names, labels), skipped=skipped)
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
@@ -147,9 +151,9 @@ class Lmdb:
 
 
 def _holds_images(directory: Path) -> bool:
-    if not directory.is_dir():
+    if litter(directory.name) or not directory.is_dir():
         return False
-    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in os.listdir(directory))
+    return any(is_image(name) for name in os.listdir(directory))
 
 
 def _read_extent(path: Path, extent: str) -> bytes:

@@ -28,12 +28,16 @@ from data.config import check
 from data.dataset import open_shards
 from data.exits import REFUSED, REPORTED, CommandParser, exit_status
 from data.jobs import Made, make_shard
+from data.listing import Listing, relabel, renumber
 from data.manifest import MANIFEST, NO_CLASS, manifest_text, parse_manifest
 from data.plan import PackConfig, PackJob, PackPlan, plan
 from data.progress import duration
-from data.sources import Listing, relabel, renumber
 
 LEFT_OUT = "left-out.txt"
+# Classes that the closing line names.
+_LISTED = 5
+# Kinds of skipped files that it names.
+_KINDS = 12
 
 
 def pack(
@@ -64,6 +68,8 @@ def pack(
         listing = open_source(source, staging=out / WORK).listing()
         if class_map:
             listing = relabel(listing, class_map=class_map)
+        if listing.fault:
+            raise ValueError(listing.fault)
         _warn_of_missing_labels(listing, source)
         if classes_of:
             listing = renumber(listing, classes=open_shards(classes_of).classes)
@@ -73,7 +79,8 @@ def pack(
             return 0
         with executor or nullcontext() as running:
             made = list(_with_progress(_results(work.jobs, running), jobs=work.jobs))
-        return _finish(out, work, sorted(made, key=lambda m: m.shard.name))
+        made.sort(key=lambda m: m.shard.name)
+        return _finish(out, work, made, listing)
 
 
 def _warn_of_missing_labels(listing: Listing, source: str) -> None:
@@ -107,7 +114,7 @@ def _already_packed(out: Path, work: PackPlan) -> bool:
     return False
 
 
-def _finish(out: Path, work: PackPlan, made: list[Made]) -> int:
+def _finish(out: Path, work: PackPlan, made: list[Made], listing: Listing) -> int:
     left_out = [line for m in made for line in m.left_out]
     if left_out:
         files.write(out / LEFT_OUT, "\n".join(left_out) + "\n")
@@ -119,7 +126,25 @@ def _finish(out: Path, work: PackPlan, made: list[Made]) -> int:
         made_by={"plan": work.digest, **asdict(work.config)},
     )
     files.write(out / MANIFEST, text)
+    print(_summary(listing, left_out=len(left_out)), file=sys.stderr)
     return len(left_out)
+
+
+def _summary(listing: Listing, *, left_out: int) -> str:
+    """What was packed and what was not, in one line."""
+    names = [name or "(none)" for name in listing.classes]
+    shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    parts = [
+        f"{len(listing.names) - left_out} images in {len(names)} "
+        f"class{'es' if len(names) > 1 else ''} ({shown})",
+        f"{left_out} left out",
+        f"{sum(listing.skipped.values())} skipped",
+    ]
+    kinds = sorted(listing.skipped.items(), key=lambda kind: (-kind[1], kind[0]))
+    if kinds:
+        listed = [f"{name} {count}" for name, count in kinds[:_KINDS]]
+        parts[-1] += f" ({', '.join(listed)}{', ...' if len(kinds) > _KINDS else ''})"
+    return ", ".join(parts)
 
 
 def _results(jobs: tuple[PackJob, ...], executor: Executor | None) -> Iterator[Made]:

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.config import check
+from data.listing import Listing
 from data.order import permutation
-from data.sources import Listing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ A sample is the files with one name up to the first dot: `KEY.jpg`, `KEY.png` or
 import json
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from data.names import IMAGE_SUFFIXES, kind, litter
+
 # Bytes of a tar header; the payload follows it.
 HEADER = 512
 
@@ -23,8 +26,6 @@ HEADER = 512
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
 Index = NDArray[np.void]
 _LARGEST_LABEL = int(np.iinfo(INDEX_DTYPE["label"]).max)
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,24 +109,33 @@ def read_header(raw: bytes) -> tuple[str, int]:
     raise ValueError("bad checksum")
 
 
-def scan_tar(path: Path) -> list[TarSample]:
-    """All images of a tar, in its order.
+def scan_tar(path: Path, *, skipped: Counter[str] | None = None) -> list[TarSample]:
+    """All images of a tar, in its order; litter and files without an image count as `skipped`.
 
     Raises:
         ValueError: it is compressed, damaged or truncated (common readers stop there without an
             error), has a name twice or two images in a sample, or a label that is no number.
     """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    skipped = Counter() if skipped is None else skipped
     with path.open("rb") as file:
         for info in _members(path, file):
+            if litter(info.name):
+                skipped[kind(info.name)] += 1
+                continue
             key, _, suffix = info.name.rpartition("/")[2].partition(".")
             group = f"{info.name.rpartition('/')[0]}/{key}"
             by_suffix = members.setdefault(group, {})
             if suffix.lower() in by_suffix:
                 raise ValueError(f"{path} has {info.name} twice: every sample needs its own name")
             by_suffix[suffix.lower()] = info
-        found = (_sample(path, file, by_suffix) for by_suffix in members.values())
-        return [sample for sample in found if sample]
+        samples = []
+        for by_suffix in members.values():
+            if sample := _sample(path, file, by_suffix):
+                samples.append(sample)
+            else:
+                skipped.update(kind(info.name) for info in by_suffix.values())
+        return samples
 
 
 def index_tar(path: Path) -> tuple[Index, bool | None]:

@@ -1,0 +1,106 @@
+"""Which directories of a source are its classes."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import takewhile
+
+from data.listing import Listing, by_class_name
+from data.manifest import NO_CLASS
+from data.names import images_among, litter
+
+_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([_-]?\d+)?", re.I)
+
+
+def by_directory(names: Iterable[str], *, where: str) -> Listing:
+    """The images among `names`, with the directories that hold them as classes.
+
+    Names that end with a slash are directories. Litter is no image and no class.
+    """
+    files: list[str] = []
+    directories: list[str] = []
+    for name in names:
+        (directories if name.endswith("/") else files).append(name)
+    images, skipped = images_among(files)
+    beside = {f"{name.rpartition('/')[0]}/" for name in files}
+    classes, fault = class_directories(images, directories={*directories, *beside}, where=where)
+    return replace(by_class_name(images, classes), skipped=skipped, fault=fault)
+
+
+def class_directories(
+    images: Sequence[str], *, directories: Iterable[str], where: str
+) -> tuple[list[str], str]:
+    """The class of each image, and why the directories cannot be classes, or "".
+
+    The class is the first directory; where all images lie in one directory of directories, it is
+    the first one below that.
+    """
+    parts = [name.split("/")[:-1] for name in images]
+    above = _above_classes(parts)
+    classes = [part[above] if len(part) > above else NO_CLASS for part in parts]
+    root = "/".join((where, *parts[0][:above])) if parts else where
+    fault = (
+        _loose_images(images, classes, root)
+        or _splits(classes, root)
+        or _empty(classes, _names_at(parts[0][:above] if parts else [], directories), root)
+        or _loose_in_only_directory(images, parts, where)
+    )
+    return classes, fault
+
+
+def _above_classes(parts: list[list[str]]) -> int:
+    """How many directories, each the only one in the one before, hold all class directories."""
+    ends = zip(min(parts, default=[]), max(parts, default=[]), strict=False)
+    common = sum(1 for _ in takewhile(lambda end: end[0] == end[1], ends))
+    return common if all(len(part) > common for part in parts) else 0
+
+
+def _names_at(above: list[str], directories: Iterable[str]) -> set[str]:
+    """The names of directories that lie in `above`."""
+    depth, found = len(above), set()
+    for directory in directories:
+        part = directory.strip("/").split("/")
+        if len(part) > depth and part[:depth] == above and not litter(directory):
+            found.add(part[depth])
+    return found - {""}
+
+
+def _loose_images(images: Sequence[str], classes: list[str], root: str) -> str:
+    loose = [name for name, of in zip(images, classes, strict=True) if of == NO_CLASS]
+    if not 0 < len(loose) < len(images):
+        return ""
+    return (
+        f"SOURCE = {root}: {loose[0]} and {len(loose) - 1} other images lie beside the class "
+        "folders: move them into a class folder or out of SOURCE, or give --class-map"
+    )
+
+
+def _loose_in_only_directory(images: Sequence[str], parts: list[list[str]], where: str) -> str:
+    """As `_loose_images`, where one directory holds all class folders, and images beside them."""
+    inner = [part[1] if len(part) > 1 else NO_CLASS for part in parts]
+    if len({tuple(part[:1]) for part in parts}) > 1 or len({*inner} - {NO_CLASS}) < 2:
+        return ""
+    return _loose_images(images, inner, "/".join((where, *parts[0][:1])))
+
+
+def _splits(classes: list[str], root: str) -> str:
+    names = sorted({*classes} - {NO_CLASS})
+    if len(names) < 2 or not all(_SPLIT.fullmatch(name) for name in names):
+        return ""
+    unpack = "" if os.path.isdir(root) else "unpack it and "
+    return (
+        f"SOURCE = {root} holds the splits {', '.join(names)}, not classes: {unpack}pack each by "
+        f"itself, such as {root}/{names[-1]}, the others with --classes-of"
+    )
+
+
+def _empty(classes: list[str], directories: set[str], root: str) -> str:
+    empty = sorted(directories - {*classes})
+    if not empty or set(classes) <= {NO_CLASS}:
+        return ""
+    more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+    return (
+        f"SOURCE = {root}: no image in the class folders {', '.join(empty[:5])}{more}: "
+        "add their images or remove them"
+    )

@@ -1,0 +1,117 @@
+"""What a source contains: the names of its images, their labels, and the names of the labels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from data.manifest import NO_CLASS
+from data.tars import all_or_no_labels
+
+# Classes named by numbers below this have these labels; larger numbers are dates and the like.
+_MOST_CLASSES = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """All images of a source: their names there, their labels, and the names of the labels.
+
+    `skipped` counts the files that are no images, by kind. `fault` is why the labels cannot be
+    used, if they cannot; a class map replaces them.
+    """
+
+    names: list[str]
+    labels: list[int]
+    classes: tuple[str, ...]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    fault: str = ""
+
+
+def by_class_name(names: list[str], classes: list[str]) -> Listing:
+    """A listing from the name of each image's class; labels count the names in sorted order.
+
+    Where all names are numbers, they are the labels.
+    """
+    if classes and all(name.isdecimal() and int(name) < _MOST_CLASSES for name in classes):
+        return by_number(names, [int(name) for name in classes])
+    known = tuple(sorted(set(classes)))
+    label = {name: i for i, name in enumerate(known)}
+    return Listing(names=names, labels=[label[c] for c in classes], classes=known)
+
+
+def by_number(names: list[str], labels: list[int]) -> Listing:
+    """A listing whose labels are numbers already: they stay as they are."""
+    classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
+    return Listing(names=names, labels=labels, classes=classes)
+
+
+def by_number_if_any(names: list[str], labels: list[int | None]) -> Listing:
+    """As `by_number`; or without labels, where no image has one.
+
+    Raises:
+        ValueError: some images have a label.
+    """
+    known = all_or_no_labels(names, labels)
+    if None in labels:
+        return Listing(names=names, labels=known, classes=(NO_CLASS,))
+    return by_number(names, known)
+
+
+def relabel(listing: Listing, *, class_map: Path) -> Listing:
+    """Take classes from a file of lines.
+
+    They are `NAME CLASS`, names with or without directories; or one `CLASS` for each image, in the
+    order of the names, as in the label files of validation sets.
+
+    Raises:
+        ValueError: the map cannot be read, or an image is not in it.
+    """
+    lines = _read_words(class_map)
+    if all(len(words) == 1 for words in lines):
+        if len(lines) != len(listing.names):
+            raise ValueError(
+                f"--class-map = {class_map} has {len(lines)} labels for {len(listing.names)} images"
+            )
+        return _relabelled(listing, [words[0] for words in lines])
+    for words in lines:
+        if len(words) != 2:
+            raise ValueError(f"--class-map = {class_map}: {' '.join(words)!r}: must be NAME CLASS")
+    found = dict(lines)
+    classes = []
+    for name in listing.names:
+        label = found.get(name, found.get(name.rsplit("/", 1)[-1]))
+        if label is None:
+            raise ValueError(f"--class-map = {class_map} has no class for {name}; add its line")
+        classes.append(label)
+    return _relabelled(listing, classes)
+
+
+def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
+    """Number the classes as another dataset does, e.g. a validation split as its training split.
+
+    Classes that are numbers already are taken to be the other dataset's labels.
+
+    Raises:
+        ValueError: a class that the other one does not have, or images without a label.
+    """
+    if NO_CLASS in listing.classes:
+        raise ValueError("--classes-of: some images have no label; add --class-map")
+    if all(name.isdecimal() for name in listing.classes) and len(listing.classes) <= len(classes):
+        return replace(listing, classes=classes)
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in listing.classes if name not in number]
+    if unknown:
+        raise ValueError(f"--classes-of has no class {unknown[0]!r} ({len(unknown)} are unknown)")
+    labels = [number[listing.classes[label]] for label in listing.labels]
+    return replace(listing, labels=labels, classes=classes)
+
+
+def _relabelled(listing: Listing, classes: list[str]) -> Listing:
+    return replace(by_class_name(listing.names, classes), skipped=listing.skipped)
+
+
+def _read_words(path: Path) -> list[list[str]]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"--class-map = {path} cannot be read: {error}") from None
+    return [line.replace(",", " ").split() for line in lines if line.strip()]

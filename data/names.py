@@ -1,0 +1,48 @@
+"""What the name of a file or directory says: an image, litter of a system or tool, or neither."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
+
+# What systems and tools leave beside data, apart from names that begin with a dot.
+_LITTER = {
+    "$RECYCLE.BIN",
+    "@eaDir",
+    "__MACOSX",
+    "__pycache__",
+    "desktop.ini",
+    "ehthumbs.db",
+    "lost+found",
+    "System Volume Information",
+    "Thumbs.db",
+}
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is that of an image file."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def litter(name: str) -> str | None:
+    """The part of a path that no dataset means to have, or None."""
+    parts = (part for part in name.split("/") if part.strip("."))
+    return next((part for part in parts if part[0] == "." or part in _LITTER), None)
+
+
+def kind(name: str) -> str:
+    """How a file that is no image is counted: by its litter or suffix."""
+    found = litter(name) or PurePosixPath(name).suffix.lower() or "without a suffix"
+    return "._*" if found.startswith("._") else found  # of macOS, one beside each file
+
+
+def images_among(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """The images among names of files, sorted, and how many others there are of each kind."""
+    images, others = [], Counter[str]()
+    for name in names:
+        if is_image(name) and not litter(name):
+            images.append(name)
+        else:
+            others[kind(name)] += 1
+    return sorted(images), others

@@ -1,0 +1,142 @@
+"""What users pack in another layout: counted or refused, never mislabelled."""
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from data.dataset import Shards, open_shards
+from data.exits import REFUSED
+from data.pack import main
+from tests.support.data_fixtures import content, image_file
+
+
+def tree(root: Path, *names: str) -> Path:
+    """A folder with a picture under each of these names."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image_file(i, width=20, height=20))
+    return root
+
+
+def class_folders(root: Path, *, classes: tuple[str, ...] = ("n01", "n02")) -> Path:
+    return tree(root, *(f"{name}/{i}.jpg" for name in classes for i in range(4)))
+
+
+def zipped(folder: Path) -> Path:
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+    return folder.with_suffix(".zip")
+
+
+def tarred(folder: Path) -> Path:
+    with tarfile.open(folder.with_suffix(".tar"), "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.add(path, path.relative_to(folder), recursive=False)
+    return folder.with_suffix(".tar")
+
+
+def as_it_is(folder: Path) -> Path:
+    return folder
+
+
+def pack_16(source: Path) -> int:
+    out = source.parent / f"o{source.name}"
+    return main([str(source), str(out), "--size", "16", "--workers", "1"])
+
+
+def packed_16(source: Path) -> Shards:
+    assert pack_16(source) == 0
+    return open_shards(source.parent / f"o{source.name}")
+
+
+def refusal(source: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert pack_16(source) == REFUSED
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [as_it_is, zipped])
+def test_litter_beside_class_folders_is_no_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object
+) -> None:
+    assert callable(form)
+    clean = packed_16(form(class_folders(tmp_path / "clean")))
+    source = class_folders(tmp_path / "P")
+    tree(source, ".ipynb_checkpoints/0-checkpoint.jpg", "__MACOSX/n01/._0.jpg", "n01/._1.jpg")
+    for name in (".DS_Store", "Thumbs.db", "n02/Thumbs.db"):
+        (source / name).write_bytes(b"x")
+    capsys.readouterr()
+    shards = packed_16(form(source))
+    text = capsys.readouterr().err
+    assert shards.classes == ("n01", "n02") and shards.fingerprint == clean.fingerprint
+    assert "8 images in 2 classes (n01, n02), 0 left out, 6 skipped (Thumbs.db 2, " in text
+    assert ".ipynb_checkpoints 1" in text
+
+
+def test_litter_in_a_tar_is_no_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = class_folders(tmp_path / "P")
+    tree(source, "n01/._0.jpg", "n01/._1.jpg")
+    assert packed_16(tarred(source)).count == 8
+    assert "2 skipped (._* 2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [as_it_is, zipped])
+def test_the_only_top_directory_is_descended(tmp_path: Path, form: object) -> None:
+    assert callable(form)
+    clean = packed_16(form(class_folders(tmp_path / "clean")))
+    class_folders(tmp_path / "P" / "archive" / "train")
+    (tmp_path / "P" / "archive" / "README.txt").write_text("x")
+    shards = packed_16(form(tmp_path / "P"))
+    assert shards.classes == ("n01", "n02") and content(shards) == content(clean)
+
+
+def test_one_class_folder_is_one_class(tmp_path: Path) -> None:
+    assert packed_16(tree(tmp_path / "P", "cat/a.jpg", "cat/more/b.jpg")).classes == ("cat",)
+
+
+@pytest.mark.parametrize("form", [as_it_is, zipped])
+@pytest.mark.parametrize("inside", ["", "archive/"])
+def test_images_beside_class_folders_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object, inside: str
+) -> None:
+    assert callable(form)
+    class_folders(tmp_path / "P" / inside)
+    tree(tmp_path / "P", f"{inside}preview.jpg")
+    text = refusal(form(tmp_path / "P"), capsys)
+    assert f"{inside}preview.jpg and 0 other images lie beside the class folders" in text
+    assert "--class-map" in text
+
+
+@pytest.mark.parametrize("form", [as_it_is, zipped])
+@pytest.mark.parametrize("inside", ["", "imagenet/"])
+def test_splits_are_no_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object, inside: str
+) -> None:
+    assert callable(form)
+    for split in ("train", "val", "test"):
+        class_folders(tmp_path / "P" / f"{inside}{split}")
+    text = refusal(form(tmp_path / "P"), capsys)
+    assert "holds the splits test, train, val, not classes" in text and "--classes-of" in text
+    assert packed_16(tmp_path / "P" / f"{inside}train").classes == ("n01", "n02")
+
+
+def test_out_within_source_is_no_class(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "P")
+    arguments = [str(source), str(source / "out"), "--size", "16", "--workers", "1"]
+    assert main(arguments) == 0
+    assert open_shards(source / "out").classes == ("n01", "n02")
+    assert main(arguments) == 0
+
+
+def test_a_class_folder_without_images_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = class_folders(tmp_path / "P")
+    (source / "n03").mkdir()
+    assert "no image in the class folders n03" in refusal(source, capsys)
+    (source / "n03" / "notes.txt").write_text("x")
+    assert "no image in the class folders n03" in refusal(zipped(source), capsys)
