@@ -6,6 +6,7 @@ in groups, is unpacked once, into a directory of the packing.
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from data.listing import Listing, by_number_if_any
+from data.labels import LABEL_KEYS, Label, label_of
+from data.layout import class_directories
+from data.listing import Listing, by_class_name, by_label_if_any
 from data.manifest import NO_CLASS
 from data.names import is_image, litter
 from data.sources import Digits, Folder, Source, Zip
@@ -55,10 +58,15 @@ def open_source(text: str, *, staging: Path) -> Source:
 
 # The names of splits with which Hugging Face begins the names of files.
 _SPLITS = {"train", "test", "validation", "val", "dev"}
+# Directories that are named after their shard, which says nothing of classes.
+_SHARD = re.compile(r"(.*(shard|part|chunk).*)?[\d_-]+", re.IGNORECASE)
 
 
 class Tars:
-    """Existing WebDataset shards; labels from `.cls` or `.json`, if there are any."""
+    """Existing WebDataset shards, or tars of class directories.
+
+    Labels are in `.cls`, `.json` or `.txt`, or else the directories, if there are any.
+    """
 
     def __init__(self, files: list[Path], *, staging: Path) -> None:
         self._files = {file.name: file for file in files}
@@ -66,13 +74,29 @@ class Tars:
     def listing(self) -> Listing:
         """As `Source.listing`."""
         names: list[str] = []
-        labels: list[int | None] = []
+        labels: list[Label | None] = []
+        members: list[str] = []
         skipped = Counter[str]()
         for file in self._files.values():
             for sample in scan_tar(file, skipped=skipped):
                 names.append(f"{file.name}@{sample.offset}+{sample.size}/{sample.name}")
+                members.append(sample.name.removeprefix("./"))
                 labels.append(sample.label)
-        return replace(by_number_if_any(names, labels), skipped=skipped)
+        listing = by_label_if_any(names, labels)
+        if listing.classes == (NO_CLASS,):
+            listing = self._by_directory(listing, members)
+        return replace(listing, skipped=skipped)
+
+    def _by_directory(self, listing: Listing, members: list[str]) -> Listing:
+        """Take several directories within the tars as classes, unless they are those of shards."""
+        where = str(next(iter(self._files.values())).parent)
+        classes, fault = class_directories(members, directories=(), where=where)
+        found = {*classes}
+        stems = {name.removesuffix(".tar") for name in self._files}
+        are_shards = found <= stems and all(_SHARD.fullmatch(name) for name in found)
+        if len(found) < 2 or NO_CLASS in found or are_shards:
+            return listing
+        return replace(by_class_name(listing.names, classes), fault=fault)
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
@@ -99,13 +123,14 @@ class Parquet:
     def listing(self) -> Listing:
         """As `Source.listing`."""
         names: list[str] = []
-        labels: list[int | None] = []
+        labels: list[Label | None] = []
         for file in self._files:
             for extent, label in self._unpacked(file):
                 names.append(f"{file.name}@{extent}")
                 labels.append(label)
-        listing = by_number_if_any(names, labels)
-        classes = _class_names(self._files[0]) if NO_CLASS not in listing.classes else None
+        listing = by_label_if_any(names, labels)
+        are_numbers = all(isinstance(label, int) for label in labels)
+        classes = _class_names(self._files[0]) if are_numbers else None
         return replace(listing, classes=classes or listing.classes)
 
     def read(self, name: str) -> bytes:
@@ -113,7 +138,7 @@ class Parquet:
         file, _, extent = name.rpartition("@")
         return _read_extent(self._staging / f"{file}.blob", extent)
 
-    def _unpacked(self, file: Path) -> list[tuple[str, int | None]]:
+    def _unpacked(self, file: Path) -> list[tuple[str, Label | None]]:
         """Extent and label of each image; they are unpacked into one file, if they are not yet."""
         done = self._staging / f"{file.name}.extents"
         if not done.exists():
@@ -163,7 +188,7 @@ def _read_extent(path: Path, extent: str) -> bytes:
         return file.read(size)
 
 
-def _rows(file: Path) -> Iterator[tuple[bytes, int | None]]:
+def _rows(file: Path) -> Iterator[tuple[bytes, Label | None]]:
     """Image file and label of each row: b"" where there is no image, -1 where a label is missing.
 
     The label is None where the file has no column of labels.
@@ -175,7 +200,7 @@ def _rows(file: Path) -> Iterator[tuple[bytes, int | None]]:
     image = next((f.name for f in schema if types.is_struct(f.type) or _is_bytes(f.type)), None)
     if image is None:
         raise ValueError(f"{file} has no column of images among {schema.names}")
-    label = "label" if "label" in schema.names else None
+    label = next((key for key in LABEL_KEYS if key in schema.names), None)
     if label is None and (others := [name for name in schema.names if "label" in name]):
         raise ValueError(f"{file} has no column `label`, but {others}: rename the right one")
     for batch in table.iter_batches(batch_size=256, columns=[image, label] if label else [image]):
@@ -183,7 +208,9 @@ def _rows(file: Path) -> Iterator[tuple[bytes, int | None]]:
         labels = batch.column(label).to_pylist() if label else [None] * len(batch)
         for image_bytes, number in zip(images, labels, strict=True):
             # Packing lists b"" with the images that cannot be decoded, and refuses a label of -1.
-            yield image_bytes or b"", -1 if label and number is None else number
+            missing = -1 if label else None
+            known = missing if number is None else label_of(number, where=f"{file}: {label}")
+            yield image_bytes or b"", known
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -198,5 +225,6 @@ def _class_names(file: Path) -> tuple[str, ...] | None:
 
     metadata = parquet.read_schema(file).metadata or {}
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = features.get("label", {}).get("names")
+    label = next((features[key] for key in LABEL_KEYS if key in features), None)
+    names = label.get("names") if isinstance(label, dict) else None
     return tuple(names) if names else None

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data.labels import Label, all_or_no_labels
 from data.manifest import NO_CLASS
-from data.tars import all_or_no_labels
 
 # Classes named by numbers below this have these labels; larger numbers are dates and the like.
 _MOST_CLASSES = 65536
@@ -44,16 +44,17 @@ def by_number(names: list[str], labels: list[int]) -> Listing:
     return Listing(names=names, labels=labels, classes=classes)
 
 
-def by_number_if_any(names: list[str], labels: list[int | None]) -> Listing:
-    """As `by_number`; or without labels, where no image has one.
+def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
+    """As `by_number` or `by_class_name`; or without labels, where no image has one.
 
     Raises:
-        ValueError: some images have a label.
+        ValueError: only some images have a label, or they are numbers and names.
     """
     known = all_or_no_labels(names, labels)
-    if None in labels:
-        return Listing(names=names, labels=known, classes=(NO_CLASS,))
-    return by_number(names, known)
+    if known is None:
+        return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
+    numbers = [label for label in known if isinstance(label, int)]
+    return by_number(names, numbers) if numbers else by_class_name(names, [*map(str, known)])
 
 
 def relabel(listing: Listing, *, class_map: Path) -> Listing:

@@ -1,15 +1,14 @@
 """Tar files in WebDataset's conventions: writing ours, and finding the samples in others'.
 
 A sample is the files with one name up to the first dot: `KEY.jpg`, `KEY.png` or another image, and
-`KEY.cls` or `KEY.json` for its label.
+`KEY.cls`, `KEY.json` or `KEY.txt` for its label.
 """
 
-import json
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from data.labels import Label, all_or_no_labels, json_label, text_label, word_label
 from data.names import IMAGE_SUFFIXES, kind, litter
 
 # Bytes of a tar header; the payload follows it.
@@ -35,7 +35,7 @@ class TarSample:
     name: str
     offset: int
     size: int
-    label: int | None
+    label: Label | None
 
 
 class ShardWriter:
@@ -114,7 +114,8 @@ def scan_tar(path: Path, *, skipped: Counter[str] | None = None) -> list[TarSamp
 
     Raises:
         ValueError: it is compressed, damaged or truncated (common readers stop there without an
-            error), has a name twice or two images in a sample, or a label that is no number.
+            error), has a name twice or two images in a sample, or a label that is neither a
+            number nor a name.
     """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     skipped = Counter() if skipped is None else skipped
@@ -129,13 +130,15 @@ def scan_tar(path: Path, *, skipped: Counter[str] | None = None) -> list[TarSamp
             if suffix.lower() in by_suffix:
                 raise ValueError(f"{path} has {info.name} twice: every sample needs its own name")
             by_suffix[suffix.lower()] = info
-        samples = []
+        samples, texts = [], {}
         for by_suffix in members.values():
             if sample := _sample(path, file, by_suffix):
                 samples.append(sample)
+                if "txt" in by_suffix:
+                    texts[sample.name] = by_suffix["txt"]
             else:
                 skipped.update(kind(info.name) for info in by_suffix.values())
-        return samples
+        return _with_word_labels(file, samples, texts)
 
 
 def index_tar(path: Path) -> tuple[Index, bool | None]:
@@ -147,9 +150,15 @@ def index_tar(path: Path) -> tuple[Index, bool | None]:
         ValueError: as `scan_tar`, only some images have a label, or a label is out of range.
     """
     rows, samples = [], scan_tar(path)
-    labels = all_or_no_labels([f"{path}: {s.name}" for s in samples], [s.label for s in samples])
+    known = all_or_no_labels([f"{path}: {s.name}" for s in samples], [s.label for s in samples])
+    labels = known or [0] * len(samples)
     with path.open("rb") as file:
         for sample, label in zip(samples, labels, strict=True):
+            if isinstance(label, str):
+                raise ValueError(
+                    f"{path}: {sample.name} has the label {label!r}: must be a class number; "
+                    "pack tars with class names by `python -m data.pack`"
+                )
             if not 0 <= label <= _LARGEST_LABEL:
                 raise ValueError(
                     f"{path}: {sample.name} has the label {label}: must be from 0 to "
@@ -158,21 +167,7 @@ def index_tar(path: Path) -> tuple[Index, bool | None]:
             file.seek(sample.offset)
             crc32 = zlib.crc32(file.read(sample.size))
             rows.append((sample.offset, sample.size, label, crc32))
-    labelled = samples[0].label is not None if samples else None
-    return np.array(rows, dtype=INDEX_DTYPE), labelled
-
-
-def all_or_no_labels(names: Sequence[str], labels: Sequence[int | None]) -> list[int]:
-    """The labels, or 0 for each sample where none has one.
-
-    Raises:
-        ValueError: only some have one.
-    """
-    without = [name for name, label in zip(names, labels, strict=True) if label is None]
-    if 0 < len(without) < len(labels):
-        more = len(without) - 1
-        raise ValueError(f"{without[0]} has no label, nor have {more} others, but the rest have")
-    return [label or 0 for label in labels]
+    return np.array(rows, dtype=INDEX_DTYPE), known is not None if samples else None
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -208,20 +203,31 @@ def _sample(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -
     )
 
 
-def _label(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> int | None:
-    for suffix in ("cls", "json"):
-        if suffix in by_suffix:
-            file.seek(by_suffix[suffix].offset_data)
-            text = file.read(by_suffix[suffix].size)
-            try:
-                content = int(text) if suffix == "cls" else json.loads(text)
-            except ValueError:
-                name = by_suffix[suffix].name
-                raise ValueError(
-                    f"{path}: {name} = {text[:20]!r}: must be a class number"
-                ) from None
-            if isinstance(content, dict):
-                content = content.get("label", content.get("cls"))
-            if isinstance(content, int):
-                return content
+def _label(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> Label | None:
+    if found := by_suffix.get("cls"):
+        return text_label(_payload(file, found), where=f"{path}: {found.name}")
+    if found := by_suffix.get("json"):
+        return json_label(_payload(file, found), where=f"{path}: {found.name}")
     return None
+
+
+def _with_word_labels(
+    file: BinaryIO, samples: list[TarSample], texts: dict[str, tarfile.TarInfo]
+) -> list[TarSample]:
+    """Take the label of samples without one from their `.txt`, unless those are captions.
+
+    `texts` has the `.txt` of each sample that has one, by the name of its image.
+    """
+    words = {}
+    for sample in samples:
+        if sample.label is None and sample.name in texts:
+            word = word_label(_payload(file, texts[sample.name]))
+            if word is None:
+                return samples
+            words[sample.name] = word
+    return [replace(sample, label=words.get(sample.name, sample.label)) for sample in samples]
+
+
+def _payload(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
+    file.seek(info.offset_data)
+    return file.read(info.size)

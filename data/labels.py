@@ -1,0 +1,100 @@
+"""Labels as others store them: the number of a class, or its name."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+Label = int | str
+
+# The keys and columns that hold a label, in the order in which they are preferred.
+LABEL_KEYS = ("label", "cls", "class_id", "class")
+
+_NUMBERS = re.compile(r"[-+\d.,\s]+")
+_WORD = re.compile(r"[\w-]+")
+
+
+def label_of(value: object, *, where: str) -> Label:
+    """A label from a value of JSON or a table: a number without a fraction, or a name.
+
+    Raises:
+        ValueError: it is anything else, such as a number written as text.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and _is_name(value):
+        return value.strip()
+    raise ValueError(f"{where} = {str(value)[:40]!r}: must be a class number or a class name")
+
+
+def text_label(content: bytes, *, where: str) -> Label:
+    """The label in a `.cls` file.
+
+    Raises:
+        ValueError: it is neither a number without a fraction nor a name.
+    """
+    text = content.decode("utf-8", "replace").strip()
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return label_of(float(text) if _NUMBERS.fullmatch(text) else text, where=where)
+    except ValueError:
+        raise ValueError(
+            f"{where} = {content[:20]!r}: must be a class number or a class name"
+        ) from None
+
+
+def json_label(content: bytes, *, where: str) -> Label | None:
+    """The label in a `.json` file; None if it has none.
+
+    Raises:
+        ValueError: it is not JSON, or its label is neither a number nor a name.
+    """
+    try:
+        found = json.loads(content)
+    except ValueError:
+        raise ValueError(
+            f"{where} = {content[:20]!r}: must be a class number, or JSON that holds one"
+        ) from None
+    if isinstance(found, Mapping):
+        key = next((key for key in LABEL_KEYS if found.get(key) is not None), None)
+        return label_of(found[key], where=f"{where}: {key}") if key else None
+    return None if found is None or isinstance(found, list) else label_of(found, where=where)
+
+
+def word_label(content: bytes) -> Label | None:
+    """The label in a `.txt` file, if it is one word; longer texts are captions."""
+    word = content.decode("utf-8", "replace").strip()
+    if not _WORD.fullmatch(word):
+        return None
+    return int(word) if re.fullmatch(r"-?\d+", word) else word
+
+
+def all_or_no_labels(names: Sequence[str], labels: Sequence[Label | None]) -> list[Label] | None:
+    """The labels, or None where no image has one.
+
+    Raises:
+        ValueError: only some have one, or some have numbers and some names.
+    """
+    known = [label for label in labels if label is not None]
+    if 0 < len(known) < len(labels):
+        without = [name for name, label in zip(names, labels, strict=True) if label is None]
+        more = len(without) - 1
+        raise ValueError(f"{without[0]} has no label, nor have {more} others, but the rest have")
+    texts = [name for name, label in zip(names, labels, strict=True) if isinstance(label, str)]
+    if 0 < len(texts) < len(known):
+        raise ValueError(
+            f"{texts[0]} and {len(texts) - 1} others have the name of a class as label, the rest "
+            "have a number: must be all numbers or all names"
+        )
+    return known or None
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text is one printable line, and no number."""
+    line = text.strip()
+    is_line = bool(line) and line.isprintable() and "\ufffd" not in line
+    return is_line and not _NUMBERS.fullmatch(line)

@@ -1,0 +1,137 @@
+"""Labels in the many ways in which others store them: read as they are meant, or refused."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from data.dataset import Shards, index_directory
+from tests.support.data_fixtures import content, image_file, packed
+
+
+def picture(seed: int) -> bytes:
+    return image_file(seed, width=20, height=20)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, payload in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return path
+
+
+def labelled_tar(root: Path, *labels: bytes, suffix: str) -> Path:
+    members = {}
+    for i, label in enumerate(labels):
+        members |= {f"{i}.jpg": picture(i), f"{i}.{suffix}": label}
+    return write_tar(root / "tars" / "0.tar", members).parent
+
+
+def labels_of(shards: Shards) -> list[int]:
+    return sorted(label for _, label in content(shards))
+
+
+@pytest.mark.parametrize(
+    "stored", [[{"class_id": 0}, {"class_id": 2}], [{"label": 0.0}, {"label": 2.0}], [0.0, 2]]
+)
+def test_numbers_in_json_are_labels(tmp_path: Path, stored: list[object]) -> None:
+    tars = labelled_tar(tmp_path, *(json.dumps(each).encode() for each in stored), suffix="json")
+    assert labels_of(packed(tars, tmp_path)) == [0, 2]
+    assert index_directory(tars).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "stored"),
+    [
+        ("json", [b'{"label": "dog"}', b'{"label": "cat"}']),
+        ("json", [b'{"class": "dog"}', b'{"class": "cat"}']),
+        ("cls", [b"dog\n", b"cat\n"]),
+        ("txt", [b"dog", b"cat\n"]),
+    ],
+)
+def test_names_in_tars_are_labels(tmp_path: Path, suffix: str, stored: list[bytes]) -> None:
+    tars = labelled_tar(tmp_path, *stored, suffix=suffix)
+    shards = packed(tars, tmp_path)
+    assert shards.classes == ("cat", "dog") and labels_of(shards) == [0, 1]
+    with pytest.raises(ValueError, match="has the label 'dog': must be a class number"):
+        index_directory(tars)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "stored", "message"),
+    [
+        ("json", b'{"label": "3"}', r"0\.json: label = '3': must be a class number or"),
+        ("json", b'{"label": 1.5}', r"0\.json: label = '1\.5': must be"),
+        ("json", b'{"class_id": [1, 2]}', r"0\.json: class_id = '\[1, 2\]': must be"),
+        ("json", b'{"label": true}', r"0\.json: label = 'True': must be"),
+        ("cls", b"1.5", r"0\.cls = b'1\.5': must be"),
+        ("cls", b"", r"0\.cls = b'': must be"),
+        ("cls", b"\xff\xd8", r"0\.cls = .*: must be"),
+    ],
+)
+def test_a_label_that_is_no_number_or_name_is_refused(
+    tmp_path: Path, suffix: str, stored: bytes, message: str
+) -> None:
+    tars = labelled_tar(tmp_path, stored, suffix=suffix)
+    with pytest.raises(ValueError, match=message):
+        packed(tars, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        index_directory(tars)
+
+
+def test_numbers_and_names_do_not_mix(tmp_path: Path) -> None:
+    tars = labelled_tar(tmp_path, b"1", b"dog", suffix="cls")
+    with pytest.raises(ValueError, match=r"1\.jpg and 0 others have the name of a class"):
+        packed(tars, tmp_path)
+
+
+def test_numbers_in_txt_are_labels(tmp_path: Path) -> None:
+    tars = labelled_tar(tmp_path, b"0", b"2", suffix="txt")
+    assert labels_of(packed(tars, tmp_path)) == [0, 2]
+
+
+def test_captions_in_txt_are_no_labels(tmp_path: Path) -> None:
+    tars = labelled_tar(tmp_path, b"dog", b"a cat on a mat", suffix="txt")
+    assert packed(tars, tmp_path).classes == ("",)
+
+
+def test_directories_in_tars_are_classes(tmp_path: Path) -> None:
+    for name in ("n01", "n02"):
+        members = {f"./{name}/{name}_{i}.JPEG": picture(i + int(name[1:])) for i in range(4)}
+        write_tar(tmp_path / "tars" / f"{name}.tar", members)
+    shards = packed(tmp_path / "tars", tmp_path)
+    assert shards.classes == ("n01", "n02") and sorted({*labels_of(shards)}) == [0, 1]
+
+
+def test_directories_named_after_their_shard_are_no_classes(tmp_path: Path) -> None:
+    for name in ("00000", "00001"):
+        write_tar(tmp_path / "tars" / f"{name}.tar", {f"{name}/a.jpg": picture(int(name))})
+    assert packed(tmp_path / "tars", tmp_path).classes == ("",)
+
+
+@pytest.mark.parametrize("column", ["label", "class", "class_id"])
+@pytest.mark.parametrize("values", [[0, 2], [0.0, 2.0], ["a", "c"]])
+def test_columns_of_numbers_or_names_are_labels(
+    tmp_path: Path, column: str, values: list[object]
+) -> None:
+    table = pa.table({"image": [picture(0), picture(1)], column: values})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    shards = packed(tmp_path / "a.parquet", tmp_path)
+    are_names = values == ["a", "c"]
+    assert shards.classes == (("a", "c") if are_names else ("0", "1", "2"))
+    assert labels_of(shards) == ([0, 1] if are_names else [0, 2])
+
+
+@pytest.mark.parametrize("value", ["3", 1.5])
+def test_a_column_of_neither_is_refused(tmp_path: Path, value: object) -> None:
+    table = pa.table({"image": [picture(0)], "class_id": [value]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a\.parquet: class_id = '{value}': must be"):
+        packed(tmp_path / "a.parquet", tmp_path)
