@@ -21,6 +21,7 @@ from data.listing import Listing, by_class_name, by_label_if_any
 from data.manifest import NO_CLASS
 from data.names import is_image, litter
 from data.sources import Digits, Folder, Source, Zip
+from data.splits import check_files
 from data.tars import scan_tar
 
 
@@ -28,7 +29,7 @@ def open_source(text: str, *, staging: Path) -> Source:
     """The source at a path of the command line; parquet is unpacked into `staging`.
 
     Raises:
-        ValueError: there is nothing of the known kinds.
+        ValueError: there is nothing of the known kinds, or files of several splits, or not all.
     """
     path = Path(text)
     if text == "digits":
@@ -48,6 +49,7 @@ def open_source(text: str, *, staging: Path) -> Source:
                     "one of them to another directory"
                 )
         if found and all(file.is_file() for file in found):
+            check_files(found, pattern=path.name if path.suffix == suffix else "*")
             return kind(found, staging=staging)
     if path.is_dir():
         return Folder(path)
@@ -56,8 +58,6 @@ def open_source(text: str, *, staging: Path) -> Source:
     )
 
 
-# The names of splits with which Hugging Face begins the names of files.
-_SPLITS = {"train", "test", "validation", "val", "dev"}
 # Directories that are named after their shard, which says nothing of classes.
 _SHARD = re.compile(r"(.*(shard|part|chunk).*)?[\d_-]+", re.IGNORECASE)
 
@@ -105,19 +105,9 @@ class Tars:
 
 
 class Parquet:
-    """Hugging Face image datasets: a column of image files, and perhaps one of class labels.
-
-    Raises:
-        ValueError: the files are of several splits.
-    """
+    """Hugging Face image datasets: a column of image files, and perhaps one of class labels."""
 
     def __init__(self, files: list[Path], *, staging: Path) -> None:
-        splits = {file.name.partition("-")[0] for file in files if "-" in file.name}
-        if len(splits & _SPLITS) > 1:
-            raise ValueError(
-                f"SOURCE = {files[0].parent} holds the splits {', '.join(sorted(splits))}: give "
-                f"one, such as '{files[0].parent}/train-*.parquet'"
-            )
         self._files, self._staging = files, staging
 
     def listing(self) -> Listing:

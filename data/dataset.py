@@ -24,6 +24,7 @@ from data.manifest import (
     parse_manifest,
 )
 from data.reader import Reader
+from data.splits import splits_among
 from data.stores import is_local
 from data.tars import Index, index_tar
 
@@ -130,6 +131,10 @@ def index_directory(root: Path) -> Shards:
     if (root / MANIFEST).exists() or not tars:
         what = "has a manifest already" if tars else "holds no .tar files"
         raise ValueError(f"{root} {what}: there is nothing to index")
+    if found := splits_among(tar.name for tar in tars):
+        raise ValueError(
+            f"{root} holds the splits {', '.join(found)}: move each to a directory of its own"
+        )
     for tar in tars:
         try:
             check_name(tar.stem)

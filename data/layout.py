@@ -1,16 +1,13 @@
 """Which directories of a source are its classes."""
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 from data.listing import Listing, by_class_name
 from data.manifest import NO_CLASS
-from data.names import images_among, litter
-
-_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([_-]?\d+)?", re.I)
+from data.names import SPLIT, images_among, litter
 
 
 def by_directory(names: Iterable[str], *, where: str) -> Listing:
@@ -86,7 +83,7 @@ def _loose_in_only_directory(images: Sequence[str], parts: list[list[str]], wher
 
 def _splits(classes: list[str], root: str) -> str:
     names = sorted({*classes} - {NO_CLASS})
-    if len(names) < 2 or not all(_SPLIT.fullmatch(name) for name in names):
+    if len(names) < 2 or not all(SPLIT.fullmatch(name) for name in names):
         return ""
     unpack = "" if os.path.isdir(root) else "unpack it and "
     return (

@@ -1,10 +1,14 @@
 """What the name of a file or directory says: an image, litter of a system or tool, or neither."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
+
+# The names of splits, also with a year.
+SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([_-]?\d+)?", re.I)
 
 # What systems and tools leave beside data, apart from names that begin with a dot.
 _LITTER = {

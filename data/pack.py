@@ -206,7 +206,12 @@ def _parser() -> argparse.ArgumentParser:
         "again: finished shards are kept.",
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder, zip, tars, parquet or lmdb of images; or digits")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="folder, zip, tars, parquet or lmdb of images, or a pattern of files such as "
+        "'DIR/*train*.tar'; or digits",
+    )
     add("out", metavar="OUT", type=Path, help="directory of the dataset; made if it is missing")
     add("--size", type=int, default=256, help="side of the crop in pixels (default: %(default)s)")
     add(
