@@ -9,6 +9,8 @@ from data.manifest import NO_CLASS
 
 # Classes named by numbers below this have these labels; larger numbers are dates and the like.
 _MOST_CLASSES = 65536
+# Kinds of skipped files that are named.
+_KINDS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,15 @@ class Listing:
     classes: tuple[str, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
     fault: str = ""
+
+    @property
+    def skipped_by_kind(self) -> str:
+        """How many files were skipped, such as `4 skipped (.txt 3, .mat 1)`."""
+        kinds = sorted(self.skipped.items(), key=lambda kind: (-kind[1], kind[0]))
+        listed = [f"{name} {count}" for name, count in kinds[:_KINDS]]
+        more = ["..."] if len(kinds) > _KINDS else []
+        text = f" ({', '.join([*listed, *more])})" if kinds else ""
+        return f"{sum(self.skipped.values())} skipped{text}"
 
 
 def by_class_name(names: list[str], classes: list[str]) -> Listing:

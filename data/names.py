@@ -5,7 +5,14 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
+# The usual formats; in a tar's sample they are the image, whatever else lies beside them.
+USUAL_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
+# What else Pillow opens.
+IMAGE_SUFFIXES = (
+    *USUAL_SUFFIXES,
+    *("apng", "avif", "dib", "gif", "j2k", "jfif", "jp2", "jpe", "mpo", "pbm", "pcx", "pgm", "pnm"),
+    *("qoi", "tga", "tif", "tiff"),
+)
 
 # The names of splits, also with a year.
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([_-]?\d+)?", re.I)

@@ -36,8 +36,6 @@ from data.progress import duration
 LEFT_OUT = "left-out.txt"
 # Classes that the closing line names.
 _LISTED = 5
-# Kinds of skipped files that it names.
-_KINDS = 12
 
 
 def pack(
@@ -134,17 +132,11 @@ def _summary(listing: Listing, *, left_out: int) -> str:
     """What was packed and what was not, in one line."""
     names = [name or "(none)" for name in listing.classes]
     shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-    parts = [
+    return (
         f"{len(listing.names) - left_out} images in {len(names)} "
-        f"class{'es' if len(names) > 1 else ''} ({shown})",
-        f"{left_out} left out",
-        f"{sum(listing.skipped.values())} skipped",
-    ]
-    kinds = sorted(listing.skipped.items(), key=lambda kind: (-kind[1], kind[0]))
-    if kinds:
-        listed = [f"{name} {count}" for name, count in kinds[:_KINDS]]
-        parts[-1] += f" ({', '.join(listed)}{', ...' if len(kinds) > _KINDS else ''})"
-    return ", ".join(parts)
+        f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
+        f"{listing.skipped_by_kind}"
+    )
 
 
 def _results(jobs: tuple[PackJob, ...], executor: Executor | None) -> Iterator[Made]:

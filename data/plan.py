@@ -68,7 +68,7 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pac
     """
     count = len(listing.names)
     if not count:
-        raise ValueError(f"SOURCE = {source} holds no images")
+        raise ValueError(f"SOURCE = {source} holds no images; {listing.skipped_by_kind}")
     if (least := min(listing.labels)) < 0:
         name = listing.names[listing.labels.index(least)]
         raise ValueError(f"SOURCE = {source}: {name} has the label {least}: must be at least 0")

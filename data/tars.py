@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.labels import Label, all_or_no_labels, json_label, text_label, word_label
-from data.names import IMAGE_SUFFIXES, kind, litter
+from data.names import IMAGE_SUFFIXES, USUAL_SUFFIXES, kind, litter
 
 # Bytes of a tar header; the payload follows it.
 HEADER = 512
@@ -187,7 +187,11 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _sample(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> TarSample | None:
-    images = [by_suffix[s] for s in by_suffix if s.split(".")[-1] in IMAGE_SUFFIXES]
+    usual, any_kind = (
+        [by_suffix[s] for s in by_suffix if s.split(".")[-1] in suffixes]
+        for suffixes in (USUAL_SUFFIXES, IMAGE_SUFFIXES)
+    )
+    images = usual or any_kind
     if not images:
         return None
     if len(images) > 1:

@@ -1,10 +1,12 @@
 """What users pack in another layout: counted or refused, never mislabelled."""
 
+import io
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data.dataset import Shards, open_shards
 from data.exits import REFUSED
@@ -140,3 +142,37 @@ def test_a_class_folder_without_images_is_refused_by_name(
     assert "no image in the class folders n03" in refusal(source, capsys)
     (source / "n03" / "notes.txt").write_text("x")
     assert "no image in the class folders n03" in refusal(zipped(source), capsys)
+
+
+@pytest.mark.parametrize("form", [as_it_is, zipped, tarred])
+def test_what_pillow_opens_is_packed_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object
+) -> None:
+    assert callable(form)
+    source = class_folders(tmp_path / "P")
+    for i, suffix in enumerate(("gif", "tif", "tiff", "jfif", "avif", "pgm", "tga", "jp2")):
+        picture = Image.open(io.BytesIO(image_file(i, width=20, height=20)))
+        kind = {"jfif": "jpeg"}.get(suffix)
+        picture.convert("L" if suffix == "pgm" else "RGB").save(
+            source / "n02" / f"other {i}.{suffix}", format=kind
+        )
+    for name in ("n01/a.txt", "n01/b.txt", "c.TXT", "n02/d.mat", "n02/LICENSE"):
+        (source / name).write_text("two words")
+    assert packed_16(form(source)).count == 16
+    text = capsys.readouterr().err
+    assert "16 images in 2 classes (n01, n02), 0 left out, 5 skipped" in text
+    assert "(.txt 3, .mat 1, without a suffix 1)" in text
+
+
+def test_a_folder_of_unknown_files_is_refused_with_their_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "P").mkdir()
+    for i in range(3):
+        (tmp_path / "P" / f"{i}.heic").write_bytes(b"x")
+    assert "holds no images; 3 skipped (.heic 3)" in refusal(tmp_path / "P", capsys)
+
+
+def test_a_mask_beside_a_photo_in_a_tar_stays_a_mask(tmp_path: Path) -> None:
+    source = tree(tmp_path / "P", "a.jpg", "a.gif", "b.jpg", "b.seg.tif")
+    assert packed_16(tarred(source)).count == 2
