@@ -26,7 +26,7 @@ from data.manifest import Shard
 from data.plan import PackConfig, PackJob
 from data.sources import Source
 from data.tars import Index, ShardWriter
-from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_rgb
+from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_on_white
 
 # Pillow's formats of files that are stored unchanged where no scaling is needed, and their suffix.
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png"}
@@ -34,10 +34,14 @@ _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png"}
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A finished shard, and a line for each image that could not be decoded."""
+    """A finished shard, and a line for each image that could not be decoded.
+
+    `transparent` counts the images that are transparent somewhere.
+    """
 
     shard: Shard
     left_out: tuple[str, ...]
+    transparent: int = 0
 
 
 def make_shard(job: PackJob) -> Made:
@@ -53,21 +57,24 @@ def make_shard(job: PackJob) -> Made:
         return found
     tar = out / f"{job.name}.tar"
     with files.whole(tar) as file:
-        index, left_out = _write(job, file)
+        index, left_out, transparent = _write(job, file)
     content = index_bytes(index)
     files.write(out / f"{job.name}.idx.npy", content)
-    made = Made(shard=describe(tar, index, content), left_out=tuple(left_out))
+    shard = describe(tar, index, content)
+    made = Made(shard=shard, left_out=tuple(left_out), transparent=transparent)
     files.write(record, json.dumps(asdict(made)))
     return made
 
 
-def encode(content: bytes, *, config: PackConfig) -> tuple[bytes, str]:
+def encode(content: bytes, *, config: PackConfig) -> tuple[bytes, str, bool]:
     """Crop or scale one image file as configured: the new file's bytes and suffix.
+
+    The last value is whether the image is transparent somewhere.
 
     Raises:
         one of `UNDECODABLE`.
     """
-    image = open_rgb(content)
+    image, is_transparent = open_on_white(content)
     if not config.keep_original:
         image = Image.fromarray(center_crop(image, size=config.size))
     elif min(image.size) > config.size:
@@ -75,30 +82,31 @@ def encode(content: bytes, *, config: PackConfig) -> tuple[bytes, str]:
     else:
         kept = _KEPT_FORMATS.get(Image.open(io.BytesIO(content)).format or "")
         if kept:
-            return content, kept
+            return content, kept, is_transparent
     buffer = io.BytesIO()
     if config.suffix == "png":
         image.save(buffer, format="PNG")
     else:
         image.save(buffer, format="JPEG", quality=config.quality, subsampling=0)
-    return buffer.getvalue(), config.suffix
+    return buffer.getvalue(), config.suffix, is_transparent
 
 
-def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[str]]:
-    """Write the tar; its index, and a line for each image that was left out."""
+def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[str], int]:
+    """Write the tar; its index, a line for each image left out, and how many are transparent."""
     source = _source(job.source, job.out)
-    left_out = []
+    left_out, transparent = [], 0
     writer = ShardWriter(file)
     for number, (name, label) in enumerate(job.images, start=job.first):
         try:
-            image, suffix = encode(source.read(name), config=job.config)
+            image, suffix, is_transparent = encode(source.read(name), config=job.config)
         except (*UNDECODABLE, zipfile.BadZipFile, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # a fault of the disk or network, not of the image
             left_out.append(f"{name}: {error}")
             continue
+        transparent += is_transparent
         writer.add(_key(number, name), image=image, suffix=suffix, label=label)
-    return writer.close(), left_out
+    return writer.close(), left_out, transparent
 
 
 def _key(number: int, name: str) -> str:
@@ -110,7 +118,11 @@ def _finished(out: Path, record: Path) -> Made | None:
     if not record.exists():
         return None
     saved = json.loads(record.read_text())
-    made = Made(shard=Shard(**saved["shard"]), left_out=tuple(saved["left_out"]))
+    made = Made(
+        shard=Shard(**saved["shard"]),
+        left_out=tuple(saved["left_out"]),
+        transparent=saved.get("transparent", 0),  # records of version 0.1 do not have it
+    )
     for name, sha256 in (
         (made.shard.tar, made.shard.sha256),
         (made.shard.index, made.shard.index_sha256),

@@ -124,18 +124,21 @@ def _finish(out: Path, work: PackPlan, made: list[Made], listing: Listing) -> in
         made_by={"plan": work.digest, **asdict(work.config)},
     )
     files.write(out / MANIFEST, text)
-    print(_summary(listing, left_out=len(left_out)), file=sys.stderr)
+    transparent = sum(m.transparent for m in made)
+    summary = _summary(listing, left_out=len(left_out), transparent=transparent)
+    print(summary, file=sys.stderr)
     return len(left_out)
 
 
-def _summary(listing: Listing, *, left_out: int) -> str:
+def _summary(listing: Listing, *, left_out: int, transparent: int) -> str:
     """What was packed and what was not, in one line."""
     names = [name or "(none)" for name in listing.classes]
     shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    alpha = f", {transparent} with transparency (now on white)" if transparent else ""
     return (
         f"{len(listing.names) - left_out} images in {len(names)} "
         f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
-        f"{listing.skipped_by_kind}"
+        f"{listing.skipped_by_kind}{alpha}"
     )
 
 

@@ -79,9 +79,38 @@ def open_rgb(content: bytes | memoryview) -> Image.Image:
     Raises:
         one of `UNDECODABLE`.
     """
+    return open_on_white(content)[0]
+
+
+def open_on_white(content: bytes | memoryview) -> tuple[Image.Image, bool]:
+    """As `open_rgb`, and whether the image is transparent somewhere: white shows through there.
+
+    Raises:
+        one of `UNDECODABLE`.
+    """
     with Image.open(io.BytesIO(content)) as image:
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # which copies in any case
+        if image.mode == "F":
+            raise ValueError("its values are floating-point numbers: convert it to 8 or 16 bits")
+        if image.mode.startswith("I"):
+            return _from_16_bits(image), False
+        if image.has_transparency_data:
+            layers = image.convert("RGBA")
+            if layers.getchannel("A").getextrema() != (255, 255):
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, layers).convert("RGB"), True
+        # Converting copies in any case.
+        return image if image.mode == "RGB" else image.convert("RGB"), False
+
+
+def _from_16_bits(grey: Image.Image) -> Image.Image:
+    """An RGB image of 8 bits from a grey one of 16 bits, which Pillow would clip at 255."""
+    values = np.asarray(grey)
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most > 65535:
+        raise ValueError(f"its grey values are from {least} to {most}: must be from 0 to 65535")
+    scaled = (values.astype(np.uint32) + 128) // 257
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
 
 def halve_and_scale(image: Image.Image, *, side: int) -> Image.Image:

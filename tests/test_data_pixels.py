@@ -1,0 +1,103 @@
+"""Pixels that are not 8 bits of RGB: scaled, laid on white or refused, not destroyed."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.dataset import open_shards
+from data.pack import LEFT_OUT, main, pack
+from data.plan import PackConfig
+from data.tars import scan_tar
+from data.transforms import decode, open_rgb
+from tests.support.data_fixtures import content, image_file, packed
+
+RAMP = np.linspace(0, 65535, 400).reshape(20, 20)
+
+
+def file_of(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("PNG", "u2"), ("TIFF", "u2"), ("TIFF", ">u2"), ("TIFF", "i4")]
+)
+def test_grey_of_16_bits_keeps_its_shades(kind: str, dtype: str) -> None:
+    image = Image.fromarray(RAMP.astype(dtype))
+    pixels = np.asarray(open_rgb(file_of(image, kind)))
+    assert (pixels == np.round(RAMP.astype("i4") / 257)[:, :, None]).all()
+
+
+def test_grey_of_16_bits_in_pgm_keeps_its_shades() -> None:
+    content_ = b"P5 20 20 65535\n" + RAMP.astype(">u2").tobytes()
+    assert len(np.unique(np.asarray(open_rgb(content_)))) == 256
+
+
+def test_a_16_bit_png_is_packed_with_its_shades_and_kept_unchanged(tmp_path: Path) -> None:
+    original = file_of(Image.fromarray(RAMP.astype("u2")), "PNG")
+    (tmp_path / "P").mkdir()
+    (tmp_path / "P" / "a.png").write_bytes(original)
+    ((pixels, _),) = content(packed(tmp_path / "P", tmp_path))
+    assert len({*pixels}) > 100
+    config = PackConfig(size=32, keep_original=True)
+    pack(str(tmp_path / "P"), out=tmp_path / "kept", config=config)
+    (shard,) = open_shards(tmp_path / "kept").shards
+    (sample,) = scan_tar(tmp_path / "kept" / shard.tar)
+    stored = (tmp_path / "kept" / shard.tar).read_bytes()[sample.offset :][: sample.size]
+    assert stored == original and len(np.unique(decode(stored))) == 256
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"), [("f4", "floating-point"), ("i4", "from -5 to 70000: must be")]
+)
+def test_other_numbers_are_left_out_by_name(tmp_path: Path, dtype: str, message: str) -> None:
+    values = RAMP.copy()
+    values[0, 0], values[0, 1] = -5, 70000
+    (tmp_path / "P").mkdir()
+    image = Image.fromarray(values.astype(dtype))
+    (tmp_path / "P" / "depth.tif").write_bytes(file_of(image, "TIFF"))
+    (tmp_path / "P" / "a.jpg").write_bytes(image_file(0, width=20, height=20))
+    shards = packed(tmp_path / "P", tmp_path)
+    assert shards.count == 1
+    report = (Path(shards.root) / LEFT_OUT).read_text()
+    assert "depth.tif: " in report and message in report
+
+
+def transparent(mode: str) -> bytes:
+    """A picture of 20 x 20 pixels, grey 90, whose left half is transparent over black."""
+    image = Image.new("RGBA", (20, 20), (90, 90, 90, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 10, 20))
+    if mode == "P":
+        palette = Image.new("P", (20, 20), 1)
+        palette.putpalette([0, 0, 0, 90, 90, 90])
+        palette.paste(0, (0, 0, 10, 20))
+        return file_of(palette, "PNG", transparency=0)
+    if mode == "RGB":
+        return file_of(image.convert("RGB"), "PNG", transparency=(0, 0, 0))
+    return file_of(image.convert(mode), "PNG")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_white_shows_through_transparent_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    pixels = np.asarray(open_rgb(transparent(mode)))
+    assert (pixels[:, :10] == 255).all() and (pixels[:, 10:] == 90).all()
+    (tmp_path / "P").mkdir()
+    (tmp_path / "P" / "a.png").write_bytes(transparent(mode))
+    (tmp_path / "P" / "b.jpg").write_bytes(image_file(0, width=20, height=20))
+    arguments = [str(tmp_path / "P"), str(tmp_path / "oP"), "--size", "16", "--workers", "1"]
+    assert main(arguments) == 0
+    assert "0 skipped, 1 with transparency (now on white)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "RGB", "1", "CMYK"])
+def test_opaque_images_are_decoded_as_before(mode: str) -> None:
+    picture = Image.open(io.BytesIO(image_file(3, width=20, height=20))).convert(mode)
+    content_ = file_of(picture, "TIFF" if mode == "CMYK" else "PNG")
+    with Image.open(io.BytesIO(content_)) as image:
+        assert (np.asarray(open_rgb(content_)) == np.asarray(image.convert("RGB"))).all()
