@@ -17,7 +17,7 @@ from typing import Any
 from data import files
 from data.labels import LABEL_KEYS, Label, label_of
 from data.layout import class_directories
-from data.listing import Listing, by_class_name, by_label_if_any
+from data.listing import Listing, by_directory_name, by_label_if_any
 from data.manifest import NO_CLASS
 from data.names import is_image, litter
 from data.sources import Digits, Folder, Source, Zip
@@ -96,7 +96,7 @@ class Tars:
         are_shards = found <= stems and all(_SHARD.fullmatch(name) for name in found)
         if len(found) < 2 or NO_CLASS in found or are_shards:
             return listing
-        return replace(by_class_name(listing.names, classes), fault=fault)
+        return replace(by_directory_name(listing.names, classes), fault=fault)
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""

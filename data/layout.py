@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from data.listing import Listing, by_class_name
+from data.listing import Listing, by_directory_name
 from data.manifest import NO_CLASS
 from data.names import SPLIT, images_among, litter
 
@@ -22,7 +22,7 @@ def by_directory(names: Iterable[str], *, where: str) -> Listing:
     images, skipped = images_among(files)
     beside = {f"{name.rpartition('/')[0]}/" for name in files}
     classes, fault = class_directories(images, directories={*directories, *beside}, where=where)
-    return replace(by_class_name(images, classes), skipped=skipped, fault=fault)
+    return replace(by_directory_name(images, classes), skipped=skipped, fault=fault)
 
 
 def class_directories(
@@ -40,6 +40,7 @@ def class_directories(
     fault = (
         _loose_images(images, classes, root)
         or _splits(classes, root)
+        or _same_numbers(classes, root)
         or _empty(classes, _names_at(parts[0][:above] if parts else [], directories), root)
         or _loose_in_only_directory(images, parts, where)
     )
@@ -101,3 +102,17 @@ def _empty(classes: list[str], directories: set[str], root: str) -> str:
         f"SOURCE = {root}: no image in the class folders {', '.join(empty[:5])}{more}: "
         "add their images or remove them"
     )
+
+
+def _same_numbers(classes: list[str], root: str) -> str:
+    """Whether all names are numbers, and two of them the same one, such as 1 and 01."""
+    spelled: dict[int, str] = {}
+    for name in sorted({*classes}):
+        if not name.isdecimal():
+            return ""
+        if (other := spelled.setdefault(int(name), name)) != name:
+            return (
+                f"SOURCE = {root}: the class folders {other} and {name} are the same number: "
+                "merge or rename them"
+            )
+    return ""

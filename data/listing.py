@@ -18,7 +18,8 @@ class Listing:
     """All images of a source: their names there, their labels, and the names of the labels.
 
     `skipped` counts the files that are no images, by kind. `fault` is why the labels cannot be
-    used, if they cannot; a class map replaces them.
+    used, if they cannot; a class map replaces them. `is_numbered` is whether the source states the
+    numbers of the labels, rather than names.
     """
 
     names: list[str]
@@ -26,6 +27,7 @@ class Listing:
     classes: tuple[str, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
     fault: str = ""
+    is_numbered: bool = False
 
     @property
     def skipped_by_kind(self) -> str:
@@ -49,6 +51,21 @@ def by_class_name(names: list[str], classes: list[str]) -> Listing:
     return Listing(names=names, labels=[label[c] for c in classes], classes=known)
 
 
+def by_directory_name(names: list[str], classes: list[str]) -> Listing:
+    """As `by_class_name`, but numbers are labels only where they are 0 to N - 1.
+
+    Other numbers are names, such as years; labels count them in the order of the numbers.
+    """
+    known = {*classes}
+    if not all(name.isdecimal() and int(name) < _MOST_CLASSES for name in known):
+        return by_class_name(names, classes)
+    if {int(name) for name in known} == {*range(len(known))}:
+        return by_number(names, [int(name) for name in classes])
+    ordered = tuple(sorted(known, key=int))
+    label = {name: i for i, name in enumerate(ordered)}
+    return Listing(names=names, labels=[label[c] for c in classes], classes=ordered)
+
+
 def by_number(names: list[str], labels: list[int]) -> Listing:
     """A listing whose labels are numbers already: they stay as they are."""
     classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
@@ -65,7 +82,9 @@ def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
     if known is None:
         return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
     numbers = [label for label in known if isinstance(label, int)]
-    return by_number(names, numbers) if numbers else by_class_name(names, [*map(str, known)])
+    if numbers:
+        return replace(by_number(names, numbers), is_numbered=True)
+    return by_class_name(names, [*map(str, known)])
 
 
 def relabel(listing: Listing, *, class_map: Path) -> Listing:
@@ -100,21 +119,37 @@ def relabel(listing: Listing, *, class_map: Path) -> Listing:
 def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     """Number the classes as another dataset does, e.g. a validation split as its training split.
 
-    Classes that are numbers already are taken to be the other dataset's labels.
+    Numbers are names in the other dataset where it has such names, otherwise its labels.
 
     Raises:
         ValueError: a class that the other one does not have, or images without a label.
     """
     if NO_CLASS in listing.classes:
         raise ValueError("--classes-of: some images have no label; add --class-map")
-    if all(name.isdecimal() for name in listing.classes) and len(listing.classes) <= len(classes):
+    are_numbers = all(name.isdecimal() for name in listing.classes)
+    if are_numbers and listing.is_numbered and len(listing.classes) <= len(classes):
         return replace(listing, classes=classes)
-    number = {name: i for i, name in enumerate(classes)}
-    unknown = [name for name in listing.classes if name not in number]
+    used = [listing.classes[label] for label in sorted({*listing.labels})]
+    number = _numbers(classes, of_numbers=are_numbers)
+    unknown = [name for name in used if _key(name, are_numbers) not in number]
     if unknown:
         raise ValueError(f"--classes-of has no class {unknown[0]!r} ({len(unknown)} are unknown)")
-    labels = [number[listing.classes[label]] for label in listing.labels]
+    labels = [number[_key(listing.classes[label], are_numbers)] for label in listing.labels]
     return replace(listing, labels=labels, classes=classes)
+
+
+def _numbers(classes: tuple[str, ...], *, of_numbers: bool) -> dict[str, int]:
+    """The label of each name; `of_numbers`, of each number, with or without leading zeros.
+
+    Numbers are labels where the classes have other names.
+    """
+    if of_numbers and not all(name.isdecimal() for name in classes):
+        return {str(i): i for i in range(len(classes))}
+    return {_key(name, of_numbers): i for i, name in enumerate(classes)}
+
+
+def _key(name: str, is_number: bool) -> str:
+    return str(int(name)) if is_number else name
 
 
 def _relabelled(listing: Listing, classes: list[str]) -> Listing:

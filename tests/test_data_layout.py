@@ -176,3 +176,57 @@ def test_a_folder_of_unknown_files_is_refused_with_their_count(
 def test_a_mask_beside_a_photo_in_a_tar_stays_a_mask(tmp_path: Path) -> None:
     source = tree(tmp_path / "P", "a.jpg", "a.gif", "b.jpg", "b.seg.tif")
     assert packed_16(tarred(source)).count == 2
+
+
+def test_years_are_names_of_classes(tmp_path: Path) -> None:
+    shards = packed_16(class_folders(tmp_path / "P", classes=("2020", "2019", "999")))
+    assert shards.classes == ("999", "2019", "2020")
+    assert {label for _, label in content(shards)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("names", [("1", "2", "10"), ("01", "02", "10")])
+def test_numbers_from_one_are_names_of_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    assert packed_16(class_folders(tmp_path / "P", classes=names)).classes == names
+
+
+def test_one_number_spelled_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = class_folders(tmp_path / "P", classes=("1", "01", "2"))
+    assert "the class folders 01 and 1 are the same number" in refusal(source, capsys)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "labels"),
+    [
+        (("2019", "2020", "2021"), ("2021", "2020"), {1, 2}),
+        (("1", "2", "3"), ("3",), {2}),
+        (("1", "2", "3"), ("01", "02"), {0, 1}),
+        (("0", "1", "2"), ("2", "0"), {0, 2}),
+        (("a", "b", "c"), ("0", "2"), {0, 2}),
+        (("1", "2", "3"), ("0", "1"), None),
+        (("2019", "2020"), ("2018",), None),
+    ],
+)
+def test_a_split_of_numbered_folders_takes_the_training_sets_labels(
+    tmp_path: Path, train: tuple[str, ...], val: tuple[str, ...], labels: set[int] | None
+) -> None:
+    of = packed_16(class_folders(tmp_path / "train", classes=train))
+    source, out = class_folders(tmp_path / "val", classes=val), tmp_path / "oval"
+    arguments = [str(source), str(out), "--size", "16", "--workers", "1", "--classes-of", of.root]
+    if labels is None:
+        assert main(arguments) == REFUSED
+        return
+    assert main(arguments) == 0
+    shards = open_shards(out)
+    assert shards.classes == of.classes
+    assert {label for _, label in content(shards)} == labels
+
+
+def test_a_class_map_of_years_takes_the_training_sets_labels(tmp_path: Path) -> None:
+    of = packed_16(class_folders(tmp_path / "train", classes=("2019", "2020")))
+    source, out = tree(tmp_path / "val", "a.jpg", "b.jpg"), tmp_path / "oval"
+    (tmp_path / "map").write_text("a.jpg 2020\nb.jpg 2019\n")
+    arguments = [str(source), str(out), "--size", "16", "--workers", "1", "--classes-of", of.root]
+    assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 0
+    assert {label for _, label in content(open_shards(out))} == {0, 1}
