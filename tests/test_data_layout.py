@@ -1,6 +1,7 @@
 """What users pack in another layout: counted or refused, never mislabelled."""
 
 import io
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -8,9 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data.claim import WORK
 from data.dataset import Shards, open_shards
 from data.exits import REFUSED
-from data.pack import main
+from data.jobs import make_shard
+from data.pack import main, pack
+from data.plan import PackConfig, plan
+from data.sources import Folder
 from tests.support.data_fixtures import content, image_file
 
 
@@ -230,3 +235,29 @@ def test_a_class_map_of_years_takes_the_training_sets_labels(tmp_path: Path) -> 
     arguments = [str(source), str(out), "--size", "16", "--workers", "1", "--classes-of", of.root]
     assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 0
     assert {label for _, label in content(open_shards(out))} == {0, 1}
+
+
+def test_a_class_map_takes_the_place_of_any_layout(tmp_path: Path) -> None:
+    source = tree(tmp_path / "P", "train/a.jpg", "val/b.jpg", "c.jpg")
+    (tmp_path / "map").write_text("a.jpg cat\nb.jpg dog\nc.jpg cat\n")
+    arguments = [str(source), str(tmp_path / "oP"), "--size", "16", "--workers", "1"]
+    assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 0
+    assert open_shards(tmp_path / "oP").classes == ("cat", "dog")
+
+
+def test_a_packing_that_the_last_release_began_is_finished(tmp_path: Path) -> None:
+    """Its records of finished shards do not count transparent images."""
+    source, out = class_folders(tmp_path / "P"), tmp_path / "half"
+    config = PackConfig(size=16)
+    work = plan(Folder(source).listing(), source=str(source), out=out, config=config)
+    (out / WORK).mkdir(parents=True)
+    (out / WORK / "plan").write_text(work.digest)
+    make_shard(work.jobs[0])
+    record = out / WORK / f"{work.jobs[0].name}.json"
+    saved = json.loads(record.read_text())
+    del saved["transparent"]
+    record.write_text(json.dumps(saved))
+    untouched = (out / "00000.tar").stat().st_mtime_ns
+    pack(str(source), out=out, config=config)
+    assert (out / "00000.tar").stat().st_mtime_ns == untouched
+    assert open_shards(out).fingerprint == packed_16(source).fingerprint
