@@ -69,7 +69,7 @@ def _loose_images(images: Sequence[str], classes: list[str], root: str) -> str:
     if not 0 < len(loose) < len(images):
         return ""
     return (
-        f"SOURCE = {root}: {loose[0]} and {len(loose) - 1} other images lie beside the class "
+        f"SOURCE = {root}: {len(loose)} images, such as {loose[0]}, lie beside the class "
         "folders: move them into a class folder or out of SOURCE, or give --class-map"
     )
 
@@ -86,10 +86,11 @@ def _splits(classes: list[str], root: str) -> str:
     names = sorted({*classes} - {NO_CLASS})
     if len(names) < 2 or not all(SPLIT.fullmatch(name) for name in names):
         return ""
+    one = next((name for name in names if name.lower().startswith("train")), names[0])
     unpack = "" if os.path.isdir(root) else "unpack it and "
     return (
         f"SOURCE = {root} holds the splits {', '.join(names)}, not classes: {unpack}pack each by "
-        f"itself, such as {root}/{names[-1]}, the others with --classes-of"
+        f"itself, first {root}/{one}, then the others with --classes-of"
     )
 
 

@@ -26,7 +26,7 @@ def check_files(files: list[Path], *, pattern: str) -> None:
     missing = [name for name in _missing(names) if fnmatch(name, pattern)]
     if missing:
         raise ValueError(
-            f"SOURCE = {parent}: {missing[0]} and {len(missing) - 1} other files are missing: "
+            f"SOURCE = {parent}: {len(missing)} files are missing, such as {missing[0]}: "
             "add them, or give a pattern that leaves them out"
         )
 

@@ -114,7 +114,7 @@ def test_images_beside_class_folders_are_refused(
     class_folders(tmp_path / "P" / inside)
     tree(tmp_path / "P", f"{inside}preview.jpg")
     text = refusal(form(tmp_path / "P"), capsys)
-    assert f"{inside}preview.jpg and 0 other images lie beside the class folders" in text
+    assert f"1 images, such as {inside}preview.jpg, lie beside the class folders" in text
     assert "--class-map" in text
 
 

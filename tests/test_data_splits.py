@@ -43,7 +43,7 @@ def test_a_split_that_was_downloaded_in_part_is_refused(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "P", *names)
     assert packed(source, tmp_path / "all").count == 3
     (source / names[1]).unlink()
-    missing = r"P: train-00001-of-00003\.parquet and 0 other files are missing"
+    missing = r"P: 1 files are missing, such as train-00001-of-00003\.parquet"
     for path in (source, source / "train-*.parquet"):
         with pytest.raises(ValueError, match=missing):
             packed(path, tmp_path)
