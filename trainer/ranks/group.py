@@ -7,6 +7,7 @@ the launcher ends the others and its message is the first.
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,7 +150,9 @@ def run_as_rank(main: Callable[[], int]) -> None:
     except (Refused, Broken) as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(REFUSED if isinstance(error, Refused) else FAILED)
+        status = REFUSED if isinstance(error, Refused) else FAILED
+        if not _is_held_up():
+            sys.exit(status)
     except ValueError as error:
         print(f"{process_name()}: error: {error}", file=sys.stderr)
         status = REFUSED
@@ -160,3 +163,8 @@ def run_as_rank(main: Callable[[], int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _is_held_up() -> bool:
+    """Whether a thread still waits for the network: Python's shutdown would abort the process."""
+    return any(thread.daemon for thread in threading.enumerate())
