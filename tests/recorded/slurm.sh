@@ -86,19 +86,21 @@ leave() {
 }
 
 # Run a command in the background, where a trap of this shell need not wait for it, and return its
-# status. The status goes through a file: bash loses it, and may wait for the timer of `leave`
-# instead, when that trap comes while it waits.
+# status. The status goes through a file of this start's own: bash loses it, and may wait for the
+# timer of `leave` instead, when that trap comes while it waits.
 attend() {
+  file=$run/launch/ended-$job-$start
+  rm -f "$file"
   {
     trap : TERM USR1  # the command itself acts on them
     "$@"
-    echo $? > "$run/launch/ended"
+    echo $? > "$file"
   } &
   ranks=$!
   wait "$ranks"
   while kill -0 "$ranks" 2> /dev/null; do sleep 0.2; done  # a signal ended the wait
-  ended=$(cat "$run/launch/ended")
-  rm -f "$run/launch/ended"
+  ended=$(cat "$file")
+  rm -f "$file"
   return "${ended:-137}"
 }
 
