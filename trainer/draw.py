@@ -70,7 +70,7 @@ def draw(
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """float images in [-1, 1] -> uint8; what is not a number is black."""
+    """float images (B, C, H, W) in [-1, 1] -> uint8; what is not a number is black."""
     return ((images.nan_to_num(nan=-1.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -136,7 +136,7 @@ def draw_grid(
 
 
 def grid_indices(every: IntervalConfig, *, world: World) -> Tensor:
-    """The images of the grid that this rank draws: one in every so many; all ranks draw alike.
+    """The images of the grid that this rank draws, (n,) int64: one in every so many.
 
     Ranks beyond the size of the grid draw an image that is not shown.
     """

@@ -122,7 +122,7 @@ class Engine:
         return size
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's mean loss; a step averages over its micro-batches."""
+        """Add the gradient of a micro-batch's mean loss, a scalar; a step averages over them."""
         self._ds.backward(loss)
         if not self._ds.is_gradient_accumulation_boundary():
             self._ds.step()  # only counts the micro-batch

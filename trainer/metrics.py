@@ -45,7 +45,7 @@ class Metrics:
                     self.put(f"{name}/q{q}", sums[q], counts[q])
 
     def note(self, name: str, value: Tensor | float) -> None:
-        """Add one value of a quantity that is averaged over the steps of an interval."""
+        """Add one value (a scalar) of a quantity that is averaged over the steps of an interval."""
         self.put(name, value, 1)
 
     def put(self, name: str, total: Tensor | float, count: Tensor | float) -> None:

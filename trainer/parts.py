@@ -42,13 +42,13 @@ class SampleRequest:
         return -(-self.images // self.batch)
 
     def labels(self, indices: Tensor) -> Tensor | None:
-        """The classes in turn: equally many of each, whatever the number of images."""
+        """The classes (B,) of indices (B,), in turn: equally many of each."""
         if self.classes is None:
             return None
         return torch.tensor(self.classes)[indices % len(self.classes)]
 
     def recorded(self, indices: Tensor) -> Tensor:
-        """The labels that the file holds: zeros where there are no classes."""
+        """The labels (B,) that the file holds: zeros where there are no classes."""
         labels = self.labels(indices)
         return torch.zeros_like(indices) if labels is None else labels
 

@@ -212,7 +212,7 @@ class Stage(nn.ModuleList):
 
 
 def full(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 if it is in that: what statistics, losses and samplers compute in."""
+    """x, of any shape, in fp32 or, if it is in that, fp64: for statistics, losses and samplers."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -242,7 +242,7 @@ def merge_windows(windows: Tensor, *, size: int, shape: torch.Size) -> Tensor:
 
 
 def resize(x: Tensor, resample: Resampling) -> Tensor:
-    """Halves a map by 2 x 2 means, doubles it by nearest neighbours, or leaves it."""
+    """Resize x (B, C, H, W): halve by 2 x 2 means, double by nearest neighbours, or leave it."""
     if resample == "down":
         return F.avg_pool2d(x, 2)
     if resample == "up":
@@ -251,7 +251,7 @@ def resize(x: Tensor, resample: Resampling) -> Tensor:
 
 
 def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
-    """x + h; with `rescale`, divided by sqrt(2) so that the variance does not grow with depth."""
+    """x + h, both (B, C, H, W); `rescale` divides by sqrt(2), so that the variance stays."""
     return (x + h) * _HALF_SQRT if rescale else x + h
 
 

@@ -57,19 +57,19 @@ class Diffusion:
         return self._on(t.device)[name][t][:, None, None, None]
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0): the image x0 after t + 1 steps of noising."""
+        """x_t ~ q(x_t | x_0), (B, C, H, W): x0 after t + 1 steps of noising, t (B,)."""
         return self.at("sqrt_alpha_bar", t) * x0 + self.at("sqrt_one_minus_alpha_bar", t) * noise
 
     def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The mean of q(x_{t-1} | x_t, x_0)."""
+        """The mean of q(x_{t-1} | x_t, x_0), (B, C, H, W), at steps t (B,)."""
         return self.at("posterior_x0", t) * x0 + self.at("posterior_xt", t) * x_t
 
     def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The image that noise eps made x_t of."""
+        """The image (B, C, H, W) that noise eps made x_t of, at steps t (B,)."""
         return self.at("sqrt_recip", t) * x_t - self.at("sqrt_recip_minus_one", t) * eps
 
     def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """The noise that made x_t of image x0."""
+        """The noise (B, C, H, W) that made x_t of image x0, at steps t (B,)."""
         return (self.at("sqrt_recip", t) * x_t - x0) / self.at("sqrt_recip_minus_one", t)
 
     def p_mean_variance(self, out: Tensor, x_t: Tensor, t: Tensor, *, clip: bool) -> Prediction:

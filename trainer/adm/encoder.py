@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         return emb
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The output of every downward stage, first to last, and that of the bottom."""
+        """Outputs (B, C, H, W) of every downward stage, first to last, and that of the bottom."""
         features = []
         for stage in self.input_blocks:
             x = stage(x, emb)

@@ -34,7 +34,7 @@ def normal_kl(
 
 
 def pixel_log_likelihood(x: Tensor, *, mean: Tensor, log_deviation: Tensor) -> Tensor:
-    """log of the Gaussian's mass in the 8-bit bin around x, elementwise; x in [-1, 1].
+    """log of the Gaussian's mass in the 8-bit bin around x in [-1, 1]; all of one shape.
 
     The outermost bins reach to infinity.
     """

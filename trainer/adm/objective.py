@@ -81,7 +81,7 @@ class Classify:
 
 
 def to_range(images: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [-1, 1]."""
+    """uint8 pixels (B, C, H, W) -> float32 in [-1, 1], of the same shape."""
     return images.float() / 127.5 - 1
 
 

@@ -95,7 +95,7 @@ def start(indices: Tensor, *, seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def step_noise(indices: Tensor, *, seed: int, shape: tuple[int, ...]) -> Noise:
-    """The noise of each image's steps: the same for any batching of the images."""
+    """Indices (B,) -> step -> noise (B, *shape), the same for any batching of the images."""
 
     def noise(step: int) -> Tensor:
         return keyed.normal(indices, seed=seed, stream=keyed.SAMPLE_STEP + step, shape=shape)
@@ -104,7 +104,7 @@ def step_noise(indices: Tensor, *, seed: int, shape: tuple[int, ...]) -> Noise:
 
 
 def ancestral_step(p: Prediction, *, noise: Tensor | None, gradient: Tensor | None) -> Tensor:
-    """x_{t-1}; guided, its mean is moved by variance * gradient (Algorithm 1)."""
+    """x_{t-1}, (B, C, H, W); guided, its mean is moved by variance * gradient (Algorithm 1)."""
     mean = p.mean if gradient is None else p.mean + p.variance * gradient
     return mean if noise is None else mean + torch.exp(0.5 * p.log_variance) * noise
 
@@ -119,7 +119,7 @@ def ddim_step(
     noise: Tensor | None,
     gradient: Tensor | None,
 ) -> Tensor:
-    """x_{t-1} by DDIM; guided, eps is moved by -sqrt(1 - alpha_bar) gradient (Algorithm 2)."""
+    """x_{t-1}, (B, C, H, W), by DDIM; guided, eps moves by -sqrt(1 - alpha_bar) grad (Alg. 2)."""
     x0, eps = p.x0, diffusion.eps_from_x0(x_t, t, p.x0)
     if gradient is not None:
         eps = eps - diffusion.at("sqrt_one_minus_alpha_bar", t) * gradient
@@ -131,7 +131,7 @@ def ddim_step(
 
 
 def ddim_inverse_step(diffusion: Diffusion, p: Prediction, x_t: Tensor, t: Tensor) -> Tensor:
-    """x_{t+1} by the DDIM ordinary differential equation."""
+    """x_{t+1}, (B, C, H, W), by the DDIM ordinary differential equation."""
     eps, after = diffusion.eps_from_x0(x_t, t, p.x0), diffusion.at("alpha_bar_after", t)
     return after.sqrt() * p.x0 + (1 - after).sqrt() * eps
 
