@@ -23,6 +23,7 @@ ONLY_IN = {
 #: What a login node runs, which has neither torch nor numpy.
 PURE = (
     "trainer.config",
+    "trainer.sections",
     "trainer.settings",
     "trainer.ds_config",
     "trainer.runstate",

@@ -19,9 +19,10 @@ from trainer.adm.diffusion import Diffusion
 from trainer.adm.objective import to_range
 from trainer.adm.sampler import Guidance, ancestral, ddim, start, step_noise
 from trainer.adm.unet import UNet
-from trainer.config import Config, IntervalConfig
+from trainer.config import Config
 from trainer.ranks.group import gather
 from trainer.ranks.world import World
+from trainer.sections import IntervalConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
