@@ -1,31 +1,48 @@
-"""A part of a sample file is whole, or its fault is found."""
+"""Sample files and directories of shards are read alike, by the places of their images."""
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from trainer.samplefile import part_fault, write_part
+from data import pack
+from trainer.samplefile import open_samples
 
 
-def test_a_part_that_is_cut_or_has_another_bit_is_found(tmp_path: Path) -> None:
-    images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
-    labels = np.array([3, 1])
-    file = tmp_path / "000000.npz"
-    write_part(file, images, labels)
-    assert not file.with_name(f"{file.name}.partial").exists()
-    whole = file.read_bytes()
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_any_span_of_a_sample_file_is_read(tmp_path: Path, save: object) -> None:
+    images = np.arange(5 * 4 * 6 * 3, dtype=np.int64).reshape(5, 4, 6, 3).astype(np.uint8)
+    save(tmp_path / "a.npz", arr_1=np.array([3, 1, 0, 1, 2], np.int32), arr_0=images)  # type: ignore[operator]
+    samples = open_samples(tmp_path / "a.npz")
+    assert samples.count == 5 and samples.size == (4, 6)
+    assert np.array_equal(samples.images(2, 4), images[2:4])
+    assert np.array_equal(samples.images(4, 9), images[4:])
+    assert samples.labels is not None and samples.labels.tolist() == [3, 1, 0, 1, 2]
 
-    def fault() -> str | None:
-        return part_fault(file, shape=(2, 4, 4, 3), labels=labels)
 
-    assert fault() is None
-    for size in range(len(whole)):
-        file.write_bytes(whole[:size])
-        assert fault() is not None, size
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[place] ^= 0x10
-        file.write_bytes(damaged)
-        if fault() is None:  # a bit that says nothing of the content, such as the time of writing
-            with np.load(file) as part:
-                assert np.array_equal(part["images"], images.transpose(0, 2, 3, 1)), place
+def test_shards_are_read_in_their_order_with_their_labels(digits: Path, tmp_path: Path) -> None:
+    samples = open_samples(digits)
+    assert samples.count == 1797 and samples.size == (8, 8) and samples.labels is not None
+    assert np.bincount(samples.labels).min() > 100
+    some = samples.images(1000, 1003)
+    assert some.shape == (3, 8, 8, 3) and np.array_equal(some[1:], samples.images(1001, 1003))
+    assert samples.checksum() == samples.shards.fingerprint  # type: ignore[attr-defined]
+    assert pack.main(["digits", str(tmp_path / "own"), "--size", "8", "--keep-original"]) == 0
+    assert open_samples(tmp_path / "own", size=16).images(0, 2).shape == (2, 16, 16, 3)
+
+
+def test_zeros_of_a_file_that_does_not_say_how_it_was_drawn_are_no_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(2, int))
+    assert open_samples(tmp_path / "a.npz").labels is None
+
+
+def test_what_is_no_sample_file_is_refused_by_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3), np.float32))
+    np.savez(tmp_path / "short.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.ones(1, int))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3))
+    (tmp_path / "torn.npz").touch()
+    for name in ("float", "short", "other", "torn", "absent"):
+        with pytest.raises(ValueError, match=f"{name}.npz"):
+            open_samples(tmp_path / f"{name}.npz")
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
+        open_samples(tmp_path)

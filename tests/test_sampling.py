@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.exits import TO_BE_CONTINUED
 from tests.support import ranks
-from trainer import sample, samplefile
+from trainer import partfiles, sample
 from trainer.draw import tile
 
 
@@ -25,7 +25,7 @@ def interrupt(root: Path, run: list[str], *, drawn: Path) -> None:
 
 def draw_until(directory: Path, run: list[str], drawn: Path) -> int:
     def write_part(file: Path, *args: Any, **kwargs: Any) -> None:
-        samplefile.write_part(file, *args, **kwargs)
+        partfiles.write_part(file, *args, **kwargs)
         if file == drawn:
             signal.pause()
 

@@ -19,12 +19,12 @@ from data.exits import TO_BE_CONTINUED, CommandParser
 from trainer.adm.config import UNetConfig, check
 from trainer.draw import DTYPES
 from trainer.networks import SampleInputs, check_guide
+from trainer.partfiles import claimed, merge, open_parts, part_fault, read_low_res, write_part
 from trainer.parts import PartSampler, SampleRequest
 from trainer.progress import Progress
 from trainer.ranks.group import agreed, connected, from_main, gather, run_as_rank
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
-from trainer.samplefile import claimed, merge, open_parts, part_fault, read_low_res, write_part
 
 
 def sample(

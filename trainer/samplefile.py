@@ -1,209 +1,165 @@
-"""Sample files: parts that are drawn one by one become the evaluator's `.npz` and a PNG grid.
+"""Reading drawn images: an `.npz` in the ADM evaluator's layout, or a directory of shards.
 
-The `.npz` holds uint8 NHWC in `arr_0` and labels in `arr_1`, as ADM's evaluator reads it. Parts and
-result are written whole or not at all, and no process ever holds all images.
+Images are read by their place, so that neither a file nor a dataset need fit in memory.
 """
 
-import io
 import json
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import files
-from trainer.adm.config import UNetConfig
-from trainer.draw import tile
-from trainer.ranks import lease as leases
+from data.config import FetchConfig
+from data.dataset import Shards, file_sha256, open_shards
+from data.manifest import MANIFEST
+from data.stored_images import BadSampleError, StoredImages
+from data.transforms import UNDECODABLE, center_crop, decode
 
-# The most images in the PNG.
-GRID = 100
-# The file beside the parts that records their request.
-REQUEST = "request.json"
-
-
-def read_low_res(
-    path: Path | None, *, model: UNetConfig, images: int
-) -> tuple[NDArray[np.uint8] | None, NDArray[np.int64] | None]:
-    """The images that an upsampler enlarges, uint8 (N, h, w, 3), and their labels if any.
-
-    Raises:
-        ValueError: the file is missing, or is not what the network enlarges.
-    """
-    if (path is None) != (model.small_size is None):
-        needs = f"needs --low-res with {model.small_size} px images" if model.small_size else ""
-        raise ValueError(f"this network {needs or 'is no upsampler: leave out --low-res'}")
-    if path is None:
-        return None, None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            pixels = file["arr_0"][:images]
-            labels = file["arr_1"][:images] if "arr_1" in file else None
-    except Exception as error:  # numpy and zipfile raise errors of many types for other files
-        raise ValueError(f"--low-res {path} is not a readable sample file: {error}") from None
-    expected = (images, model.small_size, model.small_size, 3)
-    if pixels.shape != expected or pixels.dtype != np.uint8:
-        raise ValueError(
-            f"--low-res {path}: {pixels.dtype} {pixels.shape} instead of uint8 {expected}"
-        )
-    if labels is not None and (labels.shape != (images,) or labels.dtype.kind not in "iu"):
-        raise ValueError(
-            f"--low-res {path}: labels are {labels.dtype} {labels.shape} instead of "
-            f"integers {(images,)}"
-        )
-    return pixels, labels
+# The member of an `.npz`, and the key of a manifest's `made_by`, that hold how images were drawn.
+RECORD = "request"
+# Bytes of a zip file's local header before the name.
+_LOCAL_HEADER = 30
 
 
-def open_parts(parts: Path, out: Path, request: Mapping[str, Any]) -> None:
-    """Make the directory of the parts, or check that the one there is of the same request.
+class Samples(Protocol):
+    """Images that are read by their place: what was drawn, or a packed dataset."""
+
+    path: Path
+    count: int
+    #: Height and width.
+    size: tuple[int, int]
+    #: The class of each image, int64 (count,); None where images have no classes.
+    labels: NDArray[np.int64] | None
+    #: How the images were drawn (`trainer.parts.SampleRequest`); None if that is not known.
+    record: Mapping[str, Any] | None
+
+    def images(self, first: int, last: int) -> NDArray[np.uint8]:
+        """The images [first, last), uint8 (n, H, W, 3).
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        ...
+
+    def checksum(self) -> str:
+        """What identifies the content; reads every byte of a file."""
+        ...
+
+
+def open_samples(path: Path, *, size: int | None = None) -> Samples:
+    """Open a sample file, or a directory of shards.
+
+    Packed images that keep their own sizes are cropped to `size`, as in training.
 
     Raises:
-        ValueError: the samples are drawn already, other ones are half drawn, or it cannot be known
-            of which request the parts are.
+        ValueError: there is nothing of that kind, or it is damaged.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists: name another --out, or remove it")
-    wanted = json.loads(json.dumps(request))
-    recorded = _recorded(parts / REQUEST)
-    if recorded == wanted:
-        return
-    if recorded is not None:
-        differing = [
-            f"{name} was {recorded.get(name)!r}, is {wanted.get(name)!r}"
-            for name in {**recorded, **wanted}
-            if recorded.get(name) != wanted.get(name)
-        ]
-        raise ValueError(
-            f"{parts} holds parts of another request ({'; '.join(differing)}): give the same "
-            "options, remove it, or name another --out"
-        )
-    left = sorted(path.name for path in parts.iterdir()) if parts.exists() else []
-    if any(name.endswith(".npz") for name in left):
-        raise ValueError(
-            f"{parts / REQUEST} is missing or damaged, so it is not known of which request "
-            f"the parts beside it are: remove {parts} to draw them again, or name another --out"
-        )
-    known = (REQUEST, "launch")
-    if foreign := [n for n in left if n not in known and not n.endswith(".partial")]:
-        raise ValueError(f"{parts} holds other files ({foreign[0]}): name another --out")
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-        files.write(parts / REQUEST, json.dumps(wanted))
-        files.sync(parts.parent)
-    except OSError as error:
-        raise ValueError(f"cannot write {parts}: {error}; name another --out") from None
+    if path.is_dir():
+        return ShardSamples(path, size=size)
+    if not path.is_file():
+        raise ValueError(f"no such file of samples: {path}")
+    return NpzSamples(path)
 
 
-@contextmanager
-def claimed(parts: Path) -> Iterator[None]:
-    """The right to draw these parts while entered.
+class NpzSamples:
+    """An `.npz`: uint8 NHWC in `arr_0`, and where there are classes, labels in `arr_1`."""
 
-    Raises:
-        ValueError: another process is drawing them.
-    """
-    if (busy := leases.live_holder(parts)) is not None:
-        raise ValueError(f"{busy} is drawing {parts}: wait for it, or name another --out")
-    lease = leases.claim(parts)
-    try:
-        yield
-    finally:
-        lease.release()
-
-
-def _recorded(record: Path) -> dict[str, Any] | None:
-    """The request that a directory of parts is of; None where the record is missing or damaged."""
-    try:
-        found = json.loads(record.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def write_part(file: Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-    """Put images, uint8 (B, 3, H, W), and labels (B,) on disk, whole or not at all."""
-    with files.whole(file) as stream:
-        np.savez(stream, images=images.transpose(0, 2, 3, 1), labels=labels)
-
-
-def part_fault(file: Path, *, shape: tuple[int, ...], labels: NDArray[np.int64]) -> str | None:
-    """Why `file` is not a part with uint8 images of `shape`, (B, H, W, 3), and these labels (B,).
-
-    Reads every byte.
-    """
-    try:
-        images, recorded = _read(file, "images"), _read(file, "labels")
-    except ValueError as error:
-        return str(error)
-    if images.dtype != np.uint8 or images.shape != shape:
-        return f"its images are {images.dtype} {images.shape} instead of uint8 {shape}"
-    if recorded.dtype != np.int64 or not np.array_equal(recorded, labels):
-        return "its labels are not those of the request"
-    return None
-
-
-def merge(parts: Sequence[Path], out: Path, *, images: int, columns: int | None) -> None:
-    """Join the parts' files into `out`, draw its grid of so many `columns`, remove the parts.
-
-    Raises:
-        ValueError: `out` was written by another process, or a part was damaged since it was drawn.
-    """
-    if out.exists():
-        raise ValueError(f"{out} exists: name another --out, or remove it")
-    grid = tile(_first(parts).transpose(0, 3, 1, 2), columns=columns)
-    with files.whole(out.with_suffix(".png")) as stream:
-        Image.fromarray(grid.transpose(1, 2, 0)).save(stream, format="png")
-    with files.whole(out) as stream, zipfile.ZipFile(stream, "w") as archive:
-        for member, key in (("arr_0.npy", "images"), ("arr_1.npy", "labels")):
-            with archive.open(member, "w", force_zip64=True) as content:
-                for number, values in enumerate(_arrays(parts, key)):
-                    if number == 0:
-                        header = np.lib.format.header_data_from_array_1_0(values)
-                        header["shape"] = (images, *values.shape[1:])
-                        np.lib.format.write_array_header_1_0(content, header)
-                    content.write(np.ascontiguousarray(values).tobytes())
-    # The request goes last: an interruption in between must not leave parts without it.
-    for file in parts:
-        file.unlink()
-    shutil.rmtree(parts[0].parent)
-
-
-def _first(parts: Sequence[Path]) -> NDArray[np.uint8]:
-    """The images that the grid shows, uint8 (N, H, W, 3)."""
-    shown: list[NDArray[np.uint8]] = []
-    for images in _arrays(parts, "images"):
-        shown.append(images)
-        if sum(map(len, shown)) >= GRID:
-            break
-    return np.concatenate(shown)[:GRID]
-
-
-def _arrays(parts: Sequence[Path], key: str) -> Iterator[NDArray[Any]]:
-    """One array of each part in turn."""
-    for file in parts:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            values = _read(file, key)
-        except ValueError as error:
+            self._images = _mapped(path, "arr_0")
+            with np.load(path, allow_pickle=False) as file:
+                labels = file.get("arr_1")
+                self.record = json.loads(str(file[RECORD])) if RECORD in file else None
+        except Exception as error:  # numpy and zipfile raise errors of many types for other files
+            raise ValueError(f"{path} is not a readable sample file: {error}") from None
+        shape, kind = self._images.shape, self._images.dtype
+        if kind != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"{path}: images are {kind} {shape} instead of uint8 (N, H, W, 3)")
+        self.count, self.size = shape[0], (shape[1], shape[2])
+        self.labels = None if labels is None else self._checked(labels)
+
+    def images(self, first: int, last: int) -> NDArray[np.uint8]:
+        """As `Samples.images`."""
+        return np.array(self._images[first:last])
+
+    def checksum(self) -> str:
+        """The sha256 of the file."""
+        return file_sha256(self.path)
+
+    def _checked(self, labels: NDArray[Any]) -> NDArray[np.int64] | None:
+        if labels.shape != (self.count,) or labels.dtype.kind not in "iu":
             raise ValueError(
-                f"{file} is damaged: {error}; rerun the same command to draw it again"
-            ) from None
-        yield values
+                f"{self.path}: labels are {labels.dtype} {labels.shape} instead of "
+                f"integers {(self.count,)}"
+            )
+        # Version 0.1 wrote zeros where there are no classes.
+        return labels.astype(np.int64) if self.record or labels.any() else None
 
 
-def _read(file: Path, key: str) -> NDArray[Any]:
-    """One array of a part, compared with its checksum.
+class ShardSamples:
+    """A packed dataset in its own order, on this machine's file systems."""
 
-    Raises:
-        ValueError: why it cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            content = archive.read(f"{key}.npy")
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # zipfile raises errors of many types for damaged files
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+    def __init__(self, path: Path, *, size: int | None) -> None:
+        self.path = path
+        self.shards: Shards = open_shards(path)
+        side = self.shards.image_size or size
+        if side is None:
+            raise ValueError(f"{path} holds images of different sizes: pack them with --size")
+        self._side = side
+        self.count, self.size = self.shards.count, (side, side)
+        # Copies: a kept view would keep its index's file open.
+        numbers = range(len(self.shards.shards))
+        labels = [self.shards.index(i)["label"].astype(np.int64) for i in numbers]
+        self.labels = np.concatenate(labels) if self.shards.labelled else None
+        self.record = json.loads((path / MANIFEST).read_text())["made_by"].get(RECORD)
+        self._ends = np.cumsum(self.shards.sizes)
+        self._stored = StoredImages(self.shards, config=FetchConfig())
+
+    def images(self, first: int, last: int) -> NDArray[np.uint8]:
+        """As `Samples.images`."""
+        return np.stack([self._image(i) for i in range(first, min(last, self.count))])
+
+    def checksum(self) -> str:
+        """The dataset's fingerprint."""
+        return self.shards.fingerprint
+
+    def _image(self, index: int) -> NDArray[np.uint8]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        row = index - int(self._ends[shard]) + self.shards.sizes[shard]
+        try:
+            stored = self._stored.read(shard, row)
+            pixels = decode(stored.content)
+        except (BadSampleError, *UNDECODABLE) as error:
+            raise ValueError(f"image {index} of {self.path} is damaged: {error}") from None
+        if pixels.shape[:2] != self.size:
+            pixels = center_crop(Image.fromarray(pixels), size=self._side)
+        return pixels
+
+
+def _mapped(path: Path, key: str) -> NDArray[Any]:
+    """An array of an `.npz`, mapped into memory; one that is compressed is read in full."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{key}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        with np.load(path, allow_pickle=False) as file:
+            array: NDArray[Any] = file[key]
+            return array
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(_LOCAL_HEADER)
+        name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        file.seek(info.header_offset + _LOCAL_HEADER + name + extra)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject or not np.prod(shape):
+            raise ValueError(f"{key} is {dtype} {shape}")
+        at, order = file.tell(), "F" if fortran else "C"
+    return np.memmap(path, dtype=dtype, mode="r", offset=at, shape=shape, order=order)  # type: ignore[call-overload]
