@@ -62,6 +62,9 @@ class Slurm:
     gres: str = "gpu"
     #: The option of sbatch that requests them.
     gpus_flag: Literal["gres", "gpus-per-node", "gpus-per-task"] = "gres"
+    #: Whether a job that saved puts itself back into the queue. If not, it submits another job that
+    #: begins when it has ended; sites may forbid the one or the other.
+    requeue: bool = True
     #: Further options of sbatch, such as "--exclusive".
     options: tuple[str, ...] = ()
 

@@ -29,10 +29,14 @@ def environment(env: Mapping[str, str], *, text: str) -> dict[str, str]:
     From within a job, such as that of salloc, sbatch would take over options of that job from the
     variables SBATCH_*, and hand on SLURM_* and SRUN_*, which contradict those of the new job.
     """
-    absent = (name for name in _DEFAULTS if f"#SBATCH --{name}=" not in text)
-    kept = {*_REACH, *(f"SBATCH_{name.upper()}" for name in absent)}
     ours = ("SLURM_", "SBATCH_", "SRUN_")
-    return {k: v for k, v in env.items() if k in kept or not k.startswith(ours)}
+    return {k: v for k, v in env.items() if k in kept(text) or not k.startswith(ours)}
+
+
+def kept(text: str) -> tuple[str, ...]:
+    """The variables of Slurm's that a script of this text may be submitted with."""
+    absent = (name for name in _DEFAULTS if f"#SBATCH --{name}=" not in text)
+    return (*_REACH, *(f"SBATCH_{name.upper()}" for name in absent))
 
 
 def state(job_id: str) -> str | None:

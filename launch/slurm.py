@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from data.exits import REFUSED, TO_BE_CONTINUED
 from launch.job import Job, preamble
+from launch.queue import kept
 from launch.shell import command, fill, quoted
 
 # Python has no signal handlers before the trainer's first line: either signal would kill a rank.
@@ -37,6 +38,7 @@ def text(job: Job) -> str:
         srun=_srun(job, *_WITHOUT_SIGNALS, python, *job.train_words),
         refused=REFUSED,
         more=TO_BE_CONTINUED,
+        kept=" | ".join(kept(header)),
     )
     return f"{header}\n{body}"
 
@@ -73,7 +75,9 @@ def _header(job: Job, *, output: str, array: str | None = None) -> str:
         "output": output,
     }
     lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    lines += [*slurm.options, "--open-mode=append", "--requeue"]
+    # The last line counts: a site may say --no-requeue in its options.
+    requeue = "--requeue" if slurm.requeue else "--no-requeue"
+    lines += ["--open-mode=append", requeue, *slurm.options]
     return "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in lines)
 
 

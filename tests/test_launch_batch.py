@@ -28,10 +28,22 @@ tell() { kill -s "$1" "$script"; }
 case $1 in
   show)
     [ -e requeued ] && state=COMPLETING
-    echo " JobState=${state:-RUNNING} Reason=None Restarts=$SLURM_RESTART_COUNT BatchFlag=1 " ;;
-  requeue) touch requeued ;;
+    [ -e fixed ] && requeue=0
+    facts="Requeue=${requeue:-1} Restarts=$SLURM_RESTART_COUNT BatchFlag=1"
+    echo " JobState=${state:-RUNNING} Reason=None Dependency=(null) $facts " ;;
+  requeue)
+    echo requeue >> asked
+    if [ -e denial ] && { cat denial >&2; [ ! -e once ] || rm denial; }; then exit 1; fi
+    touch requeued ;;
 esac""",
+    "sbatch": """\
+echo "$*" > submitted
+env > env.txt
+[ ! -e refusal ] || { cat refusal >&2; exit 1; }
+echo "sbatch: a warning" >&2
+echo '8;east'""",
 }
+DENIAL = "Requested operation is presently disabled for job 7"
 # A minute, or until the job is put back into the queue, when Slurm kills its ranks.
 LAST = "for try in {1..600}; do [ ! -e requeued ] || kill -9 $$; sleep 0.1; done"
 
@@ -76,6 +88,7 @@ class Bash:
         (self.directory / "requeued").unlink(missing_ok=True)
         for name, lines in {"ranks": ranks, "check": check or ""}.items():
             (self.directory / f"{name}.sh").write_text(f"{lines}\n")
+        (job.records / "job").write_text("7\n")
         for name, text in _PROGRAMS.items():
             file = self.directory / "bin" / name
             file.parent.mkdir(exist_ok=True)
@@ -126,20 +139,20 @@ def test_a_job_that_is_told_to_leave_at_every_start_goes_on(bash: Bash, ranks: s
     for number in range(3):
         bash.start(number, ranks=ranks)
         assert bash.requeued, bash.events
-    assert bash.events.count("resumes from checkpoint none") == 3
+    assert bash.events.count("requeued, resumes from checkpoint none") == 3
     assert "failed" not in bash.events and not bash.text("run/launch/failed-at")
 
 
 def test_a_job_that_is_told_to_leave_before_its_ranks_start_starts_none(bash: Bash) -> None:
     assert bash.start(ranks="exit 1", setup="kill -USR1 $$") == 75
-    assert "told to leave before the ranks were started; resumes" in bash.events
+    assert "told to leave before the ranks were started; requeued, resumes" in bash.events
     assert bash.text("started") == ""
     assert bash.requeued
 
 
 def test_a_job_that_is_told_to_leave_during_the_check_is_no_fault_of_a_node(bash: Bash) -> None:
     assert bash.start(ranks="exit 1", check="tell USR1; exec sleep 300") == 75
-    assert "told to leave before the ranks were started; resumes" in bash.events
+    assert "told to leave before the ranks were started; requeued, resumes" in bash.events
     assert bash.text("started") == "check\n"
     assert bash.requeued
 
@@ -152,19 +165,19 @@ until [ -e signalled ]; do sleep 0.1; done
 trap 'exit 75' USR1
 {LAST}"""
     assert bash.start(ranks=late, seconds_to_save=20) == 75
-    assert "saved; resumes" in bash.events
+    assert "saved; requeued, resumes" in bash.events
 
 
 def test_a_check_that_slurm_ends_is_no_fault_of_a_node(bash: Bash) -> None:
     bash.start(ranks="exit 1", check="kill -TERM $$")
-    assert "a signal ended the check: status 143; resumes" in bash.events
+    assert "a signal ended the check: status 143; requeued, resumes" in bash.events
     assert bash.requeued
 
 
 def test_a_node_that_slurm_gives_up_is_no_stop_on_request(bash: Bash) -> None:
     state = '{\n "state": "stopped",\n "why": "by a signal"\n}\n'  # of the start before
     bash.start(ranks=f"printf '%s' '{state}' > run/launch/state.json")
-    assert "srun ended in mid-run; resumes" in bash.events
+    assert "srun ended in mid-run; requeued, resumes" in bash.events
     assert bash.requeued
 
 
@@ -172,7 +185,7 @@ def test_what_was_not_told_to_leave_fails_twice(bash: Bash) -> None:
     for number in range(2):
         assert bash.start(number, ranks="exit 1") == 1
         assert bash.requeued == (number == 0)
-    assert "failed with status 1; resumes" in bash.events
+    assert "failed with status 1; requeued, resumes" in bash.events
     assert "failed with status 1, for the second time at checkpoint none" in bash.events
 
 
@@ -197,3 +210,66 @@ def test_ranks_do_not_believe_the_variables_of_the_shell_that_submitted_them(bas
     bash.start(ranks=note, environment={"MASTER_ADDR": "n7"}, **shell)
     bash.start(ranks=note, setup="export MASTER_PORT=29517", **shell)
     assert bash.text("world") == ", , , , \nn7, , , , \n, , , , 29517\n"
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["--no-requeue", "denied"])
+def test_a_job_that_may_not_be_requeued_submits_the_one_that_follows(
+    bash: Bash, fixed: bool
+) -> None:
+    (bash.directory / ("fixed" if fixed else "denial")).write_text(f"{DENIAL}\n")
+    inherited = {"SLURM_MEM_PER_CPU": "500", "SBATCH_TIMELIMIT": "1"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_QOS": "low"}
+    assert bash.start(ranks="exit 75", **inherited, **kept) == 75
+    why = "this job may not be requeued" if fixed else f"not requeued: {DENIAL}"
+    said = f"saved; {why}; submitted job 8, which resumes from checkpoint none"
+    assert said in bash.events and not bash.requeued
+    assert bash.text("asked") == ("" if fixed else "requeue\n")  # a refusal is no time-out
+    script = f"{bash.directory}/run/launch/job.sh"
+    assert bash.text("submitted") == f"--parsable --dependency=afterany:7 {script}\n"
+    assert bash.text("run/launch/job") == "8\n"
+    seen = set(bash.text("env.txt").splitlines())
+    assert seen >= {f"{k}={v}" for k, v in kept.items()}
+    assert not [line for line in seen if line.startswith((*inherited, "SLURM_JOB_ID"))]
+
+
+def test_a_run_that_is_told_to_leave_and_stays_is_followed_by_one_job(bash: Bash) -> None:
+    (bash.directory / "fixed").touch()
+    stays = "trap '' USR1; tell USR1; until [ -e submitted ]; do sleep 0.1; done; sleep 0.3"
+    bash.start(ranks=stays)
+    assert "did not leave in 0.9 s; this job may not be requeued; submitted job 8" in bash.events
+    assert bash.events.count("submitted") == 1
+
+
+def test_scontrol_and_sbatch_that_refuse_are_quoted(bash: Bash) -> None:
+    (bash.directory / "denial").write_text(f"{DENIAL}\n")
+    (bash.directory / "refusal").write_text("sbatch: error: not from a node\n")
+    bash.start(ranks="exit 75")
+    assert (
+        f"saved; not requeued: {DENIAL}; no job was submitted to follow: sbatch: error: not "
+        in (bash.events)
+    )
+
+
+def test_scontrol_that_times_out_is_asked_again(bash: Bash) -> None:
+    timeout = "slurm_requeue error: Socket timed out on send/recv operation\n"
+    (bash.directory / "denial").write_text(timeout)
+    (bash.directory / "once").touch()
+    bash.start(ranks="exit 75", setup="sleep() { :; }")
+    assert bash.text("asked") == "requeue\nrequeue\n"
+    assert "saved; requeued, resumes" in bash.events
+
+
+def test_no_requeue_of_the_user_counts() -> None:
+    for slurm_settings in (
+        clusters.Slurm(requeue=False),
+        clusters.Slurm(options=("--no-requeue",)),
+    ):
+        job = Job(
+            run=Path("/runs/a"),
+            nodes=1,
+            gpus_per_node=1,
+            directory=Path("/"),
+            cluster=clusters.Cluster(slurm=slurm_settings),
+        )
+        said = [line for line in slurm.text(job).splitlines() if "requeue" in line]
+        assert [line for line in said if line.startswith("#SBATCH")][-1] == "#SBATCH --no-requeue"

@@ -76,7 +76,7 @@ def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
     run(f"scancel --signal=USR1 --batch {read(last / 'launch' / 'job')}")
     wait_until(lambda: RunState.read(last).starts == 2, "the requeued run of the sweep")
     run(f"python -m launch stop {last}")
-    assert "saved; resumes" in read(last / "launch" / "events.txt")
+    assert "saved; requeued, resumes" in read(last / "launch" / "events.txt")
     assert site.state(read(first / "launch" / "job").strip()) == "RUNNING"
     assert read(first / "launch" / "events.txt").count("\n") == 1
     run(f"python -m launch stop {first}")

@@ -37,11 +37,13 @@ def test_time_limits_are_survived_until_the_run_is_finished(
 ) -> None:
     sets = (f"training.images = {IMAGES}", f"intervals.checkpoint = {IMAGES}")
     job = site.submit("limited", site.settings("slurm", time='"1"'), *sets)
-    wait_until(lambda: site.events("limited").count("saved; resumes") >= 2, "two time limits")
+    wait_until(
+        lambda: site.events("limited").count("saved; requeued, resumes") >= 2, "two time limits"
+    )
     site.cluster.run("ctl", "scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     site.wait_gone(job)
     events = site.events("limited")
-    assert events.count(": saved; resumes from checkpoint") >= 2, events
+    assert events.count(": saved; requeued, resumes from checkpoint") >= 2, events
     assert events.endswith(": finished\n")
     assert site.losses("limited") == undisturbed
     for run in ("limited", "undisturbed"):
@@ -60,7 +62,7 @@ def test_preemption_power_loss_and_cancellation(site: Site, undisturbed: dict[in
     site.wait_start("tried", 0)
     site.cluster.run("ctl", "srun", "-p", "high", "-N2", "--gres=gpu:2", "true")
     site.wait_start("tried", 1)
-    assert "start 0: saved; resumes" in site.events("tried")
+    assert "start 0: saved; requeued, resumes" in site.events("tried")
 
     site.cluster.power_off("n2")
     wait_until(lambda: site.state(job) == "PENDING", "the requeued job")
@@ -91,6 +93,20 @@ def test_two_preemptions_while_the_ranks_start_are_no_failures(site: Site) -> No
     assert events.endswith(": finished\n"), f"{events}\n{site.output('early')[-3000:]}"
     assert events.count("begins on") >= 3, events
     assert not (site.run("early") / "launch" / "failed-at").exists()
+
+
+def test_a_job_that_the_site_forbids_to_requeue_is_followed_by_another(site: Site) -> None:
+    job = site.submit("denied", site.settings("slurm"), *LONG, nodes=1)
+    site.wait_start("denied", 0)
+    site.cluster.run("ctl", "scontrol", "update", f"JobId={job}", "Requeue=0")
+    site.cluster.run("ctl", "scancel", "--signal=USR1", "--batch", job)
+    site.wait_start("denied", 1)
+    next_job = (site.run("denied") / "launch" / "job").read_text().strip()
+    assert next_job != job
+    said = f"saved; this job may not be requeued; submitted job {next_job}, which resumes"
+    assert said in site.events("denied")
+    site.cluster.run("ctl", *site.words("stop", site.run("denied")))
+    assert site.state(next_job) == site.state(job) == ""
 
 
 def test_an_old_rank_that_outlives_its_job_does_not_write(site: Site) -> None:

@@ -10,9 +10,9 @@
 #SBATCH --account=diffusion
 #SBATCH --signal=B:USR1@300
 #SBATCH --output=/runs/imagenet64/launch/slurm-%j.out
-#SBATCH --exclusive
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --exclusive
 
 # imagenet64: 64 nodes x 8 ranks, from the code and the preset in /runs/imagenet64.
 run=/runs/imagenet64
@@ -41,33 +41,71 @@ newest() {
   echo "${newest:-none}"
 }
 
-# The controller may be busy or restarting: retry for five minutes.
-insist() {
-  for pause in 5 10 15 30 60 60 60 60; do
-    "$@" && return
-    sleep $pause
+# One of Slurm's commands: its answer, or its own words about what is wrong. It is repeated for five
+# minutes while the controller is busy or restarting, and at once accepts a refusal.
+ask() {
+  for pause in 5 10 15 30 60 60 60 60 0; do
+    if answer=$(trap '' TERM && "$@" 2>&1); then return 0; fi
+    case $answer in
+      *"imed out"* | *"nable to contact"* | *"onnection"* | *"standby mode"* | *"Zero Bytes"* | \
+        *"temporarily un"*) sleep $pause ;;
+      *) return 1 ;;
+    esac
   done
-  "$@"
+  return 1
 }
 
 # A cancelled job stays cancelled, and a script whose node Slurm gave up must not requeue the next
 # start. A second failure without a new checkpoint in between ends the job. A start that was told to
 # leave has not failed, whatever its status.
 again() {
-  case $(insist scontrol show job -o "$job") in
-    *" JobState=RUNNING "*" Restarts=$start "*)
-      if [ "$status" != 75 ] && [ -z "$told" ]; then
-        if [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
-          say "$1, for the second time at checkpoint $(newest): not started again"
-          return
-        fi
-        newest > "$run/launch/failed-at"
-      fi
-      say "$1; resumes from checkpoint $(newest)"
-      insist scontrol requeue "$job" || say "scontrol does not answer: start the run again" ;;
-    "") say "$1; scontrol does not answer: start the run again" ;;
-    *) say "$1; cancelled, or already started again" ;;
+  if ! ask scontrol show job -o "$job"; then
+    say "$1; not requeued: $answer: rerun the same command to resume"
+    return
+  fi
+  case $answer in
+    *" JobState=RUNNING "*" Restarts=$start "*) ;;
+    *)
+      say "$1; cancelled, or already started again"
+      return ;;
   esac
+  if [ "$status" != 75 ] && [ -z "$told" ]; then
+    if [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
+      say "$1, for the second time at checkpoint $(newest): not started again"
+      return
+    fi
+    newest > "$run/launch/failed-at"
+  fi
+  case $answer in
+    *" Requeue=0 "*) follow_up "$1" "this job may not be requeued" ;;
+    *)
+      if ask scontrol requeue "$job"; then
+        say "$1; requeued, resumes from checkpoint $(newest)"
+      else
+        follow_up "$1" "not requeued: $answer"
+      fi ;;
+  esac
+}
+
+# Submit the same script as a job that begins when this one has ended. Variables of this job would
+# contradict its options.
+follow_up() {
+  next=$(cat "$run/launch/job" 2> /dev/null)
+  if [ -n "$next" ] && [ "$next" != "$job" ]; then return; fi  # submitted already
+  forget=()
+  for name in "${!SLURM_@}" "${!SBATCH_@}" "${!SRUN_@}"; do
+    case $name in
+      SLURM_CONF | SLURM_CONF_SERVER | SLURM_CLUSTERS | SBATCH_CLUSTERS | SLURM_JWT | SBATCH_QOS | SBATCH_RESERVATION) ;;
+      *) forget+=(-u "$name") ;;
+    esac
+  done
+  if ask env "${forget[@]}" sbatch --parsable --dependency="afterany:$job" "$run/launch/job.sh"; then
+    next=${answer##*$'\n'}  # sbatch may print warnings before
+    echo "${next%%;*}" > "$run/launch/job"
+    say "$1; $2; submitted job ${next%%;*}, which resumes from checkpoint $(newest)"
+  else
+    say "$1; $2; no job was submitted to follow: $answer: rerun the same command to resume"
+  fi
 }
 
 # The signal is repeated, since a rank that is starting ignores it. The job must requeue itself before
