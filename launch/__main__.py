@@ -1,7 +1,7 @@
 """Start, watch and stop runs, from a login node.
 
   python -m launch PRESET --run DIR --nodes N --gpus-per-node G [--cluster my.toml]
-  python -m launch status DIR... [--watch]     show the state of runs
+  python -m launch status DIR... [--watch | --json]      show the state of runs
   python -m launch stop DIR                    save, stop, and do not requeue
   python -m launch sweep PRESETS... --runs DIR --at-most K ...    several runs as one Slurm array
   python -m launch check                       preflight check, on every rank of an allocation
@@ -30,10 +30,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import files
-from data.exits import CommandParser, exit_status
-from launch import queue, records, slurm, status
+from data.exits import REFUSED, CommandParser, exit_status
+from launch import display, queue, records, slurm, status
 from launch.cluster import LAUNCHERS, Cluster, load
 from launch.job import Job
+from launch.signs import Signs
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer import settings
@@ -109,17 +110,27 @@ def show(argv: Sequence[str]) -> int:
     """`python -m launch status DIR...`: print the state of runs."""
     parser = CommandParser(prog="python -m launch status", description="Show the state of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="the run directories")
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--watch",
         action="store_true",
         help="refresh every 2 seconds until Ctrl-C (default: print once)",
     )
+    how.add_argument("--json", action="store_true", help="print JSON (default: text)")
     arguments = parser.parse_args(argv)
     if arguments.watch:
-        status.watch(arguments.runs)
+        display.watch(arguments.runs)
+        return 0
+    found = display.look(arguments.runs, signs=Signs())
+    if arguments.json:
+        print(display.as_json(found), end="")
     else:
-        print(status.text(arguments.runs), end="")
-    return 0
+        shown = {run: each for run, each in found.items() if not isinstance(each, str)}
+        print(display.text(shown), end="")
+    faults = [each for each in found.values() if isinstance(each, str)]
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return REFUSED if faults else 0
 
 
 def check(argv: Sequence[str]) -> int:

@@ -1,9 +1,11 @@
 """Slurm's queue: submit, query, cancel. The only module that talks to Slurm."""
 
+import math
 import os
-import re
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 # Variables by which Slurm's commands find the cluster and prove who asks.
@@ -11,6 +13,11 @@ _REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS"
 # Options whose variables users set once in their shell, such as SBATCH_ACCOUNT. They count where
 # the script has no such option; for Slurm alone a variable would outrank the script.
 _DEFAULTS = ("account", "partition", "qos", "reservation")
+# States of jobs that have ended, which squeue shows for some minutes more.
+_ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+)
 
 
 def submit(script: Path) -> str:
@@ -54,25 +61,80 @@ def state(job_id: str) -> str | None:
             return None
         raise
     name, _, reason = found.partition("|")
-    return (f"{name} ({reason})" if reason not in ("", "None") else name) or None
+    return _with_reason(name, reason) or None
 
 
-def end(job_id: str) -> str | None:
-    """How a job ended that is no longer in the queue, such as "CANCELLED by 0".
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm shows it."""
 
-    None when Slurm has no record of it: without accounting it keeps one for some minutes.
-    """
+    #: Such as "RUNNING", "PENDING (Resources)", or, of one that has ended, "CANCELLED by 0".
+    state: str
+    is_queued: bool
+
+
+class Jobs:
+    """What Slurm knows of many jobs: asked with one command for all, and seldom."""
+
+    def __init__(self, *, every: float = 30.0) -> None:
+        self._every = every
+        self._known: dict[str, Job] = {}
+        self._asked: frozenset[str] = frozenset()
+        self._at = -math.inf
+        self._fault: ValueError | None = None
+
+    def look(self, job_ids: Iterable[str]) -> None:
+        """Ask for these jobs, unless they were asked for within the last `every` seconds."""
+        wanted = frozenset(job_ids)
+        if not wanted or (wanted <= self._asked and time.monotonic() < self._at + self._every):
+            return
+        self._asked, self._at, self._fault = wanted, time.monotonic(), None
+        try:
+            self._known = _ask(wanted)
+        except ValueError as error:
+            self._fault = error
+
+    def find(self, job_id: str) -> Job | None:
+        """The job as of the last `look`; None where Slurm has no record of it.
+
+        Raises:
+            ValueError: Slurm did not respond.
+        """
+        if self._fault is not None:
+            raise self._fault
+        return self._known.get(job_id)
+
+
+def _ask(job_ids: Collection[str]) -> dict[str, Job]:
+    """The jobs that squeue shows, which keeps ended ones for some minutes, and sacct later."""
+    listed = ",".join(sorted(job_ids))
     try:
-        accounted = _slurm("sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State").split("\n")[0]
-        if accounted:
-            return accounted
-    except ValueError:
-        pass  # no accounting here
+        shown = _slurm("squeue", "-h", "-r", "-t", "all", "-j", listed, "-o", "%i|%T|%r")
+    except ValueError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        shown = ""  # said of a single job alone
+    jobs = {}
+    for line in shown.splitlines():
+        job_id, state, reason = (line + "||").split("|")[:3]
+        jobs[job_id] = Job(_with_reason(state, reason), is_queued=state not in _ENDED)
+    gone = [job_id for job_id in job_ids if job_id not in jobs or not jobs[job_id].is_queued]
+    return jobs | (_accounted(gone) if gone else {})
+
+
+def _accounted(job_ids: Iterable[str]) -> dict[str, Job]:
+    """Jobs that have ended, in the words of the accounting; none where there is no accounting."""
+    listed = ",".join(sorted(job_ids))
     try:
-        found = re.search(r" JobState=(\S+)", _slurm("scontrol", "show", "job", "-o", job_id))
+        shown = _slurm("sacct", "-n", "-X", "-P", "-j", listed, "-o", "JobID,State")
     except ValueError:
-        return None
-    return found[1] if found else None
+        return {}
+    rows = (line.partition("|") for line in shown.splitlines())
+    return {job_id: Job(state, is_queued=False) for job_id, _, state in rows if state}
+
+
+def _with_reason(state: str, reason: str) -> str:
+    return f"{state} ({reason})" if reason not in ("", "None") and state not in _ENDED else state
 
 
 def cancel(job_id: str) -> None:

@@ -5,6 +5,7 @@ The checkout may change while a job waits in a queue or between its starts; the 
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ class Submitted:
         """
         try:
             return self.run is None or os.path.samefile(self.run, run)
-        except FileNotFoundError:
+        except OSError:
             return False
 
 
@@ -58,9 +59,10 @@ def job_id(run: Path) -> str | None:
     if submitted is not None and not submitted.is_of(run):
         return None
     try:
-        return (run / "launch" / "job").read_text().strip() or None
+        found = (run / "launch" / "job").read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
+    return found if re.fullmatch(r"\d+(_\d+)?", found) else None
 
 
 def keep_job_id(job: Job, job_id: str) -> None:

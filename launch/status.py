@@ -5,27 +5,28 @@ is alive is asked of the queue, or read from the lease.
 """
 
 import json
+import math
 import os
 import re
-import shutil
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from data.progress import duration
-from launch import queue, records
+from launch import records
+from launch.signs import Signs
 from trainer import runstate
 from trainer.ranks import lease
 from trainer.runstate import RunState
 
 # Bytes read from the end of a file: thousands of lines of metrics.
 _TAIL = 200_000
-# Seconds without a sign of life after which a writer counts as dead.
-_QUIET = 60.0
+# Seconds after which a start without metrics is reported as such: as long as ranks are waited for.
+_LONG_START = 600.0
 
 Row = dict[str, Any]
 
@@ -38,9 +39,10 @@ class Status:
     images_seen: int
     total: int | None
     rate: float | None
+    #: NaN where it was not finite.
     loss: float | None
     loss_scale: float | None
-    #: Seconds since the last line of metrics.
+    #: Seconds since the last line of metrics, by the clock of the run's files.
     age: float | None
     checkpoint: str | None
     #: None for a run without state.json.
@@ -53,54 +55,101 @@ class Status:
     event: str | None
 
     @property
+    def seconds_left(self) -> float | None:
+        """Time left at the present rate; None where there is none."""
+        if self.is_finished or not self.is_running or not self.rate or self.total is None:
+            return None
+        return (self.total - self.images_seen) / self.rate
+
+    @property
     def left(self) -> str:
-        """Time left at the present rate."""
+        """Time left in words."""
         if self.is_finished:
             return "finished"
-        if not self.is_running or not self.rate or self.total is None:
-            return ""
-        return f"{duration((self.total - self.images_seen) / self.rate)} left"
+        return "" if self.seconds_left is None else f"{duration(self.seconds_left)} left"
 
 
-def read(run: Path) -> Status:
+def read(run: Path, *, signs: Signs | None = None) -> Status:
     """The status of a run. What cannot be read is left out.
 
-    A run begun by the last release has no state.json until it is started again; its metrics and
-    checkpoints are shown.
+    `signs` has looked at the run; if None, that is done here. A run begun by the last release has
+    no state.json until it is started again; its metrics and checkpoints are shown.
+
+    Raises:
+        ValueError: it is not a run directory.
+        OSError: it cannot be read.
     """
+    if not (run / "launch").is_dir() and not (run / "config.toml").is_file():
+        raise ValueError(f"{run} is not a run directory")
+    if signs is None:
+        signs = Signs()
+        signs.look([run])
     state, rows, total = RunState.read(run), _rows(run / "metrics.jsonl"), _total(run)
     last = rows[-1] if rows else {}
-    job, is_running = _job(run)
+    job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)
     is_finished = state.state == "finished" if state else total is not None and saved >= total
+    now = signs.now(run)
     return Status(
         name=str(run),
         images_seen=(state.images_seen if state else 0) or last.get("images") or saved,
         total=total,
-        rate=last.get("images_per_second"),
-        loss=last.get("loss"),
-        loss_scale=last.get("loss_scale"),
-        age=time.time() - last["time"] if last else None,
-        checkpoint=last_checkpoint(run),
+        rate=_number(last, "images_per_second"),
+        loss=_number(last, "loss"),
+        loss_scale=_number(last, "loss_scale"),
+        age=now - last["time"] if last else None,
+        checkpoint=last_checkpoint(run, now=now),
         restarts=max(state.starts - 1, 0) if state else None,
         job=job,
         is_running=is_running,
         is_finished=is_finished,
-        health="finished" if is_finished else _health(run, state, rows, is_running=is_running),
+        health="finished"
+        if is_finished
+        else _health(run, state, rows, now=now if is_running else None),
         event=_last_event(run),
     )
 
 
-def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, is_running: bool) -> str:
-    """How a run that is not finished is doing, or how its last start ended."""
-    if not is_running:
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _number(row: Row, name: str) -> float | None:
+    """A value of a row; NaN where it was not finite, which the trainer writes as null."""
+    if name not in row:
+        return None
+    value = row[name]
+    return float(value) if _is_number(value) and math.isfinite(value) else math.nan
+
+
+def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, now: float | None) -> str:
+    """How a run that is not finished is doing `now`, or, if None, how its last start ended."""
+    if now is None:
         return _ending(state)
-    gap, silent = _usual_gap(rows), _silence(run, rows)
+    if state is not None and state.state != "running":
+        return "starting: the run is not claimed yet"
+    last = rows[-1] if rows else {"time": 0.0}
+    # An earlier release notes no beginning, and its state again and again.
+    began = state.began if state is not None else None
+    if began is None and not rows:
+        began = _written(runstate.file(run))
+    if began is not None and last["time"] < began:
+        return _starting(now - began)
+    gap, silent = _usual_gap(rows), now - max(last["time"], _written(runstate.file(run)))
     if gap and silent > max(60.0, 10 * gap):
         return f"no metrics for {duration(silent)} (usually every {duration(gap)})"
-    if rows and rows[-1].get("skipped") == 1:
+    if last.get("skipped") == 1:
         return "every step of the last interval was skipped: gradients overflow"
+    if math.isnan(_number(last, "loss") or 0.0):
+        return "diverged: the loss is not finite"
     return "ok"
+
+
+def _starting(seconds: float) -> str:
+    """Of a start that has not reported yet."""
+    if seconds > _LONG_START:
+        return f"no metrics since it started {duration(seconds)} ago: see its output, and its log"
+    return f"starting for {duration(seconds)}: no metrics yet"
 
 
 def _ending(state: RunState | None) -> str:
@@ -120,35 +169,31 @@ def _usual_gap(rows: Sequence[Row]) -> float:
     return gaps[len(gaps) // 2] if gaps else 0.0
 
 
-def _silence(run: Path, rows: Sequence[Row]) -> float:
-    """Seconds since the last report, or since the start that has not reported yet."""
-    signs = [row["time"] for row in rows[-1:]] + [_written(runstate.file(run))]
-    return time.time() - max(signs)
-
-
-def _job(run: Path) -> tuple[str, bool]:
+def _job(run: Path, signs: Signs) -> tuple[str, bool]:
     """A line about the run's job, and whether it is running."""
-    job_id, submitted = records.job_id(run), records.Submitted.of(run)
+    job_id = signs.job_id(run)
     if job_id is None:
-        return _writer(run)
+        return _writer(run, signs)
     where = f"job {job_id}"
+    submitted = records.Submitted.of(run)
     if submitted is not None:
         where += f", {submitted.nodes} x {submitted.gpus_per_node}"
     try:
-        state = queue.state(job_id) or f"gone ({queue.end(job_id) or 'no record in Slurm'})"
+        job = signs.job(run)
     except ValueError as error:
-        why = str(error).splitlines()[-1]
-        return f"{where}: unknown ({why})", _writer(run)[1]
-    return f"{where}: {state}", state.startswith("RUNNING")
+        return f"{where}: unknown ({str(error).splitlines()[-1]})", signs.is_alive(run)
+    if job is not None and job.is_queued:
+        return f"{where}: {job.state}", job.state.startswith("RUNNING")
+    return f"{where}: gone ({job.state if job else 'no record in Slurm'})", False
 
 
-def _writer(run: Path) -> tuple[str, bool]:
+def _writer(run: Path, signs: Signs) -> tuple[str, bool]:
     """A line about the process that holds the lease, and whether it shows signs of life."""
     found = lease.holder(run)
     if found is None or found.is_gone():
         return "no job", False
-    quiet = time.time() - _written(run / "launch" / "writer.json")
-    if quiet > _QUIET:
+    if not signs.is_alive(run):
+        quiet = time.time() - _written(run / "launch" / "writer.json")
         return f"{found}: no sign of life for {duration(quiet)}", False
     return str(found), True
 
@@ -161,10 +206,11 @@ def _written(file: Path) -> float:
         return 0.0
 
 
-def last_checkpoint(run: Path) -> str | None:
-    """Such as "000000012800, 3 min ago"; None when there is none."""
+def last_checkpoint(run: Path, *, now: float | None = None) -> str | None:
+    """Such as "000000012800, 3 min ago"; None when there is none. `now` is the present if given."""
     images, written = _checkpoint(run)
-    return f"{images:012d}, {duration(time.time() - written)} ago" if written else None
+    now = time.time() if now is None else now
+    return f"{images:012d}, {duration(now - written)} ago" if written else None
 
 
 def _checkpoint(run: Path) -> tuple[int, float]:
@@ -196,7 +242,7 @@ def _rows(file: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and {"images", "time"} <= row.keys():
+        if isinstance(row, dict) and all(_is_number(row.get(name)) for name in ("images", "time")):
             rows.append(row)
     return rows
 
@@ -211,54 +257,3 @@ def _lines(file: Path) -> list[str]:
     except OSError:
         return []
     return lines if size <= _TAIL else lines[1:]
-
-
-def render(status: Status, *, width: int = 80) -> str:
-    """A run in five or six lines of at most `width` characters."""
-    seen = f"{status.images_seen:,}"
-    if status.total:
-        seen += f" of {status.total:,} ({100 * status.images_seen / status.total:.1f} %)"
-    rate = f"{status.rate:.1f} images/s" if status.rate and status.is_running else ""
-    loss = "none yet" if status.loss is None else f"{status.loss:.4f}"
-    scale = "" if status.loss_scale in (None, 1.0) else f"loss scale {status.loss_scale:g}"
-    age = "" if status.age is None else f"{duration(status.age)} ago"
-    restarts = "" if status.restarts is None else f"{status.restarts} restarts"
-    rows = [
-        status.name if len(status.name) < width else "..." + status.name[4 - width :],
-        _row("images", seen, rate, status.left),
-        _row("loss", loss, scale, age),
-        _row("saved", status.checkpoint or "nothing yet", restarts),
-        _row("job", status.job),
-        _row("health", status.health),
-    ]
-    if status.event:
-        rows.append(_row("event", status.event))
-    return "\n".join(row[: width - 1] for row in rows) + "\n"
-
-
-def _row(name: str, *facts: str) -> str:
-    return f"  {name:7} {', '.join(fact for fact in facts if fact)}"
-
-
-def text(runs: Iterable[Path], *, width: int = 80) -> str:
-    """The status of all runs, with an empty line between them.
-
-    Raises:
-        ValueError: one of them is not a run directory.
-    """
-    for run in runs:
-        if not (run / "launch").is_dir() and not (run / "config.toml").is_file():
-            raise ValueError(f"{run} is not a run directory")
-    return "\n".join(render(read(run), width=width) for run in runs)
-
-
-def watch(runs: Sequence[Path], *, seconds: float = 2.0) -> None:
-    """Show the status every few seconds, until Ctrl-C."""
-    try:
-        while True:
-            width = shutil.get_terminal_size().columns
-            shown = text(runs, width=width)
-            print(f"\x1b[H\x1b[2J{time.strftime('%H:%M:%S')}\n{shown}", end="", flush=True)
-            time.sleep(seconds)
-    except KeyboardInterrupt:
-        print()

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch import queue, status
+from launch import display, queue, status
+from launch.signs import Signs
 from tests.support.cluster import wait_until
 from tests.support.site import Site
 from trainer.ranks.lease import Holder
@@ -24,6 +26,12 @@ STATE_FILES = (
     "metrics.jsonl",
 )
 _CONFIG = "[training]\nimages = 1000\n"
+_KEYS = (
+    *("images", "time", "loss", "skipped", "state", "starts", "began", "run", "host", "pid"),
+    *("token", "machine", "job", "start", "launcher", "nodes", "gpus_per_node"),
+)
+#: The right keys with values of the wrong types.
+WRONG = json.dumps({key: [1] for key in _KEYS})
 
 
 def make_run(path: Path, *, images: int) -> Path:
@@ -44,6 +52,20 @@ def note(run: Path, **entries: object) -> None:
     RunState(**entries).write(run, writer="test")  # type: ignore[arg-type]
 
 
+def slurm(queued: dict[str, str], *, ended: dict[str, str], calls: list | None = None) -> Callable:
+    """A stand-in for Slurm's commands: the states of jobs in the queue, and of ended ones."""
+
+    def run(*command: str, env: object = None) -> str:
+        if calls is not None:
+            calls.append(command)
+        asked = command[command.index("-j") + 1].split(",")
+        if command[0] == "squeue":
+            return "".join(f"{j}|{queued[j]}\n" for j in asked if j in queued)
+        return "".join(f"{j}|{ended[j]}\n" for j in asked if j in ended)
+
+    return run
+
+
 def add_events(run: Path, *events: str) -> None:
     """Write what the batch script recorded."""
     lines = (f"2026-11-25 02:10:32  {event}\n" for event in events)
@@ -56,14 +78,19 @@ def make_writer(run: Path) -> None:
     (run / "launch" / "writer.json").write_text(json.dumps(vars(holder)))
 
 
+def text(*runs: Path) -> str:
+    """What `launch status` prints of them."""
+    return display.text(display.look(runs, signs=Signs()))
+
+
 def test_a_run_on_disk(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=500)
     (run / "checkpoints" / "000000000400").mkdir(parents=True)
     note(run, state="running", images_seen=500, starts=3, checkpoint="000000000400")
-    text = status.text([run])
+    shown = text(run)
     for fact in ("500 of 1,000 (50.0 %)", "0.2500", "loss scale 65536", "no job", "2 restarts"):
-        assert fact in text
-    assert re.search(r"000000000400, \d+ s ago", text)
+        assert fact in shown
+    assert re.search(r"000000000400, \d+ s ago", shown)
     assert status.read(run).health == "not running; the last start did not record how it ended"
 
 
@@ -73,7 +100,7 @@ def test_a_run_of_the_last_release_shows_what_its_directory_holds(tmp_path: Path
     (run / "log.txt").write_text(14 * start)
     shown = status.read(run)
     assert (shown.health, shown.restarts, shown.images_seen) == ("not running", None, 1000)
-    assert "restarts" not in status.render(shown)
+    assert "restarts" not in display.render(shown)
     (run / "checkpoints" / "000000001000").mkdir(parents=True)
     assert (status.read(run).left, status.read(run).health) == ("finished", "finished")
     (run / "metrics.jsonl").unlink()
@@ -104,7 +131,7 @@ def test_the_last_event_of_the_batch_script_is_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=500)
     note(run, state="failed", why="RuntimeError: no space left")
     add_events(run, "job 7 start 0: begins on n1", "job 7 start 1: failed with status 1")
-    lines = status.text([run]).splitlines()
+    lines = text(run).splitlines()
     assert lines[-2:] == [
         "  health  failed: RuntimeError: no space left",
         "  event   job 7 start 1: failed with status 1",
@@ -119,7 +146,11 @@ def test_a_live_run_without_metrics_for_long_is_not_healthy(tmp_path: Path) -> N
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     late = [json.dumps({**row, "time": row["time"] - 7200}) + "\n" for row in rows]
     (run / "metrics.jsonl").write_text("".join(late))
-    assert status.read(run).health == "ok"  # it has just been started again
+    note(run, state="running", images_seen=500, starts=2, began=time.time())
+    assert status.read(run).health == "starting for 0 s: no metrics yet"
+    note(run, state="running", images_seen=500, starts=2, began=time.time() - 3600)
+    assert status.read(run).health.startswith("no metrics since it started 1 h 0 min ago")
+    note(run, state="running", images_seen=500, starts=1)
     os.utime(file(run), (time.time() - 3600, time.time() - 3600))
     assert status.read(run).health == "no metrics for 1 h 0 min (usually every 10 s)"
 
@@ -133,13 +164,12 @@ def test_a_run_is_alive_by_its_lease_where_slurm_does_not_respond(
     monkeypatch.setenv("PATH", "")
     assert status.read(run).job.startswith("job 7: unknown (squeue")
     assert status.read(run).is_running
-    monkeypatch.setattr(queue, "state", lambda job_id: None)
-    monkeypatch.setattr(queue, "end", lambda job_id: "CANCELLED by 0")
+    monkeypatch.setattr(queue, "_slurm", slurm({}, ended={"7": "CANCELLED by 0"}))
     assert status.read(run).job == "job 7: gone (CANCELLED by 0)"
     assert not status.read(run).is_running
 
 
-@pytest.mark.parametrize("torn", ["", "{", '{"state": 5}', "[]", "null", "\0\0", "x = "])
+@pytest.mark.parametrize("torn", ["", "{", '{"state": 5}', "[]", "null", "\0\0", "x = ", WRONG])
 @pytest.mark.parametrize("name", STATE_FILES)
 def test_an_empty_or_torn_file_gives_no_traceback(
     name: str, torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,12 +178,12 @@ def test_an_empty_or_torn_file_gives_no_traceback(
     run = make_run(tmp_path / "run", images=500)
     note(run, state="running", images_seen=500, starts=1)
     (run / name).write_text(torn)
-    assert "images  500" in status.text([run])
+    assert "images  500" in text(run) or name == "metrics.jsonl"
 
 
 def test_several_runs_fit_80_columns(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / (name * 60), images=300) for name in "ab"]
-    lines = status.text(runs).splitlines()
+    lines = text(*runs).splitlines()
     assert len(lines) == 13 and max(map(len, lines)) < 80
     assert all(any(name * 50 in line for line in lines) for name in "ab")
 

@@ -63,7 +63,7 @@ class Run:
         run = replace(self, lease=lease, token=lease.token)
         before = RunState.read(self.path)
         starts = 1 + (before.starts if before else 0)
-        run.note(state="running", starts=starts, why=None, job_id=lease.job_id)
+        run.note(state="running", starts=starts, began=time.time(), why=None, job_id=lease.job_id)
         try:
             yield run
         except LeaseLost:

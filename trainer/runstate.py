@@ -25,6 +25,8 @@ class RunState:
     images_seen: int = 0
     #: How many times the run was started, this time included.
     starts: int = 0
+    #: When the last start claimed the run, in seconds since 1970; None in earlier releases' files.
+    began: float | None = None
     #: The name of the last checkpoint that was committed.
     checkpoint: str | None = None
     #: Why the run is no longer running.

@@ -99,10 +99,10 @@ def live_holder(run: Path) -> Holder | None:
     found = holder(run)
     if found is None or found.is_gone():
         return None
-    beat, end = _beat(run), time.monotonic() + PATIENCE
+    last, end = beat(run), time.monotonic() + PATIENCE
     while time.monotonic() < end:
         time.sleep(0.2)
-        if _beat(run) != beat:
+        if beat(run) != last:
             return holder(run)
     return None
 
@@ -195,8 +195,11 @@ def _file(run: Path) -> Path:
     return run / "launch" / "writer.json"
 
 
-def _beat(run: Path) -> int:
-    """The last sign of life. Opening the file makes a network file system look afresh."""
+def beat(run: Path) -> int:
+    """The time of the last sign of life, in ns by the file system's clock; 0 if there is none.
+
+    Opening the file makes a network file system look afresh.
+    """
     try:
         with _file(run).open() as file:
             return os.fstat(file.fileno()).st_mtime_ns

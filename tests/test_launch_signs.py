@@ -1,0 +1,87 @@
+"""`launch status` of many runs, of runs on machines with other clocks, and of diverged ones."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import display, queue, status
+from launch.__main__ import main
+from launch.signs import Signs
+from tests.test_launch_status import make_run, make_writer, note, slurm, text
+from trainer.ranks.lease import Holder
+
+
+def test_one_bad_entry_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shell's `runs/*` names files, and directories that are no runs, too."""
+    good = make_run(tmp_path / "good", images=500)
+    (tmp_path / "sweep.sh").write_text("")
+    (tmp_path / "empty").mkdir()
+    entries = [str(tmp_path / name) for name in ("sweep.sh", "gone", "good", "empty")]
+    assert main(["status", *entries]) == 78
+    shown = capsys.readouterr()
+    assert "500 of 1,000" in shown.out and shown.err.count("is not a run directory\n") == 3
+    assert main(["status", "--json", *entries]) == 78
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == entries
+    assert [row.get("images_seen") for row in rows] == [None, None, 500, None]
+    assert main(["status", "--json", str(good)]) == 0
+
+
+def test_many_runs_ask_slurm_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make_run(tmp_path / str(n), images=500) for n in range(5)]
+    for n, run in enumerate(runs):
+        (run / "launch" / "job").write_text(f"{n}\n")
+    (runs[4] / "launch" / "job").write_text("not a job\n")  # squeue would refuse all for it
+    calls: list = []
+    queued = {"0": "RUNNING|None", "1": "PENDING|Resources", "2": "COMPLETED|None"}
+    found = slurm(queued, ended={"3": "TIMEOUT"}, calls=calls)
+    monkeypatch.setattr(queue, "_slurm", found)
+    signs = Signs()
+    for _ in range(3):
+        jobs = [each.job for each in display.look(runs, signs=signs).values()]  # type: ignore[union-attr]
+    assert jobs == [
+        "job 0: RUNNING", "job 1: PENDING (Resources)", "job 2: gone (COMPLETED)",
+        "job 3: gone (TIMEOUT)", "no job",
+    ]  # fmt: skip
+    assert [call[0] for call in calls] == ["squeue", "sacct"]
+
+
+@pytest.mark.parametrize("shown", ["null", "NaN"])
+def test_a_diverged_loss_is_not_a_missing_one(shown: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    note(run, state="running", images_seen=500, starts=1, began=time.time() - 100)
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss": 0.25', f'"loss": {shown}'))
+    make_writer(run)
+    assert "loss    not finite" in text(run)
+    assert "health  diverged: the loss is not finite" in text(run)
+    assert json.loads(display.as_json({run: status.read(run)}))[0]["loss"] is None
+
+
+@pytest.mark.parametrize("minutes", [3, -3])
+def test_clocks_that_differ_change_nothing(minutes: int, tmp_path: Path) -> None:
+    """The files' clock is minutes before or behind this machine's; the writer's pid is not here."""
+    run = make_run(tmp_path / "run", images=500)
+    note(run, state="running", images_seen=500, starts=1, began=0.0)
+    elsewhere = {**vars(Holder.here(run)), "machine": "another", "host": "gpu7"}
+    writer = run / "launch" / "writer.json"
+    writer.write_text(json.dumps(elsewhere))
+
+    def touch() -> None:
+        os.utime(writer, (time.time() + 60 * minutes, time.time() + 60 * minutes))
+
+    metrics = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    late = [json.dumps({**row, "time": row["time"] + 60 * minutes}) + "\n" for row in rows]
+    metrics.write_text("".join(late))
+    touch()
+    beats = threading.Timer(0.5, touch)
+    beats.start()
+    found = status.read(run)
+    beats.join()
+    assert (found.is_running, found.health) == (True, "ok")
+    assert found.age is not None and abs(found.age) < 30
