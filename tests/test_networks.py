@@ -1,10 +1,16 @@
-"""Which classifiers may guide which networks."""
+"""Which classifiers may guide which networks, what counts as weights, and nets without a label."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from tests.support import golden, ranks
 from trainer import config as configs
+from trainer import weights
+from trainer.adm.config import NO_LABEL
+from trainer.adm.unet import build
 from trainer.networks import TrainedNetwork, check_guide
 
 
@@ -27,3 +33,34 @@ def test_the_presets_of_a_published_pair_fit(network: str, classifier: str) -> N
         TrainedNetwork(configs.load(preset), Path(), "", preset) for preset in (classifier, network)
     )
     check_guide(guide, network=guided)
+
+
+def test_a_state_of_the_optimizer_is_no_weights_file(tmp_path: Path, tiny: Path) -> None:
+    run = ["--run", str(tmp_path / "run"), "--set", "training.images = 8"]
+    job = ranks.start(tmp_path / "job", ranks=1, runs=[["train", str(tiny), *run]])
+    job.wait()
+    checkpoint = tmp_path / "run" / "checkpoints" / "000000000008"
+    for kind in ("adam-m", "adam-v"):
+        renamed = tmp_path / f"weights-{kind}.safetensors"
+        renamed.write_bytes((checkpoint / f"{kind}.safetensors").read_bytes())
+        with pytest.raises(ValueError, match=f"holds {kind}, a state of the optimizer"):
+            weights.load(renamed)
+    names = weights.load(checkpoint / "ema-0.5.safetensors")
+    assert names.keys() == weights.load(checkpoint / "model.safetensors").keys()
+    # As version 0.1 wrote it.
+    save_file(names, tmp_path / "adam-m.safetensors", metadata={"images": "8"})
+    with pytest.raises(ValueError, match="holds adam-m"):
+        weights.load(tmp_path / "adam-m.safetensors")
+
+
+def test_without_its_label_an_image_gets_the_embedding_of_its_timestep_alone(tiny: Path) -> None:
+    net = build(configs.load(tiny).model)
+    golden.set_formula_weights(net)
+    x, t = golden.wave("x", (3, 3, 8, 8), 1.0), torch.tensor([5, 5, 900])
+    told, free = torch.tensor([3, 7, 3]), torch.tensor([3, NO_LABEL, NO_LABEL])
+    with torch.no_grad():
+        mixed = net(x, t, free)
+        torch.testing.assert_close(mixed[:1], net(x, t, told)[:1])
+        assert not torch.allclose(mixed[1:], net(x, t, told)[1:])
+        net.label_emb.weight.zero_()
+        torch.testing.assert_close(mixed[1:], net(x, t, told)[1:])

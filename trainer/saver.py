@@ -139,7 +139,8 @@ class Saver:
         try:
             for kind, tensors in kinds.items():
                 file = directory / f"{kind}.safetensors"
-                save_file(dict(tensors), file, metadata={"images": str(self._state.images_seen)})
+                metadata = {"images": str(self._state.images_seen), "kind": kind}
+                save_file(dict(tensors), file, metadata=metadata)
                 with suppress(OSError):  # some file systems have no modes
                     file.chmod(self._mode)  # safetensors makes it readable by its owner only
                 files.sync(file)

@@ -8,11 +8,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
+class NotWeightsError(ValueError):
+    """A checkpoint's file of another kind."""
+
+
 def load(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file or of a published `.pt` file (never unpickling code).
 
     Raises:
-        ValueError: the file is missing or holds something else.
+        ValueError: the file is missing or holds something else, such as a state of Adam.
     """
     path = Path(path)
     if not path.is_file():
@@ -20,8 +24,11 @@ def load(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
+                _check_kind(path, file.metadata() or {})
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         weights = torch.load(path, map_location="cpu", weights_only=True)
+    except NotWeightsError:
+        raise
     except (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is no weights file: {str(error).splitlines()[0]}") from None
     except Exception as error:  # torch raises pickle's own errors for unsafe or foreign files
@@ -29,6 +36,20 @@ def load(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"{path} holds {type(weights).__name__}, not a dict of tensors")
     return weights
+
+
+def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
+    """Return unless a checkpoint's file holds other tensors than weights.
+
+    Raises:
+        ValueError: it does.
+    """
+    # Files of version 0.1 say in their metadata only that they are a checkpoint's.
+    kind = metadata.get("kind", path.stem if "images" in metadata else "model")
+    if kind.startswith("adam"):
+        raise NotWeightsError(
+            f"{path} holds {kind}, a state of the optimizer: give an ema-* file, or model"
+        )
 
 
 def fill(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
