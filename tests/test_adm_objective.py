@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.adm.config import DiffusionConfig
-from trainer.adm.objective import Classify, Denoise
+from trainer.adm.config import NO_LABEL, DiffusionConfig
+from trainer.adm.objective import Classify, Denoise, drop_labels
 from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
 
 CONFIG = DiffusionConfig(schedule="cosine")
@@ -63,6 +63,21 @@ def test_denoise_terms_and_conditions() -> None:
     torch.testing.assert_close(net.given["low_res"], means)
     denoise()(net, IMAGES, LABELS, NUMBERS)
     assert set(net.given) == {"x", "t"}
+
+
+def test_labels_are_dropped_by_image_index_alone() -> None:
+    objective = denoise(class_conditional=True, label_dropout=0.3)
+    net, seen = Recorder(), []
+    for part in (slice(0, 3), slice(3, 8)):
+        objective(net, IMAGES[part], LABELS[part], NUMBERS[part])
+        seen.append(net.given["y"])
+    objective(net, IMAGES, LABELS, NUMBERS)
+    assert torch.equal(torch.cat(seen), net.given["y"])
+    many, labels = torch.arange(20_000), torch.arange(20_000) % 10
+    dropped = drop_labels(labels, many, share=0.3, seed=3)
+    assert (dropped == NO_LABEL).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(dropped[dropped != NO_LABEL], labels[dropped != NO_LABEL])
+    assert not torch.equal(dropped, drop_labels(labels, many, share=0.3, seed=4))
 
 
 def test_classify_counts_the_best_and_the_best_five() -> None:

@@ -135,3 +135,50 @@ def test_guidance_moves_samples_up_the_gradient(walk: str) -> None:
 def test_noisy_ddim_needs_noise() -> None:
     with pytest.raises(ValueError, match=r"eta = 0\.5"):
         next(sampler.ddim(process("10"), knows(X0), begin()[0], eta=0.5))
+
+
+def test_guidance_at_the_mean_is_the_gradient_there_one_step_on() -> None:
+    diffusion, seen = process("10"), []
+    start, noise = begin()
+
+    def guidance(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x, int(t[0])))
+        return torch.ones_like(x)
+
+    net = knows(X0)
+    steps = [x for _, x in sampler.ancestral(diffusion, net, start, noise=noise,
+                                             guidance=guidance, guide_at="mean")]  # fmt: skip
+    kept = diffusion.original(torch.arange(10)).tolist()
+    assert [t for _, t in seen] == [*reversed(kept[:-1]), kept[0]]
+    first = sampler.predict(diffusion, net, start, torch.full((len(start),), 9), clip=True)
+    assert torch.equal(seen[0][0], first.mean)
+    want = sampler.ancestral_step(first, noise=noise(9), gradient=torch.ones_like(start))
+    assert torch.equal(steps[0], want)
+
+
+def test_classifier_free_guidance_moves_the_prediction_away_from_that_without_labels() -> None:
+    labels = torch.tensor([2, 0, 1, 2])
+
+    def net(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.cat((x * y[:, None, None, None], x + y[:, None, None, None]), dim=1)
+
+    x, t = golden.wave("x", (4, *SHAPE), 1.0), torch.full((4,), 7)
+    known, free = net(x, t, labels), net(x, t, torch.full((4,), -1))
+    for scale in (0.0, 1.0, 3.5):
+        got = sampler.classifier_free(net, labels, scale=scale)(x, t)
+        want = free[:, :3] + scale * (known - free)[:, :3]
+        torch.testing.assert_close(got[:, :3], want)
+        assert torch.equal(got[:, 3:], known[:, 3:])
+
+
+def test_two_stages_share_no_noise() -> None:
+    large = (3, 16, 16)
+    for draw in (
+        sampler.start,
+        lambda *a, **k: sampler.step_noise(*a, **k)(3),
+    ):
+        base = draw(NUMBERS, seed=0, shape=SHAPE)
+        assert torch.equal(base, draw(NUMBERS, seed=0, shape=SHAPE, stage=0))
+        second = draw(NUMBERS, seed=0, shape=large, stage=16).flatten(1)[:, : base[0].numel()]
+        together = torch.stack((base.flatten(), second.flatten()))
+        assert abs(float(torch.corrcoef(together)[0, 1])) < 0.1

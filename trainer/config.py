@@ -43,6 +43,13 @@ class Config:
 
     def __post_init__(self) -> None:
         every, timesteps = self.intervals, self.training.timesteps
+        dropout, model = self.training.label_dropout, self.model
+        check(
+            not dropout or (isinstance(model, UNetConfig) and model.num_classes is not None),
+            "training.label_dropout",
+            dropout,
+            "0, or absent, but for a denoiser with model.num_classes",
+        )
         if isinstance(self.model, ClassifierConfig):
             uniform = timesteps == "uniform"
             check(uniform, "training.timesteps", timesteps, '"uniform" for a classifier')

@@ -35,6 +35,7 @@ _FIXED = (
     "diffusion",
     "training.seed",
     "training.timesteps",
+    "training.label_dropout",
     "training.ema",
     "data.streams",
     "data.block",

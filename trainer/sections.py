@@ -33,6 +33,8 @@ class TrainingConfig:
     ema: tuple[float, ...]
     precision: Precision
     timesteps: Timesteps = "uniform"
+    #: Share of images whose class the net is not told, for classifier-free guidance.
+    label_dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +47,7 @@ class TrainingConfig:
         clips = self.clip is None or 0 < self.clip < math.inf
         self._check(clips, "clip", "a number above 0, or absent")
         self._check(self.warmup_images >= 0, "warmup_images", "at least 0")
+        self._check(0 <= self.label_dropout < 1, "label_dropout", "at least 0 and below 1")
         self._check(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
         two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         self._check(two, "betas", "two numbers in [0, 1)")

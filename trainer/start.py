@@ -113,4 +113,5 @@ def build_objective(config: Config) -> Denoise | Classify:
         seed=seed,
         class_conditional=model.num_classes is not None,
         small_size=model.small_size,
+        label_dropout=config.training.label_dropout,
     )

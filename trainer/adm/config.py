@@ -16,6 +16,8 @@ Predict = Literal["eps", "x0"]
 Variance = Literal["learned", "fixed_large", "fixed_small"]
 Loss = Literal["hybrid", "hybrid_rescaled", "vlb", "vlb_rescaled", "simple"]
 
+# The label of an image whose class the net is not told.
+NO_LABEL = -1
 # GroupNorm's, in every net of the paper.
 GROUPS = 32
 # Below, the last of the linear betas would be above 1.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 TIMESTEP, NOISE, SAMPLE_START, SAMPLE_STEP = 0, 1, 2, 3
+SAMPLE_LABEL, LABEL_DROPOUT = -1, -2
 """Streams, one per use. Step n of a sampler draws from stream SAMPLE_STEP + n."""
 
 # Constants of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit numbers.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.adm import keyed
-from trainer.adm.config import DiffusionConfig
+from trainer.adm.config import NO_LABEL, DiffusionConfig
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.timesteps import TimestepSampler, UniformTimesteps
 
@@ -19,8 +19,9 @@ from trainer.adm.timesteps import TimestepSampler, UniformTimesteps
 class Denoise:
     """The diffusion loss (paper, section 2) of a UNet.
 
-    `net` is called as net(x_t, t), with y=labels if `class_conditional`, and with
-    low_res=(B, 3, small_size, small_size), the images' area means, if `small_size` is given.
+    `net` is called as net(x_t, t), with y=labels if `class_conditional`, of which the share
+    `label_dropout` is `NO_LABEL`, and with low_res=(B, 3, small_size, small_size), the images' area
+    means, if `small_size` is given.
     """
 
     def __init__(
@@ -31,10 +32,12 @@ class Denoise:
         seed: int,
         class_conditional: bool,
         small_size: int | None = None,
+        label_dropout: float = 0.0,
     ) -> None:
         self.diffusion = Diffusion(config)
         self.timesteps, self.seed = timesteps, seed
         self.class_conditional, self.small_size = class_conditional, small_size
+        self.label_dropout = label_dropout
 
     def __call__(
         self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, indices: Tensor
@@ -48,14 +51,17 @@ class Denoise:
         t, weight = self.timesteps.draw(indices)
         noise = draw_noise(x0, indices, seed=self.seed)
         x_t = self.diffusion.q_sample(x0, t, noise)
-        out = net(x_t, self.diffusion.original(t), **self._conditions(x0, labels))
+        out = net(x_t, self.diffusion.original(t), **self._conditions(x0, labels, indices))
         terms = self.diffusion.losses(out, x0=x0, x_t=x_t, noise=noise, t=t)
         loss = terms["loss"] * weight
         parts = {name: term.detach() for name, term in terms.items()}
         return {**parts, "loss": loss, "unweighted": parts["loss"], "t": t}
 
-    def _conditions(self, x0: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        conditions = {"y": labels} if self.class_conditional else {}
+    def _conditions(self, x0: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        conditions = {}
+        if self.class_conditional:
+            share, seed = self.label_dropout, self.seed
+            conditions["y"] = drop_labels(labels, indices, share=share, seed=seed)
         if self.small_size is not None:
             conditions["low_res"] = F.interpolate(x0, self.small_size, mode="area")
         return conditions
@@ -83,6 +89,14 @@ class Classify:
 def to_range(images: Tensor) -> Tensor:
     """uint8 pixels (B, C, H, W) -> float32 in [-1, 1], of the same shape."""
     return images.float() / 127.5 - 1
+
+
+def drop_labels(labels: Tensor, indices: Tensor, *, share: float, seed: int) -> Tensor:
+    """Labels (B,) of which about that share is `NO_LABEL`, drawn for each image by its index."""
+    if not share:
+        return labels
+    u = keyed.uniform(indices, seed=seed, stream=keyed.LABEL_DROPOUT)
+    return labels.masked_fill(u < share, NO_LABEL)
 
 
 def draw_noise(x0: Tensor, indices: Tensor, *, seed: int) -> Tensor:

@@ -6,17 +6,21 @@ log p(y | x_t), already scaled. Samplers yield after every step, so a caller can
 """
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from trainer.adm import keyed
+from trainer.adm.config import NO_LABEL
 from trainer.adm.diffusion import Diffusion, Net, Prediction
 
 Guidance = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 """Step -> the standard normal noise that it adds, shaped as the images."""
+GuideAt = Literal["x_t", "mean"]
+"""Where a guidance is taken: x_t as published, or the mean of x_{t-1} as Algorithm 1 derives it."""
 
 
 def ancestral(
@@ -26,6 +30,7 @@ def ancestral(
     *,
     noise: Noise,
     guidance: Guidance | None = None,
+    guide_at: GuideAt = "x_t",
     clip: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
     """Draws x_{t-1} ~ p(x_{t-1} | x_t) from the last step down to 0; x (B, 3, H, W) is pure noise.
@@ -35,7 +40,11 @@ def ancestral(
     for i in reversed(range(diffusion.steps)):
         t = _everywhere(i, x)
         p = predict(diffusion, net, x, t, clip=clip)
-        gradient = guidance(x, diffusion.original(t)) if guidance is not None else None
+        gradient = None
+        if guidance is not None and guide_at == "x_t":
+            gradient = guidance(x, diffusion.original(t))
+        elif guidance is not None:
+            gradient = guidance(p.mean, diffusion.original((t - 1).clamp(min=0)))
         x = ancestral_step(p, noise=noise(i) if i > 0 else None, gradient=gradient)
         yield i, x
 
@@ -89,16 +98,37 @@ def classifier_guidance(classifier: Net, labels: Tensor, *, scale: float) -> Gui
     return gradient
 
 
-def start(indices: Tensor, *, seed: int, shape: tuple[int, ...]) -> Tensor:
-    """The pure noise that sampling each image starts from: indices (B,) -> (B, *shape)."""
-    return keyed.normal(indices, seed=seed, stream=keyed.SAMPLE_START, shape=shape)
+def classifier_free(net: Callable[..., Tensor], labels: Tensor, *, scale: float) -> Net:
+    """The net with its difference that labels (B,) make, from no labels on, times `scale`.
+
+    Ho & Salimans 2022, with their 1 + w as `scale`, for a net(x, t, labels) that was trained on
+    dropped labels; 1 is the net with labels. The variance is that of the net with labels.
+    """
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        known, free = net(x, t, labels), net(x, t, torch.full_like(labels, NO_LABEL))
+        channels = x.shape[1]
+        moved = free[:, :channels] + scale * (known[:, :channels] - free[:, :channels])
+        return torch.cat((moved, known[:, channels:]), dim=1)
+
+    return guided
 
 
-def step_noise(indices: Tensor, *, seed: int, shape: tuple[int, ...]) -> Noise:
+def start(indices: Tensor, *, seed: int, shape: tuple[int, ...], stage: int = 0) -> Tensor:
+    """The pure noise that sampling each image starts from: indices (B,) -> (B, *shape).
+
+    Networks that draw one after the other share no noise if each has its own `stage`.
+    """
+    stream = keyed.SAMPLE_START + (stage << 32)
+    return keyed.normal(indices, seed=seed, stream=stream, shape=shape)
+
+
+def step_noise(indices: Tensor, *, seed: int, shape: tuple[int, ...], stage: int = 0) -> Noise:
     """Indices (B,) -> step -> noise (B, *shape), the same for any batching of the images."""
 
     def noise(step: int) -> Tensor:
-        return keyed.normal(indices, seed=seed, stream=keyed.SAMPLE_STEP + step, shape=shape)
+        stream = keyed.SAMPLE_STEP + step + (stage << 32)
+        return keyed.normal(indices, seed=seed, stream=stream, shape=shape)
 
     return noise
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.adm.blocks import AttentionPool, GroupNorm, Stage, full, zeroed
-from trainer.adm.config import ClassifierConfig, UNetConfig
+from trainer.adm.config import NO_LABEL, ClassifierConfig, UNetConfig
 from trainer.adm.encoder import (
     Encoder,
     attention,
@@ -41,6 +41,7 @@ class UNet(Encoder):
     ) -> Tensor:
         """x (B, 3, H, W), t (B,) original timesteps, y (B,) labels, low_res (B, 3, h, w) -> fp32.
 
+        A label may be `NO_LABEL`: the class adds nothing to the embedding then.
         The result is (B, 3, H, W): the prediction; with `learn_sigma` three more channels: the
         interpolation between the smallest and largest log variance, from -1 to 1.
         """
@@ -48,7 +49,8 @@ class UNet(Encoder):
         assert (low_res is not None) == (self.config.small_size is not None), "low_res: all or none"
         emb = self.embed(t)
         if y is not None:
-            emb = emb + self.label_emb(y)
+            known = (y != NO_LABEL).to(emb.dtype)[:, None]
+            emb = emb + self.label_emb(y.clamp(min=0)) * known
         if low_res is not None:
             x = torch.cat((x, F.interpolate(low_res, x.shape[2:], mode="bilinear")), dim=1)
         skips, h = self.encode(x.to(self.dtype), emb)
