@@ -73,6 +73,9 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ('intervals.samples_steps = "ddim60"', "intervals.samples_steps: respacing = 'ddim60'"),
         ("training.ema = []", "training.ema = (): must be one or more"),
         ("training.ema = [1.0]", "training.ema = (1.0,)"),
+        ("training.ema_images = 0", "training.ema_images = 0: must be at least 1"),
+        ("training.ema_warmup = 1.5", "training.ema_warmup = 1.5: must be a share"),
+        ("training.ema_widths = [0.3]", "training.ema_widths = (0.3,): must be different widths"),
         ('training.precision = "fp8"', 'one of "fp32", "bf16", "fp16"'),
         ("training.images = 100", "a multiple of training.batch"),
         ("model.channel_mult = [1, 2.3]", "model.channel_mult"),
@@ -88,6 +91,11 @@ def test_a_wrong_setting_is_named(change: str, message: str) -> None:
         configs.load("digits", [change])
     assert message in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_averages_warm_up_only_where_their_spans_are_in_images() -> None:
+    with pytest.raises(ValueError, match=r"training.ema_warmup = 0.5: must be absent without"):
+        configs.load("digits", unset=["training.ema_images"])
 
 
 def test_a_setting_can_be_left_out() -> None:

@@ -7,7 +7,7 @@ and `scatter`, by the network's own parameter names, whatever the stage and the 
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
-from trainer import ema
+from trainer import averages
 from trainer.config import Config
 from trainer.lossscale import LossScale
 from trainer.partition import Partition
+from trainer.sections import TrainingConfig
 
-# The kinds of state: weights and Adam's two moments; one more for each EMA decay.
+# The kinds of state: weights and Adam's two moments; one more for each average.
 WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "model", "adam-m", "adam-v"
 # Their keys in the optimizer; the averages' are the kinds themselves.
 _STATE_KEYS = {WEIGHTS: None, FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
@@ -35,9 +36,9 @@ _STATE_KEYS = {WEIGHTS: None, FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_s
 _PIECE = 2**22
 
 
-def kinds(decays: Sequence[float]) -> tuple[str, ...]:
-    """The kinds of fp32 state of a run with these EMA decays: each is a file of its checkpoints."""
-    return (WEIGHTS, *map(ema.key, decays), FIRST_MOMENT, SECOND_MOMENT)
+def kinds(training: TrainingConfig) -> tuple[str, ...]:
+    """The kinds of fp32 state of a run: each is a file of its checkpoints."""
+    return (WEIGHTS, *averages.kept(training), FIRST_MOMENT, SECOND_MOMENT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,11 @@ class Engine:
         warnings.filterwarnings("ignore", deprecated, category=FutureWarning)
         training = config.training
         self.device = device
-        self.decays = training.ema
-        self.kinds = kinds(training.ema)
+        self.averages = averages.kept(training)
+        self.kinds = kinds(training)
         self.updates = 0
+        # The clock at the last update, and after the step that is under way.
+        self._updated_at = self._now = 0
         self.skipped = 0
         # DeepSpeed casts the module to 16 bits and makes its fp32 masters from that copy; the
         # true fp32 start is put into the masters below.
@@ -89,8 +92,10 @@ class Engine:
             dict(self._ds.module.named_parameters()),
             shapes={name: value.shape for name, value in start.items()},
         )
-        ema.attach(self._base, decays=self.decays)
-        for kind in (WEIGHTS, *(ema.key(d) for d in self.decays)):
+        averages.attach(
+            self._base, averages=self.averages, clock=lambda: (self._updated_at, self._now)
+        )
+        for kind in (WEIGHTS, *self.averages):
             self.scatter(kind, start.__getitem__)
 
     def __call__(self, *inputs: Tensor, **named: Tensor | None) -> Tensor:
@@ -127,8 +132,10 @@ class Engine:
         if not self._ds.is_gradient_accumulation_boundary():
             self._ds.step()  # only counts the micro-batch
 
-    def step(self, *, lr: float) -> StepReport:
+    def step(self, *, lr: float, images_seen: int) -> StepReport:
         """Clip, update the weights and their averages; or skip the step.
+
+        `images_seen` is the clock after this step, which the averages follow.
 
         DeepSpeed skips a step whose gradients are not finite in every precision. That is normal
         only while a dynamic loss scale can still fall.
@@ -136,6 +143,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         scale, diverged = self.loss_scale, None
+        self._now = images_seen
         try:
             self._ds.step()
         except Exception as error:
@@ -148,6 +156,7 @@ class Engine:
             diverged = f"the gradients are not finite{at}"
         if not skipped:
             self._scaling.update()
+            self._updated_at = images_seen
         self.updates += not skipped
         self.skipped += skipped
         return StepReport(
@@ -189,6 +198,7 @@ class Engine:
         """The state that is not a tensor, for a checkpoint."""
         return {
             "updates": self.updates,
+            "updated_at": self._updated_at,
             "skipped": self.skipped,
             "scaler": self._scaling.state(),
         }
@@ -196,6 +206,8 @@ class Engine:
     def load_scalars(self, state: dict[str, Any]) -> None:
         """Put back what `scalars` gave."""
         self.updates, self.skipped = state["updates"], state["skipped"]
+        # Runs of version 0.1 have averages per step alone, which need no clock.
+        self._updated_at = state.get("updated_at", 0)
         for moments in self._base.state.values():
             moments["step"].fill_(float(self.updates))
         self._scaling.load(state["scaler"])
@@ -219,7 +231,7 @@ class Engine:
                 "step": torch.zeros((), dtype=torch.float32, device=at),
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
-                **{ema.key(decay): partition.detach().clone() for decay in self.decays},
+                **{name: partition.detach().clone() for name in self.averages},
             }
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._lazy_init_hp_params_optimizer_state()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.exits import TO_BE_CONTINUED
 from data.stream import Batch
-from trainer import ema
+from trainer import averages
 from trainer.adm.objective import Classify, Denoise
 from trainer.config import Config
 from trainer.draw import draw_grid
@@ -114,7 +114,7 @@ class Loop:
             self.metrics.put("bad_share", batch.bad, len(batch.indices))
             seen.append((batch.indices, terms))
         lr = training.learning_rate(self.images_seen)
-        report = self.engine.step(lr=lr)
+        report = self.engine.step(lr=lr, images_seen=self.images_seen + training.batch)
         self._guards.check_step(report, images_seen=self.images_seen)
         self._learn_timesteps(seen)
         self.images_seen += training.batch
@@ -193,7 +193,7 @@ class Loop:
         self.saver.flush()  # a grid that fails must not cost the checkpoint
         began = time.monotonic()
         picture = draw_grid(
-            self.engine.gather(ema.key(self.config.training.ema[0])),
+            self.engine.gather(averages.exponential(self.config.training.ema[0])),
             config=self.config,
             world=self.world,
             device=self.engine.device,

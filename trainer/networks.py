@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trainer import averages, weights
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
-from trainer import ema, weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.unet import build
 from trainer.config import Config
@@ -40,7 +40,7 @@ class TrainedNetwork:
             found = _newest(path)
             run = found.path.parent.parent
             config = configs.load(run / "config.toml" if preset is None else preset)
-            average = ema.key(config.training.ema[0] if decay is None else decay)
+            average = averages.exponential(config.training.ema[0] if decay is None else decay)
             file = found.file(average)
             if file.name not in found.files:
                 kinds = ", ".join(sorted(n.removesuffix(".safetensors") for n in found.files))

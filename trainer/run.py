@@ -37,6 +37,9 @@ _FIXED = (
     "training.timesteps",
     "training.label_dropout",
     "training.ema",
+    "training.ema_images",
+    "training.ema_warmup",
+    "training.ema_widths",
     "data.streams",
     "data.block",
 )
@@ -106,6 +109,23 @@ class Run:
     def samples(self) -> Path:
         """Where grids are kept."""
         return self.path / "samples"
+
+    def adopt(self, config: Config) -> Config:
+        """`config` with EMA decays per step, if the run that is here counts them so.
+
+        Version 0.1 knew no other way, and the presets' counts in images would be another average.
+
+        Raises:
+            ValueError: the run's config.toml cannot be read.
+        """
+        training = config.training
+        if training.ema_images is None or not committed(self.checkpoints):
+            return config
+        if not self.config_file.is_file():
+            return config
+        if configs.load(self.config_file).training.ema_images is not None:
+            return config
+        return replace(config, training=replace(training, ema_images=None, ema_warmup=None))
 
     def check(self, config: Config) -> dict[str, tuple[Any, Any]]:
         """What `config` changes of the run that is here; touches nothing.

@@ -29,8 +29,16 @@ class TrainingConfig:
     anneal: bool = False
     #: Largest global gradient norm; larger gradients are scaled down to it. Absent: no clipping.
     clip: float | None = None
-    #: EMA decays per step; the first is the one that sample grids are drawn from.
+    #: EMA decays; the first is the one that sample grids are drawn from.
     ema: tuple[float, ...]
+    #: The images over which an average decays by that factor: with 0.5, its half-life. Absent: one
+    #: step, so that another batch is another average.
+    ema_images: int | None = None
+    #: Until then a half-life is at most this share of the images seen. Absent: no warm-up, and the
+    #: averages begin with the random start.
+    ema_warmup: float | None = None
+    #: Relative widths of power-function averages, of which `python -m trainer.ema` makes others.
+    ema_widths: tuple[float, ...] = ()
     precision: Precision
     timesteps: Timesteps = "uniform"
     #: Share of images whose class the net is not told, for classifier-free guidance.
@@ -53,8 +61,19 @@ class TrainingConfig:
         self._check(two, "betas", "two numbers in [0, 1)")
         differ = len(set(self.ema)) == len(self.ema) >= 1 and all(0 <= d < 1 for d in self.ema)
         self._check(differ, "ema", "one or more different decays in [0, 1)")
+        self._check(self.ema_images is None or self.ema_images >= 1, "ema_images", "at least 1")
+        self._check_averages()
         check_choice("training.precision", self.precision, Precision)
         check_choice("training.timesteps", self.timesteps, Timesteps)
+
+    def _check_averages(self) -> None:
+        share = self.ema_warmup
+        self._check(share is None or 0 < share <= 1, "ema_warmup", "a share above 0 and at most 1")
+        in_images = share is None or self.ema_images is not None
+        self._check(in_images, "ema_warmup", "absent without training.ema_images")
+        differ = len(set(self.ema_widths)) == len(self.ema_widths)
+        narrow = all(0.005 <= width <= 0.28 for width in self.ema_widths)
+        self._check(differ and narrow, "ema_widths", "different widths from 0.005 to 0.28")
 
     def _check(self, holds: bool, name: str, expected: str) -> None:
         check(holds, f"training.{name}", getattr(self, name), expected)

@@ -45,7 +45,7 @@ def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> C
         Refused: all its checkpoints are damaged, or were trained on other images.
     """
     found, damaged = checkpoints.latest_valid(
-        run.checkpoints, kinds=kinds(config.training.ema), world=world
+        run.checkpoints, kinds=kinds(config.training), world=world
     )
     if world.is_main:
         for path, fault in damaged.items():

@@ -24,7 +24,7 @@ from data import descriptors
 from data.dataset import open_shards
 from data.exits import TO_BE_CONTINUED, CommandParser
 from data.stream import Batch, Stream, to_device
-from trainer import classes, settings, start
+from trainer import averages, classes, settings, start
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.objective import Classify, Denoise
@@ -65,9 +65,9 @@ class TrainingPlan:
         Raises:
             ValueError: something is wrong with a preset, a setting, the shards, the run or a file.
         """
-        config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
-        ds_config = ds_configs.load(arguments.ds_config)
         run, init = Run(arguments.run), arguments.init
+        config = run.adopt(configs.load(arguments.preset, arguments.set, unset=arguments.unset))
+        ds_config = ds_configs.load(arguments.ds_config)
         stream = Stream(
             open_shards(config.data.shards, fetch=config.data),
             config=config.data,
@@ -179,7 +179,11 @@ def _remarks(plan: TrainingPlan, *, ranks: int) -> list[str]:
     """What the log says of the config before the run begins."""
     changed = [f"{name} changes from {a!r} to {b!r}" for name, (a, b) in plan.changes.items()]
     config = plan.config
-    odd = (classes.untrained(config, plan.stream.shards), config.training.badly_cut_on(ranks))
+    odd = (
+        averages.stated(config.training),
+        classes.untrained(config, plan.stream.shards),
+        config.training.badly_cut_on(ranks),
+    )
     return changed + [line for line in odd if line]
 
 

@@ -1,0 +1,123 @@
+"""Averages of the weights along a run, and averages of other widths made of them afterwards.
+
+The exponential average is the paper's (section 2; decay 0.9999 per step). The power-function
+average and its reconstruction from snapshots are those of Karras et al. 2023 (arXiv:2312.02696,
+section 3 and appendix C). Time is counted in images.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+#: A power-function average is narrower than the mean over the whole run.
+WIDEST = 1 / math.sqrt(12)
+
+
+class Average(Protocol):
+    """After each update of the weights, average <- beta average + (1 - beta) weights."""
+
+    def beta(self, *, since: int, now: int) -> float:
+        """The factor of the update at the clock `now`, where the last one was at `since`.
+
+        Both in images; `since` is 0 at the first update. Steps that were skipped, and batches of
+        other sizes, change the span in between and so need nothing of their own.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential:
+    """Decays by `decay` every `images`, or at each update if that is None.
+
+    With `warmup`, the half-life is at most that share of the images seen, so that the random
+    start leaves at the first update; at that limit the average is a power function's.
+    """
+
+    decay: float
+    images: int | None = None
+    warmup: float | None = None
+
+    def beta(self, *, since: int, now: int) -> float:
+        """As `Average.beta`."""
+        if self.images is None:
+            return self.decay
+        steady = self.decay ** ((now - since) / self.images)
+        if self.warmup is None:
+            return steady
+        return min(steady, (since / now) ** (math.log(2) / self.warmup))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerFunction:
+    """Weighs the time t of a run in proportion to t^gamma; its relative width is `width`.
+
+    The width is the standard deviation of that profile as a share of the images seen.
+    """
+
+    width: float
+
+    def beta(self, *, since: int, now: int) -> float:
+        """As `Average.beta`."""
+        return float((since / now) ** (gamma(self.width) + 1))
+
+
+def gamma(width: float) -> float:
+    """The exponent of the profile of relative width `width`, which is below `WIDEST`.
+
+    The largest root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2), with s the width.
+    """
+    c = width**-2
+    g, last = 1 / width, math.inf  # beyond the root, where the cubic is convex
+    while g < last:
+        last = g
+        g -= (((g + 7) * g + 16 - c) * g + 12 - c) / ((3 * g + 14) * g + 16 - c)
+    return g
+
+
+@dataclass(frozen=True, order=True)
+class Profile:
+    """A power-function average at a time: after so many images, of so much relative width."""
+
+    images: float
+    width: float
+
+    def inner(self, other: "Profile") -> float:
+        """The integral over time of the product of both profiles."""
+        a, b = sorted((self, other), key=lambda profile: profile.images)
+        g, later = gamma(a.width), gamma(b.width)
+        ratio = (a.images / b.images) ** later
+        return (g + 1) * (later + 1) * ratio / ((g + later + 1) * b.images)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How stored averages add up to another one."""
+
+    #: One for each stored average; they add up to 1.
+    coefficients: tuple[float, ...]
+    #: The distance of the combined profile from the wanted one, relative to the wanted one (L2).
+    error: float
+
+
+def combine(stored: Sequence[Profile], *, wanted: Profile) -> Combination:
+    """The combination of `stored` averages that is nearest to the `wanted` one (L2 of profiles).
+
+    Those that are later than the wanted one get the coefficient 0.
+    """
+    used = [i for i, profile in enumerate(stored) if profile.images <= wanted.images]
+    # In units of the wanted time, so that the numbers are of one size.
+    unit = [Profile(stored[i].images / wanted.images, stored[i].width) for i in used]
+    target = Profile(1.0, wanted.width)
+    products = torch.tensor([[a.inner(b) for b in unit] for a in unit], dtype=torch.float64)
+    towards = torch.tensor([a.inner(target) for a in unit], dtype=torch.float64)
+    x = torch.linalg.solve(products, towards)
+    x = x / x.sum()
+    own = target.inner(target)
+    square = (x @ products @ x - 2 * x @ towards + own) / own
+    coefficients = [0.0] * len(stored)
+    for i, value in zip(used, x.tolist(), strict=True):
+        coefficients[i] = value
+    return Combination(tuple(coefficients), math.sqrt(max(float(square), 0.0)))
