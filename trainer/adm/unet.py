@@ -83,18 +83,24 @@ def build(config: UNetConfig | ClassifierConfig) -> UNet | Classifier:
     return UNet(config) if isinstance(config, UNetConfig) else Classifier(config)
 
 
+def example_inputs(config: UNetConfig | ClassifierConfig, *, images: int) -> dict[str, Tensor]:
+    """Uninitialized inputs of the network for so many images, on the default device."""
+    size = config.image_size
+    inputs = {"x": torch.empty(images, 3, size, size), "t": torch.empty(images)}
+    if isinstance(config, UNetConfig) and config.num_classes is not None:
+        inputs["y"] = torch.empty(images, dtype=torch.int64)
+    if isinstance(config, UNetConfig) and config.small_size is not None:
+        inputs["low_res"] = torch.empty(images, 3, config.small_size, config.small_size)
+    return inputs
+
+
 def flops(config: UNetConfig | ClassifierConfig) -> int:
     """Floating-point operations (two per multiply-add) of one image's forward pass.
 
     Counted from shapes alone; convolutions, linear layers and attention products.
     """
     with torch.device("meta"):
-        net = build(config)
-        inputs = {"x": torch.empty(1, 3, config.image_size, config.image_size), "t": torch.empty(1)}
-        if isinstance(config, UNetConfig) and config.num_classes is not None:
-            inputs["y"] = torch.empty(1, dtype=torch.int64)
-        if isinstance(config, UNetConfig) and config.small_size is not None:
-            inputs["low_res"] = torch.empty(1, 3, config.small_size, config.small_size)
+        net, inputs = build(config), example_inputs(config, images=1)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             net(**inputs)
     return int(counter.get_total_flops())

@@ -1,0 +1,154 @@
+"""Costs counted in advance are those of real steps: DeepSpeed's collectives, and live tensors."""
+
+import gc
+import json
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support import ranks
+from tests.support.runs import STAGES
+from trainer import config as configs
+from trainer import costs, ds_config
+from trainer.adm.unet import build, example_inputs
+from trainer.config import Config
+
+# ZeRO stage, precision, micro-batches of a step.
+CASES = [*((stage, "bf16", 2) for stage in STAGES), (2, "fp32", 1)]
+MICRO_BATCH = 4
+OPS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_": "reduce",
+}
+
+
+class Observed(TorchDispatchMode):
+    """Bytes of tensors that are alive, the most of them, and bytes that collectives take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.live = self.peak = 0
+        self.sent: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(out):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                self._born(value.untyped_storage())
+        if func.namespace == "c10d":
+            values = [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)]
+            name = OPS.get(func.__name__.partition(".")[0], func.__name__)
+            self.sent[name] = self.sent.get(name, 0) + max(v.nbytes for v in values)
+        return out
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._died, storage._cdata)
+
+    def _died(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+def settings(world: int, precision: str, accumulation: int) -> Config:
+    batch = MICRO_BATCH * accumulation * world
+    sizes = (f"training.batch = {batch}", f"training.images = {batch}")
+    more = (f"training.micro_batch = {MICRO_BATCH}", f'training.precision = "{precision}"')
+    return configs.load("digits", (*sizes, *more))
+
+
+def zero(stage: int) -> dict[str, Any]:
+    section = ds_config.load(ranks.ROOT / "ds_config.json")["zero_optimization"]
+    return {**section, "stage": stage, "reduce_bucket_size": 1_000_000}
+
+
+def measure(directory: Path) -> int:
+    """Two steps of each case; what the second one sent, and the most that it held."""
+    from trainer.engine import Engine
+    from trainer.ranks.group import connected
+    from trainer.ranks.world import join
+
+    world = join()
+    found = []
+    with connected(world, patience=ranks.LIMIT) as device:
+        for stage, precision, accumulation in CASES:
+            config = settings(world.size, precision, accumulation)
+            raw = ds_config.load(ranks.ROOT / "ds_config.json")
+            raw["zero_optimization"] = zero(stage)
+            resolved = ds_config.resolve(raw, config=config, ranks=world.size)
+            with Observed() as observed:
+                net = build(config.model)
+                engine = Engine(net, config=config, ds_config=resolved, device=device)
+                for _ in range(2):
+                    gc.collect()
+                    observed.peak, observed.sent = observed.live, {}
+                    for _ in range(accumulation):
+                        inputs = example_inputs(config.model, images=MICRO_BATCH)
+                        inputs["y"].zero_()
+                        loss = engine(inputs["x"].zero_(), inputs["t"].zero_(), inputs["y"]).mean()
+                        engine.backward(loss)
+                        del loss
+                    engine.step(lr=1e-4)
+            found.append((observed.peak, observed.sent))
+            del engine, net
+            gc.collect()
+    if world.is_main:
+        (directory / "found.json").write_text(json.dumps(found))
+    return 0
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("costs")
+    job = ranks.fork(directory, partial(measure, directory), ranks=request.param)
+    job.wait()
+    assert (directory / "found.json").exists(), job.text
+    found = json.loads((directory / "found.json").read_text())
+    return request.param, dict(zip(CASES, found, strict=True))
+
+
+def test_the_bytes_between_ranks_are_those_that_deepspeed_sends(observed: Any) -> None:
+    world, found = observed
+    for (stage, precision, accumulation), (_, sent) in found.items():
+        net = costs.count(settings(world, precision, accumulation))
+        counted = costs.traffic(net, zero=zero(stage), ranks=world, accumulation=accumulation)
+        real = {name: size for name, size in sent.items() if size > 1000}
+        assert real == pytest.approx(counted, rel=0.01), (stage, precision, accumulation)
+
+
+def test_the_memory_of_a_rank_is_what_a_step_holds(observed: Any) -> None:
+    world, found = observed
+    for (stage, precision, accumulation), (peak, _) in found.items():
+        config = settings(world, precision, accumulation)
+        parts = costs.memory(
+            costs.count(config),
+            averages=len(config.training.ema),
+            zero=zero(stage),
+            ranks=world,
+            micro_batch=MICRO_BATCH,
+            accumulation=accumulation,
+            fused=False,
+        )
+        assert sum(parts.values()) == pytest.approx(peak, rel=0.10), (
+            stage,
+            precision,
+            accumulation,
+        )
+
+
+@pytest.mark.parametrize(
+    ("preset", "megabytes"), [("imagenet64", 395), ("imagenet128", 1045), ("imagenet256", 3946)]
+)
+def test_saved_activations_are_the_known_ones(preset: str, megabytes: int) -> None:
+    assert costs.count(configs.load(preset)).saved_bytes / 1e6 == pytest.approx(megabytes, rel=0.01)

@@ -1,0 +1,171 @@
+"""What a step costs, counted before it runs: operations, memory of a rank, bytes between ranks.
+
+Pure functions of the preset, ds_config.json and the number of ranks. Nothing is allocated: the net
+is built on torch's meta device. `P` below is the number of parameters, `R` that of ranks, `e` the
+bytes of a number in the training precision.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from trainer.adm.unet import build, example_inputs, flops
+from trainer.config import Config
+from trainer.draw import DTYPES
+
+# Bytes of an fp32 number.
+_FULL = 4
+# Of the saved activations: what a step needs beside them, such as workspaces of convolutions.
+_WORKSPACE = 0.15
+# DeepSpeed's own defaults of ZeRO-3, in numbers.
+_PERSISTENT, _LIVE = 100_000, 1_000_000_000
+# DeepSpeed's default of its buckets, in numbers.
+_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetCosts:
+    """What one image costs in a network, and the sizes of the network's parameters."""
+
+    #: Numbers of every parameter.
+    sizes: tuple[int, ...]
+    #: Operations of one image's forward pass, two per multiply-add; a step takes three times that.
+    forward_flops: int
+    #: Bytes that the forward pass of one image keeps for the backward pass.
+    saved_bytes: int
+    #: Bytes of a number in the training precision.
+    element: int
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are learned."""
+        return sum(self.sizes)
+
+
+def count(config: Config) -> NetCosts:
+    """The costs of a preset's network."""
+    dtype = DTYPES[config.training.precision]
+    with torch.device("meta"):
+        net = build(config.model).to(dtype)
+        sizes = tuple(p.numel() for p in net.parameters())
+        kept = [_saved_bytes(net, example_inputs(config.model, images=n)) for n in (1, 2)]
+    return NetCosts(
+        sizes=sizes,
+        forward_flops=flops(config.model),
+        saved_bytes=kept[1] - kept[0],
+        element=dtype.itemsize,
+    )
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Attention that keeps no matrix of weights, as on devices; torch's meta device keeps it."""
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _saved_bytes(net: torch.nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors that a forward pass keeps, each storage once and no parameter."""
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        kept[value.untyped_storage()._cdata] = value
+        return value
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
+    with _FlashAttention(), hooks:
+        net(**inputs)
+    return sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
+
+
+def memory(
+    net: NetCosts,
+    *,
+    averages: int,
+    zero: Mapping[str, Any],
+    ranks: int,
+    micro_batch: int,
+    accumulation: int,
+    fused: bool = True,
+) -> dict[str, int]:
+    """Bytes of a rank by part, at the fullest moment of a step.
+
+    `averages` is the number of EMA decays, `zero` the section of ds_config.json, `fused` whether
+    the optimizer steps without temporaries, as on a GPU. The state is always there; beside it
+    stand either the backward pass or the optimizer's step, of which the larger counts.
+    """
+    stage, element = zero["stage"], net.element
+    whole, share = net.parameters, net.parameters / ranks
+    offloaded = "cpu" in str(zero.get("offload_optimizer", {}))
+    bucket = min(zero.get("reduce_bucket_size", _BUCKET), whole) * element
+    small = sum(size for size in net.sizes if size <= _threshold(zero))
+    state = {
+        "weights": element * (whole if stage < 3 else share + small),
+        "masters, moments, averages": 0 if offloaded else _FULL * (3 + averages) * share,
+    }
+    activations = {
+        "activations": micro_batch * net.saved_bytes,
+        "workspace": micro_batch * net.saved_bytes * _WORKSPACE,
+    }
+    if stage == 3:
+        live = min(whole - small, zero.get("stage3_max_live_parameters", _LIVE))
+        state |= {"gradients": element * share, "buckets": bucket}
+        backward = {**activations, "gathered weights": element * live, "reduction": bucket}
+    else:
+        # Stage 1 keeps whole gradients until the last micro-batch; stage 2 adds shares of two.
+        copies = 1 if accumulation == 1 else 2
+        gradients = whole if stage == 1 and accumulation > 1 else copies * share
+        buckets = bucket * (2 if zero.get("overlap_comm") else 1)
+        backward = {**activations, "gradients": element * gradients, "buckets": buckets}
+    temporary = 0 if fused else 2 * _FULL
+    step = {"optimizer's step": (_FULL + (element if fused else 0) + temporary) * share}
+    if offloaded:
+        step = {"optimizer's step": element * share}
+    fullest = max(backward, step, key=lambda parts: sum(parts.values()))
+    return {name: int(size) for name, size in {**state, **fullest}.items()}
+
+
+def traffic(
+    net: NetCosts, *, zero: Mapping[str, Any], ranks: int, accumulation: int
+) -> dict[str, int]:
+    """Bytes of the tensors that a step reduces and gathers, by collective.
+
+    An all-gather counts by its result, the others by their input. Sums of single numbers are left
+    out. See `sent` for what passes a rank's link.
+    """
+    whole = net.element * net.parameters
+    if ranks == 1:
+        return {}
+    if zero["stage"] == 3:
+        small = net.element * sum(size for size in net.sizes if size <= _threshold(zero))
+        # The weights gathered for the forward pass serve the backward pass where all may stay.
+        stays = net.parameters - small <= zero.get("stage3_max_live_parameters", _LIVE)
+        passes = accumulation * (1 if stays else 2)
+        gathered = passes * (whole - small) + small
+        return {"reduce_scatter": accumulation * whole, "all_gather": gathered}
+    # Stage 2 reduces in every micro-batch, stage 1 once.
+    reduced = whole * (accumulation if zero["stage"] == 2 else 1)
+    whole_buckets = zero.get("use_multi_rank_bucket_allreduce", True)
+    return {"all_reduce" if whole_buckets else "reduce": reduced, "all_gather": whole}
+
+
+def sent(tensors: Mapping[str, int], *, ranks: int) -> float:
+    """Bytes that each rank sends in ring collectives over tensors of these sizes."""
+    passes = {"all_reduce": 2, "reduce": 1, "reduce_scatter": 1, "all_gather": 1}
+    return sum(passes[name] * size for name, size in tensors.items()) * (ranks - 1) / ranks
+
+
+def _threshold(zero: Mapping[str, Any]) -> int:
+    """The largest parameter, in numbers, that ZeRO-3 keeps whole on every rank."""
+    size: int = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
+    return size
