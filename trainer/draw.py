@@ -18,9 +18,9 @@ from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.objective import to_range
 from trainer.adm.sampler import Guidance, ancestral, ddim, start, step_noise
-from trainer.adm.unet import UNet
 from trainer.config import Config
-from trainer.ranks.group import gather
+from trainer.copies import network_of
+from trainer.ranks.group import gather_to_main
 from trainer.ranks.world import World
 from trainer.sections import IntervalConfig
 
@@ -93,19 +93,18 @@ def draw_grid(
     *,
     config: Config,
     world: World,
-    device: torch.device,
     shown: Batch | None,
     on_step: Callable[[], None],
 ) -> NDArray[np.uint8] | None:
     """A run's grid, uint8 (3, H, W), on the main rank; None on others. All ranks must call it.
 
+    The network computes with `weights` themselves, where and in what precision they are.
     An upsampler enlarges the images of `shown`, of which each rank has the share that
     `grid_indices` names.
     """
     assert isinstance(config.model, UNetConfig)
-    net = UNet(config.model).to(device)
-    net.load_state_dict(dict(weights))
-    net = net.to(DTYPES[config.training.precision]).eval()
+    net = network_of(config.model, weights).eval()
+    device = next(net.parameters()).device
     every = config.intervals
     indices = grid_indices(every, world=world)
     labels = _spread(indices, every.samples_count, config.model.num_classes)
@@ -146,8 +145,8 @@ def grid_indices(every: IntervalConfig, *, world: World) -> Tensor:
 
 def _collect(mine: NDArray[np.uint8], *, count: int, world: World) -> NDArray[np.uint8] | None:
     """The grid of all ranks' images, on the main rank."""
-    parts = gather(mine)
-    if not world.is_main:
+    parts = gather_to_main(mine)
+    if parts is None:
         return None
     images = np.empty((count, *mine.shape[1:]), np.uint8)
     for rank, part in enumerate(parts[:count]):

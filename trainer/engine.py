@@ -7,7 +7,8 @@ and `scatter`, by the network's own parameter names, whatever the stage and the 
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from trainer import averages
 from trainer.config import Config
+from trainer.copies import Copies
 from trainer.lossscale import LossScale
 from trainer.partition import Partition
 from trainer.sections import TrainingConfig
@@ -88,10 +90,10 @@ class Engine:
         self._ds, self._optimizer = _initialize(net.to(device), self._base, ds_config)
         self._scaling = LossScale(self._optimizer.loss_scaler)
         self._fill_states()
-        self._partition = Partition(
-            dict(self._ds.module.named_parameters()),
-            shapes={name: value.shape for name, value in start.items()},
-        )
+        parameters = dict(self._ds.module.named_parameters())
+        shapes = {name: value.shape for name, value in start.items()}
+        self._partition = Partition(parameters, shapes=shapes)
+        self._copies = Copies(self._optimizer, parameters)
         averages.attach(
             self._base, averages=self.averages, clock=lambda: (self._updated_at, self._now)
         )
@@ -193,6 +195,24 @@ class Engine:
         """Set every parameter's fp32 state of that kind from `read(name)`, each rank its part."""
         for name in self._names:
             self._partition.set(name, _STATE_KEYS.get(kind, kind), read(name))
+
+    @contextmanager
+    def weights(self, kind: str = WEIGHTS) -> Iterator[dict[str, Tensor]]:
+        """Weights or an average while entered: whole, on the device, in the training's precision.
+
+        They take the place of the network's own, and no memory but for the gathered parts of stage
+        3; nothing is trained meanwhile. All ranks must enter and leave together.
+        """
+        masters = self._masters()
+        try:
+            if kind != WEIGHTS:
+                states = [self._base.state[master][kind] for master in masters]
+                self._copies.make_from(masters, states)
+            with self._copies.whole() as whole:
+                yield whole
+        finally:
+            if kind != WEIGHTS:
+                self._copies.make(masters)
 
     def scalars(self) -> dict[str, Any]:
         """The state that is not a tensor, for a checkpoint."""

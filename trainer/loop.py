@@ -192,14 +192,14 @@ class Loop:
         """A grid from the first EMA; every rank draws its share of the images."""
         self.saver.flush()  # a grid that fails must not cost the checkpoint
         began = time.monotonic()
-        picture = draw_grid(
-            self.engine.gather(averages.exponential(self.config.training.ema[0])),
-            config=self.config,
-            world=self.world,
-            device=self.engine.device,
-            shown=self.shown,
-            on_step=lambda: self.mark("drawing samples"),
-        )
+        with self.engine.weights(averages.exponential(self.config.training.ema[0])) as averaged:
+            picture = draw_grid(
+                averaged,
+                config=self.config,
+                world=self.world,
+                shown=self.shown,
+                on_step=lambda: self.mark("drawing samples"),
+            )
         if self.board is not None and picture is not None:
             self.board.grid("samples", torch.from_numpy(picture), images_seen=self.images_seen)
             self.run.picture(f"{self.images_seen:012d}", picture)

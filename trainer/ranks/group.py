@@ -100,6 +100,13 @@ def gather(mine: T) -> list[T]:
     return everyone
 
 
+def gather_to_main(mine: T) -> list[T] | None:
+    """What every rank has, in the order of the ranks, on the main rank. All ranks must call it."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    return everyone
+
+
 def from_main(make: Callable[[], T]) -> T:
     """What `make` returns on the main rank, which alone calls it. All ranks must call this.
 
