@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,10 @@ from data.manifest import MANIFEST
 WORK = ".packing"
 # The file in it with the digest of the plan that an unfinished packing follows.
 PLAN = "plan"
+# The file in OUT that lists the images that are not in the dataset.
+LEFT_OUT = "left-out.txt"
+# Ends the name of a file that is being written, before the process.
+PARTIAL = "partial"
 _LOCK = "lock"
 
 
@@ -37,19 +42,38 @@ def claimed(out: Path) -> Iterator[None]:
             with (work / _LOCK).open("w") as lock:
                 _lock(lock.fileno(), out)
                 is_held = True
+                _remove_partials(out)
                 yield
         except ValueError:
             # Without a plan, what was unpacked there is of no use to another attempt.
             is_refused = is_new and not (work / PLAN).exists()
             raise
         finally:  # once the lock is closed: network file systems keep what is open
-            if is_held and (is_refused or _is_done(out)):
-                shutil.rmtree(work, ignore_errors=True)
+            if is_held:
+                _clean_up(out, is_refused=is_refused)
 
 
-def _is_done(out: Path) -> bool:
-    """Whether nothing in `WORK` is needed any more."""
-    return (out / MANIFEST).exists() or os.listdir(out / WORK) == [_LOCK]
+def writer() -> str:
+    """Ends the name of a file that this process writes, so that no other writes the same one."""
+    return f"{PARTIAL}-{socket.gethostname()}-{os.getpid()}"
+
+
+def _remove_partials(out: Path) -> None:
+    """Delete what killed processes left half written."""
+    for directory in (out, out / WORK):
+        for path in directory.glob(f"*.{PARTIAL}*"):
+            path.unlink(missing_ok=True)
+
+
+def _clean_up(out: Path, *, is_refused: bool) -> None:
+    """Remove from `WORK` what no later packing needs: `--again` needs the plan and the records."""
+    work = out / WORK
+    is_done = (out / MANIFEST).exists()
+    if is_refused or os.listdir(work) == [_LOCK] or (is_done and not (out / LEFT_OUT).exists()):
+        shutil.rmtree(work, ignore_errors=True)
+    elif is_done:
+        for path in (*work.glob("*.blob"), *work.glob("*.ends.npy")):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -26,9 +26,14 @@ def whole(path: Path, *, writer: str = "partial") -> Iterator[BinaryIO]:
 
 
 def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
-    """Write a whole file, or leave the one that is there."""
+    """Write a whole file, or leave the one that is there.
+
+    Names of files in a text may be of any bytes: they are written as they are on disk.
+    """
     with whole(path, writer=writer) as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
+        if isinstance(content, str):
+            content = content.encode(errors="surrogateescape")
+        file.write(content)
 
 
 def sync(path: Path) -> None:

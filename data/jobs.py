@@ -5,19 +5,18 @@ shard gets its name when all of it is on disk, and a record of it is written las
 attempt keeps what is finished.
 """
 
+import errno
 import io
 import json
 import re
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from data import files
+from data import claim, files
 from data.archives import open_source
 from data.claim import WORK
 from data.dataset import describe, file_sha256
@@ -28,26 +27,49 @@ from data.sources import Source
 from data.tars import Index, ShardWriter
 from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_on_white
 
+# Errors of reading one file that say nothing of the others.
+_OF_A_FILE = {
+    errno.EACCES,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.ESTALE,
+}
+
 # Pillow's formats of files that are stored unchanged where no scaling is needed, and their suffix.
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A finished shard, and a line for each image that could not be decoded.
+    """A finished shard, and a line for each image that is not in it.
 
-    `transparent` counts the images that are transparent somewhere.
+    `missed` are the names of those images, and `unreadable` counts those that could not be read or
+    were changed. `transparent` counts the images that are transparent somewhere.
     """
 
     shard: Shard
     left_out: tuple[str, ...]
+    missed: tuple[str, ...] = ()
+    unreadable: int = 0
     transparent: int = 0
+
+
+class TooManyLeftOut(ValueError):
+    """More images were left out than `--max-bad` allows; the arguments are a line for each."""
 
 
 def make_shard(job: PackJob) -> Made:
     """Make one shard, unless it is there already, finished and intact.
 
+    One from which images are missing that could not be read is made again.
+
     Raises:
+        TooManyLeftOut: as it says.
         ValueError: the source is not what was planned.
         OSError: reading or writing failed.
     """
@@ -55,15 +77,29 @@ def make_shard(job: PackJob) -> Made:
     record = out / WORK / f"{job.name}.json"
     if found := _finished(out, record):
         return found
-    tar = out / f"{job.name}.tar"
-    with files.whole(tar) as file:
-        index, left_out, transparent = _write(job, file)
+    tar, ours = out / f"{job.name}.tar", claim.writer()
+    with files.whole(tar, writer=ours) as file:
+        index, missed, transparent = _write(job, file)
     content = index_bytes(index)
-    files.write(out / f"{job.name}.idx.npy", content)
-    shard = describe(tar, index, content)
-    made = Made(shard=shard, left_out=tuple(left_out), transparent=transparent)
-    files.write(record, json.dumps(asdict(made)))
+    files.write(out / f"{job.name}.idx.npy", content, writer=ours)
+    made = Made(
+        shard=describe(tar, index, content),
+        left_out=tuple(f"{one.name}: {one.why}" for one in missed),
+        missed=tuple(one.name for one in missed),
+        unreadable=sum(one.is_unreadable for one in missed),
+        transparent=transparent,
+    )
+    files.write(record, json.dumps(asdict(made)), writer=ours)
     return made
+
+
+def left_out_of(out: Path) -> dict[Path, list[str]]:
+    """The records of shards from which images are missing, and the names of those images."""
+    found = {}
+    for record in (out / WORK).glob("*.json"):
+        if record.stem.isdecimal() and (missed := json.loads(record.read_text()).get("missed")):
+            found[record] = missed
+    return found
 
 
 def encode(content: bytes, *, config: PackConfig) -> tuple[bytes, str, bool]:
@@ -91,22 +127,57 @@ def encode(content: bytes, *, config: PackConfig) -> tuple[bytes, str, bool]:
     return buffer.getvalue(), config.suffix, is_transparent
 
 
-def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[str], int]:
-    """Write the tar; its index, a line for each image left out, and how many are transparent."""
+class _Missed(NamedTuple):
+    """An image that is left out, and why."""
+
+    name: str
+    why: str
+    is_unreadable: bool
+
+
+def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], int]:
+    """Write the tar; its index, the images left out, and how many are transparent."""
     source = _source(job.source, job.out)
-    left_out, transparent = [], 0
+    missed, transparent = [], 0
     writer = ShardWriter(file)
     for number, (name, label) in enumerate(job.images, start=job.first):
         try:
-            image, suffix, is_transparent = encode(source.read(name), config=job.config)
-        except (*UNDECODABLE, zipfile.BadZipFile, zlib.error) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # a fault of the disk or network, not of the image
-            left_out.append(f"{name}: {error}")
+            content = _read(source, job, name)
+            image, suffix, is_transparent = encode(content, config=job.config)
+        except (*UNDECODABLE, _UnreadableError) as error:
+            missed.append(_Missed(name, str(error), isinstance(error, _UnreadableError)))
+            if job.most_left_out is not None and len(missed) > job.most_left_out:
+                raise TooManyLeftOut(*(f"{one.name}: {one.why}" for one in missed)) from None
             continue
         transparent += is_transparent
         writer.add(_key(number, name), image=image, suffix=suffix, label=label)
-    return writer.close(), left_out, transparent
+    return writer.close(), missed, transparent
+
+
+class _UnreadableError(Exception):
+    """An image could not be read, or is not the one that was planned."""
+
+
+def _read(source: Source, job: PackJob, name: str) -> bytes:
+    """The bytes of one image file, as they were when the packing began.
+
+    Raises:
+        _UnreadableError: as it says.
+        ValueError: it is damaged within its archive.
+        OSError: a fault of the machine that is no fault of the file.
+    """
+    holder = source.holder(name)
+    known = job.stamps.get(holder)
+    try:
+        content = source.read(name)
+        changed = known is not None and source.stamp(holder) != known
+    except OSError as error:
+        if error.errno not in _OF_A_FILE:
+            raise
+        raise _UnreadableError(f"it cannot be read ({error.strerror})") from None
+    if changed:
+        raise _UnreadableError(f"{holder} was changed since the packing began")
+    return content
 
 
 def _key(number: int, name: str) -> str:
@@ -121,8 +192,12 @@ def _finished(out: Path, record: Path) -> Made | None:
     made = Made(
         shard=Shard(**saved["shard"]),
         left_out=tuple(saved["left_out"]),
-        transparent=saved.get("transparent", 0),  # records of version 0.1 do not have it
+        missed=tuple(saved.get("missed", ())),  # records of version 0.1 do not have these three
+        unreadable=saved.get("unreadable", 0),
+        transparent=saved.get("transparent", 0),
     )
+    if made.unreadable:
+        return None
     for name, sha256 in (
         (made.shard.tar, made.shard.sha256),
         (made.shard.index, made.shard.index_sha256),

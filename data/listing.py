@@ -156,9 +156,18 @@ def _relabelled(listing: Listing, classes: list[str]) -> Listing:
     return replace(by_class_name(listing.names, classes), skipped=listing.skipped)
 
 
-def _read_words(path: Path) -> list[list[str]]:
+def map_content(path: Path) -> bytes:
+    """The content of a class map.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        lines = path.read_text().splitlines()
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"--class-map = {path} cannot be read: {error}") from None
+
+
+def _read_words(path: Path) -> list[list[str]]:
+    lines = map_content(path).decode(errors="surrogateescape").splitlines()
     return [line.replace(",", " ").split() for line in lines if line.strip()]

@@ -17,6 +17,9 @@ IMAGE_SUFFIXES = (
 # The names of splits, also with a year.
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([_-]?\d+)?", re.I)
 
+# Ends the name of a link to a directory above it, which is counted and not followed.
+LINK_UP = ".link-to-a-directory-above"
+
 # What systems and tools leave beside data, apart from names that begin with a dot.
 _LITTER = {
     "$RECYCLE.BIN",

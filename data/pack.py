@@ -2,8 +2,9 @@
 
 The plan comes first and is pure: which image goes into which shard at which place, by the seed
 alone. Each shard is then an independent job (`data.jobs`), so the bytes do not depend on how many
-processes or nodes work. After an interruption the same command keeps the finished shards and makes
-the others. `manifest.json` is written last: without it there is no dataset.
+processes or nodes work. What the packing began with is on disk (`data.begun`): after an
+interruption the same command keeps the finished shards and makes the others of the same plan.
+`manifest.json` is written last: without it there is no dataset.
 
     python -m data.pack SOURCE OUT --size 64
     mpirun -n 128 python -m mpi4py.futures -m data.pack SOURCE OUT --size 256 --mpi
@@ -11,31 +12,32 @@ the others. `manifest.json` is written last: without it there is no dataset.
 
 import argparse
 import json
-import os
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import Executor, as_completed
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from multiprocessing import get_context
+from dataclasses import asdict, fields, replace
+from math import ceil
 from pathlib import Path
 
-from data import files
+from data import begun, files, pool
 from data.archives import open_source
-from data.claim import PLAN, WORK, claimed
+from data.begun import Request
+from data.claim import LEFT_OUT, PLAN, WORK, claimed
 from data.config import check
 from data.dataset import open_shards
-from data.exits import REFUSED, REPORTED, CommandParser, exit_status
-from data.jobs import Made, make_shard
-from data.listing import Listing, relabel, renumber
-from data.manifest import MANIFEST, NO_CLASS, manifest_text, parse_manifest
+from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
+from data.jobs import Made, TooManyLeftOut, make_shard
+from data.listing import Listing
+from data.manifest import MANIFEST, manifest_text, parse_manifest
 from data.plan import PackConfig, PackJob, PackPlan, plan
-from data.progress import duration
+from data.report import summary, with_progress
 
-LEFT_OUT = "left-out.txt"
-# Classes that the closing line names.
-_LISTED = 5
+_CONTINUE = "rerun the same command to continue; finished shards are kept"
+# So many images may be left out of any packing, unless none may.
+_FEW = 10
+# Lines of images left out that a message shows.
+_SHOWN = 3
 
 
 def pack(
@@ -45,6 +47,8 @@ def pack(
     config: PackConfig,
     class_map: Path | None = None,
     classes_of: Path | None = None,
+    max_bad: float = 0.01,
+    again: bool = False,
     executor: AbstractContextManager[Executor | None] | None = None,
 ) -> int:
     """Pack a source into `out`, or finish what an interrupted packing left there.
@@ -53,48 +57,50 @@ def pack(
         class_map: lines of NAME CLASS, or of CLASS in the names' order, where directories are not
             the classes.
         classes_of: a dataset whose class numbers to use.
+        max_bad: the share of images that may be left out.
+        again: try again what an earlier packing left out.
         executor: runs the jobs; this process, if None.
 
     Returns:
-        the number of images left out because they could not be decoded.
+        the number of images left out because they could not be read or decoded.
 
     Raises:
-        ValueError: the source has no images, or `out` holds something else.
+        ValueError: the source has no images, too many cannot be decoded, or `out` holds something
+            else.
         OSError: reading or writing failed, e.g. the disk is full; finished shards are kept.
     """
+    check(0 <= max_bad <= 1, "--max-bad", max_bad, "a share between 0 and 1")
+    wanted = Request(source=source, config=config, class_map=class_map, classes_of=classes_of)
     with claimed(out):
-        listing = open_source(source, staging=out / WORK).listing()
-        if class_map:
-            listing = relabel(listing, class_map=class_map)
-        if listing.fault:
-            raise ValueError(listing.fault)
-        _warn_of_missing_labels(listing, source)
-        if classes_of:
-            listing = renumber(listing, classes=open_shards(classes_of).classes)
-        work = plan(listing, source=source, out=out, config=config)
-        if _already_packed(out, work):
+        images = open_source(source, staging=out / WORK)
+        start, found = begun.load(out), wanted.values()
+        is_new = start is None or start.request != found
+        if start is None or is_new:
+            listing = wanted.listing(images)
+            start = begun.begin(found, listing=listing, source=images)
+        work = plan(start.listing, source=source, out=out, config=config)
+        if _already_packed(out, work, again=again):
             print(f"{out} holds this dataset already", file=sys.stderr)
             return 0
+        if again:  # the shards from which images are missing are made again
+            start = begun.again(start, out=out, source=images)
+        if again or is_new:
+            begun.save(start, out)
+        files.write(out / WORK / PLAN, work.digest)
+        images.stage()
+        most = max(ceil(max_bad * len(start.listing.names)), _FEW if max_bad else 0)
+        jobs = begun.with_stamps(work, start, source=images).jobs
+        jobs = tuple(replace(job, most_left_out=most) for job in jobs)
         with executor or nullcontext() as running:
-            made = list(_with_progress(_results(work.jobs, running), jobs=work.jobs))
-        made.sort(key=lambda m: m.shard.name)
-        return _finish(out, work, made, listing)
+            made = _collect(with_progress(_results(jobs, running), jobs=jobs), out, most=most)
+        return _finish(out, work, made, start.listing)
 
 
-def _warn_of_missing_labels(listing: Listing, source: str) -> None:
-    if NO_CLASS in listing.classes:
-        count = listing.labels.count(listing.classes.index(NO_CLASS))
-        print(
-            f"SOURCE = {source}: {count} of {len(listing.names)} images have no label; "
-            "they cannot train a network with classes (model.num_classes)",
-            file=sys.stderr,
-        )
-
-
-def _already_packed(out: Path, work: PackPlan) -> bool:
-    """Whether `out` is finished; otherwise record there that this plan makes it."""
+def _already_packed(out: Path, work: PackPlan, *, again: bool) -> bool:
+    """Whether `out` is finished as planned, and nothing is to be tried again."""
     found, mark = None, out / WORK / PLAN
-    if (out / MANIFEST).exists():
+    is_finished = (out / MANIFEST).exists()
+    if is_finished:
         content = (out / MANIFEST).read_bytes()
         parse_manifest(f"{out}/{MANIFEST}", content)
         found = json.loads(content).get("made_by", {}).get("plan")
@@ -105,18 +111,46 @@ def _already_packed(out: Path, work: PackPlan) -> bool:
             f"OUT = {out} holds another dataset (other images, classes, --seed or options); "
             "choose another OUT or remove it"
         )
-    if (out / MANIFEST).exists():
-        open_shards(out)
-        return True
-    files.write(mark, work.digest)
-    return False
+    if not is_finished or (again and (out / LEFT_OUT).exists()):
+        return False
+    open_shards(out)
+    return True
+
+
+def _collect(results: Iterator[Made], out: Path, *, most: int) -> list[Made]:
+    """All finished shards, by name; their images left out are listed in `out`.
+
+    Raises:
+        TooManyLeftOut: more than `most`.
+    """
+    made: list[Made] = []
+    lines: list[str] = []
+    try:
+        for one in results:
+            made.append(one)
+            lines += one.left_out
+            if len(lines) > most:
+                raise TooManyLeftOut(*lines)
+    except TooManyLeftOut as error:
+        files.write(out / LEFT_OUT, "".join(f"{line}\n" for line in error.args))
+        shown = "; ".join(error.args[:_SHOWN])
+        raise ValueError(
+            f"{len(error.args)} images were left out so far ({shown}; ...; all of them in "
+            f"{out / LEFT_OUT}), and --max-bad allows {most}: correct them, or raise --max-bad, "
+            "and rerun with --again"
+        ) from None
+    return sorted(made, key=lambda one: one.shard.name)
 
 
 def _finish(out: Path, work: PackPlan, made: list[Made], listing: Listing) -> int:
     left_out = [line for m in made for line in m.left_out]
+    if len(left_out) == len(listing.names):
+        raise ValueError(f"none of {len(left_out)} images can be decoded, such as {left_out[0]}")
     if left_out:
         files.write(out / LEFT_OUT, "\n".join(left_out) + "\n")
-        print(f"{len(left_out)} images could not be decoded: {out / LEFT_OUT}", file=sys.stderr)
+        print(f"{len(left_out)} images were left out: {out / LEFT_OUT}", file=sys.stderr)
+    else:
+        (out / LEFT_OUT).unlink(missing_ok=True)
     text = manifest_text(
         tuple(m.shard for m in made),
         classes=work.classes,
@@ -125,21 +159,8 @@ def _finish(out: Path, work: PackPlan, made: list[Made], listing: Listing) -> in
     )
     files.write(out / MANIFEST, text)
     transparent = sum(m.transparent for m in made)
-    summary = _summary(listing, left_out=len(left_out), transparent=transparent)
-    print(summary, file=sys.stderr)
+    print(summary(listing, left_out=len(left_out), transparent=transparent), file=sys.stderr)
     return len(left_out)
-
-
-def _summary(listing: Listing, *, left_out: int, transparent: int) -> str:
-    """What was packed and what was not, in one line."""
-    names = [name or "(none)" for name in listing.classes]
-    shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-    alpha = f", {transparent} with transparency (now on white)" if transparent else ""
-    return (
-        f"{len(listing.names) - left_out} images in {len(names)} "
-        f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
-        f"{listing.skipped_by_kind}{alpha}"
-    )
 
 
 def _results(jobs: tuple[PackJob, ...], executor: Executor | None) -> Iterator[Made]:
@@ -147,34 +168,16 @@ def _results(jobs: tuple[PackJob, ...], executor: Executor | None) -> Iterator[M
         yield from map(make_shard, jobs)
         return
     try:
-        for future in as_completed([executor.submit(make_shard, job) for job in jobs]):
+        for future in as_completed(pool.submit(executor, make_shard, jobs)):
             yield future.result()
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
         raise
 
 
-def _with_progress(made: Iterable[Made], *, jobs: tuple[PackJob, ...]) -> Iterator[Made]:
-    """Pass finished shards on, and print at most once a second how far they have come."""
-    images = sum(len(job.images) for job in jobs)
-    begin, done, shown = time.monotonic(), 0, 0.0
-    for shards, one in enumerate(made, start=1):
-        done += one.shard.samples + len(one.left_out)
-        seconds = time.monotonic() - begin
-        if seconds - shown > 1 or shards == len(jobs):
-            print(
-                f"packed {shards} of {len(jobs)} shards, {done} of {images} images, "
-                f"{done / seconds:.0f} images/s, "
-                f"{duration(seconds / done * (images - done))} left",
-                file=sys.stderr,
-            )
-            shown = seconds
-        yield one
-
-
 def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
     check(workers >= 1, "--workers", workers, "at least 1")
-    return _mpi_executor() if mpi else ProcessPoolExecutor(workers, get_context("spawn"))
+    return _mpi_executor() if mpi else pool.processes(workers)
 
 
 def _mpi_executor() -> Executor:
@@ -239,13 +242,27 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
-        help="processes on this machine (default: one for each CPU, here %(default)s)",
+        default=pool.cpus(),
+        help="processes on this machine (default: one for each CPU it may use, here %(default)s)",
     )
     add(
         "--mpi",
         action="store_true",
         help="use the ranks of mpirun as workers (default: processes on this machine)",
+    )
+    add(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of images that may be left out because they cannot be read or decoded; above 0 "
+        f"it allows {_FEW} images in any case (default: %(default)s)",
+    )
+    add(
+        "--again",
+        action="store_true",
+        help="read the images again that were left out, as they are now (default: only those "
+        "that could not be read, in a packing that is not finished)",
     )
     return parser
 
@@ -253,15 +270,20 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run `python -m data.pack`; returns the exit status."""
     options = vars(_parser().parse_args(arguments))
-    where = {name: options.pop(name) for name in ("source", "out", "class_map", "classes_of")}
+    given = {field.name: options.pop(field.name) for field in fields(PackConfig)}
     try:
-        executor = _executor(options.pop("workers"), options.pop("mpi"))
-        pack(where.pop("source"), config=PackConfig(**options), executor=executor, **where)
+        with pool.interrupted_by_signals():
+            executor = _executor(options.pop("workers"), options.pop("mpi"))
+            config = PackConfig(**given)
+            pack(options.pop("source"), config=config, executor=executor, **options)
+    except KeyboardInterrupt as signal:
+        print(f"packing stopped by {signal or 'Ctrl-C'}; {_CONTINUE}", file=sys.stderr)
+        return TO_BE_CONTINUED
     except REPORTED as error:
         status = exit_status(error)
         print(f"packing stopped: {error}", file=sys.stderr)
         if status != REFUSED:
-            print("rerun the same command to continue; finished shards are kept", file=sys.stderr)
+            print(_CONTINUE, file=sys.stderr)
         return status
     return 0
 

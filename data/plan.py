@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data.config import check
 from data.listing import Listing
 from data.order import permutation
+from data.sources import Stamp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,11 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PackJob:
-    """One shard to be made: (name, label) of its images, in order; `first` images precede them."""
+    """One shard to be made: (name, label) of its images, in order; `first` images precede them.
+
+    `stamps` has the size and time of the files that hold the images. The job stops when it leaves
+    out more than `most_left_out` images; None is any number.
+    """
 
     name: str
     source: str
@@ -48,6 +54,8 @@ class PackJob:
     config: PackConfig
     first: int
     images: tuple[tuple[str, int], ...]
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    most_left_out: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ import numpy as np
 from data import descriptors
 from data.config import FetchConfig
 from data.dataset import Shards, index_directory, open_shards, verify
-from data.exits import REFUSED, REPORTED, CommandParser, exit_status
+from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
+from data.pool import interrupted_by_signals
 from data.reader import Reader
 from data.sheet import contact_sheet
 
@@ -104,9 +105,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run `python -m data.shards`; returns the exit status."""
     options = vars(_parser().parse_args(arguments))
     descriptors.raise_limit()
+    # Names of classes may be of any bytes.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     run = options.pop("run")
     try:
-        status: int = run(**options)
+        with interrupted_by_signals():
+            status: int = run(**options)
+    except KeyboardInterrupt as signal:
+        print(f"stopped by {signal or 'Ctrl-C'}; run the same command again", file=sys.stderr)
+        return TO_BE_CONTINUED
     except REPORTED as error:
         print(error, file=sys.stderr)
         return exit_status(error)

@@ -7,10 +7,10 @@ all that reading needs, so that a plan can be sent to any process or node.
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -19,23 +19,68 @@ from data.claim import WORK
 from data.layout import by_directory
 from data.listing import Listing
 from data.manifest import MANIFEST
-from data.names import is_image
+from data.names import LINK_UP, is_image
+from data.splits import check_files
+
+# Size in bytes and time of the last change in ns: they differ when a file was changed.
+Stamp = tuple[int, int]
 
 
-class Source(Protocol):
-    """A place that images can be listed and read from."""
+class Source:
+    """A place that images can be listed and read from.
+
+    `holds_many` is whether a file there holds many images.
+    """
+
+    holds_many = True
 
     def listing(self) -> Listing:
-        """All images, in an order that depends on nothing but the source."""
-        ...
+        """All images, in an order that depends on nothing but the source.
+
+        Raises:
+            ValueError, OSError: the source cannot be listed in full, or holds what is no dataset.
+        """
+        raise NotImplementedError
 
     def read(self, name: str) -> bytes:
-        """The bytes of one image file."""
-        ...
+        """The bytes of one image file.
+
+        Raises:
+            ValueError: it is damaged within its archive.
+            OSError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    def stage(self) -> None:
+        """Make what reading needs; called once, when the plan is on disk."""
+
+    def holder(self, name: str) -> str:
+        """The file that holds an image, below the source's directory: itself, or an archive."""
+        return ""
+
+    def stamp(self, holder: str) -> Stamp | None:
+        """What tells one state of a holder from another; None where there are no files.
+
+        Raises:
+            OSError: it is missing or out of reach.
+        """
+        return None
 
 
-class Folder:
+def stamp_of(path: Path) -> Stamp:
+    """Size and time of the last change of a file.
+
+    Raises:
+        OSError: it is missing or out of reach.
+    """
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+class Folder(Source):
     """Image files in a directory tree; the class is the first directory's name."""
+
+    holds_many = False
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -48,26 +93,49 @@ class Folder:
         """As `Source.read`."""
         return (self.root / name).read_bytes()
 
+    def holder(self, name: str) -> str:
+        """As `Source.holder`: itself."""
+        return name
+
+    def stamp(self, holder: str) -> Stamp:
+        """As `Source.stamp`."""
+        return stamp_of(self.root / holder)
+
     def _names(self) -> Iterator[str]:
-        for directory, directories, names in os.walk(self.root, followlinks=True):
+        walk = os.walk(self.root, followlinks=True, onerror=self._refuse)
+        for directory, directories, names in walk:
             inside = Path(directory).relative_to(self.root)
             if inside.parts and _is_packed({*directories, *names}):
                 directories.clear()
                 continue
+            for name in [name for name in directories if _leads_up(Path(directory, name))]:
+                directories.remove(name)
+                yield (inside / f"{name}{LINK_UP}").as_posix()
             if inside.parts:
                 yield f"{inside.as_posix()}/"
             yield from ((inside / name).as_posix() for name in names)
 
+    def _refuse(self, error: OSError) -> None:
+        """Stop at a directory that cannot be listed: its images would be missing."""
+        inside = Path(os.fspath(error.filename)).relative_to(self.root)
+        raise ValueError(
+            f"SOURCE = {self.root}: the directory {inside} cannot be listed "
+            f"({error.strerror}): make it readable, or move it out of SOURCE"
+        ) from None
 
-class Zip:
+
+class Zip(Source):
     """Image files in a zip archive; the class is the first directory's name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile:
         try:
-            self._archive = zipfile.ZipFile(path)
+            return zipfile.ZipFile(self._path)
         except zipfile.BadZipFile as error:
-            raise ValueError(f"SOURCE = {path} is damaged: {error}") from None
+            raise ValueError(f"SOURCE = {self._path} is damaged: {error}") from None
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
@@ -75,10 +143,42 @@ class Zip:
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
-        return self._archive.read(name)
+        try:
+            return self._archive.read(name)
+        except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            # Missing, encrypted or compressed by an unknown method, damaged.
+            raise ValueError(str(error)) from None
+
+    def holder(self, name: str) -> str:
+        """As `Source.holder`: the archive."""
+        return self._path.name
+
+    def stamp(self, holder: str) -> Stamp:
+        """As `Source.stamp`."""
+        return stamp_of(self._path)
 
 
-class Digits:
+class Archives(Source):
+    """Files of one directory that hold many images each; a name begins with `FILE@`."""
+
+    def __init__(self, files: list[Path], *, pattern: str = "*", staging: Path) -> None:
+        self._files, self._pattern, self._staging = files, pattern, staging
+        self._root = files[0].parent
+
+    def holder(self, name: str) -> str:
+        """As `Source.holder`: the archive."""
+        return name.partition("/")[0].rpartition("@")[0]
+
+    def stamp(self, holder: str) -> Stamp:
+        """As `Source.stamp`."""
+        return stamp_of(self._root / holder)
+
+    def check_files(self) -> None:
+        """Raise ValueError if files of several splits are there, or not all files of a set."""
+        check_files(self._files, pattern=self._pattern)
+
+
+class Digits(Source):
     """scikit-learn's 1,797 handwritten digits, 8 x 8, values 0..16 spread over 0..255."""
 
     def listing(self) -> Listing:
@@ -95,9 +195,21 @@ class Digits:
         return buffer.getvalue()
 
 
+def read_extent(path: Path, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from byte `offset` on."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
 def _is_packed(names: set[str]) -> bool:
     """Whether a directory with these names is a packed dataset, such as OUT within SOURCE."""
     return bool({WORK, MANIFEST} & names) and not any(is_image(name) for name in names)
+
+
+def _leads_up(path: Path) -> bool:
+    """Whether a path is a link to a directory that it lies in: following it would never end."""
+    return path.is_symlink() and path.resolve() in (here := path.parent.resolve(), *here.parents)
 
 
 @cache

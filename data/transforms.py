@@ -6,6 +6,8 @@ crop equals the reference's bit for bit, and random draws are keyed by (seed, im
 
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -88,8 +90,7 @@ def open_on_white(content: bytes | memoryview) -> tuple[Image.Image, bool]:
     Raises:
         one of `UNDECODABLE`.
     """
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
+    with _opened(content) as image:
         if image.mode == "F":
             raise ValueError("its values are floating-point numbers: convert it to 8 or 16 bits")
         if image.mode.startswith("I"):
@@ -101,6 +102,20 @@ def open_on_white(content: bytes | memoryview) -> tuple[Image.Image, bool]:
                 return Image.alpha_composite(white, layers).convert("RGB"), True
         # Converting copies in any case.
         return image if image.mode == "RGB" else image.convert("RGB"), False
+
+
+@contextmanager
+def _opened(content: bytes | memoryview) -> Iterator[Image.Image]:
+    """A decoded image; whatever a decoder raises is one of `UNDECODABLE`."""
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (*UNDECODABLE, MemoryError):
+        raise
+    except Exception as error:  # decoders meet damage with errors of any type
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    with image:
+        yield image
 
 
 def _from_16_bits(grey: Image.Image) -> Image.Image:

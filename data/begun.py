@@ -1,0 +1,165 @@
+"""What a packing began with, on disk: another start continues it, whatever the source is by then.
+
+The listing, the request, and size and time of each file: what was added since is not packed, what
+was changed since is left out.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data import files
+from data.claim import WORK
+from data.dataset import open_shards
+from data.jobs import left_out_of
+from data.listing import Listing, map_content, relabel, renumber
+from data.manifest import MANIFEST
+from data.plan import PackConfig, PackPlan
+from data.report import warn_of_missing_labels
+from data.sources import Source, Stamp
+
+# The file in `WORK` that holds it.
+BEGUN = "begun.json"
+# Concurrent requests for sizes and times: on a network file system each one waits.
+_REQUESTS = 16
+_PART = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What determines a dataset: a source, the settings, and where the classes are from."""
+
+    source: str
+    config: PackConfig
+    class_map: Path | None = None
+    classes_of: Path | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Each option and its value, as JSON has them; of a file, what its content is known by.
+
+        Raises:
+            ValueError: a file cannot be read.
+        """
+        classes = json.dumps(open_shards(self.classes_of).classes) if self.classes_of else None
+        class_map = map_content(self.class_map) if self.class_map else None
+        return {
+            "SOURCE": self.source if self.source == "digits" else os.path.abspath(self.source),
+            **{f"--{name.replace('_', '-')}": v for name, v in asdict(self.config).items()},
+            "--class-map": None if class_map is None else _digest(class_map),
+            "--classes-of": None if classes is None else _digest(classes.encode()),
+        }
+
+    def listing(self, source: Source) -> Listing:
+        """What the source holds now.
+
+        Raises:
+            ValueError: its images have no classes that can be used.
+        """
+        listing = source.listing()
+        if self.class_map:
+            listing = relabel(listing, class_map=self.class_map)
+        if listing.fault:
+            raise ValueError(listing.fault)
+        warn_of_missing_labels(listing, self.source)
+        if self.classes_of:
+            listing = renumber(listing, classes=open_shards(self.classes_of).classes)
+        return listing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A request (options and values, as JSON has them), what the source held then, and its files.
+
+    `stamps` has no entry for a file that could not be found or reached.
+    """
+
+    request: Mapping[str, Any]
+    listing: Listing
+    stamps: Mapping[str, Stamp]
+
+
+def begin(request: Mapping[str, Any], *, listing: Listing, source: Source) -> Begun:
+    """A packing that begins now."""
+    holders = dict.fromkeys(map(source.holder, listing.names))
+    return Begun(request=request, listing=listing, stamps=_stamps(source, holders))
+
+
+def again(begun: Begun, *, out: Path, source: Source) -> Begun:
+    """Have the shards from which images are missing made again, of the files as they are now.
+
+    Raises:
+        ValueError: a file that holds many images was changed: they are others now.
+    """
+    missing = left_out_of(out)
+    names = [name for missed in missing.values() for name in missed]
+    fresh = _stamps(source, dict.fromkeys(map(source.holder, names)))
+    for holder, stamp in fresh.items():
+        if source.holds_many and begun.stamps.get(holder) not in (None, stamp):
+            raise ValueError(f"{holder} was changed since the packing began: choose another OUT")
+    begun = replace(begun, stamps={**begun.stamps, **fresh})
+    # In this order: killed in between, the next start with --again finds the same images.
+    save(begun, out)
+    (out / MANIFEST).unlink(missing_ok=True)
+    for record in missing:
+        record.unlink()
+    return begun
+
+
+def with_stamps(work: PackPlan, begun: Begun, *, source: Source) -> PackPlan:
+    """The plan, each job with the size and time of the files that it reads."""
+    jobs = []
+    for job in work.jobs:
+        holders = dict.fromkeys(source.holder(name) for name, _ in job.images)
+        stamps = {holder: begun.stamps[holder] for holder in holders if holder in begun.stamps}
+        jobs.append(replace(job, stamps=stamps))
+    return replace(work, jobs=tuple(jobs))
+
+
+def save(begun: Begun, out: Path) -> None:
+    """Write it, whole."""
+    plain = replace(begun, listing=replace(begun.listing, skipped=dict(begun.listing.skipped)))
+    files.write(out / WORK / BEGUN, json.dumps(asdict(plain)))
+
+
+def load(out: Path) -> Begun | None:
+    """What the packing in `out` began with, if that is recorded.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    path = out / WORK / BEGUN
+    try:
+        found = json.loads(path.read_bytes())
+        listing = Listing(**{**found["listing"], "classes": tuple(found["listing"]["classes"])})
+        stamps = {holder: tuple(stamp) for holder, stamp in found["stamps"].items()}
+        return Begun(request=found["request"], listing=listing, stamps=stamps)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove OUT = {out}, or restore it"
+        ) from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _stamps(source: Source, holders: Iterable[str]) -> dict[str, Stamp]:
+    names = list(holders)
+    parts = [names[first : first + _PART] for first in range(0, len(names), _PART)]
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        found = threads.map(lambda part: [(name, _stamp(source, name)) for name in part], parts)
+        return {name: stamp for part in found for name, stamp in part if stamp is not None}
+
+
+def _stamp(source: Source, holder: str) -> Stamp | None:
+    try:
+        return source.stamp(holder)
+    except OSError:
+        return None  # reading it fails, too, and says why

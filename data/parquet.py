@@ -1,0 +1,160 @@
+"""Hugging Face parquet as a source of images.
+
+Packing reads images in shuffled order, and parquet compresses them in groups: it is unpacked once,
+into a directory of the packing.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import files
+from data.labels import LABEL_KEYS, Label, label_of
+from data.listing import Listing, by_label_if_any
+from data.sources import Archives, read_extent
+
+# Columns of images in parquet, in the order in which they are preferred.
+_IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels", "image_bytes")
+
+
+class Parquet(Archives):
+    """Hugging Face image datasets: a column of image files, and perhaps one of class labels.
+
+    A name is `FILE@ROW`. What was unpacked is named after the file's path, size and time, so that
+    no other file's images can take its place.
+    """
+
+    def listing(self) -> Listing:
+        """As `Source.listing`."""
+        self.check_files()
+        names: list[str] = []
+        labels: list[Label | None] = []
+        for file in self._files:
+            for row, label in enumerate(_labels(file)):
+                names.append(f"{file.name}@{row}")
+                labels.append(label)
+        listing = by_label_if_any(names, labels)
+        are_numbers = all(isinstance(label, int) for label in labels)
+        classes = _class_names(self._files[0]) if are_numbers else None
+        return replace(listing, classes=classes or listing.classes)
+
+    def read(self, name: str) -> bytes:
+        """As `Source.read`."""
+        file, _, row = name.rpartition("@")
+        ends, blob = self._unpacked(self._root / file)
+        first, last = (int(end) for end in np.load(ends, mmap_mode="r")[int(row) : int(row) + 2])
+        return read_extent(blob, first, last - first)
+
+    def stage(self) -> None:
+        """As `Source.stage`: unpack the images of each file, if they are not yet."""
+        for number, file in enumerate(self._files, start=1):
+            ends, blob = self._unpacked(file)
+            if ends.exists():
+                continue
+            print(f"unpacking {file.name} ({number} of {len(self._files)})", file=sys.stderr)
+            at = [0]
+            with files.whole(blob) as unpacked:
+                for image in _images(file):
+                    unpacked.write(image)
+                    at.append(at[-1] + len(image))
+            buffer = io.BytesIO()
+            np.save(buffer, np.array(at, dtype=np.int64))
+            files.write(ends, buffer.getvalue())
+
+    def _unpacked(self, file: Path) -> tuple[Path, Path]:
+        """Where the ends of a file's images are, and the images."""
+        identity = f"{file.resolve()} {self.stamp(file.name)}"
+        key = hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
+        return self._staging / f"{key}.ends.npy", self._staging / f"{key}.blob"
+
+
+def _labels(file: Path) -> Iterator[Label | None]:
+    """The label of each row: -1 where it is missing, None where the file has no column of labels.
+
+    Packing refuses a label of -1.
+    """
+    table = _open(file)
+    names = table.schema_arrow.names
+    label = next((key for key in LABEL_KEYS if key in names), None)
+    if label is None and (others := [name for name in names if "label" in name]):
+        raise ValueError(f"{file} has no column `label`, but {others}: rename the right one")
+    _image_column(file, table)
+    if label is None:
+        yield from itertools.repeat(None, table.metadata.num_rows)
+        return
+    for batch in table.iter_batches(columns=[label]):
+        for number in batch.column(label).to_pylist():
+            yield -1 if number is None else label_of(number, where=f"{file}: {label}")
+
+
+def _images(file: Path) -> Iterator[bytes]:
+    """The image file of each row: b"", which cannot be decoded, where there is none."""
+    table = _open(file)
+    column = _image_column(file, table)
+    for batch in table.iter_batches(batch_size=256, columns=[column]):
+        for value in batch.column(column).to_pylist():
+            yield (value["bytes"] if isinstance(value, dict) else value) or b""
+
+
+def _open(file: Path) -> Any:
+    """A parquet file.
+
+    Raises:
+        ValueError: it is damaged, or something else.
+    """
+    from pyarrow import ArrowException, parquet  # optional: only this source needs it
+
+    try:
+        return parquet.ParquetFile(file)
+    except ArrowException as error:
+        raise ValueError(f"{file} is no readable parquet file: {error}") from None
+
+
+def _image_column(file: Path, table: Any) -> str:
+    """The column of image files: one of bytes, or of structs that have `bytes`.
+
+    Raises:
+        ValueError: there is none, or several and none of them has a usual name.
+    """
+    fields = {field.name: field.type for field in table.schema_arrow}
+    found = [name for name, kind in fields.items() if _holds_bytes(kind)]
+    known = [name for name in _IMAGE_KEYS if name in found]
+    if not found:
+        raise ValueError(f"{file} has no column of images among {list(fields)}")
+    if len(found) > 1 and not known:
+        raise ValueError(
+            f"{file} has several columns of bytes, {found}: name that of the images `image`"
+        )
+    return (known or found)[0]
+
+
+def _holds_bytes(kind: Any) -> bool:
+    from pyarrow import types  # optional: only this source needs it
+
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
+    from pyarrow import types  # optional: only this source needs it
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _class_names(file: Path) -> tuple[str, ...] | None:
+    """The names of the labels in the metadata that Hugging Face adds to a file."""
+    metadata = _open(file).schema_arrow.metadata or {}
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    label = next((features[key] for key in LABEL_KEYS if key in features), None)
+    names = label.get("names") if isinstance(label, dict) else None
+    return tuple(names) if names else None

@@ -1,0 +1,55 @@
+"""What a packing tells the user: progress, warnings, and in the end what was packed."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from data.jobs import Made
+from data.listing import Listing
+from data.manifest import NO_CLASS
+from data.plan import PackJob
+from data.progress import duration
+
+# Classes that the closing line names.
+_LISTED = 5
+
+
+def warn_of_missing_labels(listing: Listing, source: str) -> None:
+    """Say how many images cannot train a network with classes."""
+    if NO_CLASS in listing.classes:
+        count = listing.labels.count(listing.classes.index(NO_CLASS))
+        print(
+            f"SOURCE = {source}: {count} of {len(listing.names)} images have no label; "
+            "they cannot train a network with classes (model.num_classes)",
+            file=sys.stderr,
+        )
+
+
+def summary(listing: Listing, *, left_out: int, transparent: int) -> str:
+    """What was packed and what was not, in one line."""
+    names = [name or "(none)" for name in listing.classes]
+    shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    alpha = f", {transparent} with transparency (now on white)" if transparent else ""
+    return (
+        f"{len(listing.names) - left_out} images in {len(names)} "
+        f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
+        f"{listing.skipped_by_kind}{alpha}"
+    )
+
+
+def with_progress(made: Iterable[Made], *, jobs: tuple[PackJob, ...]) -> Iterator[Made]:
+    """Pass finished shards on, and print at most once a second how far they have come."""
+    images = sum(len(job.images) for job in jobs)
+    begin, done, shown = time.monotonic(), 0, 0.0
+    for shards, one in enumerate(made, start=1):
+        done += one.shard.samples + len(one.left_out)
+        seconds = time.monotonic() - begin
+        if seconds - shown > 1 or shards == len(jobs):
+            print(
+                f"packed {shards} of {len(jobs)} shards, {done} of {images} images, "
+                f"{done / seconds:.0f} images/s, "
+                f"{duration(seconds / done * (images - done))} left",
+                file=sys.stderr,
+            )
+            shown = seconds
+        yield one

@@ -1,0 +1,243 @@
+"""Packing that is killed, met by unreadable files or by a changing source: nothing is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from data.claim import LEFT_OUT, WORK
+from data.dataset import Shards, open_shards, verify
+from data.exits import REFUSED, TO_BE_CONTINUED
+from data.pack import main, pack
+from data.plan import PackConfig
+from tests.support import ranks
+from tests.support.data_fixtures import content, image_file, image_files, packed, write_folder
+
+CONFIG = PackConfig(size=16, per_shard=5)
+
+
+def half_packed(source: Path, out: Path) -> Path:
+    """A packing that stopped because a shard cannot be written."""
+    (out / "00005.tar").mkdir(parents=True)  # in its way
+    (out / WORK).mkdir()
+    with pytest.raises(OSError):
+        pack(str(source), out=out, config=CONFIG)
+    (out / "00005.tar").rmdir()
+    assert (out / "00004.tar").exists() and not (out / "manifest.json").exists()
+    return out
+
+
+def times(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+
+
+def parquet_of(images: list[bytes], file: Path) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    parquet.write_table(pa.table({"image": images, "label": [0] * len(images)}), file)
+    return file.parent
+
+
+def test_no_image_of_another_dataset_gets_in(tmp_path: Path) -> None:
+    """Both sets have files of the same names; the first packing was refused."""
+    sets = [
+        [image_file(10 * i + j, width=20, height=20, kind="PNG") for j in range(10)]
+        for i in range(2)
+    ]
+    first = parquet_of(sets[0], tmp_path / "a" / "train-0.parquet")
+    parquet_of(sets[0], tmp_path / "a" / "train-1.parquet")
+    (first / "train-1.parquet").write_bytes(b"PAR1 damaged")
+    second = parquet_of(sets[1], tmp_path / "b" / "train-0.parquet")
+    out = tmp_path / "out"
+    assert main([str(first), str(out), "--size", "16", "--workers", "1"]) == REFUSED
+    assert not out.exists()
+    assert main([str(second), str(out), "--size", "16", "--workers", "1"]) == 0
+    assert content(open_shards(out)) == content(packed(second, tmp_path / "clean"))
+
+
+def test_parquet_of_the_same_name_is_not_taken_from_what_was_unpacked(tmp_path: Path) -> None:
+    sets = [[image_file(40 * i + j, width=20, height=20) for j in range(40)] for i in range(2)]
+    source = parquet_of(sets[0], tmp_path / "a" / "train-0.parquet")
+    out = half_packed(source, tmp_path / "out")
+    unpacked = list((out / WORK).glob("*.blob"))
+    assert len(unpacked) == 1
+    parquet_of(sets[1], tmp_path / "a" / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"train-0\.parquet was changed since the packing began"):
+        pack(str(source), out=out, config=CONFIG, max_bad=0)
+
+
+def test_a_file_added_since_costs_nothing(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=40)
+    clean = packed_with(source, tmp_path / "clean")
+    out = half_packed(source, tmp_path / "out")
+    before = times(out)
+    (source / "n0001" / "added.png").write_bytes(image_file(9, width=20, height=20, kind="PNG"))
+    (source / "n0007").mkdir()
+    pack(str(source), out=out, config=CONFIG)
+    assert open_shards(out).fingerprint == clean.fingerprint
+    assert before.items() <= times(out).items()
+    with pytest.raises(ValueError, match="n0007"):  # a new packing sees it
+        pack(str(source), out=tmp_path / "new", config=CONFIG)
+
+
+def packed_with(source: Path, out: Path) -> Shards:
+    pack(str(source), out=out, config=CONFIG)
+    return open_shards(out)
+
+
+def test_other_options_are_another_dataset(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=40)
+    out = half_packed(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds another dataset"):
+        pack(str(source), out=out, config=PackConfig(size=16, per_shard=5, seed=1))
+
+
+def test_what_cannot_be_read_is_left_out_and_tried_again(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=40)
+    clean = packed_with(source, tmp_path / "clean")
+    files = [path for path, _ in image_files(source)]
+    kept = {path: path.read_bytes() for path in files[:3]}
+    files[0].unlink()
+    files[0].symlink_to(files[0])  # ELOOP
+    files[1].write_bytes(b"damaged")
+    files[2].unlink()
+    files[2].symlink_to("nowhere")  # ENOENT
+    out = tmp_path / "out"
+    assert pack(str(source), out=out, config=CONFIG) == 3
+    report = (out / LEFT_OUT).read_text()
+    assert "cannot be read (Too many levels of symbolic links)" in report
+    assert "cannot be read (No such file or directory)" in report
+    assert open_shards(out).count == 37 and verify(out, full=True) == []
+    assert pack(str(source), out=out, config=CONFIG) == 0, "it is finished"
+
+    before = times(out)
+    for path, image in kept.items():
+        path.unlink()
+        path.write_bytes(image)
+    assert pack(str(source), out=out, config=CONFIG, again=True) == 0
+    assert open_shards(out).fingerprint == clean.fingerprint
+    assert not (out / LEFT_OUT).exists() and not (out / WORK).exists()
+    untouched = before.items() & times(out).items()
+    assert 8 - 3 <= len(untouched) < 8
+
+
+def test_an_image_edited_meanwhile_is_noticed(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=40)
+    out = half_packed(source, tmp_path / "out")
+    for path, _ in image_files(source):
+        path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match=r"images were left out .* was changed since"):
+        pack(str(source), out=out, config=CONFIG)
+    assert pack(str(source), out=out, config=CONFIG, max_bad=1) == 15
+    assert pack(str(source), out=out, config=CONFIG, again=True) == 0
+
+
+def test_more_than_max_bad_stops_and_is_continued(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=40)
+    clean = packed_with(source, tmp_path / "clean")
+    moved = (source / "n0001").rename(tmp_path / "moved")
+    (source / "n0001").mkdir()
+    for path in moved.iterdir():
+        (source / "n0001" / path.name).symlink_to(path)
+    away = moved.rename(tmp_path / "away")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"11 images were left out .*--max-bad allows 10"):
+        pack(str(source), out=out, config=CONFIG)
+    away.rename(moved)
+    assert pack(str(source), out=out, config=CONFIG) == 0
+    assert open_shards(out).fingerprint == clean.fingerprint
+
+
+def test_a_set_of_undecodable_images_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "source" / "a").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / "source" / "a" / f"{i}.avif").write_bytes(b"\0\0\0 ftypavif" + b"\0" * 40)
+    with pytest.raises(ValueError, match="none of 4 images can be decoded"):
+        pack(str(tmp_path / "source"), out=tmp_path / "out", config=CONFIG)
+
+
+def test_names_of_any_bytes_are_packed_and_listed(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=20)
+    latin = os.fsencode(source / "n0001") + b"/caf\xe9.png"
+    with open(latin, "wb") as file:
+        file.write(b"damaged")
+    with open(latin.replace(b"caf", b"th"), "wb") as file:
+        file.write(image_file(0, width=20, height=20))
+    assert pack(str(source), out=tmp_path / "out", config=CONFIG) == 1
+    assert b"n0001/caf\xe9.png: " in (tmp_path / "out" / LEFT_OUT).read_bytes()
+    assert open_shards(tmp_path / "out").count == 21
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_packing_leaves_no_process_and_is_continued(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    source = write_folder(tmp_path / "source", images=40)
+    for path, _ in image_files(source):
+        path.unlink()
+        path.write_bytes(image_file(1, width=1500, height=1500))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data.pack", str(source), str(out)]
+    process = subprocess.Popen(
+        [*command, "--size", "16", "--per-shard", "5", "--workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=ranks.environment(),
+    )
+    deadline = time.monotonic() + ranks.LIMIT
+    while not list(out.glob("0*.tar")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    if number == signal.SIGTERM:
+        os.killpg(process.pid, number)  # as Slurm does, and a terminal with SIGINT
+    else:
+        process.send_signal(number)
+    status = process.wait(ranks.LIMIT)
+    assert process.stderr is not None
+    text = process.stderr.read()  # ends when no process of it has the pipe any more
+    assert status == (-number if number == signal.SIGKILL else TO_BE_CONTINUED)
+    if number != signal.SIGKILL:
+        stopped = [line for line in text.splitlines() if not line.startswith("packed ")]
+        assert stopped == [
+            f"packing stopped by {number.name}; rerun the same command to continue; "
+            "finished shards are kept"
+        ]
+    pack(str(source), out=out, config=CONFIG)
+    assert verify(out, full=True) == [] and not list(out.glob("*partial*"))
+
+
+def test_a_directory_that_cannot_be_listed_is_refused() -> None:
+    if os.geteuid():
+        pytest.skip("only root can become a user without the right")
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o777)
+        source = write_folder(Path(place) / "source", images=6)
+        (source / "n0001").chmod(0)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ValueError, match=r"directory n0001 cannot be listed .*Permission"):
+                pack(str(source), out=Path(place) / "out", config=CONFIG)
+        finally:
+            os.seteuid(0)
+
+
+def test_a_link_to_a_directory_above_is_not_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_folder(tmp_path / "source", images=8)
+    clean = packed_with(source, tmp_path / "clean")
+    (source / "n0001" / "up").symlink_to("..")
+    (source / "n0002" / "here").symlink_to(source / "n0002")
+    linked = tmp_path / "n0000"
+    (source / "n0000").rename(linked)
+    (source / "n0000").symlink_to(linked)  # a link elsewhere is
+    capsys.readouterr()
+    assert packed_with(source, tmp_path / "out").fingerprint == clean.fingerprint
+    assert "2 skipped (.link-to-a-directory-above 2)" in capsys.readouterr().err
