@@ -10,7 +10,6 @@ interruption the same command keeps the finished shards and makes the others of 
     mpirun -n 128 python -m mpi4py.futures -m data.pack SOURCE OUT --size 256 --mpi
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -26,16 +25,15 @@ from data.begun import Request
 from data.claim import LEFT_OUT, PLAN, WORK, claimed
 from data.config import check
 from data.dataset import open_shards
-from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
+from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status
 from data.jobs import Made, TooManyLeftOut, make_shard
 from data.listing import Listing
 from data.manifest import MANIFEST, manifest_text, parse_manifest
+from data.options import FEW, parser
 from data.plan import PackConfig, PackJob, PackPlan, plan
 from data.report import summary, with_progress
 
 _CONTINUE = "rerun the same command to continue; finished shards are kept"
-# So many images may be left out of any packing, unless none may.
-_FEW = 10
 # Lines of images left out that a message shows.
 _SHOWN = 3
 
@@ -88,7 +86,7 @@ def pack(
             begun.save(start, out)
         files.write(out / WORK / PLAN, work.digest)
         images.stage()
-        most = max(ceil(max_bad * len(start.listing.names)), _FEW if max_bad else 0)
+        most = max(ceil(max_bad * len(start.listing.names)), FEW if max_bad else 0)
         jobs = begun.with_stamps(work, start, source=images).jobs
         jobs = tuple(replace(job, most_left_out=most) for job in jobs)
         with executor or nullcontext() as running:
@@ -197,79 +195,9 @@ def _mpi_executor() -> Executor:
     return MPIPoolExecutor()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="python -m data.pack",
-        description="Pack images into shuffled shards. After an interruption, run the same command "
-        "again: finished shards are kept.",
-    )
-    add = parser.add_argument
-    add(
-        "source",
-        metavar="SOURCE",
-        help="folder, zip, tars, parquet or lmdb of images, or a pattern of files such as "
-        "'DIR/*train*.tar'; or digits",
-    )
-    add("out", metavar="OUT", type=Path, help="directory of the dataset; made if it is missing")
-    add("--size", type=int, default=256, help="side of the crop in pixels (default: %(default)s)")
-    add(
-        "--keep-original",
-        action="store_true",
-        help="store images uncropped, for random crops in training, and scale down those whose "
-        "smaller side is above --size (default: crop)",
-    )
-    add(
-        "--class-map",
-        type=Path,
-        metavar="FILE",
-        help="lines of NAME CLASS, or one CLASS for each image in the order of the names "
-        "(default: classes of the source)",
-    )
-    add(
-        "--classes-of",
-        type=Path,
-        metavar="DIR",
-        help="number the classes as this packed dataset does (default: in sorted order)",
-    )
-    add(
-        "--format",
-        choices=("png", "jpg"),
-        help="format of the stored images (default: png up to 64 pixels, otherwise jpg)",
-    )
-    add("--quality", type=int, default=95, help="quality of jpg, 1 to 100 (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the global shuffle (default: %(default)s)")
-    add("--per-shard", type=int, default=2048, help="images in a shard (default: %(default)s)")
-    add(
-        "--workers",
-        type=int,
-        default=pool.cpus(),
-        help="processes on this machine (default: one for each CPU it may use, here %(default)s)",
-    )
-    add(
-        "--mpi",
-        action="store_true",
-        help="use the ranks of mpirun as workers (default: processes on this machine)",
-    )
-    add(
-        "--max-bad",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="share of images that may be left out because they cannot be read or decoded; above 0 "
-        f"it allows {_FEW} images in any case (default: %(default)s)",
-    )
-    add(
-        "--again",
-        action="store_true",
-        help="read the images again that were left out, as they are now (default: only those "
-        "that could not be read, in a packing that is not finished)",
-    )
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run `python -m data.pack`; returns the exit status."""
-    options = vars(_parser().parse_args(arguments))
+    options = vars(parser().parse_args(arguments))
     given = {field.name: options.pop(field.name) for field in fields(PackConfig)}
     try:
         with pool.interrupted_by_signals():

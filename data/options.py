@@ -1,0 +1,96 @@
+"""The command line of `python -m data.pack`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from data import pool
+from data.exits import CommandParser
+
+# So many images may be left out of any packing, unless none may.
+FEW = 10
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options of a packing."""
+    command = CommandParser(
+        prog="python -m data.pack",
+        description="Pack images into shuffled shards. After an interruption, run the same command "
+        "again: finished shards are kept.",
+    )
+    _add_images(command.add_argument)
+    _add_shards(command.add_argument)
+    _add_work(command.add_argument)
+    return command
+
+
+def _add_images(add: Callable[..., object]) -> None:
+    """What the images and their classes are."""
+    add(
+        "source",
+        metavar="SOURCE",
+        help="folder, zip, tars, parquet or lmdb of images, or a pattern of files such as "
+        "'DIR/*train*.tar'; or digits",
+    )
+    add("out", metavar="OUT", type=Path, help="directory of the dataset; made if it is missing")
+    add(
+        "--class-map",
+        type=Path,
+        metavar="FILE",
+        help="lines of NAME CLASS, or one CLASS for each image in the order of the names "
+        "(default: classes of the source)",
+    )
+    add(
+        "--classes-of",
+        type=Path,
+        metavar="DIR",
+        help="number the classes as this packed dataset does (default: in sorted order)",
+    )
+
+
+def _add_shards(add: Callable[..., object]) -> None:
+    """What the shards hold."""
+    add("--size", type=int, default=256, help="side of the crop in pixels (default: %(default)s)")
+    add(
+        "--keep-original",
+        action="store_true",
+        help="store images uncropped, for random crops in training, and scale down those whose "
+        "smaller side is above --size (default: crop)",
+    )
+    add(
+        "--format",
+        choices=("png", "jpg"),
+        help="format of the stored images (default: png up to 64 pixels, otherwise jpg)",
+    )
+    add("--quality", type=int, default=95, help="quality of jpg, 1 to 100 (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the global shuffle (default: %(default)s)")
+    add("--per-shard", type=int, default=2048, help="images in a shard (default: %(default)s)")
+
+
+def _add_work(add: Callable[..., object]) -> None:
+    """How the work is done; it changes nothing in the shards."""
+    add(
+        "--workers",
+        type=int,
+        default=pool.cpus(),
+        help="processes on this machine (default: one for each CPU it may use, here %(default)s)",
+    )
+    add(
+        "--mpi",
+        action="store_true",
+        help="use the ranks of mpirun as workers (default: processes on this machine)",
+    )
+    add(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of images that may be left out because they cannot be read or decoded; above 0 "
+        f"it allows {FEW} images in any case (default: %(default)s)",
+    )
+    add(
+        "--again",
+        action="store_true",
+        help="read the images again that were left out, as they are now (default: only those "
+        "that could not be read, in a packing that is not finished)",
+    )
