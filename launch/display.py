@@ -15,7 +15,7 @@ from launch.status import Status
 
 
 def render(found: Status, *, width: int = 80) -> str:
-    """A run in five or six lines of at most `width` characters."""
+    """A run in six to eight lines of at most `width` characters."""
     seen = f"{found.images_seen:,}"
     if found.total:
         seen += f" of {found.total:,} ({100 * found.images_seen / found.total:.1f} %)"
@@ -31,6 +31,8 @@ def render(found: Status, *, width: int = 80) -> str:
         _row("job", found.job),
         _row("health", found.health),
     ]
+    if found.goodput:
+        rows.append(_row("time", str(found.goodput)))
     if found.event:
         rows.append(_row("event", found.event))
     return "\n".join(row[: width - 1] for row in rows) + "\n"
@@ -81,7 +83,9 @@ def as_json(found: Mapping[Path, Status | str]) -> str:
         if isinstance(each, str):
             rows.append({"name": str(run), "error": each})
         else:
-            rows.append({**asdict(each), "seconds_left": each.seconds_left})
+            advised = each.goodput.advised_interval if each.goodput else None
+            more = {"seconds_left": each.seconds_left, "advised_checkpoint_seconds": advised}
+            rows.append({**asdict(each), **more})
     finite = [{k: _finite(v) for k, v in row.items()} for row in rows]
     return json.dumps(finite, indent=1) + "\n"
 

@@ -19,7 +19,8 @@ from typing import Any
 from data.progress import duration
 from launch import records
 from launch.signs import Signs
-from trainer import runstate
+from trainer import goodput, runstate
+from trainer.goodput import Goodput
 from trainer.ranks import lease
 from trainer.runstate import RunState
 
@@ -51,6 +52,8 @@ class Status:
     is_running: bool
     is_finished: bool
     health: str
+    #: Where its time went; None for a run that no release with a timeline has started.
+    goodput: Goodput | None
     #: The last line of events.txt, in which the batch script records what it did.
     event: str | None
 
@@ -106,6 +109,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         health="finished"
         if is_finished
         else _health(run, state, rows, now=now if is_running else None),
+        goodput=goodput.account(goodput.read(run), now=now if is_running else None),
         event=_last_event(run),
     )
 

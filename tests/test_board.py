@@ -1,18 +1,118 @@
 """What a run shows: rows of metrics, each clock once, whatever an earlier start left."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
-from trainer.tensorboard import Board
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer import config as configs
+from trainer import wandb
+from trainer.board import Board
+from trainer.mfu import Mfu
+
+VALUES = {"images_per_second": 64.0, "interval_seconds": 1.0, "skipped_total": 0.0}
+
+
+def open_board(run: Path, *, images_seen: int, sets: tuple[str, ...] = ()) -> Board:
+    (run / "launch").mkdir(exist_ok=True)
+    mfu = Mfu(flops_per_image=1e9, measured=1e12, datasheet=2e12)
+    config = configs.load("digits", sets)
+    return Board(run, config=config, images_seen=images_seen, mfu=mfu, log=lambda _: None)
+
+
+def report(board: Board, loss: float, *, images_seen: int, **more: float) -> None:
+    board.report({"loss": loss, **VALUES, **more}, images_seen=images_seen, slow="")
+
+
+def events(run: Path) -> EventAccumulator:
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    return found
 
 
 def test_rows_beyond_the_checkpoint_and_a_torn_row_are_not_kept(tmp_path: Path) -> None:
-    with Board(tmp_path, images_seen=0, config="") as board:
+    with open_board(tmp_path, images_seen=0) as board:
         for images_seen in (64, 128, 192):
-            board.scalars({"loss": 1.0}, images_seen=images_seen)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"images": 256, "lo')  # killed here, and resumed at 128
-    with Board(tmp_path, images_seen=128, config="") as board:
-        board.scalars({"loss": 2.0}, images_seen=192)
+            report(board, 1.0, images_seen=images_seen)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"images": 256, "lo\xff')  # killed here, and resumed at 128
+    with open_board(tmp_path, images_seen=128) as board:
+        report(board, 2.0, images_seen=192)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [(row["images"], row["loss"]) for row in rows] == [(64, 1.0), (128, 1.0), (192, 2.0)]
+
+
+def test_a_resumed_run_of_the_last_release_has_whole_curves_under_the_new_tags(
+    tmp_path: Path,
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    old = SummaryWriter(str(tmp_path / "tensorboard"))
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for images in (64, 128, 192):
+            row = {"images": images, "time": 1e9 + images, "loss": 1.0, "lr": 0.1, "mse": None}
+            file.write(json.dumps({**row, "images_per_second": 8.0}) + "\n")
+            old.add_scalar("train/loss", 1.0, images)
+            old.add_scalar("train/lr", 0.1, images)
+    old.close()
+    for _ in range(2):  # resumed at 128, and once more
+        with open_board(tmp_path, images_seen=128) as board:
+            report(board, 2.0, images_seen=192, lr=0.2)
+    found = events(tmp_path)
+    for tag, last in (("train/loss", 2.0), ("optimizer/lr", 0.2), ("0_overview/loss", 2.0)):
+        points = [(event.step, round(event.value, 3)) for event in found.Scalars(tag)]
+        assert [step for step, _ in points] == [64, 128, 192], tag
+        assert points[-1] == (192, last)
+    assert found.Scalars("optimizer/lr")[0].wall_time == 1e9 + 64
+
+
+def test_tensorboard_answers_at_a_glance(tmp_path: Path) -> None:
+    with open_board(tmp_path, images_seen=0) as board:
+        quarters = {f"loss/q{q}": 1.0 for q in range(4)}
+        report(board, 0.5, images_seen=64, data_wait_share=0.25, odd=1.0, **quarters)
+    found = events(tmp_path)
+    tags = found.Tags()["scalars"]
+    first = {tag.split("/")[1] for tag in tags if tag.startswith("0_overview/")}
+    assert first == {
+        *("loss", "share_done", "hours_left", "images_per_second", "mfu", "skipped_steps"),
+        "data_wait_share",
+    }
+    assert all("/" in tag for tag in tags) and "train/odd" in tags
+    (mfu,) = found.Scalars("speed/mfu_datasheet")
+    assert round(mfu.value, 3) == round(64 * 1e9 / 2e12, 3)
+    (text,) = found.Tensors("0_overview/status/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    for fact in ("64 of", "time left", "25.0 % of the time", "slow ranks | none", "3.2 % of the"):
+        assert fact in shown
+    (layout,) = found.Tensors("custom_scalars__config__")
+    assert rb"^loss/q\d$" in layout.tensor_proto.string_val[0]
+
+
+def test_weights_and_biases_shows_the_same_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("wandb")  # no dependency of this project
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for images_seen in (0, 64):
+        sets = ('board.wandb = "adm"',)
+        with open_board(tmp_path, images_seen=images_seen, sets=sets) as board:
+            report(board, 0.5, images_seen=images_seen + 64)
+            picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+            board.picture("samples", picture, images_seen=images_seen + 64)
+    library.teardown()  # at the end of the process it writes what it still holds
+    (run_id,) = {file.stem for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}
+    assert run_id == f"run-{(tmp_path / 'wandb' / 'id').read_text()}"
+    for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb"):
+        assert b"0_overview/loss" in file.read_bytes()
+        assert list(file.parent.glob("files/media/images/samples*.png"))
+    assert len(events(tmp_path).Scalars("train/loss")) == 2
+
+
+def test_a_board_that_is_not_installed_is_refused() -> None:
+    wandb.check(None)
+    if find_spec("wandb") is None:
+        with pytest.raises(ValueError, match=r"board.wandb = 'adm': wandb is not installed"):
+            wandb.check("adm")

@@ -85,3 +85,16 @@ def test_clocks_that_differ_change_nothing(minutes: int, tmp_path: Path) -> None
     beats.join()
     assert (found.is_running, found.health) == (True, "ok")
     assert found.age is not None and abs(found.age) < 30
+
+
+def test_where_the_time_went_is_shown_and_in_the_json(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    (run / "launch" / "timeline.jsonl").write_text(
+        '{"event": "start", "time": 0, "began": 0}\n'
+        '{"event": "training", "time": 10, "images": 0}\n'
+        '{"event": "report", "time": 90, "images": 500, "saving": 8.0, "saves": 1}\n'
+    )
+    assert "  time    productive 80 %, starting 11 %, saving 9 %\n" in text(run)
+    (row,) = json.loads(display.as_json({run: status.read(run)}))
+    assert row["goodput"]["seconds"]["saving"] == 8.0
+    assert row["advised_checkpoint_seconds"] == (2 * 8 * 90) ** 0.5

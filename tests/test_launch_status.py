@@ -23,6 +23,7 @@ STATE_FILES = (
     "launch/job",
     "launch/events.txt",
     "config.toml",
+    "launch/timeline.jsonl",
     "metrics.jsonl",
 )
 _CONFIG = "[training]\nimages = 1000\n"
@@ -215,7 +216,7 @@ def test_watched_in_a_terminal_while_the_job_comes_and_goes(site: Site) -> None:
         shown = screen()
         assert f"job {job}, 1 x 2: RUNNING" in shown and "health  ok" in shown
         assert "of 800,000" in shown and " left" in shown
-        assert len(shown.strip().splitlines()) == 8  # no line was wrapped
+        assert len(shown.strip().splitlines()) == 9  # no line was wrapped
         site.cluster.run("ctl", *site.words("stop", run))
         wait_until(lambda: "gone (" in screen(), "the end on the screen")
         shown = screen()

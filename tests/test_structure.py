@@ -19,6 +19,7 @@ ONLY_IN = {
     "webdataset": {"data/stores.py"},
     "mpi4py": {"trainer/ranks/world.py", "data/pack.py"},
     "tensorboard": {"trainer/tensorboard.py"},
+    "wandb": {"trainer/wandb.py"},
 }
 #: What a login node runs, which has neither torch nor numpy.
 PURE = (
@@ -27,6 +28,7 @@ PURE = (
     "trainer.settings",
     "trainer.ds_config",
     "trainer.runstate",
+    "trainer.goodput",
     "data.config",
 )
 

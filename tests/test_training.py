@@ -103,9 +103,16 @@ def test_the_number_of_ranks_and_the_stage_change_no_grid(place: Place) -> None:
 def test_tensorboard_has_what_a_run_is_watched_by(place: Place) -> None:
     events = EventAccumulator(str(place.run("4x2") / "tensorboard"))
     events.Reload()
-    assert {f"train/{name}" for name in ("loss", "mse", "vb", "grad_norm", "param_norm", "lr",
-            "loss_scale", "skipped", "skipped_total", "images_per_second", "data_wait_seconds",
-            "memory_gib")} <= set(events.Tags()["scalars"])  # fmt: skip
+    groups = {
+        "train": ("loss", "mse", "vb", "bad_share"),
+        "optimizer": ("grad_norm", "param_norm", "lr", "loss_scale", "skipped", "skipped_total"),
+        "speed": ("images_per_second", "data_wait_share", "mfu_measured"),
+        "memory": ("memory_gib", "host_memory_gib", "host_memory_growth_gib"),
+        "0_overview": ("loss", "share_done", "hours_left", "mfu"),
+        "goodput": ("productive", "starting", "lost", "saving"),
+    }
+    named = {f"{group}/{name}" for group, names in groups.items() for name in names}
+    assert named <= set(events.Tags()["scalars"])
     assert {f"{name}/q{q}" for name in ("loss", "mse", "vb") for q in range(4)} <= set(
         events.Tags()["scalars"]
     )
@@ -200,6 +207,8 @@ def test_a_finished_run_says_so_and_refusals_touch_nothing(place: Place) -> None
     assert json.loads(after.pop(state))["starts"] == json.loads(before.pop(state))["starts"] + 1
     assert after.pop(log).endswith(b"the run is finished: 72 images\n")
     before.pop(log)
+    timeline = place.run("2x2") / "launch" / "timeline.jsonl"
+    assert after.pop(timeline).startswith(before.pop(timeline))
     assert after == before
 
 

@@ -25,7 +25,7 @@ from trainer.adm.config import (
     check_choice,
 )
 from trainer.adm.respacing import kept_timesteps
-from trainer.sections import IntervalConfig, TrainingConfig
+from trainer.sections import BoardConfig, IntervalConfig, TrainingConfig
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -40,6 +40,7 @@ class Config:
     training: TrainingConfig
     data: DataConfig
     intervals: IntervalConfig
+    board: BoardConfig = dataclasses.field(default_factory=BoardConfig)
 
     def __post_init__(self) -> None:
         every, timesteps = self.intervals, self.training.timesteps

@@ -18,6 +18,7 @@ from data.exits import TO_BE_CONTINUED
 from data.stream import Batch
 from trainer import averages
 from trainer.adm.objective import Classify, Denoise
+from trainer.board import Board
 from trainer.config import Config
 from trainer.draw import draw_grid
 from trainer.engine import Engine
@@ -29,7 +30,6 @@ from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.saver import Saver
 from trainer.state import TrainState
-from trainer.tensorboard import Board
 
 
 def due(every: int | None, *, images_seen: int, batch_size: int) -> bool:
@@ -108,7 +108,8 @@ class Loop:
             batch = next(batches)
             waited += time.monotonic() - began
             self.mark("computing")
-            terms = self.objective(self.engine, batch.images, batch.labels, batch.indices)
+            with self.metrics.forward.running():
+                terms = self.objective(self.engine, batch.images, batch.labels, batch.indices)
             self.engine.backward(terms["loss"].mean())
             self.metrics.add(terms)
             self.metrics.put("bad_share", batch.bad, len(batch.indices))
@@ -154,7 +155,9 @@ class Loop:
         values = {**means, "param_norm": norm, "skipped_total": float(self.engine.skipped)}
         if self.board is not None:
             self.run.note(images_seen=self.images_seen)
-            self.board.scalars(values, images_seen=self.images_seen)
+            self.board.report(values, images_seen=self.images_seen, slow=self.metrics.slow.text)
+        if self.metrics.slow.is_news:
+            self._log(f"slow ranks: {self.metrics.slow.text or 'none any more'}")
         self._log(
             f"images {self.images_seen:,} of {self.config.training.images:,}  "
             f"loss {means['loss']:.4f}  {means['images_per_second']:.1f} images/s  "
@@ -179,7 +182,7 @@ class Loop:
         )
         self.saver.save(self.engine, state=state)
         self._saved_updates = self.engine.updates
-        self.metrics.pause(time.monotonic() - began)
+        self.metrics.pause(time.monotonic() - began, on="saving")
 
     def _skip_save(self) -> None:
         """Write no checkpoint of weights that are saved already: it would push out a good one."""
@@ -201,9 +204,9 @@ class Loop:
                 on_step=lambda: self.mark("drawing samples"),
             )
         if self.board is not None and picture is not None:
-            self.board.grid("samples", torch.from_numpy(picture), images_seen=self.images_seen)
+            self.board.picture("samples", torch.from_numpy(picture), images_seen=self.images_seen)
             self.run.picture(f"{self.images_seen:012d}", picture)
-        self.metrics.pause(time.monotonic() - began)
+        self.metrics.pause(time.monotonic() - began, on="drawing")
 
     def _end(self, *, stopped: bool) -> None:
         if self.board is None:
@@ -213,6 +216,8 @@ class Loop:
             why = "by `python -m launch stop`" if self.run.stop_requested else "by a signal"
         self.run.note(state="stopped" if stopped else "finished", why=why)
         self._log(f"stopped {why}; rerun the same command to resume" if stopped else "finished")
+        for line in self.board.closing():
+            self._log(line)
 
     def _log(self, text: str) -> None:
         if self.board is not None:

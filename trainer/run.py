@@ -22,6 +22,7 @@ from PIL import Image
 
 from data import files
 from trainer import config as configs
+from trainer import goodput
 from trainer.checkpoint import committed
 from trainer.config import Config
 from trainer.ranks import lease as leases
@@ -63,11 +64,13 @@ class Run:
         Raises:
             ValueError: another job writes it.
         """
+        last_sign = leases.beat(self.path) / 1e9
         lease = leases.claim(self.path)
         run = replace(self, lease=lease, token=lease.token)
         before = RunState.read(self.path)
         starts = 1 + (before.starts if before else 0)
         run.note(state="running", starts=starts, began=time.time(), why=None, job_id=lease.job_id)
+        goodput.note_start(self.path, last_sign=last_sign, job_id=lease.job_id)
         try:
             yield run
         except LeaseLost:
@@ -79,7 +82,15 @@ class Run:
                 run.note(state=state, why=f"{error}" or type(error).__name__)
             raise
         finally:
+            with suppress(OSError, LeaseLost):
+                run.note_end()
             lease.release()
+
+    def note_end(self) -> None:
+        """Note the end of this start in the timeline."""
+        self.check_lease()
+        state = RunState.read(self.path)
+        goodput.note(self.path, "end", state=state.state if state else "")
 
     def check_lease(self) -> None:
         """Return if this process may still write. Called ahead of every append and commit.

@@ -134,3 +134,11 @@ class IntervalConfig:
         for field in ("log", "checkpoint", "keep", "keep_every", "samples", "samples_count"):
             value = getattr(self, field)
             check(value is None or value >= 1, f"intervals.{field}", value, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardConfig:
+    """Where a run is shown beside TensorBoard."""
+
+    #: A project of Weights & Biases. Absent: not shown there.
+    wandb: str | None = None

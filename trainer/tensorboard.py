@@ -1,66 +1,71 @@
-"""What a run shows: `metrics.jsonl`, and `tensorboard/`, which this module alone writes."""
+"""The only module that imports TensorBoard: the curves, texts and pictures of a run."""
 
-import json
-import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from data import files
+# Where a metric without a group of its own is shown; all others are under "train".
+_GROUPS = {
+    "optimizer": ("lr", "grad_norm", "param_norm", "loss_scale", "skipped", "skipped_total"),
+    "speed": (
+        *("images_per_second", "mfu_measured", "mfu_datasheet", "interval_seconds"),
+        *("data_wait_seconds", "data_wait_share", "forward_seconds", "slowest_rank"),
+        *("saving_seconds", "drawing_seconds", "validating_seconds"),
+    ),
+    "memory": ("memory_gib", "host_memory_gib", "host_memory_growth_gib"),
+}
+_TAGS = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
+# Beside the event files; without it, they were written by a release with other tags.
+_LAYOUT_FILE, _LAYOUT = "layout", "2"
 
 
-class Board:
-    """`metrics.jsonl` and `tensorboard/` of a run. Only the main rank has one."""
+def tag(name: str) -> str:
+    """The tag of a metric: "GROUP/NAME"."""
+    return name if "/" in name else _TAGS.get(name, f"train/{name}")
 
-    def __init__(self, run: Path, *, images_seen: int, config: str) -> None:
+
+def is_moved(name: str) -> bool:
+    """Whether a metric had another tag in the last release."""
+    return name in _TAGS
+
+
+class TensorBoard:
+    """The event files of a run. Each start adds one."""
+
+    def __init__(self, directory: Path, *, images_seen: int, config: str) -> None:
+        #: Whether the curves of earlier starts have other tags.
+        self.is_old = directory.exists() and not (directory / _LAYOUT_FILE).exists()
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
-        _drop_rows(run / "metrics.jsonl", after=images_seen)
-        self._jsonl = (run / "metrics.jsonl").open("a")
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=images_seen + 1)
+        self._writer = SummaryWriter(str(directory), purge_step=images_seen + 1)
+        (directory / _LAYOUT_FILE).write_text(_LAYOUT + "\n")
         self._writer.add_text("config", f"```toml\n{config}\n```", global_step=images_seen)
+        quarters = {
+            f"{name} by quarter of t (q0: least noise)": ["Multiline", [rf"^{name}/q\d$"]]
+            for name in ("loss", "mse", "vb")
+        }
+        self._writer.add_custom_scalars({"loss by timestep": quarters})
 
-    def __enter__(self) -> "Board":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+    def scalars(
+        self, values: Mapping[str, float], *, images_seen: int, time: float | None = None
     ) -> None:
-        self._jsonl.close()
-        self._writer.close()
-
-    def scalars(self, values: Mapping[str, float], *, images_seen: int) -> None:
-        """Write one row of metrics; what is not finite is null in metrics.jsonl."""
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._jsonl.write(json.dumps({"images": images_seen, "time": time.time(), **finite}) + "\n")
-        self._jsonl.flush()
+        """Add a point to the curve of each value, of `time` (seconds since 1970) if not of now."""
         for name, value in values.items():
-            self._writer.add_scalar(name if "/" in name else f"train/{name}", value, images_seen)
-        self._writer.flush()
+            self._writer.add_scalar(tag(name), value, images_seen, walltime=time)
 
-    def grid(self, name: str, picture: Tensor, *, images_seen: int) -> None:
+    def text(self, name: str, markdown: str, *, images_seen: int) -> None:
+        """Show a text in place of the last of that name."""
+        self._writer.add_text(name, markdown, images_seen)
+
+    def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
         self._writer.add_image(name, picture, images_seen)
+
+    def flush(self) -> None:
+        """Write all to disk."""
         self._writer.flush()
 
-
-def _drop_rows(file: Path, *, after: int) -> None:
-    """Remove the rows of later clocks, and a last row that was torn."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    kept = [line for line in lines if _clock(line) <= after]
-    if kept != lines:
-        files.write(file, "".join(f"{line}\n" for line in kept))
-
-
-def _clock(row: str) -> float:
-    """The clock of a row; infinity where it cannot be read."""
-    try:
-        return float(json.loads(row)["images"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    def close(self) -> None:
+        """Write all to disk, and end."""
+        self._writer.close()

@@ -24,16 +24,18 @@ from data import descriptors
 from data.dataset import open_shards
 from data.exits import TO_BE_CONTINUED, CommandParser
 from data.stream import Batch, Stream, to_device
-from trainer import averages, classes, settings, start
+from trainer import averages, classes, settings, start, wandb
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.objective import Classify, Denoise
+from trainer.board import Board
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.draw import grid_indices
 from trainer.engine import Engine, check_precision
 from trainer.loop import Loop
 from trainer.metrics import Metrics
+from trainer.mfu import Mfu
 from trainer.ranks.context import RankContext
 from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.lease import stop_file
@@ -42,7 +44,6 @@ from trainer.ranks.world import World, join
 from trainer.run import Run
 from trainer.runstate import RunState
 from trainer.saver import Saver
-from trainer.tensorboard import Board
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class TrainingPlan:
         )
         classes.check(config, stream.shards, run=run)
         check_precision(config.training.precision)
+        wandb.check(config.board.wandb)
         return cls(
             run=run,
             config=config,
@@ -145,10 +147,11 @@ def _loop(
     config, run, world, every = plan.config, plan.run, context.world, plan.config.intervals
     with ExitStack() as stack:
         stream = stack.enter_context(plan.stream)
-        board = None
+        mfu, board = Mfu.measure(config, device=context.device), None
         if world.is_main:
-            text = configs.to_toml(config)
-            board = stack.enter_context(Board(run.path, images_seen=images_seen, config=text))
+            run.log(f"{mfu}")
+            board = Board(run.path, config=config, images_seen=images_seen, mfu=mfu, log=run.log)
+            stack.enter_context(board)
         loop = Loop(
             config=config,
             run=run,
@@ -156,7 +159,12 @@ def _loop(
             engine=engine,
             objective=objective,
             saver=Saver(run, world=world, keep=every.keep, keep_every=every.keep_every),
-            metrics=Metrics(world=world, device=context.device, timesteps=config.diffusion.steps),
+            metrics=Metrics(
+                world=world,
+                device=context.device,
+                timesteps=config.diffusion.steps,
+                is_own_time=engine.stage < 3,
+            ),
             board=board,
             images_seen=images_seen,
             order=stream.identity,

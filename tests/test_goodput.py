@@ -1,0 +1,177 @@
+"""Where the time of a run went, from its timeline alone; and ranks that hold the others up."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import ranks
+from trainer import goodput, pace
+from trainer.metrics import Metrics, _host_memory
+from trainer.mfu import datasheet
+from trainer.pace import SlowRanks
+from trainer.ranks.group import connected
+from trainer.ranks.world import join
+
+
+def start(began: float, **facts: object) -> dict:
+    return {"event": "start", "time": began + 1, "began": began, **facts}
+
+
+def training(at: float, images: int) -> dict:
+    return {"event": "training", "time": at, "images": images}
+
+
+def report(at: float, images: int, **spent: float) -> dict:
+    return {"event": "report", "time": at, "images": images, "images_per_second": 10.0, **spent}
+
+
+def end(at: float, state: str) -> dict:
+    return {"event": "end", "time": at, "state": state}
+
+
+#: Submitted at 0; starts at 100; trains from 200, 1000 images each 100 s; is killed at 550, alive
+#: until 540; is queued again until 600; resumes at 700 from 2000, where it was at 400.
+KILLED = [
+    start(100, submitted=0.0),
+    training(200, 0),
+    report(300, 1000, waiting=10.0),
+    report(400, 2000, saving=20.0, saves=1),
+    report(500, 3000, saving=50.0, saves=1),
+    start(600, submitted=0.0, last_sign=540.0),
+    training(700, 2000),
+    report(800, 3000, drawing=5.0),
+]
+
+
+def seconds(rows: list, **more: float) -> dict[str, float]:
+    found = goodput.account(rows, **more)
+    assert found is not None
+    return {kind: s for kind, s in found.seconds.items() if s}
+
+
+def test_what_a_later_start_does_again_is_lost() -> None:
+    found = seconds([*KILLED, end(830, "finished")])
+    assert found == {
+        "queued": 100 + 60, "starting": 100 + 100, "lost": 100 + 40, "waiting for data": 10,
+        "saving": 20 + 30, "drawing": 5, "productive": 90 + 80 + 95,
+    }  # fmt: skip
+    assert sum(found.values()) == 830  # all of the time from the submission on, once
+
+
+def test_a_checkpoint_between_two_reports_splits_the_interval() -> None:
+    resumed = [*KILLED[:5], start(600, last_sign=500.0), training(700, 2500)]
+    assert seconds(resumed)["lost"] == 50
+    older = [*KILLED, start(900), training(1000, 1000)]  # the checkpoint at 2000 was damaged
+    assert seconds(older)["lost"] == 100 + 100 + 40 + 100
+
+
+def test_a_run_that_still_trains_is_counted_until_now() -> None:
+    assert seconds(KILLED, now=900.0)["productive"] == 90 + 80 + 95 + 100
+    found = goodput.account(KILLED, now=900.0)
+    assert found is not None and found.failures == 1
+    dead = goodput.account(KILLED)
+    assert dead is not None and dead.failures == 2
+
+
+def test_time_between_starts_without_a_scheduler_is_no_queue() -> None:
+    again = [start(0), training(10, 0), end(20, "stopped"), start(9e6), training(9e6 + 10, 0)]
+    assert seconds(again) == {"starting": 20, "saving": 10}
+
+
+def test_the_advised_interval_weighs_saves_against_failures() -> None:
+    found = goodput.account(KILLED, now=900.0)
+    assert found is not None
+    ran = 900 - 100 - 60
+    assert found.advised_interval == pytest.approx((2 * found.save_cost * ran) ** 0.5)
+    assert found.save_cost == 20 / 2  # what was saved and lost again is lost
+    assert "1 failure in 12 min" in found.advice()
+
+
+@pytest.mark.parametrize(
+    "torn", ["", '{"event": "re', "null", '{"event": "report", "time": 1}', "\0"]
+)
+def test_torn_lines_are_left_out(torn: str, tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    goodput.note(tmp_path, "training", images=5)
+    with goodput.file(tmp_path).open("a") as file:
+        file.write(torn)
+    goodput.note(tmp_path, "end", state="finished")
+    assert [row["event"] for row in goodput.read(tmp_path)] == ["training", "end"]
+    assert goodput.account(goodput.read(tmp_path)) is None
+
+
+def test_no_two_kinds_of_time_are_more_than_there_was() -> None:
+    odd = [start(0), training(0, 0), report(10, 100, waiting=8.0, saving=8.0), end(5, "failed")]
+    assert seconds(odd) == {"waiting for data": 5, "saving": 5}
+
+
+def test_a_rank_is_slow_when_it_stays_behind_the_median_or_its_own_best() -> None:
+    slow = SlowRanks(["n1", "n1", "n2", "n2"])
+    for now in range(0, 50, 10):
+        slow.judge([1.0, 1.1, 1.5 if now else 1.0, 1.0], now=float(now))
+        assert slow.is_news == (now == 40)  # three reports and 30 s after it began
+    assert slow.text == "rank 2 on n2 (1.50 x the median rank, 1.50 x its own best)"
+    slow.judge([1.0, 1.1, 1.0, 1.0], now=60.0)
+    assert (slow.text, slow.is_news) == ("", True)
+    for now in range(70, 120, 10):  # every rank of a host that throttles
+        slow.judge([1.3, 1.4, 1.3, 1.3], now=float(now))
+    assert slow.text.count("x its own best") == 4
+
+
+def test_a_short_disturbance_is_no_slow_rank() -> None:
+    slow = SlowRanks(["n1", "n2"])
+    for now in range(10):
+        slow.judge([1.0, 2.0 if now % 3 else 1.0], now=100.0 * now)
+        assert slow.text == ""
+
+
+def work() -> int:
+    """Two ranks of which the second computes slowly."""
+    world, pace.SECONDS = join(), 0.0
+    with connected(world, patience=ranks.LIMIT) as device:
+        metrics = Metrics(world=world, device=device, timesteps=10)
+        for _ in range(pace.REPORTS + 1):
+            with metrics.forward.running():
+                time.sleep(0.5 if world.rank else 0.01)
+            metrics.note("data_wait_seconds", 0.001)
+            metrics.pause(0.25, on="saving")
+            values = metrics.reduce(images=2)
+        print(json.dumps({**values, "slow": metrics.slow.text}))
+    return 0
+
+
+def test_the_slow_rank_is_named_with_its_host_by_every_rank(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, work, ranks=2)
+    job.wait()
+    for text in job.texts:
+        values = json.loads(text.splitlines()[-1])
+        assert "rank 1 on " in values["slow"] and "rank 0" not in values["slow"]
+        assert values["slowest_rank"] > pace.SLOW
+        assert values["saving_seconds"] == 0.25
+        assert 0 < values["data_wait_share"] < 0.1
+        assert values["host_memory_gib"] > 0.01
+
+
+def test_names_of_devices_have_their_own_peak() -> None:
+    assert datasheet("NVIDIA H100 80GB HBM3") == 989e12
+    assert datasheet("NVIDIA H100 PCIe") == 756e12
+    assert datasheet("NVIDIA A100-SXM4-40GB") == 312e12
+    assert datasheet("Tesla T4") == 65e12 and datasheet("NVIDIA L40S") == 362e12
+    assert datasheet("NVIDIA GeForce GTX 1080") is None
+
+
+def test_host_memory_is_what_the_process_and_its_workers_hold() -> None:
+    before = _host_memory()
+    held = b"x" * 2**28
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "x = b'x' * 2**28; print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert worker.stdout is not None and worker.stdout.readline()
+    assert 0.5 < _host_memory() - before < 0.6 and len(held) == 2**28
+    worker.communicate(b"\n")

@@ -1,0 +1,201 @@
+"""What a run shows: `metrics.jsonl`, its timeline, TensorBoard and, if it is wanted, wandb."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from data import files
+from data.progress import duration
+from trainer import config as configs
+from trainer import goodput
+from trainer.config import Config
+from trainer.goodput import Goodput
+from trainer.mfu import Mfu
+from trainer.runstate import RunState
+from trainer.tensorboard import TensorBoard, is_moved
+from trainer.wandb import WandB
+
+# Seconds between two texts of the status.
+_TEXT_EVERY = 10.0
+
+
+class Board:
+    """The records of a run from this start on. Only the main rank has one."""
+
+    def __init__(
+        self, run: Path, *, config: Config, images_seen: int, mfu: Mfu, log: Callable[[str], None]
+    ) -> None:
+        self._run = run
+        self._total = config.training.images
+        self._mfu = mfu
+        self._log = log
+        self._began, self._start = time.monotonic(), images_seen
+        self._texted = -math.inf
+        # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
+        rows = _drop_rows(run / "metrics.jsonl", after=images_seen)
+        self._jsonl = (run / "metrics.jsonl").open("a")
+        text = configs.to_toml(config)
+        self._tensorboard = TensorBoard(run / "tensorboard", images_seen=images_seen, config=text)
+        if self._tensorboard.is_old:
+            self._show_again(rows)
+        project = config.board.wandb
+        self._wandb = WandB(run, project=project, config=text) if project else None
+        goodput.note(run, "training", images=images_seen)
+        self._timeline = goodput.read(run)
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._jsonl.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def report(self, values: Mapping[str, float], *, images_seen: int, slow: str) -> None:
+        """Add one row of metrics. `slow` names the slow ranks.
+
+        What is not finite is null in metrics.jsonl.
+        """
+        values = {**values, **self._mfu.shares(values["images_per_second"])}
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._jsonl.write(json.dumps({"images": images_seen, "time": time.time(), **finite}) + "\n")
+        self._jsonl.flush()
+        found = self._account(values, images_seen=images_seen)
+        hours = self._hours_left(images_seen)
+        shares = {f"goodput/{kind}": share for kind, share in found.shares.items()} if found else {}
+        shown = {
+            **_overview(values, done=images_seen / self._total, hours=hours),
+            **values,
+            **shares,
+        }
+        self._tensorboard.scalars(shown, images_seen=images_seen)
+        if time.monotonic() > self._texted + _TEXT_EVERY or images_seen >= self._total:
+            text = self._status(
+                values, images_seen=images_seen, hours=hours, slow=slow, found=found
+            )
+            self._tensorboard.text("0_overview/status", text, images_seen=images_seen)
+            self._texted = time.monotonic()
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.scalars(shown, images_seen=images_seen)
+
+    def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
+        """Show uint8 (3, H, W)."""
+        self._tensorboard.picture(name, picture, images_seen=images_seen)
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.picture(name, picture, images_seen=images_seen)
+
+    def closing(self) -> list[str]:
+        """The lines that end the log of a start: where the time of the run went."""
+        found = goodput.account(self._timeline, now=time.time())
+        assert found is not None
+        advice = found.advice()
+        return [f"time: {found}", *([advice] if advice else [])]
+
+    def _account(self, values: Mapping[str, float], *, images_seen: int) -> Goodput | None:
+        """Add a report to the timeline, and add it all up."""
+        spent = {
+            kind: values[f"{kind}_seconds"] for kind in goodput.SPENT if f"{kind}_seconds" in values
+        }
+        facts: dict[str, Any] = {
+            **spent,
+            "waiting": values.get("data_wait_share", 0.0) * values["interval_seconds"],
+            "saves": int("saving" in spent),
+            "images": images_seen,
+            "images_per_second": values["images_per_second"],
+        }
+        self._timeline.append(goodput.note(self._run, "report", **facts))
+        return goodput.account(self._timeline, now=time.time())
+
+    def _hours_left(self, images_seen: int) -> float:
+        """At the mean rate since this start began to train, with all that is not training."""
+        seconds = (time.monotonic() - self._began) / max(images_seen - self._start, 1)
+        return seconds * (self._total - images_seen) / 3600
+
+    def _status(
+        self,
+        values: Mapping[str, float],
+        *,
+        images_seen: int,
+        hours: float,
+        slow: str,
+        found: Goodput | None,
+    ) -> str:
+        """The state of the run, as a table in Markdown."""
+        state, done = RunState.read(self._run), f"{100 * images_seen / self._total:.1f} %"
+        mfu = [f"{100 * values[n]:.1f} % of {w}" for n, w in _MFU if n in values]
+        rows = {
+            "images": f"{images_seen:,} of {self._total:,} ({done})",
+            "time left": duration(3600 * hours),
+            "loss": f"{values['loss']:.4f}",
+            "rate": f"{values['images_per_second']:.1f} images/s",
+            "model FLOPs utilisation": ", ".join(mfu),
+            "waiting for data": f"{100 * values.get('data_wait_share', 0.0):.1f} % of the time",
+            "skipped steps": f"{values.get('skipped_total', 0.0):.0f} in all",
+            "slow ranks": slow or "none",
+            "last checkpoint": (state.checkpoint if state else None) or "none yet",
+            "starts": str(state.starts) if state else "?",
+            "time of the run": str(found or ""),
+            "checkpoints": (found.advice() if found else "") or "none was written yet",
+            "as of": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        }
+        return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
+
+    def _show_again(self, rows: list[dict[str, Any]]) -> None:
+        """Draw the curves of a run of an earlier release under the tags of this one."""
+        for row in rows:
+            known = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            images, at = int(known.pop("images")), known.pop("time", None)
+            first = _overview(known, done=images / self._total, hours=None)
+            moved = {name: v for name, v in known.items() if is_moved(name)}
+            self._tensorboard.scalars({**first, **moved}, images_seen=images, time=at)
+        self._log(f"TensorBoard: {len(rows)} rows of metrics.jsonl are shown under their new tags")
+
+
+_MFU = (("mfu_measured", "the measured peak"), ("mfu_datasheet", "the datasheet's peak"))
+# What is shown first: name there -> metric.
+_FIRST = {
+    "loss": "loss",
+    "images_per_second": "images_per_second",
+    "mfu": "mfu_measured",
+    "skipped_steps": "skipped_total",
+    "data_wait_share": "data_wait_share",
+}
+
+
+def _overview(values: Mapping[str, float], *, done: float, hours: float | None) -> dict[str, float]:
+    """What answers "is it healthy, and how long still", in a group that is shown first."""
+    first = {name: values[metric] for name, metric in _FIRST.items() if metric in values}
+    left = {} if hours is None else {"hours_left": hours}
+    shown = {**first, "share_done": done, **left}
+    return {f"0_overview/{name}": value for name, value in shown.items()}
+
+
+def _drop_rows(file: Path, *, after: int) -> list[dict[str, Any]]:
+    """Remove the rows of later clocks, and a last row that was torn; returns the others."""
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    kept = [line for line in lines if _clock(line) <= after]
+    if kept != lines:
+        files.write(file, "".join(f"{line}\n" for line in kept))
+    return [json.loads(line) for line in kept]
+
+
+def _clock(row: str) -> float:
+    """The clock of a row; infinity where it cannot be read."""
+    try:
+        return float(json.loads(row)["images"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
