@@ -1,0 +1,94 @@
+"""The planner: presets of every kind are planned, and what it prints follows from counted costs."""
+
+import json
+from statistics import median
+from typing import Any
+
+import pytest
+
+from tests.support.runs import Place
+from trainer import config as configs
+from trainer import costs, ds_config, plan
+from trainer.prediction import Machine, largest_micro_batch, memory, operations, resized, step
+
+ZERO = ds_config.load("ds_config.json")["zero_optimization"]
+PRESETS = ("imagenet64", "imagenet512", "upsample64_256", "classifier128")
+
+
+def machine(**changes: Any) -> Machine:
+    rates = {"tflops": 989.0, "mfu": 0.4, "bandwidth": 40.0, "overlap": 0.8, "host_ms": 0.0}
+    return Machine(**{"gpus": 8, "gpu_memory": 80.0, "reserve": 4.0, **rates, **changes})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_of_every_kind_are_planned(preset: str, capsys: pytest.CaptureFixture) -> None:
+    assert plan.main([preset, "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert f"{costs.count(configs.load(preset)).parameters:,} parameters" in said
+    assert "largest micro-batch" in said
+    assert "does not fit" not in said.split("At 32 images")[0].split("At the preset")[1]
+
+
+def test_without_a_network_or_a_host_a_step_takes_what_its_operations_take() -> None:
+    config = configs.load("imagenet64")
+    net = costs.count(config)
+    ideal = machine(bandwidth=1e9)
+    for gpus in (1, 8, 64):
+        now = step(config, net, machine=ideal, gpus=gpus, zero=ZERO)
+        seconds = 2048 * operations(config) / (gpus * 0.4 * 989e12)
+        assert now.seconds == pytest.approx(seconds, rel=1e-3)
+
+
+def test_at_a_fixed_batch_more_gpus_are_used_less_well_and_the_limit_is_named() -> None:
+    config = configs.load("imagenet64", ("training.micro_batch = 64",))
+    net = costs.count(config)
+    there = [step(config, net, machine=machine(), gpus=n, zero=ZERO) for n in (8, 64, 512)]
+    shares = [each.efficiency for each in there]
+    assert shares == sorted(shares, reverse=True)
+    assert there[-1].limit == "network"
+    slow = step(config, net, machine=machine(host_ms=500.0), gpus=512, zero=ZERO)
+    assert slow.limit.startswith("host")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_image_more_than_the_largest_micro_batch_does_not_fit(stage: int) -> None:
+    config = resized(configs.load("imagenet256"), batch=2048, micro_batch=8)
+    net, there, zero = costs.count(config), machine(), {**ZERO, "stage": stage}
+    most = largest_micro_batch(config, net, zero=zero, machine=there)
+    held = [
+        sum(memory(config, net, zero=zero, ranks=8, micro_batch=size).values())
+        for size in (most, most + 1)
+    ]
+    assert held[0] <= 76 * 2**30 < held[1]
+
+
+def test_a_run_tells_the_planner_the_speed_of_each_rank(
+    place: Place, capsys: pytest.CaptureFixture
+) -> None:
+    run = place.run("3x2")
+    config = configs.load(place.preset)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["images_per_second"] for line in lines]
+    there = plan.measured(machine(), config=config, run=run)
+    assert there.mfu * 989e12 == pytest.approx(median(rates) / 3 * operations(config))
+    assert plan.main(["imagenet64", "--gpus", "8", "--from", str(run)]) == 78
+    assert "trains another network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "0"], "--gpus = 0: must be above 0"),
+        (["--gpus", "7"], "does not divide among 7 ranks"),
+        (["--gpus", "8", "--mfu", "1.2"], "--mfu = 1.2: must be above 0, at most 1"),
+        (["--gpus", "8", "--reserve", "90"], "--reserve = 90.0: must be from 0 to below 80"),
+        (["--gpus", "8", "--from", "no-such-run"], "no-such-run"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert plan.main(["imagenet64", *words]) == 78
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,242 @@
+"""Plan a run before it is queued: memory, micro-batch, disk, data rate, time, and what limits it.
+
+  python -m trainer.plan PRESET --gpus N --gpu-memory G [--bandwidth B] [--mfu M | --from RUN]
+
+Bytes and operations are counted from the preset and ds_config.json. Rates are inputs, which the
+first lines repeat: measure them (`--from RUN` takes the speed of a run) or state them.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.dataset import open_shards
+from data.exits import REFUSED, CommandParser
+from trainer import checkpoint as checkpoints
+from trainer import config as configs
+from trainer import costs, ds_config, settings
+from trainer.config import Config
+from trainer.costs import NetCosts
+from trainer.prediction import (
+    GB,
+    GIB,
+    Machine,
+    Step,
+    largest_micro_batch,
+    memory,
+    operations,
+    resized,
+    step,
+)
+
+# Images per GPU of the table of weak scaling.
+_WEAK = 32
+# Rows of a run's metrics that its speed is taken from.
+_ROWS = 50
+
+
+def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
+    """The machine with the speed that a run of this network reached lately, with all its waits.
+
+    Raises:
+        ValueError: the run trains another network, or has no speed to read.
+    """
+    if configs.load(run / "config.toml").model != config.model:
+        raise ValueError(f"--from {run}: it trains another network than this preset")
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()[-_ROWS:]
+        rate = statistics.median(json.loads(line)["images_per_second"] for line in lines)
+        ranks = checkpoints.read(checkpoints.committed(run / "checkpoints")[0]).state.ranks
+    except (OSError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"--from {run}: no speed in its metrics.jsonl and newest checkpoint ({error!r})"
+        ) from None
+    mfu = rate / ranks * operations(config) / (machine.tflops * 1e12)
+    return dataclasses.replace(machine, mfu=mfu)
+
+
+def report(
+    config: Config, *, machine: Machine, zero: Mapping[str, Any], name: str
+) -> Iterable[str]:
+    """The lines of the plan."""
+    net = costs.count(config)
+    training = config.training
+    yield (
+        f"{name}: {net.parameters:,} parameters, {net.forward_flops / 1e9:,.1f} GFLOP per image "
+        f"forward, {net.saved_bytes / 1e6:,.0f} MB of activations per image, {training.precision}"
+    )
+    yield (
+        f"assumed: {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s per GPU, {machine.bandwidth:g} "
+        f"GB/s between ranks, {machine.overlap:.0%} of reductions hidden, {machine.host_ms:g} ms "
+        f"of the host per micro-batch, {machine.reserve:g} GiB of {machine.gpu_memory:g} reserved"
+    )
+    yield from _memory_lines(config, net, machine=machine, zero=zero)
+    now = step(config, net, machine=machine, gpus=machine.gpus, zero=zero)
+    yield from _disk_lines(config, net)
+    yield from _data_lines(config, now)
+    yield from _scale_lines(config, net, machine=machine, zero=zero)
+
+
+def _memory_lines(
+    config: Config, net: NetCosts, *, machine: Machine, zero: Mapping[str, Any]
+) -> Iterable[str]:
+    ranks, micro = machine.gpus, config.training.micro_batch_on(machine.gpus)
+    yield f"\nMemory of a rank on {ranks} GPUs with micro-batches of {micro}, GiB:"
+    stages = [{**zero, "stage": stage} for stage in (1, 2, 3)]
+    tables = [memory(config, net, zero=s, ranks=ranks, micro_batch=micro) for s in stages]
+    titles = [f"stage {s['stage']}{'*' if s['stage'] == zero['stage'] else ''}" for s in stages]
+    yield _row("", titles)
+    for part in dict.fromkeys(part for table in tables for part in table):
+        yield _row(part, [f"{table[part] / GIB:.2f}" if part in table else "" for table in tables])
+    yield _row("together", [f"{sum(table.values()) / GIB:.2f}" for table in tables])
+    most = [largest_micro_batch(config, net, zero=s, machine=machine) for s in stages]
+    yield _row("largest micro-batch", [str(size or "none fits") for size in most])
+    yield "(* the stage of --ds-config; the largest micro-batch is at most a rank's share)"
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"  {name:<28}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def _disk_lines(config: Config, net: NetCosts) -> Iterable[str]:
+    every, training = config.intervals, config.training
+    size = 4 * net.parameters * (3 + len(training.ema)) / GB
+    stay = training.images // every.keep_every if every.keep_every else 0
+    # One is being written while the newest are kept.
+    most = every.keep + 1 + stay
+    count = training.images // every.checkpoint
+    yield (
+        f"\nDisk: {size:.2f} GB per checkpoint, {count:,} of them; up to {most:,} at once "
+        f"(intervals.keep = {every.keep}, {stay:,} by intervals.keep_every): {size * most:,.0f} GB"
+    )
+
+
+def _data_lines(config: Config, now: Step) -> Iterable[str]:
+    rate = now.batch / now.seconds
+    line = f"Data: {rate:,.0f} images/s in all, {rate / now.gpus:,.1f} per GPU"
+    try:
+        shards = open_shards(config.data.shards)
+    except (ValueError, OSError):
+        yield f"{line} ({config.data.shards} cannot be read here, so no bytes)"
+    else:
+        mean = sum(shard.bytes for shard in shards.shards) / max(shards.count, 1)
+        yield f"{line}: {rate * mean / 1e6:,.1f} MB/s at {mean / 1e3:.1f} kB per image"
+    days = config.training.images / rate / 86400
+    yield (
+        f"Time: {days:,.1f} days on {now.gpus} GPUs, {days * now.gpus:,.0f} GPU days, for "
+        f"{config.training.images:,} images ({config.training.images // now.batch:,} steps)"
+    )
+
+
+def _scale_lines(
+    config: Config, net: NetCosts, *, machine: Machine, zero: Mapping[str, Any]
+) -> Iterable[str]:
+    training = config.training
+    counts = [n for n in (1, 8, 16, 32, 64, 128, 256, 512) if training.batch % n == 0]
+    counts = sorted({*counts, machine.gpus})
+    yield f"\nAt the preset's batch of {training.batch}, ZeRO stage {zero['stage']}:"
+    yield from _table(config, net, machine=machine, zero=zero, batches=dict.fromkeys(counts))
+    yield f"\nAt {_WEAK} images per GPU (another batch is another experiment):"
+    wide = {n: _WEAK * n for n in (8, 16, 32, 64, 128, 256, 512)}
+    yield from _table(config, net, machine=machine, zero=zero, batches=wide)
+
+
+def _table(
+    config: Config,
+    net: NetCosts,
+    *,
+    machine: Machine,
+    zero: Mapping[str, Any],
+    batches: Mapping[int, int | None],
+) -> Iterable[str]:
+    titles = (
+        "per GPU",
+        "micro-batch",
+        "step ms",
+        "network ms",
+        "host ms",
+        "images/s",
+        "efficiency",
+    )
+    yield f"  {'GPUs':>5}" + "".join(f"{title:>12}" for title in titles) + "  limited by"
+    for gpus, batch in batches.items():
+        batch = batch or config.training.batch
+        there = dataclasses.replace(machine, gpus=gpus)
+        sized = resized(config, batch=batch, micro_batch=max(batch // gpus, 1))
+        micro = largest_micro_batch(sized, net, zero=zero, machine=there)
+        if not micro:
+            yield f"  {gpus:>5}{batch // gpus:>12}   does not fit in {machine.gpu_memory:g} GiB"
+            continue
+        sized = resized(config, batch=batch, micro_batch=micro)
+        now = step(sized, net, machine=machine, gpus=gpus, zero=zero)
+        cells = (
+            f"{batch // gpus}",
+            f"{now.micro_batch}",
+            f"{now.seconds * 1e3:.0f}",
+            f"{now.communication * 1e3:.0f}",
+            f"{now.host * 1e3:.0f}",
+            f"{batch / now.seconds:,.0f}",
+            f"{now.efficiency:.0%}",
+        )
+        yield f"  {gpus:>5}" + "".join(f"{cell:>12}" for cell in cells) + f"  {now.limit}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = CommandParser(
+        prog="python -m trainer.plan",
+        description="Plan a run: memory, micro-batch, disk, data rate, time, and what limits it.",
+    )
+    parser.add_argument("preset", help="a name in trainer/presets, or a .toml file")
+    settings.add_overrides(parser)
+    parser.add_argument("--ds-config", default="ds_config.json", help="default: %(default)s")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank on each")
+    rates = (
+        ("gpu-memory", 80.0, "GiB of each GPU"),
+        ("reserve", 4.0, "GiB of it that CUDA, NCCL and fragmentation take"),
+        ("tflops", 989.0, "peak of a GPU in the training precision, in TFLOP/s"),
+        ("mfu", 0.35, "share of the peak that a step's computing reaches"),
+        ("bandwidth", 40.0, "GB/s that each rank sends in a collective"),
+        ("overlap", 0.8, "share of the gradients' reduction that computing may hide"),
+        ("host-ms", 60.0, "milliseconds of the host to launch a micro-batch"),
+    )
+    for name, default, text in rates:
+        parser.add_argument(
+            f"--{name}", type=float, default=default, help=f"{text} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--from",
+        dest="run",
+        type=Path,
+        metavar="RUN",
+        help="take the speed of each GPU from this run of the same network (default: --mfu)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
+        zero = ds_config.load(arguments.ds_config)["zero_optimization"]
+        names = [field.name for field in dataclasses.fields(Machine)]
+        machine = Machine(**{name: getattr(arguments, name) for name in names})
+        config.training.micro_batch_on(machine.gpus)
+        if arguments.run is not None:
+            machine = measured(machine, config=config, run=arguments.run)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    for line in report(config, machine=machine, zero=zero, name=arguments.preset):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

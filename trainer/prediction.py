@@ -1,0 +1,160 @@
+"""Predictions from counted costs and stated rates: the time of a step, and what fits in memory."""
+
+import bisect
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer import costs
+from trainer.adm.config import check
+from trainer.adm.unet import flops
+from trainer.config import Config
+from trainer.costs import NetCosts
+
+GIB, GB = 2**30, 1e9
+# A backward pass takes twice the operations of the forward pass; recomputation one pass more.
+_PASSES, _RECOMPUTED = 3, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The rates that a plan assumes, as options give them."""
+
+    gpus: int
+    #: GiB of a GPU, and those that CUDA, NCCL and fragmentation take of them.
+    gpu_memory: float
+    reserve: float
+    #: Peak of a GPU in TFLOP/s, and the share of it that forward and backward pass reach.
+    tflops: float
+    mfu: float
+    #: GB/s that each rank sends in collectives, and the share of reductions that computing hides.
+    bandwidth: float
+    overlap: float
+    #: Milliseconds that the host needs to launch the work of a micro-batch.
+    host_ms: float
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpu_memory", "tflops", "bandwidth"):
+            value = getattr(self, name)
+            check(value > 0, f"--{name.replace('_', '-')}", value, "above 0")
+        check(0 < self.mfu <= 1, "--mfu", self.mfu, "above 0, at most 1")
+        check(0 <= self.overlap <= 1, "--overlap", self.overlap, "from 0 to 1")
+        check(self.host_ms >= 0, "--host-ms", self.host_ms, "at least 0")
+        fits = 0 <= self.reserve < self.gpu_memory
+        check(fits, "--reserve", self.reserve, f"from 0 to below {self.gpu_memory:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The seconds of one optimizer step on some number of GPUs, by what they are spent on."""
+
+    gpus: int
+    batch: int
+    micro_batch: int
+    compute: float
+    #: Beyond the computation that hides it.
+    communication: float
+    #: Launches that take longer than what they launch.
+    host: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.compute + self.communication + self.host
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the step in which the GPU computes at the assumed rate."""
+        return self.compute / self.seconds
+
+    @property
+    def limit(self) -> str:
+        """What takes most of the rest."""
+        if self.efficiency >= 0.9:
+            return "computing"
+        return "network" if self.communication > self.host else "host: few images per GPU"
+
+
+def _passes(config: Config) -> int:
+    return _RECOMPUTED if config.model.checkpoint else _PASSES
+
+
+def operations(config: Config) -> int:
+    """Floating-point operations of one image in training."""
+    return _passes(config) * flops(config.model)
+
+
+def step(
+    config: Config, net: NetCosts, *, machine: Machine, gpus: int, zero: Mapping[str, Any]
+) -> Step:
+    """The step of a config on so many GPUs.
+
+    Raises:
+        ValueError: the batch does not divide among them.
+    """
+    training = config.training
+    micro = training.micro_batch_on(gpus)
+    pieces = training.batch // (gpus * micro)
+    passes = _passes(config)
+    rate = machine.mfu * machine.tflops * 1e12
+    compute = training.batch / gpus * passes * net.forward_flops / rate
+    tensors = costs.traffic(net, zero=zero, ranks=gpus, accumulation=pieces)
+    gathered = {name: size for name, size in tensors.items() if name == "all_gather"}
+    reduced = {name: size for name, size in tensors.items() if name != "all_gather"}
+    gather, reduce = (
+        costs.sent(part, ranks=gpus) / (machine.bandwidth * GB) for part in (gathered, reduced)
+    )
+    # Backward passes hide reductions: in stage 1 those of the last micro-batch alone.
+    backward = compute * (passes - 1) / passes / (pieces if zero["stage"] == 1 else 1)
+    exposed = reduce - min(reduce * machine.overlap, backward)
+    if zero["stage"] == 3:  # gathers its weights ahead of the layers that need them
+        exposed += gather - min(gather * machine.overlap, compute)
+    else:
+        exposed += gather
+    host = max(0.0, pieces * machine.host_ms / 1000 - compute)
+    return Step(
+        gpus=gpus,
+        batch=training.batch,
+        micro_batch=micro,
+        compute=compute,
+        communication=exposed,
+        host=host,
+    )
+
+
+def resized(config: Config, *, batch: int, micro_batch: int) -> Config:
+    """The config with another batch, for as many whole steps as its images give."""
+    images = max(config.training.images // batch, 1) * batch
+    training = dataclasses.replace(
+        config.training, images=images, batch=batch, micro_batch=micro_batch
+    )
+    return dataclasses.replace(config, training=training)
+
+
+def memory(
+    config: Config, net: NetCosts, *, zero: Mapping[str, Any], ranks: int, micro_batch: int
+) -> dict[str, int]:
+    """Bytes of a rank by part; `costs.memory` for a preset cut into so large micro-batches."""
+    return costs.memory(
+        net,
+        averages=len(config.training.ema),
+        zero=zero,
+        ranks=ranks,
+        micro_batch=micro_batch,
+        accumulation=-(-config.training.batch // (ranks * micro_batch)),
+    )
+
+
+def largest_micro_batch(
+    config: Config, net: NetCosts, *, zero: Mapping[str, Any], machine: Machine
+) -> int:
+    """The most images at once that a rank's memory holds, at most its share of the batch; or 0."""
+    share = config.training.batch // machine.gpus
+    room = (machine.gpu_memory - machine.reserve) * GIB
+
+    def need(size: int) -> int:
+        parts = memory(config, net, zero=zero, ranks=machine.gpus, micro_batch=size)
+        return sum(parts.values())
+
+    return bisect.bisect_right(range(1, share + 1), room, key=need)
