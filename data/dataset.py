@@ -100,6 +100,15 @@ def open_shards(root: str | Path, *, fetch: FetchConfig | None = None) -> Shards
     return shards
 
 
+def class_names(root: str | Path) -> tuple[str, ...]:
+    """The names of a dataset's classes, by their numbers, from the manifest alone.
+
+    Raises:
+        ValueError: there is no readable manifest.
+    """
+    return _read_manifest(Reader(str(root), config=FetchConfig(retries=0))).classes
+
+
 def verify(root: str | Path, *, full: bool = False) -> list[str]:
     """Faults of a local dataset, one line each: files and sizes, with `full` also checksums.
 

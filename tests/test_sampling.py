@@ -11,8 +11,8 @@ from PIL import Image
 
 from data.exits import TO_BE_CONTINUED
 from tests.support import ranks
-from trainer import partfiles, sample
 from trainer.draw import tile
+from trainer.npz_output import NpzOutput
 
 
 def interrupt(root: Path, run: list[str], *, drawn: Path) -> None:
@@ -24,12 +24,14 @@ def interrupt(root: Path, run: list[str], *, drawn: Path) -> None:
 
 
 def draw_until(directory: Path, run: list[str], drawn: Path) -> int:
-    def write_part(file: Path, *args: Any, **kwargs: Any) -> None:
-        partfiles.write_part(file, *args, **kwargs)
-        if file == drawn:
+    write = NpzOutput.write
+
+    def write_and_wait(output: NpzOutput, part: int, *content: Any) -> None:
+        write(output, part, *content)
+        if drawn.exists():
             signal.pause()
 
-    sample.write_part = write_part
+    NpzOutput.write = write_and_wait  # type: ignore[method-assign]
     return ranks.work(directory, [run], False)
 
 
@@ -66,8 +68,12 @@ def test_a_request_resumes_its_parts_and_refuses_others(
     ask = [*weights["unet"], "--images", "6", "--batch", "2", "--steps", "3", "--out", out]
     assert ranks.sample(tmp_path, ask) == [0]
     whole = ranks.arrays(out)[0]
-    refused, other = ranks.sample(tmp_path, ask, [*ask[:-1], tmp_path / "b.npz", "--seed", "1"])
-    assert "exists: name another --out" in str(refused) and other == 0
+    again, refused, other = ranks.sample(
+        tmp_path, ask, [*ask, "--seed", "1"], [*ask[:-1], tmp_path / "b.npz", "--seed", "1"]
+    )
+    assert again == other == 0
+    assert "(seed was 0, is 1): name another --out" in str(refused)
+    assert np.array_equal(whole, ranks.arrays(out)[0])
     assert not np.array_equal(whole, ranks.arrays(tmp_path / "b.npz")[0])
 
     # An interruption leaves the parts that were done. A drawn part is not drawn again.
@@ -111,7 +117,8 @@ def test_parts_that_a_crash_damaged_are_drawn_again(
     text = job.wait()
     assert job.statuses == [0, 0]
     said = [line for line in text.splitlines() if "is damaged and is drawn again: " in line]
-    assert [line.split(" is ")[0] for line in said] == [str(part) for part in parts[:5]]
+    where = tmp_path / "a.parts"
+    assert [line.split(" is ")[0] for line in said] == [f"part {i} of {where}" for i in range(5)]
     resumed, labels = ranks.arrays(tmp_path / "a.npz")
     uninterrupted, _ = ranks.arrays(tmp_path / "b.npz")
     assert (resumed[10:12] == 77).all() and labels.tolist() == [*range(10)] * 4

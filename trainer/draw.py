@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from data.stream import Batch
 from trainer.adm.config import UNetConfig
-from trainer.adm.diffusion import Diffusion
+from trainer.adm.diffusion import Diffusion, Net
 from trainer.adm.objective import to_range
-from trainer.adm.sampler import Guidance, ancestral, ddim, start, step_noise
+from trainer.adm.sampler import (
+    Guidance,
+    GuideAt,
+    ancestral,
+    classifier_free,
+    ddim,
+    start,
+    step_noise,
+)
 from trainer.config import Config
 from trainer.copies import network_of
 from trainer.ranks.group import gather_to_main
@@ -35,6 +43,10 @@ class SamplerConfig:
     seed: int
     #: DDIM with this eta; None for the ancestral sampler.
     eta: float | None = None
+    #: Classifier-free guidance by this factor; None, or 1, for none.
+    cfg: float | None = None
+    #: Where a classifier's gradient is taken.
+    guide_at: GuideAt = "x_t"
 
 
 def draw(
@@ -54,15 +66,16 @@ def draw(
     upsampler. `on_step` is called after every denoising step.
     """
     shape = (3, config.image_size, config.image_size)
-    x = start(indices, seed=sampler.seed, shape=shape)
-    noise = step_noise(indices, seed=sampler.seed, shape=shape)
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = net(x, t, labels, low_res)
-        return out
-
+    # An upsampler that has the seed of its base must not have its noise.
+    stage = 0 if config.small_size is None else config.image_size
+    x = start(indices, seed=sampler.seed, shape=shape, stage=stage)
+    noise = step_noise(indices, seed=sampler.seed, shape=shape, stage=stage)
+    denoise = _denoiser(net, labels, low_res, cfg=sampler.cfg)
     if sampler.eta is None:
-        steps = ancestral(sampler.diffusion, denoise, x, noise=noise, guidance=guidance)
+        at = sampler.guide_at
+        steps = ancestral(
+            sampler.diffusion, denoise, x, noise=noise, guidance=guidance, guide_at=at
+        )
     else:
         steps = ddim(sampler.diffusion, denoise, x, noise=noise, eta=sampler.eta, guidance=guidance)
     for _, x in steps:  # noqa: B007
@@ -70,9 +83,27 @@ def draw(
     return x
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """float images (B, C, H, W) in [-1, 1] -> uint8; what is not a number is black."""
-    return ((images.nan_to_num(nan=-1.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def _denoiser(
+    net: nn.Module, labels: Tensor | None, low_res: Tensor | None, *, cfg: float | None
+) -> Net:
+    """The net as samplers call it."""
+
+    def denoise(x: Tensor, t: Tensor, y: Tensor | None = labels) -> Tensor:
+        out: Tensor = net(x, t, y, low_res)
+        return out
+
+    if cfg is None or cfg == 1 or labels is None:
+        return denoise
+    return classifier_free(denoise, labels, scale=cfg)
+
+
+def to_pixels(images: Tensor, *, truncate: bool = False) -> Tensor:
+    """float images (B, C, H, W) in [-1, 1] -> uint8; what is not a number is black.
+
+    To the nearest grey level, or with `truncate` to the one below, as the published samples are.
+    """
+    levels = (images.nan_to_num(nan=-1.0) + 1) * 127.5
+    return (levels if truncate else levels.round()).clamp(0, 255).to(torch.uint8)
 
 
 def tile(images: NDArray[np.uint8], *, columns: int | None = None) -> NDArray[np.uint8]:

@@ -12,10 +12,11 @@ from torch import nn
 from trainer import averages, weights
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
-from trainer.adm.config import ClassifierConfig
+from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import build
 from trainer.config import Config
 from trainer.draw import DTYPES
+from trainer.ranks.group import broadcast, from_main
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,20 @@ class TrainedNetwork:
     def net(self, *, device: torch.device, precision: str | None) -> nn.Module:
         """The network, filled, on `device`; by default as it was trained, but on a CPU in fp32.
 
+        The main rank alone reads the file and sends the weights to the others. All ranks must call
+        it.
+
         Raises:
             ValueError: the file does not hold the weights of this network.
         """
-        net = build(self.config.model)
-        weights.fill(net, weights.load(self.file), source=self.file)
         own = "fp32" if device.type == "cpu" else self.config.training.precision
-        return net.to(device, DTYPES[precision or own]).eval().requires_grad_(False)
+        with torch.device("meta"):
+            net = build(self.config.model).to(DTYPES[precision or own])
+        net.to_empty(device=device).eval().requires_grad_(False)
+        from_main(lambda: weights.fill(net, weights.load(self.file), source=self.file))
+        for tensor in net.state_dict().values():
+            broadcast(tensor)
+        return net
 
 
 def _newest(path: Path) -> checkpoints.Checkpoint:
@@ -105,13 +113,44 @@ def check_guide(classifier: TrainedNetwork, *, network: TrainedNetwork) -> None:
         )
 
 
+def check_upsampler(
+    upsampler: TrainedNetwork, *, base: TrainedNetwork, classes: int | None
+) -> None:
+    """Return if `upsampler` can enlarge what `base` draws in so many `classes`.
+
+    Raises:
+        ValueError: it is none, or one of another size or other classes.
+    """
+    model, size = upsampler.config.model, base.config.model.image_size
+    if not isinstance(model, UNetConfig) or model.small_size is None:
+        raise ValueError(f"{upsampler.file} is no upsampler: --upsampler needs one")
+    if model.small_size != size:
+        raise ValueError(
+            f"--upsampler {upsampler.name} enlarges {model.small_size} px, and {base.name} draws "
+            f"{size} px"
+        )
+    if model.num_classes not in (None, classes):
+        raise ValueError(
+            f"--upsampler {upsampler.name} has {model.num_classes} classes, and {base.name} is "
+            f"drawn in {classes or 'none'}"
+        )
+
+
 @dataclass(frozen=True)
 class SampleInputs:
-    """The networks of a request, and the checksum of the images that an upsampler enlarges."""
+    """The networks that the command line names."""
 
     denoiser: TrainedNetwork
     classifier: TrainedNetwork | None
-    low_res: str | None
+    upsampler: TrainedNetwork | None
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the images may be of; None if no network knows classes."""
+        count: int | None = self.denoiser.config.model.num_classes
+        if self.classifier is not None:
+            count = self.classifier.config.model.num_classes
+        return count
 
     @classmethod
     def find(cls, arguments: argparse.Namespace) -> "SampleInputs":
@@ -128,7 +167,21 @@ class SampleInputs:
             classifier = TrainedNetwork.find(
                 arguments.classifier, preset=arguments.classifier_preset, decay=None
             )
-        low_res: Path | None = arguments.low_res
-        if low_res is not None and not low_res.is_file():
-            raise ValueError(f"no such file of samples: --low-res {low_res}")
-        return cls(denoiser, classifier, None if low_res is None else checkpoints.sha256(low_res))
+        upsampler = None
+        if arguments.upsampler is not None:
+            upsampler = TrainedNetwork.find(
+                arguments.upsampler, preset=arguments.upsampler_preset, decay=None
+            )
+        found = cls(denoiser, classifier, upsampler)
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Return if the networks fit each other."""
+        source = self.denoiser
+        if not isinstance(source.config.model, UNetConfig):
+            raise ValueError(f"{source.file} is a classifier; give it as --classifier")
+        if self.classifier is not None:
+            check_guide(self.classifier, network=source)
+        if self.upsampler is not None:
+            check_upsampler(self.upsampler, base=source, classes=self.classes)

@@ -2,81 +2,76 @@
 
 Image i is drawn from (seed, i) in a fixed batch, so it is the same on any number of ranks. Each
 batch is put on disk when it is done, and after an interruption the same command resumes. The
-result is what the ADM evaluator reads: uint8 NHWC in `arr_0`, labels in `arr_1`; and a PNG grid.
+result is what the ADM evaluator reads, uint8 NHWC in `arr_0` and labels in `arr_1`, or with
+`--out DIR/` a directory of shards; and a PNG grid. `--upsampler` enlarges it in the same command.
 """
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from data.exits import TO_BE_CONTINUED, CommandParser
-from trainer.adm.config import UNetConfig, check
+from data.exits import CommandParser
+from trainer.adm.config import check
+from trainer.adm.sampler import GuideAt
 from trainer.draw import DTYPES
-from trainer.networks import SampleInputs, check_guide
-from trainer.partfiles import claimed, merge, open_parts, part_fault, read_low_res, write_part
-from trainer.parts import PartSampler, SampleRequest
-from trainer.progress import Progress
-from trainer.ranks.group import agreed, connected, from_main, gather, run_as_rank
+from trainer.drawing import Drawing
+from trainer.labels import BALANCED
+from trainer.networks import SampleInputs
+from trainer.parts import Pixels
+from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
+from trainer.samplefile import open_samples
+from trainer.sampling import (
+    DrawJob,
+    base_jobs,
+    check_room,
+    enlarging_job,
+    low_res_checksum,
+    with_low_res,
+)
 
 
 def sample(
     arguments: argparse.Namespace, *, world: World, device: torch.device, preemption: Preemption
 ) -> int:
     """Draw what was asked for; returns the exit status."""
-    out: Path = arguments.out
     agreed(lambda: check_options(arguments))
-    directory = out.with_suffix(".parts")
-    sources = from_main(lambda: SampleInputs.find(arguments))
-    request, sampler = agreed(lambda: prepare(arguments, sources=sources, device=device))
-    from_main(lambda: open_parts(directory, out, vars(request)))
-    with ExitStack() as stack:
-        agreed(lambda: stack.enter_context(claimed(directory)) if world.is_main else None)
-        return _sample(request, sampler, out=out, world=world, preemption=preemption)
-
-
-def _sample(
-    request: SampleRequest, sampler: PartSampler, *, out: Path, world: World, preemption: Preemption
-) -> int:
-    directory = out.with_suffix(".parts")
-    files = [directory / f"{part:06d}.npz" for part in range(request.parts)]
-    todo = _undrawn(files, request=request, size=sampler.image_size, world=world)
-    mine = todo[world.rank :: world.size]
-    total = len(mine) * sampler.steps
-    progress = Progress(total=total, done=0, unit="denoising steps", shown=world.is_main)
-
-    def on_step() -> None:
-        progress.advance()
-        if preemption.stop_requested:
-            raise _StoppedError
-
-    with suppress(_StoppedError):
-        for count, part in enumerate(mine):
-            write_part(files[part], *sampler.draw(part, on_step=on_step))
-            if world.is_main:
-                each = f"batch {count + 1} of {len(mine)} on each of {world.size} ranks"
-                print(f"{each}, {progress.left()} left", flush=True)
-    if not all(gather(all(files[part].exists() for part in mine))):
-        if world.is_main:
-            print("stopped by a signal; rerun the same command to resume")
-        return TO_BE_CONTINUED
-    columns = len(request.classes or ())
-    shown = columns if 0 < columns <= 20 else None
-    from_main(lambda: merge(files, out, images=request.images, columns=shown))
+    inputs = from_main(lambda: SampleInputs.find(arguments))
+    checksum = from_main(lambda: low_res_checksum(arguments.low_res, inputs=inputs))
+    jobs = agreed(lambda: base_jobs(arguments, inputs, low_res_checksum=checksum, device=device))
+    later: list[DrawJob] = []
+    if (upsampler := inputs.upsampler) is not None:
+        enlarge = partial(enlarging_job, upsampler=upsampler, arguments=arguments)
+        later = agreed(lambda: [enlarge(job) for job in jobs])
+    room = from_main(lambda: _check_outputs(jobs, later))
     if world.is_main:
-        print(f"wrote {out} and {out.with_suffix('.png')}")
-    return 0
+        print(f"{len(jobs + later)} x {jobs[0].request.images:,} images: {room}", flush=True)
+    draw = Drawing(world=world, device=device, preemption=preemption)
+    status = draw.all(jobs)
+    if status or not later:
+        return status
+    sums = from_main(lambda: [open_samples(job.output.path).checksum() for job in jobs])
+    bases = zip(later, jobs, sums, strict=True)
+    enlarged = agreed(lambda: [with_low_res(j, base=b, checksum=c) for j, b, c in bases])
+    return draw.all(enlarged)
 
 
-class _StoppedError(Exception):
-    """A signal has come between two denoising steps."""
+def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
+    """Check that every output can be written; what they need, in words.
+
+    Raises:
+        ValueError: something else has an output's name, or there is no room.
+    """
+    left = [job for job in jobs if not job.output.is_drawn()]
+    left += [job for job in later if not job.output.is_drawn(unknown=("low_res",))]
+    return check_room(left) if left else "all are drawn already"
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -85,100 +80,42 @@ def check_options(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the option, its value and what it must be.
     """
+    _check_values(arguments)
     guided, from_run = arguments.classifier is not None, arguments.source.is_dir()
-    check(arguments.out.suffix == ".npz", "--out", str(arguments.out), "a file that ends in .npz")
-    check(arguments.images >= 1, "--images", arguments.images, "at least 1")
-    check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1")
-    eta, scale = arguments.eta, arguments.scale
-    check(eta is None or 0 <= eta <= 1, "--eta", eta, "from 0 to 1")
-    check(scale is None or math.isfinite(scale), "--scale", scale, "a finite number")
-    check(guided or scale is None, "--scale", scale, "absent without --classifier")
+    scale, at = arguments.scale, arguments.guide_at
+    shown = scale[0] if scale and len(scale) == 1 else scale
+    check(guided or scale is None, "--scale", shown, "absent without --classifier")
     preset = arguments.classifier_preset
     check(guided or preset is None, "--classifier-preset", preset, "absent without --classifier")
+    ancestral = arguments.eta is None and not arguments.steps.startswith("ddim")
+    has_mean = guided and ancestral
+    check(at == "x_t" or has_mean, "--guide-at", at, "x_t without --classifier and for DDIM")
+    for option in ("preset", "steps"):
+        value = getattr(arguments, f"upsampler_{option}")
+        absent = value is None or arguments.upsampler is not None
+        check(absent, f"--upsampler-{option}", value, "absent without --upsampler")
     check(from_run or arguments.ema is None, "--ema", arguments.ema, "absent for a weights file")
 
 
-def _undrawn(
-    files: Sequence[Path], *, request: SampleRequest, size: int, world: World
-) -> list[int]:
-    """The parts that are missing or damaged; each rank checks its share, and all learn of all."""
-    listed = from_main(lambda: [part for part, file in enumerate(files) if file.exists()])
-    mine: dict[int, str] = {}
-    for part in listed[world.rank :: world.size]:
-        labels = request.recorded(request.indices(part)).numpy()
-        if fault := part_fault(files[part], shape=(len(labels), size, size, 3), labels=labels):
-            mine[part] = fault
-    damaged = {part: fault for faults in gather(mine) for part, fault in faults.items()}
-    if world.is_main:
-        for part in sorted(damaged):
-            print(f"{files[part]} is damaged and is drawn again: {damaged[part]}", flush=True)
-    whole = set(listed) - set(damaged)
-    return [part for part in range(request.parts) if part not in whole]
+def _check_values(arguments: argparse.Namespace) -> None:
+    out, eta, images = arguments.out, arguments.eta, arguments.images
+    is_output = bool(re.fullmatch(r".*[^/]\.npz|.*[^/.]/+", out))
+    check(is_output, "--out", out, "a file that ends in .npz, or a directory, which ends in /")
+    check(images is None or images >= 1, "--images", images, "at least 1")
+    check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1")
+    check(eta is None or 0 <= eta <= 1, "--eta", eta, "from 0 to 1")
+    for option in ("scale", "cfg"):
+        values = getattr(arguments, option) or ()
+        for value in values:
+            check(math.isfinite(value), f"--{option}", value, "a finite number")
+        check(len(set(values)) == len(values), f"--{option}", values, "different numbers")
 
 
-def prepare(
-    arguments: argparse.Namespace, *, sources: SampleInputs, device: torch.device
-) -> tuple[SampleRequest, PartSampler]:
-    """Read and check all that the command line asks for.
-
-    Raises:
-        ValueError: a file, a class, or a combination that does not work.
-    """
-    source, classifier = sources.denoiser, sources.classifier
-    model = source.config.model
-    if not isinstance(model, UNetConfig):
-        raise ValueError(f"{source.file} is a classifier; give it as --classifier")
-    low_res, low_labels = read_low_res(arguments.low_res, model=model, images=arguments.images)
-    count = model.num_classes
-    if classifier is not None:
-        check_guide(classifier, network=source)
-        count = classifier.config.model.num_classes
-    classes = _classes(arguments.classes, low_labels, count=count)
-    eta, scale = arguments.eta, 1.0 if arguments.scale is None else arguments.scale
-    if eta is None and arguments.steps.startswith("ddim"):
-        eta = 0.0
-    request = SampleRequest(
-        images=arguments.images,
-        batch=arguments.batch,
-        seed=arguments.seed,
-        steps=arguments.steps,
-        eta=eta,
-        scale=scale if classifier is not None else 0.0,
-        classes=classes,
-        precision=arguments.precision,
-        device=device.type,
-        sources=tuple(s.sha256 for s in (source, classifier) if s is not None),
-        low_res=sources.low_res,
-    )
-    return request, PartSampler(
-        request, source=source, classifier=classifier, low_res=low_res, device=device
-    )
-
-
-def _classes(
-    text: str | None, low_labels: NDArray[np.int64] | None, *, count: int | None
-) -> tuple[int, ...] | None:
-    """The classes of `--classes`, else those of the `--low-res` images, else all `count`."""
-    if count is None and text is not None:
-        raise ValueError("--classes: the network has no classes and there is no --classifier")
-    if count is None:
-        return None
-    if text is not None:
-        option, classes = "--classes", _class_list(text)
-    elif low_labels is not None:
-        option, classes = "--low-res", tuple(low_labels.tolist())
-    else:
-        return tuple(range(count))
-    if wrong := [c for c in classes if not 0 <= c < count]:
-        raise ValueError(f"{option}: {wrong[0]} is not among the classes 0 to {count - 1}")
-    return classes
-
-
-def _class_list(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(int(word) for word in text.split(","))
+        return tuple(float(word) for word in text.split(","))
     except ValueError:
-        raise ValueError(f"--classes {text!r}: write numbers, as in --classes 0,3,7") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers, as in 0,0.5,1") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -188,8 +125,10 @@ def parser() -> argparse.ArgumentParser:
     source = "a run, one of its checkpoints, or a weights file and --preset"
     add("source", type=Path, help=source)
     add("--preset", help="the preset whose network a weights file holds (default: the run's own)")
-    add("--out", type=Path, required=True, help="the .npz to write; a .png grid goes beside it")
-    add("--images", type=int, default=100, help="images to draw (default: %(default)s)")
+    out = "the .npz to write, or with DIR/ a directory of shards; a .png grid goes beside it"
+    add("--out", required=True, help=out)
+    images = "images to draw (default: as many as --low-res or a file of --labels has, else 100)"
+    add("--images", type=int, help=images)
     add("--batch", type=int, default=32, help="images at once on a rank (default: %(default)s)")
     steps = 'denoising steps, such as "250", "90,60,60,20,20" or "ddim25" (default: %(default)s)'
     add("--steps", default="250", help=steps)
@@ -200,11 +139,24 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--classifier-preset", help="the preset of a classifier's weights file (default: its run's)"
     )
-    scale = "multiply the classifier's gradient by this (default: 1.0)"
-    add("--scale", type=float, help=scale)
-    add("--classes", help="draw these classes in turn, such as 0,3,7 (default: all)")
-    low_res = "the .npz of samples that an upsampler enlarges (required for one)"
+    scale = "multiply the classifier's gradient by this; 0,0.5,1 makes three outputs (default: 1.0)"
+    add("--scale", type=_numbers, help=scale)
+    guide_at = "take the gradient at x_t, as published, or at the predicted mean (default: x_t)"
+    add("--guide-at", choices=get_args(GuideAt), default="x_t", help=guide_at)
+    cfg = "classifier-free guidance by these factors, 1 being none (default: none)"
+    add("--cfg", type=_numbers, help=cfg)
+    classes = "draw these classes: numbers, spans, names, or a file of them (default: all)"
+    add("--classes", help=classes)
+    labels = "classes in turn (balanced), at random, or those in a FILE (default: %(default)s)"
+    add("--labels", default=BALANCED, metavar="balanced|random|FILE", help=labels)
+    pixels = "round to grey levels, or truncate as published (adm) (default: %(default)s)"
+    add("--pixels", choices=get_args(Pixels), default="round", help=pixels)
+    low_res = "the samples, .npz or shards, that an upsampler enlarges (required for one)"
     add("--low-res", type=Path, help=low_res)
+    upsampler = "enlarge the images by this run or weights file (default: they stay as drawn)"
+    add("--upsampler", type=Path, help=upsampler)
+    add("--upsampler-preset", help="the preset of its weights file (default: its run's)")
+    add("--upsampler-steps", help="its denoising steps (default: as --steps)")
     add("--ema", type=float, help="which of the run's EMA decays to draw from (default: the first)")
     precision = "compute in this precision (default: as trained; fp32 on a CPU)"
     add("--precision", choices=sorted(DTYPES), help=precision)

@@ -88,7 +88,7 @@ def sample(root: Path, *runs: list, world: int = 1) -> list[int | str]:
 def arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a sample file."""
     with np.load(file) as samples:
-        assert set(samples) == {"arr_0", "arr_1"}
+        assert set(samples) == {"arr_0", "arr_1", "request"}
         return samples["arr_0"], samples["arr_1"]
 
 

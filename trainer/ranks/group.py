@@ -4,6 +4,7 @@ No rank decides alone on a signal, a checkpoint or an error. A rank that fails e
 the launcher ends the others and its message is the first.
 """
 
+import itertools
 import os
 import socket
 import sys
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from data.exits import FAILED, REFUSED
 from trainer.ranks.world import World, is_main_process, process_name, set_environment
@@ -117,6 +120,36 @@ def from_main(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(made)
     result: T = made[0]
     return result
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Give every rank the main rank's values of a tensor. All ranks must call it."""
+    dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)  # gloo has no bfloat16 everywhere
+
+
+class Turns:
+    """0, 1, 2, ...: each number goes to one rank, to whichever asks first.
+
+    All ranks must make one together.
+    """
+
+    _made = itertools.count()
+
+    def __init__(self) -> None:
+        self._store = distributed_c10d._get_default_store()
+        self._name = f"turns-{next(self._made)}"
+
+    def take(self) -> int:
+        """The next number."""
+        return int(self._store.add(self._name, 1)) - 1
+
+    def taken(self) -> int:
+        """How many numbers have been taken."""
+        return int(self._store.add(self._name, 0))
+
+    def end(self) -> None:
+        """Let every rank's next number be beyond any count, so that all stop."""
+        self._store.add(self._name, 2**48)
 
 
 class Agreement:

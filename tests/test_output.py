@@ -4,14 +4,17 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.partfiles import part_fault, write_part
+from trainer.npz_output import NpzOutput, part_fault
 
 
 def test_a_part_that_is_cut_or_has_another_bit_is_found(tmp_path: Path) -> None:
     images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
     labels = np.array([3, 1])
-    file = tmp_path / "000000.npz"
-    write_part(file, images, labels)
+    request = {"images": 2, "batch": 2}
+    output = NpzOutput(tmp_path / "a.npz", size=4, request=request)
+    output.work.mkdir()
+    file = output.work / "000000.npz"
+    output.write(0, images.transpose(0, 2, 3, 1), labels)
     assert not file.with_name(f"{file.name}.partial").exists()
     whole = file.read_bytes()
 

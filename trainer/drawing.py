@@ -1,0 +1,144 @@
+"""The ranks draw an output: each takes the next part that is missing, until all are there."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import nn
+
+from data import files
+from data.exits import TO_BE_CONTINUED
+from data.progress import duration
+from trainer.parts import PartSampler, recorded
+from trainer.progress import Progress
+from trainer.ranks.group import Turns, agreed, from_main, gather
+from trainer.ranks.signals import Preemption
+from trainer.ranks.world import World
+from trainer.sampling import DrawJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """The ranks that draw, and how they are stopped."""
+
+    world: World
+    device: torch.device
+    preemption: Preemption
+
+    def all(self, jobs: Sequence[DrawJob]) -> int:
+        """Draw jobs that share their networks; returns the exit status."""
+        drawn = from_main(lambda: [job.output.is_drawn() for job in jobs])
+        for job, is_drawn in zip(jobs, drawn, strict=True):
+            if is_drawn:
+                self._say(f"{job.output.path} is drawn already")
+        todo = [job for job, is_drawn in zip(jobs, drawn, strict=True) if not is_drawn]
+        if not todo:
+            return 0
+        source, classifier = todo[0].source, todo[0].classifier
+        device, precision = self.device, todo[0].request.precision
+        net = source.net(device=device, precision=precision)
+        guide = None
+        if classifier is not None:
+            guide = classifier.net(device=device, precision=precision)
+        return next((s for job in todo if (s := self.one(job, net=net, guide=guide))), 0)
+
+    def one(self, job: DrawJob, *, net: nn.Module, guide: nn.Module | None) -> int:
+        """Draw one job's output; returns the exit status."""
+        output = job.output
+        from_main(output.open)
+        with ExitStack() as stack:
+            agreed(lambda: stack.enter_context(output.claimed()) if self.world.is_main else None)
+            sampler = PartSampler(
+                job.request,
+                config=job.source.config,
+                net=net,
+                classifier=guide,
+                labels=job.labels,
+                low_res=job.low_res,
+                device=self.device,
+            )
+            if not self._draw(job, sampler):
+                self._say("stopped by a signal; rerun the same command to resume")
+                return TO_BE_CONTINUED
+            from_main(lambda: _publish(job))
+        self._say(f"wrote {output.path} and {output.picture}")
+        return 0
+
+    def _draw(self, job: DrawJob, sampler: PartSampler) -> bool:
+        """Draw the missing parts, each by the next rank that is free; whether all are there."""
+        todo, turns = self._undrawn(job), Turns()
+        progress = _Progress(job, parts=len(todo), steps=sampler.steps, world=self.world)
+
+        def on_step() -> None:
+            progress.advance()
+            if self.preemption.stop_requested:
+                raise _StoppedError
+
+        complete = True
+        try:
+            while (turn := turns.take()) < len(todo):
+                job.output.write(todo[turn], *sampler.draw(todo[turn], on_step=on_step))
+                progress.show(turns.taken())
+        except _StoppedError:
+            turns.end()
+            complete = False
+        return all(gather(complete and turn < 2**47))
+
+    def _undrawn(self, job: DrawJob) -> list[int]:
+        """The missing or damaged parts; each rank checks its share, and all learn of all."""
+        listed = from_main(job.output.listed)
+        mine: dict[int, str] = {}
+        for part in listed[self.world.rank :: self.world.size]:
+            labels = recorded(job.labels, job.request.indices(part))
+            if fault := job.output.fault(part, labels):
+                mine[part] = fault
+        damaged = {part: fault for faults in gather(mine) for part, fault in faults.items()}
+        for part in sorted(damaged):
+            name = f"part {part} of {job.output.work}"
+            self._say(f"{name} is damaged and is drawn again: {damaged[part]}")
+        whole = set(listed) - set(damaged)
+        return [part for part in range(job.request.parts) if part not in whole]
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+class _StoppedError(Exception):
+    """A signal has come between two denoising steps."""
+
+
+class _Progress:
+    """How far the drawing of an output has come, shown on the main rank."""
+
+    def __init__(self, job: DrawJob, *, parts: int, steps: int, world: World) -> None:
+        self._parts, self._world, self._batch = parts, world, job.request.batch
+        self._began = time.monotonic()
+        total = -(-parts // world.size) * steps
+        self._line = Progress(total=total, done=0, unit="denoising steps", shown=world.is_main)
+
+    def advance(self) -> None:
+        """This rank has made a denoising step."""
+        self._line.advance()
+
+    def show(self, taken: int) -> None:
+        """A line about all ranks' batches, of which so many have been begun."""
+        if not self._world.is_main:
+            return
+        done = max(1, min(taken, self._parts) - self._world.size + 1)
+        seconds = time.monotonic() - self._began
+        left = duration(seconds / done * (self._parts - done))
+        rate = f"{done * self._batch / seconds:,.2f} images/s"
+        print(f"batch {done:,} of {self._parts:,}, {rate}, {left} left", flush=True)
+
+
+def _publish(job: DrawJob) -> None:
+    """Make the output of its parts, and draw its grid."""
+    job.output.check_free()
+    whole = job.output.assemble(job.all_labels())
+    with files.whole(job.output.picture) as stream:
+        Image.fromarray(job.grid(whole).transpose(1, 2, 0)).save(stream, format="png")
+    job.output.publish(whole)

@@ -1,0 +1,179 @@
+"""The class of each drawn image: in turn, at random, from a file, or that of its low resolution.
+
+Labels are a pure function of the image's index, so they do not depend on ranks or interruptions.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.adm import keyed
+from trainer.settings import nearest
+
+# The rules of `--labels`; anything else is a file.
+BALANCED, RANDOM = "balanced", "random"
+# The rule where each image has the class of its low-resolution image.
+LOW_RES = "low-res"
+
+Names = Callable[[], Sequence[str]]
+"""The names of the classes, by number; asked for only where a name is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Which class each image is drawn of.
+
+    `rule` is "balanced" (`classes` in turn), "random" (each by a draw of its own, as for the
+    paper's tables), "low-res", or "sha256:..." of the labels in a file; the latter two have `given`
+    (N,) instead of `classes`.
+    """
+
+    rule: str
+    classes: tuple[int, ...] | None = None
+    given: NDArray[np.int64] | None = None
+    seed: int = 0
+
+    def of(self, indices: Tensor) -> Tensor:
+        """The classes (B,) of image indices (B,), on the CPU."""
+        if self.given is not None:
+            return torch.from_numpy(self.given)[indices]
+        assert self.classes is not None
+        choice = indices % len(self.classes)
+        if self.rule == RANDOM:
+            u = keyed.uniform(indices, seed=self.seed, stream=keyed.SAMPLE_LABEL)
+            choice = (u.double() * len(self.classes)).long()
+        return torch.tensor(self.classes)[choice]
+
+
+def choose(
+    *,
+    rule: str,
+    classes: str | None,
+    low_res: NDArray[np.int64] | None,
+    count: int | None,
+    enlarges: bool,
+    names: Names,
+    seed: int,
+) -> Labels | None:
+    """The labels that `--labels` and `--classes` ask for, among `count` classes.
+
+    `low_res` (N,) are those of the images that are enlarged, if any are. None: there are no
+    classes.
+
+    Raises:
+        ValueError: a class that does not exist, options that contradict each other or the images,
+            or images to enlarge without labels and no `--classes` or `--labels` for them.
+    """
+    chosen = classes is not None or rule != BALANCED
+    option = "--labels" if classes is None else "--classes"
+    if low_res is not None:
+        if chosen:
+            raise ValueError(f"{option}: must be absent where the --low-res images have labels")
+        return Labels(rule=LOW_RES, given=_checked(low_res, count, option="--low-res"))
+    if count is None:
+        if chosen:
+            raise ValueError(f"{option}: the network has no classes and there is no --classifier")
+        return None
+    if enlarges and not chosen:
+        raise ValueError(
+            "--low-res images have no labels, and the network has classes: give theirs by "
+            "--labels FILE, or one for all by --classes"
+        )
+    if rule not in (BALANCED, RANDOM):
+        if classes is not None:
+            raise ValueError("--classes: must be absent where --labels is a file")
+        given = _checked(read_labels(Path(rule), names=names), count, option="--labels")
+        return Labels(rule=f"sha256:{hashlib.sha256(given.tobytes()).hexdigest()}", given=given)
+    numbers: Sequence[int] = range(count)
+    if classes is not None:
+        numbers = class_numbers(classes, count=count, names=names)
+    known = _checked(np.array(numbers), count, option="--classes")
+    return Labels(rule=rule, classes=tuple(known.tolist()), seed=seed)
+
+
+def class_numbers(text: str, *, count: int, names: Names) -> Sequence[int]:
+    """The classes in "0-9,207,n01440764", or in a file of such lines, among `count`.
+
+    Raises:
+        ValueError: a word is neither a number, nor a span of numbers, nor the name of a class.
+    """
+    if is_file := os.path.isfile(text):  # Path.is_file raises an error where a name is long
+        text = _text(Path(text), option="--classes")
+    words = [word.strip() for word in re.split(r"[\n,]" if is_file else ",", text)]
+    numbers: list[int] = []
+    for word in filter(None, words):
+        if span := re.fullmatch(r"(\d+)-(\d+)", word):
+            first, last = int(span[1]), int(span[2])
+            if not first <= last < count:
+                raise ValueError(
+                    f"--classes {word}: must be a span of the classes 0 to {count - 1}"
+                )
+            numbers += range(first, last + 1)
+        else:
+            numbers.append(_number(word, option="--classes", names=names))
+    if not numbers:
+        raise ValueError(f"--classes {text[:40]!r}: must name a class, as in --classes 0-9,207")
+    return numbers
+
+
+def read_labels(path: Path, *, names: Names) -> NDArray[np.int64]:
+    """The labels (N,) in a file: a class on each line, an `.npy`, or `arr_1` of an `.npz`.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"--labels {path}: must be balanced, random or a file of labels")
+    if path.suffix not in (".npy", ".npz"):
+        lines = _text(path, option="--labels").splitlines()
+        numbers = [_number(line.strip(), option=f"--labels {path}", names=names) for line in lines]
+        return np.array(numbers, np.int64)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        labels: NDArray[np.int64] = loaded if path.suffix == ".npy" else loaded["arr_1"]
+    except Exception as error:  # numpy and zipfile raise errors of many types for other files
+        raise ValueError(f"--labels {path} is not readable: {error}") from None
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"--labels {path}: labels are {labels.dtype} {labels.shape}, not integers (N,)"
+        )
+    return labels.astype(np.int64)
+
+
+def columns(labels: NDArray[np.int64] | None) -> int | None:
+    """Columns of a grid in which each has one class: the period of the labels, if it is short."""
+    if labels is None:
+        return None
+    fitting = (n for n in range(2, min(20, len(labels)) + 1) if (labels[n:] == labels[:-n]).all())
+    return next(fitting, None)
+
+
+def _number(word: str, *, option: str, names: Names) -> int:
+    if re.fullmatch(r"-?\d+", word):
+        return int(word)
+    known = list(names())
+    if word not in known:
+        raise ValueError(f"{option}: {word!r} is not a class{nearest(word, known)}")
+    return known.index(word)
+
+
+def _checked(labels: NDArray[np.int64], count: int | None, *, option: str) -> NDArray[np.int64]:
+    wrong = labels[(labels < 0) | (labels >= count)] if count is not None else labels[:0]
+    if len(wrong):
+        raise ValueError(f"{option}: {wrong[0]} is not among the classes 0 to {(count or 0) - 1}")
+    return labels
+
+
+def _text(path: Path, *, option: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} {path} is not readable: {error}") from None

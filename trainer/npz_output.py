@@ -1,0 +1,196 @@
+"""Parts that become the ADM evaluator's `.npz`: uint8 NHWC in `arr_0`, labels in `arr_1`.
+
+The parts are moved into the file a few at a time and removed, so that the disk never holds the
+images twice; a journal says which are in it, and an interrupted move is continued.
+"""
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import files
+from trainer.output import Output, numbered
+from trainer.samplefile import RECORD
+
+# Bytes of parts that are moved between two entries of the journal.
+_MOVED = 2**28
+
+
+class NpzOutput(Output):
+    """An `.npz` file."""
+
+    def __init__(self, path: Path, *, size: int, request: Mapping[str, Any]) -> None:
+        super().__init__(path, work=path.with_suffix(".parts"), size=size, request=request)
+        self._whole, self._journal = self.work / "whole.npz", self.work / "whole.json"
+        self._header = _npy_header((self.images, size, size, 3))
+
+    def write(self, part: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """As `Output.write`."""
+        with files.whole(self._file(part)) as stream:
+            np.savez(stream, images=images, labels=labels)
+
+    def listed(self) -> list[int]:
+        """As `Output.listed`."""
+        return sorted({*numbered(self.work, ".npz"), *self._moved()})
+
+    def fault(self, part: int, labels: NDArray[np.int64]) -> str | None:
+        """As `Output.fault`."""
+        if self._file(part).exists():
+            return part_fault(self._file(part), shape=self._shape(part), labels=labels)
+        with self._whole.open("rb") as stream:
+            content = self._content(stream, part)
+        if zlib.crc32(content) != self._moved()[part]:
+            return f"its bytes in {self._whole.name} have another checksum"
+        return None
+
+    def needed(self) -> int:
+        """As `Output.needed`."""
+        there = sum(self._bytes(part) for part in self.listed())
+        return self.images * self.size**2 * 3 - there + min(_MOVED, self._bytes(0))
+
+    def assemble(self, labels: NDArray[np.int64] | None) -> Path:
+        """As `Output.assemble`."""
+        self._whole.touch()
+        with self._whole.open("r+b") as stream:
+            moved = self._move(stream)
+            info = _member_info(len(self._header) + self.images * self.size**2 * 3)
+            info.CRC = self._checksum(stream, moved)
+            stream.seek(0)
+            stream.write(info.FileHeader(zip64=True) + self._header)
+            stream.seek(self._offset(0) - len(self._header) + info.file_size)
+            stream.truncate()
+            with zipfile.ZipFile(stream, "w") as archive:
+                archive.filelist.append(info)
+                if labels is not None:
+                    archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(labels))
+                record = np.array(json.dumps(self.request))
+                archive.writestr(zipfile.ZipInfo(f"{RECORD}.npy"), _npy(record))
+            stream.flush()
+        files.sync(self._whole)
+        return self._whole
+
+    def _move(self, stream: BinaryIO) -> dict[int, int]:
+        """Move all parts that have a file of their own; the checksums of all parts."""
+        moved, left = self._moved(), numbered(self.work, ".npz")
+        count = max(1, _MOVED // self._bytes(0))
+        for group in (left[i : i + count] for i in range(0, len(left), count)):
+            for part in group:
+                content = self._read(part).tobytes()
+                stream.seek(self._offset(part))
+                stream.write(content)
+                moved[part] = zlib.crc32(content)
+            stream.flush()
+            files.sync(self._whole)
+            files.write(self._journal, json.dumps(moved))
+            for part in group:
+                self._file(part).unlink()
+        return moved
+
+    def _checksum(self, stream: BinaryIO, moved: Mapping[int, int]) -> int:
+        """The checksum of the whole array, compared part by part with what was moved."""
+        total = zlib.crc32(self._header)
+        for part in range(self.parts):
+            content = self._content(stream, part)
+            if zlib.crc32(content) != moved.get(part):
+                raise ValueError(
+                    f"part {part} in {self._whole} is damaged; rerun the same command to draw it "
+                    "again"
+                )
+            total = zlib.crc32(content, total)
+        return total
+
+    def _read(self, part: int) -> NDArray[np.uint8]:
+        file = self._file(part)
+        try:
+            images: NDArray[np.uint8] = _member(file, "images")
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is damaged: {error}; rerun the same command to draw it again"
+            ) from None
+        return images
+
+    def _content(self, stream: BinaryIO, part: int) -> bytes:
+        stream.seek(self._offset(part))
+        return stream.read(self._bytes(part))
+
+    def _moved(self) -> dict[int, int]:
+        """The checksums of the parts that are in the file."""
+        try:
+            return {int(part): crc for part, crc in json.loads(self._journal.read_text()).items()}
+        except (OSError, ValueError):
+            return {}
+
+    def _file(self, part: int) -> Path:
+        return self.work / f"{part:06d}.npz"
+
+    def _shape(self, part: int) -> tuple[int, ...]:
+        count = min(self.batch, self.images - part * self.batch)
+        return (count, self.size, self.size, 3)
+
+    def _bytes(self, part: int) -> int:
+        return int(np.prod(self._shape(part)))
+
+    def _offset(self, part: int) -> int:
+        """The byte at which a part begins: the array is the first member of the file."""
+        header = len(_member_info(0).FileHeader(zip64=True)) + len(self._header)
+        return header + part * self._bytes(0)
+
+
+def part_fault(file: Path, *, shape: Sequence[int], labels: NDArray[np.int64]) -> str | None:
+    """Why `file` is not a part with uint8 images of `shape`, (B, H, W, 3), and these labels (B,).
+
+    Reads every byte.
+    """
+    try:
+        images, recorded = _member(file, "images"), _member(file, "labels")
+    except ValueError as error:
+        return str(error)
+    if images.dtype != np.uint8 or images.shape != tuple(shape):
+        return f"its images are {images.dtype} {images.shape} instead of uint8 {tuple(shape)}"
+    if recorded.dtype != np.int64 or not np.array_equal(recorded, labels):
+        return "its labels are not those of the request"
+    return None
+
+
+def _member_info(size: int) -> zipfile.ZipInfo:
+    """The entry of the images in the file, without their checksum."""
+    info = zipfile.ZipInfo("arr_0.npy")
+    info.CRC = info.header_offset = 0
+    info.file_size = info.compress_size = size
+    return info
+
+
+def _member(file: Path, key: str) -> NDArray[Any]:
+    """One array of a part, compared with its checksum.
+
+    Raises:
+        ValueError: why it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            content = archive.read(f"{key}.npy")
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # zipfile raises errors of many types for damaged files
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    """The content of an array's `.npy` file."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """What a `.npy` file of uint8 `shape` begins with."""
+    stream = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue()

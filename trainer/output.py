@@ -1,0 +1,213 @@
+"""What is drawn, on disk: parts that are there in full or not at all, until the output is whole.
+
+An output is an `.npz` file or a directory of shards. While it is drawn, its parts are in a
+directory beside it, with the request that they are of: parts of two requests never mix. The output
+gets its name when all of it is on disk.
+"""
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import files
+from trainer.ranks import lease as leases
+from trainer.samplefile import open_samples
+
+# The file beside the parts that has their request.
+REQUEST = "request.json"
+# What requests of version 0.1 do not state.
+_EARLIER = {"noise": 1, "labels": "balanced", "pixels": "round", "cfg": None, "guide_at": "x_t"}
+
+
+class Output(ABC):
+    """Where the images of one request go."""
+
+    def __init__(self, path: Path, *, work: Path, size: int, request: Mapping[str, Any]) -> None:
+        #: The file or directory that it becomes, and the directory of its parts.
+        self.path, self.work = path, work
+        #: What is drawn (`trainer.parts.SampleRequest`), and the height and width of its images.
+        self.request, self.size = request, size
+        #: The grid.
+        self.picture = work.with_suffix(".png")
+
+    @abstractmethod
+    def write(self, part: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """Put a part on disk: images uint8 (B, H, W, 3) and labels (B,)."""
+
+    @abstractmethod
+    def listed(self) -> list[int]:
+        """The parts that seem to be there."""
+
+    @abstractmethod
+    def fault(self, part: int, labels: NDArray[np.int64]) -> str | None:
+        """What is wrong with a listed part that must have these labels (B,); reads every byte."""
+
+    @abstractmethod
+    def needed(self) -> int:
+        """Bytes that what is still to be written takes at most; only estimated where compressed."""
+
+    @abstractmethod
+    def assemble(self, labels: NDArray[np.int64] | None) -> Path:
+        """Make the whole of all parts, in the directory of the parts; `labels` are all images'.
+
+        Raises:
+            ValueError: a part was damaged since it was drawn.
+        """
+
+    @property
+    def images(self) -> int:
+        """How many images there are in all."""
+        return int(self.request["images"])
+
+    @property
+    def batch(self) -> int:
+        """How many images there are in a part; the last one may have fewer."""
+        return int(self.request["batch"])
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return -(-self.images // self.batch)
+
+    def is_drawn(self, *, unknown: Sequence[str] = ()) -> bool:
+        """Whether the output is there, whole and of this request, but for entries yet unknown.
+
+        Raises:
+            ValueError: something else is there.
+        """
+        if not self._is_taken():
+            return False
+        try:
+            found = open_samples(self.path).record
+        except ValueError:
+            found = None
+        wanted = _plain(self.request)
+        if found:
+            wanted |= {name: found.get(name) for name in unknown}
+        if found != wanted:
+            other = f" with other images ({_differing(found, wanted)})" if found else ""
+            raise ValueError(f"{self.path} exists{other}: name another --out, or remove it")
+        if self.work.exists() and leases.live_holder(self.work) is None:
+            shutil.rmtree(self.work)  # the last thing that a job does
+        return True
+
+    def open(self) -> None:
+        """Make the directory of the parts, or check that the one there is of the same request.
+
+        Raises:
+            ValueError: other images are half drawn, it cannot be known of which request the parts
+                are, or the directory cannot be written.
+        """
+        parts, wanted = self.work, _plain(self.request)
+        recorded = _recorded(parts / REQUEST)
+        if recorded is None:
+            self._check_left()
+            try:
+                parts.mkdir(parents=True, exist_ok=True)
+                files.write(parts / REQUEST, json.dumps(wanted))
+                files.sync(parts.parent)
+            except OSError as error:
+                raise ValueError(f"cannot write {parts}: {error}; name another --out") from None
+        elif recorded != wanted:
+            raise ValueError(
+                f"{parts} holds parts of another request ({_differing(recorded, wanted)}): give "
+                "the same options, remove it, or name another --out"
+            )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The right to draw these parts while entered.
+
+        Raises:
+            ValueError: another process is drawing them.
+        """
+        if (busy := leases.live_holder(self.work)) is not None:
+            raise ValueError(f"{busy} is drawing {self.work}: wait for it, or name another --out")
+        lease = leases.claim(self.work)
+        try:
+            yield
+        finally:
+            lease.release()
+
+    def check_free(self) -> None:
+        """Return if nothing has the output's name.
+
+        Raises:
+            ValueError: another process has written something there.
+        """
+        if self._is_taken():
+            raise ValueError(f"{self.path} exists: name another --out, or remove it")
+
+    def publish(self, whole: Path) -> None:
+        """Give `whole` the output's name, and remove what was left of its parts.
+
+        Raises:
+            ValueError: as `check_free`.
+        """
+        self.check_free()
+        whole.rename(self.path)
+        files.sync(self.path.parent)
+        shutil.rmtree(self.work)
+
+    def _is_taken(self) -> bool:
+        """Whether something has the output's name; an empty directory may be filled."""
+        return self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
+
+    def _check_left(self) -> None:
+        """Return if a directory without a request holds nothing of value."""
+        parts = self.work
+        left = sorted(path.name for path in parts.iterdir()) if parts.exists() else []
+        known = (REQUEST, "launch")
+        if any(name[:6].isdigit() and not name.endswith(".partial") for name in left):
+            raise ValueError(
+                f"{parts / REQUEST} is missing or damaged, so it is not known of which request "
+                f"the parts beside it are: remove {parts} to draw them again, or name another --out"
+            )
+        if foreign := [n for n in left if n not in known and not n.endswith(".partial")]:
+            raise ValueError(f"{parts} holds other files ({foreign[0]}): name another --out")
+
+
+def numbered(directory: Path, suffix: str) -> list[int]:
+    """The parts of which a directory has a file; listing also refreshes a network file system."""
+    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+    stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    return sorted(int(stem) for stem in stems if stem.isdigit())
+
+
+def gib(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request as JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(request))
+    return plain
+
+
+def _recorded(record: Path) -> dict[str, Any] | None:
+    """The request that a directory of parts is of; None where the record is missing or damaged."""
+    try:
+        found = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    earlier = _EARLIER if found.get("classes") else {**_EARLIER, "labels": None}
+    return {**earlier, **found}
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    names: Sequence[str] = [*{**found, **wanted}]
+    return "; ".join(
+        f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    )

@@ -1,0 +1,293 @@
+"""What the command line of `trainer.sample` asks for, as jobs: one for each output.
+
+A sweep over scales has a job for each scale, and with an upsampler each of them is followed by one
+that enlarges its images. All is checked here, before anything is drawn.
+"""
+
+import argparse
+import itertools
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.dataset import class_names
+from trainer.adm.config import UNetConfig
+from trainer.adm.respacing import kept_timesteps
+from trainer.config import Config
+from trainer.draw import tile, to_pixels
+from trainer.labels import LOW_RES, Labels, choose, columns
+from trainer.networks import SampleInputs, TrainedNetwork
+from trainer.npz_output import NpzOutput
+from trainer.output import Output, gib
+from trainer.parts import SampleRequest, conditions
+from trainer.samplefile import Samples, open_samples
+from trainer.shard_output import ShardOutput
+
+# The most images in the PNG.
+GRID = 100
+# How many images are drawn where nothing says how many.
+_IMAGES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawJob:
+    """One output: what is drawn, by which networks, and where it goes."""
+
+    request: SampleRequest
+    output: Output
+    source: TrainedNetwork
+    classifier: TrainedNetwork | None
+    labels: Labels | None
+    #: The images that an upsampler enlarges.
+    low_res: Samples | None
+    #: What tells its output from those of other scales: the end of its name.
+    variant: str
+
+    @property
+    def model(self) -> UNetConfig:
+        """The network's configuration."""
+        assert isinstance(self.source.config.model, UNetConfig)
+        return self.source.config.model
+
+    def all_labels(self) -> NDArray[np.int64] | None:
+        """The labels of all images, (N,); None where there are no classes."""
+        if self.labels is None:
+            return None
+        return self.labels.of(torch.arange(self.request.images)).numpy()
+
+    def grid(self, whole: Path) -> NDArray[np.uint8]:
+        """The first images of the output, uint8 (3, H, W), each beside its low resolution."""
+        images = open_samples(whole).images(0, GRID).transpose(0, 3, 1, 2)
+        if self.low_res is not None and self.model.small_size is not None:
+            pixels = self.low_res.images(0, len(images))
+            small_size, cpu = self.model.small_size, torch.device("cpu")
+            small = to_pixels(conditions(pixels, small_size=small_size, device=cpu)).numpy()
+            zoom = self.model.image_size // small_size
+            images = np.concatenate((small.repeat(zoom, 2).repeat(zoom, 3), images), axis=3)
+        labels = self.all_labels()
+        return tile(images, columns=columns(None if labels is None else labels[:GRID]))
+
+
+def low_res_checksum(path: Path | None, *, inputs: SampleInputs) -> str | None:
+    """What identifies the images that are enlarged; None where none are.
+
+    Raises:
+        ValueError: as `base_jobs`.
+    """
+    low_res = _open_low_res(path, source=inputs.denoiser)
+    return None if low_res is None else low_res.checksum()
+
+
+def base_jobs(
+    arguments: argparse.Namespace,
+    inputs: SampleInputs,
+    *,
+    low_res_checksum: str | None,
+    device: torch.device,
+) -> list[DrawJob]:
+    """The jobs of the first network: one for each scale and each factor of `--cfg`.
+
+    Raises:
+        ValueError: a file, a class, or a combination that does not work.
+    """
+    source = inputs.denoiser
+    low_res = _open_low_res(arguments.low_res, source=source)
+    labels = choose(
+        rule=arguments.labels,
+        classes=arguments.classes,
+        low_res=None if low_res is None else low_res.labels,
+        count=inputs.classes,
+        enlarges=low_res is not None,
+        names=lambda: _names(source.config),
+        seed=arguments.seed,
+    )
+    if arguments.cfg and not source.config.training.label_dropout:
+        raise ValueError(f"--cfg: {source.name} was trained without training.label_dropout")
+    kept_timesteps(source.config.diffusion.steps, arguments.steps)
+    request = SampleRequest(
+        images=_count(arguments.images, low_res=low_res, labels=labels),
+        batch=arguments.batch,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        eta=_eta(arguments.eta, arguments.steps),
+        scale=0.0,
+        guide_at=arguments.guide_at,
+        cfg=None,
+        labels=None if labels is None else labels.rule,
+        classes=None if labels is None else labels.classes,
+        pixels=arguments.pixels,
+        precision=arguments.precision,
+        device=device.type,
+        noise=1 if low_res is None else 2,
+        sources=tuple(s.sha256 for s in (source, inputs.classifier) if s is not None),
+        low_res=low_res_checksum,
+    )
+    base = partial(_base_job, arguments, inputs, labels=labels, low_res=low_res)
+    scales = arguments.scale or ((0.0,) if inputs.classifier is None else (1.0,))
+    return [
+        base(replace(request, scale=scale, cfg=cfg))
+        for scale, cfg in itertools.product(scales, arguments.cfg or (None,))
+    ]
+
+
+def _base_job(
+    arguments: argparse.Namespace,
+    inputs: SampleInputs,
+    request: SampleRequest,
+    *,
+    labels: Labels | None,
+    low_res: Samples | None,
+) -> DrawJob:
+    """The job of one scale and factor."""
+    variant = f"-scale{request.scale:g}" if len(arguments.scale or ()) > 1 else ""
+    variant += f"-cfg{request.cfg:g}" if len(arguments.cfg or ()) > 1 else ""
+    end = variant if inputs.upsampler is None else f"{variant}-base"
+    return DrawJob(
+        request=request,
+        output=_output(arguments.out, end, request, source=inputs.denoiser, labels=labels),
+        source=inputs.denoiser,
+        classifier=inputs.classifier,
+        labels=labels,
+        low_res=low_res,
+        variant=variant,
+    )
+
+
+def enlarging_job(
+    base: DrawJob, *, upsampler: TrainedNetwork, arguments: argparse.Namespace
+) -> DrawJob:
+    """The job that enlarges what `base` draws, as far as it is known before that is drawn.
+
+    Raises:
+        ValueError: steps that the upsampler cannot take.
+    """
+    labels = None
+    if (given := base.all_labels()) is not None:
+        labels = Labels(rule=LOW_RES, given=given)
+    steps = arguments.upsampler_steps or arguments.steps
+    request = replace(
+        base.request,
+        steps=steps,
+        eta=_eta(arguments.eta, steps),
+        scale=0.0,
+        guide_at="x_t",
+        cfg=None,
+        labels=None if labels is None else labels.rule,
+        classes=None,
+        noise=2,
+        sources=(upsampler.sha256,),
+    )
+    kept_timesteps(upsampler.config.diffusion.steps, steps)
+    out: str = arguments.out
+    return DrawJob(
+        request=request,
+        output=_output(out, base.variant, request, source=upsampler, labels=labels),
+        source=upsampler,
+        classifier=None,
+        labels=labels,
+        low_res=None,
+        variant=base.variant,
+    )
+
+
+def with_low_res(job: DrawJob, *, base: DrawJob, checksum: str) -> DrawJob:
+    """An `enlarging_job` whose low-resolution images are there now."""
+    request = replace(job.request, low_res=checksum)
+    job.output.request = vars(request)
+    return replace(job, request=request, low_res=open_samples(base.output.path))
+
+
+def check_room(jobs: Sequence[DrawJob]) -> str:
+    """What the outputs of all jobs need and what there is, in words.
+
+    Raises:
+        ValueError: there is not enough.
+    """
+    out = jobs[0].output.path
+    directory = next(path for path in out.absolute().parents if path.exists())
+    free, needed = shutil.disk_usage(directory).free, sum(job.output.needed() for job in jobs)
+    if free < needed:
+        raise ValueError(f"{out} needs {gib(needed)} and {gib(free)} are free: name another --out")
+    return f"{gib(needed)} to write, {gib(free)} free"
+
+
+def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | None:
+    """The images that an upsampler enlarges.
+
+    Raises:
+        ValueError: they are missing, or are not what the network enlarges.
+    """
+    model = source.config.model
+    assert isinstance(model, UNetConfig)
+    if (path is None) != (model.small_size is None):
+        needs = f"needs --low-res with {model.small_size} px images" if model.small_size else ""
+        raise ValueError(f"this network {needs or 'is no upsampler: leave out --low-res'}")
+    if path is None:
+        return None
+    try:
+        samples = open_samples(path, size=model.image_size)
+    except ValueError as error:
+        raise ValueError(f"--low-res {error}") from None
+    known = [(model.small_size, model.small_size), (model.image_size, model.image_size)]
+    if samples.size not in known:
+        height, width = samples.size
+        raise ValueError(
+            f"--low-res {path}: the images are {height} x {width}; they must be {known[0][0]} px, "
+            f"or {known[1][0]} px to be reduced first"
+        )
+    return samples
+
+
+def _count(asked: int | None, *, low_res: Samples | None, labels: Labels | None) -> int:
+    """How many images are drawn: as many as there are low-resolution ones, or labels in a file."""
+    limits = {"--low-res": low_res.count} if low_res is not None else {}
+    if labels is not None and labels.given is not None and labels.rule != LOW_RES:
+        limits["--labels"] = len(labels.given)
+    for option, count in limits.items():
+        if asked is not None and asked > count:
+            raise ValueError(f"--images = {asked}: must be at most the {count} of {option}")
+    return asked or min(limits.values(), default=_IMAGES)
+
+
+def _eta(eta: float | None, steps: str) -> float | None:
+    return 0.0 if eta is None and steps.startswith("ddim") else eta
+
+
+def _output(
+    out: str, end: str, request: SampleRequest, *, source: TrainedNetwork, labels: Labels | None
+) -> Output:
+    """Where the images of a request go: `--out`, with `end` after its name."""
+    size = source.config.model.image_size
+    if not out.endswith("/"):
+        path = Path(out.removesuffix(".npz") + end + ".npz")
+        return NpzOutput(path, size=size, request=vars(request))
+    path = Path(out.rstrip("/") + end)
+    names = () if labels is None else _class_list(source.config, labels)
+    return ShardOutput(path, size=size, request=vars(request), classes=names)
+
+
+def _class_list(config: Config, labels: Labels) -> Sequence[str]:
+    """The names of the classes of drawn shards: those of the training, or else numbers."""
+    try:
+        known = class_names(config.data.shards)
+    except ValueError:
+        known = ()
+    chosen = labels.classes if labels.given is None else labels.given
+    count = max(config.model.num_classes or 0, max(chosen or (), default=0) + 1)
+    return known if len(known) >= count else [str(i) for i in range(count)]
+
+
+def _names(config: Config) -> Sequence[str]:
+    try:
+        return class_names(config.data.shards)
+    except ValueError as error:
+        raise ValueError(
+            f"--classes: names of classes are in the manifest of data.shards, and {error}; write "
+            "numbers, as `python -m data.shards info` prints them"
+        ) from None

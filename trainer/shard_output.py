@@ -1,0 +1,100 @@
+"""Parts that become a packed dataset: each is a shard, so nothing is written twice.
+
+The images are PNG, exactly as drawn. The next stage enlarges such a directory, and a network can
+be trained on it.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data import files
+from data.dataset import describe, file_sha256
+from data.index import index_bytes, parse_index
+from data.manifest import MANIFEST, NO_CLASS, Shard, manifest_text
+from data.tars import ShardWriter
+from trainer.output import Output, numbered
+from trainer.samplefile import RECORD
+
+
+class ShardOutput(Output):
+    """A directory of shards.
+
+    `classes` are the names of the classes by number; none where there are no classes.
+    """
+
+    def __init__(
+        self, path: Path, *, size: int, request: Mapping[str, Any], classes: Sequence[str]
+    ) -> None:
+        work = path.with_name(f"{path.name}.parts")
+        super().__init__(path, work=work, size=size, request=request)
+        self._classes = tuple(classes) or (NO_CLASS,)
+        self._shards = self.work / "shards"
+
+    def write(self, part: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """As `Output.write`."""
+        self._shards.mkdir(exist_ok=True)
+        tar = self._shards / f"{part:06d}.tar"
+        with files.whole(tar) as file:
+            writer = ShardWriter(file)
+            for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+                key = f"{part * self.batch + i:08d}"
+                writer.add(key, image=_png(image), suffix="png", label=label)
+            index = writer.close()
+        content = index_bytes(index)
+        files.write(self._shards / f"{part:06d}.idx.npy", content)
+        files.write(self._record(part), json.dumps(asdict(describe(tar, index, content))))
+
+    def listed(self) -> list[int]:
+        """As `Output.listed`."""
+        return numbered(self.work, ".json")
+
+    def fault(self, part: int, labels: NDArray[np.int64]) -> str | None:
+        """As `Output.fault`."""
+        try:
+            shard = Shard(**json.loads(self._record(part).read_text()))
+            content = (self._shards / shard.index).read_bytes()
+            index = parse_index(content, samples=len(labels), where=self._shards / shard.index)
+            if not np.array_equal(index["label"], labels):
+                return "its labels are not those of the request"
+            found = file_sha256(self._shards / shard.tar), hashlib.sha256(content).hexdigest()
+            if found != (shard.sha256, shard.index_sha256):
+                return "its shard has another checksum"
+        except (OSError, ValueError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def needed(self) -> int:
+        """As `Output.needed`: as if nothing were compressed."""
+        left = self.images - len(self.listed()) * self.batch
+        return max(left, 0) * self.size**2 * 3
+
+    def assemble(self, labels: NDArray[np.int64] | None) -> Path:
+        """As `Output.assemble`."""
+        records = [self._record(part) for part in range(self.parts)]
+        text = manifest_text(
+            tuple(Shard(**json.loads(record.read_text())) for record in records),
+            classes=self._classes,
+            image_size=self.size,
+            made_by={"sample": "trainer.sample", RECORD: self.request},
+        )
+        files.write(self._shards / MANIFEST, text)
+        return self._shards
+
+    def _record(self, part: int) -> Path:
+        return self.work / f"{part:06d}.json"
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    """The PNG file of uint8 (H, W, 3)."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="png")
+    return stream.getvalue()
