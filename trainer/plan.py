@@ -20,6 +20,7 @@ from data.exits import REFUSED, CommandParser
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer import costs, ds_config, settings
+from trainer.averages import kept
 from trainer.config import Config
 from trainer.costs import NetCosts
 from trainer.prediction import (
@@ -105,7 +106,7 @@ def _row(name: str, cells: Sequence[str]) -> str:
 
 def _disk_lines(config: Config, net: NetCosts) -> Iterable[str]:
     every, training = config.intervals, config.training
-    size = 4 * net.parameters * (3 + len(training.ema)) / GB
+    size = 4 * net.parameters * (3 + len(kept(training))) / GB
     stay = training.images // every.keep_every if every.keep_every else 0
     # One is being written while the newest are kept.
     most = every.keep + 1 + stay

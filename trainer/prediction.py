@@ -9,6 +9,7 @@ from typing import Any
 from trainer import costs
 from trainer.adm.config import check
 from trainer.adm.unet import flops
+from trainer.averages import kept
 from trainer.config import Config
 from trainer.costs import NetCosts
 
@@ -138,7 +139,7 @@ def memory(
     """Bytes of a rank by part; `costs.memory` for a preset cut into so large micro-batches."""
     return costs.memory(
         net,
-        averages=len(config.training.ema),
+        averages=len(kept(config.training)),
         zero=zero,
         ranks=ranks,
         micro_batch=micro_batch,
