@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.stream import Batch
+from trainer import compute
 from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion, Net
 from trainer.adm.objective import to_range
@@ -136,6 +137,7 @@ def draw_grid(
     assert isinstance(config.model, UNetConfig)
     net = network_of(config.model, weights).eval()
     device = next(net.parameters()).device
+    compute.prepare(net, training=config.training, device=device)
     every = config.intervals
     indices = grid_indices(every, world=world)
     labels = _spread(indices, every.samples_count, config.model.num_classes)

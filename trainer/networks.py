@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer import averages, weights
+from trainer import averages, compute, weights
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer.adm.config import ClassifierConfig, UNetConfig
@@ -60,8 +60,9 @@ class TrainedNetwork:
         it.
 
         Raises:
-            ValueError: the file does not hold the weights of this network.
+            ValueError: the file does not hold the weights of this network, or Triton is missing.
         """
+        compute.check(self.config.training)
         own = "fp32" if device.type == "cpu" else self.config.training.precision
         with torch.device("meta"):
             net = build(self.config.model).to(DTYPES[precision or own])
@@ -69,7 +70,7 @@ class TrainedNetwork:
         from_main(lambda: weights.fill(net, weights.load(self.file), source=self.file))
         for tensor in net.state_dict().values():
             broadcast(tensor)
-        return net
+        return compute.prepare(net, training=self.config.training, device=device)
 
 
 def _newest(path: Path) -> checkpoints.Checkpoint:

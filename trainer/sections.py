@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.adm.config import check, check_choice
+from trainer.adm.config import Kernels, check, check_choice
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Timesteps = Literal["uniform", "loss-second-moment"]
@@ -40,6 +40,8 @@ class TrainingConfig:
     #: Relative widths of power-function averages, of which `python -m trainer.ema` makes others.
     ema_widths: tuple[float, ...] = ()
     precision: Precision
+    #: "fused": norms in one operation, on a GPU; a CPU computes them as "plain".
+    kernels: Kernels = "plain"
     timesteps: Timesteps = "uniform"
     #: Share of images whose class the net is not told, for classifier-free guidance.
     label_dropout: float = 0.0
@@ -64,6 +66,7 @@ class TrainingConfig:
         self._check(self.ema_images is None or self.ema_images >= 1, "ema_images", "at least 1")
         self._check_averages()
         check_choice("training.precision", self.precision, Precision)
+        check_choice("training.kernels", self.kernels, Kernels)
         check_choice("training.timesteps", self.timesteps, Timesteps)
 
     def _check_averages(self) -> None:

@@ -3,14 +3,16 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from data.dataset import Shards
 from data.stream import Stream
+from trainer import averages, classes, compute, weights
 from trainer import checkpoint as checkpoints
-from trainer import weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import Classify, Denoise
 from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
@@ -90,6 +92,7 @@ def begin(
         weights.fill(net, weights.load(file), source=file)
     elif initial is not None:
         weights.fill(net, initial, source="--init")
+    compute.prepare(net, training=config.training, device=device)
     engine = agreed(lambda: Engine(net, config=config, ds_config=ds_config, device=device))
     objective = build_objective(config)
     if found is not None:
@@ -98,6 +101,19 @@ def begin(
                 engine.scatter(kind, tensors.get_tensor)
         found.state.restore(engine=engine, timesteps=objective.timesteps)
     return engine, objective
+
+
+def remarks(
+    config: Config, changes: Mapping[str, tuple[Any, Any]], shards: Shards, *, ranks: int
+) -> list[str]:
+    """What the log says of the config, and its `changes` of the run, before the run begins."""
+    changed = [f"{name} changes from {a!r} to {b!r}" for name, (a, b) in changes.items()]
+    odd = (
+        averages.stated(config.training),
+        classes.untrained(config, shards),
+        config.training.badly_cut_on(ranks),
+    )
+    return changed + compute.remarks(config.training) + [line for line in odd if line]
 
 
 def build_objective(config: Config) -> Denoise | Classify:

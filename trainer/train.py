@@ -24,7 +24,7 @@ from data import descriptors
 from data.dataset import open_shards
 from data.exits import TO_BE_CONTINUED, CommandParser
 from data.stream import Batch, Stream, to_device
-from trainer import averages, classes, settings, start, wandb
+from trainer import classes, compute, settings, start, wandb
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.objective import Classify, Denoise
@@ -77,6 +77,7 @@ class TrainingPlan:
         classes.check(config, stream.shards, run=run)
         check_precision(config.training.precision)
         wandb.check(config.board.wandb)
+        compute.check(config.training)
         return cls(
             run=run,
             config=config,
@@ -123,7 +124,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
         return _leave_early(plan, context, log=log)
     if world.is_main:
         run.open(config, ds_config=plan.ds_config)
-    for line in _remarks(plan, ranks=world.size):
+    for line in start.remarks(config, plan.changes, plan.stream.shards, ranks=world.size):
         log(line)
     context.watchdog.mark("building the engine")
     engine, objective = start.begin(
@@ -181,18 +182,6 @@ def _loop(
             pin=context.device.type == "cuda",
         )
         return loop.train(to_device(batches, device=context.device))
-
-
-def _remarks(plan: TrainingPlan, *, ranks: int) -> list[str]:
-    """What the log says of the config before the run begins."""
-    changed = [f"{name} changes from {a!r} to {b!r}" for name, (a, b) in plan.changes.items()]
-    config = plan.config
-    odd = (
-        averages.stated(config.training),
-        classes.untrained(config, plan.stream.shards),
-        config.training.badly_cut_on(ranks),
-    )
-    return changed + [line for line in odd if line]
 
 
 def _note_beginning(run: Run, found: Checkpoint | None) -> None:

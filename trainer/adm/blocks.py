@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from trainer.adm.config import GROUPS, Conditioning, QkvOrder
+from trainer.adm.config import Conditioning, QkvOrder
+from trainer.adm.norm import GroupNorm
 
 Resampling = Literal["same", "up", "down"]
 ConvT = TypeVar("ConvT", nn.Conv1d, nn.Conv2d)
@@ -29,19 +30,6 @@ def timestep_embedding(t: Tensor, *, width: int) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
     return torch.cat((angles.cos(), angles.sin()), dim=1)
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm over 32 groups, computed in fp32 at least, whatever the dtype of its parameters."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(GROUPS, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, ...) -> the same shape and dtype."""
-        # torch's own 16-bit kernel rounds mean and deviation to 16 bits between its two passes.
-        weight, bias = full(self.weight), full(self.bias)
-        return F.group_norm(full(x), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -91,20 +79,20 @@ class ResidualBlock(nn.Module):
         return self._block(x, emb)
 
     def _block(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, activation, conv = self.in_layers
-        h = conv(resize(activation(norm(x)), self.resample))
-        h = self._condition(h, self.emb_layers(emb)[:, :, None, None])
+        norm, _, conv = self.in_layers
+        h = conv(resize(norm(x, silu=True), self.resample))
+        h = self._condition(h, self.emb_layers(emb))
         return residual_sum(self.skip_connection(resize(x, self.resample)), h, self.rescale)
 
     def _condition(self, h: Tensor, emb: Tensor) -> Tensor:
-        norm, activation, dropout, conv = self.out_layers
+        norm, _, dropout, conv = self.out_layers
         if self.conditioning == "adagn":
-            scale, shift = emb.chunk(2, dim=1)
-            h = dropout(activation(norm(h) * (1 + scale) + shift))
+            h = dropout(norm(h, emb, silu=True))
         elif self.conditioning == "add":
-            h = dropout(activation(norm(h + emb)))
+            h = dropout(norm(h + emb[:, :, None, None], silu=True))
         else:
-            h = torch.cat((dropout(activation(norm(h))), emb.expand_as(h)), dim=1)
+            h = dropout(norm(h, silu=True))
+            h = torch.cat((h, emb[:, :, None, None].expand_as(h)), dim=1)
         out: Tensor = conv(h)
         return out
 
@@ -209,11 +197,6 @@ class Stage(nn.ModuleList):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResidualBlock) else layer(x)
         return x
-
-
-def full(x: Tensor) -> Tensor:
-    """x, of any shape, in fp32 or, if it is in that, fp64: for statistics, losses and samplers."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def attend(qkv: Tensor, *, heads: int, order: QkvOrder) -> Tensor:

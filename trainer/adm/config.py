@@ -14,6 +14,8 @@ Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
 Schedule = Literal["linear", "cosine"]
 Predict = Literal["eps", "x0"]
 Variance = Literal["learned", "fixed_large", "fixed_small"]
+# How GroupNorm is computed: by torch, or in one operation with what follows it.
+Kernels = Literal["plain", "fused"]
 Loss = Literal["hybrid", "hybrid_rescaled", "vlb", "vlb_rescaled", "simple"]
 
 # The label of an image whose class the net is not told.

@@ -24,6 +24,9 @@ from trainer.adm.config import EncoderConfig
 class Encoder(nn.Module):
     """The half that both nets share: embedding of t, downward stages, bottom."""
 
+    #: How maps lie in memory, from the first convolution on.
+    layout = torch.channels_last
+
     def __init__(self, config: EncoderConfig, *, in_channels: int) -> None:
         super().__init__()
         self.channels = config.channels
@@ -54,7 +57,8 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
         """Outputs (B, C, H, W) of every downward stage, first to last, and that of the bottom."""
-        features = []
+        # The parameters stay contiguous: DeepSpeed broadcasts and flattens them.
+        x, features = x.to(self.dtype, memory_format=self.layout), []
         for stage in self.input_blocks:
             x = stage(x, emb)
             features.append(x)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.adm.blocks import AttentionPool, GroupNorm, Stage, full, zeroed
+from trainer.adm.blocks import AttentionPool, Stage, zeroed
 from trainer.adm.config import NO_LABEL, ClassifierConfig, UNetConfig
 from trainer.adm.encoder import (
     Encoder,
@@ -18,6 +18,7 @@ from trainer.adm.encoder import (
     resampler,
     residual,
 )
+from trainer.adm.norm import GroupNorm, full
 
 _SPATIAL_WIDTH = 2048
 
@@ -53,11 +54,11 @@ class UNet(Encoder):
             emb = emb + self.label_emb(y.clamp(min=0)) * known
         if low_res is not None:
             x = torch.cat((x, F.interpolate(low_res, x.shape[2:], mode="bilinear")), dim=1)
-        skips, h = self.encode(x.to(self.dtype), emb)
+        skips, h = self.encode(x, emb)
         for stage in self.output_blocks:
             h = stage(torch.cat((h, skips.pop()), dim=1), emb)
-        out: Tensor = self.out(h)
-        return full(out)
+        norm, _, conv = self.out
+        return full(conv(norm(h, silu=True)))
 
 
 class Classifier(Encoder):
@@ -71,7 +72,7 @@ class Classifier(Encoder):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, 3, H, W), t (B,) original timesteps -> fp32 logits (B, num_classes)."""
-        features, h = self.encode(x.to(self.dtype), self.embed(t))
+        features, h = self.encode(x, self.embed(t))
         if self.config.pool.startswith("spatial"):
             h = torch.cat([part.mean(dim=(2, 3)) for part in (*features, h)], dim=1)
         out: Tensor = self.out(h)

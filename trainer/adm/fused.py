@@ -1,0 +1,195 @@
+"""GroupNorm, its conditioning and its activation as one operation on a GPU.
+
+A map passes through memory twice forward (its moments, its result) and twice backward, and only
+the map itself and two numbers per group are kept in between. The operations are
+`torch.ops.adm.norm` and its backward, which `torch.compile` takes as they are.
+
+Only `norm.use_kernels` imports this module, since Triton is not everywhere.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.adm import kernels
+
+# Elements that a program holds at once, and its warps. No kernel takes more than 88 registers then
+# on an H100, so that 20 warps run at once; with 4096 elements it is up to 208, and 8192 spill.
+ELEMENTS, WARPS = 2048, 4
+# A map's rows are summed in at most so many parts, which one program can add up.
+_PARTS = 64
+_BLOCK = 256
+
+LAYOUT = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How maps (B, C, L) are cut into programs; a function of their shape alone."""
+
+    images: int
+    channels: int
+    length: int
+    groups: int
+
+    @property
+    def block(self) -> dict[str, int]:
+        """The tile of a program: channels that divide them all, and rows to fill it."""
+        BC = min(_BLOCK, self.channels & -self.channels)
+        BL = min(ELEMENTS // BC, triton.next_power_of_2(self.length))
+        return {"C": self.channels, "BL": BL, "BC": BC}
+
+    @property
+    def rows(self) -> int:
+        """Rows of a part: whole tiles."""
+        BL = self.block["BL"]
+        return int(BL * triton.cdiv(triton.cdiv(self.length, BL), _PARTS))
+
+    @property
+    def parts(self) -> int:
+        """Parts of a map."""
+        return int(triton.cdiv(self.length, self.rows))
+
+    @property
+    def width(self) -> int:
+        """Channels of a group."""
+        return self.channels // self.groups
+
+    @property
+    def group(self) -> dict[str, int]:
+        """The sizes with which one program joins all parts of a group."""
+        BP, BD = triton.next_power_of_2(self.parts), triton.next_power_of_2(self.width)
+        return {"C": self.channels, "D": self.width, "BP": BP, "BD": BD}
+
+    def grid(self, rows: int) -> tuple[int, int, int]:
+        """The programs that take so many rows each."""
+        return (self.images, triton.cdiv(self.length, rows), self.channels // self.block["BC"])
+
+
+def _cut(x: Tensor, groups: int) -> Cut:
+    return Cut(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups)
+
+
+def _precision(x: Tensor) -> tuple[torch.dtype, Any]:
+    """In which sums are made."""
+    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+@torch.library.custom_op("adm::norm", mutates_args=())
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `norm.GroupNorm.forward`; also the groups' mean and 1 / deviation, (B, groups) each."""
+    x, film = x.contiguous(memory_format=LAYOUT), _rows(film)
+    cut, (full, F) = _cut(x, groups), _precision(x)
+    L, B, C = cut.length, cut.images, cut.channels
+    means, squares = x.new_empty((2, B, cut.parts, C), dtype=full)
+    mean, rstd = (x.new_empty((B, groups), dtype=full) for _ in range(2))
+    kernels.channel_moments[cut.grid(cut.rows)](
+        x, means, squares, L, cut.rows, **cut.block, F=F, num_warps=WARPS
+    )
+    kernels.group_moments[(B, groups)](
+        means, squares, mean, rstd, L, cut.rows, cut.parts, eps, **cut.group, F=F, num_warps=WARPS
+    )
+    y = torch.empty_like(x)
+    kernels.apply[cut.grid(cut.block["BL"])](
+        x, y, mean, rstd, weight, bias, weight if film is None else film, L, D=cut.width,
+        **cut.block, FILM=film is not None, SILU=silu, F=F, num_warps=WARPS,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+@norm.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty((x.shape[0], groups), dtype=_precision(x)[0])
+    return torch.empty_like(x, memory_format=LAYOUT), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("adm::norm_backward", mutates_args=())
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `norm`'s x, weight, bias and film (empty where there is none)."""
+    x, dy = (v.contiguous(memory_format=LAYOUT) for v in (x, dy))
+    cut, (full, F) = _cut(x, mean.shape[1]), _precision(x)
+    film, given = _rows(film), film is not None
+    L, B, C, shift = cut.length, cut.images, cut.channels, weight if film is None else film
+    sums = x.new_empty((B, cut.parts, 2, C), dtype=full)
+    means = x.new_empty((B, cut.groups, 2), dtype=full)
+    parameters = x.new_empty((B, 2, C), dtype=full)
+    dfilm = x.new_empty((B, 2 * C) if given else 0)
+    kernels.channel_gradients[cut.grid(cut.rows)](
+        x, dy, mean, rstd, weight, bias, shift, sums, L, cut.rows, D=cut.width, **cut.block,
+        FILM=given, SILU=silu, F=F, num_warps=WARPS,
+    )  # fmt: skip
+    kernels.group_gradients[(B, cut.groups)](
+        sums, means, weight, bias, shift, dfilm, parameters, L, cut.parts, **cut.group,
+        FILM=given, F=F, num_warps=WARPS,
+    )  # fmt: skip
+    dx = torch.empty_like(x)
+    kernels.apply_gradient[cut.grid(cut.block["BL"])](
+        x, dy, dx, mean, rstd, means, weight, bias, shift, L, D=cut.width, **cut.block,
+        FILM=given, SILU=silu, F=F, num_warps=WARPS,
+    )  # fmt: skip
+    dweight, dbias = parameters.sum(0).to(weight.dtype).unbind(0)
+    return dx, dweight.clone(), dbias.clone(), dfilm
+
+
+@norm_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=LAYOUT)
+    dfilm = x.new_empty(0 if film is None else tuple(film.shape))
+    return dx, torch.empty_like(weight), torch.empty_like(bias), dfilm
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, film, _, _, ctx.silu = inputs
+    ctx.save_for_backward(x, output[1], output[2], weight, bias, film)
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, weight, bias, film = ctx.saved_tensors
+    dx, dweight, dbias, dfilm = norm_backward(dy, x, mean, rstd, weight, bias, film, ctx.silu)
+    return dx, dweight, dbias, None if film is None else dfilm, None, None, None
+
+
+norm.register_autograd(_backward, setup_context=_keep)
+
+
+def _rows(film: Tensor | None) -> Tensor | None:
+    """The conditioning, its rows one behind the other in memory."""
+    return None if film is None else film.contiguous()

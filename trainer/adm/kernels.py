@@ -1,0 +1,180 @@
+"""The Triton kernels of `fused`: GroupNorm, its conditioning and its activation on a GPU.
+
+Maps x and y are channels last: (B, C, H, W) lies in memory as (B, L, C) with L = H W. A group has
+D channels; BL, BC, BP and BD are sizes of blocks, of rows, channels, parts of a map and channels of
+a group; F is the type of all sums, fp32 or fp64. Sums are made in a fixed order, without atomic
+operations, so the same inputs give the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+# Numbers that are 1 somewhere stay variables.
+_kernel = triton.jit(do_not_specialize=["L", "ROWS", "parts"])
+
+
+@triton.jit
+def _load(x, image, rows, columns, last, L, C: tl.constexpr, F: tl.constexpr):
+    """Rows (BL,) x channels (BC,) of an image, zero from the row `last` on."""
+    at = image.to(tl.int64) * L * C + rows[:, None] * C + columns[None, :]
+    return tl.load(x + at, mask=(rows < last)[:, None], other=0).to(F)
+
+
+@triton.jit
+def _coefficients(weight, bias, film, image, c, C: tl.constexpr, FILM: tl.constexpr, F: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Factor and summand of normalised values: weight and bias, changed by the conditioning."""
+    a, o = tl.load(weight + c).to(F), tl.load(bias + c).to(F)
+    if FILM:
+        scale = 1 + tl.load(film + image * 2 * C + c).to(F)
+        a, o = a * scale, o * scale + tl.load(film + image * 2 * C + C + c).to(F)
+    return a, o
+
+
+@_kernel
+def channel_moments(
+    x, means, squares, L, ROWS, C: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
+    F: tl.constexpr,
+):  # fmt: skip
+    """Mean, and sum of squares around it, of every channel of a part: (B, parts, C) each.
+
+    Tiles are joined by Chan's formula: no large mean cancels the variance.
+    """
+    image, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    first, last = part * ROWS, tl.minimum(part * ROWS + ROWS, L)
+    mean, square = tl.zeros((BC,), F), tl.zeros((BC,), F)
+    for start in range(first, last, BL):
+        rows = start + tl.arange(0, BL)
+        v = _load(x, image, rows, c, last, L, C, F)
+        before = (start - first).to(F)
+        count = tl.minimum(last - start, BL).to(F)
+        tile_mean = tl.sum(v, 0) / count
+        off = tl.where((rows < last)[:, None], v - tile_mean[None, :], 0)
+        delta = tile_mean - mean
+        mean += delta * (count / (before + count))
+        square += tl.sum(off * off, 0) + delta * delta * (before * count / (before + count))
+    at = (image * parts + part) * C + c
+    tl.store(means + at, mean)
+    tl.store(squares + at, square)
+
+
+@_kernel
+def group_moments(
+    means, squares, mean, rstd, L, ROWS, parts, eps: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    BP: tl.constexpr, BD: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / deviation of every group, from those of its channels in all parts."""
+    image, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    p, d = tl.arange(0, BP)[:, None], tl.arange(0, BD)[None, :]
+    inside = (p < parts) & (d < D)
+    at = (image * parts + p) * C + group * D + d
+    rows = tl.minimum(L - p * ROWS, ROWS).to(F)
+    m = tl.load(means + at, mask=inside, other=0)
+    total = tl.sum(tl.sum(tl.where(inside, rows * m, 0), 0), 0)
+    count = (L * D).to(F)
+    whole = total / count
+    off = m - whole
+    square = tl.load(squares + at, mask=inside, other=0) + rows * off * off
+    variance = tl.sum(tl.sum(tl.where(inside, square, 0), 0), 0) / count
+    tl.store(mean + image * groups + group, whole)
+    tl.store(rstd + image * groups + group, 1 / tl.sqrt(variance + eps))
+
+
+@_kernel
+def apply(
+    x, y, mean, rstd, weight, bias, film, L, C: tl.constexpr, D: tl.constexpr, BL: tl.constexpr,
+    BC: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """y = SiLU(a (x - mean) rstd + o), with a and o of `_coefficients`."""
+    image, rows = tl.program_id(0), tl.program_id(1) * BL + tl.arange(0, BL)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    group = image * (C // D) + c // D
+    a, o = _coefficients(weight, bias, film, image, c, C, FILM, F)
+    a *= tl.load(rstd + group)
+    h = (_load(x, image, rows, c, L, L, C, F) - tl.load(mean + group)[None, :]) * a[None, :]
+    h += o[None, :]
+    if SILU:
+        h = h / (1 + tl.exp(-h))
+    at = image.to(tl.int64) * L * C + rows[:, None] * C + c[None, :]
+    tl.store(y + at, h.to(y.dtype.element_ty), mask=(rows < L)[:, None])
+
+
+@triton.jit
+def _inner(x, dy, mean, rstd, a, o, group, SILU: tl.constexpr):
+    """The normalised values, and the gradient of a xhat + o."""
+    xhat = (x - tl.load(mean + group)[None, :]) * tl.load(rstd + group)[None, :]
+    if SILU:
+        h = xhat * a[None, :] + o[None, :]
+        s = 1 / (1 + tl.exp(-h))
+        dy = dy * s * (1 + h * (1 - s))
+    return xhat, dy
+
+
+@_kernel
+def channel_gradients(
+    x, dy, mean, rstd, weight, bias, film, sums, L, ROWS, C: tl.constexpr, D: tl.constexpr,
+    BL: tl.constexpr, BC: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Sums over a part's rows of the inner gradient dh, and of dh xhat: (B, parts, 2, C)."""
+    image, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    group = image * (C // D) + c // D
+    a, o = _coefficients(weight, bias, film, image, c, C, FILM, F)
+    first, last = part * ROWS, tl.minimum(part * ROWS + ROWS, L)
+    total, product = tl.zeros((BC,), F), tl.zeros((BC,), F)
+    for start in range(first, last, BL):
+        rows = start + tl.arange(0, BL)
+        v, g = _load(x, image, rows, c, last, L, C, F), _load(dy, image, rows, c, last, L, C, F)
+        xhat, dh = _inner(v, g, mean, rstd, a, o, group, SILU)
+        total += tl.sum(dh, 0)
+        product += tl.sum(dh * xhat, 0)
+    at = sums + (image * parts + part) * 2 * C + c
+    tl.store(at, total)
+    tl.store(at + C, product)
+
+
+@_kernel
+def group_gradients(
+    sums, means, weight, bias, film, dfilm, dparameters, L, parts, C: tl.constexpr,
+    D: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, FILM: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Means of a dh and a dh xhat over a group, and every image's gradients of the coefficients."""
+    image, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    p, d = tl.arange(0, BP)[:, None], tl.arange(0, BD)
+    at = sums + (image * parts + p) * 2 * C + group * D + d[None, :]
+    inside, real = (p < parts) & (d < D)[None, :], d < D
+    total = tl.sum(tl.load(at, mask=inside, other=0), 0)
+    product = tl.sum(tl.load(at + C, mask=inside, other=0), 0)
+    c = tl.minimum(group * D + d, C - 1)
+    a, _ = _coefficients(weight, bias, film, image, c, C, FILM, F)
+    count = (L * D).to(F)
+    tl.store(means + (image * groups + group) * 2, tl.sum(total * a, 0) / count)
+    tl.store(means + (image * groups + group) * 2 + 1, tl.sum(product * a, 0) / count)
+    into = image * 2 * C + c
+    if FILM:
+        w, b = tl.load(weight + c).to(F), tl.load(bias + c).to(F)
+        scale = product * w + total * b
+        tl.store(dfilm + into, scale.to(dfilm.dtype.element_ty), mask=real)
+        tl.store(dfilm + into + C, total.to(dfilm.dtype.element_ty), mask=real)
+        factor = 1 + tl.load(film + into).to(F)
+        total, product = total * factor, product * factor
+    tl.store(dparameters + into, product, mask=real)
+    tl.store(dparameters + into + C, total, mask=real)
+
+
+@_kernel
+def apply_gradient(
+    x, dy, dx, mean, rstd, means, weight, bias, film, L, C: tl.constexpr, D: tl.constexpr,
+    BL: tl.constexpr, BC: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd (a dh - mean(a dh) - xhat mean(a dh xhat)), the means over a group."""
+    image, rows = tl.program_id(0), tl.program_id(1) * BL + tl.arange(0, BL)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    group = image * (C // D) + c // D
+    a, o = _coefficients(weight, bias, film, image, c, C, FILM, F)
+    v, g = _load(x, image, rows, c, L, L, C, F), _load(dy, image, rows, c, L, L, C, F)
+    xhat, dh = _inner(v, g, mean, rstd, a, o, group, SILU)
+    k, q = tl.load(means + 2 * group)[None, :], tl.load(means + 2 * group + 1)[None, :]
+    d = (dh * a[None, :] - k - xhat * q) * tl.load(rstd + group)[None, :]
+    at = image.to(tl.int64) * L * C + rows[:, None] * C + c[None, :]
+    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=(rows < L)[:, None])
