@@ -37,6 +37,7 @@ def test_the_odd_rank_is_named_with_what_is_odd() -> None:
         ({"gpus": "7 x H100"}, "gpus: 7 x H100, elsewhere 8 x H100"),
         ({"free_gib": 3.0}, "3.0 GiB of disk free"),
         ({"access": "OSError: no shards"}, "OSError: no shards"),
+        ({"device": "n2 shows 0 GPUs"}, "n2 shows 0 GPUs"),
     ):
         assert problems(with_one(**change), clocks=clocks()) == {2: said}
     assert problems(RANKS, clocks=clocks(skew=-7.0)) == {2: "clock is off by -7.0 s"}

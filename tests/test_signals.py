@@ -1,15 +1,20 @@
 """A signal that comes while a rank is being started, to the process that a user starts."""
 
+import fcntl
+import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 from data.exits import REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
+from trainer.runstate import RunState
 
 #: Tells on stdout that the trainer imports torch, and waits for a line on stdin.
 _SITE = """\
@@ -24,6 +29,8 @@ class Stop:
 
 sys.meta_path.insert(0, Stop())
 """
+
+LONG = ["--set", "training.images = 800000", "--set", "intervals.checkpoint = 800000"]
 
 
 def start(run: Path, preset: Path, *, pause: Path | None = None) -> "subprocess.Popen[str]":
@@ -49,7 +56,7 @@ def signalled_in_import(run: Path, preset: Path, number: signal.Signals) -> tupl
     return process.returncode, said
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
     tmp_path: Path, tiny: Path, number: signal.Signals
 ) -> None:
@@ -72,6 +79,25 @@ def test_ctrl_c_while_torch_is_imported_ends_the_process_without_a_traceback(
     status, said = signalled_in_import(tmp_path / "own" / "run", tiny, signal.SIGINT)
     assert (status, said) == (-signal.SIGINT, "")
     assert not (tmp_path / "own" / "run").exists()
+
+
+def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny: Path) -> None:
+    """It sends HUP, and from then on nothing can be printed."""
+    run, (ours, terminal) = tmp_path / "run", pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.train", str(tiny), "--run", str(run), *LONG],
+        cwd=ranks.ROOT, env=ranks.environment(),
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    while b"images/s" not in (said := os.read(ours, 4096)):
+        assert said
+    os.close(ours)
+    assert process.wait(timeout=ranks.LIMIT) == TO_BE_CONTINUED
+    state = RunState.read(run)
+    assert state is not None and (state.state, state.why) == ("stopped", "by a signal")
+    assert state.checkpoint == f"{state.images_seen:012d}"
 
 
 def test_training_with_too_few_open_files_is_refused_before_the_ranks_connect(

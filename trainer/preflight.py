@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.exits import FAILED, CommandParser
+from data.exits import FAILED, REFUSED, CommandParser
+from trainer.ranks.group import device_of
 from trainer.ranks.world import World, join, step_hosts
 
 # The size of the all-reduce that measures bandwidth, and how often it is timed.
@@ -44,6 +45,8 @@ class Facts:
     free_gib: float
     #: The error from reading the data or writing the run; empty without one.
     access: str
+    #: The error from finding this rank's GPU; empty without one.
+    device: str = ""
 
 
 def problems(
@@ -66,8 +69,7 @@ def problems(
             wrong[facts.rank].append(f"clock is off by {skew:+.1f} s")
         if facts.free_gib < least_free_gib:
             wrong[facts.rank].append(f"{facts.free_gib:.1f} GiB of disk free")
-        if facts.access:
-            wrong[facts.rank].append(facts.access)
+        wrong[facts.rank] += [error for error in (facts.access, facts.device) if error]
     return {rank: "; ".join(said) for rank, said in wrong.items() if said}
 
 
@@ -85,7 +87,7 @@ def table(found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[
     return "\n".join(lines)
 
 
-def _facts(world: World, *, run: Path | None, data: str | None) -> Facts:
+def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None) -> Facts:
     """The facts of this rank."""
     packages = ("torch", "deepspeed", "webdataset", "numpy")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
@@ -97,6 +99,7 @@ def _facts(world: World, *, run: Path | None, data: str | None) -> Facts:
         gpus=_gpus(),
         free_gib=_free_gib(run or Path.cwd()),
         access=_access(run, data, rank=world.rank),
+        device=_device_error(world, gpus=gpus),
     )
 
 
@@ -121,6 +124,14 @@ def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none"
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"[:18]
+
+
+def _device_error(world: World, *, gpus: int | None) -> str:
+    try:
+        device_of(world, gpus=gpus)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _access(run: Path | None, data: str | None, *, rank: int) -> str:
@@ -219,6 +230,11 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", type=int, help="refuse another number of ranks (default: any number)"
     )
     parser.add_argument(
+        "--gpus",
+        type=int,
+        help="GPUs that each machine must show; 0: the job is for CPUs (default: any number)",
+    )
+    parser.add_argument(
         "--run", type=Path, help="a directory that must be writable (default: none is tried)"
     )
     parser.add_argument(
@@ -241,10 +257,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the check; every rank returns the same status: 0, or 1 when something is wrong."""
+    """Run the check; every rank returns the same status.
+
+    0, or 78 when GPUs are missing, or 1 when something else is wrong.
+    """
     arguments = _parser().parse_args(argv)
     world = join(expected_size=arguments.ranks)
-    mine = _facts(world, run=arguments.run, data=arguments.data)
+    mine = _facts(world, run=arguments.run, data=arguments.data, gpus=arguments.gpus)
     store, found = _gather(world, mine=mine, seconds=arguments.seconds)
     clocks = _clocks(world, store=store)
     wrong = problems(found, clocks=clocks, least_free_gib=arguments.free)
@@ -255,6 +274,8 @@ def main(argv: Sequence[str]) -> int:
         print(found[0].versions)
         if bad:
             print(f"bad nodes: {', '.join(sorted(bad))}", flush=True)
+    if any(facts.device for facts in found):
+        return REFUSED
     if missing:
         return FAILED
     try:

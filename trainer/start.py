@@ -1,15 +1,20 @@
 """Where a run begins: its newest valid checkpoint, the weights of `--init`, or its seed."""
 
+import os
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils.cpp_extension import get_default_build_root
 
 from data.dataset import Shards
+from data.progress import duration
 from data.stream import Stream
 from trainer import averages, classes, compute, weights
 from trainer import checkpoint as checkpoints
@@ -35,6 +40,26 @@ def initial_weights(file: Path, config: Config) -> dict[str, Tensor]:
     with torch.device("meta"):
         weights.check_fit(build(config.model), loaded, source=f"--init {file}")
     return loaded
+
+
+def compile_locks(*, stale: float = 3600.0) -> list[str]:
+    """What is to be said of locks of operators that torch compiles; DeepSpeed waits for them.
+
+    Raises:
+        ValueError: one is older than `stale` seconds, so that nothing is compiling there.
+    """
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    names = "*/lock" if root else f"{python}_*/*/lock"
+    said = []
+    for lock in sorted(Path(root or get_default_build_root()).glob(names)):
+        with suppress(FileNotFoundError):  # it was released just now
+            age = time.time() - lock.stat().st_mtime
+            made = f"{lock} was made {duration(age)} ago by a process that compiles"
+            if age > stale:
+                raise ValueError(f"{made}, and was killed meanwhile: delete it")
+            said.append(f"{made}; this start waits for it. If nothing compiles there, delete it")
+    return said
 
 
 def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> Checkpoint | None:
@@ -113,7 +138,8 @@ def remarks(
         classes.untrained(config, shards),
         config.training.badly_cut_on(ranks),
     )
-    return changed + compute.remarks(config.training) + [line for line in odd if line]
+    said = compute.remarks(config.training) + compile_locks()
+    return [*changed, *said, *(line for line in odd if line)]
 
 
 def build_objective(config: Config) -> Denoise | Classify:

@@ -78,6 +78,7 @@ class TrainingPlan:
         check_precision(config.training.precision)
         wandb.check(config.board.wandb)
         compute.check(config.training)
+        start.compile_locks()
         return cls(
             run=run,
             config=config,
@@ -126,7 +127,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
         run.open(config, ds_config=plan.ds_config)
     for line in start.remarks(config, plan.changes, plan.stream.shards, ranks=world.size):
         log(line)
-    context.watchdog.mark("building the engine")
+    context.watchdog.mark("; ".join(["building the engine", *start.compile_locks()]))
     engine, objective = start.begin(
         config, ds_config=plan.ds_config, found=found, initial=plan.weights, device=context.device
     )
@@ -265,6 +266,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="end the job when a rank is lost or hung for so long (default: %(default)s)",
     )
+    p.add_argument(
+        "--gpus",
+        type=int,
+        help="refuse a machine that shows fewer GPUs; 0: train on CPUs (default: what there is)",
+    )
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
     return p
 
@@ -278,7 +284,7 @@ def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = N
     descriptors.require(4 * world.size + 600, why=f"{world.size} ranks")
     with (
         preemption or Preemption() as preemption,
-        connected(world, patience=arguments.patience) as device,
+        connected(world, patience=arguments.patience, gpus=arguments.gpus) as device,
         Watchdog(world, patience=arguments.patience) as watchdog,
     ):
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from data.exits import FAILED, REFUSED
+from trainer.ranks import terminal
 from trainer.ranks.world import World, is_main_process, process_name, set_environment
 
 T = TypeVar("T")
@@ -34,44 +35,95 @@ class Broken(Exception):
     """A failure that every rank raises alike, such as a full disk: another start may succeed."""
 
 
-def device_of(world: World) -> torch.device:
+def device_of(world: World, *, gpus: int | None = None) -> torch.device:
     """This rank's GPU, or the CPU on a machine that has none.
 
+    `gpus` is how many this machine must show: 0 asks for CPUs, and None for whatever there is.
+
     Raises:
-        ValueError: more ranks than GPUs on this machine.
+        ValueError: fewer GPUs than `gpus`, or than ranks on this machine, or any for 0.
     """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # Slurm may show each task only its own GPU; then that one is number 0.
-    count = torch.cuda.device_count()
+    needed = min(gpus or 0, 1) if world.own_gpu else gpus or 0
+    shows = f"{socket.gethostname()} shows {count} GPUs"
+    if count < needed:
+        raise ValueError(
+            f"{shows}, and the job needs {needed}: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES "
+            "there; to train on CPUs, set cpu = true in the cluster file, or start with --gpus 0"
+        )
+    if gpus == 0 and count:
+        raise ValueError(f"--gpus 0, but {shows}: hide them with CUDA_VISIBLE_DEVICES=''")
+    if not count:
+        return torch.device("cpu")
     index = 0 if count == 1 and world.local_size > 1 and world.own_gpu else world.local_rank
     if index >= count:
-        raise ValueError(
-            f"{world.local_size} ranks on {socket.gethostname()}, which shows {count} GPUs: "
-            "start one rank for each GPU"
-        )
+        raise ValueError(f"{world.local_size} ranks but {shows}: start one rank for each GPU")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 @contextmanager
-def connected(world: World, *, patience: float) -> Iterator[torch.device]:
+def connected(world: World, *, patience: float, gpus: int | None = None) -> Iterator[torch.device]:
     """The process group of all ranks while entered: gloo for CPU tensors, NCCL for the GPU's.
 
     A collective that some rank never joins fails a minute after `patience` seconds, so that a
-    `Watchdog` of the same patience has named that rank before.
+    `Watchdog` of the same patience has named that rank before. `gpus` is as for `device_of`.
+
+    Raises:
+        Refused: on every rank, if one has no device.
     """
     set_environment(world)
-    device = device_of(world)
+    timeout = timedelta(seconds=patience + 60)
+    store = _store(world, timeout=timeout)
+    device = _agreed_device(world, store=store, gpus=gpus)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=patience + 60),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     yield device
     dist.destroy_process_group()
+
+
+def _store(world: World, *, timeout: timedelta) -> dist.Store:
+    """The store on the main rank's host at which the ranks meet.
+
+    Raises:
+        Broken: its port is taken.
+    """
+    try:
+        meet = dist.rendezvous("env://", world.rank, world.size, timeout=timeout)
+        store: dist.Store = next(iter(meet))[0]
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise Broken(
+            f"port {world.port} of {socket.gethostname()} is in use, perhaps by another run: set "
+            "MASTER_PORT, or the launcher's option, as in `deepspeed --master_port 29511 ...`"
+        ) from None
+    store.set_timeout(timeout)
+    return store
+
+
+def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torch.device:
+    """This rank's device, once every rank has one. There is no process group yet."""
+    device, fault = torch.device("cpu"), ""
+    try:
+        device = device_of(world, gpus=gpus)
+    except ValueError as error:
+        fault = str(error)
+    everyone = range(world.size)
+    store.set(f"device {world.rank}", fault)
+    faults = [said.decode() for said in store.multi_get([f"device {n}" for n in everyone])]
+    store.set(f"heard {world.rank}", "")
+    if world.is_main:  # the store may end with this process
+        store.wait([f"heard {n}" for n in everyone])
+    _refuse(faults)
+    return device
 
 
 def agreed(check: Callable[[], T]) -> T:
@@ -86,14 +138,18 @@ def agreed(check: Callable[[], T]) -> T:
         results.append(check())
     except ValueError as error:
         fault = str(error)
-    faults = gather(fault)
+    _refuse(gather(fault))
+    return results[0]
+
+
+def _refuse(faults: Sequence[str | None]) -> None:
+    """Raise `Refused` with the faults of all ranks; one common to all is reported once."""
     said = {f: rank for rank, f in reversed(list(enumerate(faults))) if f}
     if said:
         everywhere = len(said) == 1 and all(faults)
         raise Refused(
             next(iter(said)) if everywhere else "; ".join(f"rank {r}: {f}" for f, r in said.items())
         )
-    return results[0]
 
 
 def gather(mine: T) -> list[T]:
@@ -185,6 +241,7 @@ def run_as_rank(main: Callable[[], int]) -> None:
     without the shutdown of MPI and torch, which would wait for peers that are stuck in a
     collective it will never join.
     """
+    terminal.tolerate_loss()
     try:
         sys.exit(main())
     except (Refused, Broken) as error:

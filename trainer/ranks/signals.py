@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from trainer.ranks.world import is_main_process
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# HUP comes when the terminal is closed or its ssh connection drops.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Seconds after which another Ctrl-C means it. torchrun passes on the one that its terminal also
 # gave to the ranks.
 PATIENCE = 3.0
@@ -24,7 +26,9 @@ class Preemption:
 
     def __init__(self, signals: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
         self.stop_requested = False
-        self._signals = tuple(signals)
+        # nohup has HUP ignored, and that is what its user wants.
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._signals = tuple(n for n in signals if not (is_nohup and n == signal.SIGHUP))
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -53,7 +57,8 @@ class Preemption:
         if not self.stop_requested:
             self.stop_requested = True
             if is_main_process():  # not by print, which a signal may have interrupted
-                os.write(2, b"\nstop requested: the run saves and stops after this step\n")
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, b"\nstop requested: the run saves and stops after this step\n")
             self._since = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
             raise KeyboardInterrupt

@@ -58,6 +58,7 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     Raises:
         ValueError: fewer or more processes came up than `expected_size`. Launchers that fail to
             find each other start every rank as a world of one; all would write the same run.
+            Or a Slurm job of several tasks started this process without srun.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         world = _from_torch(env)
@@ -67,6 +68,7 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     elif any(name in env for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")):
         world = _from_mpi(env)
     else:
+        _check_alone(env)
         world = World(port=_free_port())
     if expected_size is not None and world.size != expected_size:
         raise ValueError(
@@ -76,6 +78,17 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     env.update(world.environment())
     own_gpu = "SLURM_PROCID" in env and "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
     return replace(world, own_gpu=own_gpu)
+
+
+def _check_alone(env: Mapping[str, str]) -> None:
+    """Refuse to be the only rank of a Slurm job that asked for several."""
+    tasks = int(env.get("SLURM_NTASKS") or 1)
+    if tasks > 1:
+        raise ValueError(
+            f"job {env.get('SLURM_JOB_ID')} of Slurm has {tasks} tasks, but this process was "
+            "started without srun and would be its only rank: start it with `srun`, or with "
+            "`srun -n1` for one rank"
+        )
 
 
 def set_environment(world: World) -> None:
@@ -116,15 +129,23 @@ def _from_torch(env: Mapping[str, str]) -> World:
         rank=int(env["RANK"]),
         size=int(env["WORLD_SIZE"]),
         local_rank=int(env.get("LOCAL_RANK", "0")),
-        local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+        local_size=_ranks_here(env),
         address=env.get("MASTER_ADDR", "127.0.0.1"),
         port=int(env.get("MASTER_PORT", DEFAULT_PORT)),
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
     )
 
 
+def _ranks_here(env: Mapping[str, str]) -> int:
+    """The ranks on this machine: torchrun and `deepspeed` tell, enroot leaves it to Slurm."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in env:
+            return int(env[name])
+    return _tasks_here(env)
+
+
 def _from_slurm(env: Mapping[str, str]) -> World:
-    """One task per rank; they meet on the job's first host, at a port made from the job id."""
+    """One task per rank; they meet on the step's first host."""
     nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
     return World(
         rank=int(env["SLURM_PROCID"]),
@@ -132,9 +153,15 @@ def _from_slurm(env: Mapping[str, str]) -> World:
         local_rank=int(env["SLURM_LOCALID"]),
         local_size=_tasks_here(env),
         address=env.get("MASTER_ADDR") or hosts(nodes)[0],
-        port=int(env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 20000),
+        port=int(env.get("MASTER_PORT") or _slurm_port(env)),
         launcher="slurm",
     )
+
+
+def _slurm_port(env: Mapping[str, str]) -> int:
+    """A port of this step's own: several `srun` of one job may train side by side."""
+    # Far from those of the jobs that are numbered next.
+    return 20000 + (int(env["SLURM_JOB_ID"]) + 997 * int(env["SLURM_STEP_ID"])) % 10000
 
 
 def _tasks_here(env: Mapping[str, str]) -> int:

@@ -1,0 +1,84 @@
+"""Who a rank is, by the variables of its launcher; and what refuses to be one."""
+
+import os
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data.exits import FAILED, REFUSED
+from tests.support import ranks
+from trainer.ranks.group import connected
+from trainer.ranks.world import join
+
+STEP = {
+    "SLURM_JOB_ID": "41",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "6",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "4,2",
+}
+ENROOT = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "MASTER_ADDR": "n1"}
+
+
+def test_in_enroot_which_tells_no_local_size_it_is_that_of_slurm() -> None:
+    world = join({**STEP, **ENROOT})
+    assert (world.rank, world.local_rank, world.local_size) == (5, 1, 2)
+    assert join({**ENROOT, "LOCAL_SIZE": "3"}).local_size == 3  # `deepspeed`
+
+
+def test_two_steps_of_one_allocation_meet_at_ports_of_their_own() -> None:
+    steps = range(4)
+    ports = {join({**STEP, "SLURM_STEP_ID": str(step)}).port for step in steps}
+    others = {join({**STEP, "SLURM_JOB_ID": str(41 + n)}).port for n in steps}
+    assert len(ports | others) == 7
+
+
+def test_a_script_of_sbatch_n4_without_srun_is_not_one_rank() -> None:
+    batch = {"SLURM_JOB_ID": "41", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    with pytest.raises(ValueError, match=r"job 41 of Slurm has 4 tasks, but .* without srun"):
+        join(dict(batch))
+    assert join({**batch, "SLURM_NTASKS": "1"}).size == 1
+
+
+def connect(*, gpus: int | None = None, port: int | None = None) -> int:
+    """Meet the other ranks, as every command does."""
+    if port is not None:
+        os.environ["MASTER_PORT"] = str(port)
+    with connected(join(), patience=ranks.LIMIT, gpus=gpus) as device:
+        print(device)
+    return 0
+
+
+def statuses(job: ranks.Job) -> list[int | None]:
+    job.wait()
+    return [process.exitcode for process in job.ranks]
+
+
+def test_ranks_on_a_machine_without_the_gpus_of_the_job_are_refused(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(connect, gpus=2), ranks=2)
+    assert statuses(job) == [REFUSED, REFUSED]
+    host = socket.gethostname()
+    said = f"error: {host} shows 0 GPUs, and the job needs 2: look at `nvidia-smi`"
+    assert job.texts[0].startswith(said) and job.texts[0].count("\n") == 1
+    assert job.texts[1] == ""
+
+
+@pytest.mark.parametrize("gpus", [0, None])
+def test_cpus_that_were_asked_for_are_no_fault(gpus: int | None, tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(connect, gpus=gpus), ranks=1)
+    assert statuses(job) == [0] and job.texts == ["cpu\n"]
+
+
+def test_a_port_that_another_run_uses_is_named_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        job = ranks.fork(tmp_path, partial(connect, port=port), ranks=1)
+        assert statuses(job) == [FAILED]
+    lines = [line for line in job.texts[0].splitlines() if "error:" in line]
+    assert lines == [line for line in lines if f"port {port} of " in line] and len(lines) == 1

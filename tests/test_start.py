@@ -1,0 +1,50 @@
+"""What may keep a start from beginning, outside of its run directory."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data.exits import REFUSED
+from tests.support import ranks
+from trainer import start, train
+
+
+def lock_of(root: Path, *, age: float) -> Path:
+    """What a process leaves behind that was killed while it compiled."""
+    lock = root / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() - age,) * 2)
+    return lock
+
+
+def plan(extensions: Path, preset: Path, run: Path) -> int:
+    """Read and check what a start is given, as one rank."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+    arguments = train.parser().parse_args([str(preset), "--run", str(run)])
+    train.TrainingPlan.make(arguments, ranks=1)
+    return 0
+
+
+def test_a_stale_lock_of_a_killed_compiler_is_named_before_anything_waits_for_it(
+    tmp_path: Path, tiny: Path
+) -> None:
+    lock = lock_of(tmp_path, age=7200)
+    job = ranks.fork(tmp_path / "job", partial(plan, tmp_path, tiny, tmp_path / "run"), ranks=1)
+    said = job.wait()
+    assert job.ranks[0].exitcode == REFUSED
+    assert f"error: {lock} was made 2 h 0 min ago by a process that compiles" in said
+    assert "delete it" in said and said.count("\n") == 1
+
+
+def test_a_lock_that_may_be_in_use_is_named_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert start.compile_locks() == []
+    lock = lock_of(tmp_path, age=90)
+    (said,) = start.compile_locks()
+    assert said.startswith(f"{lock} was made 1 min 30 s ago") and "waits for it" in said
