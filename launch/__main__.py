@@ -25,6 +25,8 @@ if sys.version_info < (3, 11):  # noqa: UP036
 import argparse
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ from data.exits import REFUSED, CommandParser, exit_status
 from launch import display, queue, records, slurm, status
 from launch.cluster import LAUNCHERS, Cluster, load
 from launch.job import Job
+from launch.shell import quoted
 from launch.signs import Signs
 from trainer import config as configs
 from trainer import ds_config as ds_configs
@@ -47,12 +50,15 @@ def start(argv: Sequence[str]) -> int:
     arguments = _start_parser().parse_args(argv)
     preset = settings.find(arguments.preset, directory=configs.PRESETS)
     job = _job(arguments, run=arguments.run, preset=preset)
+    queued = job.cluster.launcher in ("slurm", "kubernetes")
+    if arguments.detach and queued:
+        raise ValueError(f"--detach: launcher = {job.cluster.launcher!r} does not need it")
     text = records.text(job)
     if arguments.dry_run:
         print(text, end="")
         return 0
     records.check_free(job.run)
-    return _submit(job, records.prepare(job, preset=preset))
+    return _submit(job, records.prepare(job, preset=preset), detach=arguments.detach)
 
 
 def sweep(argv: Sequence[str]) -> int:
@@ -159,19 +165,40 @@ def _job(arguments: argparse.Namespace, *, run: Path, preset: Path) -> Job:
     return job
 
 
-def _submit(job: Job, script: Path) -> int:
-    """Submit the script, or become the shell that runs it."""
+def _submit(job: Job, script: Path, *, detach: bool) -> int:
+    """Submit the script, start it in the background, or become the shell that runs it."""
     if job.cluster.launcher == "kubernetes":
         print(f"wrote {script}; to start it, run: kubectl apply -f {script}")
         return 0
-    if job.cluster.launcher != "slurm":
-        # On Ctrl-C the ranks save, and a Python parent would kill this shell meanwhile.
-        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and bash could not undo it
-            signal.signal(ignored, signal.SIG_DFL)
-        os.execvp("bash", ["bash", str(script)])
-    job_id = queue.submit(script)
-    records.keep_job_id(job, job_id)
-    print(f"submitted {script} as job {job_id}; output: {job.records}/slurm-{job_id}.out")
+    if job.cluster.launcher == "slurm":
+        job_id = queue.submit(script)
+        records.keep_job_id(job, job_id)
+        print(f"submitted {script} as job {job_id}; output: {job.records}/slurm-{job_id}.out")
+        return 0
+    if detach:
+        return _detach(job, script)
+    # On Ctrl-C the ranks save, and a Python parent would kill this shell meanwhile.
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and bash could not undo it
+        signal.signal(ignored, signal.SIG_DFL)
+    os.execvp("bash", ["bash", str(script)])
+
+
+def _detach(job: Job, script: Path) -> int:
+    """Start the script in a session of its own, which outlives the terminal."""
+    output = job.records / "output.txt"
+    with output.open("ab") as file:
+        process = subprocess.Popen(
+            ["bash", str(script)],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    verb = "python -m launch"
+    print(f"started {script} in the background, process {process.pid} of {socket.gethostname()}")
+    print(f"  output: {quoted(['tail', '-F', output])}")
+    print(f"  state:  {verb} {quoted(['status', job.run])}")
+    print(f"  stop:   {verb} {quoted(['stop', job.run])}")
     return 0
 
 
@@ -211,6 +238,11 @@ def _start_parser() -> argparse.ArgumentParser:
     parser.add_argument("preset", help="a name in trainer/presets, or a .toml file")
     parser.add_argument("--run", required=True, type=Path, help="the run directory")
     _add_common(parser)
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        help="start in the background, for launchers without a queue (default: in the foreground)",
+    )
     return parser
 
 

@@ -142,7 +142,10 @@ class Cluster:
     mpi: Literal["openmpi", "mpich"] = "openmpi"
     #: Further options of mpirun, `deepspeed` or torchrun.
     options: tuple[str, ...] = ()
-    port: int = 29500
+    #: Where the ranks of `deepspeed` and torchrun meet. Absent: a port made from the run's path.
+    port: int | None = None
+    #: Train on CPUs. Otherwise every node must show its GPUs, or the job is refused.
+    cpu: bool = False
     #: Seconds after which a lost or hung rank ends the job.
     patience: int = 600
     #: Seconds that the ranks have to save: under Slurm before the time limit, under torchrun and
@@ -161,6 +164,7 @@ class Cluster:
         for name in self.environment:
             is_name = re.fullmatch(r"[A-Za-z_]\w*", name) is not None
             check(is_name, "environment", name, "a table whose keys are names of variables")
+        self._check_words()
         if self.launcher == "kubernetes" and self.kubernetes is None:
             raise ValueError(
                 'launcher = "kubernetes": add a section [kubernetes] with image, claim and mount'
@@ -170,6 +174,22 @@ class Cluster:
                 f'launcher = {self.launcher!r}: must be "slurm" with a section [container]; '
                 "remove the section, and start the launcher inside the container instead"
             )
+
+    def _check_words(self) -> None:
+        """Refuse what a shell would expand: every word but those of `setup` is taken literally."""
+        container = self.container
+        words = {
+            "python": [self.python],
+            "options": self.options,
+            "slurm.options": self.slurm.options,
+            "container": [container.image, *container.mounts] if container else [],
+            **{f"environment.{name}": [value] for name, value in self.environment.items()},
+        }
+        whole = "without variables and ~user, which no shell expands here: write the whole value"
+        for name, values in words.items():
+            for value in values:
+                is_plain = re.search(r"\$[\w{(]|`|^~", value) is None
+                check(is_plain, name, value, f"{whole}, or export it in `setup`")
 
     def _check_time(self, time: float) -> None:
         """Refuse a time limit that the ranks would only use to save."""
@@ -190,6 +210,8 @@ def load(path: Path) -> Cluster:
     table = settings.read(path)
     try:
         _lift_seconds_to_save(table)
+        places = ("python", "environment", "container")
+        table |= {k: _expand_home(v) for k, v in table.items() if k in places}
         return typing.cast(Cluster, settings.build(Cluster, table))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -204,3 +226,14 @@ def _lift_seconds_to_save(table: settings.Table) -> None:
     seconds = table.setdefault("seconds_to_save", earlier)
     same = f"equal to seconds_to_save = {seconds!r}, or absent"
     check(earlier == seconds, "slurm.seconds_to_save", earlier, same)
+
+
+def _expand_home(value: object) -> object:
+    """The value with ~ replaced in its strings, where a shell does: at the beginning or after :."""
+    if isinstance(value, str):
+        return re.sub(r"(?:^|(?<=:))~(?=/)", lambda _: str(Path.home()), value)
+    if isinstance(value, list):
+        return [_expand_home(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _expand_home(v) for k, v in value.items()}
+    return value

@@ -1,5 +1,12 @@
-"""Machines without a scheduler: a job as a bash script for mpirun, `deepspeed` or torchrun."""
+"""Machines without a scheduler: a job as a bash script for mpirun, `deepspeed` or torchrun.
 
+The launcher starts the same script again on the machines, with a word that says what to do there.
+So the site's setup and environment reach every rank, and no launcher has anything to quote.
+"""
+
+import shlex
+
+from data.exits import REFUSED
 from launch.job import Job, preamble
 from launch.shell import command, fill, quoted
 from trainer.ranks.lease import stop_file
@@ -11,76 +18,111 @@ def text(job: Job) -> str:
     Raises:
         KeyError: the cluster's launcher is a scheduler.
     """
-    render = {"mpirun": _mpirun, "deepspeed": _deepspeed, "torchrun": _torchrun, "alone": _alone}
-    start = render[job.cluster.launcher](job)
     what = f"{job.name}: {job.nodes} x {job.gpus_per_node} ranks by {job.cluster.launcher}"
-    return f"#!/bin/bash\n# {what}.\n{preamble(job)}\n\n{start.rstrip()}\n"
+    if job.cluster.launcher == "alone":
+        body = fill("alone.sh", refused=REFUSED, preamble=preamble(job), start=_alone(job))
+    else:
+        render = {"mpirun": _mpirun, "deepspeed": _deepspeed, "torchrun": _torchrun}
+        modes, start = render[job.cluster.launcher](job)
+        body = fill(
+            "hosts.sh",
+            refused=REFUSED,
+            preamble=preamble(job),
+            modes=modes,
+            stop=quoted([stop_file(job.run)]),
+            start=start,
+        )
+    return f"#!/bin/bash\n# {what}.\n{body.rstrip()}\n"
 
 
-def _mpirun(job: Job) -> str:
-    """Remote ranks get only those variables that the command names."""
-    begin = command(*(_mpich(job) if job.cluster.mpi == "mpich" else _openmpi(job)))
-    programs = [job.check_words, job.train_words] if job.check else [job.train_words]
-    return " &&\n".join(
-        f"{begin} \\\n  {command(job.cluster.python, *words)}" for words in programs
-    )
+def _rank_modes(job: Job) -> str:
+    """What the script does as a rank: the check, or training."""
+    words = {"check": job.check_words} if job.check else {}
+    modes = {**words, "rank": job.train_words}
+    return "\n".join(f"  {m}) exec {command(job.cluster.python, *w)} ;;" for m, w in modes.items())
+
+
+def _mpirun(job: Job) -> tuple[str, str]:
+    begin = command("begin", *(_mpich(job) if job.cluster.mpi == "mpich" else _openmpi(job)))
+    modes = ["check", "rank"] if job.check else ["rank"]
+    starts = [f"{begin} bash {quoted([job.script])} {mode} && finish" for mode in modes]
+    return _rank_modes(job), " &&\n".join(starts)
 
 
 def _openmpi(job: Job) -> list[object]:
     gpus = job.gpus_per_node
-    exports = [w for name, v in job.environment.items() for w in ("-x", f"{name}={v}")]
     slots = ",".join(f"{host}:{gpus}" for host in job.cluster.hosts)
     placement = ["--host", slots, "--map-by", f"ppr:{gpus}:node", "--bind-to", "none"]
-    return ["mpirun", "-np", job.ranks, *placement, "-x", "PATH", *exports, *job.cluster.options]
+    return ["mpirun", "-np", job.ranks, *placement, "-x", "PATH", *job.cluster.options]
 
 
 def _mpich(job: Job) -> list[object]:
-    exports = [w for name, v in job.environment.items() for w in ("-genv", name, v)]
     placement = ["-ppn", job.gpus_per_node, "-hosts", ",".join(job.cluster.hosts)]
-    return ["mpiexec", "-n", job.ranks, *placement, *exports, *job.cluster.options]
+    return ["mpiexec", "-n", job.ranks, *placement, *job.cluster.options]
 
 
-def _deepspeed(job: Job) -> str:
-    """The runner sends the variables in DS_ENV_FILE to every machine."""
-    hostfile, exports = job.records / "hostfile", job.records / "deepspeed_env"
-    environment = [f"{name}={value}" for name, value in job.environment.items()]
+def _deepspeed(job: Job) -> tuple[str, str]:
+    """The runner quotes neither the directory nor what it hands on: it gets nothing to quote."""
+    hostfile, python = quoted([job.records / "hostfile"]), job.cluster.python
     hosts = [f"{host} slots={job.gpus_per_node}" for host in job.cluster.hosts]
-    runner = [job.cluster.python, "-m", "deepspeed.launcher.runner", "--hostfile", hostfile]
-    options = ["--launcher", "pdsh", "--no_local_rank", "--master_port", job.cluster.port]
-    start = command(*runner, *options, *job.cluster.options, "--module", *job.train_words[1:])
+    if "/" in python:
+        python = str(job.directory / python)
+    runner = ["begin", "env", "-u", "PYTHONPATH", python, "-m", "deepspeed.launcher.runner"]
+    options = ["--launcher", "pdsh", "--force_multi", "--no_python", "--no_local_rank"]
+    options += ["--master_port", str(job.port), *job.cluster.options]
+    start = command(*runner, "--hostfile", job.records / "hostfile", *options)
     lines = [
-        f"printf '%s\\n' {quoted(hosts)} > {quoted([hostfile])}",
-        f"printf '%s\\n' PATH=\"$PATH\" {quoted(environment)} > {quoted([exports])}",
-        f"export DS_ENV_FILE={quoted([exports])}",
-        start,
+        f"printf '%s\\n' {quoted(hosts)} > {hostfile}",
+        "cd /",
+        f"{start} \\\n  bash {quoted([_for_remote_bash(str(job.script))])} rank",
+        "finish",
     ]
-    return "\n".join(lines)
+    return _rank_modes(job), "\n".join(lines)
 
 
-def _torchrun(job: Job) -> str:
-    """The script runs itself again by ssh on every machine; torchrun restarts lost ranks."""
+def _for_remote_bash(path: str) -> str:
+    """A path as another bash reads it, without spaces, quotes and the %h and %n of pdsh."""
+    if shlex.quote(path) == path and "%" not in path:
+        return path
+    plain = "".join(c if c.isalnum() or c in "/-_." else _escaped(c) for c in path)
+    return f"$'{plain}'"
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode())
+
+
+def _torchrun(job: Job) -> tuple[str, str]:
+    """torchrun on every machine, by ssh; it restarts lost ranks."""
     hosts = job.cluster.hosts
     size = [f"--nnodes={job.nodes}", f"--nproc-per-node={job.gpus_per_node}"]
     meeting = [
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={hosts[0]}:{job.cluster.port}",
+        f"--rdzv-endpoint={hosts[0]}:{job.port}",
         f"--rdzv-id={job.name}",
         "--rdzv-conf=join_timeout=600,last_call_timeout=5",
     ]
     torchrun = [job.cluster.python, "-m", "torch.distributed.run", *size, *meeting]
     options = ["--max-restarts=3", *job.cluster.options]
-    return fill(
-        "torchrun.sh",
-        stop=quoted([stop_file(job.run)]),
-        hosts=quoted(hosts),
+    node = fill(
+        "torchrun-node.sh",
         seconds=job.cluster.seconds_to_save,
         command=command(*torchrun, *options, "-m", "--", *job.train_words[1:]),
     )
+    again = quoted(["bash", job.script, "node"])
+    ssh = f'begin ssh "$host" {quoted([again])}'
+    return node.rstrip(), f"for host in {quoted(hosts)}; do\n  {ssh}\ndone\nfinish"
 
 
 def _alone(job: Job) -> str:
     if job.ranks == 1:
-        return command(job.cluster.python, *job.train_words)
-    torchrun = [job.cluster.python, "-m", "torch.distributed.run", "--standalone"]
+        return f"exec {command(job.cluster.python, *job.train_words)}"
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
     options = [f"--nproc-per-node={job.gpus_per_node}", *job.cluster.options]
-    return command(*torchrun, *options, "-m", "--", *job.train_words[1:])
+    return fill(
+        "alone-ranks.sh",
+        seconds=job.cluster.seconds_to_save,
+        python=quoted([job.cluster.python]),
+        torchrun=quoted([*torchrun]),
+        options=command(*options, "-m", "--", *job.train_words[1:]),
+    )

@@ -5,6 +5,7 @@ is what runs: it is kept in the run directory, `--dry-run` prints it, and `bash`
 `kubectl` get nothing else.
 """
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +80,30 @@ class Job:
         return self.run / "launch"
 
     @property
+    def script(self) -> Path:
+        """The script that starts the job, where that is one."""
+        return self.records / "job.sh"
+
+    @property
+    def port(self) -> int:
+        """Where the ranks of `deepspeed` and torchrun meet: by default a port of this run's own."""
+        return self.cluster.port or 20000 + zlib.crc32(str(self.run).encode()) % 10000
+
+    @property
+    def gpus_shown(self) -> tuple[str, ...]:
+        """The option that says how many GPUs each node must show."""
+        if self.cluster.cpu:
+            return ("--gpus", "0")
+        # Without a cluster file a run takes what there is.
+        is_any = self.cluster.launcher == "alone"
+        return () if is_any else ("--gpus", str(self.gpus_per_node))
+
+    @property
     def train_words(self) -> tuple[str, ...]:
         """The trainer's command line after `python`."""
         words = ["-m", "trainer.train", f"{self.records}/preset.toml", "--run", str(self.run)]
         words += ["--ds-config", f"{self.code}/ds_config.json", "--ranks", str(self.ranks)]
-        words += ["--patience", str(self.cluster.patience)]
+        words += ["--patience", str(self.cluster.patience), *self.gpus_shown]
         words += [word for change in self.overrides for word in ("--set", change)]
         words += [word for name in self.unset for word in ("--unset", name)]
         return tuple(words)
@@ -92,7 +112,8 @@ class Job:
     def check_words(self) -> tuple[str, ...]:
         """The preflight check's command line after `python`."""
         data = ("--data", self.shards) if self.shards else ()
-        return ("-m", "launch", "check", "--ranks", str(self.ranks), "--run", str(self.run), *data)
+        words = ("-m", "launch", "check", "--ranks", str(self.ranks), *self.gpus_shown)
+        return (*words, "--run", str(self.run), *data)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,18 +122,26 @@ class Job:
         PYTHONSAFEPATH keeps the current directory, which may be a checkout, out of the imports.
         """
         ours = {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
-        return {**self.cluster.environment, **ours}
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.cluster.cpu else {}
+        return {**self.cluster.environment, **ours, **hidden}
 
 
 def preamble(job: Job) -> str:
     """The first lines of every script: the directory, the site's setup, the environment.
 
     What the user's shell says of ranks is of another job. The setup and the environment may set it.
+    A script that defines `refuse` goes before; a rank of `deepspeed` gets its number in RANK.
     """
-    forget = f"unset {quoted(world.VARIABLES)}"
+    enter = f"cd {quoted([job.directory])} || refuse 'cannot enter the directory'"
+    forget = f'[ "$1" = rank ] || unset {quoted(world.VARIABLES)}'
     exports = [f"export {name}={quoted([value])}" for name, value in job.environment.items()]
     python = Path(job.cluster.python)
     if python.is_absolute():  # the tools beside it go first, as in an activated environment
         exports.insert(0, f"export PATH={quoted([python.parent])}:$PATH")
-    begin = [f"cd {quoted([job.directory])} || exit", forget]
-    return "\n".join([*begin, *job.cluster.setup, *exports])
+    return "\n".join([enter, forget, *setup_lines(job), *exports])
+
+
+def setup_lines(job: Job) -> list[str]:
+    """The site's setup; a line that fails ends the job and is named."""
+    run = 'eval "$setup" || refuse "the setup line failed with status $?: $setup"'
+    return [f"setup={quoted([line])}; {run}" for line in job.cluster.setup]

@@ -1,9 +1,12 @@
 """Kubernetes: a job as the manifest of a Kubeflow PyTorchJob, for `kubectl apply -f`."""
 
+import json
 import re
+import textwrap
 
+from data.exits import REFUSED
 from launch.cluster import Kubernetes
-from launch.job import Job
+from launch.job import Job, setup_lines
 from launch.shell import fill, quoted
 from trainer.adm.config import check
 
@@ -63,7 +66,7 @@ def _replicas(job: Job, site: Kubernetes, role: str, count: int) -> str:
         image=_string(site.image),
         directory=_string(str(job.directory)),
         env="\n".join(env),
-        script="\n".join(f"{_INDENT}{line}" for line in _script(job)),
+        script=textwrap.indent("\n".join(_script(job)), _INDENT),
         gpus=job.gpus_per_node,
         mount=_string(site.mount),
         claim=_string(site.claim),
@@ -75,7 +78,8 @@ def _replicas(job: Job, site: Kubernetes, role: str, count: int) -> str:
 def _script(job: Job) -> list[str]:
     """Kubeflow sets each pod's RANK, and where the pods meet."""
     return [
-        *job.cluster.setup,
+        *(fill("kubernetes-setup.sh", refused=REFUSED).splitlines() if job.cluster.setup else ()),
+        *setup_lines(job),
         # The same as the pod's grace period.
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.cluster.seconds_to_save}",
         quoted(["exec", job.cluster.python, "-m", "torch.distributed.run"]) + " \\",
@@ -86,6 +90,5 @@ def _script(job: Job) -> list[str]:
 
 
 def _string(value: str) -> str:
-    """A double-quoted YAML string."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    """A double-quoted YAML string, in JSON's notation."""
+    return json.dumps(value, ensure_ascii=False)

@@ -82,7 +82,7 @@ def text(job: Job) -> str:
 def script(job: Job) -> Path:
     """The file of that text."""
     is_manifest = job.cluster.launcher == "kubernetes"
-    return job.records / ("job.yaml" if is_manifest else "job.sh")
+    return job.records / "job.yaml" if is_manifest else job.script
 
 
 def check_free(run: Path) -> None:

@@ -26,3 +26,10 @@ def fill(template: str, **values: object) -> str:
     """A file of `templates/` with its @name@ marks filled in."""
     text = (_TEMPLATES / template).read_text()
     return re.sub(r"@([a-z]+)@", lambda mark: str(values[mark[1]]), text)
+
+
+def sbatch_path(directory: Path, name: str) -> str:
+    """A file for an #SBATCH line, which has its own quoting; `name` may have %j and such in it."""
+    place = f"{directory}".replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    path = f"{place}/{name}"
+    return path if re.fullmatch(r"[\w./%-]+", path) else f'"{path}"'

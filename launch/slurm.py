@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from data.exits import REFUSED, TO_BE_CONTINUED
 from launch.job import Job, preamble
 from launch.queue import kept
-from launch.shell import command, fill, quoted
+from launch.shell import command, fill, quoted, sbatch_path
 
 # Python has no signal handlers before the trainer's first line: either signal would kill a rank.
 _WITHOUT_SIGNALS = ("sh", "-c", 'trap "" USR1 TERM; exec "$0" "$@"')
@@ -19,7 +19,7 @@ _WITHOUT_SIGNALS = ("sh", "-c", 'trap "" USR1 TERM; exec "$0" "$@"')
 
 def text(job: Job) -> str:
     """The batch script of one run."""
-    header = _header(job, output=f"{job.records}/slurm-%j.out")
+    header = _header(job, output=sbatch_path(job.records, "slurm-%j.out"))
     python, seconds = job.cluster.python, job.cluster.seconds_to_save
     check = ""
     if job.check:
@@ -48,8 +48,8 @@ def array_text(jobs: Sequence[Job], *, at_most: int) -> str:
 
     The jobs have the same size and cluster; each one's script is already in its run directory.
     """
-    output = jobs[0].run.parent / "sweep-%A-%a.out"
-    header = _header(jobs[0], output=str(output), array=f"0-{len(jobs) - 1}%{at_most}")
+    output = sbatch_path(jobs[0].run.parent, "sweep-%A-%a.out")
+    header = _header(jobs[0], output=output, array=f"0-{len(jobs) - 1}%{at_most}")
     scripts = "\n".join(f"  {quoted([job.records / 'job.sh'])}" for job in jobs)
     start = 'exec bash "${scripts[$SLURM_ARRAY_TASK_ID]}"'
     return f"{header}\nscripts=(\n{scripts}\n)\n{start}\n"
@@ -84,7 +84,7 @@ def _header(job: Job, *, output: str, array: str | None = None) -> str:
 def _gpus(job: Job) -> dict[str, str]:
     """The option that requests the GPUs of a node, or of each of its tasks."""
     gres, flag = job.cluster.slurm.gres, job.cluster.slurm.gpus_flag
-    if gres == "none":
+    if gres == "none" or job.cluster.cpu:
         return {}
     count = 1 if flag == "gpus-per-task" else job.gpus_per_node
     kind = gres if flag == "gres" else gres.partition(":")[2]

@@ -44,6 +44,13 @@ def refused(*words: object) -> None:
         ("launcher = 'kubernetes'", r"add a section \[kubernetes\]"),
         ("[kubernetes]\nimage = 'x'", "setting 'kubernetes.claim' is missing"),
         ("launcher = 'mpirun'\n[container]\nkind = 'pyxis'\nimage = 'x'", 'must be "slurm" with'),
+        ("python = '$SCRATCH/venv/bin/python'", "python = '.SCRATCH.*': must be without variables"),
+        ("python = '~you/venv/bin/python'", "python = '~you/.*': must be without variables"),
+        ("[environment]\nHF_HOME = '$HOME/hf'", "environment.HF_HOME = .* export it in `setup`"),
+        (
+            "[slurm]\noptions = ['--comment=$(date)']",
+            "slurm.options = .* must be without variables",
+        ),
         ("[environment]\n'A B' = 'x'", "environment = 'A B': must be a table"),
         ("launcher = ", "is not valid TOML"),
     ],
@@ -56,6 +63,25 @@ def test_an_invalid_cluster_file_is_refused_in_one_line(
     with pytest.raises(ValueError, match=message) as error:
         clusters.load(file)
     assert "\n" not in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_home_directory_is_expanded_as_a_shell_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "site.toml"
+    file.write_text(
+        "python = '~/venv/bin/python'\nsetup = ['source ~/env.sh $SCRATCH']\n"
+        "[environment]\nLD_LIBRARY_PATH = '~/lib:~/lib64:/a~/b'\n"
+        "[container]\nkind = 'pyxis'\nimage = '~/adm.sqsh'\nmounts = ['~/data:/data', '/a:/b']"
+    )
+    site = clusters.load(file)
+    assert site.python == "/home/me/venv/bin/python"
+    assert site.setup == ("source ~/env.sh $SCRATCH",)
+    assert site.environment == {"LD_LIBRARY_PATH": "/home/me/lib:/home/me/lib64:/a~/b"}
+    assert site.container is not None
+    assert site.container.image == "/home/me/adm.sqsh"
+    assert site.container.mounts == ("/home/me/data:/data", "/a:/b")
 
 
 def test_seconds_to_save_is_still_read_from_the_section_slurm(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,24 +23,50 @@ PATIENCE = 15
 LONG = "training.images = 800000"
 
 
-def start(site: Site, name: str, launcher: str, *changes: str) -> "subprocess.Popen[str]":
-    """Start a run on both machines from the first one."""
+def start(
+    site: Site, name: str, launcher: str, *changes: str, setup: Sequence[str] = ()
+) -> "subprocess.Popen[str]":
+    """Start a run on both machines from the first one, in a session of its own."""
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    settings = site.settings(launcher)
-    words = ["env", *(f"{k}={v}" for k, v in root.items()), *site.start(name, settings, *changes)]
-    return site.cluster.start("n1", *words)
+    words = site.start(name, site.settings(launcher, setup=setup), *changes)
+    env = [f"{key}={value}" for key, value in root.items()]
+    return site.cluster.start("n1", "setsid", "--wait", "env", *env, *words)
 
 
 def test_every_launcher_trains_the_same_run(site: Site) -> None:
     losses = {}
     for launcher in LAUNCHERS:
-        job = start(site, launcher, launcher)
+        reached = site.cluster.home / f"reached-{launcher}"
+        job = start(site, launcher, launcher, setup=[f"hostname >> {reached}"])
         output = job.communicate(timeout=2 * LIMIT)[0]
         assert job.returncode == 0, output[-4000:]
         assert "4 ranks" in site.log(launcher)
+        assert set(reached.read_text().split()) == {"n1", "n2"}
         losses[launcher] = site.losses(launcher)
     assert len(losses["mpirun"]) == 8
     assert losses["mpirun"] == losses["deepspeed"] == losses["torchrun"]
+
+
+def last_word(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_closed_terminal_saves_the_run(site: Site, launcher: str) -> None:
+    name = f"hung-up-{launcher}"
+    job = start(site, name, launcher, LONG)
+    site.wait_start(name, 0)
+    script = str(site.run(name) / "launch" / "job.sh")
+    shell = next(p for p in site.cluster.pids("n1", ["bash", script]) if last_word(p) == script)
+    assert job.stdout is not None
+    job.stdout.close()
+    os.killpg(shell, signal.SIGHUP)
+    job.wait(timeout=LIMIT)
+    recorded = site.recorded(name)
+    assert (recorded.state, recorded.why) == ("stopped", "by `python -m launch stop`")
+    assert recorded.checkpoint == f"{site.rows(name)[-1]['images']:012d}"
+    for host in ("n1", "n2"):
+        assert not site.cluster.pids(host, ["-m trainer.train", name])
 
 
 def start_bare(site: Site, name: str) -> "list[subprocess.Popen[str]]":

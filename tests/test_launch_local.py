@@ -1,5 +1,6 @@
 """A run without a scheduler: the status and the signals that the user's shell sees."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,26 +9,29 @@ from pathlib import Path
 
 import pytest
 
+from data.exits import REFUSED
 from tests.support.cluster import ROOT, wait_until
 
-SAVES_ON_CTRL_C = """\
-trap 'sleep 1; touch saved; exit 75' INT
+SAVES_ON_A_SIGNAL = """\
+trap 'sleep 1; touch saved; exit 75' INT HUP TERM
 touch started
 for try in {1..600}; do sleep 0.1; done"""
 
 
-def start(directory: Path, *, ranks: str, **variables: str) -> "subprocess.Popen[bytes]":
+def start(directory: Path, *options: str, ranks: str, **variables: str) -> "subprocess.Popen[str]":
     """Start a run whose interpreter does as `ranks` says, in bash, in `directory`."""
     python, settings = directory / "python", directory / "site.toml"
     python.write_text(f"#!/bin/bash\n{ranks}\n")
     python.chmod(0o755)
     settings.write_text(f'launcher = "alone"\npython = "{python}"\n')
-    words = ["digits", "--run", directory / "run", "--cluster", settings]
+    words = ["digits", "--run", directory / "run", "--cluster", settings, *options]
     return subprocess.Popen(
         [sys.executable, "-m", "launch", *words],
         cwd=directory,
         env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
         # A shell starts background jobs with SIGINT ignored, which bash could not trap.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -38,10 +42,13 @@ def test_the_exit_status_is_that_of_the_run(status: int, tmp_path: Path) -> None
     assert start(tmp_path, ranks=f"exit {status}").wait(timeout=60) == status
 
 
-def test_ctrl_c_lets_the_ranks_save(tmp_path: Path) -> None:
-    job = start(tmp_path, ranks=SAVES_ON_CTRL_C)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_ctrl_c_and_a_closed_terminal_let_the_ranks_save(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    job = start(tmp_path, ranks=SAVES_ON_A_SIGNAL)
     wait_until((tmp_path / "started").exists, "the ranks", limit=60)
-    os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(job.pid, number)  # as a terminal does
     assert job.wait(timeout=60) == 75
     assert (tmp_path / "saved").exists()
 
@@ -49,3 +56,37 @@ def test_ctrl_c_lets_the_ranks_save(tmp_path: Path) -> None:
 def test_a_rank_in_the_shell_is_not_believed(tmp_path: Path) -> None:
     shell = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere"}
     assert start(tmp_path, ranks='exit "${WORLD_SIZE:-0}"', **shell).wait(timeout=60) == 0
+
+
+def test_a_detached_run_outlives_the_terminal_and_says_how_to_watch_it(tmp_path: Path) -> None:
+    ranks = "trap 'exit 75' HUP; touch started; until [ -e go ]; do sleep 0.1; done; echo drawn"
+    job = start(tmp_path, "--detach", ranks=f"{ranks}; touch ended")
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 0
+    wait_until((tmp_path / "started").exists, "the ranks", limit=60)
+    with pytest.raises(ProcessLookupError):  # its process group is empty
+        os.killpg(job.pid, signal.SIGHUP)
+    (tmp_path / "go").touch()
+    wait_until((tmp_path / "ended").exists, "the end of the run", limit=60)
+    output = tmp_path / "run" / "launch" / "output.txt"
+    assert output.read_text() == "drawn\n"
+    for command in (f"tail -F {output}", f"launch status {output.parents[1]}", "launch stop"):
+        assert command in said
+
+
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    settings = tmp_path / "site.toml"
+    lines = ["export A=1", "if [ $A = 1 ]; then\n  ls /nowhere/cuda\nfi", "touch later"]
+    settings.write_text(f'launcher = "alone"\nsetup = {json.dumps(lines)}\n')
+    words = ["digits", "--run", tmp_path / "run", "--cluster", settings]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", *words],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == REFUSED
+    assert "error: the setup line failed with status 2: if [ $A = 1 ]; then" in done.stderr
+    assert not (tmp_path / "later").exists()

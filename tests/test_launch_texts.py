@@ -104,6 +104,46 @@ def test_the_manifest_is_what_kubeflow_takes(monkeypatch: pytest.MonkeyPatch) ->
         subprocess.run(["bash", "-n", "-c", script], check=True)
 
 
+def test_lines_and_quotes_reach_pods_as_they_are() -> None:
+    job = big_job("kubernetes")
+    lines = ('for x in 1 2; do\n  echo "$x"\ndone', "export A='two\n  lines'")
+    odd = {"MESSAGE": 'a "b"\n  c: \\ \u00e9\t{d}'}
+    site = dataclasses.replace(job.cluster, setup=lines, environment=odd)
+    directory = Path('/runs/it\'s 100% "new"')
+    job = dataclasses.replace(job, cluster=site, directory=directory)
+    manifest = yaml.safe_load(records.text(job))
+    pod = manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert {"name": "MESSAGE", "value": odd["MESSAGE"]} in container["env"]
+    assert container["workingDir"] == str(directory)
+    setup = container["command"][2].partition("export TORCH_ELASTIC")[0]
+    show = f"{setup}\nprintf '%s' \"$A\""
+    done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n2\ntwo\n  lines"
+
+
+@pytest.mark.parametrize(
+    ("site", "port"), [("deepspeed", "--master_port {}"), ("torchrun", "--rdzv-endpoint=n1:{}")]
+)
+def test_two_runs_on_the_same_hosts_meet_at_ports_of_their_own(site: str, port: str) -> None:
+    job = big_job(site)
+    other = dataclasses.replace(job, run=Path("/runs/other"))
+    fixed = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, port=29511))
+    assert job.port != other.port and fixed.port == 29511
+    for each in (job, other, fixed):
+        assert f"{port.format(each.port)} " in records.text(each)
+
+
+def test_a_run_on_cpus_requests_no_gpus_and_says_so_to_its_ranks() -> None:
+    job = big_job("slurm")
+    text = records.text(
+        dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, cpu=True))
+    )
+    assert "#SBATCH --gres" not in text
+    assert text.count("--gpus 0 ") == 2 and "export CUDA_VISIBLE_DEVICES=''" in text
+    assert records.text(job).count("--gpus 8 ") == 2
+
+
 def test_a_sweep_is_one_array_with_a_limit() -> None:
     job = big_job("slurm")
     jobs = [dataclasses.replace(job, run=Path(f"/runs/{name}")) for name in ("a", "b", "c")]
@@ -140,7 +180,10 @@ def test_mpich_starts_the_same_ranks() -> None:
         dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, mpi="mpich"))
     )
     assert "mpiexec -n 512 -ppn 8 -hosts n1,n2," in text
-    assert "-genv PYTHONSAFEPATH 1" in text
+    assert (
+        "bash /runs/imagenet64/launch/job.sh rank && finish" in text
+        and "export PYTHONSAFEPATH=1" in text
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,11 @@ say() {
     tee -a "$run/launch/events.txt"
 }
 
+refuse() {
+  say "$1; not started"
+  exit @refused@
+}
+
 # An entry of the state that the trainer records, or nothing.
 state() {
   sed -n "s/^ \"$1\": \"\(.*\)\",*$/\1/p" "$run/launch/state.json" 2> /dev/null
@@ -108,8 +113,8 @@ leave() {
 }
 
 # Run a command in the background, where a trap of this shell need not wait for it, and return its
-# status. The status goes through a file of this start's own: bash loses it, and may wait for the
-# timer of `leave` instead, when that trap comes while it waits.
+# status. The status goes through a file of this start's own, and there is no `wait`: when a trap comes
+# in a `wait`, bash loses the status, or waits for the timer of `leave` instead.
 attend() {
   file=$run/launch/ended-$job-$start
   rm -f "$file"
@@ -119,8 +124,7 @@ attend() {
     echo $? > "$file"
   } &
   ranks=$!
-  wait "$ranks"
-  while kill -0 "$ranks" 2> /dev/null; do sleep 0.2; done  # a signal ended the wait
+  while kill -0 "$ranks" 2> /dev/null; do sleep 0.2; done
   ended=$(cat "$file")
   rm -f "$file"
   return "${ended:-137}"

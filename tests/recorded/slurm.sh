@@ -31,6 +31,11 @@ say() {
     tee -a "$run/launch/events.txt"
 }
 
+refuse() {
+  say "$1; not started"
+  exit 78
+}
+
 # An entry of the state that the trainer records, or nothing.
 state() {
   sed -n "s/^ \"$1\": \"\(.*\)\",*$/\1/p" "$run/launch/state.json" 2> /dev/null
@@ -124,8 +129,8 @@ leave() {
 }
 
 # Run a command in the background, where a trap of this shell need not wait for it, and return its
-# status. The status goes through a file of this start's own: bash loses it, and may wait for the
-# timer of `leave` instead, when that trap comes while it waits.
+# status. The status goes through a file of this start's own, and there is no `wait`: when a trap comes
+# in a `wait`, bash loses the status, or waits for the timer of `leave` instead.
 attend() {
   file=$run/launch/ended-$job-$start
   rm -f "$file"
@@ -135,16 +140,15 @@ attend() {
     echo $? > "$file"
   } &
   ranks=$!
-  wait "$ranks"
-  while kill -0 "$ranks" 2> /dev/null; do sleep 0.2; done  # a signal ended the wait
+  while kill -0 "$ranks" 2> /dev/null; do sleep 0.2; done
   ended=$(cat "$file")
   rm -f "$file"
   return "${ended:-137}"
 }
 
-cd /home/me/adm || exit
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
-module load cuda/12.6
+cd /home/me/adm || refuse 'cannot enter the directory'
+[ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+setup='module load cuda/12.6'; eval "$setup" || refuse "the setup line failed with status $?: $setup"
 export PATH=/home/me/adm/.venv/bin:$PATH
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
@@ -161,6 +165,7 @@ attend srun \
   --cpus-per-task=12 \
   /home/me/adm/.venv/bin/python -m launch check \
   --ranks 512 \
+  --gpus 8 \
   --run /runs/imagenet64 \
   --data /scratch/shards/imagenet64
 status=$?
@@ -187,6 +192,7 @@ attend srun \
   --ds-config /runs/imagenet64/code/ds_config.json \
   --ranks 512 \
   --patience 600 \
+  --gpus 8 \
   --set 'training.lr = 1e-4' \
   --set 'training.precision = "bf16"'
 status=$?

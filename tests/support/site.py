@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,9 @@ _SETTINGS = """\
 launcher = "{launcher}"
 hosts = ["n1", "n2"]
 options = {options}
+setup = {setup}
 seconds_to_save = 25
+cpu = true
 [environment]
 OMP_NUM_THREADS = "1"
 GLOO_SOCKET_IFNAME = "eth0"
@@ -23,7 +26,8 @@ TORCH_EXTENSIONS_DIR = "{extensions}"
 """
 # Images of a step of the tiny preset, which reports after each.
 _BATCH = 8
-_SLURM = {"cpus_per_task": 2, "memory": '"4000"'}
+# The pretended GPUs are requested as real ones are.
+_SLURM = {"cpus_per_task": 2, "memory": '"4000"', "options": '["--gres=gpu:2"]'}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Site:
     cluster: Cluster
     preset: Path
 
-    def settings(self, launcher: str, *options: str, **slurm: object) -> Path:
+    def settings(
+        self, launcher: str, *options: str, setup: Sequence[str] = (), **slurm: object
+    ) -> Path:
         """A file for `--cluster`."""
         names = [launcher, *options, *(str(value) for value in slurm.values())]
         file = self.cluster.home / f"{'-'.join(n.strip('-') for n in names)}.toml".replace('"', "")
@@ -42,6 +48,7 @@ class Site:
             _SETTINGS.format(
                 launcher=launcher,
                 options=json.dumps(options),
+                setup=json.dumps(setup),
                 extensions=self.cluster.environment["TORCH_EXTENSIONS_DIR"],
                 slurm="\n".join(lines),
             )
@@ -49,7 +56,7 @@ class Site:
         return file
 
     def run(self, name: str) -> Path:
-        return self.cluster.home / "runs" / name
+        return self.cluster.home / 'it\'s at 90%n, "new"' / name
 
     def words(self, *words: object) -> list[object]:
         """`python -m launch` with these words."""

@@ -1,0 +1,8 @@
+refuse() {
+  echo "error: $1" >&2
+  exit @refused@
+}
+
+@preamble@
+
+@start@
