@@ -1,18 +1,29 @@
 """Averages of the weights in real runs: their closed form, skipped steps, runs of version 0.1."""
 
 import re
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from data.exits import REFUSED
+from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, build_start, equal
+from trainer import ema
 from trainer.adm.ema import Average, Exponential, PowerFunction
 
+# Eight steps: with fewer, the last one would be skipped.
+LAST = 8 * STEP
 SPANS = (
     f"training.ema_images = {2 * STEP}",
     "training.ema_warmup = 0.5",
     "training.ema_widths = [0.05, 0.1]",
-    f"training.images = {8 * STEP}",
+    f"intervals.averages = {STEP}",
+    f"training.images = {LAST}",
     *EVERY,
 )
 SLOWER = ("training.batch = 6", "intervals.log = 6", "intervals.checkpoint = 6")
@@ -26,14 +37,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
     And "older", begun as by version 0.1 and resumed with a preset that counts images.
     """
     place = Place(tmp_path_factory.mktemp("averages"), tiny)
-    half = [place.arguments(f"spans{n}", stage=n, fp16=True, sets=SPANS) for n in (2, 3)]
-    assert place.train(*half, place.arguments("per-step", sets=EVERY), world=2, fp16=True) == [
-        0,
-        0,
-        0,
+    half = [
+        place.arguments(f"spans{n}", stage=n, fp16=True, sets=(*SPANS, stored))
+        for n, stored in ((2, 'intervals.averages_precision = "fp32"'), (3, "intervals.keep = 8"))
     ]
+    per_step = place.arguments("per-step", sets=EVERY)
+    assert place.train(*half, per_step, world=2, fp16=True) == [0, 0, 0]
     for n in (2, 3):
-        place.fork(f"spans{n}", f"spans{n}-slower", images=4 * STEP)
+        place.fork(f"spans{n}", f"spans{n}-slower", images=HALF)
+    shutil.rmtree(place.run("spans3-slower") / "averages")
+    (place.run("spans3-slower") / "averages").touch()  # in place of the directory
     place.fork("per-step", "older", images=HALF)
     for state in place.run("older").glob("checkpoints/*/state.json"):
         # As version 0.1 wrote it: neither the clock of the last update nor its own checksum.
@@ -50,6 +63,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
     return place
 
 
+def closed_form(runs: Place, name: str, average: Average) -> dict[str, Tensor]:
+    """An average of the weights after each update, float64."""
+    value = {key: weight.double() for key, weight in build_start(runs).items()}
+    for since, now in pairwise([0, *updates(runs, name)]):
+        beta, weights = average.beta(since=since, now=now), runs.weights(name, now)
+        value = {key: beta * v + (1 - beta) * weights[key].double() for key, v in value.items()}
+    return value
+
+
 @pytest.mark.parametrize(
     ("kind", "average"),
     [
@@ -63,20 +85,101 @@ def test_averages_by_images_pass_over_skipped_steps_and_changed_batches(
     runs: Place, kind: str, average: Average
 ) -> None:
     for name in NAMES:
-        skipped = runs.values(name, "skipped")
-        assert skipped[STEP] == 1, "the first step at a scale of 2^20 must overflow"
-        expected = {key: value.double() for key, value in build_start(runs).items()}
-        since = 0
-        for now in sorted(images for images, share in skipped.items() if not share):
-            beta, weights = average.beta(since=since, now=now), runs.weights(name, now)
-            for key, value in expected.items():
-                expected[key] = beta * value + (1 - beta) * weights[key].double()
-            since = now
-        last = runs.checkpoint(name, since)
-        for key, value in expected.items():
+        assert runs.values(name, "skipped")[STEP] == 1, "the first step must overflow at 2^20"
+        last = runs.checkpoint(name, updates(runs, name)[-1])
+        for key, value in closed_form(runs, name, average).items():
             assert last[f"{kind}:{key}"].double().allclose(value, rtol=1e-5, atol=1e-7), name
 
 
 def test_a_run_that_counts_its_averages_per_step_goes_on_so(runs: Place) -> None:
     assert equal(runs.checkpoint("older", END), runs.checkpoint("per-step", END))
     assert "ema is per step" in runs.log("older")
+
+
+def snapshot(runs: Place, name: str, images: int) -> dict[str, Tensor]:
+    """The tensors of a snapshot, by file and parameter name."""
+    files = (runs.run(name) / "averages" / f"{images:012d}").glob("*.safetensors")
+    return {f"{f.stem}:{key}": value for f in files for key, value in load_file(f).items()}
+
+
+def updates(runs: Place, name: str) -> list[int]:
+    """The clocks of a run after the steps that were not skipped."""
+    return sorted(images for images, share in runs.values(name, "skipped").items() if not share)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("spans2", torch.float32), ("spans3", torch.float16)])
+def test_snapshots_hold_the_averages_of_the_checkpoints(
+    runs: Place, name: str, dtype: torch.dtype
+) -> None:
+    assert len(updates(runs, name)) >= 3
+    for images in updates(runs, name):
+        state, stored = runs.checkpoint(name, images), snapshot(runs, name, images)
+        assert len({key.partition(":")[0] for key in stored}) == 2
+        assert all(torch.equal(value, state[key].to(dtype)) for key, value in stored.items())
+
+
+def test_snapshots_beyond_the_checkpoint_are_set_aside_and_taken_again(runs: Place) -> None:
+    names = sorted(p.name for p in (runs.run("spans2-slower") / "averages").iterdir())
+    beyond = [f"{images:012d}" for images in range(4 * STEP, LAST + 1, STEP)]
+    assert {name for name in names if "." in name} == {f"{name}.superseded" for name in beyond}
+    assert set(beyond) < set(names)
+    assert "5 snapshots beyond image 36 will be taken again" in runs.log("spans2-slower")
+
+
+def test_a_snapshot_that_cannot_be_written_stops_nothing(runs: Place) -> None:
+    """Its run has a file in place of the directory; its checkpoints are tested above."""
+    assert "averages of image 96 are not kept" in runs.log("spans3-slower")
+
+
+def test_a_width_made_afterwards_is_the_one_kept_all_along(
+    runs: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, last = runs.run("spans2"), updates(runs, "spans2")[-1]
+    assert ema.main([str(run), "--sigma", "0.1", "0.075"]) == 0
+    printed = capsys.readouterr().out
+    assert "width 0.1: expected error 0.00%" in printed
+    assert printed.index("width 0.075: expected error") < printed.index("file 1 of")
+    state = runs.checkpoint("spans2", last)
+    made = load_file(run / "averages" / f"power-0.1-{LAST:012d}.safetensors")
+    for key, value in made.items():
+        assert value.allclose(state[f"power-0.1:{key}"], rtol=1e-4, atol=1e-6)
+    tracked = closed_form(runs, "spans2", PowerFunction(width=0.075))
+    made = load_file(run / "averages" / f"power-0.075-{LAST:012d}.safetensors")
+    between = {key: state[f"power-0.1:{key}"] - state[f"power-0.05:{key}"] for key in made}
+    off = {key: value - tracked[key] for key, value in made.items()}
+    assert norm(off) < 0.1 * norm(between)
+
+
+def test_a_width_made_afterwards_can_be_drawn_from(runs: Place) -> None:
+    run = runs.run("spans3")
+    out = runs.root / "made.safetensors"
+    assert ema.main([str(run), "--sigma", "0.13", "--out", str(out)]) == 0
+    request = [str(out), "--out", str(runs.root / "drawn.npz"), "--images", "2", "--steps", "2"]
+    assert ranks.sample(runs.root / "drawing", request) == [0]
+    assert ranks.arrays(runs.root / "drawn.npz")[0].shape == (2, 8, 8, 3)
+
+
+def test_what_cannot_be_made_is_one_line(runs: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, damaged = runs.run("spans2"), runs.root / "damaged"
+    shutil.copytree(whole, damaged)
+    file = damaged / "averages" / f"{LAST:012d}" / "power-0.1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    for words, message in (
+        ([whole, "--sigma", "0.3"], "--sigma = 0.3: must be from 0.005 to below 0.2887"),
+        (
+            [whole, "--sigma", "0.1", "--at", "50"],
+            "--at = 50: must be the time of a snapshot, such as",
+        ),
+        ([whole, "--sigma", "0.1", "--out", "x.pt"], "a file that ends in .safetensors"),
+        ([runs.run("per-step"), "--sigma", "0.1"], "has no snapshots of averages"),
+        ([damaged, "--sigma", "0.075"], f"{file} is damaged: it does not match its checksum"),
+    ):
+        before = sorted(p for p in runs.root.rglob("*") if p.is_file())
+        assert ema.main([str(word) for word in words]) == REFUSED
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+        assert sorted(p for p in runs.root.rglob("*") if p.is_file()) == before
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    return sum(float(value.double().square().sum()) for value in tensors.values()) ** 0.5

@@ -60,6 +60,12 @@ class Config:
                 every.samples,
                 "absent for a classifier, which draws nothing",
             )
+        check(
+            (every.averages is None) is not bool(self.training.ema_widths),
+            "intervals.averages",
+            every.averages,
+            "set if training.ema_widths is, and absent without",
+        )
         if every.samples is not None:
             try:
                 kept_timesteps(self.diffusion.steps, every.samples_steps)

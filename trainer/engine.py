@@ -106,6 +106,11 @@ class Engine:
         return output
 
     @property
+    def updated_at(self) -> int:
+        """The clock at the last update of the weights; 0 before the first."""
+        return self._updated_at
+
+    @property
     def parameter_count(self) -> int:
         """How many numbers are learned."""
         return self._count

@@ -24,6 +24,7 @@ Row = Mapping[str, Any]
 SPENT = {
     "waiting": "waiting for data",
     "saving": "saving",
+    "averaging": "storing averages",
     "drawing": "drawing",
     "validating": "validating",
 }

@@ -29,6 +29,7 @@ from trainer.ranks.group import Agreement
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.saver import Saver
+from trainer.snapshots import Snapshots
 from trainer.state import TrainState
 
 
@@ -61,11 +62,13 @@ class Loop:
     shown: Batch | None = None
     _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(2))
     _guards: Guards = field(init=False)
+    _snapshots: Snapshots = field(init=False)
     # The engine's updates at the last checkpoint, or at this start.
     _saved_updates: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._guards = Guards(self.config, log=self._log)
+        self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self._log)
         self._saved_updates = self.engine.updates
 
     def train(self, batches: Iterator[Batch]) -> int:
@@ -74,6 +77,7 @@ class Loop:
         `batches` are on the device.
         """
         total, every = self.config.training.images, self.config.intervals
+        self._snapshots.open(self.images_seen, parameters=self.engine.parameter_count)
         progress = Progress(total=total, done=self.images_seen, shown=self.board is not None)
         reported, stop = self.images_seen, False
         while self.images_seen < total and not stop:
@@ -86,6 +90,8 @@ class Loop:
                 reported = self.images_seen
             if ends or self._due(every.checkpoint):
                 self._save()
+            if self._due(every.averages):
+                self._keep_averages()
             if self._due(every.samples) and not stop:
                 self._draw_grid()
         self._agreement.close()
@@ -190,6 +196,11 @@ class Loop:
         if self.images_seen >= self.config.training.images:
             self._guards.refuse(why, images_seen=self.images_seen)
         self._log(f"{why}: none is written")
+
+    def _keep_averages(self) -> None:
+        self.mark("keeping averages")
+        clocks = {"images_seen": self.images_seen, "updated_at": self.engine.updated_at}
+        self.metrics.pause(self._snapshots.take(self.engine, **clocks), on="averaging")
 
     def _draw_grid(self) -> None:
         """A grid from the first EMA; every rank draws its share of the images."""

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +48,12 @@ class TrainedNetwork:
                 kinds = ", ".join(sorted(n.removesuffix(".safetensors") for n in found.files))
                 raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
             return cls(config, file, found.files[file.name]["sha256"], name)
-        if preset is None:
+        if preset is None and path.suffix != ".safetensors":
             raise ValueError(f"{path} is no run directory; for a weights file, name its preset too")
         if not path.is_file():
             raise ValueError(f"no such weights file: {path}")
-        return cls(configs.load(preset), path, checkpoints.sha256(path), name)
+        config = _written_config(path) if preset is None else configs.load(preset)
+        return cls(config, path, checkpoints.sha256(path), name)
 
     def net(self, *, device: torch.device, precision: str | None) -> nn.Module:
         """The network, filled, on `device`; by default as it was trained, but on a CPU in fp32.
@@ -71,6 +73,21 @@ class TrainedNetwork:
         for tensor in net.state_dict().values():
             broadcast(tensor)
         return compute.prepare(net, training=self.config.training, device=device)
+
+
+def _written_config(path: Path) -> Config:
+    """The config that a weights file holds, as those of `python -m trainer.ema` do.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    text = weights.metadata(path).get("config")
+    if text is None:
+        raise ValueError(f"{path} does not say which network it is for: name its preset too")
+    try:
+        return configs.from_table(tomllib.loads(text))
+    except ValueError as error:
+        raise ValueError(f"{path}: its config: {error}") from None
 
 
 def _newest(path: Path) -> checkpoints.Checkpoint:

@@ -132,9 +132,13 @@ class IntervalConfig:
     #: Images of a grid, and the respacing of the 1000 steps to draw them.
     samples_count: int = 16
     samples_steps: str = "ddim25"
+    #: Snapshots of the averages of training.ema_widths, and the precision that they are stored in.
+    averages: int | None = None
+    averages_precision: Literal["fp16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:
-        for field in ("log", "checkpoint", "keep", "keep_every", "samples", "samples_count"):
+        counts = ("log", "checkpoint", "keep", "keep_every", "samples", "samples_count", "averages")
+        for field in counts:
             value = getattr(self, field)
             check(value is None or value >= 1, f"intervals.{field}", value, "at least 1")
 

@@ -12,7 +12,7 @@ _GROUPS = {
     "speed": (
         *("images_per_second", "mfu_measured", "mfu_datasheet", "interval_seconds"),
         *("data_wait_seconds", "data_wait_share", "forward_seconds", "slowest_rank"),
-        *("saving_seconds", "drawing_seconds", "validating_seconds"),
+        *("saving_seconds", "averaging_seconds", "drawing_seconds", "validating_seconds"),
     ),
     "memory": ("memory_gib", "host_memory_gib", "host_memory_growth_gib"),
 }

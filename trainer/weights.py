@@ -52,6 +52,19 @@ def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a `.safetensors` file says of itself.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no weights file: {str(error).splitlines()[0]}") from None
+
+
 def fill(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
     """Load `weights` into `net`, strictly.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 #: A power-function average is narrower than the mean over the whole run.
 WIDEST = 1 / math.sqrt(12)
@@ -77,19 +78,31 @@ def gamma(width: float) -> float:
     return g
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Profile:
     """A power-function average at a time: after so many images, of so much relative width."""
 
     images: float
     width: float
 
-    def inner(self, other: "Profile") -> float:
-        """The integral over time of the product of both profiles."""
-        a, b = sorted((self, other), key=lambda profile: profile.images)
-        g, later = gamma(a.width), gamma(b.width)
-        ratio = (a.images / b.images) ** later
-        return (g + 1) * (later + 1) * ratio / ((g + later + 1) * b.images)
+
+def products(some: Sequence[Profile], others: Sequence[Profile]) -> Tensor:
+    """The integrals over time of the products of profiles, float64 (len(some), len(others))."""
+    time, exponent = _columns(some)
+    other_time, other_exponent = (column[None] for column in _columns(others))
+    time, exponent = time[:, None], exponent[:, None]
+    earlier, later = torch.minimum(time, other_time), torch.maximum(time, other_time)
+    # Before the earlier one's end, the later profile has grown to this share of its last value.
+    share = (earlier / later) ** torch.where(time > other_time, exponent, other_exponent)
+    scale = (exponent + 1) * (other_exponent + 1) / (exponent + other_exponent + 1)
+    return scale * share / later
+
+
+def _columns(profiles: Sequence[Profile]) -> tuple[Tensor, Tensor]:
+    """The times and exponents of profiles, float64 (n,) each."""
+    table = [(profile.images, gamma(profile.width)) for profile in profiles]
+    time, exponent = torch.tensor(table, dtype=torch.float64).T
+    return time, exponent
 
 
 @dataclass(frozen=True)
@@ -110,14 +123,13 @@ def combine(stored: Sequence[Profile], *, wanted: Profile) -> Combination:
     used = [i for i, profile in enumerate(stored) if profile.images <= wanted.images]
     # In units of the wanted time, so that the numbers are of one size.
     unit = [Profile(stored[i].images / wanted.images, stored[i].width) for i in used]
-    target = Profile(1.0, wanted.width)
-    products = torch.tensor([[a.inner(b) for b in unit] for a in unit], dtype=torch.float64)
-    towards = torch.tensor([a.inner(target) for a in unit], dtype=torch.float64)
-    x = torch.linalg.solve(products, towards)
+    target = [Profile(1.0, wanted.width)]
+    among, towards = products(unit, unit), products(unit, target)[:, 0]
+    x = torch.linalg.solve(among, towards)
     x = x / x.sum()
-    own = target.inner(target)
-    square = (x @ products @ x - 2 * x @ towards + own) / own
+    own = float(products(target, target))
+    square = float(x @ among @ x - 2 * x @ towards) / own + 1
     coefficients = [0.0] * len(stored)
     for i, value in zip(used, x.tolist(), strict=True):
         coefficients[i] = value
-    return Combination(tuple(coefficients), math.sqrt(max(float(square), 0.0)))
+    return Combination(tuple(coefficients), math.sqrt(max(square, 0.0)))

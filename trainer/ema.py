@@ -1,0 +1,202 @@
+"""`python -m trainer.ema RUN --sigma 0.075`: an average of any width, made after training.
+
+It is a sum of the snapshots in RUN/averages, read one at a time (Karras et al. 2023). Without
+--sigma, the widths that can be made of them are listed with their expected errors.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from data.exits import REFUSED, REPORTED, CommandParser, exit_status
+from data.progress import duration
+from trainer import averages, snapshots
+from trainer.adm.config import check
+from trainer.adm.ema import WIDEST, Combination, Profile, combine
+from trainer.checkpoint import committed
+from trainer.snapshots import Snapshot, write_tensors
+
+# The widths that are listed.
+_LISTED = (0.02, 0.03, 0.05, 0.075, 0.1, 0.13, 0.15, 0.2, 0.25)
+# Coefficients below this change nothing; their files are not read.
+_NEGLIGIBLE = 1e-9
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One file of a snapshot."""
+
+    path: Path
+    sha256: str
+    profile: Profile
+
+    def load(self) -> dict[str, Tensor]:
+        """Its tensors, as they are stored.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        without = f"move {self.path.parent} away and repeat the command to do without it"
+        try:
+            content = self.path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.sha256:
+                raise ValueError("it does not match its checksum")
+            return load(content)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}; {without}") from None
+
+
+@dataclass(frozen=True)
+class Averages:
+    """The snapshots of a run up to a time."""
+
+    run: Path
+    last: Snapshot
+    stored: tuple[Stored, ...]
+
+    @classmethod
+    def find(cls, run: Path, *, at: int | None) -> "Averages":
+        """Those up to the clock `at`, by default up to the last.
+
+        Raises:
+            ValueError: there are none, one cannot be read, or none is of that time.
+        """
+        found = [Snapshot.read(path) for path in reversed(committed(snapshots.directory(run)))]
+        if not found:
+            raise ValueError(
+                f"{run} has no snapshots of averages: train with training.ema_widths = [0.05, 0.1] "
+                "and intervals.averages"
+            )
+        times = [snapshot.images_seen for snapshot in found]
+        if at is not None and at not in times:
+            near = sorted(times, key=lambda time: abs(time - at))[:3]
+            are = " or ".join(map(str, sorted(near)))
+            raise ValueError(f"--at = {at}: must be the time of a snapshot, such as {are}")
+        used = found if at is None else found[: times.index(at) + 1]
+        stored = [
+            Stored(snapshot.path / name, facts["sha256"], snapshot.profile(name))
+            for snapshot in used
+            for name, facts in sorted(snapshot.files.items())
+        ]
+        # Where all steps between two snapshots were skipped, both hold the same averages.
+        different = {file.profile: file for file in stored}
+        return cls(run, used[-1], tuple(different.values()))
+
+    def combine(self, width: float) -> Combination:
+        """The sum of the files that is nearest to that width at the last time."""
+        profiles = [file.profile for file in self.stored]
+        return combine(profiles, wanted=Profile(self.last.updated_at, width))
+
+    def describe(self) -> str:
+        """A line about them."""
+        widths = ", ".join(f"{w:g}" for w in sorted({file.profile.width for file in self.stored}))
+        return (
+            f"{self.run}: {len(self.stored)} averages of the widths {widths}, "
+            f"up to image {self.last.images_seen:,}"
+        )
+
+
+def build(found: Averages, coefficients: Mapping[float, Sequence[float]]) -> dict:
+    """The averages of several widths, fp32 tensors by width and name, in one pass over the files.
+
+    Raises:
+        ValueError: a file is damaged, or of another network than the others.
+    """
+    totals: dict[float, dict[str, Tensor]] = {width: {} for width in coefficients}
+    used = [
+        i
+        for i in range(len(found.stored))
+        if any(abs(each[i]) > _NEGLIGIBLE for each in coefficients.values())
+    ]
+    began = time.monotonic()
+    for done, i in enumerate(used, start=1):
+        tensors = found.stored[i].load()
+        for width, total in totals.items():
+            _add(total, tensors, factor=coefficients[width][i], source=found.stored[i].path)
+        each = (time.monotonic() - began) / done
+        left = duration(each * (len(used) - done))
+        end = "\n" if done == len(used) or not sys.stdout.isatty() else "\r"
+        print(f"file {done} of {len(used)}, {each:.1f} s each, {left} left", end=end, flush=True)
+    return totals
+
+
+def _add(
+    total: dict[str, Tensor], tensors: Mapping[str, Tensor], *, factor: float, source: Path
+) -> None:
+    if total and {k: v.shape for k, v in total.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise ValueError(f"{source} holds another network than the snapshots before")
+    for name, value in tensors.items():
+        if name in total:
+            total[name].add_(value.float(), alpha=factor)
+        else:
+            total[name] = value.float() * factor
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        ValueError: an option or a snapshot is wrong.
+    """
+    run, widths = arguments.run, tuple(dict.fromkeys(arguments.sigma or _LISTED))
+    for width in widths:
+        check(0.005 <= width < WIDEST, "--sigma", width, f"from 0.005 to below {WIDEST:.4f}")
+    out: Path | None = arguments.out
+    if out is not None:
+        check(out.suffix == ".safetensors", "--out", str(out), "a file that ends in .safetensors")
+        check(len(arguments.sigma or ()) == 1, "--out", str(out), "absent unless one --sigma is")
+    found = Averages.find(run, at=arguments.at)
+    print(found.describe())
+    combinations = {width: found.combine(width) for width in widths}
+    for width, combination in combinations.items():
+        print(f"width {width:g}: expected error {combination.error:.2%} of its profile")
+    if not arguments.sigma:
+        return
+    config = (run / "config.toml").read_text()
+    sums = build(found, {width: each.coefficients for width, each in combinations.items()})
+    for width, tensors in sums.items():
+        file = out or found.last.path.with_name(f"{averages.power(width)}-{found.last.path.name}")
+        file = file.with_name(file.name.removesuffix(".safetensors") + ".safetensors")
+        images = str(found.last.images_seen)
+        kind = averages.power(width)
+        write_tensors(file, tensors, metadata={"kind": kind, "images": images, "config": config})
+        print(f"wrote {file}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = CommandParser(prog="python -m trainer.ema", description=__doc__)
+    add = p.add_argument
+    add("run", type=Path, metavar="RUN", help="a run with snapshots of its averages")
+    sigma = "relative widths to make, each a file of weights (default: list what can be made)"
+    add("--sigma", type=float, nargs="+", metavar="WIDTH", help=sigma)
+    at = "the time of the average, that of a snapshot in images (default: the last)"
+    add("--at", type=int, metavar="IMAGES", help=at)
+    out = "the .safetensors to write (default: RUN/averages/power-WIDTH-IMAGES.safetensors)"
+    add("--out", type=Path, help=out)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        make(parser().parse_args(argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except REPORTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

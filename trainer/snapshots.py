@@ -1,0 +1,190 @@
+"""`RUN/averages/000008388608/`: snapshots of a run's power-function averages.
+
+Each directory holds one safetensors file for each width, and `state.json` with their sizes and
+checksums. They are no checkpoints: nothing prunes them. `python -m trainer.ema` makes averages of
+other widths of them, for which it needs all, back to the first.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from data import files
+from trainer import averages
+from trainer.adm.ema import Profile
+from trainer.checkpoint import STATE, committed, file_facts
+from trainer.config import Config
+from trainer.ranks.group import gather
+from trainer.ranks.world import World
+from trainer.run import Run
+from trainer.saver import Gathered
+
+_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The averages of a run at one time, on disk."""
+
+    path: Path
+    #: The clock at the last update of the weights, which is the time of the averages.
+    updated_at: int
+    #: Size and sha256 of each file, by its name.
+    files: Mapping[str, Any]
+
+    @property
+    def images_seen(self) -> int:
+        """The clock."""
+        return int(self.path.name)
+
+    def profile(self, file: str) -> Profile:
+        """The profile of the average in a file."""
+        return Profile(self.updated_at, float(file.removesuffix(".safetensors").partition("-")[2]))
+
+    @classmethod
+    def read(cls, path: Path) -> "Snapshot":
+        """One snapshot's directory.
+
+        Raises:
+            ValueError: its state.json is missing or damaged.
+        """
+        try:
+            entries = json.loads((path / STATE).read_text())
+            found = cls(path, entries["updated_at"], entries["files"])
+            for name, facts in found.files.items():
+                found.profile(name), facts["bytes"], facts["sha256"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path / STATE}: {type(error).__name__}: {error}") from None
+        return found
+
+
+def directory(run: Path) -> Path:
+    """Where the snapshots of a run are."""
+    return run / "averages"
+
+
+class Snapshots:
+    """Keeps the power-function averages of a run at intervals. All ranks make each call together.
+
+    Training waits while one is written. One that cannot be written is reported, and training goes
+    on: averages that are made afterwards are then a little less exact.
+    """
+
+    def __init__(
+        self, run: Run, config: Config, *, world: World, log: Callable[[str], None]
+    ) -> None:
+        self._run, self._world, self._log = run, world, log
+        self._total, self._every = config.training.images, config.intervals.averages
+        self._names = [averages.power(width) for width in config.training.ema_widths]
+        self._precision = config.intervals.averages_precision
+
+    def open(self, images_seen: int, *, parameters: int) -> None:
+        """Before training: move later snapshots aside, and report the need of space."""
+        if self._every is None or not self._world.is_main:
+            return
+        self._run.check_lease()
+        self._set_aside_later(images_seen)
+        left = self._total // self._every - images_seen // self._every
+        need = left * len(self._names) * parameters * _DTYPES[self._precision].itemsize
+        free = shutil.disk_usage(self._run.path).free
+        lack = f", of which the disk has {_gib(free)}" if free < need else ""
+        self._log(f"averages: {left} snapshots in {self._precision} to come, {_gib(need)}{lack}")
+
+    def take(self, source: Gathered, *, images_seen: int, updated_at: int) -> float:
+        """Write a snapshot; the seconds that it took."""
+        began = time.monotonic()
+        if updated_at == 0:  # all steps were skipped
+            return 0.0
+        partial = directory(self._run.path) / f".{images_seen:012d}.partial"
+        facts, fault = {}, None
+        for number, name in enumerate(self._names):
+            owner = number % self._world.size
+            whole = source.gather(name, to=owner)
+            if owner == self._world.rank and fault is None:
+                try:
+                    file = self._write(partial, name, whole)
+                    facts[file.name] = file_facts(file)
+                except (OSError, ValueError) as error:
+                    fault = f"rank {self._world.rank}: {error}"
+        everyone = gather((facts, fault))
+        if self._world.is_main:
+            listed = {name: entry for some, _ in everyone for name, entry in some.items()}
+            fault = next((why for _, why in everyone if why), None)
+            self._run.check_lease()
+            try:
+                if fault is not None:
+                    raise ValueError(fault)
+                self._commit(partial, {"updated_at": updated_at, "files": listed})
+                seconds = time.monotonic() - began
+                self._log(f"averages of image {images_seen:,} kept in {seconds:.1f} s")
+            except (OSError, ValueError) as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                self._log(f"averages of image {images_seen:,} are not kept: {error}")
+        return time.monotonic() - began
+
+    def _write(self, partial: Path, name: str, whole: Mapping[str, Tensor]) -> Path:
+        """Write one file to disk.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: a weight is beyond the range of the precision.
+        """
+        tensors = {key: value.to(_DTYPES[self._precision]) for key, value in whole.items()}
+        for key, value in tensors.items():
+            if not value.isfinite().all():
+                way_out = ', set intervals.averages_precision = "fp32"'
+                raise ValueError(f"{name} of {key} is not finite in {self._precision}{way_out}")
+        partial.mkdir(parents=True, exist_ok=True)
+        file = partial / f"{name}.safetensors"
+        write_tensors(file, tensors, metadata={"kind": name})
+        return file
+
+    def _commit(self, partial: Path, state: Mapping[str, Any]) -> None:
+        final = partial.with_name(partial.name.strip(".").removesuffix(".partial"))
+        files.write(partial / STATE, json.dumps({"format": "averages-1", **state}, indent=1))
+        if final.exists():
+            _set_aside(final)
+        partial.rename(final)
+        files.sync(final.parent)
+
+    def _set_aside_later(self, images_seen: int) -> None:
+        """Rename snapshots beyond the clock: they are not of the run that trains from here."""
+        for path in directory(self._run.path).glob(".*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+        later = [p for p in committed(directory(self._run.path)) if int(p.name) > images_seen]
+        for path in later:
+            with suppress(OSError):
+                _set_aside(path)
+        if later:
+            self._log(
+                f"averages: {len(later)} snapshots beyond image {images_seen:,} will be taken "
+                "again; the earlier ones are now *.superseded"
+            )
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole, or leave the one that is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    files.write(path, save(tensors, metadata=metadata))
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.superseded")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB"
