@@ -27,32 +27,24 @@ def open_source(text: str, *, staging: Path) -> Source:
     path = Path(text)
     if text == "digits":
         return Digits()
-    if path.suffix == ".zip" and path.is_file():
+    if path.suffix.lower() == ".zip" and path.is_file():
         return Zip(path)
     if (path / "data.mdb").is_file():
         return Lmdb(path)
     for suffix, kind in ((".parquet", Parquet), (".tar", Tars)):
-        if path.suffix == suffix:  # perhaps with a * in its name
-            found = sorted(path.parent.glob(path.name))
-        else:
-            found = sorted(path.glob(f"*{suffix}"))
-            if found and any(_holds_images(child) for child in path.iterdir()):
-                raise ValueError(
-                    f"SOURCE = {text} holds {found[0].name} and directories of images: move "
-                    "one of them to another directory"
-                )
-        if found and all(file.is_file() for file in found):
-            pattern = path.name if path.suffix == suffix else "*"
+        found, pattern = _files(path, suffix)
+        if found and path.is_dir() and any(_holds_images(child) for child in path.iterdir()):
+            raise ValueError(
+                f"SOURCE = {text} holds {found[0].name} and directories of images: move "
+                "one of them to another directory"
+            )
+        if found:
             return kind(found, pattern=pattern, staging=staging)
     if path.is_dir():
         return Folder(path)
     raise ValueError(
         f"SOURCE = {text}: must be a folder, zip, tar, parquet or lmdb of images, or `digits`"
     )
-
-
-# Directories that are named after their shard, which says nothing of classes.
-_SHARD = re.compile(r"(.*(shard|part|chunk).*)?[\d_-]+", re.IGNORECASE)
 
 
 class Tars(Archives):
@@ -66,34 +58,74 @@ class Tars(Archives):
         self.check_files()
         names: list[str] = []
         labels: list[Label | None] = []
-        members: list[str] = []
+        members: list[list[str]] = []
         skipped = Counter[str]()
         for file in self._files:
-            for sample in scan_tar(file, skipped=skipped):
-                names.append(f"{file.name}@{sample.offset}+{sample.size}/{sample.name}")
-                members.append(sample.name.removeprefix("./"))
-                labels.append(sample.label)
+            samples = scan_tar(file, skipped=skipped)
+            names += [f"{file.name}@{s.offset}+{s.size}/{s.name}" for s in samples]
+            members.append([sample.name for sample in samples])
+            labels += [sample.label for sample in samples]
         listing = by_label_if_any(names, labels)
-        if listing.classes == (NO_CLASS,):
-            listing = self._by_directory(listing, members)
+        if listing.classes == (NO_CLASS,) and (found := classes_of_tars(self._files, members)):
+            listing = replace(found, names=names)
         return replace(listing, skipped=skipped)
-
-    def _by_directory(self, listing: Listing, members: list[str]) -> Listing:
-        """Take several directories within the tars as classes, unless they are those of shards."""
-        where = str(self._root)
-        classes, fault = class_directories(members, directories=(), where=where)
-        found = {*classes}
-        stems = {file.stem for file in self._files}
-        are_shards = found <= stems and all(_SHARD.fullmatch(name) for name in found)
-        if len(found) < 2 or NO_CLASS in found or are_shards:
-            return listing
-        return replace(by_directory_name(listing.names, classes), fault=fault)
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
         file, _, extent = name.partition("/")[0].rpartition("@")
         offset, size = map(int, extent.split("+"))
         return read_extent(self._root / file, offset, size)
+
+
+def _files(path: Path, suffix: str) -> tuple[list[Path], str]:
+    """The files with a suffix that a path means, and the pattern of their names.
+
+    It is one of them, their directory, or a pattern such as `DIR/*train*.tar`.
+    """
+    if path.is_dir():
+        found, pattern = path.iterdir(), "*"
+    elif path.suffix.lower() != suffix:
+        return [], ""
+    elif path.is_file():
+        return [path], path.name
+    else:
+        found, pattern = path.parent.glob(path.name), path.name
+    return sorted(f for f in found if f.suffix.lower() == suffix and f.is_file()), pattern
+
+
+# Directories that are named after their shard, which says nothing of classes.
+_SHARD = re.compile(r"(.*(shard|part|chunk).*)?[\d_-]+", re.IGNORECASE)
+_NUMBER = re.compile(r"(.*?)(\d+)")
+
+
+def classes_of_tars(tars: list[Path], members: list[list[str]]) -> Listing | None:
+    """The classes of tars without labels, from the names of the images in each; None without any.
+
+    They are several directories within the tars, unless these are named after shards; or, where
+    there are no directories, the tars themselves, if they are not numbered like shards.
+    """
+    names = [name.removeprefix("./") for each in members for name in each]
+    classes, fault = class_directories(names, directories=(), where=str(tars[0].parent))
+    found, stems = {*classes}, [tar.stem for tar in tars]
+    if found == {NO_CLASS} and _are_classes(stems, members):
+        named = [tar.stem for tar, each in zip(tars, members, strict=True) for _ in each]
+        return by_directory_name(names, named)
+    are_shards = found <= {*stems} and all(_SHARD.fullmatch(name) for name in found)
+    if len(found) < 2 or NO_CLASS in found or are_shards:
+        return None
+    return replace(by_directory_name(names, classes), fault=fault)
+
+
+def _are_classes(stems: list[str], members: list[list[str]]) -> bool:
+    """Whether tars are a class each, as those of ILSVRC: n01440764.tar and so on."""
+    if len(stems) < 2:
+        return False
+    if all(
+        name.startswith(stem) for stem, each in zip(stems, members, strict=True) for name in each
+    ):
+        return True
+    parts = [_NUMBER.fullmatch(stem) for stem in stems]
+    return not any(_SHARD.fullmatch(stem) for stem in stems) and not any(parts)
 
 
 class Lmdb(Source):

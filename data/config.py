@@ -3,8 +3,17 @@
 Neither torch nor numpy is imported here: a login node checks presets with Python alone.
 """
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+_USER = re.compile(r"(://)[^/@\s]+@")
+_SECRET = re.compile(
+    r"((?:authorization:\s*(?:\w+\s+)?|[\w-]*(?:token|secret|passw\w*|signature|api[_-]?key)[\w-]*"
+    r"\s*[=:]\s*))[^&\s'\"]+",
+    re.IGNORECASE,
+)
 
 
 def check(holds: bool, name: str, value: object, expected: str) -> None:
@@ -12,6 +21,31 @@ def check(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         # Cut: a damaged file may have anything for a value.
         raise ValueError(f"{name} = {value!r:.80}: must be {expected}")
+
+
+def is_local(root: str) -> bool:
+    """Whether `root` is a directory of this machine, not a URL or a command."""
+    return "://" not in root and not root.startswith("pipe:")
+
+
+def expanded(path: str, *, name: str) -> str:
+    """A path with the values of `~` and `$VARIABLES`; URLs and commands stay as they are.
+
+    Raises:
+        ValueError: a variable or a home directory is unknown on this machine.
+    """
+    if not is_local(path):
+        return path
+    found = os.path.expandvars(os.path.expanduser(path))
+    # A directory may have a $ in its name.
+    if ("$" in found or found.startswith("~")) and not os.path.exists(found):
+        raise ValueError(f"{name} = {path}: {found} has variables that are not set on this machine")
+    return found
+
+
+def shown(root: str) -> str:
+    """A root as messages and files have it: without passwords, keys and signatures."""
+    return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", root))
 
 
 @dataclass(frozen=True, kw_only=True)

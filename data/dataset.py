@@ -1,4 +1,4 @@
-"""A packed dataset: opening it, verifying it, and making one of tars that exist already.
+"""A packed dataset: opening it and verifying it.
 
 A dataset is a directory (or URL) of plain `.tar` files in WebDataset's conventions, so that any
 WebDataset reader opens them. Each has an index beside it (`data.index`), and one manifest lists
@@ -6,27 +6,25 @@ all of them (`data.manifest`).
 """
 
 import hashlib
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data import files
-from data.config import FetchConfig
-from data.index import index_bytes, map_index, parse_index, rows_at
+from data.config import FetchConfig, expanded, is_local, shown
+from data.index import has_size_of, map_index, parse_index, rows_at
 from data.manifest import (
     MANIFEST,
     NO_CLASS,
     Manifest,
     Shard,
-    check_name,
-    manifest_text,
     parse_manifest,
 )
-from data.reader import Reader
-from data.splits import splits_among
-from data.stores import is_local
-from data.tars import Index, index_tar
+from data.reader import END, Reader
+from data.tars import Index
 
 # Requests at the same time; each only asks for a size.
 _SIZE_REQUESTS = 32
@@ -37,6 +35,11 @@ class Shards(Manifest):
     """A packed dataset: what its manifest says, and the directory or URL that contains it."""
 
     root: str
+
+    @property
+    def where(self) -> str:
+        """The root as messages have it."""
+        return shown(self.root)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -78,25 +81,28 @@ class Shards(Manifest):
             ValueError: as `data.index.map_index`.
         """
         entry = self.shards[shard]
-        where = f"{self.root}/{entry.index}"
+        where = f"{self.where}/{entry.index}"
         return parse_index(content, samples=entry.samples, where=where)
 
 
-def open_shards(root: str | Path, *, fetch: FetchConfig | None = None) -> Shards:
+def open_shards(
+    root: str | Path, *, fetch: FetchConfig | None = None, check_files: bool = True
+) -> Shards:
     """Open a packed dataset and check that every shard and index is there, of the right size.
 
-    The sizes of files behind a `pipe:` are unknown until they are read.
+    `~` and `$VARIABLES` in a path have the values of this machine. The sizes of files behind a
+    `pipe:` are unknown until they are read. With `check_files` False, only the manifest is read:
+    one process of a node is enough to check the rest.
 
     Raises:
         ValueError: there is no dataset, or a file is missing or of another size than the manifest
             says.
     """
-    reader = Reader(str(root), config=fetch or FetchConfig())
+    reader = Reader(expanded(str(root), name="data.shards"), config=fetch or FetchConfig())
     shards = _read_manifest(reader)
-    with ThreadPoolExecutor(_SIZE_REQUESTS) as threads:
-        for fault in threads.map(partial(_fault, shards, reader), shards.shards):
-            if fault:
-                raise ValueError(fault)
+    fault = next(_faults(shards, reader), None) if check_files else None
+    if fault:
+        raise ValueError(fault)
     return shards
 
 
@@ -110,70 +116,21 @@ def class_names(root: str | Path) -> tuple[str, ...]:
 
 
 def verify(root: str | Path, *, full: bool = False) -> list[str]:
-    """Faults of a local dataset, one line each: files and sizes, with `full` also checksums.
+    """Faults of a dataset, one line each: files and sizes, with `full` also checksums.
 
     Raises:
         ValueError: there is no readable manifest to verify against.
     """
-    reader = Reader(str(root), config=FetchConfig(retries=0))
+    root = expanded(str(root), name="DIR")
+    reader = Reader(root, config=FetchConfig(retries=0 if is_local(root) else 2))
     shards = _read_manifest(reader)
-    faults = []
-    for shard in shards.shards:
-        fault = _fault(shards, reader, shard)
-        if full and not fault:
-            fault = _checksum_fault(Path(root), shard)
-        if fault:
-            faults.append(fault)
+    faults = list(_faults(shards, reader))
+    if full and not faults:
+        for shard in shards.shards:
+            for name, sha256 in ((shard.tar, shard.sha256), (shard.index, shard.index_sha256)):
+                if _sha256_of(reader, name) != sha256:
+                    faults.append(f"{shards.where}/{name}: its checksum is not the manifest's")
     return faults
-
-
-def index_directory(root: Path) -> Shards:
-    """Make index and manifest for the tars in a directory; labels become classes "0" to "max".
-
-    Without labels there is one class, which has no name.
-
-    Raises:
-        ValueError: there is a manifest already, there are no tars, one is damaged, its name is not
-            one that a shard may have, or some have labels and others none.
-    """
-    tars = sorted(root.glob("*.tar"))
-    if (root / MANIFEST).exists() or not tars:
-        what = "has a manifest already" if tars else "holds no .tar files"
-        raise ValueError(f"{root} {what}: there is nothing to index")
-    if found := splits_among(tar.name for tar in tars):
-        raise ValueError(
-            f"{root} holds the splits {', '.join(found)}: move each to a directory of its own"
-        )
-    for tar in tars:
-        try:
-            check_name(tar.stem)
-        except ValueError as error:
-            raise ValueError(f"{tar}: {error}; rename it") from None
-    shards, classes = _index_tars(tars)
-    made_by = {"index": "tars made by others"}
-    text = manifest_text(shards, classes=classes, image_size=None, made_by=made_by)
-    files.write(root / MANIFEST, text)
-    return open_shards(root)
-
-
-def _index_tars(tars: list[Path]) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
-    """Write the index of each tar; what the manifest lists for shards and classes."""
-    shards, labels = [], [0]
-    # The first tar with labels and the first without.
-    kinds: dict[bool, Path] = {}
-    for tar in tars:
-        index, labelled = index_tar(tar)
-        if labelled is not None:
-            kinds.setdefault(labelled, tar)
-        if len(kinds) == 2:
-            raise ValueError(f"{kinds[False]} has no labels, and {kinds[True]} has some")
-        labels.append(int(index["label"].max(initial=0)))
-        content = index_bytes(index)
-        files.write(tar.with_suffix(".idx.npy"), content)
-        shards.append(describe(tar, index, content))
-    if False in kinds:
-        return tuple(shards), (NO_CLASS,)
-    return tuple(shards), tuple(str(i) for i in range(max(labels) + 1))
 
 
 def describe(tar: Path, index: Index, content: bytes) -> Shard:
@@ -198,40 +155,75 @@ def _read_manifest(reader: Reader) -> Shards:
         content = reader.whole(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"no dataset at {reader.root}: {MANIFEST} is missing; make one with "
+            f"no dataset at {reader.name}: {MANIFEST} is missing; make one with "
             "`python -m data.pack`"
         ) from None
     except OSError as error:
-        raise ValueError(f"{reader.root}/{MANIFEST} cannot be read: {error}") from None
-    manifest = parse_manifest(f"{reader.root}/{MANIFEST}", content)
+        raise ValueError(f"{reader.name}/{MANIFEST} cannot be read: {error}") from None
+    manifest = parse_manifest(f"{reader.name}/{MANIFEST}", content)
     return Shards(root=reader.root, **vars(manifest))
 
 
-def _fault(shards: Shards, reader: Reader, shard: Shard) -> str | None:
-    """What is wrong with a shard's files without reading the tar."""
-    for name in (shard.tar, shard.index):
-        try:
-            size = reader.size(name)
-        except FileNotFoundError:
-            missing = f"{shards.root}/{name} is missing"
-            return f"{missing}: the manifest lists it; copy or pack it again"
-        except OSError as error:
-            return str(error)
-        if name == shard.tar and size not in (None, shard.bytes):
-            return (
-                f"{shards.root}/{name} has {size} bytes, the manifest says {shard.bytes}: "
-                "it was truncated or replaced; copy or pack it again"
-            )
+def _faults(shards: Shards, reader: Reader) -> Iterator[str]:
+    """What is wrong with the shards' files, without reading a tar."""
+    size_of: Callable[[str], int | None] = reader.size
+    if is_local(shards.root):
+        size_of = _sizes_in(shards.root).__getitem__
+    names = [name for shard in shards.shards for name in (shard.tar, shard.index)]
+    with ThreadPoolExecutor(_SIZE_REQUESTS) as threads:
+        sizes = threads.map(partial(_size_or_fault, shards, size_of), names)
+        for number in range(len(shards.shards)):
+            fault = _fault(shards, number, tar=next(sizes), index=next(sizes))
+            if fault:
+                yield fault
+
+
+def _sizes_in(root: str) -> dict[str, int]:
+    """The sizes of all files of a directory, listed once."""
+    found = {}
+    with os.scandir(root) as entries:
+        for entry in entries:
+            with suppress(OSError):  # a link to nothing, say: it counts as missing
+                found[entry.name] = entry.stat().st_size
+    return found
+
+
+def _size_or_fault(
+    shards: Shards, size_of: Callable[[str], int | None], name: str
+) -> int | str | None:
+    """Bytes of a file, None where that is unknown, or why it cannot be used."""
     try:
-        if is_local(shards.root):
-            map_index(Path(shards.root, shard.index), samples=shard.samples)
-    except ValueError as error:
+        return size_of(name)
+    except (KeyError, FileNotFoundError):
+        return f"{shards.where}/{name} is missing: the manifest lists it; copy or pack it again"
+    except OSError as error:
         return str(error)
+
+
+def _fault(
+    shards: Shards, number: int, *, tar: int | str | None, index: int | str | None
+) -> str | None:
+    """What is wrong with the sizes of a shard's files."""
+    shard = shards.shards[number]
+    for found in (tar, index):
+        if isinstance(found, str):
+            return found
+    if tar not in (None, shard.bytes):
+        return (
+            f"{shards.where}/{shard.tar} has {tar} bytes, the manifest says {shard.bytes}: "
+            "it was truncated or replaced; copy or pack it again"
+        )
+    if is_local(shards.root) and not has_size_of(index, samples=shard.samples):
+        try:
+            shards.index(number)
+        except ValueError as error:
+            return str(error)
     return None
 
 
-def _checksum_fault(root: Path, shard: Shard) -> str | None:
-    for name, sha256 in ((shard.tar, shard.sha256), (shard.index, shard.index_sha256)):
-        if file_sha256(root / name) != sha256:
-            return f"{root / name}: its checksum is not the manifest's"
-    return None
+def _sha256_of(reader: Reader, name: str) -> str:
+    digest = hashlib.sha256()
+    size = reader.size(name)
+    for piece in reader.pieces(name, first=0, last=size if size is not None else END):
+        digest.update(piece)
+    return digest.hexdigest()

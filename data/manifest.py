@@ -69,12 +69,17 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a packed dataset contains. `image_size` is None where images keep their own sizes."""
+    """What a packed dataset contains.
+
+    `image_size` is None where images keep their own sizes. Larger ones of these were scaled down
+    to the smaller side `kept_side`, if that is known.
+    """
 
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
     image_size: int | None
     fingerprint: str
+    kept_side: int | None = None
 
 
 def check_name(name: object) -> None:
@@ -130,6 +135,7 @@ def parse_manifest(where: str, content: bytes) -> Manifest:
             classes=_parse_classes(manifest.get("classes")),
             image_size=_parse_image_size(manifest.get("image_size")),
             fingerprint=fingerprint,
+            kept_side=_parse_kept_side(manifest.get("made_by")),
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -175,6 +181,14 @@ def _parse_image_size(size: object) -> int | None:
     if size is not None and not (type(size) is int and size >= 1):
         raise ValueError(f"image_size = {size!r:.80}: must be at least 1, or null")
     return size
+
+
+def _parse_kept_side(made_by: object) -> int | None:
+    """The `--size` of a packing with `--keep-original`."""
+    if not isinstance(made_by, dict) or made_by.get("keep_original") is not True:
+        return None
+    size = made_by.get("size")
+    return size if type(size) is int else None
 
 
 def _fingerprint(body: Mapping[str, Any]) -> str:

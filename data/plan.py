@@ -76,7 +76,9 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pac
     """
     count = len(listing.names)
     if not count:
-        raise ValueError(f"SOURCE = {source} holds no images; {listing.skipped_by_kind}")
+        kinds = [kind for kind in (".parquet", ".tar", ".zip") if kind in listing.skipped]
+        hint = f": give the directory or pattern of the {kinds[0]} files" if kinds else ""
+        raise ValueError(f"SOURCE = {source} holds no images; {listing.skipped_by_kind}{hint}")
     if (least := min(listing.labels)) < 0:
         name = listing.names[listing.labels.index(least)]
         raise ValueError(f"SOURCE = {source}: {name} has the label {least}: must be at least 0")

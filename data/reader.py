@@ -11,22 +11,25 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from data.config import FetchConfig
-from data.stores import FINAL, is_local, open_store
+from data.config import FetchConfig, is_local, shown
+from data.stores import FINAL, open_store
 
 _T = TypeVar("_T")
 
 # Beyond the end of any file.
-_END = 1 << 62
+END = 1 << 62
 _LONGEST_PAUSE_S = 10.0
 _TRANSIENT = (OSError, http.client.HTTPException)
 
 
 class Reader:
-    """Reads ranges of files under `root`: a directory, an http(s) or fsspec URL, or `pipe:...`."""
+    """Reads ranges of files under `root`: a directory, an http(s) or fsspec URL, or `pipe:...`.
+
+    `name` is the root as messages have it.
+    """
 
     def __init__(self, root: str, *, config: FetchConfig) -> None:
-        self.root, self._config = root, config
+        self.root, self.name, self._config = root, shown(root), config
         self._store = open_store(root, config.timeout_s)
 
     @property
@@ -68,7 +71,7 @@ class Reader:
             OSError: it cannot be read, or not from there.
         """
         if first < 0 or not self.seekable:
-            raise OSError(f"{self.root}/{name} cannot be read from byte {first}")
+            raise OSError(f"{self.name}/{name} cannot be read from byte {first}")
         return b"".join(self._store.pieces(name, first=first, last=first + size))
 
     def whole(self, name: str, *, sha256: str | None = None) -> bytes:
@@ -81,7 +84,7 @@ class Reader:
         def attempt() -> bytes:
             size = self._store.size(name)
             content = b"".join(
-                self._store.pieces(name, first=0, last=_END if size is None else size)
+                self._store.pieces(name, first=0, last=END if size is None else size)
             )
             if size not in (None, len(content)):
                 raise OSError(f"it has {len(content)} bytes instead of {size}")
@@ -134,7 +137,7 @@ class Reader:
     def _pause(self, name: str, at: int, failures: int, error: Exception) -> None:
         if failures >= self._config.retries:
             raise OSError(
-                f"{self.root}/{name}: reading stopped at byte {at} after {failures + 1} attempts: "
+                f"{self.name}/{name}: reading stopped at byte {at} after {failures + 1} attempts: "
                 f"{error or type(error).__name__}"
             ) from error
         # Jitter, so that a thousand ranks do not return to a weak server at the same instant.

@@ -12,11 +12,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.config import DataConfig
+from data.config import DataConfig, is_local
 from data.dataset import Shards
 from data.order import Ints, Order
 from data.stored_images import BadSampleError, StoredImage, StoredImages
-from data.stores import is_local
 from data.transforms import (
     UNDECODABLE,
     Pixels,
@@ -59,15 +58,15 @@ class Samples:
         fixed = shards.image_size
         if config.crop == "center" and fixed not in (None, config.image_size):
             raise ValueError(
-                f"data.image_size = {config.image_size}, but {shards.root} was packed at {fixed}: "
+                f"data.image_size = {config.image_size}, but {shards.where} was packed at {fixed}: "
                 f"set it to {fixed}, or pack again with --size {config.image_size}"
             )
         self.shards, self.config, self.seed = shards, config, seed
         self.order = Order(shards.sizes, seed=seed, streams=config.streams, block=config.block)
         self._ends = np.cumsum(shards.sizes)
         self._stored = StoredImages(shards, config=config)
-        remote = not is_local(shards.root)
-        self._threads = ThreadPoolExecutor(_REQUESTS) if remote else None
+        waits = config.cache is not None or not is_local(shards.root)
+        self._threads = ThreadPoolExecutor(_REQUESTS) if waits else None
         self._scratch = np.empty(max(3 * config.image_size**2, _HUGE), dtype=np.uint8)
         self._is_final = config.crop == "center" and fixed == config.image_size
 
@@ -149,6 +148,22 @@ class Samples:
         if draw.crop == "random":
             return random_crop(image, size=size, seed=self.seed, index=draw.image_index)
         return center_crop(image, size=size)
+
+
+def crop_remark(shards: Shards, *, config: DataConfig) -> str:
+    """A line on crops of a dataset that are probably not what is meant, or ""."""
+    size, fixed, kept = config.image_size, shards.image_size, shards.kept_side
+    if fixed is not None and config.crop == "random":
+        return (
+            f'data.crop = "random", but {shards.where} was cropped to {fixed} pixels when it was '
+            "packed: for ADM's random crops, pack with --keep-original"
+        )
+    if kept is not None and kept < size:
+        return (
+            f"{shards.where} was packed with --keep-original --size {kept}: its images are "
+            f"enlarged to {size} pixels; pack again with --size {size} or more"
+        )
+    return ""
 
 
 class _Draw(NamedTuple):

@@ -1,8 +1,9 @@
-"""Verify, show or index a packed dataset.
+"""Verify, show, index or merge packed datasets.
 
 python -m data.shards verify DIR [--full]      compare a dataset with its manifest
 python -m data.shards info DIR [--sheet PNG]   print counts, classes and sizes
-python -m data.shards index DIR                make index and manifest for existing tars
+python -m data.shards index DIR [--out OUT]    make index and manifest for existing tars
+python -m data.shards merge OUT DIR DIR ...    one dataset of the shards of several
 """
 
 import argparse
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from data import descriptors
-from data.config import FetchConfig
-from data.dataset import Shards, index_directory, open_shards, verify
+from data.config import FetchConfig, is_local, shown
+from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
+from data.indexing import index_directory, merge
 from data.pool import interrupted_by_signals
 from data.reader import Reader
 from data.sheet import contact_sheet
+from data.tars import Index
 
 # Thumbnails on a contact sheet.
 _THUMBNAILS = 64
@@ -26,22 +29,23 @@ _THUMBNAILS = 64
 _LISTED = 20
 
 
-def _verify(root: Path, *, full: bool) -> int:
+def _verify(root: str, *, full: bool) -> int:
     faults = verify(root, full=full)
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults:
         return REFUSED
-    print(f"{root}: all shards match the manifest")
+    print(f"{shown(root)}: all shards match the manifest")
     return 0
 
 
-def _show(root: Path, *, sheet: Path | None = None) -> int:
+def _show(root: str | Path, *, sheet: Path | None = None) -> int:
     """Print what a dataset contains; draw thumbnails of some of its images."""
     shards = open_shards(root)
     counts = np.zeros(len(shards.classes), dtype=np.int64)
+    reader = Reader(shards.root, config=FetchConfig())
     for i in range(len(shards.shards)):  # a kept label would keep its index's file open
-        counts += np.bincount(shards.index(i)["label"], minlength=len(counts))
+        counts += np.bincount(_index_of(shards, i, reader)["label"], minlength=len(counts))
     total = sum(shard.bytes for shard in shards.shards)
     size = f"{shards.image_size} x {shards.image_size}" if shards.image_size else "of own sizes"
     print(f"{shards.count} images {size}, {len(shards.shards)} shards, {total / 2**20:.1f} MiB")
@@ -52,27 +56,37 @@ def _show(root: Path, *, sheet: Path | None = None) -> int:
         print(f"  ... and {len(counts) - _LISTED} more")
     print(f"fingerprint {shards.fingerprint}")
     if sheet:
-        contact_sheet(_stored(shards, _THUMBNAILS)).save(sheet)
+        contact_sheet(_stored(shards, _THUMBNAILS, reader)).save(sheet)
         print(f"thumbnails: {sheet}")
     return 0
 
 
-def _stored(shards: Shards, count: int) -> Iterator[bytes]:
+def _index_of(shards: Shards, number: int, reader: Reader) -> Index:
+    """The index of a shard, wherever it is."""
+    if is_local(shards.root):
+        return shards.index(number)
+    shard = shards.shards[number]
+    return shards.parse_index(number, reader.whole(shard.index, sha256=shard.index_sha256))
+
+
+def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[bytes]:
     """Image files at equal distances through the dataset."""
-    reader = Reader(shards.root, config=FetchConfig())
     ends = np.cumsum(shards.sizes)
     for image in np.linspace(0, shards.count - 1, min(count, shards.count), dtype=int):
         shard = int(np.searchsorted(ends, image, side="right"))
-        entry = shards.index(shard)[image - ends[shard]]
+        entry = _index_of(shards, shard, reader)[image - ends[shard]]
         yield reader.read(
             shards.shards[shard].tar, first=int(entry["offset"]), size=int(entry["size"])
         )
     reader.close()
 
 
-def _index(root: Path) -> int:
-    index_directory(root)
-    return _show(root)
+def _index(root: Path, *, out: Path | None) -> int:
+    return _show(index_directory(root, out=out).root)
+
+
+def _merge(out: Path, roots: list[str]) -> int:
+    return _show(merge(out, roots).root)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("verify", help="compare a dataset with its manifest")
     command.set_defaults(run=_verify)
-    command.add_argument("root", metavar="DIR", type=Path, help="directory of the dataset")
+    command.add_argument("root", metavar="DIR", help="directory or URL of the dataset")
     command.add_argument(
         "--full",
         action="store_true",
@@ -88,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command = commands.add_parser("info", help="print counts, classes and sizes")
     command.set_defaults(run=_show)
-    command.add_argument("root", metavar="DIR", type=Path, help="directory of the dataset")
+    command.add_argument("root", metavar="DIR", help="directory or URL of the dataset")
     command.add_argument(
         "--sheet",
         metavar="PNG",
@@ -98,6 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("index", help="make index and manifest for existing tars")
     command.set_defaults(run=_index)
     command.add_argument("root", metavar="DIR", type=Path, help="directory of the tars")
+    command.add_argument(
+        "--out",
+        metavar="OUT",
+        type=Path,
+        help="directory for index, manifest and links to the tars, where DIR cannot be written "
+        "(default: DIR)",
+    )
+    command = commands.add_parser("merge", help="one dataset of the shards of several, by links")
+    command.set_defaults(run=_merge)
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to be made")
+    command.add_argument("roots", metavar="DIR", nargs="+", help="directories of datasets")
     return parser
 
 

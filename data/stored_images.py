@@ -11,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cache import CachedReader
-from data.config import FetchConfig
+from data.config import FetchConfig, expanded, is_local
 from data.dataset import Shards
 from data.reader import Reader
-from data.stores import is_local
 from data.tars import HEADER, INDEX_DTYPE, Index, read_header
 
 _ADVICE = "run `python -m data.shards verify --full`"
@@ -41,7 +40,8 @@ class StoredImages:
 
     def __init__(self, shards: Shards, *, config: FetchConfig) -> None:
         self._shards = shards
-        self._local = is_local(shards.root)
+        # Through a cache, a mounted directory is read as a server is.
+        self._local = is_local(shards.root) and config.cache is None
         self._reader = _open_reader(shards, config)
         self._rows_at: dict[int, int] = {}
         self._indexes: dict[int, Index] = {}
@@ -77,7 +77,7 @@ class StoredImages:
         except OSError as error:
             key = self._key(shard, row) if self._local else f"image {row}"
             raise OSError(f"{error}; while reading {key}, at byte {first}") from error
-        tar = f"{self._shards.root}/{self._shards.shards[shard].tar}"
+        tar = f"{self._shards.where}/{self._shards.shards[shard].tar}"
         try:
             name, stated = read_header(raw[:HEADER])
         except ValueError as error:
@@ -125,7 +125,7 @@ class StoredImages:
         return np.frombuffer(raw, INDEX_DTYPE)
 
     def _index(self, shard: int) -> Index:
-        """The index of a shard that is not local, kept in memory."""
+        """The index of a shard that is read over a network, kept in memory."""
         if shard not in self._indexes:
             entry = self._shards.shards[shard]
             content = self._reader.whole(entry.index, sha256=entry.index_sha256)
@@ -144,7 +144,7 @@ class StoredImages:
                 self._checked(shard, other)
             except BadSampleError:
                 raise ValueError(
-                    f"{self._shards.root}/{self._shards.shards[shard].tar}: several images have "
+                    f"{self._shards.where}/{self._shards.shards[shard].tar}: several images have "
                     "wrong checksums; the shard was replaced or is damaged throughout: "
                     f"{_ADVICE}"
                 ) from None
@@ -153,16 +153,16 @@ class StoredImages:
 def _open_reader(shards: Shards, config: FetchConfig) -> Reader | CachedReader:
     """A reader of the dataset, through the node's cache if one is set and of use."""
     reader = Reader(shards.root, config=config)
-    if config.cache and not is_local(shards.root):
+    if config.cache:
         return CachedReader(
             reader,
-            root=Path(config.cache) / shards.fingerprint[:16],
+            root=Path(expanded(config.cache, name="data.cache")) / shards.fingerprint[:16],
             tars={shard.tar: shard.bytes for shard in shards.shards},
             bound=int(config.cache_gb * 2**30),
         )
     if not reader.seekable:
         raise ValueError(
-            f"data.shards = {shards.root} cannot read from the middle of a file: add {{first}} and "
-            "{last} to the command, or set data.cache"
+            f"data.shards = {shards.where} cannot read from the middle of a file: add {{first}} "
+            "and {last} to the command, or set data.cache"
         )
     return reader

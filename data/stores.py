@@ -4,6 +4,7 @@ A store reads a range of a file once. `data.reader` adds retries. This is the on
 imports webdataset, whose `gopen` runs the commands.
 """
 
+import base64
 import http.client
 import os
 import select
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from typing import IO, Any, Protocol
 
 from data import descriptors
+from data.config import is_local, shown
 
 _PIECE = 1 << 16
 # Bytes of one request to an fsspec driver: each must arrive within `timeout_s`.
@@ -106,7 +108,11 @@ class HttpStore:
     seekable = True
 
     def __init__(self, root: str, timeout_s: float) -> None:
-        self._root, self._timeout_s = root.rstrip("/"), timeout_s
+        parts = urllib.parse.urlsplit(root.rstrip("/"))
+        user, _, host = parts.netloc.rpartition("@")
+        self._root, self._timeout_s = parts._replace(netloc=host).geturl(), timeout_s
+        login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        self._headers = {"Authorization": f"Basic {login}"} if user else {}
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """As `Store.pieces`.
@@ -138,6 +144,8 @@ class HttpStore:
     def _open(self, name: str, *, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         url = f"{self._root}/{urllib.parse.quote(name)}"
         request = urllib.request.Request(url, method=method, headers=headers)
+        for key, value in self._headers.items():
+            request.add_unredirected_header(key, value)  # another host must not see it
         try:
             response = _OPENER.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
@@ -162,7 +170,7 @@ class FsspecStore:
         try:
             self._files, self._root = url_to_fs(root)
         except (ImportError, ValueError) as error:  # the driver is not installed, or unknown
-            raise ValueError(f"data.shards = {root}: {error}") from None
+            raise ValueError(f"data.shards = {shown(root)}: {error}") from None
         self._sync, self._timeout_s = sync, timeout_s
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
@@ -221,7 +229,7 @@ class PipeStore:
 
     def __init__(self, root: str, timeout_s: float) -> None:
         if "{name}" not in root:
-            raise ValueError(f"data.shards = {root}: the command must contain {{name}}")
+            raise ValueError(f"data.shards = {shown(root)}: the command must contain {{name}}")
         self._root, self._timeout_s = root, timeout_s
         self.seekable = "{first}" in root and "{last}" in root
 
@@ -262,11 +270,6 @@ class PipeStore:
         if not ready.poll(self._timeout_s * 1000):
             raise TimeoutError(f"the command wrote nothing for {self._timeout_s:g} s")
         return os.read(descriptor, min(size, _PIECE))
-
-
-def is_local(root: str) -> bool:
-    """Whether `root` is a directory of this machine."""
-    return "://" not in root and not root.startswith("pipe:")
 
 
 def open_store(root: str, timeout_s: float) -> Store:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.dataset import Shards
+from data.dataset import Shards, open_shards
 from data.samples import BatchRequest, Samples
 from data.workers import Filled, Setup, Workers
 
-__all__ = ["Batch", "DataConfig", "Stream", "to_device"]
+__all__ = ["Batch", "DataConfig", "Stream", "open_stream", "to_device"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Stream:
         ]
         if differing:
             raise ValueError(
-                f"data.shards = {self.shards.root}: the run began with other data "
+                f"data.shards = {self.shards.where}: the run began with other data "
                 f"({'; '.join(differing)}); restore its shards and settings, or start another run"
             )
 
@@ -204,6 +204,16 @@ class Stream:
                 bad=len(filled.bad),
             )
             del filled  # frees its slot before the wait for the next one
+
+
+def open_stream(config: DataConfig, *, seed: int, check_files: bool = True) -> Stream:
+    """The stream of the shards that `config` names; `check_files` is that of `open_shards`.
+
+    Raises:
+        ValueError: as `open_shards` and `Stream`.
+    """
+    shards = open_shards(config.shards, fetch=config, check_files=check_files)
+    return Stream(shards, config=config, seed=seed)
 
 
 def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Batch]:

@@ -4,10 +4,12 @@ A sample is the files with one name up to the first dot: `KEY.jpg`, `KEY.png` or
 `KEY.cls`, `KEY.json` or `KEY.txt` for its label.
 """
 
+import posixpath
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -120,7 +122,7 @@ def scan_tar(path: Path, *, skipped: Counter[str] | None = None) -> list[TarSamp
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     skipped = Counter() if skipped is None else skipped
     with path.open("rb") as file:
-        for info in _members(path, file):
+        for info in _members(path, file, skipped):
             if litter(info.name):
                 skipped[kind(info.name)] += 1
                 continue
@@ -141,8 +143,10 @@ def scan_tar(path: Path, *, skipped: Counter[str] | None = None) -> list[TarSamp
         return _with_word_labels(file, samples, texts)
 
 
-def index_tar(path: Path) -> tuple[Index, bool | None]:
-    """The index (n,) of a tar, and whether its images have labels; None without images.
+def index_tar(path: Path) -> tuple[Index, list[str], bool | None]:
+    """The index (n,) of a tar, the names of its images, and whether they have labels.
+
+    The latter is None without images.
 
     Images without labels have label 0 in the index.
 
@@ -167,23 +171,56 @@ def index_tar(path: Path) -> tuple[Index, bool | None]:
             file.seek(sample.offset)
             crc32 = zlib.crc32(file.read(sample.size))
             rows.append((sample.offset, sample.size, label, crc32))
-    return np.array(rows, dtype=INDEX_DTYPE), known is not None if samples else None
+    index = np.array(rows, dtype=INDEX_DTYPE)
+    return index, [sample.name for sample in samples], known is not None if samples else None
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar; after the last one, check that it ends as a tar must."""
+def _members(path: Path, file: BinaryIO, skipped: Counter[str]) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar; after the last one, check that it ends as a tar must.
+
+    A link to another file of the tar is a second name of it; other links count as `skipped`.
+    """
     end = 0
+    found: dict[str, tarfile.TarInfo] = {}
+    links: list[tarfile.TarInfo] = []
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.isreg():
+                    found[posixpath.normpath(info.name)] = info
                     yield info
+                elif info.islnk() or info.issym():
+                    links.append(info)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a plain tar file: {error}") from None
+    yield from _second_names(links, found, skipped)
     file.seek(end)
     if file.read(HEADER).strip(b"\0") or end > path.stat().st_size:
         raise ValueError(f"{path} is damaged or truncated at byte {end}")
+
+
+def _second_names(
+    links: list[tarfile.TarInfo], found: dict[str, tarfile.TarInfo], skipped: Counter[str]
+) -> Iterator[tarfile.TarInfo]:
+    """Links as the files that they lead to, each with the link's name."""
+    waiting = {posixpath.normpath(link.name): link for link in links}
+    while waiting:
+        known = {name: _target(link) for name, link in waiting.items() if _target(link) in found}
+        if not known:
+            break
+        for name, target in known.items():
+            found[name] = copy(found[target])
+            found[name].name = waiting.pop(name).name
+            yield found[name]
+    if waiting:
+        skipped["links to no file of the tar"] += len(waiting)
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """What a link leads to: from the top of the tar, or if symbolic from where it lies."""
+    above = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(above, link.linkname))
 
 
 def _sample(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> TarSample | None:

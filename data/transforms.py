@@ -6,7 +6,7 @@ crop equals the reference's bit for bit, and random draws are keyed by (seed, im
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,12 +15,16 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from data.enlarge import enlarged_part
 from data.order import Ints, uniform
 
 Pixels = NDArray[np.uint8]
 
 # What Pillow and simplejpeg raise for damaged input; anything else is our own bug.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+# Pixels of a scaled image above which only the crop is computed.
+_LARGE = 1 << 26
 
 _CROP_DRAWS = 0x43524F50
 _FLIP_DRAWS = 0x464C4950
@@ -130,18 +134,43 @@ def _from_16_bits(grey: Image.Image) -> Image.Image:
 
 def halve_and_scale(image: Image.Image, *, side: int) -> Image.Image:
     """Bring the smaller side to `side`: BOX halvings while at least twice that, then BICUBIC."""
+    image, size = _halved(image, side)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _halved(image: Image.Image, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The image after the halvings, and the size to which it is scaled then."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return image, (round(image.width * scale), round(image.height * scale))
+
+
+def _scaled_part(
+    image: Image.Image,
+    *,
+    side: int,
+    size: int,
+    top_at: Callable[[int], int],
+    left_at: Callable[[int], int],
+) -> Pixels:
+    """uint8 (size, size, 3) of `halve_and_scale`; `top_at` and `left_at` say where in a room."""
+    image, (width, height) = _halved(image, side)
+    top, left = top_at(height - size), left_at(width - size)
+    if width * height > _LARGE and min(image.size) < side:
+        box = (left, top, left + size, top + size)
+        return enlarged_part(image, size=(width, height), box=box)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return pixels[top : top + size, left : left + size]
 
 
 def center_crop(image: Image.Image, *, size: int) -> Pixels:
     """The square centre crop on which ADM trains: uint8 (size, size, 3)."""
-    pixels = np.asarray(halve_and_scale(image, side=size))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    return _scaled_part(image, side=size, size=size, top_at=_middle, left_at=_middle)
+
+
+def _middle(room: int) -> int:
+    return room // 2
 
 
 def random_crop(image: Image.Image, *, size: int, seed: int, index: int) -> Pixels:
@@ -152,10 +181,13 @@ def random_crop(image: Image.Image, *, size: int, seed: int, index: int) -> Pixe
     smallest, largest = size, math.ceil(size / 0.8)
     draws = uniform(_CROP_DRAWS, seed, index, np.arange(3))
     side = smallest + int(draws[0] * (largest - smallest + 1))
-    pixels = np.asarray(halve_and_scale(image, side=side))
-    top = int(draws[1] * (pixels.shape[0] - size + 1))
-    left = int(draws[2] * (pixels.shape[1] - size + 1))
-    return pixels[top : top + size, left : left + size]
+    return _scaled_part(
+        image,
+        side=side,
+        size=size,
+        top_at=lambda room: int(draws[1] * (room + 1)),
+        left_at=lambda room: int(draws[2] * (room + 1)),
+    )
 
 
 def flips(*, seed: int, indices: Ints) -> NDArray[np.bool_]:

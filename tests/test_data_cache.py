@@ -1,5 +1,6 @@
 """A node's cache: damaged, too small or on a full disk, it costs time and nothing else."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,13 @@ def test_a_full_cache_disk_costs_speed_only(whole: Shards, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert "File too large; continuing without the cache" in done.stderr
     assert not any(path.is_file() and path.stat().st_size > 4096 for path in tmp_path.rglob("*"))
+
+
+def test_a_mounted_directory_is_cached_too(whole: Shards, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert epoch(whole.root, cache=str(cache)) == epoch(whole.root)
+    copy = shutil.copytree(whole.root, tmp_path / "copy")
+    wanted = epoch(copy, cache=str(cache))
+    for tar in copy.glob("*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))  # what is read comes from the cache
+    assert epoch(copy, cache=str(cache), workers=1) == wanted

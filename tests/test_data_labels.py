@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.dataset import Shards, index_directory
+from data.dataset import Shards
+from data.indexing import index_directory
 from tests.support.data_fixtures import content, image_file, packed
 
 

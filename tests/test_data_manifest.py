@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.dataset import Shards, index_directory, open_shards
+from data.dataset import Shards, open_shards
 from data.exits import REFUSED
 from data.index import index_bytes
+from data.indexing import index_directory
 from data.manifest import manifest_text, parse_manifest
 from data.shards import main as shards_main
 from data.tars import INDEX_DTYPE
-from tests.support.data_fixtures import image_file, write_shards
+from tests.support.data_fixtures import image_file, pack_folder, write_shards
 from tests.support.data_server import serving
 from tests.support.data_streams import epoch
 
@@ -183,3 +184,11 @@ def test_manifests_of_the_last_release_keep_opening_with_their_fingerprints() ->
         opened.shards, classes=opened.classes, image_size=opened.image_size, made_by=made_by
     )
     assert again == RELEASED
+
+
+def test_only_the_ranks_that_are_told_to_look_at_the_files(tmp_path: Path) -> None:
+    root = Path(pack_folder(tmp_path, images=20).root)
+    (root / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=r"00001\.tar is missing"):
+        open_shards(root)
+    assert open_shards(root, check_files=False).count == 20

@@ -1,18 +1,25 @@
 """Pixels that are not 8 bits of RGB: scaled, laid on white or refused, not destroyed."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data.config import DataConfig
 from data.dataset import open_shards
+from data.enlarge import enlarged_part
 from data.pack import LEFT_OUT, main, pack
 from data.plan import PackConfig
+from data.samples import crop_remark
 from data.tars import scan_tar
 from data.transforms import decode, open_rgb
-from tests.support.data_fixtures import content, image_file, packed
+from tests.support import ranks
+from tests.support.data_fixtures import content, image_file, packed, write_folder
 
 RAMP = np.linspace(0, 65535, 400).reshape(20, 20)
 
@@ -101,3 +108,53 @@ def test_opaque_images_are_decoded_as_before(mode: str) -> None:
     content_ = file_of(picture, "TIFF" if mode == "CMYK" else "PNG")
     with Image.open(io.BytesIO(content_)) as image:
         assert (np.asarray(open_rgb(content_)) == np.asarray(image.convert("RGB"))).all()
+
+
+def test_a_part_of_an_enlarged_strip_is_that_of_the_whole() -> None:
+    rng = np.random.default_rng(0)
+    for n in range(60):
+        width, height = int(rng.integers(1, 12)), int(rng.integers(12, 300))
+        side = int(rng.integers(12, 64))
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels if n % 2 else np.ascontiguousarray(pixels.swapaxes(0, 1)))
+        size = tuple(round(each * side / width) for each in image.size)
+        left, top = (int(rng.integers(0, each - side + 1)) for each in size)
+        whole = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+        part = enlarged_part(image, size=size, box=(left, top, left + side, top + side))
+        assert np.array_equal(part, whole[top : top + side, left : left + side])
+
+
+def test_a_long_strip_takes_little_memory() -> None:
+    script = (
+        "import resource\n"
+        "from PIL import Image\n"
+        "from data.transforms import center_crop, random_crop\n"
+        "for size in ((1, 20000), (20000, 1)):\n"
+        "  image = Image.new('RGB', size, (9, 8, 7))\n"
+        "  assert (center_crop(image, size=256) == (9, 8, 7)).all()\n"
+        "  assert random_crop(image, size=256, seed=0, index=0).shape == (256, 256, 3)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=ranks.LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 400_000  # KiB; 12 GiB when the whole strip is enlarged
+
+
+def test_crops_that_were_not_meant_are_remarked(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=12)
+    pack(str(source), out=tmp_path / "cropped", config=PackConfig(size=16))
+    pack(str(source), out=tmp_path / "kept", config=PackConfig(size=16, keep_original=True))
+
+    def remark(name: str, image_size: int, crop: Literal["center", "random"]) -> str:
+        shards = open_shards(tmp_path / name)
+        config = DataConfig(
+            shards=shards.root, image_size=image_size, crop=crop, streams=1, workers=0
+        )
+        return crop_remark(shards, config=config)
+
+    assert "was cropped to 16 pixels when it was packed" in remark("cropped", 16, "random")
+    assert "--size 16: its images are enlarged to 17 pixels" in remark("kept", 17, "random")
+    assert "enlarged to 17 pixels" in remark("kept", 17, "center")
+    assert remark("kept", 16, "random") == remark("cropped", 16, "center") == ""

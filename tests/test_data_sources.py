@@ -203,6 +203,11 @@ def test_a_validation_set_by_numbers_takes_its_training_sets_names(
     [
         ({"image": [b"x"], "fine_label": [1]}, r"no column `label`, but \['fine_label'\]"),
         ({"image": [b"x"], "label": [-1]}, "has the label -1"),
+        ({"image": [b"x"], "label": [0.5]}, "label = '0.5': must be a class number or a class"),
+        ({"image": [b"x"], "label": ["7"]}, "label = '7': must be a class number or a class"),
+        ({"image": [b"x"], "label": [[1]]}, r"label = '\[1\]': must be a class number or a class"),
+        ({"image": ["a.jpg"], "label": [1]}, "has no column of images"),
+        ({"hash": [b"x"], "photo": [b"x"]}, "has several columns of bytes"),
     ],
 )
 def test_parquet_without_usable_labels_is_refused(
@@ -236,3 +241,53 @@ def test_a_damaged_member_of_a_zip_costs_one_image(folder: Path, tmp_path: Path)
         raw[at] ^= 255
     (tmp_path / "all.zip").write_bytes(raw)
     assert packed(tmp_path / "all.zip", tmp_path).count == IMAGES - 1
+
+
+def test_the_image_is_found_behind_other_structs_and_bytes(folder: Path, tmp_path: Path) -> None:
+    images = [path.read_bytes() for path, _ in image_files(folder)][:6]
+    columns = {
+        "meta": [{"camera": "x"}] * 6,
+        "hash": [b"x"] * 6,
+        "image": [{"bytes": image, "path": "x"} for image in images],
+    }
+    (tmp_path / "source").mkdir()
+    parquet.write_table(pa.table(columns), tmp_path / "source" / "train.parquet")
+    assert packed(tmp_path / "source", tmp_path).count == 6
+
+
+def test_suffixes_of_any_case_and_names_with_brackets(
+    folder: Path, wanted: set[tuple[bytes, int]], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "A[1].ZIP", "w") as archive:
+        for path, _ in image_files(folder):
+            archive.write(path, path.relative_to(folder))
+    assert content(packed(tmp_path / "A[1].ZIP", tmp_path / "1")) == wanted
+    tar = write_tars(folder, tmp_path / "tars") / "other-000.tar"
+    moved = tar.rename(tmp_path / "b[0].TAR")
+    assert packed(moved, tmp_path / "2").count == 13
+
+
+def test_a_repository_of_parquet_is_told_where_its_images_are(folder: Path, tmp_path: Path) -> None:
+    write_parquet(folder, tmp_path / "repo")
+    (tmp_path / "repo" / "data").mkdir()
+    for file in list((tmp_path / "repo").glob("*.parquet")):
+        file.rename(tmp_path / "repo" / "data" / file.name)
+    with pytest.raises(
+        ValueError, match=r"holds no images; .*give the directory .* \.parquet files"
+    ):
+        packed(tmp_path / "repo", tmp_path)
+
+
+def test_an_encrypted_zip_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path, _ in image_files(folder):
+            archive.write(path, path.relative_to(folder))
+    raw = bytearray((tmp_path / "all.zip").read_bytes())
+    for mark, at in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        place = raw.find(mark)
+        while place >= 0:
+            raw[place + at] |= 1  # the flag of an encrypted member
+            place = raw.find(mark, place + 4)
+    (tmp_path / "all.zip").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"images were left out .*encrypted"):
+        packed(tmp_path / "all.zip", tmp_path)

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data.dataset import index_directory, verify
+from data.dataset import open_shards, verify
+from data.exits import REFUSED
+from data.indexing import index_directory
+from data.shards import main as shards_main
 from data.tars import scan_tar
 from tests.support.data_fixtures import (
     content,
@@ -80,6 +83,92 @@ def one_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(payload)
             tar.addfile(info, io.BytesIO(payload))
     return path
+
+
+def test_links_in_a_tar_are_second_names(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    with tarfile.open(tmp_path / "a" / "linked.tar", "w") as tar:
+        for i, kind in enumerate((tarfile.SYMTYPE, tarfile.REGTYPE, tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(f"n{i}/{i}.jpg")
+            info.type = kind
+            info.linkname = {0: "../n1/1.jpg", 2: "n1/1.jpg"}.get(i, "")
+            picture = image_file(1, width=20, height=20)
+            info.size = len(picture) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(picture))
+        for name, target in (("n0/loop.jpg", "loop.jpg"), ("n0/out.jpg", "/etc/hostname")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            tar.addfile(info)
+    shards = packed(tmp_path / "a", tmp_path)
+    assert shards.classes == ("n0", "n1", "n2")
+    assert sorted(label for _, label in content(shards)) == [0, 1, 2]
+    assert "2 skipped (links to no file of the tar 2)" in capsys.readouterr().err
+
+
+def class_tars(root: Path, *, names: tuple[str, ...], member: str) -> Path:
+    root.mkdir()
+    for i, name in enumerate(names):
+        pictures = {
+            member.format(name=name, i=j): image_file(9 * i + j, width=20, height=20)
+            for j in range(3)
+        }
+        one_tar(root / f"{name}.tar", pictures)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "member", "classes"),
+    [
+        (("n01440764", "n01443537"), "{name}_{i}.JPEG", ("n01440764", "n01443537")),
+        (("cat", "dog"), "{i}.jpg", ("cat", "dog")),
+        (("cats-000", "cats-001"), "{i}.jpg", ("",)),
+        (("000", "001"), "{i}.jpg", ("",)),
+        (("s-0", "s-1"), "ant/{i}{name}.jpg", ("",)),
+    ],
+)
+def test_a_flat_tar_of_each_class_is_a_class(
+    tmp_path: Path, names: tuple[str, ...], member: str, classes: tuple[str, ...]
+) -> None:
+    source = class_tars(tmp_path / "tars", names=names, member=member)
+    shards = packed(source, tmp_path)
+    assert shards.classes == classes
+    assert index_directory(source).classes == classes
+
+
+def test_indexing_takes_directories_as_classes_and_leaves_the_tars_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "tars"
+    source.mkdir()
+    with tarfile.open(source / "all.tar", "w") as tar:
+        tar.add(folder, ".")
+    before = [path.name for path in source.iterdir()]
+    shards = index_directory(source, out=tmp_path / "out")
+    assert [path.name for path in source.iterdir()] == before
+    assert shards.classes == ("n0000", "n0001", "n0002")
+    assert content(shards) == content(packed(folder, tmp_path))
+    assert verify(tmp_path / "out", full=True) == []
+
+
+def test_merged_datasets_are_one(folder: Path, tmp_path: Path) -> None:
+    first = packed(folder, tmp_path / "a")
+    write_folder(tmp_path / "more", images=9)
+    for path in (tmp_path / "more").rglob("*.JPEG"):
+        path.write_bytes(image_file(len(path.name), width=20, height=20, kind="PNG"))
+    second = packed(tmp_path / "more", tmp_path / "b")
+    out = tmp_path / "both"
+    assert shards_main(["merge", str(out), first.root, second.root]) == 0
+    both = open_shards(out)
+    assert content(both) == content(first) | content(second)
+    assert both.count == first.count + second.count and verify(out, full=True) == []
+    assert shards_main(["merge", str(out), first.root, second.root]) == REFUSED
+    assert shards_main(["merge", str(tmp_path / "c"), first.root, first.root]) == REFUSED
+    (tmp_path / "more" / "n0001").rename(tmp_path / "more" / "n0009")
+    other = packed(tmp_path / "more", tmp_path / "d")
+    assert shards_main(["merge", str(tmp_path / "c"), first.root, other.root]) == REFUSED
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(

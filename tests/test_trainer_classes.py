@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.dataset import Shards, index_directory, open_shards
+from data.dataset import Shards, open_shards
+from data.indexing import index_directory
 from data.manifest import manifest_text
 from data.pack import pack
 from data.plan import PackConfig

@@ -16,12 +16,12 @@ def check(config: Config, shards: Shards, *, run: Run) -> None:
         return
     if not shards.labelled or found == 1 < classes:
         raise ValueError(
-            f"{config.data.shards}: {_lack(shards)}, but model.num_classes = {classes}: "
+            f"{shards.where}: {_lack(shards)}, but model.num_classes = {classes}: "
             f"{_ways_out(config, run)}"
         )
     if found > classes:
         raise ValueError(
-            f"{config.data.shards} has {found} classes, the network {classes}: "
+            f"{shards.where} has {found} classes, the network {classes}: "
             f"set model.num_classes to {found}"
         )
 
@@ -33,7 +33,7 @@ def untrained(config: Config, shards: Shards) -> str:
         return ""
     last = classes - 1
     which = f"class {last} is" if found == last else f"classes {found} to {last} are"
-    return f"{config.data.shards} has {found} classes, the network {classes}: {which} never trained"
+    return f"{shards.where} has {found} classes, the network {classes}: {which} never trained"
 
 
 def extent(config: Config, shards: Shards) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.config import expanded, is_local
 from data.exits import FAILED, REFUSED, CommandParser
 from trainer.ranks.group import device_of
 from trainer.ranks.world import World, join, step_hosts
@@ -137,9 +138,10 @@ def _device_error(world: World, *, gpus: int | None) -> str:
 def _access(run: Path | None, data: str | None, *, rank: int) -> str:
     """The error from using the directories, or ""; data behind a URL or a pipe is not tried."""
     try:
-        if data is not None and "://" not in data and not data.startswith("pipe:"):
-            manifest = json.loads((Path(data) / "manifest.json").read_text())
-            with (Path(data) / f"{manifest['shards'][0]['name']}.tar").open("rb") as shard:
+        if data is not None and is_local(data):
+            root = Path(expanded(data, name="--data"))
+            manifest = json.loads((root / "manifest.json").read_text())
+            with (root / f"{manifest['shards'][0]['name']}.tar").open("rb") as shard:
                 shard.read(1)
         if run is not None:
             probe = run / f".check-{rank}"

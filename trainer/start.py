@@ -15,6 +15,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from data.dataset import Shards
 from data.progress import duration
+from data.samples import crop_remark
 from data.stream import Stream
 from trainer import averages, classes, compute, weights
 from trainer import checkpoint as checkpoints
@@ -136,6 +137,7 @@ def remarks(
     odd = (
         averages.stated(config.training),
         classes.untrained(config, shards),
+        crop_remark(shards, config=config.data),
         config.training.badly_cut_on(ranks),
     )
     said = compute.remarks(config.training) + compile_locks()

@@ -21,9 +21,8 @@ if __name__ == "__main__":
 from torch import Tensor
 
 from data import descriptors
-from data.dataset import open_shards
 from data.exits import TO_BE_CONTINUED, CommandParser
-from data.stream import Batch, Stream, to_device
+from data.stream import Batch, Stream, open_stream, to_device
 from trainer import classes, compute, settings, start, wandb
 from trainer import config as configs
 from trainer import ds_config as ds_configs
@@ -60,8 +59,10 @@ class TrainingPlan:
     weights: Mapping[str, Tensor] | None
 
     @classmethod
-    def make(cls, arguments: argparse.Namespace, *, ranks: int) -> "TrainingPlan":
-        """Read and check what the command line names.
+    def make(
+        cls, arguments: argparse.Namespace, *, ranks: int, check_files: bool = True
+    ) -> "TrainingPlan":
+        """Read and check what the command line names; with `check_files`, also each shard's size.
 
         Raises:
             ValueError: something is wrong with a preset, a setting, the shards, the run or a file.
@@ -69,11 +70,7 @@ class TrainingPlan:
         run, init = Run(arguments.run), arguments.init
         config = run.adopt(configs.load(arguments.preset, arguments.set, unset=arguments.unset))
         ds_config = ds_configs.load(arguments.ds_config)
-        stream = Stream(
-            open_shards(config.data.shards, fetch=config.data),
-            config=config.data,
-            seed=config.training.seed,
-        )
+        stream = open_stream(config.data, seed=config.training.seed, check_files=check_files)
         classes.check(config, stream.shards, run=run)
         check_precision(config.training.precision)
         wandb.check(config.board.wandb)
@@ -92,7 +89,9 @@ class TrainingPlan:
 def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
     """Check everything, claim the run, and train it; returns the exit status."""
     world = context.world
-    plan = agreed(lambda: TrainingPlan.make(arguments, ranks=world.size))
+    # One rank of each node looks at the shards: all ranks would ask a file system a million times.
+    check_files = world.local_rank == 0
+    plan = agreed(lambda: TrainingPlan.make(arguments, ranks=world.size, check_files=check_files))
     with ExitStack() as stack:
         run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
         run = replace(run, token=from_main(lambda: run.token))

@@ -5,6 +5,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,9 +14,15 @@ Fault = str | None
 
 
 @contextmanager
-def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
-    """Serve `root` at the URL given; `fault(n, path)` decides about the n-th GET of a tar."""
+def serving(
+    root: Path, *, fault: Callable[[int, str], Fault], seen: list[Message] | None = None
+) -> Iterator[str]:
+    """Serve `root` at the URL given; `fault(n, path)` decides about the n-th GET of a tar.
+
+    `seen` receives the headers of every request.
+    """
     server = _Server(root, fault)
+    server.seen = [] if seen is None else seen
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -28,6 +35,7 @@ def serving(root: Path, *, fault: Callable[[int, str], Fault]) -> Iterator[str]:
 
 
 class _Server(ThreadingHTTPServer):
+    seen: list[Message]
     request_queue_size = 128
     daemon_threads = True
 
@@ -75,6 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self) -> Path | None:
         """The file that is asked for. What is below /moved/ is elsewhere now."""
+        self.server.seen.append(self.headers)
         path = self.server.root / self.path.lstrip("/")
         if self.path.startswith("/moved/"):
             self.send_response(302)

@@ -1,0 +1,146 @@
+"""Datasets of shards that exist already: an index and a manifest for the tars of others, or one
+manifest over the shards of several datasets.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from data import files
+from data.archives import classes_of_tars
+from data.dataset import Shards, describe, open_shards
+from data.index import index_bytes
+from data.manifest import MANIFEST, NO_CLASS, Shard, check_name, manifest_text
+from data.progress import duration
+from data.splits import splits_among
+from data.tars import Index, index_tar
+
+
+def index_directory(root: Path, *, out: Path | None = None) -> Shards:
+    """Make index and manifest for the tars in a directory; numbers become classes "0" to "max".
+
+    Without labels, the classes are the directories in the tars, if there are several; otherwise
+    there is one class, which has no name. Index and manifest lie beside the tars, or in `out`
+    beside links to them.
+
+    Raises:
+        ValueError: there is a manifest already, there are no tars, one is damaged, its name is not
+            one that a shard may have, or some have labels and others none.
+    """
+    tars, home = sorted(root.glob("*.tar")), out or root
+    if not tars or (home / MANIFEST).exists():
+        what = f"{home} has a manifest already" if tars else f"{root} holds no .tar files"
+        raise ValueError(f"{what}: there is nothing to index")
+    if found := splits_among(tar.name for tar in tars):
+        raise ValueError(
+            f"{root} holds the splits {', '.join(found)}: move each to a directory of its own"
+        )
+    for tar in tars:
+        try:
+            check_name(tar.stem)
+        except ValueError as error:
+            raise ValueError(f"{tar}: {error}; rename it") from None
+    indexes, classes = _indexes(tars)
+    if out:
+        _make_empty(out)
+        for tar in tars:
+            _link(tar, out / tar.name)
+    shards = [_write(home / tar.name, index) for tar, index in zip(tars, indexes, strict=True)]
+    made_by = {"index": "tars made by others"}
+    text = manifest_text(tuple(shards), classes=classes, image_size=None, made_by=made_by)
+    files.write(home / MANIFEST, text)
+    return open_shards(home)
+
+
+def merge(out: Path, roots: list[str]) -> Shards:
+    """One dataset of the shards of several, which must have the same classes and image size.
+
+    The shards are linked, not copied; those of dataset i have names that begin with `i-`.
+
+    Raises:
+        ValueError: they have not, a dataset is given twice, or `out` is not empty.
+    """
+    parts = [open_shards(root) for root in roots]
+    first = parts[0]
+    for part in parts[1:]:
+        if part.classes != first.classes:
+            raise ValueError(
+                f"{part.where} has other classes than {first.where}: pack it with --classes-of "
+                f"{first.where}"
+            )
+        if part.image_size != first.image_size:
+            raise ValueError(
+                f"{part.where} has images of {part.image_size or 'their own sizes'}, "
+                f"{first.where} of {first.image_size or 'their own sizes'}: pack one of them again"
+            )
+    if len({part.fingerprint for part in parts}) < len(parts):
+        raise ValueError("a dataset is given twice: every image would count twice")
+    _make_empty(out)
+    shards = []
+    for number, part in enumerate(parts):
+        for shard in part.shards:
+            name = f"{number}-{shard.name}"
+            for suffix in (".tar", ".idx.npy"):
+                _link(Path(part.root, shard.name + suffix), out / (name + suffix))
+            shards.append(Shard(**{**vars(shard), "name": name}))
+    made_by = {"merge": [part.fingerprint for part in parts]}
+    text = manifest_text(
+        tuple(shards), classes=first.classes, image_size=first.image_size, made_by=made_by
+    )
+    files.write(out / MANIFEST, text)
+    return open_shards(out)
+
+
+def _indexes(tars: list[Path]) -> tuple[list[Index], tuple[str, ...]]:
+    """The index of each tar, and the classes of all of them."""
+    indexes, members, most = [], [], 0
+    # The first tar with labels and the first without.
+    kinds: dict[bool, Path] = {}
+    begin = shown = time.monotonic()
+    for done, tar in enumerate(tars, start=1):
+        index, names, labelled = index_tar(tar)
+        if labelled is not None:
+            kinds.setdefault(labelled, tar)
+        if len(kinds) == 2:
+            raise ValueError(f"{kinds[False]} has no labels, and {kinds[True]} has some")
+        most = max(most, int(index["label"].max(initial=0)))
+        indexes.append(index)
+        members.append(names)
+        if (now := time.monotonic()) - shown > 1:
+            left = duration((now - begin) / done * (len(tars) - done))
+            print(f"indexed {done} of {len(tars)} tars, {left} left", file=sys.stderr)
+            shown = now
+    if False not in kinds:
+        return indexes, tuple(str(i) for i in range(most + 1))
+    listing = classes_of_tars(tars, members)
+    if listing is None:
+        return indexes, (NO_CLASS,)
+    if listing.fault:
+        raise ValueError(listing.fault)
+    labels = iter(listing.labels)
+    for index in indexes:
+        index["label"] = [next(labels) for _ in index]
+    return indexes, listing.classes
+
+
+def _write(tar: Path, index: Index) -> Shard:
+    """Write the index of a tar beside it; what the manifest has of them."""
+    content = index_bytes(index)
+    files.write(tar.with_suffix(".idx.npy"), content)
+    return describe(tar, index, content)
+
+
+def _make_empty(out: Path) -> None:
+    """Make a directory, or raise ValueError if there is one that holds something."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"OUT = {out} is not empty: choose another OUT")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _link(file: Path, link: Path) -> None:
+    """A second name for a file: of the file itself, or a symbolic link from another disk."""
+    try:
+        os.link(file.resolve(), link)
+    except OSError:  # another file system, a read-only one, or one of another owner
+        link.symlink_to(file.resolve())

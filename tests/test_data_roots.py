@@ -1,0 +1,76 @@
+"""How a dataset's place may be written: home and variables, passwords, commands on URLs."""
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from data.config import expanded, shown
+from data.dataset import Shards, open_shards
+from data.exits import REFUSED
+from data.shards import main
+from tests.support.data_fixtures import pack_folder
+from tests.support.data_server import serving
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return pack_folder(tmp_path_factory.mktemp("whole"), images=20)
+
+
+def test_home_and_variables_are_expanded(whole: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path(whole.root)
+    monkeypatch.setenv("HOME", str(place.parent))
+    monkeypatch.setenv("PLACE", str(place.parent))
+    for root in (f"~/{place.name}", f"$PLACE/{place.name}", f"${{PLACE}}/{place.name}"):
+        assert open_shards(root).root == whole.root
+    with pytest.raises(ValueError, match=r"data\.shards = \$NOWHERE/x: .* are not set"):
+        open_shards("$NOWHERE/x")
+    for root in ("pipe:cat $PLACE/{name}", "s3://$PLACE"):
+        assert expanded(root, name="data.shards") == root
+
+
+@pytest.mark.parametrize(
+    ("root", "wanted"),
+    [
+        ("https://me:pw@host/set", "https://***@host/set"),
+        ("ftp://me@host/set", "ftp://***@host/set"),
+        ("https://host/set?X-Amz-Signature=ab&x=1", "https://host/set?X-Amz-Signature=***&x=1"),
+        (
+            "pipe:curl -H 'Authorization: Bearer ab.c' https://h/{name}",
+            "pipe:curl -H 'Authorization: Bearer ***' https://h/{name}",
+        ),
+        ("pipe:TOKEN=abc get {name}", "pipe:TOKEN=*** get {name}"),
+        ("/data/token/set", "/data/token/set"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+    ],
+)
+def test_secrets_are_not_shown(root: str, wanted: str) -> None:
+    assert shown(root) == wanted
+
+
+def test_a_password_is_sent_and_never_printed(
+    whole: Shards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    with serving(Path(whole.root), fault=lambda n, path: None, seen=seen) as url:
+        secret = url.replace("://", "://me:se%20cret@")
+        assert main(["verify", secret, "--full"]) == 0
+        assert main(["info", secret]) == 0
+        assert main(["info", f"{secret}/nothing"]) == REFUSED
+        text = "".join(capsys.readouterr())
+    login = base64.b64encode(b"me:se cret").decode()
+    assert {headers["Authorization"] for headers in seen} == {f"Basic {login}"}
+    assert "20 images 16 x 16" in text and "no dataset at http://***@127" in text
+    assert "cret" not in text
+
+
+def test_commands_say_what_a_remote_dataset_lacks(
+    whole: Shards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Path(whole.root), fault=lambda n, path: None) as url:
+        assert main(["info", url]) == 0
+        assert main(["info", f"{url}/no"]) == REFUSED
+    assert main(["verify", "nosuch://bucket/set"]) == REFUSED
+    text = capsys.readouterr().err
+    assert f"no dataset at {url}/no" in text and "nosuch" in text
