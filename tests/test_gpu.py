@@ -1,6 +1,7 @@
 """On a CUDA device: `pytest -m gpu`. The same properties as elsewhere, where the device matters."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,17 @@ def test_the_same_command_trains_and_resumes(tmp_path: Path, tiny: Path, precisi
     assert "finished" in train(tmp_path / "run", tiny, change)
     text = train(tmp_path / "run", tiny, change, "training.images = 128")
     assert "resumes from checkpoint" in text and "finished" in text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_deterministic_run_resumes_bit_for_bit(
+    tmp_path: Path, tiny: Path, precision: str
+) -> None:
+    sets = (f'training.precision = "{precision}"', "training.deterministic = true")
+    train(tmp_path / "whole", tiny, *sets)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / f"{64:012d}")
+    train(tmp_path / "again", tiny, *sets)
+    for file in (tmp_path / "whole" / "checkpoints" / f"{64:012d}").glob("*.safetensors"):
+        other = tmp_path / "again" / "checkpoints" / f"{64:012d}" / file.name
+        assert file.read_bytes() == other.read_bytes(), file.name

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data.stream import Batch
+from data.stream import Batch, Stream
 from trainer import compute
 from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion, Net
@@ -192,3 +192,11 @@ def _spread(indices: Tensor, count: int, classes: int | None) -> Tensor | None:
     if classes is None:
         return None
     return indices % classes if classes <= count else indices * classes // count % classes
+
+
+def shown(config: Config, stream: Stream, *, world: World) -> Batch | None:
+    """The first images of the shards, for an upsampler to enlarge in its grids."""
+    if config.intervals.samples is None or getattr(config.model, "small_size", None) is None:
+        return None
+    share = len(grid_indices(config.intervals, world=world))
+    return next(stream.once(micro_batch_size=share, rank=world.rank, ranks=world.size))

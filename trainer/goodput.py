@@ -76,14 +76,18 @@ class Goodput:
         """How often to save, in words; empty where nothing was saved."""
         if self.advised_interval is None:
             return ""
-        images = ""
+        often = duration(self.advised_interval)
         if self.images_per_second:
-            images = f" ({self.advised_interval * self.images_per_second:,.0f} images)"
-        had = f"{self.failures or 'no'} failure{'s' * (self.failures > 1)}"
+            often += f" ({self.advised_interval * self.images_per_second:,.0f} images)"
         ran = duration(sum(self.seconds.values()) - self.seconds["queued"])
+        if not self.failures:
+            return (
+                f"a save costs {self.save_cost:.1f} s, no failure in {ran}: a checkpoint interval "
+                f"below {often} would cost more than it protects"
+            )
         return (
-            f"advised checkpoint interval {duration(self.advised_interval)}{images}: a save costs "
-            f"{self.save_cost:.1f} s, {had} in {ran}"
+            f"advised checkpoint interval {often}: a save costs {self.save_cost:.1f} s, "
+            f"{self.failures} failure{'s' * (self.failures > 1)} in {ran}"
         )
 
 

@@ -46,6 +46,8 @@ class TrainingConfig:
     #: Share of images whose class the net is not told, for classifier-free guidance.
     label_dropout: float = 0.0
     seed: int = 0
+    #: On GPUs too, a resumed run is the uninterrupted one bit for bit (see trainer/determinism.py).
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("images", "batch", "micro_batch"):

@@ -17,7 +17,7 @@ from data.dataset import Shards
 from data.progress import duration
 from data.samples import crop_remark
 from data.stream import Stream
-from trainer import averages, classes, compute, weights
+from trainer import averages, classes, compute, determinism, weights
 from trainer import checkpoint as checkpoints
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import Classify, Denoise
@@ -111,6 +111,7 @@ def begin(
 
     The weights come from 1. the run's own checkpoint, 2. `--init`, 3. the seed.
     """
+    determinism.apply(config.training.deterministic)
     torch.manual_seed(config.training.seed)
     net = build(config.model)
     if found is not None:

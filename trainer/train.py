@@ -22,15 +22,15 @@ from torch import Tensor
 
 from data import descriptors
 from data.exits import TO_BE_CONTINUED, CommandParser
-from data.stream import Batch, Stream, open_stream, to_device
-from trainer import classes, compute, settings, start, wandb
+from data.stream import Stream, open_stream, to_device
+from trainer import classes, compute, determinism, forensics, settings, start, wandb
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.objective import Classify, Denoise
 from trainer.board import Board
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
-from trainer.draw import grid_indices
+from trainer.draw import shown
 from trainer.engine import Engine, check_precision
 from trainer.loop import Loop
 from trainer.metrics import Metrics
@@ -96,6 +96,7 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
         run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
         run = replace(run, token=from_main(lambda: run.token))
         context.watchdog.tell = run.log_lost_rank
+        context.watchdog.dump = lambda: forensics.dump(run.path / "launch", rank=world.rank)
         if world.is_main:
             plan.stream.log = run.log
         return _train(replace(plan, run=run), context=context)
@@ -147,6 +148,7 @@ def _loop(
     """Train from the clock `images_seen`; returns the exit status."""
     config, run, world, every = plan.config, plan.run, context.world, plan.config.intervals
     with ExitStack() as stack:
+        stack.enter_context(forensics.out_of_memory_kept(run.path / "launch", rank=world.rank))
         stream = stack.enter_context(plan.stream)
         mfu, board = Mfu.measure(config, device=context.device), None
         if world.is_main:
@@ -169,7 +171,7 @@ def _loop(
             board=board,
             images_seen=images_seen,
             order=stream.identity,
-            shown=_shown(plan, world=world),
+            shown=shown(config, plan.stream, world=world),
             stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
             mark=context.watchdog.mark,
         )
@@ -211,15 +213,6 @@ def _leave(
     if context.world.is_main:
         plan.run.note(state=state, why=why)
     return status
-
-
-def _shown(plan: TrainingPlan, *, world: World) -> Batch | None:
-    """The first images of the shards, for an upsampler to enlarge in its grids."""
-    config = plan.config
-    if config.intervals.samples is None or getattr(config.model, "small_size", None) is None:
-        return None
-    share = len(grid_indices(config.intervals, world=world))
-    return next(plan.stream.once(micro_batch_size=share, rank=world.rank, ranks=world.size))
 
 
 def _first_line(
@@ -279,6 +272,7 @@ def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = N
     arguments = parser().parse_args(argv)
     descriptors.raise_limit()
     world = join(expected_size=arguments.ranks)
+    determinism.prepare(arguments.preset, arguments.set, unset=arguments.unset)
     # The main rank holds a connection or two of every other; the rest are files and libraries.
     descriptors.require(4 * world.size + 600, why=f"{world.size} ranks")
     with (

@@ -26,6 +26,9 @@ from trainer.ranks.world import World, is_main_process, process_name, set_enviro
 
 T = TypeVar("T")
 
+# Collectives that torch's flight recorder remembers, for what is written when a rank hangs.
+_REMEMBERED = 2000
+
 
 class Refused(ValueError):
     """A user error that every rank raises alike, so that one of them can report it."""
@@ -74,6 +77,7 @@ def connected(world: World, *, patience: float, gpus: int | None = None) -> Iter
         Refused: on every rank, if one has no device.
     """
     set_environment(world)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED))
     timeout = timedelta(seconds=patience + 60)
     store = _store(world, timeout=timeout)
     device = _agreed_device(world, store=store, gpus=gpus)

@@ -53,7 +53,8 @@ class Watchdog:
     """Watches the ranks while entered. All ranks enter, and leave, together.
 
     `mark` says what the rank does next. When a rank is lost, or none makes progress, for `patience`
-    seconds, every rank's process ends with status 1 and `tell` receives what happened.
+    seconds, every rank's process ends with status 1 and `tell` receives what happened; before that,
+    `dump` writes where this rank stands.
     """
 
     def __init__(self, world: World, *, patience: float) -> None:
@@ -67,6 +68,7 @@ class Watchdog:
         self._verdict = ""
         self._threads: list[threading.Thread] = []
         self.tell: Callable[[str], None] = lambda _: None
+        self.dump: Callable[[], None] = lambda: None
 
     def mark(self, doing: str) -> None:
         """This rank has made progress, and now does `doing`."""
@@ -166,6 +168,7 @@ class Watchdog:
         """
         if self._world.local_rank == 0:
             print(f"{self._host}: {self._verdict}", file=sys.stderr, flush=True)
+        self._within(2.0, self.dump)
         if self._world.rank in (0, self._world.local_size):
             self._within(2.0, lambda: self.tell(f"{self._host}: {self._verdict}"))
         if self._world.is_main:
