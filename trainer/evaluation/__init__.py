@@ -1,0 +1,1 @@
+"""Evaluation of drawn images: features, and the figures that the paper reports."""
