@@ -131,6 +131,22 @@ def test_a_run_that_explodes_stops_and_keeps_its_good_checkpoints(
     assert equal(place.checkpoint(name, HALF), before)
 
 
+def test_checkpoints_by_time_are_agreed_by_all_ranks_and_change_nothing(
+    tmp_path: Path, tiny: Path
+) -> None:
+    """Every step is late: the ranks know it a step later, and once only."""
+    runs = {"timed": ["--set", "intervals.checkpoint_minutes = 1e-6"], "plain": []}
+    words = [["train", str(tiny), "--run", str(tmp_path / n), *w] for n, w in runs.items()]
+    job = ranks.start(tmp_path / "job", ranks=2, runs=words)
+    job.wait()
+    assert job.statuses == [0, 0]
+    saved = {n: sorted(int(p.name) for p in (tmp_path / n / "checkpoints").iterdir()) for n in runs}
+    assert saved == {"timed": [16, 32, 48, 64], "plain": [32, 64]}
+    rows = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in runs]
+    losses = [[json.loads(row)["loss"] for row in lines] for lines in rows]
+    assert losses[0] == losses[1]
+
+
 def test_only_what_came_too_late_for_a_multiple_is_removed() -> None:
     saved = range(48, 481, 48)
     assert superseded(saved, keep=2, keep_every=None) == [*range(48, 385, 48)]

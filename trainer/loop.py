@@ -60,16 +60,20 @@ class Loop:
     mark: Callable[[str], None]
     #: The images that an upsampler enlarges in its grids.
     shown: Batch | None = None
-    _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(2))
+    _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(3))
     _guards: Guards = field(init=False)
     _snapshots: Snapshots = field(init=False)
     # The engine's updates at the last checkpoint, or at this start.
     _saved_updates: int = field(init=False)
+    # When that was, on this rank's clock and on the run's.
+    _saved_at: float = field(init=False, default_factory=time.monotonic)
+    _saved_images: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._guards = Guards(self.config, log=self._log)
         self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self._log)
         self._saved_updates = self.engine.updates
+        self._saved_images = self.images_seen
 
     def train(self, batches: Iterator[Batch]) -> int:
         """Train to the end, or to a stop that the ranks agree on; the exit status says which.
@@ -83,12 +87,12 @@ class Loop:
         while self.images_seen < total and not stop:
             self._step(batches)
             progress.advance(self.config.training.batch)
-            stop = self._agree()
+            stop, late = self._agree()
             ends = stop or self.images_seen >= total
             if ends or self._due(every.log):
                 self._report(progress, since=reported)
                 reported = self.images_seen
-            if ends or self._due(every.checkpoint):
+            if ends or late or self._due(every.checkpoint):
                 self._save()
             if self._due(every.averages):
                 self._keep_averages()
@@ -148,11 +152,18 @@ class Loop:
         table = table[:, table[0].argsort()]
         self.objective.timesteps.update(table[1].long(), table[2])
 
-    def _agree(self) -> bool:
-        """Whether any rank wanted to stop at the last step; commits a checkpoint that is whole."""
-        stop, writing = self._agreement.exchange(self.stop_requested(), self.saver.flag())
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether any rank wanted to stop at the last step, or found a checkpoint late.
+
+        Commits a checkpoint that is whole.
+        """
+        minutes = self.config.intervals.checkpoint_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        flags = (self.stop_requested(), self.saver.flag(), late)
+        stop, writing, late = self._agreement.exchange(*flags)
         self.saver.poll(writing=writing)
-        return stop
+        # A rank that raised it ahead of the last save is known after it.
+        return stop, late and self.images_seen > self._saved_images + self.config.training.batch
 
     def _report(self, progress: Progress, *, since: int) -> None:
         images = self.images_seen - since
@@ -173,6 +184,7 @@ class Loop:
 
     def _save(self) -> None:
         self.saver.flush()
+        self._saved_at, self._saved_images = time.monotonic(), self.images_seen
         if self.engine.updates == self._saved_updates:
             self._skip_save()
             return

@@ -125,6 +125,8 @@ class IntervalConfig:
 
     log: int
     checkpoint: int
+    #: Save also so many minutes after the last checkpoint. Absent: by images alone.
+    checkpoint_minutes: float | None = None
     #: The newest checkpoints that are kept.
     keep: int = 3
     #: The first checkpoint at or after each multiple of this stays. Absent: the newest alone stay.
@@ -143,6 +145,8 @@ class IntervalConfig:
         for field in counts:
             value = getattr(self, field)
             check(value is None or value >= 1, f"intervals.{field}", value, "at least 1")
+        minutes = self.checkpoint_minutes
+        check(minutes is None or minutes > 0, "intervals.checkpoint_minutes", minutes, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
