@@ -100,4 +100,8 @@ def resolve(ds_config: dict[str, Any], *, config: Config, ranks: int) -> dict[st
             resolved.setdefault(head, {})[rest] = value
         else:
             resolved[head] = value
+    zero = resolved["zero_optimization"]
+    if zero.get("overlap_comm") == "auto":
+        # At one rank there is nothing to overlap, and every micro-batch would wait for the device.
+        zero["overlap_comm"] = ranks > 1
     return resolved

@@ -22,7 +22,7 @@ import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
-from trainer import averages
+from trainer import averages, norms
 from trainer.config import Config
 from trainer.copies import Copies
 from trainer.lossscale import LossScale
@@ -33,9 +33,6 @@ from trainer.sections import TrainingConfig
 WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "model", "adam-m", "adam-v"
 # Their keys in the optimizer; the averages' are the kinds themselves.
 _STATE_KEYS = {WEIGHTS: None, FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
-
-# Numbers whose fp64 copies are made at once for a norm: 32 MiB.
-_PIECE = 2**22
 
 
 def kinds(training: TrainingConfig) -> tuple[str, ...]:
@@ -88,6 +85,7 @@ class Engine:
             fused=device.type == "cuda",
         )
         self._ds, self._optimizer = _initialize(net.to(device), self._base, ds_config)
+        norms.hasten(self._optimizer, stage=self.stage)
         self._scaling = LossScale(self._optimizer.loss_scaler)
         self._fill_states()
         parameters = dict(self._ds.module.named_parameters())
@@ -180,13 +178,7 @@ class Engine:
 
     def parameter_norm(self) -> float:
         """The L2 norm of all fp32 master weights. All ranks must call it."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for partition in self._masters():
-            # In pieces: the fp64 copy of a whole partition may not fit beside the training.
-            for piece in partition.detach().split(_PIECE):
-                total += piece.double().square().sum()
-        torch.distributed.all_reduce(total)
-        return float(total.sqrt())
+        return norms.of_partitions(self._masters(), device=self.device)
 
     def gather(self, kind: str, *, to: int | None = None) -> dict[str, Tensor]:
         """Every parameter's fp32 state of that kind, whole and on the host, by parameter name.

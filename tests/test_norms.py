@@ -1,0 +1,123 @@
+"""The engine's norm and overflow are DeepSpeed's own, bit for bit, in fewer operations."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support import ranks
+from tests.support.runs import STAGES
+from trainer import config as configs
+from trainer import ds_config
+from trainer.config import Config
+
+#: ZeRO stage, precision, clipping.
+CASES = [*((s, p, 0.02) for s in STAGES for p in ("fp16", "bf16")), (2, "fp32", 0.02), (1, "bf16", None)]  # fmt: skip  # noqa: E501
+#: The step in which a gradient of the last rank is infinite.
+STEPS, INFINITE = 4, 1
+
+
+class Count(TorchDispatchMode):
+    """How many operations ran that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = [r.alias_info for r in func._schema.returns]
+        if all(alias is None or alias.is_write for alias in results):
+            self.total += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Quadratic(torch.nn.Module):
+    """Many small parameters, and a loss with a gradient for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.all = torch.nn.ParameterList(torch.randn(n % 7 + 1, 5) for n in range(99))
+
+    def forward(self, scale: Tensor) -> Tensor:
+        return sum(((p.float() * scale).square().mean() for p in self.all), torch.zeros(()))
+
+
+def settings(precision: str, clip: float | None) -> Config:
+    clips = () if clip is None else (f"training.clip = {clip}",)
+    sizes = ("training.batch = 4", "training.images = 4", "training.micro_batch = 1")
+    return configs.load("digits", (*sizes, f'training.precision = "{precision}"', *clips))
+
+
+def train(case: tuple, *, world: Any, device: torch.device) -> tuple[list[Any], list[Tensor], int]:
+    """Reports of all steps, the final states, and the operations of the last step."""
+    from trainer.engine import Engine
+
+    stage, precision, clip = case
+    config = settings(precision, clip)
+    raw = ds_config.load(ranks.ROOT / "ds_config.json")
+    raw["fp16"]["initial_scale_power"] = 4
+    raw["zero_optimization"] |= {"stage": stage, "reduce_bucket_size": 1000}
+    resolved = ds_config.resolve(raw, config=config, ranks=world.size)
+    engine = Engine(Quadratic(), config=config, ds_config=resolved, device=device)
+    reports = []
+    for step in range(STEPS):
+        last = world.rank == world.size - 1 and step == INFINITE
+        for micro in range(engine.accumulation):
+            scale = float("inf") if last and micro else 1.0 + world.rank + micro
+            engine.backward(engine(torch.tensor(scale)))
+        with Count() as count:
+            report = engine.step(lr=1e-2, images_seen=4 * (step + 1))
+        reports.append([float(report.grad_norm), report.loss_scale, report.skipped])
+    states = [value for kind in engine.kinds for value in engine.gather(kind).values()]
+    return reports, states, count.total
+
+
+def compare(directory: Path) -> int:
+    """All cases with DeepSpeed's own norm and with ours."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    from trainer import norms
+    from trainer.ranks.group import connected
+    from trainer.ranks.world import join
+
+    # DeepSpeed refuses fp16 on most CPUs by this check alone.
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    world, hasten, found = join(), norms.hasten, []
+    with connected(world, patience=ranks.LIMIT) as device:
+        for case in CASES:
+            norms.hasten = lambda *_, **__: None
+            theirs, states, slow = train(case, world=world, device=device)
+            norms.hasten = hasten
+            ours, own, fast = train(case, world=world, device=device)
+            same = all(torch.equal(a, b) for a, b in zip(states, own, strict=True))
+            found.append([theirs, ours, same, slow, fast])
+    (directory / f"{world.rank}.json").write_text(json.dumps(found))
+    return 0
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    directory = tmp_path_factory.mktemp("norms")
+    job = ranks.fork(directory, partial(compare, directory), ranks=2)
+    job.wait()
+    assert (directory / "1.json").exists(), job.text
+    found = [json.loads((directory / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return [(case, *one) for rank in found for case, one in zip(CASES, rank, strict=True)]
+
+
+def test_reports_and_states_are_deepspeed_s_own(compared: list[Any]) -> None:
+    for case, theirs, ours, same, *_ in compared:
+        assert ours == theirs and same, case
+        assert [skipped for *_, skipped in ours] == [n == INFINITE for n in range(STEPS)], case
+
+
+def test_the_operations_of_a_step_do_not_grow_with_the_parameters(compared: list[Any]) -> None:
+    for case, *_, slow, fast in compared:
+        # Stage 3 gathers every parameter after its step.
+        assert fast < (80 if case[0] < 3 else slow), (case, slow, fast)
