@@ -99,7 +99,7 @@ def measure(directory: Path) -> int:
                         loss = engine(inputs["x"].zero_(), inputs["t"].zero_(), inputs["y"]).mean()
                         engine.backward(loss)
                         del loss
-                    engine.step(lr=1e-4)
+                    engine.step(lr=1e-4, images_seen=config.training.batch)
             found.append((observed.peak, observed.sent))
             del engine, net
             gc.collect()
