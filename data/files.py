@@ -36,6 +36,19 @@ def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
         file.write(content)
 
 
+def append(path: Path, text: str) -> None:
+    """Append to a file, made if it is missing, all of the text or none of it."""
+    with path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
+
+
 def sync(path: Path) -> None:
     """Force a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

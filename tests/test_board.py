@@ -20,7 +20,14 @@ def open_board(run: Path, *, images_seen: int, sets: tuple[str, ...] = ()) -> Bo
     (run / "launch").mkdir(exist_ok=True)
     mfu = Mfu(flops_per_image=1e9, measured=1e12, datasheet=2e12)
     config = configs.load("digits", sets)
-    return Board(run, config=config, images_seen=images_seen, mfu=mfu, log=lambda _: None)
+    return Board(
+        run,
+        config=config,
+        images_seen=images_seen,
+        mfu=mfu,
+        log=lambda _: None,
+        attempt=lambda _, write: write(),
+    )
 
 
 def report(board: Board, loss: float, *, images_seen: int, **more: float) -> None:

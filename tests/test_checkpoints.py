@@ -29,7 +29,9 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     (path / "state.json").write_text(json.dumps(state, indent=1))
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_nothing(place: Place) -> None:
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_harms_nothing(
+    place: Place,
+) -> None:
     place.fork("2x2", "full", images=HALF)
     before = place.checkpoint("full", HALF)
     arguments = place.arguments("full", sets=EVERY)
@@ -37,7 +39,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_nothing(plac
     job = ranks.fork(place.root / "full-job", task, ranks=2)
     job.wait()
     assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
-    assert job.text.count("error: the checkpoint could not be written: rank ") == 1
+    assert job.text.count("error: the last checkpoint could not be written: rank ") == 1
     assert names(place.run("full"))[-1] == HALF
     assert equal(place.checkpoint("full", HALF), before)
 

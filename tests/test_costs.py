@@ -89,7 +89,9 @@ def measure(directory: Path) -> int:
             resolved = ds_config.resolve(raw, config=config, ranks=world.size)
             with Observed() as observed:
                 net = build(config.model)
-                engine = Engine(net, config=config, ds_config=resolved, device=device)
+                start = net.state_dict() if world.is_main else None
+                engine = Engine(net, config=config, ds_config=resolved, device=device, start=start)
+                del start
                 for _ in range(2):
                     gc.collect()
                     observed.peak, observed.sent = observed.live, {}

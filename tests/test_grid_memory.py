@@ -41,7 +41,10 @@ def draw(root: Path, preset: Path) -> int:
             ds_config = ds_configs.load(ranks.ROOT / "ds_config.json")
             ds_config["zero_optimization"]["stage"] = stage
             ds_config = ds_configs.resolve(ds_config, config=config, ranks=world.size)
-            engine = Engine(build(config.model), config=config, ds_config=ds_config, device=device)
+            net = build(config.model)
+            start = net.state_dict() if world.is_main else None
+            engine = Engine(net, config=config, ds_config=ds_config, device=device, start=start)
+            del net, start
             shapes = {name: value.shape for name, value in engine.gather(WEIGHTS).items()}
             kind = averages.exponential(config.training.ema[0])
             reset()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.ranks import lease
+from trainer.run import Run
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
@@ -97,3 +98,48 @@ def test_a_writer_of_the_last_release_keeps_its_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"process {holder.pid} on .* is writing"):
         lease.claim(tmp_path)
     kill(holder)
+
+
+@pytest.mark.parametrize("content", [None, "", "[3]", '{"token": 5}', '{"writer": "other"}'])
+def test_a_file_that_is_missing_or_foreign_for_a_moment_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    monkeypatch.setattr(lease, "MOMENT", 0.3)
+    file = tmp_path / "launch" / "writer.json"
+    with Run(tmp_path).claimed() as run:
+        before = file.read_text()
+        if content is None:
+            file.unlink()
+        else:
+            file.write_text(content)
+        run.check_lease()
+        assert file.read_text() == before
+        run.log("still writing")
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[3]", '{"token": 5}', "\x00"])
+def test_a_foreign_file_does_not_block_a_start(tmp_path: Path, content: str) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "writer.json").write_text(content)
+    lease.claim(tmp_path).release()
+
+
+def test_a_start_that_came_and_went_is_no_missing_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "MOMENT", 0.3)
+    old = Run(tmp_path).claimed()
+    run = old.__enter__()
+    (tmp_path / "launch" / "writer.json").unlink()
+    with Run(tmp_path).claimed():
+        pass
+    with pytest.raises(lease.LeaseLost, match="another start has written"):
+        run.check_lease()
+
+
+def test_a_run_that_was_removed_is_named(tmp_path: Path) -> None:
+    with Run(tmp_path / "run").claimed() as run:
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(lease.LeaseLost, match=r"run is gone: it was moved or removed"):
+            run.log("hello")

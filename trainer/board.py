@@ -26,20 +26,34 @@ _TEXT_EVERY = 10.0
 
 
 class Board:
-    """The records of a run from this start on. Only the main rank has one."""
+    """The records of a run from this start on. Only the main rank has one.
+
+    `attempt` passes over, and tells, what the disk does not let it write.
+
+    Raises:
+        OSError: what earlier starts wrote cannot be continued.
+    """
 
     def __init__(
-        self, run: Path, *, config: Config, images_seen: int, mfu: Mfu, log: Callable[[str], None]
+        self,
+        run: Path,
+        *,
+        config: Config,
+        images_seen: int,
+        mfu: Mfu,
+        log: Callable[[str], None],
+        attempt: Callable[[str, Callable[[], object]], None],
     ) -> None:
         self._run = run
+        self._attempt = attempt
         self._total = config.training.images
         self._mfu = mfu
         self._log = log
         self._began, self._start = time.monotonic(), images_seen
         self._texted = -math.inf
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
-        rows = _drop_rows(run / "metrics.jsonl", after=images_seen)
-        self._jsonl = (run / "metrics.jsonl").open("a")
+        self._rows = run / "metrics.jsonl"
+        rows = _drop_rows(self._rows, after=images_seen)
         text = configs.to_toml(config)
         self._tensorboard = TensorBoard(run / "tensorboard", images_seen=images_seen, config=text)
         if self._tensorboard.is_old:
@@ -58,7 +72,6 @@ class Board:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._jsonl.close()
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.close()
@@ -70,8 +83,8 @@ class Board:
         """
         values = {**values, **self._mfu.shares(values["images_per_second"])}
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._jsonl.write(json.dumps({"images": images_seen, "time": time.time(), **finite}) + "\n")
-        self._jsonl.flush()
+        row = json.dumps({"images": images_seen, "time": time.time(), **finite}) + "\n"
+        self._attempt("metrics.jsonl", lambda: files.append(self._rows, row))
         found = self._account(values, images_seen=images_seen)
         hours = self._hours_left(images_seen)
         shares = {f"goodput/{kind}": share for kind, share in found.shares.items()} if found else {}
@@ -80,21 +93,24 @@ class Board:
             **values,
             **shares,
         }
-        self._tensorboard.scalars(shown, images_seen=images_seen)
+        board = self._tensorboard
+        self._attempt("tensorboard/", lambda: board.scalars(shown, images_seen=images_seen))
         if time.monotonic() > self._texted + _TEXT_EVERY or images_seen >= self._total:
             text = self._status(
                 values, images_seen=images_seen, hours=hours, slow=slow, found=found
             )
-            self._tensorboard.text("0_overview/status", text, images_seen=images_seen)
+            self._attempt(
+                "tensorboard/",
+                lambda: board.text("0_overview/status", text, images_seen=images_seen),
+            )
             self._texted = time.monotonic()
-        self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.scalars(shown, images_seen=images_seen)
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
-        self._tensorboard.picture(name, picture, images_seen=images_seen)
-        self._tensorboard.flush()
+        board = self._tensorboard
+        self._attempt("tensorboard/", lambda: board.picture(name, picture, images_seen=images_seen))
         if self._wandb is not None:
             self._wandb.picture(name, picture, images_seen=images_seen)
 
@@ -182,6 +198,12 @@ def _overview(values: Mapping[str, float], *, done: float, hours: float | None) 
     left = {} if hours is None else {"hours_left": hours}
     shown = {**first, "share_done": done, **left}
     return {f"0_overview/{name}": value for name, value in shown.items()}
+
+
+def rows_after(file: Path, clock: int) -> list[str]:
+    """The rows of later clocks."""
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    return [line for line in lines if clock < _clock(line) < math.inf]
 
 
 def _drop_rows(file: Path, *, after: int) -> list[dict[str, Any]]:

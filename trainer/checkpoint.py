@@ -11,10 +11,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.ranks.group import from_main, gather
+from data.stores import FINAL
+from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
 from trainer.state import TrainState
 
@@ -60,6 +62,7 @@ def read(path: Path) -> Checkpoint:
 
     Raises:
         ValueError: its state.json is missing, damaged, or that of another checkpoint.
+        OSError: it cannot be read now.
     """
     try:
         entries = json.loads((path / STATE).read_text())
@@ -70,7 +73,7 @@ def read(path: Path) -> Checkpoint:
                 f"images = {checkpoint.images_seen}: must be {int(path.name)}, as the directory is "
                 "named"
             )
-    except (OSError, ValueError) as error:
+    except (*FINAL, ValueError) as error:
         raise ValueError(f"{path / STATE}: {error}") from None
     return checkpoint
 
@@ -100,10 +103,15 @@ def latest_valid(
     """The newest valid checkpoint with files of these kinds, and what is wrong with newer ones.
 
     All ranks must call it; each reads its share of the files, and all get the same answer.
+
+    Raises:
+        Broken: a file cannot be read now.
     """
     skipped: dict[Path, str] = {}
     for path in from_main(lambda: committed(checkpoints)):
-        faults = gather(_own_fault(path, kinds=kinds, world=world))
+        # A disk that cannot be read now is no damage.
+        own = agreed(partial(_own_fault, path, kinds=kinds, world=world))
+        faults = gather(own)
         fault = next((fault for fault in faults if fault), None)
         if fault is None:
             return read(path), skipped

@@ -7,7 +7,7 @@ and `scatter`, by the network's own parameter names, whatever the stage and the 
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from trainer import averages, norms
 from trainer.config import Config
 from trainer.copies import Copies
+from trainer.draw import DTYPES
 from trainer.lossscale import LossScale
 from trainer.partition import Partition
 from trainer.sections import TrainingConfig
+from trainer.weights import materialize
 
 # The kinds of state: weights and Adam's two moments; one more for each average.
 WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "model", "adam-m", "adam-v"
@@ -52,14 +54,21 @@ class StepReport:
 
 
 class Engine:
-    """A network under DeepSpeed-ZeRO.
+    """A network, made on the meta device, under DeepSpeed-ZeRO.
 
+    The main rank has the weights to `start` from, by name, and sends them to the others.
     Call it as the network; `backward` each micro-batch's mean loss; `step` once per batch.
     `updates` counts the steps that were not skipped.
     """
 
     def __init__(
-        self, net: nn.Module, *, config: Config, ds_config: dict[str, Any], device: torch.device
+        self,
+        net: nn.Module,
+        *,
+        config: Config,
+        ds_config: dict[str, Any],
+        device: torch.device,
+        start: Mapping[str, Tensor] | None,
     ) -> None:
         # Of DeepSpeed's own calls; in stage 3 every micro-batch of every rank would show them.
         deprecated = ".*(all_gather_into_tensor|reduce_scatter_tensor)"
@@ -72,11 +81,8 @@ class Engine:
         # The clock at the last update, and after the step that is under way.
         self._updated_at = self._now = 0
         self.skipped = 0
-        # DeepSpeed casts the module to 16 bits and makes its fp32 masters from that copy; the
-        # true fp32 start is put into the masters below.
-        start = {name: p.detach().clone() for name, p in net.named_parameters()}
-        self._names = tuple(start)
-        self._count = sum(p.numel() for p in start.values())
+        self._shapes = {name: p.shape for name, p in net.named_parameters()}
+        materialize(net.to(DTYPES[training.precision]), start, device=device)
         self._base = torch.optim.AdamW(
             net.parameters(),
             lr=training.lr,
@@ -84,19 +90,18 @@ class Engine:
             weight_decay=training.weight_decay,
             fused=device.type == "cuda",
         )
-        self._ds, self._optimizer = _initialize(net.to(device), self._base, ds_config)
+        self._ds, self._optimizer = _initialize(net, self._base, ds_config)
         norms.hasten(self._optimizer, stage=self.stage)
         self._scaling = LossScale(self._optimizer.loss_scaler)
         self._fill_states()
         parameters = dict(self._ds.module.named_parameters())
-        shapes = {name: value.shape for name, value in start.items()}
-        self._partition = Partition(parameters, shapes=shapes)
+        self._partition = Partition(parameters, shapes=self._shapes)
         self._copies = Copies(self._optimizer, parameters)
         averages.attach(
             self._base, averages=self.averages, clock=lambda: (self._updated_at, self._now)
         )
-        for kind in (WEIGHTS, *self.averages):
-            self.scatter(kind, start.__getitem__)
+        # DeepSpeed made the masters from the network's own copy, which may have 16 bits.
+        self._partition.spread(start, keys=(None, *self.averages))
 
     def __call__(self, *inputs: Tensor, **named: Tensor | None) -> Tensor:
         """The output of the network for inputs on its device, through DeepSpeed."""
@@ -111,7 +116,7 @@ class Engine:
     @property
     def parameter_count(self) -> int:
         """How many numbers are learned."""
-        return self._count
+        return sum(shape.numel() for shape in self._shapes.values())
 
     @property
     def stage(self) -> int:
@@ -190,7 +195,7 @@ class Engine:
 
     def scatter(self, kind: str, read: Callable[[str], Tensor]) -> None:
         """Set every parameter's fp32 state of that kind from `read(name)`, each rank its part."""
-        for name in self._names:
+        for name in self._shapes:
             self._partition.set(name, _STATE_KEYS.get(kind, kind), read(name))
 
     @contextmanager

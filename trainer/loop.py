@@ -99,7 +99,7 @@ class Loop:
             if self._due(every.samples) and not stop:
                 self._draw_grid()
         self._agreement.close()
-        self.saver.flush()
+        self.saver.finish()
         self._end(stopped=stop)
         return TO_BE_CONTINUED if stop else 0
 
@@ -198,8 +198,8 @@ class Loop:
             order=self.order,
             ranks=self.world.size,
         )
-        self.saver.save(self.engine, state=state)
-        self._saved_updates = self.engine.updates
+        if self.saver.save(self.engine, state=state):
+            self._saved_updates = self.engine.updates
         self.metrics.pause(time.monotonic() - began, on="saving")
 
     def _skip_save(self) -> None:

@@ -5,7 +5,7 @@ it happens to be, in stage 3 parameter by parameter. A whole state is gathered i
 on its way to the host: one collective for each parameter would cost thousands in every checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,20 @@ class Partition:
             parameter._z3_optimizer.set_local_hp_param(own, parameter, key)
         elif parameter._hp_mapping is not None:
             parameter._hp_mapping.get_hp_fragment(key).data.copy_(own)
+
+    def spread(self, start: Mapping[str, Tensor] | None, *, keys: Sequence[str | None]) -> None:
+        """Set this rank's parts of the states `keys` from whole values that the main rank has.
+
+        On the other ranks `start` is None.
+        """
+        for name, shape in self._shapes.items():
+            if start is None:
+                value = torch.empty(shape, device=self._device)
+            else:
+                value = start[name].detach().to(self._device, torch.float32).contiguous()
+            dist.broadcast(value, 0)
+            for key in keys:
+                self.set(name, key, value)
 
     def gather(self, key: str | None, *, to: int | None) -> dict[str, Tensor]:
         """Whole fp32 tensors on the host by parameter name.

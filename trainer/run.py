@@ -10,9 +10,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Run:
     lease: Lease | None = None
     #: Names the claim of this start, on all ranks.
     token: str = ""
+    # What could not be written the last time.
+    _failing: set[str] = field(default_factory=set, compare=False)
 
     @contextmanager
     def claimed(self) -> Iterator["Run"]:
@@ -67,11 +69,14 @@ class Run:
         last_sign = leases.beat(self.path) / 1e9
         lease = leases.claim(self.path)
         run = replace(self, lease=lease, token=lease.token)
-        before = RunState.read(self.path)
-        starts = 1 + (before.starts if before else 0)
-        run.note(state="running", starts=starts, began=time.time(), why=None, job_id=lease.job_id)
-        goodput.note_start(self.path, last_sign=last_sign, job_id=lease.job_id)
         try:
+            before = RunState.read(self.path)
+            starts = 1 + (before.starts if before else 0)
+            run._note(
+                state="running", starts=starts, began=time.time(), why=None, job_id=lease.job_id
+            )
+            lease.starts = starts
+            goodput.note_start(self.path, last_sign=last_sign, job_id=lease.job_id)
             yield run
         except LeaseLost:
             raise
@@ -79,12 +84,14 @@ class Run:
             state = "refused" if isinstance(error, ValueError) else "failed"
             # A full disk, or a lost lease, must not take the place of the error.
             with suppress(OSError, LeaseLost):
-                run.note(state=state, why=f"{error}" or type(error).__name__)
+                run.check_lease()
+                run._note(state=state, why=f"{error}" or type(error).__name__)
             raise
         finally:
             with suppress(OSError, LeaseLost):
                 run.note_end()
-            lease.release()
+            with suppress(OSError):
+                lease.release()
 
     def note_end(self) -> None:
         """Note the end of this start in the timeline."""
@@ -144,6 +151,10 @@ class Run:
         Raises:
             ValueError: the directory holds something else, or a run that `config` cannot continue.
         """
+        if self.path.is_symlink() and not self.path.exists():
+            raise ValueError(
+                f"{self.path} is a link to {os.readlink(self.path)}, which does not exist"
+            )
         if not self.path.exists() or (self.path.is_dir() and not any(self._contents())):
             return {}
         if not self.config_file.is_file():
@@ -171,10 +182,27 @@ class Run:
         files.write(self.config_file, configs.to_toml(config))
         files.write(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
+    def attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Write what training can go on without; say so when it fails, and when it works again.
+
+        Raises:
+            ValueError: another start has taken the run over.
+        """
+        try:
+            self.check_lease()
+            write()
+        except OSError as error:
+            if what not in self._failing:
+                self._failing.add(what)
+                _show(f"cannot write {what} of {self.path}: {error}; training goes on without it")
+        else:
+            if what in self._failing:
+                self._failing.remove(what)
+                _show(f"{what} of {self.path} is written again")
+
     def note(self, **changes: Any) -> None:
         """Change entries of `launch/state.json`."""
-        self.check_lease()
-        self._note(**changes)
+        self.attempt("launch/state.json", lambda: self._note(**changes))
 
     def _note(self, **changes: Any) -> None:
         state = RunState.read(self.path) or RunState(state="running")
@@ -184,30 +212,40 @@ class Run:
 
     def picture(self, name: str, grid: NDArray[np.uint8]) -> None:
         """Keep uint8 (3, H, W) as `samples/NAME.png`."""
-        self.check_lease()
-        self.samples.mkdir(exist_ok=True)
-        Image.fromarray(grid.transpose(1, 2, 0)).save(self.samples / f"{name}.png")
+
+        def save() -> None:
+            self.samples.mkdir(exist_ok=True)
+            with files.whole(self.samples / f"{name}.png") as file:
+                Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="png")
+
+        self.attempt("samples/", save)
 
     def log(self, text: str) -> None:
         """A dated line to the terminal and to log.txt."""
-        self.check_lease()
-        line = self._append(text)
-        if sys.stdout.isatty():
-            line = line.ljust(79)  # covers what the progress line left
-        print(line, flush=True)
+        line = _dated(text)
+        self.attempt("log.txt", lambda: self._append(line))
+        _show(line)
 
     def log_lost_rank(self, text: str) -> None:
         """A dated line about a lost rank, and the state "failed". Any rank may call it."""
-        self._append(text)
+        with suppress(OSError):  # it has been printed
+            self._append(_dated(text))
         holder = leases.holder(self.path)
         if holder is not None and holder.token == self.token:
             self._note(state="failed", why=text)
 
-    def _append(self, text: str) -> str:
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
-        with (self.path / "log.txt").open("a") as log:
-            log.write(line + "\n")
-        return line
+    def _append(self, line: str) -> None:
+        files.append(self.path / "log.txt", line + "\n")
+
+
+def _dated(text: str) -> str:
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
+
+
+def _show(line: str) -> None:
+    """Print a line; on a terminal it covers what the progress line left."""
+    with suppress(OSError):  # the scheduler's file of it may be on the disk that is full
+        print(line.ljust(79) if sys.stdout.isatty() else line, flush=True)
 
 
 def changes_between(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

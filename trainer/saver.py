@@ -1,39 +1,49 @@
 """Writing checkpoints: gathered from the ranks, written behind the training, committed by a rename.
 
 The files are dealt to ranks, written by a thread from host copies, and the directory gets its name
-when all ranks have agreed that all files are whole.
+when all ranks have agreed that all files are whole. A save that fails, as on a full disk, costs
+itself alone: training goes on from what was committed before, and the next save tries again.
 """
 
+import errno
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data import files
 from trainer.checkpoint import STATE, committed, file_facts, sealed, superseded
-from trainer.ranks.group import Broken, gather
+from trainer.ranks.faults import Broken, describe
+from trainer.ranks.group import from_main, gather
 from trainer.ranks.world import World
 from trainer.run import Run
+from trainer.sections import IntervalConfig
 from trainer.state import TrainState
 
 # The end of the name of what is being removed.
 _REMOVED = ".removed"
+# Bytes that a checkpoint takes beside its tensors.
+_ROOM = 2**20
 
 
 class Gathered(Protocol):
     """Sharded state that can be gathered by kind and name (the engine)."""
 
     kinds: tuple[str, ...]
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers of each kind."""
+        ...
 
     def gather(self, kind: str, *, to: int | None) -> dict[str, Tensor]:
         """Whole fp32 tensors on the host by parameter name, on rank `to`."""
@@ -44,33 +54,45 @@ class Saver:
     """Writes a run's checkpoints. All ranks make each call together.
 
     Training continues between `save` and the commit: at every step each rank sends its `flag` to
-    the others, and passes what all of them sent to `poll`.
+    the others, and passes what all of them sent to `poll`. When saves have failed for
+    `unsaved_minutes`, the next that fails ends the run.
     """
 
-    def __init__(self, run: Run, *, world: World, keep: int, keep_every: int | None = None) -> None:
+    def __init__(self, run: Run, *, world: World, intervals: IntervalConfig) -> None:
         self._run = run
         self._world = world
-        self._keep = keep
-        self._keep_every = keep_every
+        self._intervals = intervals
         self._mode = 0o666 & ~_umask()
         self._thread: threading.Thread | None = None
         self._state: TrainState | None = None
         self._facts: dict[str, Any] = {}
         self._error: str | None = None
+        # Why the last save failed, and since when none succeeds.
+        self._failure: str | None = None
+        self._failing_since: float | None = None
         # Whether the last `flag`, and the one before, were about the save that is pending.
         self._flagged = self._known = False
 
-    def save(self, source: Gathered, *, state: TrainState) -> None:
-        """Copy the state to the host, then write it in the background."""
+    def check_room(self, source: Gathered) -> None:
+        """Return if the disk has room for a checkpoint.
+
+        Raises:
+            Broken: it has not.
+        """
+        from_main(lambda: self._require_room(source))
+
+    def save(self, source: Gathered, *, state: TrainState) -> bool:
+        """Copy the state to the host, then write it in the background; whether that began.
+
+        Raises:
+            Broken: no checkpoint could be written for too long.
+            Refused: another start has taken the run over.
+        """
         assert self._thread is None, "flush the last checkpoint before the next save"
         self._state, self._flagged = state, False
         directory = self._partial(state.images_seen)
-        if self._world.is_main:
-            self._run.check_lease()
-            self._run.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._remove(self._run.checkpoints.glob(".*.partial"))
-            directory.mkdir()
-        dist.barrier()
+        if not self._told(from_main(lambda: _fault(lambda: self._prepare(source, directory)))):
+            return False
         mine: dict[str, dict[str, Tensor]] = {}
         for number, kind in enumerate(source.kinds):
             owner = _owner(number, self._world)
@@ -79,6 +101,7 @@ class Saver:
                 mine[kind] = whole
         self._thread = threading.Thread(target=self._write, args=(directory, mine))
         self._thread.start()
+        return True
 
     def flag(self) -> bool:
         """What this rank tells the others: whether its files are still on their way to disk."""
@@ -100,31 +123,91 @@ class Saver:
         What was committed before stays untouched where this fails.
 
         Raises:
-            Broken: a rank could not write its files.
-            ValueError: another start has taken the run over.
+            As `save`.
         """
         if self._thread is None:
             return
-        assert self._state is not None
         self._thread.join()
         self._thread, self._flagged = None, False
         everyone = gather((self._facts, self._error))
         errors = [error for _, error in everyone if error]
-        if errors:
-            raise Broken(f"the checkpoint could not be written: {errors[0]}")
-        if self._world.is_main:
-            self._commit(
-                self._state, {name: f for facts, _ in everyone for name, f in facts.items()}
+        listed = {name: facts for rank, _ in everyone for name, facts in rank.items()}
+        self._told(from_main(lambda: errors[0] if errors else _fault(lambda: self._commit(listed))))
+
+    def finish(self) -> None:
+        """Commit what is pending, at the end.
+
+        Raises:
+            Broken: the last checkpoint could not be written.
+        """
+        self.flush()
+        if self._failure is not None:
+            raise Broken(
+                f"the last checkpoint could not be written: {self._failure}; rerun the same "
+                "command to resume from the one before"
             )
 
-    def _commit(self, state: TrainState, listed: Mapping[str, Any]) -> None:
+    def _told(self, failure: str | None) -> bool:
+        """Whether a save went well, the same on all ranks; a failure is logged, and its rest freed.
+
+        Raises:
+            Broken: saves have failed for too long.
+        """
+        now = time.monotonic()
+        self._failure = failure
+        if failure is None:
+            return True
+        since = self._failing_since = self._failing_since or now
+        limit = self._intervals.unsaved_minutes
+        if self._world.is_main:
+            self._run.log(
+                f"no checkpoint could be written: {failure}; training goes on, and the next is "
+                f"due in {self._intervals.checkpoint:,} images"
+            )
+            for partial in self._run.checkpoints.glob(".*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+        if from_main(lambda: now - since > 60 * limit):
+            raise Broken(
+                f"no checkpoint could be written for intervals.unsaved_minutes = {limit:g}: "
+                f"{failure}; free the disk, and rerun the same command to resume from the last one"
+            )
+        return False
+
+    def _prepare(self, source: Gathered, directory: Path) -> None:
+        """Make the directory of a checkpoint that there is room for."""
         self._run.check_lease()
+        self._run.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._remove(self._run.checkpoints.glob(".*.partial"))
+        self._require_room(source)
+        directory.mkdir()
+
+    def _require_room(self, source: Gathered) -> None:
+        """Return if a checkpoint fits on the disk.
+
+        Raises:
+            OSError: it does not.
+        """
+        needed = len(source.kinds) * source.parameter_count * 4 + _ROOM
+        place = self._run.checkpoints if self._run.checkpoints.exists() else self._run.path
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"a checkpoint takes {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} are free",
+                str(place),
+            )
+
+    def _commit(self, listed: Mapping[str, Any]) -> None:
+        assert self._state is not None
+        self._run.check_lease()
+        state = self._state
         partial = self._partial(state.images_seen)
         final = self._run.checkpoints / f"{state.images_seen:012d}"
         files.write(partial / STATE, json.dumps(sealed(state, files=listed), indent=1))
         if final.exists():  # this one was damaged, and an older one was resumed
             final.rename(_aside(final))
         partial.rename(final)
+        self._failing_since = None
         files.sync(self._run.checkpoints)
         self._run.log(f"checkpoint {final.name} committed")
         self._run.note(checkpoint=final.name, images_seen=state.images_seen)
@@ -151,7 +234,8 @@ class Saver:
     def _prune(self, *, until: int) -> None:
         # A newer one, where it could not be moved away, is damaged: the run resumed from an older.
         names = [n for p in committed(self._run.checkpoints) if (n := int(p.name)) <= until]
-        old = superseded(names, keep=self._keep, keep_every=self._keep_every)
+        every = self._intervals
+        old = superseded(names, keep=every.keep, keep_every=every.keep_every)
         self._remove(self._run.checkpoints / f"{images_seen:012d}" for images_seen in old)
 
     def _remove(self, directories: Iterable[Path]) -> None:
@@ -166,6 +250,15 @@ class Saver:
                 shutil.rmtree(aside)
             except OSError as error:
                 self._run.log(f"cannot remove {path}: {error}; tried again at the next checkpoint")
+
+
+def _fault(act: Callable[[], object]) -> str | None:
+    """Why the disk did not let `act` happen."""
+    try:
+        act()
+    except OSError as error:
+        return describe(error)
+    return None
 
 
 def _owner(number: int, world: World) -> int:

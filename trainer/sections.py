@@ -131,6 +131,8 @@ class IntervalConfig:
     keep: int = 3
     #: The first checkpoint at or after each multiple of this stays. Absent: the newest alone stay.
     keep_every: int | None = None
+    #: Minutes that a run trains on without being able to write a checkpoint.
+    unsaved_minutes: float = 120.0
     #: Grids drawn from the EMA weights. Absent: none.
     samples: int | None = None
     #: Images of a grid, and the respacing of the 1000 steps to draw them.
@@ -147,6 +149,8 @@ class IntervalConfig:
             check(value is None or value >= 1, f"intervals.{field}", value, "at least 1")
         minutes = self.checkpoint_minutes
         check(minutes is None or minutes > 0, "intervals.checkpoint_minutes", minutes, "above 0")
+        unsaved = self.unsaved_minutes
+        check(unsaved >= 0, "intervals.unsaved_minutes", unsaved, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

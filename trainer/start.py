@@ -26,21 +26,12 @@ from trainer.adm.unet import build
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.engine import WEIGHTS, Engine, kinds
+from trainer.initial import Initial
+from trainer.ranks.context import RankContext
 from trainer.ranks.group import Refused, agreed
 from trainer.ranks.world import World
 from trainer.run import Run
-
-
-def initial_weights(file: Path, config: Config) -> dict[str, Tensor]:
-    """The weights of `--init`, by parameter name.
-
-    Raises:
-        ValueError: they cannot be read, or are not those of the config's network.
-    """
-    loaded = weights.load(file)
-    with torch.device("meta"):
-        weights.check_fit(build(config.model), loaded, source=f"--init {file}")
-    return loaded
+from trainer.runstate import RunState
 
 
 def compile_locks(*, stale: float = 3600.0) -> list[str]:
@@ -99,31 +90,45 @@ def _move_away(path: Path, *, run: Run) -> None:
         run.log(f"cannot rename {path}: {error}")
 
 
+def note(run: Run, found: Checkpoint | None) -> None:
+    """Note where the run begins, and log that the checkpoints of an earlier start are gone."""
+    before = RunState.read(run.path)
+    if found is None and before is not None and before.checkpoint is not None:
+        run.log(
+            f"{run.checkpoints} has no checkpoint, though {before.checkpoint} was committed: "
+            "the run starts from the beginning"
+        )
+    run.note(
+        images_seen=0 if found is None else found.images_seen,
+        checkpoint=None if found is None else found.path.name,
+    )
+
+
 def begin(
     config: Config,
     *,
     ds_config: dict[str, object],
     found: Checkpoint | None,
-    initial: Mapping[str, Tensor] | None,
-    device: torch.device,
+    initial: Initial | None,
+    context: RankContext,
 ) -> tuple[Engine, Denoise | Classify]:
     """The engine and the objective where the run begins.
 
-    The weights come from 1. the run's own checkpoint, 2. `--init`, 3. the seed.
+    The weights come from 1. the run's own checkpoint, 2. `--init`, 3. the seed. The main rank alone
+    reads or draws them; of all other state each rank reads its own part.
     """
     determinism.apply(config.training.deterministic)
-    torch.manual_seed(config.training.seed)
-    net = build(config.model)
-    if found is not None:
-        file = found.file(WEIGHTS)
-        weights.fill(net, weights.load(file), source=file)
-    elif initial is not None:
-        weights.fill(net, initial, source="--init")
-    compute.prepare(net, training=config.training, device=device)
-    engine = agreed(lambda: Engine(net, config=config, ds_config=ds_config, device=device))
+    with torch.device("meta"):
+        net = compute.prepare(build(config.model), training=config.training, device=context.device)
+    main = context.world.is_main
+    start = agreed(lambda: _start(config, found=found, initial=initial) if main else None)
+    engine = agreed(
+        lambda: Engine(net, config=config, ds_config=ds_config, device=context.device, start=start)
+    )
     objective = build_objective(config)
     if found is not None:
         for kind in engine.kinds[1:]:
+            # Mapped: a rank reads no more than its part of each tensor.
             with safe_open(found.file(kind), framework="pt") as tensors:
                 engine.scatter(kind, tensors.get_tensor)
         found.state.restore(engine=engine, timesteps=objective.timesteps)
@@ -143,6 +148,40 @@ def remarks(
     )
     said = compute.remarks(config.training) + compile_locks()
     return [*changed, *said, *(line for line in odd if line)]
+
+
+def _start(
+    config: Config, *, found: Checkpoint | None, initial: Initial | None
+) -> Mapping[str, Tensor]:
+    """The fp32 weights that the run starts from, by parameter name."""
+    if initial is not None and found is None:
+        return initial.load(config)
+    if found is None:
+        torch.manual_seed(config.training.seed)
+        return build(config.model).state_dict()
+    file = found.file(WEIGHTS)
+    loaded = weights.load(file)
+    with torch.device("meta"):
+        weights.check_fit(build(config.model).state_dict(), loaded, source=file)
+    return loaded
+
+
+def origin(*, found: Checkpoint | None, initial: Initial | None) -> str:
+    """Where the run begins, in words."""
+    if found is not None:
+        return f"resumes from checkpoint {found.path.name}"
+    return "starts" if initial is None else f"starts from {initial}"
+
+
+def describe(config: Config, engine: Engine, *, world: World, shards: Shards) -> str:
+    """What runs, and on what."""
+    cut = f"{world.size} x {engine.accumulation} x {engine.micro_batch}"
+    return (
+        f"{config.objective}, {engine.parameter_count:,} parameters, "
+        f"{config.training.precision}, {world.size} ranks ({world.launcher}) on "
+        f"{engine.device.type}, ZeRO-{engine.stage}, batch {config.training.batch} = {cut}, "
+        f"{classes.extent(config, shards)}"
+    )
 
 
 def build_objective(config: Config) -> Denoise | Classify:

@@ -1,6 +1,10 @@
 """The only module that imports TensorBoard: the curves, texts and pictures of a run."""
 
-from collections.abc import Mapping
+import errno
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +23,8 @@ _GROUPS = {
 _TAGS = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
 # Beside the event files; without it, they were written by a release with other tags.
 _LAYOUT_FILE, _LAYOUT = "layout", "2"
+# Bytes that must be free: on a full disk a thread of TensorBoard's ends with a traceback.
+_ROOM = 2**22
 
 
 def tag(name: str) -> str:
@@ -32,40 +38,61 @@ def is_moved(name: str) -> bool:
 
 
 class TensorBoard:
-    """The event files of a run. Each start adds one."""
+    """The event files of a run. Each start adds one.
+
+    Raises:
+        OSError: they cannot be written.
+    """
 
     def __init__(self, directory: Path, *, images_seen: int, config: str) -> None:
         #: Whether the curves of earlier starts have other tags.
         self.is_old = directory.exists() and not (directory / _LAYOUT_FILE).exists()
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
-        self._writer = SummaryWriter(str(directory), purge_step=images_seen + 1)
+        writer = SummaryWriter(str(directory), purge_step=images_seen + 1)
+        self._directory = directory
+        self._writer: SummaryWriter | None = writer
         (directory / _LAYOUT_FILE).write_text(_LAYOUT + "\n")
-        self._writer.add_text("config", f"```toml\n{config}\n```", global_step=images_seen)
+        writer.add_text("config", f"```toml\n{config}\n```", global_step=images_seen)
         quarters = {
             f"{name} by quarter of t (q0: least noise)": ["Multiline", [rf"^{name}/q\d$"]]
             for name in ("loss", "mse", "vb")
         }
-        self._writer.add_custom_scalars({"loss by timestep": quarters})
+        writer.add_custom_scalars({"loss by timestep": quarters})
 
     def scalars(
         self, values: Mapping[str, float], *, images_seen: int, time: float | None = None
     ) -> None:
         """Add a point to the curve of each value, of `time` (seconds since 1970) if not of now."""
-        for name, value in values.items():
-            self._writer.add_scalar(tag(name), value, images_seen, walltime=time)
+
+        def add(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(tag(name), value, images_seen, walltime=time)
+
+        self._write(add)
 
     def text(self, name: str, markdown: str, *, images_seen: int) -> None:
         """Show a text in place of the last of that name."""
-        self._writer.add_text(name, markdown, images_seen)
+        self._write(lambda writer: writer.add_text(name, markdown, images_seen))
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
-        self._writer.add_image(name, picture, images_seen)
-
-    def flush(self) -> None:
-        """Write all to disk."""
-        self._writer.flush()
+        self._write(lambda writer: writer.add_image(name, picture, images_seen))
 
     def close(self) -> None:
         """Write all to disk, and end."""
-        self._writer.close()
+        if self._writer is not None:
+            with suppress(OSError):  # all that was added is on disk
+                self._writer.close()
+
+    def _write(self, add: Callable[[SummaryWriter], object]) -> None:
+        """Add to the events, and write them to disk.
+
+        Raises:
+            OSError: the disk is full. The next call tries again, with a new file.
+        """
+        if shutil.disk_usage(self._directory).free < _ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
+        writer, self._writer = self._writer or SummaryWriter(str(self._directory)), None
+        add(writer)
+        writer.flush()
+        self._writer = writer

@@ -6,7 +6,7 @@ status 75; the same command resumes. A finished run says so and leaves with stat
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,20 @@ if __name__ == "__main__":
     _EARLY = Preemption()
     _EARLY.record_early()
 
-from torch import Tensor
-
 from data import descriptors
 from data.exits import TO_BE_CONTINUED, CommandParser
 from data.stream import Stream, open_stream, to_device
 from trainer import classes, compute, determinism, forensics, settings, start, wandb
 from trainer import config as configs
 from trainer import ds_config as ds_configs
+from trainer import initial as initials
 from trainer.adm.objective import Classify, Denoise
 from trainer.board import Board
-from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.draw import shown
 from trainer.engine import Engine, check_precision
+from trainer.goback import go_back
+from trainer.initial import Initial
 from trainer.loop import Loop
 from trainer.metrics import Metrics
 from trainer.mfu import Mfu
@@ -39,9 +39,8 @@ from trainer.ranks.context import RankContext
 from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.lease import stop_file
 from trainer.ranks.watchdog import Watchdog
-from trainer.ranks.world import World, join
+from trainer.ranks.world import join
 from trainer.run import Run
-from trainer.runstate import RunState
 from trainer.saver import Saver
 
 
@@ -55,8 +54,10 @@ class TrainingPlan:
     stream: Stream
     #: The settings that this start changes in the run that is there.
     changes: Mapping[str, tuple[Any, Any]]
-    #: The weights of `--init`.
-    weights: Mapping[str, Tensor] | None
+    #: The weights of `--init`, where the run starts from them.
+    initial: Initial | None = None
+    #: The checkpoint of `--from`, which the run goes back to.
+    back: str | None = None
 
     @classmethod
     def make(
@@ -67,7 +68,7 @@ class TrainingPlan:
         Raises:
             ValueError: something is wrong with a preset, a setting, the shards, the run or a file.
         """
-        run, init = Run(arguments.run), arguments.init
+        run = Run(arguments.run)
         config = run.adopt(configs.load(arguments.preset, arguments.set, unset=arguments.unset))
         ds_config = ds_configs.load(arguments.ds_config)
         stream = open_stream(config.data, seed=config.training.seed, check_files=check_files)
@@ -82,7 +83,7 @@ class TrainingPlan:
             ds_config=ds_configs.resolve(ds_config, config=config, ranks=ranks),
             stream=stream,
             changes=run.check(config),
-            weights=start.initial_weights(init, config) if init else None,
+            back=vars(arguments)["from"],
         )
 
 
@@ -92,6 +93,7 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
     # One rank of each node looks at the shards: all ranks would ask a file system a million times.
     check_files = world.local_rank == 0
     plan = agreed(lambda: TrainingPlan.make(arguments, ranks=world.size, check_files=check_files))
+    initial = from_main(lambda: initials.choose(arguments, run=plan.run, config=plan.config))
     with ExitStack() as stack:
         run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
         run = replace(run, token=from_main(lambda: run.token))
@@ -99,7 +101,7 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
         context.watchdog.dump = lambda: forensics.dump(run.path / "launch", rank=world.rank)
         if world.is_main:
             plan.stream.log = run.log
-        return _train(replace(plan, run=run), context=context)
+        return _train(replace(plan, run=run, initial=initial), context=context)
 
 
 def _train(plan: TrainingPlan, *, context: RankContext) -> int:
@@ -114,24 +116,29 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     if context.must_leave():
         return _leave_early(plan, context, log=log)
     context.watchdog.mark("verifying checkpoints")
+    if plan.back is not None:
+        back = plan.back
+        from_main(lambda: go_back(run, back))
     found = start.resume_point(run, config=config, stream=plan.stream, world=world)
     images_seen = 0 if found is None else found.images_seen
     if world.is_main:
-        _note_beginning(run, found)
+        start.note(run, found)
     if images_seen >= config.training.images:
         log(f"the run is finished: {images_seen:,} images")
         return _leave(plan, context, status=0, state="finished")
     if context.must_leave():
         return _leave_early(plan, context, log=log)
-    if world.is_main:
-        run.open(config, ds_config=plan.ds_config)
+    from_main(lambda: run.open(config, ds_config=plan.ds_config))
+    if found is None:
+        from_main(lambda: initials.record(plan.initial, run=run))
     for line in start.remarks(config, plan.changes, plan.stream.shards, ranks=world.size):
         log(line)
     context.watchdog.mark("; ".join(["building the engine", *start.compile_locks()]))
     engine, objective = start.begin(
-        config, ds_config=plan.ds_config, found=found, initial=plan.weights, device=context.device
+        config, ds_config=plan.ds_config, found=found, initial=plan.initial, context=context
     )
-    log(_first_line(plan, found=found, engine=engine, world=world))
+    begins = start.origin(found=found, initial=plan.initial)
+    log(f"{begins}: {start.describe(config, engine, world=world, shards=plan.stream.shards)}")
     if context.must_leave():
         return _leave_early(plan, context, log=log)
     return _loop(plan, context, engine=engine, objective=objective, images_seen=images_seen)
@@ -146,22 +153,22 @@ def _loop(
     images_seen: int,
 ) -> int:
     """Train from the clock `images_seen`; returns the exit status."""
-    config, run, world, every = plan.config, plan.run, context.world, plan.config.intervals
+    config, run, world = plan.config, plan.run, context.world
+    saver = Saver(run, world=world, intervals=config.intervals)
+    saver.check_room(engine)
     with ExitStack() as stack:
         stack.enter_context(forensics.out_of_memory_kept(run.path / "launch", rank=world.rank))
         stream = stack.enter_context(plan.stream)
-        mfu, board = Mfu.measure(config, device=context.device), None
-        if world.is_main:
-            run.log(f"{mfu}")
-            board = Board(run.path, config=config, images_seen=images_seen, mfu=mfu, log=run.log)
-            stack.enter_context(board)
+        mfu = Mfu.measure(config, device=context.device)
+        board = agreed(lambda: _board(plan, images_seen, mfu=mfu) if world.is_main else None)
+        stack.enter_context(board or nullcontext())
         loop = Loop(
             config=config,
             run=run,
             world=world,
             engine=engine,
             objective=objective,
-            saver=Saver(run, world=world, keep=every.keep, keep_every=every.keep_every),
+            saver=saver,
             metrics=Metrics(
                 world=world,
                 device=context.device,
@@ -186,17 +193,16 @@ def _loop(
         return loop.train(to_device(batches, device=context.device))
 
 
-def _note_beginning(run: Run, found: Checkpoint | None) -> None:
-    """Note where the run begins, and log that the checkpoints of an earlier start are gone."""
-    before = RunState.read(run.path)
-    if found is None and before is not None and before.checkpoint is not None:
-        run.log(
-            f"{run.checkpoints} has no checkpoint, though {before.checkpoint} was committed: "
-            "the run starts from the beginning"
-        )
-    run.note(
-        images_seen=0 if found is None else found.images_seen,
-        checkpoint=None if found is None else found.path.name,
+def _board(plan: TrainingPlan, images_seen: int, *, mfu: Mfu) -> Board:
+    run = plan.run
+    run.log(f"{mfu}")
+    return Board(
+        run.path,
+        config=plan.config,
+        images_seen=images_seen,
+        mfu=mfu,
+        log=run.log,
+        attempt=run.attempt,
     )
 
 
@@ -215,21 +221,6 @@ def _leave(
     return status
 
 
-def _first_line(
-    plan: TrainingPlan, *, found: Checkpoint | None, engine: Engine, world: World
-) -> str:
-    """What runs, on what, from where."""
-    config = plan.config
-    begins = "starts" if found is None else f"resumes from checkpoint {found.path.name}"
-    cut = f"{world.size} x {engine.accumulation} x {engine.micro_batch}"
-    return (
-        f"{begins}: {config.objective}, {engine.parameter_count:,} parameters, "
-        f"{config.training.precision}, {world.size} ranks ({world.launcher}) on "
-        f"{engine.device.type}, ZeRO-{engine.stage}, batch {config.training.batch} = {cut}, "
-        f"{classes.extent(config, plan.stream.shards)}"
-    )
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = CommandParser(prog="python -m trainer.train", description=__doc__)
@@ -244,7 +235,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--init",
         type=Path,
-        help="start from these weights, .safetensors or .pt (default: from the seed)",
+        help="start from the weights of a run, a checkpoint, or a .safetensors or .pt file "
+        "(default: from the seed)",
+    )
+    p.add_argument(
+        "--init-skip",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts of the network that start from the seed, such as label_emb (default: none)",
+    )
+    p.add_argument(
+        "--from",
+        metavar="CHECKPOINT",
+        help="go back to this checkpoint of the run; later ones are set aside (default: resume "
+        "from the newest)",
     )
     p.add_argument(
         "--ranks",

@@ -1,11 +1,16 @@
 """Weights in files: loading those of any origin, and filling a network with them."""
 
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+# What wrappers of a network put before the names of its parameters: data-parallel ones, compilers.
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 class NotWeightsError(ValueError):
@@ -15,27 +20,50 @@ class NotWeightsError(ValueError):
 def load(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file or of a published `.pt` file (never unpickling code).
 
+    A file is mapped where its format allows it, and read as its tensors are. Wrappers around the
+    network leave no trace in the names, nor does a dict `{"state_dict": ...}` around them.
+
     Raises:
-        ValueError: the file is missing or holds something else, such as a state of Adam.
+        ValueError: the file is missing, empty, or holds something else, such as a state of Adam.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such weights file: {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is no weights file: it is empty")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 _check_kind(path, file.metadata() or {})
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+                return _named({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        found = _unpickle(path)
     except NotWeightsError:
         raise
     except (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is no weights file: {str(error).splitlines()[0]}") from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is no weights file: {why}") from None
     except Exception as error:  # torch raises pickle's own errors for unsafe or foreign files
         raise ValueError(f"{path} is no plain weights file: {type(error).__name__}") from None
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError(f"{path} holds {type(weights).__name__}, not a dict of tensors")
-    return weights
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        kinds = sorted(found)[:5] if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path} holds {kinds}, not a dict of tensors")
+    return _named(found)
+
+
+def _unpickle(path: Path) -> Any:
+    """What a `.pt` file holds; those of torch before 1.6 cannot be mapped."""
+    mapped = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the prefixes of wrappers, which stand before every name."""
+    for prefix in _PREFIXES * 2:
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return dict(weights)
 
 
 def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
@@ -71,26 +99,46 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -
     Raises:
         ValueError: as `check_fit`.
     """
-    check_fit(net, weights, source=source)
+    check_fit(net.state_dict(), weights, source=source)
     net.load_state_dict(dict(weights))
 
 
-def check_fit(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Return if `weights` are those of such a network, which may be on the meta device.
+def materialize(
+    net: nn.Module, start: Mapping[str, Tensor] | None, *, device: torch.device
+) -> None:
+    """Move a network from the meta device to `device`, with the weights of `start`.
+
+    Without them it holds anything until the weights of another rank are sent to it.
+    """
+    net.to_empty(device=device)
+    if start is not None:
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                parameter.copy_(start[name])
+
+
+def check_fit(
+    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    *,
+    source: str | Path,
+    hint: Callable[[Sequence[str]], str] = lambda _: "",
+) -> None:
+    """Return if `weights` have the names and shapes of a network's `own`.
 
     Raises:
-        ValueError: names or shapes are not those of the network.
+        ValueError: they do not; with the `hint` for the names that differ.
     """
-    own = net.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in own]
-    wrong += [
-        f"{name} is {list(weights[name].shape)} instead of {list(own[name].shape)}"
+    wrong = {name: "is missing" for name in own if name not in weights}
+    wrong |= {name: "is unknown" for name in weights if name not in own}
+    wrong |= {
+        name: f"is {list(weights[name].shape)} instead of {list(own[name].shape)}"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
-    ]
+    }
     if wrong:
+        said = "; ".join(f"{name} {what}" for name, what in list(wrong.items())[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{source} does not fit the network of this preset: {'; '.join(wrong[:3])}{more}"
+            f"{source} does not fit the network of this preset: {said}{more}{hint(list(wrong))}"
         )

@@ -22,20 +22,13 @@ from torch.distributed import distributed_c10d
 
 from data.exits import FAILED, REFUSED
 from trainer.ranks import terminal
+from trainer.ranks.faults import Broken, Fault, Refused
 from trainer.ranks.world import World, is_main_process, process_name, set_environment
 
 T = TypeVar("T")
 
 # Collectives that torch's flight recorder remembers, for what is written when a rank hangs.
 _REMEMBERED = 2000
-
-
-class Refused(ValueError):
-    """A user error that every rank raises alike, so that one of them can report it."""
-
-
-class Broken(Exception):
-    """A failure that every rank raises alike, such as a full disk: another start may succeed."""
 
 
 def device_of(world: World, *, gpus: int | None = None) -> torch.device:
@@ -126,7 +119,7 @@ def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torc
     store.set(f"heard {world.rank}", "")
     if world.is_main:  # the store may end with this process
         store.wait([f"heard {n}" for n in everyone])
-    _refuse(faults)
+    _refuse([Fault(said, True) if said else None for said in faults])
     return device
 
 
@@ -135,25 +128,29 @@ def agreed(check: Callable[[], T]) -> T:
 
     Raises:
         Refused: on every rank, with the faults of all ranks; one common to all is reported once.
+        Broken: the same, where a disk or another machine is at fault.
     """
     results: list[T] = []
-    fault = None
+    mine = None
     try:
         results.append(check())
-    except ValueError as error:
-        fault = str(error)
-    _refuse(gather(fault))
+    except (ValueError, OSError) as error:
+        mine = Fault.of(error)
+    _refuse(gather(mine))
     return results[0]
 
 
-def _refuse(faults: Sequence[str | None]) -> None:
-    """Raise `Refused` with the faults of all ranks; one common to all is reported once."""
-    said = {f: rank for rank, f in reversed(list(enumerate(faults))) if f}
+def _refuse(faults: Sequence[Fault | None]) -> None:
+    """Raise the faults of all ranks; one common to all is reported once."""
+    said = {fault: rank for rank, fault in reversed(list(enumerate(faults))) if fault}
     if said:
         everywhere = len(said) == 1 and all(faults)
-        raise Refused(
-            next(iter(said)) if everywhere else "; ".join(f"rank {r}: {f}" for f, r in said.items())
+        text = (
+            next(iter(said)).text
+            if everywhere
+            else "; ".join(f"rank {rank}: {fault.text}" for fault, rank in said.items())
         )
+        raise Fault(text, all(fault.is_users for fault in said)).alike()
 
 
 def gather(mine: T) -> list[T]:
@@ -174,10 +171,17 @@ def from_main(make: Callable[[], T]) -> T:
     """What `make` returns on the main rank, which alone calls it. All ranks must call this.
 
     Raises:
-        Refused: on every rank, if `make` raises ValueError.
+        Refused, Broken: on every rank, if `make` raises ValueError or OSError.
     """
-    made: list[Any] = [agreed(lambda: make() if dist.get_rank() == 0 else None)]
+    made: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            made[0] = make()
+        except (ValueError, OSError) as error:
+            made[1] = Fault.of(error)
     dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1].alike()
     result: T = made[0]
     return result
 

@@ -14,16 +14,20 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import UnionType
 
 from data import files
 from trainer.ranks.world import scheduler_job
+from trainer.runstate import RunState
 
 # Seconds between two signs of life, and how long their absence is watched before it is believed.
 BEAT, PATIENCE = 2.0, 30.0
+# Seconds for which the holder's file may be missing before it is written again.
+MOMENT = 3.0
 
 
 class LeaseLost(ValueError):
-    """Another start has taken the run over: this one must not write any more."""
+    """Another start has taken the run over, or it is gone: this one must not write any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +76,20 @@ class Holder:
             return True
         try:
             return os.path.samefile(self.run, run)
-        except FileNotFoundError:
+        except OSError:
             return True
 
     def is_gone(self) -> bool:
         """Whether this is a process of this machine that has ended."""
         return self.machine == _machine() and not Path(f"/proc/{self.pid}").exists()
+
+
+# What the entries of the file must be; some other program's may be anything.
+_TYPES: dict[str, type | UnionType] = {
+    **dict.fromkeys(("token", "host", "machine"), str),
+    **dict.fromkeys(("job", "run"), str | None),
+    **dict.fromkeys(("pid", "start"), int),
+}
 
 
 def _machine() -> str:
@@ -89,7 +101,9 @@ def holder(run: Path) -> Holder | None:
     """The process that holds the run; None if there is none, or the file is damaged or copied."""
     try:
         found = Holder(**json.loads(_file(run).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return None
+    if not all(isinstance(value, _TYPES[name]) for name, value in vars(found).items()):
         return None
     return found if found.writes(run) else None
 
@@ -116,6 +130,8 @@ class Lease:
     def __init__(self, run: Path, me: Holder) -> None:
         self._run = run
         self._me = me
+        #: The run's count of starts, this one included; None until it is known.
+        self.starts: int | None = None
         self._released = threading.Event()
         self.stop_requested = stop_file(run).exists()
         threading.Thread(target=self._show_life, daemon=True).start()
@@ -134,14 +150,32 @@ class Lease:
         """Return if this process still is the one that writes.
 
         Raises:
-            LeaseLost: another start has taken over.
+            LeaseLost: another start has taken over, or the run is gone.
         """
-        found = holder(self._run)
-        if found is None or found.token != self._me.token:
+        found = holder(self._run) or self._restored()
+        if found.token != self._me.token:
+            raise LeaseLost(f"{found} has taken over {self._run}: {self._me} stops without writing")
+
+    def _restored(self) -> Holder:
+        """Who holds a run whose file is missing or damaged: this process writes it again.
+
+        A network file system may show no file for a moment; and another start, which would count
+        itself in the run's state, may have come and gone.
+        """
+        end = time.monotonic() + MOMENT
+        while (found := holder(self._run)) is None and time.monotonic() < end:
+            if not self._run.is_dir():
+                raise LeaseLost(f"{self._run} is gone: it was moved or removed during the run")
+            time.sleep(0.1)
+        if found is not None:
+            return found
+        state = RunState.read(self._run)
+        if self.starts is not None and state is not None and state.starts != self.starts:
             raise LeaseLost(
-                f"{found or 'another start'} has taken over {self._run}: "
-                f"{self._me} stops without writing"
+                f"another start has written {self._run}: {self._me} stops without writing"
             )
+        _write(self._run, self._me)
+        return self._me
 
     def release(self) -> None:
         """Let the next start begin at once."""
@@ -154,7 +188,7 @@ class Lease:
         while not self._released.wait(BEAT):
             try:
                 found = holder(self._run)
-                if found is None or found.token != self._me.token:
+                if found is not None and found.token != self._me.token:
                     return
                 os.utime(_file(self._run))
                 self.stop_requested = stop_file(self._run).exists()
@@ -177,7 +211,7 @@ def claim(run: Path) -> Lease:
                 " or name another --run directory"
             )
     _file(run).parent.mkdir(parents=True, exist_ok=True)
-    files.write(_file(run), json.dumps(asdict(me), indent=1) + "\n", writer=me.token)
+    _write(run, me)
     return Lease(run, me)
 
 
@@ -189,6 +223,10 @@ def stop_file(run: Path) -> Path:
 def request_stop(run: Path) -> None:
     """Ask the process that writes the run to save and leave."""
     stop_file(run).touch()
+
+
+def _write(run: Path, holder: Holder) -> None:
+    files.write(_file(run), json.dumps(asdict(holder), indent=1) + "\n", writer=holder.token)
 
 
 def _file(run: Path) -> Path:

@@ -1,0 +1,145 @@
+"""Disks that are full, fail or lack a directory: what they cost a run, and what is said."""
+
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from data import files
+from data.exits import FAILED
+from tests.support import ranks
+from tests.support.runs import END, EVERY, STEP, Place, equal
+from trainer import checkpoint as checkpoints
+from trainer.ranks.world import World
+from trainer.run import Run
+from trainer.saver import Saver
+from trainer.sections import IntervalConfig
+
+ENDLESS = (f"training.images = {10000 * STEP}", "intervals.keep = 10000")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
+    """A place with a run of 2 ranks that nothing disturbed."""
+    here = Place(tmp_path_factory.mktemp("disk"), tiny)
+    assert here.train(here.arguments("base", sets=EVERY), world=2) == [0]
+    return here
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + ranks.LIMIT
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def fill(job: ranks.Job, size: int = 0) -> None:
+    """No file of the job's ranks may become larger, as on a disk that is full; -1: any may."""
+    for process in job.ranks:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, -1))
+
+
+def limited(directory: Path, arguments: list, size: int) -> int:
+    """Train where no file may become larger."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+    return ranks.work(directory, [arguments], False)
+
+
+def test_training_goes_on_while_the_disk_is_full(bare: Place) -> None:
+    checkpoints = bare.run("filled") / "checkpoints"
+    arguments = bare.arguments("filled", sets=(*EVERY, *ENDLESS))
+    job = ranks.start(bare.root / "filled-job", ranks=2, runs=[arguments])
+    ranks.wait_for(checkpoints / f"{STEP:012d}")
+    fill(job)
+    before = max(p.name for p in checkpoints.iterdir() if p.name.isdigit())
+    for _ in range(2):  # a save begins, fails and frees what it wrote
+        until(lambda: list(checkpoints.glob(".*.partial")))
+        until(lambda: not list(checkpoints.glob(".*.partial")))
+    fill(job, size=-1)
+    until(lambda: max(p.name for p in checkpoints.iterdir() if p.name.isdigit()) > before)
+    job.signal(0, signal.SIGTERM)
+    job.wait()
+    assert job.statuses == [75]
+    for what in ("log.txt", "metrics.jsonl", "tensorboard/", "launch/state.json"):
+        assert f"{what} of {bare.run('filled')} is written again" in job.texts[0]
+    assert "failed:" not in job.text and "Traceback" not in job.texts[1]
+    rows = [json.loads(line) for line in (bare.run("filled") / "metrics.jsonl").open()]
+    clocks = [row["images"] for row in rows]
+    assert clocks == sorted(set(clocks))
+    last = max(int(p.name) for p in checkpoints.iterdir())
+    longer = (*EVERY, *ENDLESS[1:], f"training.images = {last}")
+    assert bare.train(bare.arguments("longer", sets=longer), world=2) == [0]
+    assert equal(bare.checkpoint("filled", last), bare.checkpoint("longer", last))
+
+
+def test_a_run_without_checkpoints_for_too_long_ends_on_all_ranks(bare: Place) -> None:
+    arguments = bare.arguments("unsaved", sets=(*EVERY, "intervals.unsaved_minutes = 0"))
+    task = partial(limited, bare.root / "unsaved-job", arguments, 2**16)
+    job = ranks.fork(bare.root / "unsaved-job", task, ranks=2)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
+    said = "error: no checkpoint could be written for intervals.unsaved_minutes = 0: rank "
+    assert job.text.count(said) == 1 and "Traceback" not in job.text
+    rows = (bare.run("unsaved") / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) >= 2  # the first failure did not end it
+
+
+def test_a_full_disk_at_the_start_is_one_line(bare: Place) -> None:
+    task = partial(limited, bare.root / "claim-job", bare.arguments("claim"), 100)
+    job = ranks.fork(bare.root / "claim-job", task, ranks=2)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
+    assert "Traceback" not in job.text
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
+    saver = Saver(Run(tmp_path), world=World(), intervals=IntervalConfig(log=1, checkpoint=1))
+    huge = SimpleNamespace(kinds=("model", "ema-0.9"), parameter_count=10**15)
+    with pytest.raises(OSError, match=r"a checkpoint takes 7450580.60 GiB, and .* are free"):
+        saver._require_room(huge)
+    saver._require_room(SimpleNamespace(kinds=("model",), parameter_count=10))
+
+
+def test_a_link_to_nowhere_is_named(bare: Place) -> None:
+    bare.run("linked").symlink_to(bare.root / "unmounted")
+    (status,) = bare.train(bare.arguments("linked"), world=2)
+    assert (
+        status == f"{bare.run('linked')} is a link to {bare.root}/unmounted, which does not exist"
+    )
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(bare: Place, tmp_path: Path) -> None:
+    path = tmp_path / f"{END:012d}"
+    (bare.run("base") / "checkpoints" / path.name).rename(path)
+    state = json.loads((path / "state.json").read_text())
+    del state["sha256"]
+    state["files"] = {"model.safetensors": {"bytes": 0, "sha256": "0"}}
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "model.safetensors").unlink()
+    os.symlink("/proc/self/mem", path / "model.safetensors")  # reads as EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints._own_fault(path, kinds=["model"], world=World())
+    path.rename(bare.run("base") / "checkpoints" / path.name)
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    files.append(file, "first\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError):
+            files.append(file, "second\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    files.append(file, "third\n")
+    assert file.read_text() == "first\nthird\n"

@@ -1,0 +1,55 @@
+"""`--from CHECKPOINT`: a run goes back, once, and loses nothing of what came after."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import END, EVERY, HALF, STEP, Place, equal
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
+    here = Place(tmp_path_factory.mktemp("goback"), tiny)
+    assert here.train(here.arguments("base", sets=EVERY), world=2) == [0]
+    return here
+
+
+def rows(file: Path) -> list[int]:
+    return [json.loads(line)["images"] for line in file.open()]
+
+
+def test_a_run_goes_back_once_and_sets_aside_what_came_after(bare: Place) -> None:
+    bare.fork("base", "back", images=END)
+    checkpoints = bare.run("back") / "checkpoints"
+    target = checkpoints / f"{HALF:012d}"
+    torn = [*bare.arguments("back", sets=EVERY), "--from", str(STEP)]
+    broken = checkpoints / f"{STEP:012d}" / "adam-m.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    unknown = [*bare.arguments("back", sets=EVERY), "--from", "5"]
+    foreign = [*bare.arguments("back", sets=EVERY), "--from", str(bare.run("base") / "c" / "12")]
+    back = [*bare.arguments("back", stage=3, sets=EVERY), "--from", str(target)]
+    *refused, done = bare.train(torn, unknown, foreign, back, world=2)
+    assert "is damaged: adam-m.safetensors has" in refused[0]
+    assert f"has no such checkpoint; it has: {END:012d}, " in refused[1]
+    assert "(weights of another run: --init)" in refused[2]
+    assert done == 0
+    later = range(HALF + STEP, END + 1, STEP)
+    aside = sorted(checkpoints.glob("*.set-aside"))
+    assert [int(path.name[:12]) for path in aside] == list(later)
+    assert rows(bare.run("back") / "metrics.set-aside.jsonl") == list(later)
+    assert rows(bare.run("back") / "metrics.jsonl") == list(range(STEP, END + 1, STEP))
+    assert "went back to checkpoint" in bare.log("back")
+    assert f"resumes from checkpoint {HALF:012d}" in bare.log("back")
+    # The same command again, as a scheduler gives it, does not lose what was trained since.
+    more = [*bare.arguments("back", sets=(f"training.images = {END + STEP}",)), "--from", str(HALF)]
+    assert bare.train(more, world=2) == [0]
+    assert "was done before" in bare.log("back")
+    assert f"resumes from checkpoint {END:012d}" in bare.log("back")
+
+
+def test_going_back_changes_no_later_step(bare: Place) -> None:
+    bare.fork("base", "same", images=END)
+    assert bare.train([*bare.arguments("same"), "--from", str(HALF)], world=2) == [0]
+    assert bare.losses("same") == bare.losses("base")
+    assert equal(bare.checkpoint("same", END), bare.checkpoint("base", END))

@@ -1,0 +1,162 @@
+"""`--init`: the weights that a run starts from, found, checked, and recorded in `RUN/init.json`.
+
+They come from a run (its newest checkpoint), a checkpoint, or a weights file. The main rank reads
+them, once, when a run begins; a run that has a checkpoint does not need them any more.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import files
+from trainer import weights
+from trainer.adm.unet import build
+from trainer.checkpoint import committed, sha256
+from trainer.config import Config
+from trainer.networks import TrainedNetwork
+from trainer.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initial:
+    """The weights of `--init` as they are recorded in the run."""
+
+    #: As the command line names it, absolute.
+    init: str
+    #: The weights file, and its checksum.
+    file: str
+    sha256: str
+    #: The parameters, or modules, of `--init-skip`, which start from the seed.
+    skip: tuple[str, ...] = ()
+
+    @classmethod
+    def find(cls, path: Path, *, skip: Sequence[str], config: Config) -> "Initial":
+        """The weights at `path`, whole and of the config's network.
+
+        Raises:
+            ValueError: there are none, they do not fit, or some are not finite.
+        """
+        if path.is_dir():
+            try:
+                found = TrainedNetwork.find(path, preset=None, decay=None)
+            except ValueError as error:
+                raise ValueError(f"--init {path}: {error}") from None
+            file, checksum = found.file, found.sha256
+        else:
+            file = path
+            checksum = sha256(path) if path.is_file() else ""
+        initial = cls(
+            init=str(path.absolute()), file=str(file.absolute()), sha256=checksum, skip=tuple(skip)
+        )
+        for name, value in initial._read(config).items():
+            if not value.isfinite().all():
+                raise ValueError(f"--init {file}: {name} has values that are not finite")
+        return initial
+
+    @property
+    def _source(self) -> str:
+        return f"--init {self.file}"
+
+    def _is_skipped(self, name: str) -> bool:
+        return any(name == skip or name.startswith(f"{skip}.") for skip in self.skip)
+
+    def _read(self, config: Config) -> dict[str, Tensor]:
+        """The file's weights, but for those that are skipped."""
+        with torch.device("meta"):
+            own = build(config.model).state_dict()
+        for skip in self.skip:
+            if not any(name == skip or name.startswith(f"{skip}.") for name in own):
+                modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in own))
+                raise ValueError(f"--init-skip {skip}: the network has no such part: {modules}")
+        loaded = weights.load(self.file)
+        kept = {name: value for name, value in loaded.items() if not self._is_skipped(name)}
+        wanted = {name: value for name, value in own.items() if not self._is_skipped(name)}
+        weights.check_fit(wanted, kept, source=self._source, hint=_hint)
+        return kept
+
+    def load(self, config: Config) -> dict[str, Tensor]:
+        """The weights by parameter name; those that are skipped as the seed gives them."""
+        kept = self._read(config)
+        if not self.skip:
+            return kept
+        torch.manual_seed(config.training.seed)
+        return {**build(config.model).state_dict(), **kept}
+
+    def __str__(self) -> str:
+        seeded = f"; {', '.join(self.skip)} from the seed" if self.skip else ""
+        return f"{self.file} (sha256 {self.sha256[:12]}{seeded})"
+
+
+def choose(arguments: argparse.Namespace, *, run: Run, config: Config) -> Initial | None:
+    """The weights that a run starts from; None if it has a checkpoint, or starts from its seed.
+
+    `arguments` are those of the command line: `init` and `init_skip`.
+
+    Raises:
+        ValueError: as `Initial.find`; or the run was started from other weights.
+    """
+    path, skip = arguments.init, arguments.init_skip
+    if skip and path is None:
+        raise ValueError(f"--init-skip {skip[0]} needs --init: without it all weights are new")
+    if path is None:
+        return None
+    if committed(run.checkpoints):
+        _check_same(path, skip=skip, run=run)
+        return None
+    return Initial.find(path, skip=skip, config=config)
+
+
+def recorded(run: Run) -> Initial | None:
+    """The weights that a run was started from, if it has a record of them."""
+    try:
+        entries = json.loads(_file(run).read_text())
+        known = {name: entries[name] for name in ("init", "file", "sha256")}
+        return Initial(**known, skip=tuple(entries["skip"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def record(initial: Initial | None, *, run: Run) -> None:
+    """Keep in the run what it starts from, in place of what an earlier start came to nothing with.
+
+    None is the seed.
+    """
+    if initial is None:
+        _file(run).unlink(missing_ok=True)
+    else:
+        text = json.dumps({"format": "run-init-1", **asdict(initial)}, indent=1)
+        files.write(_file(run), text + "\n")
+
+
+def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
+    """Compare with the record; runs of version 0.1 have none."""
+    before = recorded(run)
+    if before is None:
+        print(f"--init {path} is not used: {run.path} resumes from its checkpoint", flush=True)
+        return
+    known = str(path.absolute()) in (before.init, before.file)
+    same = known or (path.is_file() and sha256(path) == before.sha256)
+    if not same or tuple(skip) != before.skip:
+        with_skip = "".join(f" --init-skip {name}" for name in before.skip)
+        raise ValueError(
+            f"{run.path} was started with --init {before.init}{with_skip}: leave --init out to "
+            "resume it, or name another --run directory"
+        )
+
+
+def _hint(names: Sequence[str]) -> str:
+    """What to add to the command where only few parts differ."""
+    parts = list(dict.fromkeys(name.split(".")[0] for name in names))
+    if len(parts) > 2:
+        return ""
+    options = " ".join(f"--init-skip {part}" for part in parts)
+    return f"; to start {' and '.join(parts)} from the seed, add {options}"
+
+
+def _file(run: Run) -> Path:
+    return run.path / "init.json"

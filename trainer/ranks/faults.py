@@ -1,0 +1,38 @@
+"""Errors that every rank raises alike, so that one of them reports them."""
+
+from dataclasses import dataclass
+
+from data.exits import REFUSED, exit_status
+
+
+class Refused(ValueError):
+    """A user error that every rank raises alike, so that one of them can report it."""
+
+
+class Broken(Exception):
+    """A failure that every rank raises alike, such as a full disk: another start may succeed."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a rank cannot go on: an error that all ranks are to raise alike."""
+
+    text: str
+    #: Whether the user has to correct something; else another start may succeed.
+    is_users: bool
+
+    @classmethod
+    def of(cls, error: ValueError | OSError) -> "Fault":
+        """That error; a full disk and the like are no user errors."""
+        return cls(describe(error), exit_status(error) == REFUSED)
+
+    def alike(self) -> "Refused | Broken":
+        """The error."""
+        return Refused(self.text) if self.is_users else Broken(self.text)
+
+
+def describe(error: ValueError | OSError) -> str:
+    """An error in words, such as "runs/a/log.txt: No space left on device"."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
