@@ -39,7 +39,12 @@ def _verify(root: str, *, full: bool) -> int:
     return 0
 
 
-def _show(root: str | Path, *, sheet: Path | None = None) -> int:
+def _class(number: int, name: str) -> str:
+    """A class as samplers are told it: its number, and its name if it has one."""
+    return (f"{number} {name}" if name != str(number) else name) if name else "(none)"
+
+
+def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False) -> int:
     """Print what a dataset contains; draw thumbnails of some of its images."""
     shards = open_shards(root)
     counts = np.zeros(len(shards.classes), dtype=np.int64)
@@ -50,10 +55,11 @@ def _show(root: str | Path, *, sheet: Path | None = None) -> int:
     size = f"{shards.image_size} x {shards.image_size}" if shards.image_size else "of own sizes"
     print(f"{shards.count} images {size}, {len(shards.shards)} shards, {total / 2**20:.1f} MiB")
     print(f"{len(counts)} classes with {counts.min()} to {counts.max()} images")
-    for name, count in list(zip(shards.classes, counts, strict=True))[:_LISTED]:
-        print(f"  {name or '(none)'}: {count}")
-    if len(counts) > _LISTED:
-        print(f"  ... and {len(counts) - _LISTED} more")
+    listed = len(counts) if classes else _LISTED
+    for number, name in enumerate(shards.classes[:listed]):
+        print(f"  {_class(number, name)}: {counts[number]}")
+    if len(counts) > listed:
+        print(f"  ... and {len(counts) - listed} more (--classes lists all)")
     print(f"fingerprint {shards.fingerprint}")
     if sheet:
         contact_sheet(_stored(shards, _THUMBNAILS, reader)).save(sheet)
@@ -103,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", help="print counts, classes and sizes")
     command.set_defaults(run=_show)
     command.add_argument("root", metavar="DIR", help="directory or URL of the dataset")
+    command.add_argument(
+        "--classes", action="store_true", help=f"list all classes (default: the first {_LISTED})"
+    )
     command.add_argument(
         "--sheet",
         metavar="PNG",

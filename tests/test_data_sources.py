@@ -150,6 +150,8 @@ def test_info_shows_what_is_there(
     assert shards_main(["info", shards.root, "--sheet", str(sheet)]) == 0
     text = capsys.readouterr().out
     assert "30 images 16 x 16, 8 shards" in text and "3 classes with 10 to 10 images" in text
+    for number, name in enumerate(shards.classes):  # what --classes of trainer.sample takes
+        assert f"  {number} {name}: 10\n" in text
     assert Image.open(sheet).size == (6 * 128, 5 * 128)
     assert shards_main(["verify", shards.root, "--full"]) == 0
     assert shards_main(["info", str(tmp_path)]) == REFUSED

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from data.progress import duration
 from trainer.parts import PartSampler, recorded
 from trainer.progress import Progress
 from trainer.ranks.group import Turns, agreed, from_main, gather
+from trainer.ranks.lease import Lease
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World
 from trainer.sampling import DrawJob
@@ -50,7 +51,9 @@ class Drawing:
         output = job.output
         from_main(output.open)
         with ExitStack() as stack:
-            agreed(lambda: stack.enter_context(output.claimed()) if self.world.is_main else None)
+            claim: AbstractContextManager[Lease | None]
+            claim = output.claimed() if self.world.is_main else nullcontext()
+            lease = agreed(lambda: stack.enter_context(claim))
             sampler = PartSampler(
                 job.request,
                 config=job.source.config,
@@ -63,7 +66,7 @@ class Drawing:
             if not self._draw(job, sampler):
                 self._say("stopped by a signal; rerun the same command to resume")
                 return TO_BE_CONTINUED
-            from_main(lambda: _publish(job))
+            from_main(lambda: _publish(job, lease))
         self._say(f"wrote {output.path} and {output.picture}")
         return 0
 
@@ -135,8 +138,10 @@ class _Progress:
         print(f"batch {done:,} of {self._parts:,}, {rate}, {left} left", flush=True)
 
 
-def _publish(job: DrawJob) -> None:
+def _publish(job: DrawJob, lease: Lease | None) -> None:
     """Make the output of its parts, and draw its grid."""
+    assert lease is not None, "the main rank alone has the right to write"
+    lease.check()
     job.output.check_free()
     whole = job.output.assemble(job.all_labels())
     with files.whole(job.output.picture) as stream:

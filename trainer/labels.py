@@ -150,9 +150,9 @@ def read_labels(path: Path, *, names: Names) -> NDArray[np.int64]:
 
 def columns(labels: NDArray[np.int64] | None) -> int | None:
     """Columns of a grid in which each has one class: the period of the labels, if it is short."""
-    if labels is None:
+    if labels is None or (labels == labels[0]).all():
         return None
-    fitting = (n for n in range(2, min(20, len(labels)) + 1) if (labels[n:] == labels[:-n]).all())
+    fitting = (n for n in range(2, min(21, len(labels))) if (labels[n:] == labels[:-n]).all())
     return next(fitting, None)
 
 

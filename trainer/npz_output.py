@@ -33,7 +33,7 @@ class NpzOutput(Output):
 
     def write(self, part: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         """As `Output.write`."""
-        with files.whole(self._file(part)) as stream:
+        with files.whole(self._file(part), writer=self.writer) as stream:
             np.savez(stream, images=images, labels=labels)
 
     def listed(self) -> list[int]:

@@ -6,7 +6,9 @@ gets its name when all of it is on disk.
 """
 
 import json
+import os
 import shutil
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,8 +123,13 @@ class Output(ABC):
                 "the same options, remove it, or name another --out"
             )
 
+    @property
+    def writer(self) -> str:
+        """This process, so that one that was given up but lives on does not write its files."""
+        return f"{socket.gethostname()}.{os.getpid()}.partial"
+
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self) -> Iterator[leases.Lease]:
         """The right to draw these parts while entered.
 
         Raises:
@@ -132,7 +139,7 @@ class Output(ABC):
             raise ValueError(f"{busy} is drawing {self.work}: wait for it, or name another --out")
         lease = leases.claim(self.work)
         try:
-            yield
+            yield lease
         finally:
             lease.release()
 

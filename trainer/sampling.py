@@ -278,8 +278,8 @@ def _class_list(config: Config, labels: Labels) -> Sequence[str]:
         known = class_names(config.data.shards)
     except ValueError:
         known = ()
-    chosen = labels.classes if labels.given is None else labels.given
-    count = max(config.model.num_classes or 0, max(chosen or (), default=0) + 1)
+    largest = int(labels.given.max()) if labels.given is not None else max(labels.classes or (0,))
+    count = max(config.model.num_classes or 0, largest + 1)
     return known if len(known) >= count else [str(i) for i in range(count)]
 
 

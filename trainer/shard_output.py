@@ -43,15 +43,16 @@ class ShardOutput(Output):
         """As `Output.write`."""
         self._shards.mkdir(exist_ok=True)
         tar = self._shards / f"{part:06d}.tar"
-        with files.whole(tar) as file:
+        with files.whole(tar, writer=self.writer) as file:
             writer = ShardWriter(file)
             for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
                 key = f"{part * self.batch + i:08d}"
                 writer.add(key, image=_png(image), suffix="png", label=label)
             index = writer.close()
         content = index_bytes(index)
-        files.write(self._shards / f"{part:06d}.idx.npy", content)
-        files.write(self._record(part), json.dumps(asdict(describe(tar, index, content))))
+        files.write(self._shards / f"{part:06d}.idx.npy", content, writer=self.writer)
+        record = json.dumps(asdict(describe(tar, index, content)))
+        files.write(self._record(part), record, writer=self.writer)
 
     def listed(self) -> list[int]:
         """As `Output.listed`."""

@@ -82,7 +82,13 @@ def connected(world: World, *, patience: float, gpus: int | None = None) -> Iter
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    yield device
+    try:
+        yield device
+    except (Refused, Broken):
+        # All ranks are here alike. Threads of a group that is left open would abort the process.
+        if not _is_held_up():
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

@@ -1,0 +1,93 @@
+"""The classes of drawn images: by number, span, name and file, in turn or at random."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.labels import Labels, choose, columns
+
+NAMES = ["n01440764", "n01443537", "n01484850", "goldfish", "5"]
+INDICES = torch.arange(10)
+
+
+def labels(**given: Any) -> Labels | None:
+    asked = {"rule": "balanced", "classes": None, "low_res": None, "count": 5, "enlarges": False}
+    return choose(**{**asked, "names": lambda: NAMES, "seed": 0, **given})
+
+
+def drawn(**given: Any) -> list[int]:
+    chosen = labels(**given)
+    assert chosen is not None
+    return chosen.of(INDICES[:6]).tolist()
+
+
+def test_classes_are_numbers_spans_names_or_a_file(tmp_path: Path) -> None:
+    assert drawn() == [0, 1, 2, 3, 4, 0]
+    assert drawn(classes="3,1") == [3, 1, 3, 1, 3, 1]
+    assert drawn(classes="0-2, 4") == [0, 1, 2, 4, 0, 1]
+    assert drawn(classes="goldfish,n01443537,2") == [3, 1, 2, 3, 1, 2]
+    (tmp_path / "some.txt").write_text("goldfish\n0-1,4\n\n")
+    assert drawn(classes=str(tmp_path / "some.txt")) == [3, 0, 1, 4, 3, 0]
+    assert labels(count=None) is None
+
+
+def test_random_classes_depend_on_seed_and_index_alone() -> None:
+    many = torch.arange(50_000)
+    chosen = labels(rule="random", count=5)
+    assert chosen is not None
+    found = chosen.of(many)
+    assert torch.equal(found[100:200], chosen.of(many[100:200]))
+    counts = torch.bincount(found)
+    assert counts.min() > 9_600 and counts.max() < 10_400 and counts.unique().numel() > 1
+    other = labels(rule="random", count=5, seed=1)
+    assert other is not None and not torch.equal(found, other.of(many))
+    assert set(drawn(rule="random", classes="1,3")) <= {1, 3}
+
+
+def test_labels_come_from_a_file_of_any_kind(tmp_path: Path) -> None:
+    want = [4, 0, 0, 2, 1, 3]
+    (tmp_path / "a.txt").write_text("4\nn01440764\n0\n2\nn01443537\ngoldfish\n")
+    np.save(tmp_path / "a.npy", np.array(want, np.int32))
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros(1), arr_1=np.array(want))
+    rules = set()
+    for name in ("a.txt", "a.npy", "a.npz"):
+        chosen = labels(rule=str(tmp_path / name))
+        assert chosen is not None and chosen.of(INDICES[:6]).tolist() == want
+        rules.add(chosen.rule)
+    assert len(rules) == 1 and rules.pop().startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"classes": "5"}, "--classes: 5 is not among the classes 0 to 4"),
+        ({"classes": "-1"}, "--classes: -1 is not among"),
+        ({"classes": "2-9"}, "--classes 2-9: must be a span of the classes 0 to 4"),
+        ({"classes": "3-1"}, "--classes 3-1: must be a span"),
+        ({"classes": "0-999999999999"}, "must be a span"),
+        ({"classes": "goldfisch"}, r"'goldfisch' is not a class \(nearest: 'goldfish'\)"),
+        ({"classes": " ,"}, "must name a class"),
+        ({"classes": "1" * 300}, "is not among the classes"),
+        ({"classes": "1", "count": None}, "--classes: the network has no classes"),
+        ({"rule": "random", "count": None}, "--labels: the network has no classes"),
+        ({"rule": "nothing.txt"}, "--labels nothing.txt: must be balanced, random or a file"),
+        ({"enlarges": True}, "--low-res images have no labels, and the network has classes"),
+        ({"low_res": np.array([1, 7])}, "--low-res: 7 is not among the classes 0 to 4"),
+        ({"low_res": np.array([1, -7])}, "--low-res: -7 is not among"),
+        ({"low_res": np.array([1]), "classes": "1"}, "--classes: must be absent where"),
+        ({"low_res": np.array([1]), "rule": "random"}, "--labels: must be absent where"),
+    ],
+)
+def test_what_makes_no_labels_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        labels(**given)
+
+
+def test_a_grid_has_a_column_for_each_class_where_they_come_in_turn() -> None:
+    assert columns(np.arange(100) % 10) == 10
+    assert columns(np.arange(7) % 3) == 3
+    for shown in (None, np.zeros(50, int), np.arange(100), np.arange(5), np.array([3])):
+        assert columns(shown) is None
