@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import golden
 from tests.test_adm_unet import small_classifier, small_inputs, small_unet
@@ -67,3 +68,21 @@ def test_activations_are_channels_last_and_weights_are_not() -> None:
     net(**small_inputs(net))
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
     assert all(p.is_contiguous() for p in net.parameters())
+
+
+def test_attention_over_a_whole_map_copies_nothing() -> None:
+    net: Any = small_unet(head_channels=16, heads=None)
+    block = net.middle_block[1]
+    x = golden.wave("map", (2, 64, 8, 8), 1.0).contiguous(memory_format=torch.channels_last)
+    names = set()
+
+    class Named(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.__name__.partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    block.norm = nn.Identity()
+    with torch.no_grad(), Named():
+        out = block(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert not names & {"clone", "copy_", "_to_copy", "cat"}, names

@@ -7,6 +7,7 @@ bytes of a number in the training precision.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from trainer.adm.config import GROUPS
+from trainer.adm.norm import GroupNorm
 from trainer.adm.unet import build, example_inputs, flops
 from trainer.config import Config
 from trainer.draw import DTYPES
@@ -52,6 +55,8 @@ def count(config: Config) -> NetCosts:
     dtype = DTYPES[config.training.precision]
     with torch.device("meta"):
         net = build(config.model).to(dtype)
+        if config.training.kernels == "fused":
+            _fuse_norms(net)
         sizes = tuple(p.numel() for p in net.parameters())
         kept = [_saved_bytes(net, example_inputs(config.model, images=n)) for n in (1, 2)]
     return NetCosts(
@@ -71,6 +76,32 @@ class _FlashAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
         return func(*args, **(kwargs or {}))
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps what the fused norm keeps: the map, its conditioning, two numbers per group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, film: Tensor | None, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, film, x.new_empty((len(x), 2, GROUPS), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise AssertionError("costs are of the forward pass")
+
+
+def _fuse_norms(net: torch.nn.Module) -> None:
+    for norm in net.modules():
+        if isinstance(norm, GroupNorm):
+            norm.forward = partial(_fused, norm)  # type: ignore[method-assign]
+
+
+def _fused(norm: GroupNorm, x: Tensor, film: Tensor | None = None, *, silu: bool = False) -> Tensor:
+    if x.dim() != 4:
+        return GroupNorm.forward(norm, x, film, silu=silu)
+    out: Tensor = _FusedNorm.apply(x, film, norm.weight)
+    return out
 
 
 def _saved_bytes(net: torch.nn.Module, inputs: Mapping[str, Tensor]) -> int:

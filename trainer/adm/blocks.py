@@ -97,6 +97,17 @@ class ResidualBlock(nn.Module):
         return out
 
 
+class Pointwise(nn.Conv1d):
+    """A convolution of one position, which is a linear map of tokens (..., channels)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (..., channels) -> (..., out_channels)."""
+        return F.linear(tokens, self.weight[:, :, 0], self.bias)
+
+
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over the positions of a map: (B, channels, H, W) -> same shape.
 
@@ -118,8 +129,8 @@ class AttentionBlock(nn.Module):
         self.heads, self.order, self.window = heads, order, window
         self.rescale, self.checkpoint = rescale, checkpoint
         self.norm = GroupNorm(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+        self.qkv = Pointwise(channels, 3 * channels)
+        self.proj_out = zeroed(Pointwise(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, H, W) -> the same shape."""
@@ -129,14 +140,10 @@ class AttentionBlock(nn.Module):
         return self._block(x)
 
     def _block(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x).flatten(2))
-        if self.window is None:
-            h = attend(qkv, heads=self.heads, order=self.order)
-        else:
-            windows = split_windows(qkv.unflatten(2, x.shape[2:]), size=self.window)
-            h = attend(windows, heads=self.heads, order=self.order)
-            h = merge_windows(h, size=self.window, shape=x.shape).flatten(2)
-        return residual_sum(x, self.proj_out(h).view_as(x), self.rescale)
+        size = self.window or x.shape[2]
+        tokens = split_windows(self.norm(x), size=size)
+        h = self.proj_out(attend(self.qkv(tokens), heads=self.heads, order=self.order))
+        return residual_sum(x, merge_windows(h, size=size, shape=x.shape), self.rescale)
 
 
 class AttentionPool(nn.Module):
@@ -150,16 +157,16 @@ class AttentionPool(nn.Module):
         self.heads = heads
         positions = torch.randn(channels, size * size + 1) / math.sqrt(channels)
         self.positional_embedding = nn.Parameter(positions)
-        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
-        self.c_proj = nn.Conv1d(channels, classes, 1)
+        self.qkv_proj = Pointwise(channels, 3 * channels)
+        self.c_proj = Pointwise(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, S, S) -> logits (B, classes)."""
-        tokens = x.flatten(2)
-        tokens = torch.cat((tokens.mean(dim=2, keepdim=True), tokens), dim=2)
-        qkv = self.qkv_proj(tokens + self.positional_embedding)
-        pooled = attend(qkv, heads=self.heads, order="new")[:, :, :1]
-        logits: Tensor = self.c_proj(pooled)[:, :, 0]
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat((tokens.mean(dim=1, keepdim=True), tokens), dim=1)
+        qkv = self.qkv_proj(tokens + self.positional_embedding.T)
+        pooled = attend(qkv, heads=self.heads, order="new")[:, 0]
+        logits: Tensor = self.c_proj(pooled)
         return logits
 
 
@@ -200,28 +207,30 @@ class Stage(nn.ModuleList):
 
 
 def attend(qkv: Tensor, *, heads: int, order: QkvOrder) -> Tensor:
-    """Scaled dot-product attention: qkv (B, 3C, positions) -> (B, C, positions)."""
+    """Scaled dot-product attention: qkv (B, positions, 3C) -> (B, positions, C).
+
+    Nothing is copied: q, k and v are views whose last dimension is contiguous, as the fused kernels
+    need. In 16 bits those keep the products q k and the softmax in fp32.
+    """
     if order == "legacy":
-        q, k, v = qkv.unflatten(1, (heads, 3, -1)).unbind(2)
+        parts = qkv.unflatten(2, (heads, 3, -1)).unbind(3)
     else:
-        q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
-    # The fused kernels accept only a contiguous last dimension. In 16 bits they keep the
-    # products q k and the softmax in fp32.
-    q, k, v = (part.transpose(2, 3).contiguous() for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
+        parts = qkv.unflatten(2, (3, heads, -1)).unbind(2)
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def split_windows(x: Tensor, *, size: int) -> Tensor:
-    """(B, C, H, W) -> (B * windows, C, size * size), windows in row order."""
+    """(B, C, H, W) -> (B * windows, size * size, C), windows in row order."""
     x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(4, 5).flatten(0, 2)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
 
 
 def merge_windows(windows: Tensor, *, size: int, shape: torch.Size) -> Tensor:
-    """The inverse of `split_windows`: back to `shape` = (B, C, H, W)."""
+    """The inverse of `split_windows`: back to `shape` = (B, C, H, W), in channels last."""
     rows, columns = shape[2] // size, shape[3] // size
-    x = windows.unflatten(2, (size, size)).unflatten(0, (-1, rows, columns))
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    x = windows.unflatten(1, (size, size)).unflatten(0, (-1, rows, columns))
+    return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def resize(x: Tensor, resample: Resampling) -> Tensor:
