@@ -1,6 +1,7 @@
 """What a run shows: rows of metrics, each clock once, whatever an earlier start left."""
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -98,6 +99,42 @@ def test_tensorboard_answers_at_a_glance(tmp_path: Path) -> None:
     assert rb"^loss/q\d$" in layout.tensor_proto.string_val[0]
 
 
+def test_an_event_file_torn_by_a_crash_hides_nothing_of_later_starts(tmp_path: Path) -> None:
+    with open_board(tmp_path, images_seen=0) as board:
+        report(board, 1.0, images_seen=64)
+        report(board, 1.0, images_seen=128)
+    (torn,) = (tmp_path / "tensorboard").glob("events*")
+    torn.write_bytes(torn.read_bytes()[:-40] + bytes(20))  # as NFS shows blocks that are not there
+    with open_board(tmp_path, images_seen=128) as board:
+        report(board, 2.0, images_seen=192)
+    steps = [event.step for event in events(tmp_path).Scalars("train/loss")]
+    assert steps[0] == 64 and steps[-1] == 192
+
+
+def test_hours_left_and_rates_are_those_of_this_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of all images over the seconds since the resume would be far too high."""
+    now = [1000.0]
+    monkeypatch.setattr("trainer.board.time.monotonic", lambda: now[0])
+    with open_board(tmp_path, images_seen=12_800) as board:  # half of the run
+        now[0] += 3600.0
+        report(board, 1.0, images_seen=19_200)
+    (hours,) = events(tmp_path).Scalars("0_overview/hours_left")
+    assert hours.value == pytest.approx(1.0, rel=1e-3)
+
+
+def test_values_that_are_not_finite_are_seen_everywhere(tmp_path: Path) -> None:
+    with open_board(tmp_path, images_seen=0) as board:
+        report(board, math.nan, images_seen=64)
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert row["loss"] is None
+    found = events(tmp_path)
+    assert math.isnan(found.Scalars("0_overview/loss")[0].value)
+    (text,) = found.Tensors("0_overview/status/text_summary")
+    assert b"| loss | nan |" in text.tensor_proto.string_val[0]
+
+
 def test_weights_and_biases_shows_the_same_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +153,13 @@ def test_weights_and_biases_shows_the_same_offline(
         assert b"0_overview/loss" in file.read_bytes()
         assert list(file.parent.glob("files/media/images/samples*.png"))
     assert len(events(tmp_path).Scalars("train/loss")) == 2
+    said: list[str] = []
+    broken = wandb.WandB(tmp_path, project="adm", config="", log=said.append)
+    library.teardown()  # its service is killed
+    broken.scalars({"loss": 1.0}, images_seen=256)
+    broken.scalars({"loss": 1.0}, images_seen=320)
+    broken.close()
+    assert len(said) == 1  # and the run goes on
 
 
 def test_a_board_that_is_not_installed_is_refused() -> None:

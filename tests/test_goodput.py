@@ -161,7 +161,10 @@ def test_names_of_devices_have_their_own_peak() -> None:
     assert datasheet("NVIDIA H100 PCIe") == 756e12
     assert datasheet("NVIDIA A100-SXM4-40GB") == 312e12
     assert datasheet("Tesla T4") == 65e12 and datasheet("NVIDIA L40S") == 362e12
-    assert datasheet("NVIDIA GeForce GTX 1080") is None
+    # No peak is better than that of a device whose name begins alike, or of a default.
+    unknown = ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400", "NVIDIA H20")
+    for name in (*unknown, "AMD Instinct MI355X", "NVIDIA GeForce GTX 1080"):
+        assert datasheet(name) is None, name
 
 
 def test_host_memory_is_what_the_process_and_its_workers_hold() -> None:

@@ -59,7 +59,7 @@ class Board:
         if self._tensorboard.is_old:
             self._show_again(rows)
         project = config.board.wandb
-        self._wandb = WandB(run, project=project, config=text) if project else None
+        self._wandb = WandB(run, project=project, config=text, log=log) if project else None
         goodput.note(run, "training", images=images_seen)
         self._timeline = goodput.read(run)
 

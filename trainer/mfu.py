@@ -5,6 +5,7 @@ computed again. They are held against matrix products measured here, on all rank
 against the device's datasheet.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +18,10 @@ from trainer.config import Config
 from trainer.sections import Precision
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The dense 16-bit TFLOP/s of a device, with fp32 accumulation, by a part of its name; the first
-# that fits counts.
+# The dense 16-bit TFLOP/s of a device, with fp32 accumulation, by words of its name; the first that
+# fits counts.
 _DATASHEET = {
+    "GB200": 2500.0,
     "B200": 2250.0,
     "GH200": 989.0,
     "H200": 989.0,
@@ -41,7 +43,7 @@ _DATASHEET = {
     "RTX 3090": 71.0,
     "T4": 65.0,
     "MI300X": 1307.0,
-    "MI250": 383.0,
+    "MI250X": 383.0,
 }
 
 
@@ -92,7 +94,8 @@ def _short(value: float) -> str:
 
 def datasheet(name: str) -> float | None:
     """Dense 16-bit FLOP/s of the device of that name; None for one that is not known."""
-    return next((1e12 * t for part, t in _DATASHEET.items() if part in name), None)
+    found = (1e12 * t for words, t in _DATASHEET.items() if re.search(rf"\b{words}\b", name))
+    return next(found, None)
 
 
 _forward_flops = cache(flops)

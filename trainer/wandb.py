@@ -5,9 +5,10 @@ later what lies in `RUN/wandb/`.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -33,11 +34,13 @@ class WandB:
     The steps of wandb only grow, so the curves are drawn over `images`: what a resumed start does
     again is there twice.
 
+    What it refuses later is logged once, and ends the board, not the run.
+
     Raises:
         ValueError: wandb refuses to start.
     """
 
-    def __init__(self, run: Path, *, project: str, config: str) -> None:
+    def __init__(self, run: Path, *, project: str, config: str, log: Callable[[str], None]) -> None:
         import wandb  # no dependency of this project
 
         file = run / "wandb" / "id"
@@ -45,7 +48,7 @@ class WandB:
             file.parent.mkdir(exist_ok=True)
             files.write(file, secrets.token_hex(4))
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 project=project,
                 name=run.name,
                 id=file.read_text(),
@@ -57,19 +60,31 @@ class WandB:
         except Exception as error:  # of many kinds: no login, no network, a wrong project
             said = " ".join(str(error).split())
             raise ValueError(f"board.wandb = {project!r}: {said}") from error
-        self._image = wandb.Image
-        self._run.define_metric("images")
-        self._run.define_metric("*", step_metric="images")
+        self._image, self._log = wandb.Image, log
+        self._attempt(lambda: self._run.define_metric("images"))
+        self._attempt(lambda: self._run.define_metric("*", step_metric="images"))
 
     def scalars(self, values: Mapping[str, float], *, images_seen: int) -> None:
         """Add a point to the curve of each value."""
-        self._run.log({"images": images_seen, **{tag(k): v for k, v in values.items()}})
+        row = {"images": images_seen, **{tag(k): v for k, v in values.items()}}
+        self._attempt(lambda: self._run.log(row))
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
-        shown = self._image(picture.permute(1, 2, 0).numpy())
-        self._run.log({"images": images_seen, name: shown})
+        pixels = picture.permute(1, 2, 0).numpy()
+        self._attempt(lambda: self._run.log({"images": images_seen, name: self._image(pixels)}))
 
     def close(self) -> None:
         """Upload what is left, and end."""
-        self._run.finish()
+        self._attempt(lambda: self._run.finish())
+
+    def _attempt(self, act: Callable[[], Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            act()
+        except Exception as error:  # of many kinds: its service was killed, a full disk
+            self._run = None
+            self._log(
+                f"wandb shows nothing any more of this start: {error or type(error).__name__}"
+            )
