@@ -53,6 +53,8 @@ class Tars(Archives):
     Labels are in `.cls`, `.json` or `.txt`, or else the directories, if there are any.
     """
 
+    has_names = True
+
     def listing(self) -> Listing:
         """As `Source.listing`."""
         self.check_files()

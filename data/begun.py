@@ -15,9 +15,10 @@ from typing import Any
 
 from data import files
 from data.claim import WORK
+from data.class_maps import by_directories, by_prefix, map_content, relabel
 from data.dataset import open_shards
 from data.jobs import left_out_of
-from data.listing import Listing, map_content, relabel, renumber
+from data.listing import Listing, renumber
 from data.manifest import MANIFEST
 from data.plan import PackConfig, PackPlan
 from data.report import warn_of_missing_labels
@@ -36,6 +37,7 @@ class Request:
 
     source: str
     config: PackConfig
+    class_from: str | None = None
     class_map: Path | None = None
     classes_of: Path | None = None
 
@@ -50,6 +52,7 @@ class Request:
         return {
             "SOURCE": self.source if self.source == "digits" else os.path.abspath(self.source),
             **{f"--{name.replace('_', '-')}": v for name, v in asdict(self.config).items()},
+            "--class-from": self.class_from,
             "--class-map": None if class_map is None else _digest(class_map),
             "--classes-of": None if classes is None else _digest(classes.encode()),
         }
@@ -63,6 +66,12 @@ class Request:
         listing = source.listing()
         if self.class_map:
             listing = relabel(listing, class_map=self.class_map)
+        elif self.class_from and not source.has_names:
+            raise ValueError(f"--class-from: the images of {self.source} have no names of files")
+        elif self.class_from == "prefix":
+            listing = by_prefix(listing)
+        elif self.class_from == "directory":
+            listing = by_directories(listing, where=self.source)
         if listing.fault:
             raise ValueError(listing.fault)
         warn_of_missing_labels(listing, self.source)

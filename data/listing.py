@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from data.labels import Label, all_or_no_labels
 from data.manifest import NO_CLASS
@@ -87,35 +86,6 @@ def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
     return by_class_name(names, [*map(str, known)])
 
 
-def relabel(listing: Listing, *, class_map: Path) -> Listing:
-    """Take classes from a file of lines.
-
-    They are `NAME CLASS`, names with or without directories; or one `CLASS` for each image, in the
-    order of the names, as in the label files of validation sets.
-
-    Raises:
-        ValueError: the map cannot be read, or an image is not in it.
-    """
-    lines = _read_words(class_map)
-    if all(len(words) == 1 for words in lines):
-        if len(lines) != len(listing.names):
-            raise ValueError(
-                f"--class-map = {class_map} has {len(lines)} labels for {len(listing.names)} images"
-            )
-        return _relabelled(listing, [words[0] for words in lines])
-    for words in lines:
-        if len(words) != 2:
-            raise ValueError(f"--class-map = {class_map}: {' '.join(words)!r}: must be NAME CLASS")
-    found = dict(lines)
-    classes = []
-    for name in listing.names:
-        label = found.get(name, found.get(name.rsplit("/", 1)[-1]))
-        if label is None:
-            raise ValueError(f"--class-map = {class_map} has no class for {name}; add its line")
-        classes.append(label)
-    return _relabelled(listing, classes)
-
-
 def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     """Number the classes as another dataset does, e.g. a validation split as its training split.
 
@@ -150,24 +120,3 @@ def _numbers(classes: tuple[str, ...], *, of_numbers: bool) -> dict[str, int]:
 
 def _key(name: str, is_number: bool) -> str:
     return str(int(name)) if is_number else name
-
-
-def _relabelled(listing: Listing, classes: list[str]) -> Listing:
-    return replace(by_class_name(listing.names, classes), skipped=listing.skipped)
-
-
-def map_content(path: Path) -> bytes:
-    """The content of a class map.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"--class-map = {path} cannot be read: {error}") from None
-
-
-def _read_words(path: Path) -> list[list[str]]:
-    lines = map_content(path).decode(errors="surrogateescape").splitlines()
-    return [line.replace(",", " ").split() for line in lines if line.strip()]

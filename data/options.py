@@ -34,11 +34,17 @@ def _add_images(add: Callable[..., object]) -> None:
     )
     add("out", metavar="OUT", type=Path, help="directory of the dataset; made if it is missing")
     add(
+        "--class-from",
+        choices=("prefix", "directory"),
+        help="take classes from names of files, up to the first _, as guided-diffusion does, or "
+        "from directories, even where a source has labels (default: what the source has)",
+    )
+    add(
         "--class-map",
         type=Path,
         metavar="FILE",
-        help="lines of NAME CLASS, or one CLASS for each image in the order of the names "
-        "(default: classes of the source)",
+        help="take classes from a file: lines of NAME CLASS, a table of such columns, or one CLASS "
+        "for each image in the order of the names (default: classes of the source)",
     )
     add(
         "--classes-of",

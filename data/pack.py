@@ -43,6 +43,7 @@ def pack(
     *,
     out: Path,
     config: PackConfig,
+    class_from: str | None = None,
     class_map: Path | None = None,
     classes_of: Path | None = None,
     max_bad: float = 0.01,
@@ -52,6 +53,7 @@ def pack(
     """Pack a source into `out`, or finish what an interrupted packing left there.
 
     Args:
+        class_from: "prefix" of the file's name or "directory"; None is what the source has.
         class_map: lines of NAME CLASS, or of CLASS in the names' order, where directories are not
             the classes.
         classes_of: a dataset whose class numbers to use.
@@ -68,7 +70,13 @@ def pack(
         OSError: reading or writing failed, e.g. the disk is full; finished shards are kept.
     """
     check(0 <= max_bad <= 1, "--max-bad", max_bad, "a share between 0 and 1")
-    wanted = Request(source=source, config=config, class_map=class_map, classes_of=classes_of)
+    wanted = Request(
+        source=source,
+        config=config,
+        class_from=class_from,
+        class_map=class_map,
+        classes_of=classes_of,
+    )
     with claimed(out):
         images = open_source(source, staging=out / WORK)
         start, found = begun.load(out), wanted.values()
@@ -87,11 +95,19 @@ def pack(
         files.write(out / WORK / PLAN, work.digest)
         images.stage()
         most = max(ceil(max_bad * len(start.listing.names)), FEW if max_bad else 0)
-        jobs = begun.with_stamps(work, start, source=images).jobs
-        jobs = tuple(replace(job, most_left_out=most) for job in jobs)
-        with executor or nullcontext() as running:
-            made = _collect(with_progress(_results(jobs, running), jobs=jobs), out, most=most)
+        work = begun.with_stamps(work, start, source=images)
+        made = _make(work, most, executor or nullcontext())
         return _finish(out, work, made, start.listing)
+
+
+def _make(
+    work: PackPlan, most: int, executor: AbstractContextManager[Executor | None]
+) -> list[Made]:
+    """All shards of the plan, unless more than `most` images would be left out."""
+    jobs = tuple(replace(job, most_left_out=most) for job in work.jobs)
+    with executor as running:
+        results = with_progress(_results(jobs, running), jobs=jobs)
+        return _collect(results, Path(jobs[0].out), most=most)
 
 
 def _already_packed(out: Path, work: PackPlan, *, again: bool) -> bool:

@@ -20,7 +20,8 @@ def warn_of_missing_labels(listing: Listing, source: str) -> None:
         count = listing.labels.count(listing.classes.index(NO_CLASS))
         print(
             f"SOURCE = {source}: {count} of {len(listing.names)} images have no label; "
-            "they cannot train a network with classes (model.num_classes)",
+            "they cannot train a network with classes (model.num_classes); if there are classes, "
+            "give --class-map or --class-from",
             file=sys.stderr,
         )
 

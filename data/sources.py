@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data.claim import WORK
+from data.class_maps import DATASET_JSON, by_dataset_json
 from data.layout import by_directory
 from data.listing import Listing
 from data.manifest import MANIFEST
@@ -29,10 +30,12 @@ Stamp = tuple[int, int]
 class Source:
     """A place that images can be listed and read from.
 
-    `holds_many` is whether a file there holds many images.
+    `holds_many` is whether a file there holds many images, `has_names` whether the images have
+    names of files.
     """
 
     holds_many = True
+    has_names = False
 
     def listing(self) -> Listing:
         """All images, in an order that depends on nothing but the source.
@@ -81,13 +84,17 @@ class Folder(Source):
     """Image files in a directory tree; the class is the first directory's name."""
 
     holds_many = False
+    has_names = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        return by_directory(self._names(), where=str(self.root))
+        listing = by_directory(self._names(), where=str(self.root))
+        if (labels := self.root / DATASET_JSON).is_file():
+            listing = by_dataset_json(listing, labels.read_bytes(), where=str(self.root))
+        return listing
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
@@ -127,6 +134,8 @@ class Folder(Source):
 class Zip(Source):
     """Image files in a zip archive; the class is the first directory's name."""
 
+    has_names = True
+
     def __init__(self, path: Path) -> None:
         self._path = path
 
@@ -139,7 +148,12 @@ class Zip(Source):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        return by_directory(self._archive.namelist(), where=str(self._path))
+        names = self._archive.namelist()
+        listing = by_directory(names, where=str(self._path))
+        if DATASET_JSON in names:
+            content = self._archive.read(DATASET_JSON)
+            listing = by_dataset_json(listing, content, where=str(self._path))
+        return listing
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""

@@ -1,0 +1,240 @@
+"""Classes from elsewhere than directories: files of NAME and CLASS, prefixes of names, and the
+`dataset.json` of StyleGAN.
+
+People's files have headers, quotes, an index column, the class first, names without suffix.
+The column of names is the one that has the images' names; what cannot be told is refused.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from data.layout import class_directories
+from data.listing import Listing, by_directory_name, by_number
+from data.manifest import NO_CLASS
+
+# The names of columns that hold a class, in the order in which they are preferred.
+_CLASS_COLUMNS = ("label", "class", "class_id", "category", "target", "cls", "wnid", "y")
+# Kaggle's list of boxes, each a class and four numbers.
+_BOXES = re.compile(r"(\S+(?: -?\d+){4} *)+")
+_TAR = re.compile(r"[^/]*@\d+\+\d+/")
+DATASET_JSON = "dataset.json"
+
+_Rows = list[list[str]]
+
+
+def relabel(listing: Listing, *, class_map: Path) -> Listing:
+    """Take classes from a file of `NAME CLASS`, or of one `CLASS` for each image in their order.
+
+    It may be a table with a header, separated by commas, semicolons, tabs or spaces.
+
+    Raises:
+        ValueError: the file cannot be read or understood, or an image is not in it.
+    """
+    rows, where = _rows(class_map), f"--class-map = {class_map}"
+    if not rows:
+        raise ValueError(f"{where} is empty")
+    if all(len(row) == 1 for row in rows) and " " not in rows[0][0].strip():
+        labels = [row[0] for row in rows]
+        if len(labels) == len(listing.names) + 1 and labels[0].lower() in _CLASS_COLUMNS:
+            del labels[0]
+        if len(labels) != len(listing.names):
+            raise ValueError(f"{where} has {len(labels)} labels for {len(listing.names)} images")
+        return _relabelled(listing, labels)
+    return _relabelled(listing, _classes(listing, _pairs(listing, rows, where), where))
+
+
+def by_prefix(listing: Listing) -> Listing:
+    """Take the class from an image's file name: what is before the first `_`, as in the reference.
+
+    Raises:
+        ValueError: a name has none.
+    """
+    names = [_member(name).rpartition("/")[2] for name in listing.names]
+    for name in names:
+        if not name.partition("_")[1] or name.startswith("_"):
+            raise ValueError(f"--class-from prefix: {name} has no class before a `_`")
+    return _relabelled(listing, [name.partition("_")[0] for name in names])
+
+
+def by_directories(listing: Listing, *, where: str) -> Listing:
+    """Take directories as classes, even where the images have labels."""
+    members = [_member(name) for name in listing.names]
+    classes, fault = class_directories(members, directories=(), where=where)
+    if set(classes) == {NO_CLASS}:
+        fault = f"SOURCE = {where}: no image is in a directory: choose another --class-from"
+    return replace(_relabelled(listing, classes), fault=fault)
+
+
+def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
+    """Take labels from StyleGAN's `dataset.json`; a listing without labels, where it has none.
+
+    Raises:
+        ValueError: it is damaged, has labels that are no class numbers, or lacks an image.
+    """
+    where = f"{where}/{DATASET_JSON}"
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    if not isinstance(found, dict) or "labels" not in found:
+        return listing  # another program's
+    skipped = Counter(listing.skipped) - Counter([".json"])
+    count = len(listing.names)
+    if not found["labels"]:
+        labels, classes = [0] * count, (NO_CLASS,)
+        return Listing(names=listing.names, labels=labels, classes=classes, skipped=skipped)
+    try:
+        label_of = dict(found["labels"])
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: labels must be a list of [NAME, LABEL]") from None
+    for name in listing.names:
+        if name not in label_of:
+            raise ValueError(f"{where} has no label for {name}: add it, or give --class-map")
+        if type(label_of[name]) is not int:
+            raise ValueError(
+                f"{where}: the label of {name} = {label_of[name]!r:.40}: must be a number"
+            )
+    listed = by_number(listing.names, [label_of[name] for name in listing.names])
+    return replace(listed, skipped=skipped, is_numbered=True)
+
+
+def map_content(path: Path) -> bytes:
+    """The content of a class map.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--class-map = {path} cannot be read: {error}") from None
+
+
+def _rows(path: Path) -> _Rows:
+    """The cells of each line that is neither empty nor a comment; a line of words is one cell."""
+    text = map_content(path).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    marks = [mark for mark in "\t,;" if all(mark in line for line in lines)]
+    rows = csv.reader(lines, delimiter=marks[0] if marks else "\x1f", skipinitialspace=True)
+    return [[cell.strip().removeprefix("./") for cell in row] for row in rows]
+
+
+def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
+    """Name and class of each row.
+
+    Raises:
+        ValueError: it cannot be told which column is which.
+    """
+    known = _keys(listing)
+    if all(len(row) == 1 for row in rows):
+        rows = [_split(row[0], known) for row in rows]
+    width = Counter(len(row) for row in rows).most_common(1)[0][0]
+    for row in rows:
+        if len(row) != width:
+            raise ValueError(f"{where}: {' '.join(row)!r}: must be NAME CLASS, as the other lines")
+    hits = [sum(row[column] in known for row in rows) for column in range(width)]
+    name = hits.index(max(hits))
+    if not hits[name]:
+        raise ValueError(f"{where} has no column of names of images, such as {listing.names[0]}")
+    header = rows[0] if rows[0][name] not in known and not _is_file(rows[0][name]) else None
+    rows = rows[1:] if header else rows
+    others = [column for column in range(width) if column != name]
+    label = _class_column([[row[i] for row in rows] for i in others], others, header)
+    if label is None:
+        raise ValueError(
+            f"{where}: one of {len(others)} columns beside the names may be the class: keep one, "
+            "or name it `label` in a header"
+        )
+    return [(row[name], _without_boxes(row[label], where)) for row in rows]
+
+
+def _class_column(
+    columns: Sequence[list[str]], numbers: list[int], header: list[str] | None
+) -> int | None:
+    """The number of the column of classes: the only one, one with a usual name, or no index."""
+    if len(columns) == 1:
+        return numbers[0]
+    titles = [title.lower() for title in header or []]
+    for title in _CLASS_COLUMNS:
+        if title in titles:
+            return titles.index(title)
+    counted = [[str(i + first) for i in range(len(columns[0]))] for first in (0, 1)]
+    left = [n for n, cells in zip(numbers, columns, strict=True) if cells not in counted]
+    return left[0] if len(left) == 1 else None
+
+
+def _classes(listing: Listing, pairs: list[tuple[str, str]], where: str) -> list[str]:
+    """The class of each image of the listing."""
+    found: dict[str, str] = {}
+    for name, label in pairs:
+        if name in found:
+            raise ValueError(f"{where} has {name} twice: keep one of its lines")
+        found[name] = label
+    members = [_member(name) for name in listing.names]
+    count = Counter(key for member in members for key in _names_of(member))
+    classes, used = [], set()
+    for member in members:
+        key = next((key for key in _names_of(member) if key in found), None)
+        if key is None:
+            raise ValueError(f"{where} has no class for {member}; add its line")
+        if count[key] > 1:
+            raise ValueError(
+                f"{where}: {key} is the name of {count[key]} images, such as {member}: "
+                "give names with directories"
+            )
+        used.add(key)
+        classes.append(found[key])
+    if unused := len(found) - len(used):
+        print(f"{where}: {unused} lines are of no image in SOURCE", file=sys.stderr)
+    return classes
+
+
+def _keys(listing: Listing) -> set[str]:
+    return {key for name in listing.names for key in _names_of(_member(name))}
+
+
+def _names_of(member: str) -> list[str]:
+    """How a file may name an image: with and without directories, with and without suffix."""
+    path = PurePosixPath(member)
+    return list(dict.fromkeys((member, str(path), path.name, str(path.with_suffix("")), path.stem)))
+
+
+def _member(name: str) -> str:
+    """The path of an image in its tar; other names are paths."""
+    return _TAR.sub("", name, count=1).removeprefix("./")
+
+
+def _split(line: str, known: set[str]) -> list[str]:
+    """NAME and CLASS of a line of words: one of them may have spaces."""
+    words = line.split()
+    if len(words) == 2:
+        return words
+    for at in range(1, len(words)):
+        left, right = " ".join(words[:at]), " ".join(words[at:])
+        if left in known or right in known:
+            return [left, right]
+    return words
+
+
+def _is_file(cell: str) -> bool:
+    return "/" in cell or bool(re.search(r"\.\w{2,5}$", cell))
+
+
+def _without_boxes(cell: str, where: str) -> str:
+    """The class of a cell with Kaggle's boxes, all of one class; other cells as they are."""
+    if not _BOXES.fullmatch(cell):
+        return cell
+    classes = {*cell.split()[::5]}
+    if len(classes) > 1:
+        raise ValueError(f"{where}: {cell!r:.60} has boxes of several classes")
+    return classes.pop()
+
+
+def _relabelled(listing: Listing, classes: list[str]) -> Listing:
+    return replace(by_directory_name(listing.names, classes), skipped=listing.skipped)
