@@ -38,7 +38,7 @@ def text(job: Job) -> str:
 def _rank_modes(job: Job) -> str:
     """What the script does as a rank: the check, or training."""
     words = {"check": job.check_words} if job.check else {}
-    modes = {**words, "rank": job.train_words}
+    modes = {**words, "rank": job.rank_words}
     return "\n".join(f"  {m}) exec {command(job.cluster.python, *w)} ;;" for m, w in modes.items())
 
 
@@ -107,7 +107,7 @@ def _torchrun(job: Job) -> tuple[str, str]:
     node = fill(
         "torchrun-node.sh",
         seconds=job.cluster.seconds_to_save,
-        command=command(*torchrun, *options, "-m", "--", *job.train_words[1:]),
+        command=command(*torchrun, *options, "-m", "--", *job.rank_words[1:]),
     )
     again = quoted(["bash", job.script, "node"])
     ssh = f'begin ssh "$host" {quoted([again])}'
@@ -116,7 +116,7 @@ def _torchrun(job: Job) -> tuple[str, str]:
 
 def _alone(job: Job) -> str:
     if job.ranks == 1:
-        return f"exec {command(job.cluster.python, *job.train_words)}"
+        return f"exec {command(job.cluster.python, *job.rank_words)}"
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     options = [f"--nproc-per-node={job.gpus_per_node}", *job.cluster.options]
     return fill(
@@ -124,5 +124,5 @@ def _alone(job: Job) -> str:
         seconds=job.cluster.seconds_to_save,
         python=quoted([job.cluster.python]),
         torchrun=quoted([*torchrun]),
-        options=command(*options, "-m", "--", *job.train_words[1:]),
+        options=command(*options, "-m", "--", *job.rank_words[1:]),
     )

@@ -31,6 +31,8 @@ class Job:
     unset: tuple[str, ...] = ()
     #: Run the preflight check before training.
     check: bool = False
+    #: Draw images by trainer.sample with these words, and train nothing.
+    sample: tuple[str, ...] | None = None
     #: `data.shards` of the preset, which the preflight check tries to read.
     shards: str | None = None
 
@@ -99,8 +101,15 @@ class Job:
         return () if is_any else ("--gpus", str(self.gpus_per_node))
 
     @property
-    def train_words(self) -> tuple[str, ...]:
-        """The trainer's command line after `python`."""
+    def rank_words(self) -> tuple[str, ...]:
+        """The command line of a rank after `python`."""
+        if self.sample is None:
+            return self._train_words
+        words = ["-m", "trainer.sample", *self.sample, "--job", str(self.run)]
+        return (*words, "--ranks", str(self.ranks), *self.gpus_shown)
+
+    @property
+    def _train_words(self) -> tuple[str, ...]:
         words = ["-m", "trainer.train", f"{self.records}/preset.toml", "--run", str(self.run)]
         words += ["--ds-config", f"{self.code}/ds_config.json", "--ranks", str(self.ranks)]
         words += ["--patience", str(self.cluster.patience), *self.gpus_shown]

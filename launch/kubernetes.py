@@ -85,7 +85,7 @@ def _script(job: Job) -> list[str]:
         quoted(["exec", job.cluster.python, "-m", "torch.distributed.run"]) + " \\",
         f"  --nnodes={job.nodes} --nproc-per-node={job.gpus_per_node} --node-rank=$RANK \\",
         "  --master-addr=$MASTER_ADDR --master-port=$MASTER_PORT \\",
-        f"  -m -- {quoted(job.train_words[1:])}",
+        f"  -m -- {quoted(job.rank_words[1:])}",
     ]
 
 

@@ -101,14 +101,15 @@ def check_free(run: Path) -> None:
         raise ValueError(f"{busy} is writing {run}: {stop}")
 
 
-def prepare(job: Job, *, preset: Path) -> Path:
+def prepare(job: Job, *, preset: Path | None) -> Path:
     """Copy the code and the preset, and write the text; returns the text's file.
 
     Requests and records of an earlier job (`stop`, `failed-at`, `job`) are removed.
     """
     job.records.mkdir(parents=True, exist_ok=True)
     _copy_code(job.code)
-    shutil.copyfile(preset, job.records / "preset.toml")
+    if preset is not None:
+        shutil.copyfile(preset, job.records / "preset.toml")
     for earlier in ("stop", "failed-at", "job"):
         (job.records / earlier).unlink(missing_ok=True)
     facts: Mapping[str, object] = {

@@ -35,7 +35,7 @@ def text(job: Job) -> str:
         seconds=f"{seconds * 9 / 10:g}",
         preamble=preamble(job),
         check=check,
-        srun=_srun(job, *_WITHOUT_SIGNALS, python, *job.train_words),
+        srun=_srun(job, *_WITHOUT_SIGNALS, python, *job.rank_words),
         refused=REFUSED,
         more=TO_BE_CONTINUED,
         kept=" | ".join(kept(header)),

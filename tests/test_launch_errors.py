@@ -154,8 +154,14 @@ def test_a_time_limit_of_a_minute_is_enough_where_little_is_kept_to_save() -> No
         (["digits", "--run", "/proc/1/none"], "/proc/1/none"),
         (["status", "nowhere"], "nowhere is not a run directory"),
         (["stop", "nowhere"], "is not a run directory"),
-        (["sweep", "digits", "--runs", "r"], "launcher = 'alone': must be \"slurm\" for a sweep"),
+        (["sweep", "digits", "--runs", "r"], "launcher = 'alone': must be \"slurm\" for an array"),
         (["sweep", "digits", "--runs", "r", "--at-most", "0"], "--at-most = 0: must be at least 1"),
+        (
+            ["sweep", "digits", "--runs", "r", "--over", "training.lr = 1"],
+            "--over = 'training.lr = 1'",
+        ),
+        (["sweep", "digits", "--runs", "r", "--over", "training.lr = [1, 1]"], "different values"),
+        (["sample", "r", "--out", "o.npz", "--array", "0"], "--array = 0: must be at least 1"),
         (["sweep", "digits", "digits", "--runs", "r"], "must be presets of different names"),
     ],
 )
@@ -176,6 +182,7 @@ def test_a_wrong_command_is_refused_in_one_line(
         ["status"],
         ["stop", "a", "b"],
         ["sweep", "digits"],
+        ["sample", "runs/a"],
         ["check", "--rank", "x"],
     ],
     ids=" ".join,

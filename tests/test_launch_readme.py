@@ -68,6 +68,9 @@ def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
             wait_until(lambda: images_seen(here / "runs" / "digits") > 0, "steps")
         elif command.endswith("runs/digits") and "status" in command:
             assert ": RUNNING" in said and "images/s" in said
+        elif "launch sample" in command:
+            out = here / command.split("--out ")[1].split()[0]
+            wait_until(out.exists, f"the images of {command}")
     first, last = (here / "runs" / "both" / name for name in ("digits", "digits_classifier"))
     for path in (first, last):
         wait_until(lambda path=path: images_seen(path) > 0, f"{path.name} in the sweep")
@@ -79,5 +82,7 @@ def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
     assert "saved; requeued, resumes" in read(last / "launch" / "events.txt")
     assert site.state(read(first / "launch" / "job").strip()) == "RUNNING"
     assert read(first / "launch" / "events.txt").count("\n") == 1
+    state = RunState.read(here / "samples" / "digits.job")
+    assert state is not None and state.state == "finished"
     run(f"python -m launch stop {first}")
     assert "stopped as requested" in read(first / "launch" / "events.txt")

@@ -67,6 +67,49 @@ def test_an_account_in_the_shell_counts_unless_the_cluster_file_names_one(
     assert ("SBATCH_ACCOUNT=shell" in Path("env.txt").read_text()) == (not lines)
 
 
+def test_a_sweep_over_settings_has_a_run_for_each_combination(sbatch: Sbatch) -> None:
+    sbatch("echo 7")
+    Path("site.toml").write_text("")
+    over = ["training.lr = [1e-4, 2e-4]", "training.ema = [[0.99], [0.9, 0.99]]"]
+    sets = [word for change in over for word in ("--over", change)]
+    assert main(["sweep", "digits", "--runs", "runs", *sets, "--cluster", "site.toml"]) == 0
+    scripts = {file.parents[1].name: file.read_text() for file in Path("runs").glob("*/*/job.sh")}
+    assert set(scripts) == {
+        f"digits-lr{lr}-ema{ema}" for lr in ("0.0001", "0.0002") for ema in ("-0.99", "-0.9-0.99")
+    }
+    text = scripts["digits-lr0.0002-ema-0.9-0.99"]
+    assert "--set 'training.lr = 0.0002'" in text and "'training.ema = [0.9, 0.99]'" in text
+    assert "#SBATCH --array=0-3%1" in Path("runs/sweep.sh").read_text()
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "mpirun", "deepspeed", "torchrun", "alone"])
+def test_sampling_is_a_job_of_every_launcher(
+    launcher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "site.toml"
+    hosts = [] if launcher in ("alone", "slurm") else ["n1"]
+    site.write_text(f'launcher = "{launcher}"\nhosts = {hosts}\n')
+    words = ["runs/a", "--out", f"{tmp_path}/a.npz", "--scale", "0,1", "--gpus-per-node", "2"]
+    assert main(["sample", *words, "--cluster", str(site), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("\\\n", "").split())
+    rank = (
+        f"trainer.sample runs/a --scale 0,1 --out {tmp_path}/a.npz --job {tmp_path}/a.job --ranks 2"
+    )
+    assert rank in said and not (tmp_path / "a.job").exists()
+
+
+def test_a_sampling_array_has_a_job_for_each_share(sbatch: Sbatch) -> None:
+    sbatch("echo 7")
+    Path("site.toml").write_text("")
+    words = ["runs/a", "--out", "samples/", "--array", "3", "--at-most", "2"]
+    assert main(["sample", *words, "--cluster", "site.toml"]) == 0
+    assert "#SBATCH --array=0-2%2" in Path("samples.job/sweep.sh").read_text()
+    for n in range(3):
+        text = Path(f"samples.job/{n}/launch/job.sh").read_text()
+        assert f"--out samples/ \\\n  --share {n}/3 " in text.replace(" --share", "--share", 0)
+        assert Path(f"samples.job/{n}/launch/job").read_text() == f"7_{n}\n"
+
+
 REFUSAL = """\
 sbatch: lua: the partition gpu needs a project.
 sbatch: lua: Your projects: east, west.

@@ -28,6 +28,8 @@ class Drawing:
     world: World
     device: torch.device
     preemption: Preemption
+    #: Which of how many shares of the parts these ranks draw; other jobs draw the others.
+    share: tuple[int, int] = (0, 1)
 
     def all(self, jobs: Sequence[DrawJob]) -> int:
         """Draw jobs that share their networks; returns the exit status."""
@@ -52,7 +54,7 @@ class Drawing:
         from_main(output.open)
         with ExitStack() as stack:
             claim: AbstractContextManager[Lease | None]
-            claim = output.claimed() if self.world.is_main else nullcontext()
+            claim = output.claimed(self.share) if self.world.is_main else nullcontext()
             lease = agreed(lambda: stack.enter_context(claim))
             sampler = PartSampler(
                 job.request,
@@ -66,7 +68,11 @@ class Drawing:
             if not self._draw(job, sampler):
                 self._say("stopped by a signal; rerun the same command to resume")
                 return TO_BE_CONTINUED
-            from_main(lambda: _publish(job, lease))
+            if self.share == (0, 1):
+                from_main(lambda: _publish(job, lease))
+        if self.share != (0, 1) and (missing := from_main(lambda: _publish_shares(job))):
+            self._say(f"share {self.share[0]} of {self.share[1]} is drawn; {missing}")
+            return 0
         self._say(f"wrote {output.path} and {output.picture}")
         return 0
 
@@ -92,7 +98,8 @@ class Drawing:
 
     def _undrawn(self, job: DrawJob) -> list[int]:
         """The missing or damaged parts; each rank checks its share, and all learn of all."""
-        listed = from_main(job.output.listed)
+        share, shares = self.share
+        listed = [part for part in from_main(job.output.listed) if part % shares == share]
         mine: dict[int, str] = {}
         for part in listed[self.world.rank :: self.world.size]:
             labels = recorded(job.labels, job.request.indices(part))
@@ -103,7 +110,7 @@ class Drawing:
             name = f"part {part} of {job.output.work}"
             self._say(f"{name} is damaged and is drawn again: {damaged[part]}")
         whole = set(listed) - set(damaged)
-        return [part for part in range(job.request.parts) if part not in whole]
+        return [part for part in range(share, job.request.parts, shares) if part not in whole]
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
@@ -136,6 +143,21 @@ class _Progress:
         left = duration(seconds / done * (self._parts - done))
         rate = f"{done * self._batch / seconds:,.2f} images/s"
         print(f"batch {done:,} of {self._parts:,}, {rate}, {left} left", flush=True)
+
+
+def _publish_shares(job: DrawJob) -> str:
+    """Make the output if this share was the last one; otherwise what is missing."""
+    missing = job.request.parts - len(job.output.listed())
+    if missing:
+        return f"{missing} of {job.request.parts} batches are left to the other shares"
+    try:
+        with job.output.claimed() as lease:
+            _publish(job, lease)
+    except ValueError:
+        if job.output.is_drawn():
+            return "another share made the output"
+        raise
+    return ""
 
 
 def _publish(job: DrawJob, lease: Lease | None) -> None:

@@ -129,15 +129,17 @@ class Output(ABC):
         return f"{socket.gethostname()}.{os.getpid()}.partial"
 
     @contextmanager
-    def claimed(self) -> Iterator[leases.Lease]:
-        """The right to draw these parts while entered.
+    def claimed(self, share: tuple[int, int] = (0, 1)) -> Iterator[leases.Lease]:
+        """The right to draw a share of these parts, or all, while entered.
 
         Raises:
             ValueError: another process is drawing them.
         """
-        if (busy := leases.live_holder(self.work)) is not None:
-            raise ValueError(f"{busy} is drawing {self.work}: wait for it, or name another --out")
-        lease = leases.claim(self.work)
+        own = self.work if share == (0, 1) else self.work / f"share-{share[0]}-of-{share[1]}"
+        for place in {self.work, own}:
+            if (busy := leases.live_holder(place)) is not None:
+                raise ValueError(f"{busy} is drawing {place}: wait for it, or name another --out")
+        lease = leases.claim(own)
         try:
             yield lease
         finally:

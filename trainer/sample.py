@@ -21,6 +21,7 @@ from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
 from trainer.draw import DTYPES
 from trainer.drawing import Drawing
+from trainer.drawjob import noted
 from trainer.labels import BALANCED
 from trainer.networks import SampleInputs
 from trainer.parts import Pixels
@@ -53,7 +54,8 @@ def sample(
     room = from_main(lambda: _check_outputs(jobs, later))
     if world.is_main:
         print(f"{len(jobs + later)} x {jobs[0].request.images:,} images: {room}", flush=True)
-    draw = Drawing(world=world, device=device, preemption=preemption)
+    share = arguments.share
+    draw = Drawing(world=world, device=device, preemption=preemption, share=share)
     status = draw.all(jobs)
     if status or not later:
         return status
@@ -94,6 +96,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, f"upsampler_{option}")
         absent = value is None or arguments.upsampler is not None
         check(absent, f"--upsampler-{option}", value, "absent without --upsampler")
+    whole = arguments.share == (0, 1) or arguments.upsampler is None
+    check(whole, "--share", arguments.share, "absent with --upsampler, which needs all images")
     check(from_run or arguments.ema is None, "--ema", arguments.ema, "absent for a weights file")
 
 
@@ -116,6 +120,14 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(word) for word in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be numbers, as in 0,0.5,1") from None
+
+
+def _share(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    share, shares = (int(found[1]), int(found[2])) if found else (0, 0)
+    if share >= shares:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be K/N with K from 0 to N - 1")
+    return share, shares
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,6 +173,13 @@ def parser() -> argparse.ArgumentParser:
     precision = "compute in this precision (default: as trained; fp32 on a CPU)"
     add("--precision", choices=sorted(DTYPES), help=precision)
     add("--seed", type=int, default=0, help="the seed of all noise (default: %(default)s)")
+    share = "draw the K-th of N shares; the last of N processes to end makes the output of them"
+    add("--share", type=_share, default=(0, 1), metavar="K/N", help=share)
+    ranks = "refuse to start with another number of ranks (default: any number)"
+    add("--ranks", type=int, help=ranks)
+    gpus = "refuse a machine that shows fewer GPUs; 0: draw on CPUs (default: what there is)"
+    add("--gpus", type=int, help=gpus)
+    add("--job", type=Path, help=argparse.SUPPRESS)  # `python -m launch sample` passes it
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
     return p
 
@@ -168,10 +187,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
-    world = join()
+    world = join(expected_size=arguments.ranks)
     # Ranks wait for the slowest one's last batch, which may take long.
-    with Preemption() as preemption, connected(world, patience=4 * 3600) as device:
-        return sample(arguments, world=world, device=device, preemption=preemption)
+    patience = 4 * 3600
+    with (
+        Preemption() as preemption,
+        connected(world, patience=patience, gpus=arguments.gpus) as device,
+        noted(arguments.job if world.is_main else None, preemption=preemption) as note,
+    ):
+        status = sample(arguments, world=world, device=device, preemption=preemption)
+        note("stopped" if status else "finished")
+        return status
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+"""The commands that start something: a run, several runs as an array, or sampling."""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data import files
+from launch import options, queue, records, slurm
+from launch.cluster import Cluster, load
+from launch.job import Job
+from launch.shell import quoted
+from trainer import config as configs
+from trainer import ds_config as ds_configs
+from trainer import settings
+from trainer.adm.config import check
+
+
+def start(argv: Sequence[str], *, description: str | None) -> int:
+    """`python -m launch PRESET ...`: submit a run, or start it from here."""
+    arguments = options.start(description).parse_args(argv)
+    preset = settings.find(arguments.preset, directory=configs.PRESETS)
+    job = _job(arguments, run=arguments.run, preset=preset)
+    return _begin(job, preset=preset, arguments=arguments)
+
+
+def sample(argv: Sequence[str]) -> int:
+    """`python -m launch sample ...`: submit trainer.sample, or start it from here."""
+    arguments, words = options.sample().parse_known_args(argv)
+    out = Path(arguments.out)
+    directory = out.with_suffix("") if out.suffix == ".npz" else out
+    words = [*words, "--out", arguments.out]
+    run = directory.with_name(f"{directory.name}.job").absolute()
+    job = Job(run=run, **_where(arguments), sample=tuple(words))
+    if (count := arguments.array) is None:
+        return _begin(job, preset=None, arguments=arguments)
+    check(count >= 1, "--array", count, "at least 1")
+    check(not arguments.detach, "--detach", True, "absent with --array")
+    shares = [(f"{n}", (*words, "--share", f"{n}/{count}")) for n in range(count)]
+    jobs = [replace(job, run=run / name, sample=share) for name, share in shares]
+    return _begin_array(jobs, presets=[None] * count, arguments=arguments)
+
+
+def _begin(job: Job, *, preset: Path | None, arguments: argparse.Namespace) -> int:
+    if arguments.detach and job.cluster.launcher in ("slurm", "kubernetes"):
+        raise ValueError(f"--detach: launcher = {job.cluster.launcher!r} does not need it")
+    text = records.text(job)
+    if arguments.dry_run:
+        print(text, end="")
+        return 0
+    records.check_free(job.run)
+    return _submit(job, records.prepare(job, preset=preset), detach=arguments.detach)
+
+
+def sweep(argv: Sequence[str]) -> int:
+    """`python -m launch sweep PRESETS...`: submit one Slurm array, with a run for each choice."""
+    arguments = options.sweep().parse_args(argv)
+    presets = [settings.find(preset, directory=configs.PRESETS) for preset in arguments.presets]
+    choices = list(_choices(arguments.over))
+    runs = [(p, f"{p.stem}{name}", sets) for p in presets for name, sets in choices]
+    names = [name for _, name, _ in runs]
+    check(len(set(names)) == len(names), "PRESETS", names, "presets of different names")
+    jobs = [_job(arguments, run=arguments.runs / n, preset=p, over=sets) for p, n, sets in runs]
+    return _begin_array(jobs, presets=[p for p, _, _ in runs], arguments=arguments)
+
+
+def _begin_array(
+    jobs: Sequence[Job], *, presets: Sequence[Path | None], arguments: argparse.Namespace
+) -> int:
+    """Submit jobs of the same size as one Slurm array."""
+    at_most, launcher = arguments.at_most, jobs[0].cluster.launcher
+    check(at_most >= 1, "--at-most", at_most, "at least 1")
+    check(launcher == "slurm", "launcher", launcher, '"slurm" for an array')
+    text = slurm.array_text(jobs, at_most=at_most)
+    if arguments.dry_run:
+        print(text, end="")
+        return 0
+    for job in jobs:
+        records.check_free(job.run)
+    for job, preset in zip(jobs, presets, strict=True):
+        records.prepare(job, preset=preset)
+    script = jobs[0].run.parent / "sweep.sh"
+    files.write(script, text)
+    array = queue.submit(script)
+    for index, job in enumerate(jobs):
+        records.keep_job_id(job, f"{array}_{index}")
+    print(f"submitted {script} as job array {array}: {len(jobs)} jobs, {at_most} at once")
+    return 0
+
+
+def _choices(over: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each combination of the values of `--over`: what it adds to a run's name, and its settings.
+
+    Raises:
+        ValueError: an option is not a list of different values of one setting.
+    """
+    spans = [_values(text) for text in over]
+    for values in itertools.product(*(values for _, values in spans)):
+        chosen = [(name, json.dumps(v)) for (name, _), v in zip(spans, values, strict=True)]
+        words = [f"-{n.rpartition('.')[2]}{re.sub(r'[^A-Za-z0-9.-]+', '-', v)}" for n, v in chosen]
+        yield "".join(words).rstrip("-"), tuple(f"{name} = {value}" for name, value in chosen)
+
+
+def _values(text: str) -> tuple[str, list[Any]]:
+    expected = "one setting with a list of different values, as in 'training.lr = [1e-4, 2e-4]'"
+    name, value = "", _toml(text)
+    while isinstance(value, dict) and len(value) == 1:
+        key, value = next(iter(value.items()))
+        name = settings.join(name, key)
+    differ = isinstance(value, list) and value and all(value.count(v) == 1 for v in value)
+    check(bool(differ), "--over", text, expected)
+    return name, value
+
+
+def _toml(text: str) -> Any:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return None
+
+
+def _where(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Where a job runs, and on how much."""
+    return {
+        "nodes": arguments.nodes,
+        "gpus_per_node": arguments.gpus_per_node,
+        "cluster": load(arguments.cluster) if arguments.cluster else Cluster(launcher="alone"),
+        "directory": Path.cwd(),
+    }
+
+
+def _job(
+    arguments: argparse.Namespace, *, run: Path, preset: Path, over: tuple[str, ...] = ()
+) -> Job:
+    """The job of a run. Its whole config has been checked, for its number of ranks."""
+    overrides = (*arguments.set, *over)
+    config = configs.load(preset, overrides, unset=arguments.unset)
+    job = Job(
+        run=run.absolute(),
+        **_where(arguments),
+        overrides=overrides,
+        unset=tuple(arguments.unset),
+        check=arguments.check,
+        shards=config.data.shards,
+    )
+    ds_config = ds_configs.load(records.ROOT / "ds_config.json")
+    ds_configs.resolve(ds_config, config=config, ranks=job.ranks)
+    return job
+
+
+def _submit(job: Job, script: Path, *, detach: bool) -> int:
+    """Submit the script, start it in the background, or become the shell that runs it."""
+    if job.cluster.launcher == "kubernetes":
+        print(f"wrote {script}; to start it, run: kubectl apply -f {script}")
+        return 0
+    if job.cluster.launcher == "slurm":
+        job_id = queue.submit(script)
+        records.keep_job_id(job, job_id)
+        print(f"submitted {script} as job {job_id}; output: {job.records}/slurm-{job_id}.out")
+        return 0
+    if detach:
+        return _detach(job, script)
+    # On Ctrl-C the ranks save, and a Python parent would kill this shell meanwhile.
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and bash could not undo it
+        signal.signal(ignored, signal.SIG_DFL)
+    os.execvp("bash", ["bash", str(script)])
+
+
+def _detach(job: Job, script: Path) -> int:
+    """Start the script in a session of its own, which outlives the terminal."""
+    output = job.records / "output.txt"
+    with output.open("ab") as file:
+        process = subprocess.Popen(
+            ["bash", str(script)],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    verb = "python -m launch"
+    print(f"started {script} in the background, process {process.pid} of {socket.gethostname()}")
+    print(f"  output: {quoted(['tail', '-F', output])}")
+    print(f"  state:  {verb} {quoted(['status', job.run])}")
+    print(f"  stop:   {verb} {quoted(['stop', job.run])}")
+    return 0

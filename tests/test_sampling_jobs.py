@@ -1,0 +1,57 @@
+"""Sampling as a job: its shares, its state, and how it is stopped."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data.exits import TO_BE_CONTINUED
+from tests.support import ranks
+from tests.support.cluster import ROOT
+from trainer.ranks.lease import request_stop
+from trainer.runstate import RunState
+
+FEW = ["--images", "10", "--batch", "2", "--steps", "4"]
+
+
+def test_the_shares_of_an_array_are_one_output(tmp_path: Path, weights: dict) -> None:
+    def words(name: str, *share: str) -> list[object]:
+        return [*weights["unet"], *FEW, "--out", tmp_path / name, *share]
+
+    shares = [words("shared.npz", "--share", f"{n}/3") for n in (2, 0)]
+    assert ranks.sample(tmp_path, *shares, world=2) == [0, 0]
+    assert not (tmp_path / "shared.npz").exists()
+    last = [words("shared.npz", "--share", "1/3"), words("whole.npz")]
+    assert ranks.sample(tmp_path, *last) == [0, 0]
+    shared, whole = (ranks.arrays(tmp_path / f"{name}.npz") for name in ("shared", "whole"))
+    assert all(np.array_equal(a, b) for a, b in zip(shared, whole, strict=True))
+    assert ranks.sample(tmp_path, words("shared.npz", "--share", "0/3")) == [0]  # drawn already
+
+
+def start(directory: Path, *words: object) -> "subprocess.Popen[str]":
+    """`python -m launch sample` on this machine, in `directory`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", "sample", *map(str, words)],
+        cwd=directory,
+        env={**ranks.environment(), "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_a_job_that_draws_stops_on_request(tmp_path: Path, weights: dict) -> None:
+    words = [*weights["unet"], "--batch", 2, "--images", 10, "--out", "x.npz"]
+    job, drawing = tmp_path / "x.job", start(tmp_path, *words, "--steps", 1000)
+    end = time.monotonic() + ranks.LIMIT
+    while (state := RunState.read(job)) is None or state.state != "running":
+        assert time.monotonic() < end and drawing.poll() is None, drawing.communicate()[0]
+        time.sleep(0.1)
+    request_stop(job)
+    said = drawing.communicate(timeout=ranks.LIMIT)[0]
+    assert drawing.returncode == TO_BE_CONTINUED, said
+    state = RunState.read(job)
+    assert state is not None and state.state == "stopped"
+    assert not (tmp_path / "x.npz").exists()
