@@ -104,13 +104,13 @@ def check_free(run: Path) -> None:
 def prepare(job: Job, *, preset: Path | None) -> Path:
     """Copy the code and the preset, and write the text; returns the text's file.
 
-    Requests and records of an earlier job (`stop`, `failed-at`, `job`) are removed.
+    Requests and records of an earlier job (`stop`, `failed-at`, `lost-hosts`, `job`) are removed.
     """
     job.records.mkdir(parents=True, exist_ok=True)
     _copy_code(job.code)
     if preset is not None:
         shutil.copyfile(preset, job.records / "preset.toml")
-    for earlier in ("stop", "failed-at", "job"):
+    for earlier in ("stop", "failed-at", "lost-hosts", "job"):
         (job.records / earlier).unlink(missing_ok=True)
     facts: Mapping[str, object] = {
         "launcher": job.cluster.launcher,

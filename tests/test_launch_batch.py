@@ -1,9 +1,10 @@
 """The batch script under bash, with stand-ins for Slurm's programs: what is started again."""
 
+import json
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launch import cluster as clusters
 from launch import slurm
 from launch.job import Job
 from tests.support.cluster import ROOT
+from trainer.runstate import RunState
 
 # Ahead of what a test's own lines do, a stand-in notes its process for the others.
 _PROGRAMS = {
@@ -25,13 +27,16 @@ tell() { kill -s "$1" "$script"; }
 . ./$step.sh""",
     "scancel": 'kill -USR1 "$(cat step)"; touch signalled',
     "scontrol": """\
-case $1 in
-  show)
+case "$1 $2" in
+  "show hostnames") echo "$SLURM_JOB_NODELIST" | tr , '\\n' ;;
+  show*)
     [ -e requeued ] && state=COMPLETING
     [ -e fixed ] && requeue=0
+    [ -e excluded ] && excluded=$(cat excluded)
     facts="Requeue=${requeue:-1} Restarts=$SLURM_RESTART_COUNT BatchFlag=1"
+    facts="$facts ExcNodeList=${excluded:-(null)} Comment="
     echo " JobState=${state:-RUNNING} Reason=None Dependency=(null) $facts " ;;
-  requeue)
+  requeue*)
     echo requeue >> asked
     if [ -e denial ] && { cat denial >&2; [ ! -e once ] || rm denial; }; then exit 1; fi
     touch requeued ;;
@@ -97,7 +102,7 @@ class Bash:
         env = {
             "PATH": f"{self.directory}/bin:{os.environ['PATH']}",
             "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NODELIST": "n1",
+            "SLURM_JOB_NODELIST": "n1,n2,n3",
             "SLURM_RESTART_COUNT": str(number),
             **variables,
         }
@@ -273,3 +278,31 @@ def test_no_requeue_of_the_user_counts() -> None:
         )
         said = [line for line in slurm.text(job).splitlines() if "requeue" in line]
         assert [line for line in said if line.startswith("#SBATCH")][-1] == "#SBATCH --no-requeue"
+
+
+def loses(host: str, *, checkpoint: int = 0) -> str:
+    """What ranks leave behind when one of them is lost on `host`."""
+    state = RunState(
+        state="failed", lost=f"{host}.cluster", checkpoint=f"{checkpoint:012d}", starts=checkpoint
+    )
+    text = json.dumps(asdict(state), indent=1)
+    return f"echo '{text}' > run/launch/state.json; exit 1"
+
+
+def test_a_node_that_lost_ranks_twice_is_excluded(bash: Bash) -> None:
+    (bash.directory / "excluded").write_text("n9\n")
+    bash.start(0, ranks=loses("n2", checkpoint=8))
+    bash.start(1, ranks=loses("n1", checkpoint=16))
+    assert bash.requeued and not bash.text("submitted")
+    bash.start(2, ranks=loses("n2", checkpoint=16))
+    assert "failed with status 1; n2 lost ranks twice and is excluded; submitted job 8" in (
+        bash.events
+    )
+    assert "--exclude=n9,n2 " in bash.text("submitted") and not bash.requeued
+
+
+def test_the_record_of_an_earlier_start_makes_no_node_suspect(bash: Bash) -> None:
+    bash.start(0, ranks=loses("n2"))
+    bash.start(1, ranks="exit 1")  # before it claimed the run
+    assert "failed with status 1, for the second time" in bash.events
+    assert not bash.text("submitted")

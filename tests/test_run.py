@@ -62,6 +62,7 @@ def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Pat
     found = RunState.read(tmp_path)
     assert found is not None
     assert (found.state, found.checkpoint, found.starts) == ("failed", "000000000064", 1)
+    assert found.lost == "n2"
     assert sorted(p.name for p in (tmp_path / "launch").iterdir()) == [
         "state.json",
         "timeline.jsonl",

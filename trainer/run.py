@@ -27,6 +27,7 @@ from trainer.checkpoint import committed
 from trainer.config import Config
 from trainer.ranks import lease as leases
 from trainer.ranks.lease import Lease, LeaseLost
+from trainer.ranks.watchdog import named_hosts
 from trainer.runstate import RunState
 
 # What a run may not change when it is resumed: its weights or its order would mean another thing.
@@ -232,7 +233,7 @@ class Run:
             self._append(_dated(text))
         holder = leases.holder(self.path)
         if holder is not None and holder.token == self.token:
-            self._note(state="failed", why=text)
+            self._note(state="failed", why=text, lost=",".join(named_hosts(text)) or None)
 
     def _append(self, line: str) -> None:
         files.append(self.path / "log.txt", line + "\n")

@@ -31,6 +31,8 @@ class RunState:
     checkpoint: str | None = None
     #: Why the run is no longer running.
     why: str | None = None
+    #: The hosts whose ranks were lost or hung in the last start, with commas between them.
+    lost: str | None = None
     #: The scheduler's id of the job.
     job_id: str | None = None
 

@@ -7,6 +7,7 @@ start=${SLURM_RESTART_COUNT:-0}
 told=
 timer=
 status=
+before=$(cat "$run/launch/state.json" 2> /dev/null)
 trap leave USR1
 trap told=yes TERM  # the ranks get it too; this shell stays to record how they ended
 
@@ -58,25 +59,41 @@ again() {
       say "$1; cancelled, or already started again"
       return ;;
   esac
+  bad=
   if [ "$status" != @more@ ] && [ -z "$told" ]; then
-    if [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
+    bad=$(lost_twice)
+    if [ -z "$bad" ] && [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
       say "$1, for the second time at checkpoint $(newest): not started again"
       return
     fi
     newest > "$run/launch/failed-at"
   fi
-  case $answer in
-    *" Requeue=0 "*) follow_up "$1" "this job may not be requeued" ;;
-    *)
-      if ask scontrol requeue "$job"; then
-        say "$1; requeued, resumes from checkpoint $(newest)"
-      else
-        follow_up "$1" "not requeued: $answer"
-      fi ;;
-  esac
+  if [ -n "$bad" ]; then
+    others=${answer##* ExcNodeList=}
+    others=${others%% *}
+    [ "$others" != "(null)" ] || others=
+    follow_up "$1" "$bad lost ranks twice and is excluded" --exclude="${others:+$others,}$bad"
+  elif [[ $answer == *" Requeue=0 "* ]]; then
+    follow_up "$1" "this job may not be requeued"
+  elif ask scontrol requeue "$job"; then
+    say "$1; requeued, resumes from checkpoint $(newest)"
+  else
+    follow_up "$1" "not requeued: $answer"
+  fi
 }
 
-# Submit the same script as a job that begins when this one has ended. Variables of this job would
+# The hosts, with commas between them, that lost ranks in this start and in an earlier one.
+lost_twice() {
+  if [ "$(cat "$run/launch/state.json" 2> /dev/null)" = "$before" ]; then return; fi
+  mapfile -t lost < <(state lost | tr , '\n' | sed 's/[.].*//')
+  for host in "${lost[@]}"; do
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF "$host" || continue
+    if grep -qxF "$host" "$run/launch/lost-hosts" 2> /dev/null; then echo "$host"; fi
+  done | sort -u | paste -sd,
+  printf '%s\n' "${lost[@]}" >> "$run/launch/lost-hosts"
+}
+
+# Submit the same script, with further options, as a job that begins when this one has ended. Variables of this job would
 # contradict its options.
 follow_up() {
   next=$(cat "$run/launch/job" 2> /dev/null)
@@ -88,7 +105,8 @@ follow_up() {
       *) forget+=(-u "$name") ;;
     esac
   done
-  if ask env "${forget[@]}" sbatch --parsable --dependency="afterany:$job" "$run/launch/job.sh"; then
+  if ask env "${forget[@]}" sbatch --parsable --dependency="afterany:$job" "${@:3}" \
+    "$run/launch/job.sh"; then
     next=${answer##*$'\n'}  # sbatch may print warnings before
     echo "${next%%;*}" > "$run/launch/job"
     say "$1; $2; submitted job ${next%%;*}, which resumes from checkpoint $(newest)"

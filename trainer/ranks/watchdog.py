@@ -9,6 +9,7 @@ thread that decides uses its own clock and never waits for the network.
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -200,3 +201,8 @@ def _meet(world: World, *, patience: float) -> dist.TCPStore:
     own = store(0, is_master=True, wait_for_workers=False) if world.is_main else None
     port = from_main(lambda: 0 if own is None else own.port)
     return own or store(port, is_master=False)
+
+
+def named_hosts(verdict: str) -> list[str]:
+    """The hosts whose ranks a verdict names, such as n2 in "n1: lost: n2 (rank 3; computing)"."""
+    return re.findall(r"(\S+) \(ranks? \d", verdict)
