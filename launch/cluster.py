@@ -123,8 +123,23 @@ class Kubernetes:
     claim: str
     mount: str
     namespace: str = "default"
+    #: PyTorchJob of the training operator, or TrainJob of Kubeflow Trainer (version 2).
+    kind: Literal["PyTorchJob", "TrainJob"] = "PyTorchJob"
+    #: Further limits of a pod, such as "rdma/hca" = "8" or "memory" = "800Gi".
+    resources: Mapping[str, str] = field(default_factory=dict)
+    #: The size of /dev/shm, such as "64Gi". Absent: half of the node's memory.
+    shared_memory: str | None = None
+    #: Taints of nodes that the pods may run on, such as "gpu=h100:NoSchedule" or "gpu:NoSchedule".
+    tolerations: tuple[str, ...] = ()
     #: How often Kubeflow restarts a job before it marks it as failed.
     restarts: int = 20
+
+    def __post_init__(self) -> None:
+        for taint in self.tolerations:
+            is_taint = re.fullmatch(
+                r"[\w./-]+(=[\w.-]+)?(:(NoSchedule|PreferNoSchedule|NoExecute))?", taint
+            )
+            check(is_taint is not None, "kubernetes.tolerations", taint, 'such as "gpu:NoSchedule"')
 
 
 @dataclass(frozen=True, kw_only=True)

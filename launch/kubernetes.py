@@ -1,4 +1,8 @@
-"""Kubernetes: a job as the manifest of a Kubeflow PyTorchJob, for `kubectl apply -f`."""
+"""Kubernetes: a job as a manifest for `kubectl apply -f`.
+
+It is a PyTorchJob of Kubeflow's training operator, or a TrainJob of Kubeflow Trainer with a runtime
+of its own, which has the pod that a TrainJob itself can only patch.
+"""
 
 import json
 import re
@@ -10,8 +14,11 @@ from launch.job import Job, setup_lines
 from launch.shell import fill, quoted
 from trainer.adm.config import check
 
-# The indentation of the script, a block of YAML.
-_INDENT = " " * 18
+# Where the ranks of a pod find their number and their meeting place.
+_VARIABLES = {
+    "PyTorchJob": ("RANK", "MASTER_ADDR", "MASTER_PORT"),
+    "TrainJob": ("PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
+}
 
 
 def manifest(job: Job) -> str:
@@ -24,16 +31,24 @@ def manifest(job: Job) -> str:
     site = job.cluster.kubernetes
     assert site is not None
     _check_volume(job, site)
+    facts: dict[str, object] = {
+        "name": _pod_name(job),
+        "nodes": job.nodes,
+        "gpus": job.gpus_per_node,
+        "namespace": _yaml(site.namespace),
+        "restarts": site.restarts,
+    }
+    if site.kind == "TrainJob":
+        pod = textwrap.indent(_pod(job, site, container="node"), " " * 18)
+        return fill("kubernetes-trainjob.yaml", **facts, pod=pod.rstrip())
+    pod = textwrap.indent(_pod(job, site, container="pytorch"), " " * 10)
     roles = {"Master": 1, "Worker": job.nodes - 1}
-    return fill(
-        "kubernetes.yaml",
-        name=_pod_name(job),
-        nodes=job.nodes,
-        gpus=job.gpus_per_node,
-        namespace=_string(site.namespace),
-        restarts=site.restarts,
-        replicas="\n".join(_replicas(job, site, role, n) for role, n in roles.items() if n),
-    )
+    replicas = [
+        fill("kubernetes-role.yaml", role=role, count=count, pod=pod.rstrip()).rstrip()
+        for role, count in roles.items()
+        if count
+    ]
+    return fill("kubernetes.yaml", **facts, replicas="\n".join(replicas))
 
 
 def _pod_name(job: Job) -> str:
@@ -54,41 +69,57 @@ def _check_volume(job: Job, site: Kubernetes) -> None:
     check(seen, "data.shards", job.shards, whole)
 
 
-def _replicas(job: Job, site: Kubernetes, role: str, count: int) -> str:
-    env = (
-        f"                - name: {name}\n                  value: {_string(value)}"
+def _pod(job: Job, site: Kubernetes, *, container: str) -> str:
+    """What a pod is made of, of either kind of job."""
+    env = [
+        f"      - name: {name}\n        value: {_yaml(value)}"
         for name, value in job.environment.items()
-    )
-    text = fill(
-        "kubernetes-role.yaml",
-        role=role,
-        count=count,
-        image=_string(site.image),
-        directory=_string(str(job.directory)),
+    ]
+    gpus = {} if job.cluster.cpu else {"nvidia.com/gpu": str(job.gpus_per_node)}
+    limits = {**gpus, **site.resources}
+    # Memory that a network card reads itself must be locked.
+    locks = {"capabilities": {"add": ["IPC_LOCK"]}} if any("rdma" in n for n in limits) else {}
+    size = {"sizeLimit": site.shared_memory} if site.shared_memory else {}
+    return fill(
+        "kubernetes-pod.yaml",
+        container=container,
+        tolerations=_yaml([_toleration(text) for text in site.tolerations]),
+        image=_yaml(site.image),
+        directory=_yaml(str(job.directory)),
+        security=_yaml(locks),
         env="\n".join(env),
-        script=textwrap.indent("\n".join(_script(job)), _INDENT),
-        gpus=job.gpus_per_node,
-        mount=_string(site.mount),
-        claim=_string(site.claim),
+        script=textwrap.indent("\n".join(_script(job, site)), " " * 8),
+        limits=_yaml(limits),
+        mount=_yaml(site.mount),
+        memory=_yaml({"medium": "Memory", **size}),
+        claim=_yaml(site.claim),
         grace=job.cluster.seconds_to_save,
     )
-    return text.rstrip()
 
 
-def _script(job: Job) -> list[str]:
-    """Kubeflow sets each pod's RANK, and where the pods meet."""
+def _toleration(taint: str) -> dict[str, str]:
+    """The toleration of a taint, in kubectl's notation: KEY, KEY:EFFECT or KEY=VALUE:EFFECT."""
+    key, _, effect = taint.partition(":")
+    key, _, value = key.partition("=")
+    matches = {"operator": "Equal", "value": value} if value else {"operator": "Exists"}
+    return {"key": key, **matches, **({"effect": effect} if effect else {})}
+
+
+def _script(job: Job, site: Kubernetes) -> list[str]:
+    """Kubeflow sets each pod's number, and where the pods meet."""
+    rank, address, port = _VARIABLES[site.kind]
     return [
         *(fill("kubernetes-setup.sh", refused=REFUSED).splitlines() if job.cluster.setup else ()),
         *setup_lines(job),
         # The same as the pod's grace period.
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.cluster.seconds_to_save}",
         quoted(["exec", job.cluster.python, "-m", "torch.distributed.run"]) + " \\",
-        f"  --nnodes={job.nodes} --nproc-per-node={job.gpus_per_node} --node-rank=$RANK \\",
-        "  --master-addr=$MASTER_ADDR --master-port=$MASTER_PORT \\",
+        f"  --nnodes={job.nodes} --nproc-per-node={job.gpus_per_node} --node-rank=${rank} \\",
+        f"  --master-addr=${address} --master-port=${port} \\",
         f"  -m -- {quoted(job.rank_words[1:])}",
     ]
 
 
-def _string(value: str) -> str:
-    """A double-quoted YAML string, in JSON's notation."""
+def _yaml(value: object) -> str:
+    """A value in JSON's notation, which YAML reads."""
     return json.dumps(value, ensure_ascii=False)

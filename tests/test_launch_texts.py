@@ -45,6 +45,15 @@ def big_job(site: str) -> Job:
     )
 
 
+def pod(manifest: str) -> dict[str, Any]:
+    """The specification of a manifest's pods."""
+    spec = next(yaml.safe_load_all(manifest))["spec"]
+    if "pytorchReplicaSpecs" in spec:
+        return spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (node,) = spec["template"]["spec"]["replicatedJobs"]
+    return node["template"]["spec"]["template"]["spec"]
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_the_text_of_512_gpus_is_the_recorded_one(site: str) -> None:
     job = big_job(site)
@@ -59,9 +68,8 @@ def test_the_text_of_512_gpus_is_the_recorded_one(site: str) -> None:
 def test_shellcheck_has_no_warnings_about_the_text(site: str, tmp_path: Path) -> None:
     job = big_job(site)
     file, text = tmp_path / "job.sh", records.text(job)
-    if site == "kubernetes":
-        replicas = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]
-        (container,) = replicas["Worker"]["template"]["spec"]["containers"]
+    if site.startswith("kubernetes"):
+        (container,) = pod(text)["containers"]
         text = f"#!/bin/bash\n{container['command'][2]}"
     file.write_text(text)
     check = ["shellcheck", "--severity", "warning", file]
@@ -95,13 +103,34 @@ def test_the_manifest_is_what_kubeflow_takes(monkeypatch: pytest.MonkeyPatch) ->
     roles = manifest["spec"]["pytorchReplicaSpecs"]
     assert {name: role["replicas"] for name, role in roles.items()} == {"Master": 1, "Worker": 63}
     for role in roles.values():
-        pod = role["template"]["spec"]
-        (container,) = pod["containers"]
+        spec = role["template"]["spec"]
+        (container,) = spec["containers"]
         assert container["name"] == "pytorch"  # Kubeflow looks for that name
         mounted = {mount["name"] for mount in container["volumeMounts"]}
-        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
         script = container["command"][2]
         subprocess.run(["bash", "-n", "-c", script], check=True)
+
+
+def test_a_train_job_has_a_runtime_with_the_pods_of_a_pytorch_job() -> None:
+    """The TrainJob of Kubeflow Trainer can only patch the pods of a runtime."""
+    text = records.text(big_job("kubernetes-trainer"))
+    runtime, job = yaml.safe_load_all(text)
+    assert (runtime["kind"], job["kind"]) == ("TrainingRuntime", "TrainJob")
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"] == "imagenet64"
+    assert job["spec"]["trainer"] == {"numNodes": 64, "numProcPerNode": 8}
+    assert runtime["spec"]["mlPolicy"] == {"numNodes": 64, "torch": {}}
+    spec, other = pod(text), pod(records.text(big_job("kubernetes")))
+    assert spec["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    ]
+    assert spec["volumes"][1]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Gi"}
+    (ours,), (theirs,) = spec["containers"], other["containers"]
+    limits = ours["resources"]["limits"]
+    assert limits == {"nvidia.com/gpu": "8", "rdma/hca": "8", "memory": "800Gi"}
+    assert ours["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
+    script = ours["command"][2]
+    assert script.replace("$PET_NODE_RANK", "$RANK").replace("$PET_", "$") == theirs["command"][2]
 
 
 def test_lines_and_quotes_reach_pods_as_they_are() -> None:
@@ -111,9 +140,7 @@ def test_lines_and_quotes_reach_pods_as_they_are() -> None:
     site = dataclasses.replace(job.cluster, setup=lines, environment=odd)
     directory = Path('/runs/it\'s 100% "new"')
     job = dataclasses.replace(job, cluster=site, directory=directory)
-    manifest = yaml.safe_load(records.text(job))
-    pod = manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    (container,) = pod["containers"]
+    (container,) = pod(records.text(job))["containers"]
     assert {"name": "MESSAGE", "value": odd["MESSAGE"]} in container["env"]
     assert container["workingDir"] == str(directory)
     setup = container["command"][2].partition("export TORCH_ELASTIC")[0]
