@@ -1,0 +1,109 @@
+"""The batch script where it may not requeue its job: what follows, and what is said."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from launch import cluster as clusters
+from launch import slurm
+from launch.job import Job
+from tests.support.batch import DENIAL, Bash
+from trainer.runstate import RunState
+
+
+@pytest.fixture
+def bash(tmp_path: Path) -> Bash:
+    return Bash(tmp_path)
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["--no-requeue", "denied"])
+def test_a_job_that_may_not_be_requeued_submits_the_one_that_follows(
+    bash: Bash, fixed: bool
+) -> None:
+    (bash.directory / ("fixed" if fixed else "denial")).write_text(f"{DENIAL}\n")
+    inherited = {"SLURM_MEM_PER_CPU": "500", "SBATCH_TIMELIMIT": "1"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_QOS": "low"}
+    assert bash.start(ranks="exit 75", **inherited, **kept) == 75
+    why = "this job may not be requeued" if fixed else f"not requeued: {DENIAL}"
+    said = f"saved; {why}; submitted job 8, which resumes from checkpoint none"
+    assert said in bash.events and not bash.requeued
+    assert bash.text("asked") == ("" if fixed else "requeue\n")  # a refusal is no time-out
+    script = f"{bash.directory}/run/launch/job.sh"
+    assert bash.text("submitted") == f"--parsable --dependency=afterany:7 {script}\n"
+    assert bash.text("run/launch/job") == "8\n"
+    seen = set(bash.text("env.txt").splitlines())
+    assert seen >= {f"{k}={v}" for k, v in kept.items()}
+    assert not [line for line in seen if line.startswith((*inherited, "SLURM_JOB_ID"))]
+
+
+def test_a_run_that_is_told_to_leave_and_stays_is_followed_by_one_job(bash: Bash) -> None:
+    (bash.directory / "fixed").touch()
+    stays = "trap '' USR1; tell USR1; until [ -e submitted ]; do sleep 0.1; done; sleep 0.3"
+    bash.start(ranks=stays)
+    assert "did not leave in 0.9 s; this job may not be requeued; submitted job 8" in bash.events
+    assert bash.events.count("submitted") == 1
+
+
+def test_scontrol_and_sbatch_that_refuse_are_quoted(bash: Bash) -> None:
+    (bash.directory / "denial").write_text(f"{DENIAL}\n")
+    (bash.directory / "refusal").write_text("sbatch: error: not from a node\n")
+    bash.start(ranks="exit 75")
+    assert (
+        f"saved; not requeued: {DENIAL}; no job was submitted to follow: sbatch: error: not "
+        in (bash.events)
+    )
+
+
+def test_scontrol_that_times_out_is_asked_again(bash: Bash) -> None:
+    timeout = "slurm_requeue error: Socket timed out on send/recv operation\n"
+    (bash.directory / "denial").write_text(timeout)
+    (bash.directory / "once").touch()
+    bash.start(ranks="exit 75", setup="sleep() { :; }")
+    assert bash.text("asked") == "requeue\nrequeue\n"
+    assert "saved; requeued, resumes" in bash.events
+
+
+def test_no_requeue_of_the_user_counts() -> None:
+    for slurm_settings in (
+        clusters.Slurm(requeue=False),
+        clusters.Slurm(options=("--no-requeue",)),
+    ):
+        job = Job(
+            run=Path("/runs/a"),
+            nodes=1,
+            gpus_per_node=1,
+            directory=Path("/"),
+            cluster=clusters.Cluster(slurm=slurm_settings),
+        )
+        said = [line for line in slurm.text(job).splitlines() if "requeue" in line]
+        assert [line for line in said if line.startswith("#SBATCH")][-1] == "#SBATCH --no-requeue"
+
+
+def loses(host: str, *, checkpoint: int = 0) -> str:
+    """What ranks leave behind when one of them is lost on `host`."""
+    state = RunState(
+        state="failed", lost=f"{host}.cluster", checkpoint=f"{checkpoint:012d}", starts=checkpoint
+    )
+    text = json.dumps(asdict(state), indent=1)
+    return f"echo '{text}' > run/launch/state.json; exit 1"
+
+
+def test_a_node_that_lost_ranks_twice_is_excluded(bash: Bash) -> None:
+    (bash.directory / "excluded").write_text("n9\n")
+    bash.start(0, ranks=loses("n2", checkpoint=8))
+    bash.start(1, ranks=loses("n1", checkpoint=16))
+    assert bash.requeued and not bash.text("submitted")
+    bash.start(2, ranks=loses("n2", checkpoint=16))
+    assert "failed with status 1; n2 lost ranks twice and is excluded; submitted job 8" in (
+        bash.events
+    )
+    assert "--exclude=n9,n2 " in bash.text("submitted") and not bash.requeued
+
+
+def test_the_record_of_an_earlier_start_makes_no_node_suspect(bash: Bash) -> None:
+    bash.start(0, ranks=loses("n2"))
+    bash.start(1, ranks="exit 1")  # before it claimed the run
+    assert "failed with status 1, for the second time" in bash.events
+    assert not bash.text("submitted")
