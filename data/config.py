@@ -84,6 +84,9 @@ class DataConfig(FetchConfig):
     workers: int = 2
     flip: bool = True
     crop: Literal["center", "random"] = "center"
+    #: Other shards that a run is validated on, and how many of their images. Absent: all.
+    validation: str | None = None
+    validation_images: int | None = None
     prefetch_mb: int = 256
     max_bad: float = 0.001
 
@@ -92,6 +95,8 @@ class DataConfig(FetchConfig):
         for name in ("image_size", "streams", "block", "prefetch_mb"):
             value = getattr(self, name)
             check(value >= 1, f"data.{name}", value, "at least 1")
+        images = self.validation_images
+        check(images is None or images >= 1, "data.validation_images", images, "at least 1")
         check(self.workers >= 0, "data.workers", self.workers, "at least 0 (decode in the trainer)")
         check(self.crop in ("center", "random"), "data.crop", self.crop, '"center" or "random"')
         check(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "a share between 0 and 1")

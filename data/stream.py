@@ -142,6 +142,24 @@ class Stream:
         requests = _single_pass(self.shards.count, micro_batch_size, rank, ranks)
         return self._load(requests, micro_batch_size=micro_batch_size, pin=pin)
 
+    def parts(
+        self, *, images: int, size: int, rank: int, ranks: int, pin: bool = False
+    ) -> Iterator[Batch]:
+        """So many images, each once, evenly spread over the set, without flips or random crops.
+
+        They are cut in parts of `size`, of which rank r takes the parts r, r + ranks, ...: what is
+        in a part does not depend on the number of ranks.
+
+        Raises:
+            ValueError: an image is damaged; and as `batches`.
+        """
+        step = self.shards.count // images
+        parts = (
+            BatchRequest(range(first * step, min(first + size, images) * step, step), once=True)
+            for first in range(rank * size, images, ranks * size)
+        )
+        return self._load(parts, micro_batch_size=size, pin=pin)
+
     def close(self) -> None:
         """End the workers and close all files."""
         for workers in self._running:

@@ -246,7 +246,8 @@ def _rows(file: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and all(_is_number(row.get(name)) for name in ("images", "time")):
+        is_row = isinstance(row, dict) and all(_is_number(row.get(n)) for n in ("images", "time"))
+        if is_row and "validation/loss" not in row:
             rows.append(row)
     return rows
 

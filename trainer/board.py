@@ -82,9 +82,7 @@ class Board:
         What is not finite is null in metrics.jsonl.
         """
         values = {**values, **self._mfu.shares(values["images_per_second"])}
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        row = json.dumps({"images": images_seen, "time": time.time(), **finite}) + "\n"
-        self._attempt("metrics.jsonl", lambda: files.append(self._rows, row))
+        self._append(values, images_seen=images_seen)
         found = self._account(values, images_seen=images_seen)
         hours = self._hours_left(images_seen)
         shares = {f"goodput/{kind}": share for kind, share in found.shares.items()} if found else {}
@@ -106,6 +104,19 @@ class Board:
             self._texted = time.monotonic()
         if self._wandb is not None:
             self._wandb.scalars(shown, images_seen=images_seen)
+
+    def validation(self, values: Mapping[str, float], *, images_seen: int) -> None:
+        """Add the values of a validation, in a row of their own."""
+        self._append(values, images_seen=images_seen)
+        board = self._tensorboard
+        self._attempt("tensorboard/", lambda: board.scalars(values, images_seen=images_seen))
+        if self._wandb is not None:
+            self._wandb.scalars(values, images_seen=images_seen)
+
+    def _append(self, values: Mapping[str, float], *, images_seen: int) -> None:
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        row = json.dumps({"images": images_seen, "time": time.time(), **finite}) + "\n"
+        self._attempt("metrics.jsonl", lambda: files.append(self._rows, row))
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""

@@ -8,8 +8,10 @@ of itself. Any world size and ZeRO stage loads any checkpoint. `trainer.saver` w
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,8 @@ from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
 from trainer.state import TrainState
 
+# The result of a validation of the weights beside it.
+VALIDATION = "validation.json"
 # What makes a directory a checkpoint.
 STATE = "state.json"
 # The checksum of the rest of state.json. Checkpoints of version 0.1 have none.
@@ -161,6 +165,24 @@ def superseded(names: Sequence[int], *, keep: int, keep_every: int | None) -> li
         for before, images_seen in zip([0, *ordered], ordered[:-keep], strict=False)
         if keep_every is None or images_seen // keep_every == before // keep_every
     ]
+
+
+def best(paths: Sequence[Path]) -> Path | None:
+    """Of committed checkpoints, newest first, the one with the smallest loss of validation.
+
+    Those that were validated on other images than the newest such one do not count.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for path in paths:
+        with suppress(OSError, ValueError):
+            found[path] = json.loads((path / VALIDATION).read_text())
+    sets = [(entry.get("fingerprint"), entry.get("count")) for entry in found.values()]
+    losses = {
+        path: entry["loss"]
+        for (path, entry), of in zip(found.items(), sets, strict=True)
+        if of == sets[0] and isinstance(entry.get("loss"), float) and math.isfinite(entry["loss"])
+    }
+    return min(losses, key=lambda path: losses[path], default=None)
 
 
 def sha256(file: Path) -> str:

@@ -26,6 +26,24 @@ def check(config: Config, shards: Shards, *, run: Run) -> None:
         )
 
 
+def check_validation(config: Config, shards: Shards, *, training: Shards) -> None:
+    """Return if labels of the validation's `shards` mean what they do in the training set.
+
+    Raises:
+        ValueError: the classes differ, though the network has some.
+    """
+    own, theirs = training.classes, shards.classes
+    if config.model.num_classes is None or own == theirs:
+        return
+    numbers = range(max(len(own), len(theirs)))
+    first = next(n for n in numbers if own[n : n + 1] != theirs[n : n + 1])
+    here, there = (repr(each[first]) if first < len(each) else "missing" for each in (theirs, own))
+    raise ValueError(
+        f"data.validation = {config.data.validation}: class {first} is {here}, in data.shards "
+        f"{there}: pack it again with --classes-of {config.data.shards}"
+    )
+
+
 def untrained(config: Config, shards: Shards) -> str:
     """A line for the log where the network has more classes than the shards; or nothing."""
     classes, found = config.model.num_classes, len(shards.classes)

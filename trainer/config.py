@@ -66,6 +66,12 @@ class Config:
             every.averages,
             "set if training.ema_widths is, and absent without",
         )
+        check(
+            (every.validate is None) is (self.data.validation is None),
+            "intervals.validate",
+            every.validate,
+            "set if data.validation is, and absent without",
+        )
         if every.samples is not None:
             try:
                 kept_timesteps(self.diffusion.steps, every.samples_steps)

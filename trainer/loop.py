@@ -31,6 +31,7 @@ from trainer.run import Run
 from trainer.saver import Saver
 from trainer.snapshots import Snapshots
 from trainer.state import TrainState
+from trainer.validation import Validation, ValidationSet
 
 
 def due(every: int | None, *, images_seen: int, batch_size: int) -> bool:
@@ -58,11 +59,14 @@ class Loop:
     stop_requested: Callable[[], bool]
     #: Tells the watchdog that this rank has made progress, and what it does next.
     mark: Callable[[str], None]
+    #: The images of data.validation, if the config names some.
+    validation_set: ValidationSet | None
     #: The images that an upsampler enlarges in its grids.
     shown: Batch | None = None
     _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(3))
     _guards: Guards = field(init=False)
     _snapshots: Snapshots = field(init=False)
+    _validation: Validation | None = field(init=False)
     # The engine's updates at the last checkpoint, or at this start.
     _saved_updates: int = field(init=False)
     # When that was, on this rank's clock and on the run's.
@@ -72,6 +76,9 @@ class Loop:
     def __post_init__(self) -> None:
         self._guards = Guards(self.config, log=self._log)
         self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self._log)
+        self._validation = None
+        if self.validation_set is not None:
+            self._validation = Validation(self.validation_set, config=self.config, world=self.world)
         self._saved_updates = self.engine.updates
         self._saved_images = self.images_seen
 
@@ -82,6 +89,8 @@ class Loop:
         """
         total, every = self.config.training.images, self.config.intervals
         self._snapshots.open(self.images_seen, parameters=self.engine.parameter_count)
+        if self._validation is not None:
+            self._log(self._validation.cost())
         progress = Progress(total=total, done=self.images_seen, shown=self.board is not None)
         reported, stop = self.images_seen, False
         while self.images_seen < total and not stop:
@@ -96,6 +105,8 @@ class Loop:
                 self._save()
             if self._due(every.averages):
                 self._keep_averages()
+            if self._due(every.validate) and not stop:
+                self._validate()
             if self._due(every.samples) and not stop:
                 self._draw_grid()
         self._agreement.close()
@@ -208,6 +219,20 @@ class Loop:
         if self.images_seen >= self.config.training.images:
             self._guards.refuse(why, images_seen=self.images_seen)
         self._log(f"{why}: none is written")
+
+    def _validate(self) -> None:
+        """The loss over data.validation, from the first EMA and from the weights themselves."""
+        assert self._validation is not None
+        self.saver.flush()  # a validation that fails must not cost the checkpoint
+        began = time.monotonic()
+        stopped = self.stop_requested
+        found = self._validation.measure(self.engine, mark=self.mark, stopped=stopped)
+        seconds = time.monotonic() - began
+        if self.board is not None and found is not None:
+            self.board.validation(found, images_seen=self.images_seen)
+            self._validation.note(found, self.run, images_seen=self.images_seen)
+        self._log(self._validation.describe(found, seconds=seconds))
+        self.metrics.pause(seconds, on="validating")
 
     def _keep_averages(self) -> None:
         self.mark("keeping averages")

@@ -51,7 +51,9 @@ def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
         raise ValueError(f"--from {run}: it trains another network than this preset")
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()[-_ROWS:]
-        rate = statistics.median(json.loads(line)["images_per_second"] for line in lines)
+        rows = [json.loads(line) for line in lines]
+        training = [row for row in rows if "validation/loss" not in row]
+        rate = statistics.median(row["images_per_second"] for row in training)
         ranks = checkpoints.read(checkpoints.committed(run / "checkpoints")[0]).state.ranks
     except (OSError, ValueError, LookupError) as error:
         raise ValueError(

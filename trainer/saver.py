@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import files
-from trainer.checkpoint import STATE, committed, file_facts, sealed, superseded
+from trainer.checkpoint import STATE, best, committed, file_facts, sealed, superseded
 from trainer.ranks.faults import Broken, describe
 from trainer.ranks.group import from_main, gather
 from trainer.ranks.world import World
@@ -60,8 +60,8 @@ class Saver:
 
     def __init__(self, run: Run, *, world: World, intervals: IntervalConfig) -> None:
         self._run = run
-        self._world = world
         self._intervals = intervals
+        self._world = world
         self._mode = 0o666 & ~_umask()
         self._thread: threading.Thread | None = None
         self._state: TrainState | None = None
@@ -236,7 +236,9 @@ class Saver:
         names = [n for p in committed(self._run.checkpoints) if (n := int(p.name)) <= until]
         every = self._intervals
         old = superseded(names, keep=every.keep, keep_every=every.keep_every)
-        self._remove(self._run.checkpoints / f"{images_seen:012d}" for images_seen in old)
+        paths = [self._run.checkpoints / f"{images_seen:012d}" for images_seen in old]
+        spared = best(committed(self._run.checkpoints)) if every.keep_best else None
+        self._remove(path for path in paths if path != spared)
 
     def _remove(self, directories: Iterable[Path]) -> None:
         """Remove directories and what earlier attempts left; a failure is logged and tried again.

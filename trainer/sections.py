@@ -140,10 +140,23 @@ class IntervalConfig:
     samples_steps: str = "ddim25"
     #: Snapshots of the averages of training.ema_widths, and the precision that they are stored in.
     averages: int | None = None
+    #: The loss over data.validation. Absent: none.
+    validate: int | None = None
+    #: Keep the checkpoint with the smallest loss of validation, from the first EMA.
+    keep_best: bool = False
     averages_precision: Literal["fp16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:
-        counts = ("log", "checkpoint", "keep", "keep_every", "samples", "samples_count", "averages")
+        counts = (
+            "log",
+            "checkpoint",
+            "keep",
+            "keep_every",
+            "samples",
+            "samples_count",
+            "averages",
+            "validate",
+        )
         for field in counts:
             value = getattr(self, field)
             check(value is None or value >= 1, f"intervals.{field}", value, "at least 1")
@@ -151,6 +164,10 @@ class IntervalConfig:
         check(minutes is None or minutes > 0, "intervals.checkpoint_minutes", minutes, "above 0")
         unsaved = self.unsaved_minutes
         check(unsaved >= 0, "intervals.unsaved_minutes", unsaved, "at least 0")
+        # Every validation has a checkpoint, or the best one might have none.
+        has_checkpoint = self.validate is not None and self.validate % self.checkpoint == 0
+        multiple = "false unless intervals.validate is a multiple of intervals.checkpoint"
+        check(has_checkpoint or not self.keep_best, "intervals.keep_best", True, multiple)
 
 
 @dataclass(frozen=True, kw_only=True)

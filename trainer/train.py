@@ -42,6 +42,7 @@ from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.run import Run
 from trainer.saver import Saver
+from trainer.validation import ValidationSet
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class TrainingPlan:
     config: Config
     ds_config: dict[str, Any]
     stream: Stream
+    validation: ValidationSet | None
     #: The settings that this start changes in the run that is there.
     changes: Mapping[str, tuple[Any, Any]]
     #: The weights of `--init`, where the run starts from them.
@@ -82,6 +84,7 @@ class TrainingPlan:
             config=config,
             ds_config=ds_configs.resolve(ds_config, config=config, ranks=ranks),
             stream=stream,
+            validation=ValidationSet.of(config, training=stream.shards, check_files=check_files),
             changes=run.check(config),
             back=vars(arguments)["from"],
         )
@@ -175,6 +178,7 @@ def _loop(
                 timesteps=config.diffusion.steps,
                 is_own_time=engine.stage < 3,
             ),
+            validation_set=plan.validation,
             board=board,
             images_seen=images_seen,
             order=stream.identity,

@@ -1,0 +1,204 @@
+"""Validation: what it measures, the same on any number of ranks, and nothing that it changes."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data import pack
+from data.dataset import open_shards
+from tests.support import golden, ranks
+from tests.support.runs import EVERY, STEP, Place, equal
+from trainer import config as configs
+from trainer.adm.objective import Denoise
+from trainer.adm.timesteps import UniformTimesteps
+from trainer.adm.unet import build
+from trainer.copies import network_of
+from trainer.ranks.group import connected
+from trainer.ranks.world import join
+from trainer.validation import ValidationSet, means
+
+IMAGES = 50  # no multiple of a part on any number of ranks
+END = 4 * STEP
+#: Stage and precision of each run.
+KINDS = {"one": (1, "fp32"), "two": (2, "bf16"), "three": (3, "fp16")}
+
+
+def sets(digits: Path) -> tuple[str, ...]:
+    return (
+        f'data.validation = "{digits}"',
+        f"data.validation_images = {IMAGES}",
+        f"intervals.validate = {2 * STEP}",
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) -> Place:
+    """Runs with and without validation; a classifier; and one whose best checkpoint comes early."""
+    place = Place(tmp_path_factory.mktemp("validation"), tiny)
+    common = (*EVERY, f"training.images = {END}", "model.dropout = 0.2")
+    words = []
+    for name, (stage, precision) in KINDS.items():
+        own = (*common, f'training.precision = "{precision}"')
+        words.append(place.arguments(name, stage=stage, sets=own))
+        words.append(place.arguments(f"{name}-validated", stage=stage, sets=(*own, *sets(digits))))
+    best = ("intervals.validate = 12", "intervals.keep_best = true", "intervals.keep = 1")
+    wild = ("training.lr = 0.05", "training.warmup_images = 0", "training.ema = [0.0]")
+    words.append(place.arguments("wild", sets=(*common, *sets(digits), *best, *wild)))
+    classify = tiny.with_name("tiny-classifier.toml")
+    classify.write_text(tiny.read_text().replace('"denoise"', '"classify"'))
+    classifier = Place(place.root, classify)
+    words.append(classifier.arguments("classifier", sets=(*common, *sets(digits))))
+    assert place.train(*words, world=2, fp16=True) == [0] * len(words)
+    return place
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_with_validation_is_the_one_without_bit_for_bit(runs: Place, name: str) -> None:
+    assert runs.losses(f"{name}-validated") == runs.losses(name)
+    assert equal(runs.checkpoint(f"{name}-validated", END), runs.checkpoint(name, END))
+    # Once before the end of the training, and once at it.
+    assert list(runs.values(f"{name}-validated", "validation/loss")) == [2 * STEP, END]
+    assert "validation on 50 images: loss" in runs.log(f"{name}-validated")
+    assert "validation: 50 images of" in runs.log(f"{name}-validated")
+
+
+def test_the_values_are_the_objective_of_the_averages_and_of_the_weights(
+    runs: Place, digits: Path
+) -> None:
+    config = configs.load(runs.preset, sets(digits))
+    images = ValidationSet.open(open_shards(digits), config, images=IMAGES)
+    (batch,) = images.stream.parts(images=IMAGES, size=IMAGES, rank=0, ranks=1)
+    spread = open_shards(digits).count // IMAGES
+    assert batch.indices.tolist() == list(range(0, IMAGES * spread, spread))
+    timesteps = UniformTimesteps(1000, seed=0)
+    objective = Denoise(config.diffusion, timesteps=timesteps, seed=0, class_conditional=True)
+    for group, kind in (("validation", "ema-0.5"), ("validation/raw", "model")):
+        file = runs.run("one-validated") / "checkpoints" / f"{END:012d}" / f"{kind}.safetensors"
+        net = network_of(config.model, load_file(file)).eval()
+        with torch.no_grad():
+            terms = objective(net, batch.images, batch.labels, batch.indices)
+        quarter = terms["t"] * 4 // 1000
+        for name in ("loss", "mse", "vb"):
+            found = partial(runs.values, "one-validated")
+            value = found(f"{group}/{name}")[END]
+            assert value == pytest.approx(float(terms[name].mean()), rel=1e-5)
+            for q in range(4):
+                expected = float(terms[name][quarter == q].mean())
+                assert found(f"{group}/{name}/q{q}")[END] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_classifier_shows_its_accuracies_by_quarter_and_tensorboard_has_all(runs: Place) -> None:
+    events = EventAccumulator(str(runs.run("classifier") / "tensorboard"))
+    events.Reload()
+    for group in ("validation", "validation/raw"):
+        for name in ("loss", "acc1", "acc5"):
+            for tag in (name, *(f"{name}/q{q}" for q in range(4))):
+                value = runs.values("classifier", f"{group}/{tag}")[END]
+                last = events.Scalars(f"{group}/{tag}")[-1]
+                assert (last.step, last.value) == (END, pytest.approx(value))
+                assert 0 <= value <= 1 or name == "loss"
+    assert "accuracy@1" in runs.log("classifier")
+
+
+def test_the_best_checkpoint_stays(runs: Place) -> None:
+    losses = runs.values("wild", "validation/loss")
+    best = min(losses, key=lambda images: losses[images])
+    assert best < END, "this learning rate is too large to get better to the end"
+    kept = {int(path.name): path for path in (runs.run("wild") / "checkpoints").iterdir()}
+    assert set(kept) == {best, END}
+    noted = json.loads((kept[best] / "validation.json").read_text())
+    assert noted["loss"] == losses[best] and noted["count"] == IMAGES
+
+
+def test_what_cannot_be_validated_is_refused_before_the_run_is_there(
+    runs: Place, digits: Path, tmp_path: Path
+) -> None:
+    for name in ("0", "1", "cat"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name / "a.png")
+    others = tmp_path / "others"
+    assert pack.main([str(tmp_path / "pictures"), str(others), "--size", "8"]) == 0
+    cases = {
+        f'data.validation = "{others}"': "class 2 is 'cat', in data.shards '2'",
+        f'data.validation = "{tmp_path}"': f"no dataset at {tmp_path}",
+        "data.validation_images = 2000": "data.validation_images = 2000: must be at most 1797",
+        "intervals.keep_best = true": "a multiple of intervals.checkpoint",
+    }
+    words = [
+        runs.arguments("refused", sets=(*sets(digits), "intervals.checkpoint = 36", wrong))
+        for wrong in cases
+    ]
+    for status, message in zip(runs.train(*words, world=1), cases.values(), strict=True):
+        assert message in str(status) and len(str(status).splitlines()) == 1
+    assert not runs.run("refused").exists()
+
+
+def measure(preset: Path, digits: Path, out: Path) -> int:
+    """One rank's part of a validation of a network with formula weights."""
+    config = configs.load(preset)
+    images = ValidationSet.open(open_shards(digits), config, images=IMAGES)
+    net = build(config.model).eval()
+    golden.set_formula_weights(net)
+    objective = Denoise(
+        config.diffusion,
+        timesteps=UniformTimesteps(1000, seed=0),
+        seed=0,
+        class_conditional=True,
+    )
+    world = join()
+    with connected(world, patience=200) as device, torch.no_grad():
+        seen = []
+
+        def stopped_on_one(rank: int) -> bool:
+            return world.rank == rank and len(seen) >= 2
+
+        for stop in (-1, world.size - 1):
+            seen.clear()
+            table = images.table(
+                lambda batch: objective(net, batch.images, batch.labels, batch.indices),
+                part=4,
+                world=world,
+                device=device,
+                stopped=partial(stopped_on_one, stop),
+                on_images=seen.append,
+            )
+            if stop < 0:
+                torch.save(table, out / f"{world.size}-{world.rank}.pt")
+                assert table is not None and means(table, timesteps=1000)
+            else:
+                assert table is None and len(seen) < 5
+    return 0
+
+
+def test_every_number_of_ranks_measures_the_same_bits(
+    tmp_path: Path, tiny: Path, digits: Path
+) -> None:
+    tables = []
+    for world in (1, 2, 3):
+        job = ranks.fork(
+            tmp_path / f"job-{world}", partial(measure, tiny, digits, tmp_path), ranks=world
+        )
+        job.wait()
+        tables += [tmp_path / f"{world}-{rank}.pt" for rank in range(world)]
+    first, *others = (torch.load(file) for file in tables)
+    assert len(first["loss"]) == IMAGES
+    assert all(equal(first, other) for other in others)
+
+
+def test_a_damaged_image_ends_the_run_with_one_line(runs: Place, digits: Path) -> None:
+    shards = open_shards(shutil.copytree(digits, runs.root / "damaged"))
+    path = Path(shards.root) / shards.shards[0].tar
+    content = bytearray(path.read_bytes())
+    content[int(shards.index(0)[0]["offset"]) + 30] ^= 1
+    path.write_bytes(content)
+    words = sets(Path(shards.root))
+    (status,) = runs.train(runs.arguments("broken", sets=words), world=2)
+    assert "a validation split must be intact" in str(status)
+    assert len(str(status).splitlines()) == 1

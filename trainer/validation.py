@@ -1,0 +1,242 @@
+"""Validation: the loss over a second set of images, from the averaged weights and from the others.
+
+Each image has a timestep and noise of its own, the same in every run. The images are cut in fixed
+parts, which the ranks take in turn, and all images' values are added up in one order: the result is
+the same on any number of ranks. Nothing of the training is touched, no random state either.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from data import files
+from data.dataset import Shards, open_shards
+from data.stream import Batch, Stream, to_device
+from trainer import averages, classes, compute
+from trainer.adm.config import check
+from trainer.checkpoint import VALIDATION
+from trainer.config import Config
+from trainer.copies import network_of
+from trainer.engine import WEIGHTS, Engine
+from trainer.metrics import QUARTERS
+from trainer.progress import Progress
+from trainer.ranks.faults import Broken
+from trainer.ranks.group import Agreement, agreed, gather
+from trainer.ranks.world import World
+from trainer.run import Run
+from trainer.start import build_objective
+
+# The seed of t and noise, whatever that of the run: losses of different runs can be compared.
+_SEED = 0
+
+Terms = Callable[[Batch], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Images that a run does not learn from."""
+
+    stream: Stream
+    images: int
+
+    @classmethod
+    def open(cls, shards: Shards, config: Config, *, images: int | None = None) -> "ValidationSet":
+        """All images of `shards`, or so many, evenly spread.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        root = shards.root
+        enough = images is None or images <= shards.count
+        check(enough, "data.validation_images", images, f"at most {shards.count}, as {root} has")
+        data = replace(config.data, shards=root, crop="center", flip=False, streams=1)
+        return cls(Stream(shards, config=data, seed=_SEED), images or shards.count)
+
+    @classmethod
+    def of(
+        cls, config: Config, *, training: Shards, check_files: bool = True
+    ) -> "ValidationSet | None":
+        """That of the config, if it names one; with `check_files`, also each shard's size.
+
+        Raises:
+            ValueError: there is none, it has other classes, or not so many images.
+        """
+        root, images = config.data.validation, config.data.validation_images
+        if root is None:
+            return None
+        shards = open_shards(root, fetch=config.data, check_files=check_files)
+        classes.check_validation(config, shards, training=training)
+        return cls.open(shards, config, images=images)
+
+    def table(
+        self,
+        terms: Terms,
+        *,
+        part: int,
+        world: World,
+        device: torch.device,
+        stopped: Callable[[], bool],
+        on_images: Callable[[int], None],
+    ) -> dict[str, Tensor] | None:
+        """Every image's `terms`, float64 (N,) on the host, by name, in the images' order.
+
+        `terms` gets parts of that many images, on the device, and gives values (B,). All ranks must
+        call it and get the same; None if one of them was `stopped`.
+
+        Raises:
+            Refused, Broken: a rank could not compute its share.
+        """
+        parts = self.stream.parts(
+            images=self.images,
+            size=part,
+            rank=world.rank,
+            ranks=world.size,
+            pin=device.type == "cuda",
+        )
+        batches = to_device(parts, device=device)
+        rounds = -(-self.images // (part * world.size))
+        agreement, mine = Agreement(1), list[dict[str, Tensor]]()
+        leave, fault = False, None
+        for _ in range(rounds):
+            (leave,) = agreement.exchange(stopped() or fault is not None)
+            if leave:
+                break
+            try:
+                if (batch := next(batches, None)) is not None:
+                    found = {"index": batch.indices, **terms(batch)}
+                    mine.append({name: v.double().cpu() for name, v in found.items()})
+                    on_images(len(batch.indices) * world.size)
+            except Exception as error:  # other ranks must not wait for this one
+                fault = error
+        agreement.close()
+        _raise_alike(fault)
+        return None if leave else _in_order(gather(mine))
+
+
+def _raise_alike(fault: Exception | None) -> None:
+    """Raise on all ranks if one has a fault.
+
+    Raises:
+        Refused, Broken: a file is damaged or cannot be read; or another rank failed.
+    """
+
+    def check_files() -> None:
+        if isinstance(fault, ValueError | OSError):
+            raise fault
+
+    agreed(check_files)
+    failed = gather(fault is not None)
+    if fault is not None:
+        raise fault
+    if any(failed):
+        raise Broken(f"the validation failed on rank {failed.index(True)}")
+
+
+def _in_order(everyone: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """All parts' columns, in the order of the images."""
+    parts = [part for parts in everyone for part in parts]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = columns.pop("index").argsort()
+    return {name: values[order] for name, values in columns.items()}
+
+
+def means(table: Mapping[str, Tensor], *, timesteps: int) -> dict[str, float]:
+    """The mean of each column (N,), and of its images in each quarter of t: "NAME/q0" to "q3"."""
+    quarter = table["t"].long() * QUARTERS // timesteps
+    found = {}
+    for name, values in table.items():
+        if name in ("t", "unweighted"):
+            continue
+        found[name] = float(values.mean())
+        for q in range(QUARTERS):
+            if (quarter == q).any():
+                found[f"{name}/q{q}"] = float(values[quarter == q].mean())
+    return found
+
+
+class Validation:
+    """Validates a run. All ranks make each call together."""
+
+    def __init__(self, images: ValidationSet, *, config: Config, world: World) -> None:
+        fixed = replace(config.training, seed=_SEED, timesteps="uniform", label_dropout=0.0)
+        self._objective = build_objective(replace(config, training=fixed))
+        self._set, self._config, self._world = images, config, world
+
+    def measure(
+        self, engine: Engine, *, mark: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """ "validation/NAME" from the first EMA and "validation/raw/NAME" from the weights.
+
+        The names are those of `means` of the objective's terms. None if a rank was `stopped`.
+
+        Raises:
+            Refused, Broken: as `ValidationSet.table`.
+        """
+        first = averages.exponential(self._config.training.ema[0])
+        total = 2 * self._set.images
+        shown = self._world.is_main
+        progress = Progress(total=total, done=0, unit="images of validation", shown=shown)
+
+        def on_images(count: int) -> None:
+            mark("validating")
+            progress.advance(count)
+
+        found: dict[str, float] = {}
+        for group, kind in (("validation", first), ("validation/raw", WEIGHTS)):
+            with engine.weights(kind) as tensors, torch.no_grad():
+                net = network_of(self._config.model, tensors).eval()
+                compute.prepare(net, training=self._config.training, device=engine.device)
+                table = self._set.table(
+                    partial(self._terms, net),
+                    part=self._config.training.micro_batch,
+                    world=self._world,
+                    device=engine.device,
+                    stopped=stopped,
+                    on_images=on_images,
+                )
+            if table is None:
+                return None
+            each = means(table, timesteps=self._config.diffusion.steps)
+            found |= {f"{group}/{name}": value for name, value in each.items()}
+        return found
+
+    def _terms(self, net: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return self._objective(net, batch.images, batch.labels, batch.indices)
+
+    def cost(self) -> str:
+        """A line for the log about what it takes."""
+        every = self._config.intervals.validate
+        assert every is not None
+        # An image of training costs three forward passes, of validation one for each of two nets.
+        share = 2 * self._set.images / (3 * every)
+        return (
+            f"validation: {self._set.images:,} images of {self._config.data.validation} every "
+            f"{every:,}, about {share:.1%} of the training's compute"
+        )
+
+    def note(self, found: Mapping[str, float], run: Run, *, images_seen: int) -> None:
+        """Keep the result with the checkpoint of the same clock, if there is one."""
+        checkpoint = run.checkpoints / f"{images_seen:012d}"
+        if checkpoint.is_dir():
+            of = {"fingerprint": self._set.stream.shards.fingerprint, "count": self._set.images}
+            text = json.dumps({"loss": found["validation/loss"], **of, "values": found}, indent=1)
+            run.attempt(VALIDATION, lambda: files.write(checkpoint / VALIDATION, text))
+
+    def describe(self, found: Mapping[str, float] | None, *, seconds: float) -> str:
+        """A line for the log."""
+        if found is None:
+            return "the validation was interrupted"
+        shares = "".join(
+            f", {words} {found[f'validation/{name}']:.1%}"
+            for name, words in (("acc1", "accuracy@1"), ("acc5", "accuracy@5"))
+            if f"validation/{name}" in found
+        )
+        loss, raw = found["validation/loss"], found["validation/raw/loss"]
+        return (
+            f"validation on {self._set.images:,} images: loss {loss:.4f}{shares} "
+            f"(without EMA {raw:.4f}), {seconds:.1f} s"
+        )
