@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data.arrays import Cifar, SampleFile, cifar_files
 from data.labels import Label
 from data.layout import class_directories
 from data.listing import Listing, by_directory_name, by_label_if_any
@@ -31,6 +32,10 @@ def open_source(text: str, *, staging: Path) -> Source:
         return Zip(path)
     if (path / "data.mdb").is_file():
         return Lmdb(path)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return SampleFile(path, staging=staging)
+    if batches := cifar_files(path):
+        return Cifar(batches, staging=staging)
     for suffix, kind in ((".parquet", Parquet), (".tar", Tars)):
         found, pattern = _files(path, suffix)
         if found and path.is_dir() and any(_holds_images(child) for child in path.iterdir()):
@@ -43,7 +48,8 @@ def open_source(text: str, *, staging: Path) -> Source:
     if path.is_dir():
         return Folder(path)
     raise ValueError(
-        f"SOURCE = {text}: must be a folder, zip, tar, parquet or lmdb of images, or `digits`"
+        f"SOURCE = {text}: must be a folder, zip, tar, parquet or lmdb of images, an .npz "
+        "of samples, the files of CIFAR, or `digits`"
     )
 
 

@@ -30,7 +30,7 @@ def _add_images(add: Callable[..., object]) -> None:
         "source",
         metavar="SOURCE",
         help="folder, zip, tars, parquet or lmdb of images, or a pattern of files such as "
-        "'DIR/*train*.tar'; or digits",
+        "'DIR/*train*.tar'; a sample file (.npz), the batches of CIFAR, or digits",
     )
     add("out", metavar="OUT", type=Path, help="directory of the dataset; made if it is missing")
     add(
@@ -85,6 +85,11 @@ def _add_work(add: Callable[..., object]) -> None:
         "--mpi",
         action="store_true",
         help="use the ranks of mpirun as workers (default: processes on this machine)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print classes, counts, sizes and the time it would take, and write nothing",
     )
     add(
         "--max-bad",

@@ -25,6 +25,7 @@ from data.begun import Request
 from data.claim import LEFT_OUT, PLAN, WORK, claimed
 from data.config import check
 from data.dataset import open_shards
+from data.dry_run import dry_run
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status
 from data.jobs import Made, TooManyLeftOut, make_shard
 from data.listing import Listing
@@ -215,10 +216,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run `python -m data.pack`; returns the exit status."""
     options = vars(parser().parse_args(arguments))
     given = {field.name: options.pop(field.name) for field in fields(PackConfig)}
+    workers, mpi = options.pop("workers"), options.pop("mpi")
     try:
         with pool.interrupted_by_signals():
-            executor = _executor(options.pop("workers"), options.pop("mpi"))
-            config = PackConfig(**given)
+            executor, config = _executor(workers, mpi), PackConfig(**given)
+            if options.pop("dry_run"):
+                names = ("source", "class_from", "class_map", "classes_of")
+                wanted = Request(config=config, **{name: options[name] for name in names})
+                return dry_run(wanted, out=options["out"], workers=workers)
             pack(options.pop("source"), config=config, executor=executor, **options)
     except KeyboardInterrupt as signal:
         print(f"packing stopped by {signal or 'Ctrl-C'}; {_CONTINUE}", file=sys.stderr)

@@ -1,8 +1,9 @@
-"""Verify, show, index or merge packed datasets.
+"""Verify, show, index, merge or export packed datasets.
 
 python -m data.shards verify DIR [--full]      compare a dataset with its manifest
 python -m data.shards info DIR [--sheet PNG]   print counts, classes and sizes
 python -m data.shards index DIR [--out OUT]    make index and manifest for existing tars
+python -m data.shards export DIR OUT.npz       write a sample file of all images
 python -m data.shards merge OUT DIR DIR ...    one dataset of the shards of several
 """
 
@@ -17,6 +18,7 @@ from data import descriptors
 from data.config import FetchConfig, is_local, shown
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
+from data.export import export
 from data.indexing import index_directory, merge
 from data.pool import interrupted_by_signals
 from data.reader import Reader
@@ -95,6 +97,11 @@ def _merge(out: Path, roots: list[str]) -> int:
     return _show(merge(out, roots).root)
 
 
+def _export(root: str, out: Path) -> int:
+    print(f"{export(root, out).count} images: {out}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m data.shards", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -128,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
         help="directory for index, manifest and links to the tars, where DIR cannot be written "
         "(default: DIR)",
     )
+    command = commands.add_parser("export", help="write a sample file of all images")
+    command.set_defaults(run=_export)
+    command.add_argument("root", metavar="DIR", help="directory or URL of the dataset")
+    command.add_argument("out", metavar="OUT.npz", type=Path, help="the file to be made")
     command = commands.add_parser("merge", help="one dataset of the shards of several, by links")
     command.set_defaults(run=_merge)
     command.add_argument("out", metavar="OUT", type=Path, help="directory to be made")

@@ -1,0 +1,208 @@
+"""Arrays as a source of images: sample files (`.npz` with `arr_0`, `arr_1`) and CIFAR's own files.
+
+Sample files are those of ADM's evaluator and of `python -m trainer.sample`. They are compressed or
+too large for each process's memory, so they are unpacked once, into a directory of the packing.
+"""
+
+import codecs
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data import files
+from data.listing import Listing, by_number
+from data.manifest import NO_CLASS
+from data.sources import Archives, Source, Stamp, stamp_of
+
+_Images = NDArray[np.uint8]
+
+# What the pickles of CIFAR contain besides lists, numbers and texts; numpy 2 moved the first.
+_CIFAR_TYPES = {
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+}
+_CIFAR_ROW = 3 * 32 * 32
+
+
+class SampleFile(Source):
+    """Images uint8 (N, H, W, 3) in `arr_0` of an `.npz`, and perhaps labels (N,) in `arr_1`."""
+
+    def __init__(self, path: Path, *, staging: Path) -> None:
+        self._path, self._staging = path, staging
+
+    def listing(self) -> Listing:
+        """As `Source.listing`."""
+        with _members(self._path) as archive:
+            shape, dtype = _header(archive, "arr_0", self._path)
+            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
+                raise ValueError(
+                    f"SOURCE = {self._path}: arr_0 is {dtype} {shape}: must be uint8 (N, H, W, 3)"
+                )
+            names = [f"{i:08d}" for i in range(shape[0])]
+            if "arr_1.npy" not in archive.namelist():
+                return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
+            labels = np.lib.format.read_array(_stream(archive, "arr_1"), allow_pickle=False)
+        if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"SOURCE = {self._path}: arr_1 is {labels.dtype} {labels.shape}: must be integers "
+                f"{shape[:1]}"
+            )
+        return by_number(names, labels.tolist())
+
+    def read(self, name: str) -> bytes:
+        """As `Source.read`."""
+        return png(np.load(self._unpacked(), mmap_mode="r")[int(name)])
+
+    def stage(self) -> None:
+        """As `Source.stage`."""
+        if self._unpacked().exists():
+            return
+        print(f"unpacking {self._path.name}", file=sys.stderr)
+        with _members(self._path) as archive, files.whole(self._unpacked()) as unpacked:
+            shutil.copyfileobj(_stream(archive, "arr_0"), unpacked, 1 << 20)
+
+    def holder(self, name: str) -> str:
+        """As `Source.holder`: the sample file."""
+        return self._path.name
+
+    def stamp(self, holder: str) -> Stamp:
+        """As `Source.stamp`."""
+        return stamp_of(self._path)
+
+    def _unpacked(self) -> Path:
+        identity = f"{self._path.resolve()} {self.stamp('')}"
+        key = hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
+        return self._staging / f"{key}.blob"
+
+
+class Cifar(Archives):
+    """CIFAR-10 or CIFAR-100 as published: pickled or binary batches of 32 x 32 images."""
+
+    def listing(self) -> Listing:
+        """As `Source.listing`."""
+        if {_is_test(file) for file in self._files} == {True, False}:
+            raise ValueError(
+                f"SOURCE = {self._root} holds the splits train and test: give one, such as "
+                f"'{self._root}/data_batch_*' or {self._root}/test_batch*"
+            )
+        names, labels = [], []
+        for file in self._files:
+            found = _cifar(file)[1]
+            names += [f"{file.name}@{row}" for row in range(len(found))]
+            labels += found
+        listing = by_number(names, labels)
+        classes = _cifar_classes(self._root)
+        return Listing(names=names, labels=labels, classes=classes or listing.classes)
+
+    def read(self, name: str) -> bytes:
+        """As `Source.read`."""
+        file, _, row = name.rpartition("@")
+        return png(_cifar(self._root / file)[0][int(row)])
+
+
+def cifar_files(path: Path) -> list[Path]:
+    """The batches of CIFAR that a path means: a file, their directory, or a pattern."""
+    if path.is_dir():
+        found = [*path.glob("data_batch_*"), *path.glob("test_batch*")]
+    else:
+        found = [path] if path.is_file() else list(path.parent.glob(path.name))
+    names = ("batches.meta", "batches.meta.txt", "meta")
+    is_cifar = found and any((found[0].parent / name).is_file() for name in names)
+    kinds = ("data_batch_", "test_batch", "train", "test")
+    return sorted(f for f in found if is_cifar and f.is_file() and f.name.startswith(kinds))
+
+
+def png(pixels: _Images) -> bytes:
+    """An image, uint8 (H, W, 3), as a file of exactly these pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _is_test(file: Path) -> bool:
+    return file.name.startswith("test")
+
+
+@cache
+def _cifar(file: Path) -> tuple[_Images, list[int]]:
+    """Images uint8 (N, 32, 32, 3) and labels of a batch."""
+    content = file.read_bytes()
+    try:
+        if file.suffix == ".bin":
+            rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + _CIFAR_ROW)
+            pixels, labels = rows[:, 1:], rows[:, 0].tolist()
+        else:
+            batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+            pixels, labels = batch[b"data"], batch.get(b"labels") or batch[b"fine_labels"]
+        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    except (ValueError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"SOURCE: {file} is no batch of CIFAR: {error}") from None
+    if len(images) != len(labels):
+        raise ValueError(f"SOURCE: {file} has {len(labels)} labels for {len(images)} images")
+    return images, labels
+
+
+def _cifar_classes(root: Path) -> tuple[str, ...]:
+    """The names of the classes, or ()."""
+    if (text := root / "batches.meta.txt").is_file():
+        return tuple(text.read_text().split())
+    meta = next((m for m in (root / "batches.meta", root / "meta") if m.is_file()), None)
+    if meta is None:
+        return ()
+    found = _Unpickler(io.BytesIO(meta.read_bytes()), encoding="bytes").load()
+    names = found.get(b"label_names") or found.get(b"fine_label_names") or ()
+    return tuple(name.decode() for name in names)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads arrays, and nothing that could run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _CIFAR_TYPES:
+            raise pickle.UnpicklingError(f"it contains {module}.{name}")
+        return _CIFAR_TYPES[module, name]
+
+
+@contextmanager
+def _members(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The arrays of an `.npz`; what is wrong with it raises ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ValueError(f"SOURCE = {path} is no readable sample file: {error}") from None
+
+
+def _stream(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    return archive.open(f"{name}.npy")
+
+
+def _header(
+    archive: zipfile.ZipFile, name: str, path: Path
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array."""
+    with _stream(archive, name) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(stream)
+    if is_fortran:
+        raise ValueError(f"SOURCE = {path}: {name} is in Fortran's order: save it in C's")
+    return shape, dtype

@@ -1,0 +1,76 @@
+"""From shards back to a sample file: `.npz` with `arr_0` and `arr_1`, for ADM's evaluator."""
+
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data import files
+from data.config import FetchConfig
+from data.dataset import Shards, open_shards
+from data.progress import duration
+from data.stored_images import BadSampleError, StoredImage, StoredImages
+from data.transforms import UNDECODABLE, decode
+
+
+def export(root: str, out: Path) -> Shards:
+    """Write all images of a dataset, in packing order: uint8 (N, H, W, 3), and labels int64 (N,).
+
+    Raises:
+        ValueError: the images are of several sizes, one is damaged, or `out` exists.
+        OSError: reading or writing failed.
+    """
+    shards = open_shards(root)
+    size = shards.image_size
+    if size is None:
+        raise ValueError(
+            f"{shards.where} has images of several sizes: pack them without --keep-original"
+        )
+    if out.suffix != ".npz" or out.exists():
+        raise ValueError(f"OUT = {out}: must be a new file with the suffix .npz")
+    labels = np.empty(shards.count, dtype=np.int64)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (shards.count, size, size, 3)}
+    with files.whole(out) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as images:
+            np.lib.format.write_array_header_1_0(images, header)
+            for i, stored in enumerate(_with_progress(_all(shards), shards.count)):
+                labels[i] = stored.label
+                images.write(_pixels(stored, size))
+        if shards.labelled:
+            with archive.open("arr_1.npy", "w") as stream:
+                np.lib.format.write_array(stream, labels)
+    return shards
+
+
+def _all(shards: Shards) -> Iterator[StoredImage]:
+    stored = StoredImages(shards, config=FetchConfig())
+    for number, shard in enumerate(shards.shards):
+        for row in range(shard.samples):
+            try:
+                yield stored.read(number, row)
+            except BadSampleError as error:
+                raise ValueError(str(error)) from None
+    stored.close()
+
+
+def _pixels(stored: StoredImage, size: int) -> bytes:
+    try:
+        pixels = decode(stored.content)
+    except UNDECODABLE as error:
+        raise ValueError(f"{stored.where} cannot be decoded: {error}") from None
+    if pixels.shape != (size, size, 3):
+        raise ValueError(f"{stored.where} has another size than {size} x {size}")
+    return pixels.tobytes()
+
+
+def _with_progress(stored: Iterator[StoredImage], count: int) -> Iterator[StoredImage]:
+    begin = shown = time.monotonic()
+    for done, one in enumerate(stored, start=1):
+        if (now := time.monotonic()) - shown > 1:
+            left = duration((now - begin) / done * (count - done))
+            print(f"wrote {done} of {count} images, {left} left", file=sys.stderr)
+            shown = now
+        yield one
