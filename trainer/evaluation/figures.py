@@ -7,6 +7,7 @@ images. All arithmetic is in float64.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,27 +44,50 @@ class Moments:
 
     def __init__(self, columns: int, *, device: torch.device | None = None) -> None:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
+        #: Sums are about this value, near the mean: sums about 0 would cancel.
+        self.origin = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.total = torch.zeros_like(self.origin)
         self.square = torch.zeros(columns, columns, dtype=torch.float64, device=device)
-        # Sums about a value near the mean: sums about 0 would cancel.
-        self.origin: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         """Add features (B, D)."""
         rows = rows.double()
-        if self.origin is None:
+        if not self.count and len(rows):
             self.origin = rows.mean(dim=0)
         rows = rows - self.origin
         self.count += len(rows)
         self.total += rows.sum(dim=0)
         self.square += rows.T @ rows
 
+    def about(self, origin: Tensor) -> "Moments":
+        """The same sums about another value (D,)."""
+        moved = Moments(len(origin), device=origin.device)
+        shift = self.origin - origin
+        cross = torch.outer(self.total, shift)
+        moved.count, moved.origin = self.count.clone(), origin
+        moved.total = self.total + self.count * shift
+        moved.square = self.square + cross + cross.T + self.count * torch.outer(shift, shift)
+        return moved
+
     def statistics(self) -> Statistics:
         """Mean, and covariance with division by N - 1, of at least two rows."""
-        assert self.origin is not None
         mean = self.total / self.count
         square = self.square - self.count * torch.outer(mean, mean)
         return Statistics(mean + self.origin, square / (self.count - 1))
+
+
+def merged(parts: Sequence[Moments]) -> Moments:
+    """The moments of the rows of all parts, about their mean."""
+    count = sum((part.count for part in parts), torch.zeros_like(parts[0].count))
+    sums = [part.total + part.count * part.origin for part in parts]
+    mean = sum(sums, torch.zeros_like(sums[0])) / count
+    moved = [part.about(mean) for part in parts]
+    whole = Moments(len(mean), device=mean.device)
+    whole.count, whole.origin = count, mean
+    for part in moved:
+        whole.total += part.total
+        whole.square += part.square
+    return whole
 
 
 def statistics(rows: Tensor) -> Statistics:

@@ -1,0 +1,176 @@
+"""`python -m trainer.evaluate` on real digits: what figures say, on any number of ranks."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support import ranks
+from trainer.evaluate import main
+from trainer.samplefile import open_samples
+
+DRAWN = 600
+
+
+class Convolutions(nn.Module):
+    """A fixed random network: its features tell digits, noise and blur apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = torch.relu(self.second(torch.relu(self.first(images.float() / 127.5 - 1))))
+        return torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network as an exported program."""
+    path = tmp_path_factory.mktemp("network") / "convolutions.pt2"
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    shapes = {"images": {0: torch.export.Dim("images", min=1, max=4096)}}
+    torch.export.save(
+        torch.export.export(Convolutions(), (images,), dynamic_shapes=shapes, strict=False), path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def real(digits: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All digits and their labels, in the shards' order, which is mixed."""
+    samples = open_samples(digits)
+    assert samples.labels is not None
+    return samples.images(0, samples.count), samples.labels
+
+
+def write(path: Path, images: np.ndarray, labels: np.ndarray | None = None) -> Path:
+    arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})
+    np.savez(path, **arrays)
+    return path
+
+
+def figures(samples: Path, *words: Any) -> dict[str, float]:
+    """The figures by their names without the number of samples."""
+    assert main([str(samples), *map(str, words)]) == 0
+    found = json.loads(samples.with_suffix(".evaluation.json").read_text())["figures"]
+    return {name.rpartition("_")[0]: figure["value"] for name, figure in found.items()}
+
+
+def test_figures_say_what_is_wrong_with_samples(
+    network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    images, labels = real
+    half = images[::2]
+    noise = np.random.default_rng(0).normal(size=half.shape)
+    sets = {
+        "real": half,
+        "little": (half + 20 * noise).clip(0, 255).astype(np.uint8),
+        "much": (half + 60 * noise).clip(0, 255).astype(np.uint8),
+        "three": images[labels < 3],
+    }
+    found = {
+        name: figures(
+            write(tmp_path / f"{name}.npz", pixels), "--reference", digits, "--network", network
+        )
+        for name, pixels in sets.items()
+    }
+    for figure in ("fid", "kid"):
+        values = [found[name][figure] for name in ("real", "little", "much")]
+        assert values == sorted(values)
+        assert values[1] > 3 * abs(values[0])
+    assert found["real"]["precision"] == 1.0
+    assert found["much"]["precision"] < found["little"]["precision"] < 1.0
+    assert found["three"]["precision"] == 1.0
+    assert found["three"]["recall"] < 0.6 < found["real"]["recall"]
+
+
+def test_any_number_of_ranks_and_a_reference_file_give_the_same_figures(
+    network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    samples = write(tmp_path / "samples.npz", real[0][:DRAWN], real[1][:DRAWN])
+    reference, common = tmp_path / "R.npz", ("--network", str(network), "--batch", "50")
+    assert main(["reference", str(digits), "--out", str(reference), *common]) == 0
+    whole = figures(samples, "--reference", digits, *common)
+    assert figures(samples, "--reference", reference, *common) == pytest.approx(whole, rel=1e-6)
+    # 13 ranks' worth of batches among 3: some rank has one less.
+    for count in (2, 3):
+        out = tmp_path / f"{count}.json"
+        words = [str(samples), "--reference", str(reference), "--out", str(out), *common]
+        job = ranks.fork(tmp_path / f"job-{count}", partial(main, words), ranks=count)
+        job.wait()
+        assert out.exists(), job.text
+        found = json.loads(out.read_text())["figures"]
+        assert {n.rpartition("_")[0]: f["value"] for n, f in found.items()} == pytest.approx(
+            whole, rel=1e-6
+        )
+
+
+def test_results_say_what_was_compared(
+    network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path, capfd: Any
+) -> None:
+    order = real[1][:DRAWN].argsort(kind="stable")
+    samples = write(tmp_path / "sorted.npz", real[0][:DRAWN][order], real[1][:DRAWN][order])
+    figures(samples, "--reference", digits, "--network", network)
+    found = json.loads(samples.with_suffix(".evaluation.json").read_text())
+    assert set(found["figures"]) == {"fid_600", "precision_600", "recall_600", "kid_600"}
+    assert found["figures"]["fid_600"]["error"] > 0
+    assert found["about"]["samples"]["checksum"] == open_samples(samples).checksum()
+    assert found["about"]["reference"]["count"] == 1797
+    said = capfd.readouterr()
+    assert "| fid_600 |" in said.out
+    assert "sorted by class" in said.err
+    assert "600 samples: FID depends on their number" in said.err
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    samples = write(tmp_path / "samples.npz", real[0][:DRAWN])
+    large = write(tmp_path / "large.npz", real[0][:50].repeat(2, axis=1).repeat(2, axis=2))
+    few = write(tmp_path / "few.npz", real[0][:15])
+    plain = tmp_path / "evaluator.npz"
+    np.savez(plain, mu=np.zeros(48), sigma=np.eye(48))
+    other = tmp_path / "other.npz"
+    assert main(["reference", str(digits), "--out", str(other), "--network", str(network)]) == 0
+    with np.load(other) as stored:
+        arrays = dict(stored)
+    about = json.loads(str(arrays["reference"])) | {"network_sha256": "0" * 64}
+    np.savez(other, **{**arrays, "reference": json.dumps(about)})
+    text = tmp_path / "text.npz"
+    text.write_text("no archive")
+    cases = [
+        (samples, large, network, "samples are 8 x 8, the images of .* 16 x 16"),
+        (few, digits, network, "15 samples: must be at least 16"),
+        (samples, plain, network, "give --network the Inception weights"),
+        (samples, other, network, "make it again with this --network"),
+        (samples, text, network, "not a readable .npz"),
+        (samples, digits, tmp_path / "none.pth", "download weights-inception-2015-12-05"),
+        (samples, digits, plain, "is no plain weights file|is no weights file"),
+        (samples, tmp_path / "none", network, "no such file or directory of shards"),
+    ]
+    for drawn, reference, net, said in cases:
+        words = [str(drawn), "--reference", str(reference), "--network", str(net)]
+        with pytest.raises(ValueError, match=said):
+            main(words)
+
+
+def test_a_classifier_run_gives_features_and_an_inception_score(
+    digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path, tiny: Path
+) -> None:
+    preset = tmp_path / "classifier.toml"
+    preset.write_text(tiny.read_text().replace('objective = "denoise"', 'objective = "classify"'))
+    run = tmp_path / "run"
+    job = ranks.start(tmp_path / "job", ranks=1, runs=[["train", str(preset), "--run", str(run)]])
+    job.wait()
+    assert job.statuses == [0]
+    samples = write(tmp_path / "samples.npz", real[0][:DRAWN])
+    found = figures(samples, "--reference", digits, "--network", run)
+    assert 1 <= found["is"] <= 10
+    assert found["precision"] == 1.0

@@ -1,0 +1,204 @@
+"""Evaluate drawn images against a reference: FID, sFID, IS, precision, recall, KID.
+
+  python -m trainer.evaluate SAMPLES --reference R --network FILE       the figures of samples
+  python -m trainer.evaluate reference SHARDS --out R.npz --network FILE   a reference file
+
+SAMPLES is an .npz or a directory of shards; R an evaluator's .npz, a file made here, or images
+(shards or an .npz). On several ranks, as under torchrun, each computes a share of the features.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data import files
+from data.exits import CommandParser
+from trainer.adm.config import check
+from trainer.evaluation import reference as references
+from trainer.evaluation.extraction import Extracted, extract
+from trainer.evaluation.features import FeatureNetwork, open_network
+from trainer.evaluation.reference import Reference
+from trainer.evaluation.results import Results, compare
+from trainer.ranks.group import agreed, connected, from_main, run_as_rank
+from trainer.ranks.world import World, join
+from trainer.samplefile import Samples, open_samples
+
+
+class _Evaluation:
+    """The network and the ranks of one command."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, *, world: World, device: torch.device
+    ) -> None:
+        agreed(lambda: check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1"))
+        self._batch = arguments.batch
+        self._world, self._device = world, device
+        self.network: FeatureNetwork = agreed(
+            lambda: open_network(arguments.network, device=device)
+        )
+
+    def extract(self, samples: Samples, *, kept: Sequence[int]) -> Extracted | None:
+        """The features of samples, on the main rank; all ranks must call it."""
+        self.say(f"features of {samples.count:,} images of {samples.path}")
+        return extract(
+            samples,
+            self.network,
+            kept=kept,
+            world=self._world,
+            device=self._device,
+            batch=self._batch,
+        )
+
+    def reference(self, path: Path, *, size: tuple[int, int]) -> Reference | None:
+        """A reference file's content, or that of images, for samples of a size.
+
+        All ranks must call it; the main rank gets it.
+        """
+        if not from_main(lambda: references.is_statistics(path)):
+            samples = agreed(lambda: open_samples(path, size=size[0]))
+            agreed(lambda: references.check_size(samples, size=size))
+            return self.of_images(samples)
+        found, images = agreed(lambda: references.load(path, network=self.network, size=size))
+        if images is None:
+            return found
+        features = self.extract(images, kept=range(images.count))
+        return None if features is None else references.with_features(found, features)
+
+    def of_images(self, samples: Samples) -> Reference | None:
+        """The reference that a directory of shards or a sample file is; on the main rank."""
+        found = self.extract(samples, kept=references.chosen(samples.count).tolist())
+        return None if found is None else references.of_images(samples, found)
+
+    def say(self, text: str) -> None:
+        """A line from the main rank."""
+        if self._world.is_main:
+            print(text, flush=True)
+
+
+def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
+    """Print the figures of samples, and write them; returns the exit status."""
+    out: Path = arguments.out or arguments.samples.with_suffix(".evaluation.json")
+    agreed(lambda: _check_output(out, suffix=".json"))
+    samples = agreed(lambda: open_samples(arguments.samples))
+    evaluation = _Evaluation(arguments, world=world, device=device)
+    found = evaluation.extract(samples, kept=range(samples.count))
+    reference = evaluation.reference(arguments.reference, size=samples.size)
+    from_main(lambda: _finish(samples, found, reference, evaluation=evaluation, out=out))
+    return 0
+
+
+def _finish(
+    samples: Samples,
+    found: Extracted | None,
+    reference: Reference | None,
+    *,
+    evaluation: _Evaluation,
+    out: Path,
+) -> None:
+    """Compute, print and write the figures, on the main rank."""
+    assert found is not None
+    assert reference is not None
+    network = evaluation.network
+    about = {
+        "samples": {
+            "path": str(samples.path),
+            "checksum": samples.checksum(),
+            "count": samples.count,
+            "drawn": samples.record,
+        },
+        "reference": {
+            "path": reference.name,
+            "checksum": reference.checksum,
+            "count": reference.count,
+        },
+        "network": {"name": network.name, "sha256": network.sha256},
+        "torch": torch.__version__,
+    }
+    evaluation.say("figures")
+    results: Results = compare(
+        found,
+        reference,
+        labels=None if samples.labels is None else samples.labels.tolist(),
+        about=about,
+        warnings=[network.warning] if network.warning else [],
+    )
+    files.write(out, results.to_json())
+    print(results.table())
+    for warning in results.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"written: {out}")
+
+
+def make_reference(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
+    """Write the reference file of a dataset; returns the exit status."""
+    agreed(lambda: _check_output(arguments.out, suffix=".npz"))
+    samples = agreed(lambda: open_samples(arguments.shards, size=arguments.size))
+    evaluation = _Evaluation(arguments, world=world, device=device)
+    found = evaluation.of_images(samples)
+
+    def write() -> None:
+        assert found is not None
+        references.save(arguments.out, found, samples=samples, network=evaluation.network)
+        print(f"written: {arguments.out}: {found.count:,} images, {evaluation.network.name}")
+
+    from_main(write)
+    return 0
+
+
+def _check_output(out: Path, *, suffix: str) -> None:
+    check(out.suffix == suffix, "--out", str(out), f"a file that ends in {suffix}")
+    check(out.parent.is_dir(), "--out", str(out), "in a directory that exists")
+    check(not out.is_dir(), "--out", str(out), "no directory")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the figures."""
+    p = CommandParser(prog="python -m trainer.evaluate", description=__doc__)
+    p.add_argument("samples", type=Path, help="a sample file (.npz) or a directory of shards")
+    kinds = "statistics (.npz, also the ADM evaluator's), or images: shards or an .npz"
+    p.add_argument("--reference", type=Path, required=True, help=kinds)
+    out = "the .json to write (default: beside the samples, SAMPLES.evaluation.json)"
+    p.add_argument("--out", type=Path, help=out)
+    _add_common(p)
+    return p
+
+
+def reference_parser() -> argparse.ArgumentParser:
+    """The options of a reference file."""
+    about = "Make a reference file of a packed dataset."
+    p = CommandParser(prog="python -m trainer.evaluate reference", description=about)
+    p.add_argument("shards", type=Path, help="a directory of shards")
+    p.add_argument("--out", type=Path, required=True, help="the .npz to write")
+    size = "crop images that keep their own sizes to this (default: as packed)"
+    p.add_argument("--size", type=int, help=size)
+    _add_common(p)
+    return p
+
+
+def _add_common(p: argparse.ArgumentParser) -> None:
+    network = (
+        "what makes features: the Inception weights' file, a classifier's run, an exported .pt2, "
+        "or dinov2:FILE.pt2"
+    )
+    p.add_argument("--network", required=True, help=network)
+    p.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    makes = words[:1] == ["reference"]
+    arguments = reference_parser().parse_args(words[1:]) if makes else parser().parse_args(words)
+    world = join()
+    # Ranks wait while the main one computes the figures.
+    with connected(world, patience=4 * 3600) as device:
+        work = make_reference if makes else evaluate
+        return work(arguments, world=world, device=device)
+
+
+if __name__ == "__main__":
+    run_as_rank(main)

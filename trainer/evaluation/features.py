@@ -1,0 +1,142 @@
+"""Networks that turn images into features, and the features of many images on all ranks.
+
+    --network FILE.pth       the Inception weights of FID (the ADM evaluator's network)
+    --network RUN            a noisy classifier's run or checkpoint, at t = 0
+    --network FILE.pt2       any network saved by `torch.export.save`
+    --network dinov2:FILE.pt2   the same with DINOv2's resizing and scaling ahead of it (FD-DINOv2)
+
+An exported network takes uint8 (B, 3, H, W), after `dinov2:` float32 (B, 3, 224, 224), and returns
+features (B, D).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer import weights
+from trainer.adm.config import ClassifierConfig
+from trainer.adm.objective import to_range
+from trainer.checkpoint import sha256
+from trainer.evaluation.inception import SOURCE, WEIGHTS, Inception
+from trainer.networks import TrainedNetwork
+
+_DINO = "dinov2:"
+_DINO_SIDE = 224
+# Of ImageNet, in units of 0..1.
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The first hex digits of the published Inception weights' sha256.
+_PUBLISHED = WEIGHTS.rpartition("-")[2].removesuffix(".pth")
+
+
+class Features(NamedTuple):
+    """Features of B images; `spatial` and `logits` where the network has them."""
+
+    pool: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureNetwork:
+    """A network and what identifies it in results."""
+
+    name: str
+    sha256: str
+    #: uint8 (B, 3, H, W) on the device -> features.
+    compute: Callable[[Tensor], Features]
+    #: Whether features are comparable to those in the ADM evaluator's reference files.
+    is_inception: bool = False
+    #: What a reader of its figures must know.
+    warning: str | None = None
+
+
+def open_network(text: str, *, device: torch.device) -> FeatureNetwork:
+    """The network that `--network` names. All ranks must call it.
+
+    Raises:
+        ValueError: there is none, or it is of another kind.
+    """
+    path = Path(text.removeprefix(_DINO))
+    if not path.exists():
+        raise ValueError(
+            f"--network {text}: no such file or run. For the paper's figures, download {WEIGHTS} "
+            f"(95 MB) from {SOURCE} and give its path"
+        )
+    if path.is_dir():
+        return _classifier(path, device=device)
+    if path.suffix == ".pt2":
+        return _exported(path, dino=text.startswith(_DINO), device=device)
+    return _inception(path, device=device)
+
+
+def _inception(path: Path, *, device: torch.device) -> FeatureNetwork:
+    checksum = sha256(path)
+    with torch.device("meta"):
+        net = Inception()
+    loaded = weights.load(path)
+    weights.check_fit(net.state_dict(), loaded, source=f"{path} (as Inception's weights)")
+    net.load_state_dict(loaded, assign=True)
+    net.to(device)
+    foreign = not checksum.startswith(_PUBLISHED)
+    return FeatureNetwork(
+        name="inception-2015-12-05",
+        sha256=checksum,
+        compute=lambda images: Features(*net(images)),
+        is_inception=True,
+        warning=f"{path} is not the published {WEIGHTS}" if foreign else None,
+    )
+
+
+def _classifier(path: Path, *, device: torch.device) -> FeatureNetwork:
+    """A noisy classifier on clean images: the mean of its last map, and its class scores."""
+    found = TrainedNetwork.find(path, preset=None, decay=None)
+    if not isinstance(found.config.model, ClassifierConfig):
+        raise ValueError(f"--network {path}: it is no classifier, whose features could be used")
+    net = found.net(device=device, precision="fp32")
+    side = found.config.model.image_size
+    seen: list[Tensor] = []
+    head = net.get_submodule("out")
+    head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+
+    def compute(images: Tensor) -> Features:
+        if images.shape[-1] != side:
+            raise ValueError(f"--network {path}: it is a classifier of {side} x {side} images")
+        logits = net(to_range(images), torch.zeros(len(images), device=images.device))
+        h = seen.pop()
+        return Features(h.flatten(2).mean(dim=2) if h.dim() > 2 else h, logits=logits)
+
+    return FeatureNetwork(name=f"classifier {path}", sha256=found.sha256, compute=compute)
+
+
+def _exported(path: Path, *, dino: bool, device: torch.device) -> FeatureNetwork:
+    try:
+        net: nn.Module = torch.export.load(path).module().to(device)
+    except Exception as error:  # zip, pickle and schema errors of many types
+        said = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"--network {path}: cannot be loaded: {said[0]}") from None
+
+    def compute(images: Tensor) -> Features:
+        try:
+            found = net(_for_dino(images) if dino else images)
+        except AssertionError as error:  # the program's own guards
+            size = tuple(images.shape[1:])
+            raise ValueError(f"--network {path}: does not take images of {size}: {error}") from None
+        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
+            raise ValueError(f"--network {path}: it does not return features (images, columns)")
+        return Features(found.float())
+
+    name = f"{'dinov2 ' if dino else ''}{path.name}"
+    return FeatureNetwork(name=name, sha256=sha256(path), compute=compute)
+
+
+def _for_dino(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 (B, 3, 224, 224), bicubic, in ImageNet's mean and deviation."""
+    size = (_DINO_SIDE, _DINO_SIDE)
+    x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True)
+    mean, deviation = (x.new_tensor(values)[:, None, None] for values in (_MEAN, _DEVIATION))
+    return (x.clamp(0, 1) - mean) / deviation

@@ -1,0 +1,186 @@
+"""The images that samples are compared with: statistics in a file, or images to make them of.
+
+A reference file is an `.npz` in the ADM evaluator's layout: `mu`, `sigma` of the pooled features,
+`mu_s`, `sigma_s` of the spatial ones over all images, and up to 10,000 images in `arr_0` for
+precision and recall. Those made here hold the features of these images too, and say of which
+network and dataset they are.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data import files
+from data.dataset import file_sha256
+from trainer.evaluation.extraction import Extracted
+from trainer.evaluation.features import FeatureNetwork
+from trainer.evaluation.figures import Statistics
+from trainer.samplefile import Samples, open_samples
+
+# Images that precision, recall and the kernel distance see of a reference, as the evaluator's.
+MANIFOLD = 10_000
+_ABOUT = "reference"
+_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A reference in the features of one network."""
+
+    name: str
+    #: Of the file, or the dataset's fingerprint.
+    checksum: str
+    #: Images that the statistics are over; None where a file does not say.
+    count: int | None
+    pool: Statistics
+    spatial: Statistics | None
+    #: Features (M, D) of all images, or of `MANIFOLD` of them; None where a file has neither.
+    features: Tensor | None
+
+
+def chosen(count: int) -> NDArray[np.int64]:
+    """The places of the images that stand for so many in precision and recall, ascending."""
+    if count <= MANIFOLD:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:MANIFOLD])
+
+
+def check_size(reference: Samples, *, size: tuple[int, int]) -> None:
+    """Return if images of a reference can be compared with samples of that height and width.
+
+    Raises:
+        ValueError: they are larger or smaller.
+    """
+    if reference.size != size:
+        here, there = (f"{height} x {width}" for height, width in (size, reference.size))
+        raise ValueError(
+            f"samples are {here}, the images of {reference.path} {there}: they cannot be compared"
+        )
+
+
+def of_images(samples: Samples, found: Extracted) -> Reference:
+    """The reference that `extract` makes of images."""
+    return Reference(
+        name=str(samples.path),
+        checksum=samples.checksum(),
+        count=found.count,
+        pool=found.pool[0],
+        spatial=found.spatial[0] if found.spatial else None,
+        features=found.features,
+    )
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a path is a file with statistics; other files and directories hold images.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if path.is_dir():
+        return False
+    return "mu" in _open(path)
+
+
+def load(
+    path: Path, *, network: FeatureNetwork, size: tuple[int, int]
+) -> tuple[Reference, Samples | None]:
+    """A reference file's statistics; and its images where their features are still to be computed.
+
+    `size` is that of the samples.
+
+    Raises:
+        ValueError: the file is damaged, or made with another network.
+    """
+    stored = _open(path)
+    about = json.loads(str(stored[_ABOUT])) if _ABOUT in stored else None
+    if about is None and not network.is_inception:
+        raise ValueError(
+            f"{path} does not say of which network its features are, so it is one of the ADM "
+            f"evaluator's: give --network the Inception weights instead of {network.name}"
+        )
+    if about is not None and about["network_sha256"] != network.sha256:
+        raise ValueError(
+            f"{path} holds features of {about['network']}, not of {network.name} "
+            f"({network.sha256[:8]}): make it again with this --network"
+        )
+    images = open_samples(path) if "arr_0" in stored else None
+    if images is not None:
+        check_size(images, size=size)
+    features = torch.from_numpy(stored["features"]) if "features" in stored else None
+    pool = _statistics(stored, "pool", path=path)
+    assert pool is not None
+    reference = Reference(
+        name=str(path),
+        checksum=file_sha256(path),
+        count=about["count"] if about else None,
+        pool=pool,
+        spatial=_statistics(stored, "spatial", path=path),
+        features=features,
+    )
+    return reference, images if features is None else None
+
+
+def with_features(reference: Reference, found: Extracted) -> Reference:
+    """The reference of a file whose images' features have been computed."""
+    return replace(reference, features=found.features)
+
+
+def save(path: Path, reference: Reference, *, samples: Samples, network: FeatureNetwork) -> None:
+    """Write a reference file, with the images that precision and recall are computed from."""
+    assert reference.features is not None
+    places = chosen(samples.count)
+    images = np.concatenate([samples.images(i, i + 1) for i in places.tolist()])
+    about = {
+        "network": network.name,
+        "network_sha256": network.sha256,
+        "images": reference.name,
+        "images_checksum": reference.checksum,
+        "count": reference.count,
+    }
+    arrays: dict[str, Any] = {
+        "arr_0": images,
+        "features": reference.features.cpu().numpy(),
+        _ABOUT: json.dumps(about),
+    }
+    for kind, names in _NAMES.items():
+        value: Statistics | None = getattr(reference, kind)
+        if value is not None:
+            parts = (value.mean, value.covariance)
+            arrays |= {n: v.cpu().numpy() for n, v in zip(names, parts, strict=True)}
+    with files.whole(path) as file:
+        np.savez(file, **arrays)
+
+
+def _open(path: Path) -> Any:
+    """The arrays of a file, read when they are asked for."""
+    if not path.is_file():
+        raise ValueError(f"--reference {path}: no such file or directory of shards")
+    try:
+        found = np.load(path, allow_pickle=False)
+        assert isinstance(found, np.lib.npyio.NpzFile)
+    except Exception as error:  # numpy and zipfile raise errors of many types for other files
+        raise ValueError(f"--reference {path}: not a readable .npz: {error}") from None
+    return found
+
+
+def _statistics(stored: Any, kind: str, *, path: Path) -> Statistics | None:
+    names = _NAMES[kind]
+    if names[0] not in stored:
+        return None
+    try:
+        mean, covariance = (torch.from_numpy(stored[name]).double() for name in names)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"--reference {path}: damaged: {error}") from None
+    finite = torch.isfinite(mean).all() and torch.isfinite(covariance).all()
+    if covariance.shape != (len(mean), len(mean)) or not finite:
+        raise ValueError(
+            f"--reference {path}: {names} are {tuple(mean.shape)} and {tuple(covariance.shape)}: "
+            "must be a mean (D,) and a covariance (D, D) of finite numbers"
+        )
+    return Statistics(mean, covariance)

@@ -1,0 +1,163 @@
+"""The figures of one set of samples against a reference, each with its name, N and spread."""
+
+import dataclasses
+import json
+import math
+import statistics as numbers
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.evaluation import figures
+from trainer.evaluation.extraction import PARTS, Extracted
+from trainer.evaluation.figures import SPLIT, Statistics
+from trainer.evaluation.reference import Reference
+
+# The fewest rows of which a fourth still has three neighbours for every row.
+_FEWEST = PARTS * 4
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure, and its standard error as the spread over interleaved fourths of the samples."""
+
+    value: float
+    error: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" + (f" ± {self.error:.1g}" if self.error is not None else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All figures; their names carry the number of samples, such as `fid_50k`."""
+
+    figures: dict[str, Figure]
+    warnings: list[str] = field(default_factory=list)
+    #: What was compared: files with checksums, how samples were drawn, the network.
+    about: dict[str, Any]
+
+    def to_json(self) -> str:
+        """As a file for programs."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def table(self) -> str:
+        """The figures as a table in Markdown."""
+        names, cells = list(self.figures), [str(figure) for figure in self.figures.values()]
+        return "\n".join(f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), cells))
+
+
+def short(count: int) -> str:
+    """A number of images in a figure's name: 50k for 50,000, 1797 for 1,797."""
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+
+
+def compare(
+    found: Extracted,
+    reference: Reference,
+    *,
+    labels: Sequence[int] | None,
+    about: dict[str, Any],
+    warnings: Sequence[str],
+) -> Results:
+    """All figures of samples against a reference.
+
+    Raises:
+        ValueError: too few samples, or sets that cannot be compared.
+    """
+    _check(found, reference)
+    n = short(found.count)
+    named: dict[str, Figure] = {}
+    named |= dict(_distances(found, reference, n=n))
+    named |= dict(_manifold_figures(found, reference, n=n))
+    if found.logits is not None:
+        parts = [figures.inception_score(found.logits[i::PARTS]) for i in range(PARTS)]
+        score = figures.inception_score(found.logits)
+        named[f"is_{n}"] = Figure(score, _error(parts))
+        whole = figures.inception_score(found.logits, split=found.count)
+        named[f"is_unsplit_{n}"] = Figure(whole)
+    said = [*warnings, *_warnings(found, reference, labels=labels)]
+    return Results(figures=named, warnings=said, about=about)
+
+
+def _check(found: Extracted, reference: Reference) -> None:
+    if found.count < _FEWEST:
+        raise ValueError(f"{found.count} samples: must be at least {_FEWEST}")
+    columns, wanted = found.features.shape[1], len(reference.pool.mean)
+    if columns != wanted:
+        raise ValueError(
+            f"{reference.name} has {wanted} features per image, this network {columns}: it was "
+            "made with another network"
+        )
+
+
+def _error(parts: Sequence[float]) -> float | None:
+    """The standard error of a figure from its values on fourths of the samples."""
+    finite = len(parts) == PARTS and all(math.isfinite(value) for value in parts)
+    return numbers.stdev(parts) / math.sqrt(PARTS) if finite else None
+
+
+def _distances(found: Extracted, reference: Reference, *, n: str) -> Iterator[tuple[str, Figure]]:
+    """FID, and sFID where both sides have spatial features."""
+    whole = reference.features
+    all_kept = whole is not None and reference.count == len(whole)
+    few = found.count <= found.features.shape[1]
+    if few and all_kept and whole is not None:
+        # Exact where covariances are singular.
+        parts = [_few(whole, found.features[i::PARTS]) for i in range(PARTS)]
+        yield f"fid_{n}", Figure(_few(whole, found.features), _error(parts))
+    else:
+        yield f"fid_{n}", _distance(reference.pool, found.pool)
+    if found.spatial and reference.spatial is not None:
+        yield f"sfid_{n}", _distance(reference.spatial, found.spatial)
+
+
+def _few(reference: Tensor, rows: Tensor) -> float:
+    return figures.frechet_of_features(reference, rows)
+
+
+def _distance(reference: Statistics, samples: Sequence[Statistics]) -> Figure:
+    device = samples[0].mean.device
+    there = Statistics(reference.mean.to(device), reference.covariance.to(device))
+    value, *parts = (figures.frechet_distance(there, each) for each in samples)
+    return Figure(value, _error(parts))
+
+
+def _manifold_figures(
+    found: Extracted, reference: Reference, *, n: str
+) -> Iterator[tuple[str, Figure]]:
+    """Precision, recall and the kernel distance, where the reference has features."""
+    if reference.features is None:
+        return
+    device = found.pool[0].mean.device
+    there, here = reference.features.to(device), found.features.to(device)
+    fourths = [here[i::PARTS] for i in range(PARTS)]
+    whole = figures.precision_recall(there, here)
+    parts = [figures.precision_recall(there, part) for part in fourths]
+    for i, name in enumerate(("precision", "recall")):
+        yield f"{name}_{n}", Figure(whole[i], _error([part[i] for part in parts]))
+    kernel = [figures.kernel_distance(there, part) for part in fourths]
+    yield f"kid_{n}", Figure(figures.kernel_distance(there, here), _error(kernel))
+
+
+def _warnings(
+    found: Extracted, reference: Reference, *, labels: Sequence[int] | None
+) -> Iterator[str]:
+    if found.count != 50_000:
+        yield (
+            f"{found.count:,} samples: FID depends on their number; compare it only with figures "
+            "of as many"
+        )
+    if found.count < SPLIT and found.logits is not None:
+        yield f"the inception score is over {found.count:,} samples instead of splits of {SPLIT:,}"
+    order = torch.tensor(labels) if labels is not None and len(labels) else None
+    if order is not None and order[0] != order[-1] and bool((order.diff() >= 0).all()):
+        yield (
+            "samples are sorted by class: splits of the inception score then hold few classes each "
+            "and it is far too low; use is_unsplit"
+        )
+    if reference.features is None:
+        yield f"{reference.name} has no images: no precision, recall and kernel distance"
