@@ -64,7 +64,9 @@ def train(case: tuple, *, world: Any, device: torch.device) -> tuple[list[Any], 
     raw["fp16"]["initial_scale_power"] = 4
     raw["zero_optimization"] |= {"stage": stage, "reduce_bucket_size": 1000}
     resolved = ds_config.resolve(raw, config=config, ranks=world.size)
-    engine = Engine(Quadratic(), config=config, ds_config=resolved, device=device)
+    net = Quadratic()
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    engine = Engine(net, config=config, ds_config=resolved, device=device, start=start)
     reports = []
     for step in range(STEPS):
         last = world.rank == world.size - 1 and step == INFINITE

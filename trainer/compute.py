@@ -1,9 +1,18 @@
-"""How a network computes on a device: by which kernels. Its weights stay the same."""
+"""How a network computes on a device: by which kernels, compiled or not, and in TF32 or not.
+
+Its weights and their names stay the same, so a run may change these settings when it resumes.
+"""
 
 import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.adm.norm import use_kernels
 from trainer.sections import TrainingConfig
@@ -15,22 +24,108 @@ def check(training: TrainingConfig) -> None:
     Raises:
         ValueError: a package is missing.
     """
-    wanted = training.kernels == "fused" and torch.cuda.is_available()
-    if wanted and importlib.util.find_spec("triton") is None:
+    named = [name for name in _needing_triton(training) if torch.cuda.is_available()]
+    if named and importlib.util.find_spec("triton") is None:
         raise ValueError(
-            'training.kernels = "fused": needs the package triton, which is not installed: '
-            'install it (`pip install triton`), or set "plain"'
+            f"{named[0]}: needs the package triton, which is not installed: install it "
+            '(`pip install triton`), or set training.kernels = "plain" and training.compile = false'
         )
 
 
-def prepare(net: nn.Module, *, training: TrainingConfig, device: torch.device) -> nn.Module:
-    """The network, to compute on `device` as the settings say."""
-    use_kernels(net, training.kernels if device.type == "cuda" else "plain")
+def _needing_triton(training: TrainingConfig) -> list[str]:
+    settings = {
+        'training.kernels = "fused"': training.kernels == "fused",
+        "training.compile = true": training.compile,
+    }
+    return [name for name, is_set in settings.items() if is_set]
+
+
+def remarks(training: TrainingConfig, *, stage: int) -> list[str]:
+    """What the log says where this machine or ZeRO stage computes otherwise than set."""
+    said = []
+    if training.kernels == "fused" and not torch.cuda.is_available():
+        said.append('training.kernels = "fused" needs a GPU: this run computes with "plain"')
+    if training.compile and not torch.cuda.is_available():
+        said.append("training.compile needs a GPU: this run computes uncompiled")
+    elif training.compile and stage == 3:
+        said.append(
+            "training.compile: ZeRO-3 gathers weights within the forward pass, which cannot be "
+            "compiled: this run computes uncompiled"
+        )
+    return said
+
+
+def prepare(
+    net: nn.Module,
+    *,
+    training: TrainingConfig,
+    device: torch.device,
+    stage: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """The network, to compute on `device` as the settings say.
+
+    It is compiled at its first call if `say` is given, which hears when that begins and ends.
+    """
+    fast = device.type == "cuda"
+    if fast:
+        # Triton would keep its kernels in the home directory, which nodes share.
+        own = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
+        os.environ.setdefault("TRITON_CACHE_DIR", str(own))
+        torch.backends.cuda.matmul.allow_tf32 = training.tf32
+        torch.backends.cudnn.allow_tf32 = training.tf32
+    use_kernels(net, training.kernels if fast else "plain")
+    if fast and training.compile and stage != 3 and say is not None:
+        compile_forward(net, say=say)
     return net
 
 
-def remarks(training: TrainingConfig) -> list[str]:
-    """What the log says where this machine computes otherwise than set."""
-    if training.kernels == "fused" and not torch.cuda.is_available():
-        return ['training.kernels = "fused" needs a GPU: this run computes with "plain"']
-    return []
+def compile_forward(
+    net: nn.Module, *, say: Callable[[str], None], backend: str = "inductor"
+) -> None:
+    """Let a network compile its forward pass at its first call, and the backward pass with it.
+
+    DeepSpeed's hooks around the forward pass cannot be compiled, so the network itself is not
+    replaced.
+    """
+    net.forward = _Compiled(net.forward, say=say, backend=backend)
+
+
+class _Compiled:
+    """A forward pass that is compiled for the number of images of its first call.
+
+    Fewer images, as in the last batch, are filled up to it.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Tensor], *, say: Callable[[str], None], backend: str
+    ) -> None:
+        self._forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+        self._say, self._images = say, 0
+
+    def __call__(self, *inputs: Tensor | None, **named: Tensor | None) -> Tensor:
+        """The output for inputs (B, ...)."""
+        count = len(inputs[0])  # type: ignore[arg-type]
+        if not self._images:
+            return self._first(count, inputs, named)
+        missing = self._images - count
+        if missing > 0:
+            inputs = tuple(_filled(value, missing) for value in inputs)
+            named = {name: _filled(value, missing) for name, value in named.items()}
+        out: Tensor = self._forward(*inputs, **named)
+        return out[:count] if missing > 0 else out
+
+    def _first(self, count: int, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        self._say("compiling the network, which takes minutes")
+        began = time.monotonic()
+        out: Tensor = self._forward(*inputs, **named)
+        self._images = count
+        self._say(f"compiled the network in {time.monotonic() - began:.0f} s")
+        return out
+
+
+def _filled(value: Tensor | None, missing: int) -> Tensor | None:
+    """An input (B, ...) with its last row repeated so many times."""
+    if value is None:
+        return None
+    return torch.cat((value, value[-1:].expand(missing, *value.shape[1:])))

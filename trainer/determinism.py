@@ -42,7 +42,7 @@ def apply(is_wanted: bool) -> None:
     # What is not initialised is written before it is read here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = is_wanted
-    if is_wanted:
-        torch.backends.cudnn.benchmark = False
+    # Measures the convolutions of each shape at its first use, and takes the fastest.
+    torch.backends.cudnn.benchmark = not is_wanted
     # Flash and efficient attention have a deterministic backward pass; cuDNN's has not.
     torch.backends.cuda.enable_cudnn_sdp(not is_wanted)

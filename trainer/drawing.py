@@ -42,10 +42,10 @@ class Drawing:
             return 0
         source, classifier = todo[0].source, todo[0].classifier
         device, precision = self.device, todo[0].request.precision
-        net = source.net(device=device, precision=precision)
+        net = source.net(device=device, precision=precision, say=self._say)
         guide = None
         if classifier is not None:
-            guide = classifier.net(device=device, precision=precision)
+            guide = classifier.net(device=device, precision=precision, say=self._say)
         return next((s for job in todo if (s := self.one(job, net=net, guide=guide))), 0)
 
     def one(self, job: DrawJob, *, net: nn.Module, guide: nn.Module | None) -> int:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +56,17 @@ class TrainedNetwork:
         config = _written_config(path) if preset is None else configs.load(preset)
         return cls(config, path, checkpoints.sha256(path), name)
 
-    def net(self, *, device: torch.device, precision: str | None) -> nn.Module:
+    def net(
+        self,
+        *,
+        device: torch.device,
+        precision: str | None,
+        say: Callable[[str], None] | None = None,
+    ) -> nn.Module:
         """The network, filled, on `device`; by default as it was trained, but on a CPU in fp32.
 
         The main rank alone reads the file and sends the weights to the others. All ranks must call
-        it.
+        it. It is compiled if `say` is given, which hears of that.
 
         Raises:
             ValueError: the file does not hold the weights of this network, or Triton is missing.
@@ -72,7 +79,7 @@ class TrainedNetwork:
         from_main(lambda: weights.fill(net, weights.load(self.file), source=self.file))
         for tensor in net.state_dict().values():
             broadcast(tensor)
-        return compute.prepare(net, training=self.config.training, device=device)
+        return compute.prepare(net, training=self.config.training, device=device, say=say)
 
 
 def _written_config(path: Path) -> Config:

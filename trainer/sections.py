@@ -42,6 +42,10 @@ class TrainingConfig:
     precision: Precision
     #: "fused": norms in one operation, on a GPU; a CPU computes them as "plain".
     kernels: Kernels = "plain"
+    #: Compile the forward and backward pass, on a GPU and below ZeRO-3. Dropout draws other masks.
+    compile: bool = False
+    #: Let fp32 products round their factors to 10 bits on a GPU, several times faster.
+    tf32: bool = False
     timesteps: Timesteps = "uniform"
     #: Share of images whose class the net is not told, for classifier-free guidance.
     label_dropout: float = 0.0

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,11 @@ def note(run: Run, found: Checkpoint | None) -> None:
 def begin(
     config: Config,
     *,
-    ds_config: dict[str, object],
+    ds_config: dict[str, Any],
     found: Checkpoint | None,
     initial: Initial | None,
     context: RankContext,
+    log: Callable[[str], None],
 ) -> tuple[Engine, Denoise | Classify]:
     """The engine and the objective where the run begins.
 
@@ -119,7 +120,14 @@ def begin(
     """
     determinism.apply(config.training.deterministic)
     with torch.device("meta"):
-        net = compute.prepare(build(config.model), training=config.training, device=context.device)
+        net = build(config.model)
+
+    def say(text: str) -> None:
+        context.watchdog.mark(text)
+        log(text)
+
+    stage, training = ds_config["zero_optimization"]["stage"], config.training
+    compute.prepare(net, training=training, device=context.device, stage=stage, say=say)
     main = context.world.is_main
     start = agreed(lambda: _start(config, found=found, initial=initial) if main else None)
     engine = agreed(
@@ -136,7 +144,12 @@ def begin(
 
 
 def remarks(
-    config: Config, changes: Mapping[str, tuple[Any, Any]], shards: Shards, *, ranks: int
+    config: Config,
+    changes: Mapping[str, tuple[Any, Any]],
+    shards: Shards,
+    *,
+    ranks: int,
+    ds_config: Mapping[str, Any],
 ) -> list[str]:
     """What the log says of the config, and its `changes` of the run, before the run begins."""
     changed = [f"{name} changes from {a!r} to {b!r}" for name, (a, b) in changes.items()]
@@ -146,7 +159,10 @@ def remarks(
         crop_remark(shards, config=config.data),
         config.training.badly_cut_on(ranks),
     )
-    said = compute.remarks(config.training) + compile_locks()
+    said = (
+        compute.remarks(config.training, stage=ds_config["zero_optimization"]["stage"])
+        + compile_locks()
+    )
     return [*changed, *said, *(line for line in odd if line)]
 
 

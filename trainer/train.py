@@ -134,14 +134,15 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     from_main(lambda: run.open(config, ds_config=plan.ds_config))
     if found is None:
         from_main(lambda: initials.record(plan.initial, run=run))
-    for line in start.remarks(config, plan.changes, plan.stream.shards, ranks=world.size):
+    shards, ds_config = plan.stream.shards, plan.ds_config
+    for line in start.remarks(config, plan.changes, shards, ranks=world.size, ds_config=ds_config):
         log(line)
     context.watchdog.mark("; ".join(["building the engine", *start.compile_locks()]))
     engine, objective = start.begin(
-        config, ds_config=plan.ds_config, found=found, initial=plan.initial, context=context
+        config, ds_config=ds_config, found=found, initial=plan.initial, context=context, log=log
     )
     begins = start.origin(found=found, initial=plan.initial)
-    log(f"{begins}: {start.describe(config, engine, world=world, shards=plan.stream.shards)}")
+    log(f"{begins}: {start.describe(config, engine, world=world, shards=shards)}")
     if context.must_leave():
         return _leave_early(plan, context, log=log)
     return _loop(plan, context, engine=engine, objective=objective, images_seen=images_seen)

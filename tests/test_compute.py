@@ -1,0 +1,121 @@
+"""Compiled networks: the same numbers, names and checkpoints, on real ranks. Here by aot_eager."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support import golden, ranks
+from trainer import compute
+from trainer import config as configs
+from trainer import ds_config as ds_configs
+from trainer.adm.config import ClassifierConfig, UNetConfig
+from trainer.adm.unet import build
+
+SIZES: dict[str, Any] = {
+    "image_size": 4, "channels": 32, "channel_mult": (1,), "blocks": 1, "attention": (4,),
+    "heads": 2, "num_classes": 5,
+}  # fmt: skip
+SETS = (
+    "model.image_size = 4", "model.channels = 32", "model.channel_mult = [1]", "model.blocks = 1",
+    "model.attention = [4]", "model.dropout = 0.0", "training.batch = 8", "training.images = 8",
+    "training.micro_batch = 2",
+)  # fmt: skip
+
+
+def filled(config: Any) -> Any:
+    net = build(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return net
+
+
+def inputs(images: int) -> list[Tensor]:
+    x = golden.wave("x", (images, 3, 4, 4), 1.0)
+    return [x, torch.arange(images) * 100, torch.arange(images) % 5]
+
+
+def test_a_compiled_net_says_the_same_also_in_a_smaller_batch() -> None:
+    net, said = filled(UNetConfig(**SIZES)), list[str]()
+    names, whole, small = list(net.state_dict()), inputs(3), inputs(2)
+    plain = net(*small)
+    compute.compile_forward(net, say=said.append, backend="aot_eager")
+    assert list(net.state_dict()) == names
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        net(*whole)
+        found = net(*small)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    assert len(said) == 2 and said[0].startswith("compiling") and said[1].startswith("compiled")
+
+
+def test_a_compiled_guide_has_the_same_gradient_also_in_a_smaller_batch() -> None:
+    net = filled(ClassifierConfig(**SIZES)).requires_grad_(False)
+
+    def gradient(images: int) -> Tensor:
+        x, t, _ = inputs(images)
+        (found,) = torch.autograd.grad(net(x.requires_grad_(), t)[:, 1].sum(), x)
+        return found
+
+    plain = gradient(2)
+    compute.compile_forward(net, say=lambda _: None, backend="aot_eager")
+    gradient(3)
+    torch.testing.assert_close(gradient(2), plain, rtol=1e-5, atol=1e-6)
+
+
+def train(directory: Path) -> int:
+    """Steps uncompiled, compiled, and from one to the other in between."""
+    from trainer.engine import Engine
+    from trainer.ranks.group import connected
+    from trainer.ranks.world import join
+
+    world, found = join(), {}
+    config = configs.load("digits", SETS)
+    with connected(world, patience=ranks.LIMIT) as device:
+        raw = ds_configs.load(ranks.ROOT / "ds_config.json")
+        resolved = ds_configs.resolve(raw, config=config, ranks=world.size)
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, before in {"off": None, "on": None, "off-on": "off", "on-off": "on"}.items():
+            net = filled(config.model)
+            if name.endswith("on"):
+                compute.compile_forward(net, say=lambda _: None, backend="aot_eager")
+            start = {n: p.detach().clone() for n, p in net.named_parameters()}
+            given = start if world.is_main else None
+            engine = Engine(net, config=config, ds_config=resolved, device=device, start=given)
+            kinds = engine.kinds
+            if before is not None:
+                for kind in kinds:
+                    engine.scatter(kind, states[f"{before} {kind}"].__getitem__)
+            for micro in range(engine.accumulation):
+                out = engine(*inputs(2))
+                engine.backward(out.square().mean() + micro * out.mean())
+            engine.step(lr=1e-2, images_seen=8)
+            states |= {f"{name} {kind}": engine.gather(kind) for kind in kinds}
+        for a, b in (("off", "on"), ("off-on", "on-off")):
+            for kind in kinds:
+                one, other = states[f"{a} {kind}"], states[f"{b} {kind}"]
+                assert list(one) == list(other)
+                off = torch.stack([(one[n] - other[n]).abs().max() for n in one]).max()
+                found[f"{a} {kind}"] = float(off)
+    if world.is_main:
+        (directory / "found.json").write_text(json.dumps(found))
+    return 0
+
+
+def test_training_goes_on_compiled_and_uncompiled_alike(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(train, tmp_path), ranks=2)
+    job.wait()
+    assert (tmp_path / "found.json").exists(), job.text
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 2 * 5 and max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize(("stage", "lines"), [(2, 2), (3, 2)])
+def test_a_cpu_says_that_it_computes_otherwise(stage: int, lines: int) -> None:
+    said = compute.remarks(configs.load("imagenet64").training, stage=stage)
+    assert len(said) == lines and all("this run computes" in line for line in said)
+    assert not compute.remarks(configs.load("digits").training, stage=stage)
