@@ -106,12 +106,16 @@ class Container:
         workdir = f"--container-workdir={directory}"
         return (f"--container-image={self.image}", *mounts, workdir)
 
-    def command(self, *, directory: Path) -> tuple[str, ...]:
-        """The words before a command that make it run inside, in `directory`."""
+    def command(self, *, directory: Path, environment: Mapping[str, str]) -> tuple[str, ...]:
+        """The words before a command that make it run inside, in `directory`.
+
+        A variable that the image sets would count, not ours.
+        """
+        env = ("env", *(f"{name}={value}" for name, value in environment.items()))
         if self.kind == "pyxis":
-            return ()
+            return env
         mounts = (word for mount in self.mounts for word in ("--bind", mount))
-        return ("apptainer", "exec", "--nv", *mounts, "--pwd", str(directory), self.image)
+        return ("apptainer", "exec", "--nv", *mounts, "--pwd", str(directory), self.image, *env)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,23 +95,27 @@ def _escaped(character: str) -> str:
 def _torchrun(job: Job) -> tuple[str, str]:
     """torchrun on every machine, by ssh; it restarts lost ranks."""
     hosts = job.cluster.hosts
-    size = [f"--nnodes={job.nodes}", f"--nproc-per-node={job.gpus_per_node}"]
-    meeting = [
+    options = [
+        f"--nnodes={job.nodes}",
+        f"--nproc-per-node={job.gpus_per_node}",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={hosts[0]}:{job.port}",
         f"--rdzv-id={job.name}",
-        "--rdzv-conf=join_timeout=600,last_call_timeout=5",
+        "--max-restarts=3",
+        *job.cluster.options,
     ]
-    torchrun = [job.cluster.python, "-m", "torch.distributed.run", *size, *meeting]
-    options = ["--max-restarts=3", *job.cluster.options]
     node = fill(
         "torchrun-node.sh",
         seconds=job.cluster.seconds_to_save,
-        command=command(*torchrun, *options, "-m", "--", *job.rank_words[1:]),
+        first=quoted([hosts[0]]),
+        torchrun=quoted([job.cluster.python, "-m", "torch.distributed.run"]),
+        options=command(*options, "-m", "--", *job.rank_words[1:]),
     )
-    again = quoted(["bash", job.script, "node"])
-    ssh = f'begin ssh "$host" {quoted([again])}'
-    return node.rstrip(), f"for host in {quoted(hosts)}; do\n  {ssh}\ndone\nfinish"
+    again = quoted([quoted(["bash", job.script, "node"])])
+    return (
+        node.rstrip(),
+        f'for host in {quoted(hosts)}; do\n  begin ssh "$host" {again}" $host"\ndone\nfinish',
+    )
 
 
 def _alone(job: Job) -> str:

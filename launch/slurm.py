@@ -99,7 +99,9 @@ def _srun(job: Job, *program: str) -> str:
     """
     container = job.cluster.container
     options = container.srun_options(directory=job.directory) if container else ()
-    inside = container.command(directory=job.directory) if container else ()
+    inside: tuple[str, ...] = ()
+    if container:
+        inside = container.command(directory=job.directory, environment=job.environment)
     # Since Slurm 22.05 srun does not inherit the job's number of CPUs.
     cpus = job.cluster.slurm.cpus_per_task
     per_task = [f"--cpus-per-task={cpus}"] if cpus else []

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from data.exits import REFUSED
 from tests.support.batch import LAST, Bash
 
 
@@ -99,3 +100,17 @@ def test_ranks_do_not_believe_the_variables_of_the_shell_that_submitted_them(bas
     bash.start(ranks=note, environment={"MASTER_ADDR": "n7"}, **shell)
     bash.start(ranks=note, setup="export MASTER_PORT=29517", **shell)
     assert bash.text("world") == ", , , , \nn7, , , , \n, , , , 29517\n"
+
+
+def test_a_node_without_scontrol_is_named_before_it_trains(bash: Bash) -> None:
+    """submitit#1601: it is found out only when the job shall be requeued."""
+    hidden = "command() { [ $2 != scontrol ]; }"
+    assert bash.start(ranks="exit 75", setup=hidden) == REFUSED
+    assert "there is no scontrol on" in bash.events and "in setup; not started" in bash.events
+    assert not bash.text("started")
+
+
+def test_a_setup_line_that_fails_on_a_node_ends_the_job_and_is_named(bash: Bash) -> None:
+    assert bash.start(ranks="exit 0", setup="false || (exit 3)") == REFUSED
+    assert "the setup line failed with status 3: false || (exit 3); not started" in bash.events
+    assert not bash.text("started") and not bash.requeued

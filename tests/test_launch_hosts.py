@@ -69,6 +69,20 @@ def test_a_closed_terminal_saves_the_run(site: Site, launcher: str) -> None:
         assert not site.cluster.pids(host, ["-m trainer.train", name])
 
 
+def test_torchrun_needs_no_machine_to_resolve_its_own_name(site: Site) -> None:
+    """pytorch#150532: the names in `hosts` lead to machines that call themselves otherwise."""
+    for host in ("n1", "n2"):
+        site.cluster.run(host, "hostname", f"odd-{host}")
+    try:
+        job = start(site, "odd", "torchrun", "training.images = 16")
+        output = job.communicate(timeout=LIMIT)[0]
+    finally:
+        for host in ("n1", "n2"):
+            site.cluster.run(host, "hostname", host)
+    assert job.returncode == 0, output[-4000:]
+    assert "4 ranks" in site.log("odd")
+
+
 def start_bare(site: Site, name: str) -> "list[subprocess.Popen[str]]":
     """Four ranks on two machines with no launcher at all: nothing but themselves ends them."""
     jobs = []
@@ -128,6 +142,24 @@ def test_check_names_the_bad_node(site: Site) -> None:
     site.cluster.run("n1", "cp", "-r", site.preset.parent / "digits", own)
     bad = site.cluster.run("ctl", *words, "--data", own, "--free", 0, check=False)
     assert "bad nodes: n2" in bad and "No such file" in bad
+
+
+def test_two_steps_of_one_allocation_do_not_meet(site: Site) -> None:
+    check = f"{sys.executable} -m launch check --ranks 2 --free 0 --seconds 60"
+    steps = f"for step in 1 2; do srun --overlap -N2 -n2 {check} & done; wait"
+    said = site.cluster.run("ctl", "salloc", "-N2", "-n4", "bash", "-c", steps)
+    assert said.count("all nodes are ready") == 2, said
+
+
+def test_ranks_meet_in_the_order_of_a_host_file(site: Site) -> None:
+    """Lightning#17228: rank 0 is not on the first host of Slurm's list."""
+    order = site.cluster.home / "hostfile"
+    order.write_text("n2\nn2\nn1\nn1\n")
+    env = ["env", f"SLURM_HOSTFILE={order}"]
+    words = [*env, "srun", "-N2", "-n4", "-m", "arbitrary", sys.executable, "-m", "launch", "check"]
+    said = site.cluster.run("ctl", *words, "--free", 0, "--seconds", 60, check=False)
+    assert "all nodes are ready" in said, said
+    assert said.index("n2") < said.index("n1")
 
 
 def test_a_second_job_on_the_same_run_is_refused(site: Site) -> None:

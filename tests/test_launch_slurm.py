@@ -155,6 +155,18 @@ def test_what_is_refused_fails_once(site: Site) -> None:
     assert not (site.run("poisoned") / "checkpoints").exists()
 
 
+def test_a_gpu_job_whose_nodes_show_no_gpus_is_refused(site: Site) -> None:
+    settings = site.settings("slurm")
+    gpus = settings.with_name("gpus.toml")
+    gpus.write_text(settings.read_text().replace("cpu = true", ""))
+    job = site.submit("blind", gpus)
+    site.wait_gone(job)
+    events, output = site.events("blind"), site.output("blind")
+    assert events.count("begins on") == 1 and "refused for the reason above" in events
+    assert output.count("shows 0 GPUs, and the job needs") == 2, output  # the hosts differ
+    assert output.count("error: ") == 1 and not (site.run("blind") / "checkpoints").exists()
+
+
 def test_a_run_that_fails_twice_without_progress_stops(site: Site) -> None:
     settings = site.settings("slurm")
     broken = settings.with_name("broken.toml")

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -199,6 +200,20 @@ def test_a_site_names_the_option_that_requests_gpus(
     text = records.text(dataclasses.replace(job, cluster=site))
     said = [line for line in text.splitlines() if "gpu" in line and "partition" not in line]
     assert [f"#SBATCH {expected}"] * bool(expected) == [s for s in said if s.startswith("#SBATCH")]
+
+
+def test_variables_of_an_image_do_not_replace_those_of_the_job() -> None:
+    """pyxis#124: what an image sets, such as PYTHONPATH, counts inside, not what srun passes."""
+    job = big_job("slurm-pyxis")
+    (start,) = (s for s in records.text(job).split("attend ") if "trainer.train" in s)
+    words = shlex.split(start.partition("\nstatus=")[0])
+    inside = words[words.index("env") :]
+    assert f"PYTHONPATH={job.code}" in inside[: inside.index("sh")]
+    assert job.cluster.container is not None
+    container = dataclasses.replace(job.cluster.container, kind="apptainer")
+    site = dataclasses.replace(job.cluster, container=container)
+    text = records.text(dataclasses.replace(job, cluster=site))
+    assert f"{container.image} env NCCL_SOCKET_IFNAME=ib0 " in text
 
 
 def test_mpich_starts_the_same_ranks() -> None:

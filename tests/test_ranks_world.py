@@ -39,6 +39,16 @@ def test_two_steps_of_one_allocation_meet_at_ports_of_their_own() -> None:
     assert len(ports | others) == 7
 
 
+def test_a_host_file_that_orders_the_ranks_says_where_they_meet(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    order = {"SLURM_HOSTFILE": str(file), "SLURM_DISTRIBUTION": "arbitrary"}
+    with pytest.raises(ValueError, match=r"SLURM_HOSTFILE = .* cannot be read"):
+        join({**STEP, **order})
+    file.write_text("n2\nn2\nn1\n")
+    assert join({**STEP, **order}).address == "n2"
+    assert join({**STEP, **order, "SLURM_DISTRIBUTION": "block"}).address == "n1"
+
+
 def test_a_script_of_sbatch_n4_without_srun_is_not_one_rank() -> None:
     batch = {"SLURM_JOB_ID": "41", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     with pytest.raises(ValueError, match=r"job 41 of Slurm has 4 tasks, but .* without srun"):

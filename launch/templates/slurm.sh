@@ -150,6 +150,11 @@ attend() {
 
 @preamble@
 
+for program in srun scancel scontrol; do
+  command -v $program > /dev/null ||
+    refuse "there is no $program on $(hostname), and without it the run could not save and requeue: \
+add its directory to PATH in setup"
+done
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
 @check@if [ -n "$told" ]; then
   [ -z "$timer" ] || kill "$timer"

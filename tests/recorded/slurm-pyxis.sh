@@ -171,6 +171,11 @@ export GLOO_SOCKET_IFNAME=ib0
 export PYTHONPATH=/runs/imagenet64/code
 export PYTHONSAFEPATH=1
 
+for program in srun scancel scontrol; do
+  command -v $program > /dev/null ||
+    refuse "there is no $program on $(hostname), and without it the run could not save and requeue: \
+add its directory to PATH in setup"
+done
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
 if [ -n "$told" ]; then
   [ -z "$timer" ] || kill "$timer"
@@ -186,7 +191,7 @@ attend srun \
   --container-image=/scratch/images/adm.sqsh \
   --container-mounts=/scratch:/scratch,/home/me:/home/me \
   --container-workdir=/home/me/adm \
-  sh -c 'trap "" USR1 TERM; exec "$0" "$@"' python3 -m trainer.train /runs/imagenet64/launch/preset.toml \
+  env NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 PYTHONPATH=/runs/imagenet64/code PYTHONSAFEPATH=1 sh -c 'trap "" USR1 TERM; exec "$0" "$@"' python3 -m trainer.train /runs/imagenet64/launch/preset.toml \
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \
   --ranks 512 \

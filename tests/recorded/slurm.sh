@@ -174,6 +174,11 @@ export OMP_NUM_THREADS=4
 export PYTHONPATH=/runs/imagenet64/code
 export PYTHONSAFEPATH=1
 
+for program in srun scancel scontrol; do
+  command -v $program > /dev/null ||
+    refuse "there is no $program on $(hostname), and without it the run could not save and requeue: \
+add its directory to PATH in setup"
+done
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
 attend srun \
   --export=ALL \

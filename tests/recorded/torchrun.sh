@@ -18,13 +18,17 @@ case $1 in
     # A rebooted machine must be able to rejoin, and ranks need time to save after TERM.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
-    exec /home/me/adm/.venv/bin/python -m torch.distributed.run \
+    # Machines may call themselves otherwise than `hosts` does.
+    first=0
+    [ "$2" != n1 ] || first=1
+    meeting=(--local-addr="$2" --rdzv-conf="join_timeout=600,last_call_timeout=5,is_host=$first")
+    exec /home/me/adm/.venv/bin/python -m torch.distributed.run "${meeting[@]}" \
+   \
   --nnodes=64 \
   --nproc-per-node=8 \
   --rdzv-backend=c10d \
   --rdzv-endpoint=n1:25779 \
   --rdzv-id=imagenet64 \
-  --rdzv-conf=join_timeout=600,last_call_timeout=5 \
   --max-restarts=3 -m -- trainer.train /runs/imagenet64/launch/preset.toml \
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \
@@ -65,6 +69,6 @@ finish() {
 }
 
 for host in n1 n2 n3 n4 n5 n6 n7 n8 n9 n10 n11 n12 n13 n14 n15 n16 n17 n18 n19 n20 n21 n22 n23 n24 n25 n26 n27 n28 n29 n30 n31 n32 n33 n34 n35 n36 n37 n38 n39 n40 n41 n42 n43 n44 n45 n46 n47 n48 n49 n50 n51 n52 n53 n54 n55 n56 n57 n58 n59 n60 n61 n62 n63 n64; do
-  begin ssh "$host" 'bash /runs/imagenet64/launch/job.sh node'
+  begin ssh "$host" 'bash /runs/imagenet64/launch/job.sh node'" $host"
 done
 finish

@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 DEFAULT_PORT = 29500
 
@@ -152,10 +153,28 @@ def _from_slurm(env: Mapping[str, str]) -> World:
         size=int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]),
         local_rank=int(env["SLURM_LOCALID"]),
         local_size=_tasks_here(env),
-        address=env.get("MASTER_ADDR") or hosts(nodes)[0],
+        address=env.get("MASTER_ADDR") or _host_file(env) or hosts(nodes)[0],
         port=int(env.get("MASTER_PORT") or _slurm_port(env)),
         launcher="slurm",
     )
+
+
+def _host_file(env: Mapping[str, str]) -> str:
+    """The first host of the file that orders a step's tasks, if one does (`srun -m arbitrary`).
+
+    Raises:
+        ValueError: the file cannot be read here.
+    """
+    file = env.get("SLURM_HOSTFILE")
+    if not file or env.get("SLURM_DISTRIBUTION") != "arbitrary":
+        return ""
+    try:
+        return Path(file).read_text().split()[0]
+    except (OSError, IndexError) as error:
+        raise ValueError(
+            f"SLURM_HOSTFILE = {file!r} cannot be read ({error}), and orders the ranks: put it on "
+            "a shared disk, or set MASTER_ADDR to its first host"
+        ) from None
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:
