@@ -143,3 +143,25 @@ def weights(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, l
             "--classifier-preset", str(root / "classifier.toml"), "--scale", "3",
         ],
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def nets(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, list[str]]:
+    """A base that was trained on dropped labels, and an upsampler from 8 to 16 px."""
+    root = tmp_path_factory.mktemp("nets")
+    large = tiny.read_text().replace("image_size = 8", "image_size = 16\nsmall_size = 8")
+    texts = {
+        "base": tiny.read_text().replace("seed = 3", "seed = 3\nlabel_dropout = 0.1"),
+        "up": large.replace("attention = [4]", "attention = [8]"),
+    }
+    for name, text in texts.items():
+        (root / f"{name}.toml").write_text(text)
+        net = build(configs.load(root / f"{name}.toml").model)
+        golden.set_formula_weights(net)
+        torch.save(net.state_dict(), root / f"{name}.pt")
+    up = [str(root / "up.pt"), "--upsampler-preset", str(root / "up.toml")]
+    return {
+        "base": [str(root / "base.pt"), "--preset", str(root / "base.toml")],
+        "up": [str(root / "up.pt"), "--preset", str(root / "up.toml")],
+        "and": ["--upsampler", *up, "--upsampler-steps", "ddim2"],
+    }

@@ -162,6 +162,11 @@ def test_an_upsampler_refuses_a_torn_low_res_file_and_labels_it_does_not_know(
         (["--eta", "nan"], "--eta = nan: must be from 0 to 1"),
         (["--scale", "nan"], "--scale = nan: must be a finite number"),
         (["--out", "scale1.5"], "--out = 'scale1.5': must be a file that ends in .npz"),
+        (["--seed", str(2**63)], f"--seed = {2**63}: must be a number of at most 63 bits"),
+        (["--guide-at", "mean"], "--guide-at = 'mean': must be x_t without --classifier and for"),
+        (["--upsampler-steps", "9"], "--upsampler-steps = '9': must be absent without --upsampler"),
+        (["--cfg", "1,1"], "--cfg = (1.0, 1.0): must be different numbers"),
+        (["--out", "/"], "--out = '/': must be a file that ends in .npz, or a directory"),
         (["--images", "0"], "--images = 0: must be at least 1"),
     ],
 )

@@ -1,7 +1,7 @@
 """The ranks draw an output: each takes the next part that is missing, until all are there."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from data.exits import TO_BE_CONTINUED
 from data.progress import duration
 from trainer.parts import PartSampler, recorded
 from trainer.progress import Progress
-from trainer.ranks.group import Turns, agreed, from_main, gather
+from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
 from trainer.ranks.lease import Lease
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World
@@ -69,8 +69,9 @@ class Drawing:
                 self._say("stopped by a signal; rerun the same command to resume")
                 return TO_BE_CONTINUED
             if self.share == (0, 1):
-                from_main(lambda: _publish(job, lease))
-        if self.share != (0, 1) and (missing := from_main(lambda: _publish_shares(job))):
+                self._say(f"joining {job.request.parts:,} batches")
+                self._write(job, lambda: _publish(job, lease))
+        if self.share != (0, 1) and (missing := self._write(job, lambda: _publish_shares(job))):
             self._say(f"share {self.share[0]} of {self.share[1]} is drawn; {missing}")
             return 0
         self._say(f"wrote {output.path} and {output.picture}")
@@ -86,15 +87,29 @@ class Drawing:
             if self.preemption.stop_requested:
                 raise _StoppedError
 
-        complete = True
+        ended: str | None = None
         try:
             while (turn := turns.take()) < len(todo):
                 job.output.write(todo[turn], *sampler.draw(todo[turn], on_step=on_step))
                 progress.show(turns.taken())
-        except _StoppedError:
-            turns.end()
-            complete = False
-        return all(gather(complete and turn < 2**47))
+        except (_StoppedError, OSError) as error:
+            turns.end()  # the others finish their parts
+            ended = "" if isinstance(error, _StoppedError) else f"part {todo[turn]}: {error}"
+        everyone = gather(ended)
+        if faults := [f"rank {r}: {e}" for r, e in enumerate(everyone) if e]:
+            raise Broken(_cannot_write(job, faults[0]))
+        return all(each is None for each in everyone)
+
+    def _write(self, job: DrawJob, write: Callable[[], str]) -> str:
+        """What `write` returns on the main rank.
+
+        Raises:
+            Broken: the main rank cannot write.
+        """
+        result, fault = from_main(lambda: _attempt(write))
+        if fault is not None:
+            raise Broken(_cannot_write(job, fault))
+        return result
 
     def _undrawn(self, job: DrawJob) -> list[int]:
         """The missing or damaged parts; each rank checks its share, and all learn of all."""
@@ -152,16 +167,19 @@ def _publish_shares(job: DrawJob) -> str:
         return f"{missing} of {job.request.parts} batches are left to the other shares"
     try:
         with job.output.claimed() as lease:
-            _publish(job, lease)
+            return _publish(job, lease)
     except ValueError:
         if job.output.is_drawn():
             return "another share made the output"
         raise
-    return ""
 
 
-def _publish(job: DrawJob, lease: Lease | None) -> None:
-    """Make the output of its parts, and draw its grid."""
+def _publish(job: DrawJob, lease: Lease | None) -> str:
+    """Make the output of its parts, and draw its grid; nothing is missing then.
+
+    Raises:
+        ValueError: a part is damaged, or another process has drawn the output.
+    """
     assert lease is not None, "the main rank alone has the right to write"
     lease.check()
     job.output.check_free()
@@ -169,3 +187,16 @@ def _publish(job: DrawJob, lease: Lease | None) -> None:
     with files.whole(job.output.picture) as stream:
         Image.fromarray(job.grid(whole).transpose(1, 2, 0)).save(stream, format="png")
     job.output.publish(whole)
+    return ""
+
+
+def _attempt(write: Callable[[], str]) -> tuple[str, OSError | None]:
+    """What `write` returns, or the error for which it could not write."""
+    try:
+        return write(), None
+    except OSError as error:
+        return "", error
+
+
+def _cannot_write(job: DrawJob, why: object) -> str:
+    return f"cannot write {job.output.work}: {why}; rerun the same command to resume"

@@ -107,6 +107,8 @@ def _check_values(arguments: argparse.Namespace) -> None:
     check(is_output, "--out", out, "a file that ends in .npz, or a directory, which ends in /")
     check(images is None or images >= 1, "--images", images, "at least 1")
     check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1")
+    fits = -(2**63) <= arguments.seed < 2**63
+    check(fits, "--seed", arguments.seed, "a number of at most 63 bits")
     check(eta is None or 0 <= eta <= 1, "--eta", eta, "from 0 to 1")
     for option in ("scale", "cfg"):
         values = getattr(arguments, option) or ()

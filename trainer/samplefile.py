@@ -76,7 +76,10 @@ class NpzSamples:
                 labels = file.get("arr_1")
                 self.record = json.loads(str(file[RECORD])) if RECORD in file else None
         except Exception as error:  # numpy and zipfile raise errors of many types for other files
-            raise ValueError(f"{path} is not a readable sample file: {error}") from None
+            raise ValueError(
+                f"{path} is not a readable sample file: {error}; an .npz or a directory of packed "
+                "images (`python -m data.pack`) is"
+            ) from None
         shape, kind = self._images.shape, self._images.dtype
         if kind != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise ValueError(f"{path}: images are {kind} {shape} instead of uint8 (N, H, W, 3)")

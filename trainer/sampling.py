@@ -109,7 +109,7 @@ def base_jobs(
     )
     if arguments.cfg and not source.config.training.label_dropout:
         raise ValueError(f"--cfg: {source.name} was trained without training.label_dropout")
-    kept_timesteps(source.config.diffusion.steps, arguments.steps)
+    _check_steps(source, arguments.steps, option="--steps")
     request = SampleRequest(
         images=_count(arguments.images, low_res=low_res, labels=labels),
         batch=arguments.batch,
@@ -183,7 +183,7 @@ def enlarging_job(
         noise=2,
         sources=(upsampler.sha256,),
     )
-    kept_timesteps(upsampler.config.diffusion.steps, steps)
+    _check_steps(upsampler, steps, option="--upsampler-steps")
     out: str = arguments.out
     return DrawJob(
         request=request,
@@ -253,6 +253,13 @@ def _count(asked: int | None, *, low_res: Samples | None, labels: Labels | None)
         if asked is not None and asked > count:
             raise ValueError(f"--images = {asked}: must be at most the {count} of {option}")
     return asked or min(limits.values(), default=_IMAGES)
+
+
+def _check_steps(source: TrainedNetwork, steps: str, *, option: str) -> None:
+    try:
+        kept_timesteps(source.config.diffusion.steps, steps)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def _eta(eta: float | None, steps: str) -> float | None:

@@ -87,6 +87,8 @@ class ShardOutput(Output):
             image_size=self.size,
             made_by={"sample": "trainer.sample", RECORD: self.request},
         )
+        for torn in self._shards.glob("*.partial"):
+            torn.unlink()
         files.write(self._shards / MANIFEST, text)
         return self._shards
 

@@ -27,10 +27,12 @@ def kept_timesteps(steps: int, respacing: str | None) -> list[int]:
 
 
 def _by_stride(steps: int, count: int, respacing: str) -> list[int]:
-    for stride in range(1, steps):
-        if len(range(0, steps, stride)) == count:
-            return list(range(0, steps, stride))
-    raise _refusal(respacing, f"a count that an integer stride over {steps} timesteps gives")
+    possible = [len(range(0, steps, stride)) for stride in range(1, steps)]
+    if count in possible:
+        return list(range(0, steps, 1 + possible.index(count)))
+    near = min(possible, key=lambda other: abs(other - count))
+    expected = f"a count that an integer stride over {steps} timesteps gives, such as ddim{near}"
+    raise _refusal(respacing, expected)
 
 
 def _by_sections(steps: int, counts: list[int], respacing: str) -> list[int]:
