@@ -173,13 +173,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m trainer.config",
         description="Print a preset with all its settings, or the error in it.",
     )
-    parser.add_argument("preset", help="a name in trainer/presets, or a .toml file")
+    parser.add_argument("preset", nargs="?", help="a name in trainer/presets, or a .toml file")
+    meant = "print the preset that these flags of guided-diffusion mean (default: PRESET)"
+    parser.add_argument("--from-flags", metavar='"--image_size 64 ..."', help=meant)
     settings.add_overrides(parser)
     parser.add_argument(
         "--ranks", type=int, help="also check the batch on so many ranks (default: unchecked)"
     )
     arguments = parser.parse_args(argv)
+    if (arguments.preset is None) == (arguments.from_flags is None):
+        parser.error("give PRESET or --from-flags")
     try:
+        if arguments.from_flags is not None:
+            from trainer import flags  # reads presets with this module
+
+            print(flags.to_preset(arguments.from_flags, ranks=arguments.ranks), end="")
+            return 0
         config = load(arguments.preset, arguments.set, unset=arguments.unset)
         if arguments.ranks is not None:
             config.training.micro_batch_on(arguments.ranks)

@@ -1,0 +1,92 @@
+"""Flags of guided-diffusion become presets."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import golden
+from tests.test_trainer_config import PUBLISHED
+from trainer import config as configs
+from trainer.config import Config
+from trainer.flags import to_preset
+
+
+def read(text: str, folder: Path, *, ranks: int | None = None) -> Config:
+    file = folder / "preset.toml"
+    file.write_text(to_preset(text, ranks=ranks))
+    return configs.load(file)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_the_published_flags_give_the_preset_that_is_there(preset: str, tmp_path: Path) -> None:
+    flags = golden.table("published_models")[PUBLISHED[preset]]["flags"]
+    text = " ".join(f"--{name} {value}" for name, value in flags.items())
+    wanted = configs.load(preset)
+    if preset == "imagenet512":
+        # Its published flags are of sampling, in fp32.
+        training = dataclasses.replace(wanted.training, precision="fp32")
+        wanted = dataclasses.replace(wanted, training=training)
+    assert read(text, tmp_path) == wanted
+
+
+def test_training_flags_are_settings_and_a_batch_is_that_of_all_processes(tmp_path: Path) -> None:
+    flags = (
+        "--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True "
+        "--class_cond True --attention_resolutions 32,16,8 --resblock_updown True "
+        "--use_new_attention_order True --num_head_channels 64 --noise_schedule cosine "
+        "--dropout 0.1 --use_fp16 True "
+        "--lr 2e-4 --batch_size=16 --microbatch 4 --ema_rate 0.999,0.9999 --data_dir /data "
+        "--schedule_sampler loss-second-moment"
+    )
+    config = read(flags, tmp_path, ranks=8)
+    training = config.training
+    assert (training.batch, training.micro_batch, training.lr) == (128, 4, 2e-4)
+    assert training.ema == (0.999, 0.9999)
+    assert training.ema_images == 128
+    assert training.images == 540_000 * 128
+    assert training.timesteps == "loss-second-moment"
+    assert config.model == configs.load("imagenet64").model
+    assert "--data_dir: pack it first" in (tmp_path / "preset.toml").read_text()
+
+
+def test_without_flags_the_network_is_guided_diffusions_default(tmp_path: Path) -> None:
+    config = read("--image_size 64", tmp_path)
+    assert config.model == golden.unet_config(
+        {
+            "image_size": 64,
+            "num_channels": 128,
+            "num_res_blocks": 2,
+            "attention_resolutions": "16,8",
+            "resblock_updown": False,
+            "use_scale_shift_norm": True,
+            "class_cond": False,
+            "learn_sigma": False,
+        }
+    )
+    assert (config.diffusion.variance, config.diffusion.loss) == ("fixed_large", "simple")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--image_sise 64", "no flag of this kind of network .nearest: 'image_size'"),
+        ("--image_size", "must be pairs"),
+        ("--class_cond maybe", "must be True or False"),
+        ("--num_channels many", "must be int"),
+        ("--image_size 96", "or give --channel_mult"),
+        ("--batch_size 4", "say with --ranks"),
+        ("--attention_resolutions a,b", "must be numbers"),
+        ("--diffusion_steps 4000 --rescale_timesteps True", "False unless 1000 steps"),
+    ],
+)
+def test_wrong_flags_are_named(flags: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        to_preset(flags, ranks=None)
+
+
+def test_the_command_prints_it(capsys: Any) -> None:
+    assert configs.main(["--from-flags", "--image_size 64"]) == 0
+    assert "image_size = 64" in capsys.readouterr().out
+    assert configs.main(["--from-flags", "--image_sise 64"]) == 78

@@ -1,0 +1,292 @@
+"""Coming from guided-diffusion: its command line's flags as a preset.
+
+    python -m trainer.config --from-flags "--image_size 128 --num_channels 256 ..." [--ranks 8]
+
+Flags that are absent have guided-diffusion's defaults where they describe the network or the
+diffusion; what no flag says (data, intervals) comes from the nearest preset. No torch here.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer import settings
+from trainer.adm.config import check
+from trainer.config import PRESETS, Config, from_table, load, to_toml
+
+# Classes of every class-conditional network there.
+_CLASSES = 1000
+# channel_mult by image size, where the flag is absent.
+_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2),
+}
+_UNET = {
+    "image_size": 64,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 4,
+    "num_heads_upsample": -1,
+    "num_head_channels": -1,
+    "attention_resolutions": "16,8",
+    "channel_mult": "",
+    "dropout": 0.0,
+    "class_cond": False,
+    "use_checkpoint": False,
+    "use_scale_shift_norm": True,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+}
+_UPSAMPLER = {"large_size": 256, "small_size": 64}
+_CLASSIFIER = {
+    "image_size": 64,
+    "classifier_width": 128,
+    "classifier_depth": 2,
+    "classifier_attention_resolutions": "32,16,8",
+    "classifier_use_scale_shift_norm": True,
+    "classifier_resblock_updown": True,
+    "classifier_pool": "attention",
+}
+_DIFFUSION = {
+    "learn_sigma": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "linear",
+    "use_kl": False,
+    "predict_xstart": False,
+    "rescale_learned_sigmas": False,
+    "rescale_timesteps": False,
+}
+_TRAINING = {
+    "lr": 1e-4,
+    "weight_decay": 0.0,
+    "batch_size": 1,
+    "microbatch": -1,
+    "ema_rate": "0.9999",
+    "iterations": 150_000,
+    "lr_anneal_steps": 0,
+    "anneal_lr": False,
+    "schedule_sampler": "uniform",
+    "use_fp16": False,
+    "classifier_use_fp16": False,
+}
+# Flags that a preset has no place for, and what there is instead.
+_ELSEWHERE = {
+    "data_dir": "pack it first (python -m data.pack), and set data.shards",
+    "val_data_dir": "pack it too (python -m data.pack), and set data.validation",
+    "resume_checkpoint": "rerunning the command resumes a run; weights start one with --init",
+    "log_interval": "intervals.log, in images",
+    "save_interval": "intervals.checkpoint, in images",
+    "eval_interval": "intervals.validate, in images",
+    "fp16_scale_growth": "loss_scale_window in ds_config.json",
+    "noised": "classifiers are trained on noised images",
+    "timestep_respacing": "--steps of python -m trainer.sample",
+    "use_ddim": "--steps ddim25 of python -m trainer.sample",
+    "clip_denoised": "sampling always clips",
+    "num_samples": "--images of python -m trainer.sample",
+    "classifier_scale": "--scale of python -m trainer.sample",
+    "classifier_path": "--classifier of python -m trainer.sample",
+    "model_path": "SOURCE of python -m trainer.sample",
+    "base_samples": "--low-res of python -m trainer.sample",
+}
+
+
+def to_preset(text: str, *, ranks: int | None) -> str:
+    """The TOML of the preset that these flags mean, with remarks on those that have no place in it.
+
+    Raises:
+        ValueError: a flag is unknown or has a wrong value, or is of something that is not here.
+    """
+    given = _parse(text)
+    is_classifier = any(name.startswith("classifier_") for name in given.keys() & _CLASSIFIER)
+    kind = _CLASSIFIER if is_classifier else _UNET | (_UPSAMPLER if "large_size" in given else {})
+    known = kind | _DIFFUSION | _TRAINING
+    for name in given:
+        if name not in known and name not in _ELSEWHERE:
+            raise ValueError(f"--{name}: no flag of this kind of network{_nearest(name, known)}")
+    if "batch_size" in given and ranks is None:
+        raise ValueError("--batch_size is of each process: say with --ranks how many there were")
+    values = {**known, **{k: _typed(k, v, known[k]) for k, v in given.items() if k in known}}
+    model = _classifier(values) if is_classifier else _unet(values)
+    diffusion = {} if is_classifier else _diffusion(values)
+    chosen = {name: values[name] for name in given if name in known}
+    if is_classifier and "noise_schedule" in chosen:
+        diffusion["schedule"] = chosen["noise_schedule"]
+    name, base = _nearest_preset(model, diffusion, is_classifier=is_classifier)
+    table: dict[str, Any] = {
+        "objective": base.objective,
+        "model": model,
+        "diffusion": {**_section(base.diffusion), **diffusion},
+        "training": {**_section(base.training), **_training(chosen, base=base, ranks=ranks)},
+        "data": _section(base.data),
+        "intervals": _section(base.intervals),
+    }
+    table["data"].pop("image_size")
+    if is_classifier or model["image_size"] != base.model.image_size:
+        table["intervals"].pop("samples", None)
+    remarks = [f"from guided-diffusion's flags; what they do not say is from the preset {name}"]
+    remarks += [f"--{name}: {_ELSEWHERE[name]}" for name in given if name in _ELSEWHERE]
+    return "".join(f"# {remark}\n" for remark in remarks) + to_toml(from_table(table))
+
+
+def _parse(text: str) -> dict[str, str]:
+    words = shlex.split(text.replace("=", " "))
+    names, values = words[::2], words[1::2]
+    if len(names) != len(values) or not all(name.startswith("--") for name in names):
+        raise ValueError(f'--from-flags {text!r}: must be pairs, as in "--image_size 64 ..."')
+    return {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    return settings.nearest(name, [*known, *_ELSEWHERE])
+
+
+def _typed(name: str, text: str, default: Any) -> Any:
+    """A flag's value as the type of its default, read as guided-diffusion reads it."""
+    if isinstance(default, bool):
+        words = {"true": True, "t": True, "yes": True, "y": True, "1": True}
+        words |= {"false": False, "f": False, "no": False, "n": False, "0": False}
+        check(text.lower() in words, f"--{name}", text, "True or False")
+        return words[text.lower()]
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise ValueError(f"--{name} = {text!r}: must be {type(default).__name__}") from None
+
+
+def _unet(values: Mapping[str, Any]) -> dict[str, Any]:
+    size = values.get("large_size", values["image_size"])
+    heads = {"head_channels": values["num_head_channels"]}
+    if values["num_head_channels"] == -1:
+        upward = values["num_heads_upsample"]
+        heads = {"heads": values["num_heads"]} | ({} if upward == -1 else {"heads_up": upward})
+    return {
+        "image_size": size,
+        "channels": values["num_channels"],
+        "channel_mult": _mult(values["channel_mult"], size=size, is_large="large_size" in values),
+        "blocks": values["num_res_blocks"],
+        "attention": _numbers("attention_resolutions", values["attention_resolutions"]),
+        **heads,
+        "qkv": "new" if values["use_new_attention_order"] else "legacy",
+        "resample": "biggan" if values["resblock_updown"] else "conv",
+        "conditioning": "adagn" if values["use_scale_shift_norm"] else "add",
+        "dropout": values["dropout"],
+        "checkpoint": values["use_checkpoint"],
+        **({"num_classes": _CLASSES} if values["class_cond"] else {}),
+        **({"small_size": values["small_size"]} if "small_size" in values else {}),
+    }
+
+
+def _classifier(values: Mapping[str, Any]) -> dict[str, Any]:
+    resolutions = values["classifier_attention_resolutions"]
+    return {
+        "image_size": values["image_size"],
+        "channels": values["classifier_width"],
+        "channel_mult": _mult("", size=values["image_size"], is_large=False),
+        "blocks": values["classifier_depth"],
+        "attention": _numbers("classifier_attention_resolutions", resolutions),
+        "head_channels": 64,
+        "resample": "biggan" if values["classifier_resblock_updown"] else "conv",
+        "conditioning": "adagn" if values["classifier_use_scale_shift_norm"] else "add",
+        "pool": values["classifier_pool"],
+        "num_classes": _CLASSES,
+    }
+
+
+def _mult(text: str, *, size: int, is_large: bool) -> tuple[float, ...]:
+    if text:
+        return tuple(float(number) for number in text.split(","))
+    if is_large and size >= 256:  # upsamplers to 512 have the multipliers of 256
+        size = 256
+    check(size in _MULT, "--image_size", size, f"one of {sorted(_MULT)}, or give --channel_mult")
+    return tuple(float(number) for number in _MULT[size])
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",")) if text else ()
+    except ValueError:
+        raise ValueError(f"--{name} = {text!r}: must be numbers, as in 32,16,8") from None
+
+
+def _diffusion(values: Mapping[str, Any]) -> dict[str, Any]:
+    steps, learned = values["diffusion_steps"], values["learn_sigma"]
+    rescaled = values["rescale_timesteps"]
+    check(steps == 1000 or not rescaled, "--rescale_timesteps", rescaled, "False unless 1000 steps")
+    loss = "simple"
+    if values["use_kl"]:
+        loss = "vlb_rescaled"
+    elif learned:
+        loss = "hybrid_rescaled" if values["rescale_learned_sigmas"] else "hybrid"
+    return {
+        "steps": steps,
+        "schedule": values["noise_schedule"],
+        "predict": "x0" if values["predict_xstart"] else "eps",
+        "variance": "learned" if learned else "fixed_large",
+        "loss": loss,
+    }
+
+
+def _training(chosen: Mapping[str, Any], *, base: Config, ranks: int | None) -> dict[str, Any]:
+    """The settings of the training flags that were given."""
+    same = {"lr": "lr", "weight_decay": "weight_decay", "schedule_sampler": "timesteps"}
+    found = {ours: chosen[theirs] for theirs, ours in same.items() if theirs in chosen}
+    if "ema_rate" in chosen:
+        found["ema"] = tuple(float(rate) for rate in chosen["ema_rate"].split(","))
+    for name in ("use_fp16", "classifier_use_fp16"):
+        if name in chosen:
+            found["precision"] = "fp16" if chosen[name] else "fp32"
+    return found | _clock(chosen, base=base, ranks=ranks)
+
+
+def _clock(chosen: Mapping[str, Any], *, base: Config, ranks: int | None) -> dict[str, Any]:
+    """The batch, the length of the run, and what is counted in them."""
+    training, found = base.training, dict[str, Any]()
+    batch = chosen.get("batch_size", 0) * (ranks or 0) or training.batch
+    if "batch_size" in chosen:
+        found |= {"batch": batch, "micro_batch": chosen["batch_size"]}
+        # There, the decay is of a step.
+        found |= {"ema_images": batch} if training.ema_images is not None else {}
+    if chosen.get("microbatch", -1) > 0:
+        found["micro_batch"] = chosen["microbatch"]
+    steps = chosen.get("iterations") or chosen.get("lr_anneal_steps")
+    if steps or batch != training.batch:
+        found["images"] = (steps or training.images // training.batch) * batch
+    if {"anneal_lr", "lr_anneal_steps"} & chosen.keys():
+        found["anneal"] = bool(chosen.get("anneal_lr") or chosen.get("lr_anneal_steps"))
+    return found
+
+
+def _nearest_preset(
+    model: Mapping[str, Any], diffusion: Mapping[str, Any], *, is_classifier: bool
+) -> tuple[str, Config]:
+    """The preset of the nearest image size that differs least in its network and diffusion."""
+    wanted = {f"model.{k}": v for k, v in model.items()}
+    wanted |= {f"diffusion.{k}": v for k, v in diffusion.items()}
+    presets = [path for path in sorted(PRESETS.glob("*.toml")) if not _is_small(path)]
+    configs = {path.stem: load(path.stem) for path in presets}
+    kind = "classify" if is_classifier else "denoise"
+
+    def differences(name: str) -> tuple[int, int, str]:
+        own = {f"model.{k}": v for k, v in _section(configs[name].model).items()}
+        own |= {f"diffusion.{k}": v for k, v in _section(configs[name].diffusion).items()}
+        count = sum(own.get(key) != wanted.get(key) for key in own.keys() | wanted.keys())
+        away = abs(configs[name].model.image_size - model["image_size"])
+        return away, count, name
+
+    name = min((n for n, c in configs.items() if c.objective == kind), key=differences)
+    return name, configs[name]
+
+
+def _is_small(path: Path) -> bool:
+    return path.stem.startswith("digits")
+
+
+def _section(section: Any) -> dict[str, Any]:
+    """The settings of a section that are there and are not derived from others."""
+    found = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    return {k: v for k, v in found.items() if v is not None and k != "learn_sigma"}
