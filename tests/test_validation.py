@@ -16,10 +16,13 @@ from data.dataset import open_shards
 from tests.support import golden, ranks
 from tests.support.runs import EVERY, STEP, Place, equal
 from trainer import config as configs
-from trainer.adm.objective import Denoise
+from trainer.adm import keyed
+from trainer.adm.diffusion import Diffusion, bits_per_dimension
+from trainer.adm.objective import Denoise, to_range
 from trainer.adm.timesteps import UniformTimesteps
 from trainer.adm.unet import build
 from trainer.copies import network_of
+from trainer.evaluation import held_out
 from trainer.ranks.group import connected
 from trainer.ranks.world import join
 from trainer.validation import ValidationSet, means
@@ -50,19 +53,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) -> 
         words.append(place.arguments(f"{name}-validated", stage=stage, sets=(*own, *sets(digits))))
     best = ("intervals.validate = 12", "intervals.keep_best = true", "intervals.keep = 1")
     wild = ("training.lr = 0.05", "training.warmup_images = 0", "training.ema = [0.0]")
-    words.append(place.arguments("wild", sets=(*common, *sets(digits), *best, *wild)))
+    wild = (*common, *sets(digits), *best, *wild)
+    words.append(place.arguments("wild", sets=wild))
     classify = tiny.with_name("tiny-classifier.toml")
     classify.write_text(tiny.read_text().replace('"denoise"', '"classify"'))
     classifier = Place(place.root, classify)
     words.append(classifier.arguments("classifier", sets=(*common, *sets(digits))))
     assert place.train(*words, world=2, fp16=True) == [0] * len(words)
+    shutil.copytree(place.run("wild"), place.run("longer"))
+    longer = (*wild, f"training.images = {END + STEP}")
+    assert place.train(place.arguments("longer", sets=longer), world=2) == [0]
     return place
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_with_validation_is_the_one_without_bit_for_bit(runs: Place, name: str) -> None:
     assert runs.losses(f"{name}-validated") == runs.losses(name)
-    assert equal(runs.checkpoint(f"{name}-validated", END), runs.checkpoint(name, END))
+    for images in range(STEP, END + 1, STEP):  # written before, with and after a validation
+        validated = runs.checkpoint(f"{name}-validated", images)
+        assert equal(validated, runs.checkpoint(name, images))
     # Once before the end of the training, and once at it.
     assert list(runs.values(f"{name}-validated", "validation/loss")) == [2 * STEP, END]
     assert "validation on 50 images: loss" in runs.log(f"{name}-validated")
@@ -107,12 +116,15 @@ def test_a_classifier_shows_its_accuracies_by_quarter_and_tensorboard_has_all(ru
     assert "accuracy@1" in runs.log("classifier")
 
 
-def test_the_best_checkpoint_stays(runs: Place) -> None:
-    losses = runs.values("wild", "validation/loss")
+@pytest.mark.parametrize(("name", "end"), [("wild", END), ("longer", END + STEP)])
+def test_the_best_checkpoint_stays_also_when_the_run_is_resumed(
+    runs: Place, name: str, end: int
+) -> None:
+    losses = runs.values(name, "validation/loss")
     best = min(losses, key=lambda images: losses[images])
     assert best < END, "this learning rate is too large to get better to the end"
-    kept = {int(path.name): path for path in (runs.run("wild") / "checkpoints").iterdir()}
-    assert set(kept) == {best, END}
+    kept = {int(path.name): path for path in (runs.run(name) / "checkpoints").iterdir()}
+    assert set(kept) == {best, end}
     noted = json.loads((kept[best] / "validation.json").read_text())
     assert noted["loss"] == losses[best] and noted["count"] == IMAGES
 
@@ -202,3 +214,55 @@ def test_a_damaged_image_ends_the_run_with_one_line(runs: Place, digits: Path) -
     (status,) = runs.train(runs.arguments("broken", sets=words), world=2)
     assert "a validation split must be intact" in str(status)
     assert len(str(status).splitlines()) == 1
+
+
+def held_out_values(runs: Place, digits: Path, words: list[str], *, world: int) -> dict:
+    """What `trainer.evaluation.held_out` writes on so many ranks."""
+    where = runs.root / f"held-out-{world}-{words[0]}"
+    command, run, *more = words
+    argv = [command, str(runs.run(run)), "--data", str(digits), "--images", "21", *more]
+    argv += ["--batch", "4", "--out", str(where.with_suffix(".json"))]
+    job = ranks.fork(where, partial(held_out.main, argv), ranks=world)
+    job.wait()
+    assert where.with_suffix(".json").exists(), job.text
+    return json.loads(where.with_suffix(".json").read_text())
+
+
+def test_a_classifier_is_measured_alike_on_any_number_of_ranks(runs: Place, digits: Path) -> None:
+    one, three = (
+        held_out_values(runs, digits, ["classifier", "classifier"], world=world) for world in (1, 3)
+    )
+    assert one == three and one["images"] == 21
+    assert {"acc1", "acc5/q0", "loss/q3"} <= one.keys()
+
+
+def test_bits_per_dimension_are_measured_alike_on_any_number_of_ranks(
+    runs: Place, digits: Path
+) -> None:
+    words = ["nll", "one", "--steps", "8"]
+    one, two = (held_out_values(runs, digits, words, world=world) for world in (1, 2))
+    assert one.pop("vb") == pytest.approx(two.pop("vb"), rel=1e-12)
+    assert one.pop("mse") == pytest.approx(two.pop("mse"), rel=1e-12)
+    assert one == two and len(one["timesteps"]) == 8
+    config = configs.load(runs.preset)
+    images = ValidationSet.open(open_shards(digits), config, images=21)
+    (batch,) = images.stream.parts(images=21, size=21, rank=0, ranks=1)
+    checkpoint = runs.run("one") / "checkpoints" / f"{END:012d}"
+    net = network_of(config.model, load_file(checkpoint / "ema-0.5.safetensors")).eval()
+    expected = bits_per_dimension(
+        Diffusion(config.diffusion, respacing="8"),
+        lambda x, t: net(x, t, batch.labels),
+        to_range(batch.images),
+        noise=lambda i: keyed.normal(
+            batch.indices, seed=0, stream=keyed.SAMPLE_STEP + i, shape=(3, 8, 8)
+        ),
+    )
+    assert one["bits_per_dimension"] == pytest.approx(float(expected["total"].mean()), rel=1e-5)
+    assert two["prior"] == pytest.approx(float(expected["prior"].mean()), rel=1e-5)
+
+
+def test_a_network_of_the_other_kind_is_refused(runs: Place, digits: Path) -> None:
+    argv = ["nll", str(runs.run("classifier")), "--data", str(digits)]
+    job = ranks.fork(runs.root / "other-kind", partial(held_out.main, argv), ranks=1)
+    job.wait()
+    assert "is a classifier: use `classifier` instead of `nll`" in job.text

@@ -26,20 +26,24 @@ def check(config: Config, shards: Shards, *, run: Run) -> None:
         )
 
 
-def check_validation(config: Config, shards: Shards, *, training: Shards) -> None:
-    """Return if labels of the validation's `shards` mean what they do in the training set.
+def check_held_out(
+    config: Config, shards: Shards, *, training: tuple[str, ...], named: str
+) -> None:
+    """Return if labels of `shards`, named so in messages, mean what they do in the training set.
+
+    `training` are the names of that set's classes.
 
     Raises:
         ValueError: the classes differ, though the network has some.
     """
-    own, theirs = training.classes, shards.classes
+    own, theirs = training, shards.classes
     if config.model.num_classes is None or own == theirs:
         return
     numbers = range(max(len(own), len(theirs)))
     first = next(n for n in numbers if own[n : n + 1] != theirs[n : n + 1])
     here, there = (repr(each[first]) if first < len(each) else "missing" for each in (theirs, own))
     raise ValueError(
-        f"data.validation = {config.data.validation}: class {first} is {here}, in data.shards "
+        f"{named} = {shards.root}: class {first} is {here}, in data.shards "
         f"{there}: pack it again with --classes-of {config.data.shards}"
     )
 

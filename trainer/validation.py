@@ -31,7 +31,7 @@ from trainer.run import Run
 from trainer.start import build_objective
 
 # The seed of t and noise, whatever that of the run: losses of different runs can be compared.
-_SEED = 0
+SEED = 0
 
 Terms = Callable[[Batch], Mapping[str, Tensor]]
 
@@ -44,7 +44,14 @@ class ValidationSet:
     images: int
 
     @classmethod
-    def open(cls, shards: Shards, config: Config, *, images: int | None = None) -> "ValidationSet":
+    def open(
+        cls,
+        shards: Shards,
+        config: Config,
+        *,
+        images: int | None = None,
+        named: str = "data.validation_images",
+    ) -> "ValidationSet":
         """All images of `shards`, or so many, evenly spread.
 
         Raises:
@@ -52,9 +59,9 @@ class ValidationSet:
         """
         root = shards.root
         enough = images is None or images <= shards.count
-        check(enough, "data.validation_images", images, f"at most {shards.count}, as {root} has")
+        check(enough, named, images, f"at most {shards.count}, as {root} has")
         data = replace(config.data, shards=root, crop="center", flip=False, streams=1)
-        return cls(Stream(shards, config=data, seed=_SEED), images or shards.count)
+        return cls(Stream(shards, config=data, seed=SEED), images or shards.count)
 
     @classmethod
     def of(
@@ -69,7 +76,7 @@ class ValidationSet:
         if root is None:
             return None
         shards = open_shards(root, fetch=config.data, check_files=check_files)
-        classes.check_validation(config, shards, training=training)
+        classes.check_held_out(config, shards, training=training.classes, named="data.validation")
         return cls.open(shards, config, images=images)
 
     def table(
@@ -162,7 +169,7 @@ class Validation:
     """Validates a run. All ranks make each call together."""
 
     def __init__(self, images: ValidationSet, *, config: Config, world: World) -> None:
-        fixed = replace(config.training, seed=_SEED, timesteps="uniform", label_dropout=0.0)
+        fixed = replace(config.training, seed=SEED, timesteps="uniform", label_dropout=0.0)
         self._objective = build_objective(replace(config, training=fixed))
         self._set, self._config, self._world = images, config, world
 

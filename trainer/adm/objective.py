@@ -63,7 +63,7 @@ class Denoise:
             share, seed = self.label_dropout, self.seed
             conditions["y"] = drop_labels(labels, indices, share=share, seed=seed)
         if self.small_size is not None:
-            conditions["low_res"] = F.interpolate(x0, self.small_size, mode="area")
+            conditions["low_res"] = low_resolution(x0, self.small_size)
         return conditions
 
 
@@ -89,6 +89,11 @@ class Classify:
 def to_range(images: Tensor) -> Tensor:
     """uint8 pixels (B, C, H, W) -> float32 in [-1, 1], of the same shape."""
     return images.float() / 127.5 - 1
+
+
+def low_resolution(x0: Tensor, size: int) -> Tensor:
+    """What an upsampler enlarges: area means of images (B, C, H, W), shaped (B, C, size, size)."""
+    return F.interpolate(x0, size, mode="area")
 
 
 def drop_labels(labels: Tensor, indices: Tensor, *, share: float, seed: int) -> Tensor:
