@@ -42,6 +42,7 @@ def sample(argv: Sequence[str]) -> int:
     run = directory.with_name(f"{directory.name}.job").absolute()
     job = Job(run=run, **_where(arguments), sample=tuple(words))
     if (count := arguments.array) is None:
+        check(arguments.at_most == 1, "--at-most", arguments.at_most, "absent without --array")
         return _begin(job, preset=None, arguments=arguments)
     check(count >= 1, "--array", count, "at least 1")
     check(not arguments.detach, "--detach", True, "absent with --array")

@@ -161,6 +161,7 @@ def test_a_time_limit_of_a_minute_is_enough_where_little_is_kept_to_save() -> No
             "--over = 'training.lr = 1'",
         ),
         (["sweep", "digits", "--runs", "r", "--over", "training.lr = [1, 1]"], "different values"),
+        (["sample", "r", "--out", "o.npz", "--at-most", "2"], "must be absent without --array"),
         (["sample", "r", "--out", "o.npz", "--array", "0"], "--array = 0: must be at least 1"),
         (["sweep", "digits", "digits", "--runs", "r"], "must be presets of different names"),
     ],

@@ -1,7 +1,13 @@
 """The preflight check names the odd rank: in code, versions, GPUs, clock, disk or access."""
 
 import dataclasses
+import socket
+from functools import partial
+from pathlib import Path
 
+from data.exits import REFUSED
+from tests.support import ranks
+from trainer import preflight
 from trainer.preflight import Facts, problems, table
 
 GOOD = Facts(
@@ -49,3 +55,13 @@ def test_the_table_has_a_row_for_each_rank_and_for_who_did_not_answer() -> None:
     assert len(rows) == 6
     assert rows[1].endswith("ok") and rows[3].endswith("elsewhere 8 x H100")
     assert "n4" in rows[5] and rows[5].endswith("no answer")
+
+
+def test_nodes_that_show_fewer_gpus_than_the_job_needs_are_bad(tmp_path: Path) -> None:
+    """All alike, so that none is the odd one."""
+    check = partial(preflight.main, ["--gpus", "2", "--free", "0"])
+    job = ranks.fork(tmp_path, check, ranks=2)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [REFUSED, REFUSED]
+    assert f"bad nodes: {socket.gethostname()}" in said and "ready" not in said
+    assert said.count("shows 0 GPUs, and the job needs 2") == 2

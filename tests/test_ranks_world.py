@@ -54,6 +54,7 @@ def test_a_script_of_sbatch_n4_without_srun_is_not_one_rank() -> None:
     with pytest.raises(ValueError, match=r"job 41 of Slurm has 4 tasks, but .* without srun"):
         join(dict(batch))
     assert join({**batch, "SLURM_NTASKS": "1"}).size == 1
+    assert join(dict(batch), expected_size=1).size == 1  # it was asked for
 
 
 def connect(*, gpus: int | None = None, port: int | None = None) -> int:

@@ -69,7 +69,8 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     elif any(name in env for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")):
         world = _from_mpi(env)
     else:
-        _check_alone(env)
+        if expected_size != 1:
+            _check_alone(env)
         world = World(port=_free_port())
     if expected_size is not None and world.size != expected_size:
         raise ValueError(
@@ -87,8 +88,8 @@ def _check_alone(env: Mapping[str, str]) -> None:
     if tasks > 1:
         raise ValueError(
             f"job {env.get('SLURM_JOB_ID')} of Slurm has {tasks} tasks, but this process was "
-            "started without srun and would be its only rank: start it with `srun`, or with "
-            "`srun -n1` for one rank"
+            "started without srun and would be its only rank: start it with `srun`; for one rank, "
+            "with `srun -n1` or --ranks 1"
         )
 
 
