@@ -88,10 +88,11 @@ class Tars(Archives):
 def _files(path: Path, suffix: str) -> tuple[list[Path], str]:
     """The files with a suffix that a path means, and the pattern of their names.
 
-    It is one of them, their directory, or a pattern such as `DIR/*train*.tar`.
+    It is one of them, their directory, or a pattern such as `DIR/*train*.tar`. In a directory, a
+    file beside a tar of its name is the metadata that img2dataset writes.
     """
     if path.is_dir():
-        found, pattern = path.iterdir(), "*"
+        found, pattern = (f for f in path.iterdir() if not _is_metadata(f)), "*"
     elif path.suffix.lower() != suffix:
         return [], ""
     elif path.is_file():
@@ -99,6 +100,10 @@ def _files(path: Path, suffix: str) -> tuple[list[Path], str]:
     else:
         found, pattern = path.parent.glob(path.name), path.name
     return sorted(f for f in found if f.suffix.lower() == suffix and f.is_file()), pattern
+
+
+def _is_metadata(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet" and file.with_suffix(".tar").is_file()
 
 
 # Directories that are named after their shard, which says nothing of classes.

@@ -73,8 +73,9 @@ class DataConfig(FetchConfig):
     """Which shards to read, in which order, and how to make images of them.
 
     `streams` and `block` determine the order, together with the seed and the dataset: keep them
-    for a whole run. `prefetch_mb` (MiB) bounds the memory for images decoded ahead, `max_bad` the
-    share of damaged images before the trainer stops the run.
+    for a whole run. `mix` names further datasets, and `mix_shares` what part of the images each
+    has; the rest is from `shards`. `prefetch_mb` (MiB) bounds the memory for images decoded ahead,
+    `max_bad` the share of damaged images before the trainer stops the run.
     """
 
     shards: str
@@ -89,6 +90,8 @@ class DataConfig(FetchConfig):
     validation_images: int | None = None
     prefetch_mb: int = 256
     max_bad: float = 0.001
+    mix: tuple[str, ...] = ()
+    mix_shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,3 +103,16 @@ class DataConfig(FetchConfig):
         check(self.workers >= 0, "data.workers", self.workers, "at least 0 (decode in the trainer)")
         check(self.crop in ("center", "random"), "data.crop", self.crop, '"center" or "random"')
         check(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "a share between 0 and 1")
+        check(
+            len(self.mix_shares) == len(self.mix),
+            "data.mix_shares",
+            list(self.mix_shares),
+            f"one share for each of the {len(self.mix)} datasets of data.mix",
+        )
+        above_0 = all(share > 0 for share in self.mix_shares)
+        check(
+            above_0 and sum(self.mix_shares) < 1,
+            "data.mix_shares",
+            list(self.mix_shares),
+            "above 0, and below 1 together: the rest is the share of data.shards",
+        )

@@ -37,6 +37,16 @@ class Shards(Manifest):
     root: str
 
     @property
+    def parts(self) -> "tuple[Shards, ...]":
+        """This dataset, as the only one of a mixture."""
+        return (self,)
+
+    @property
+    def shares(self) -> "tuple[tuple[Shards, float], ...]":
+        """As `data.mixture.Mixture.shares`."""
+        return ((self, 1.0),)
+
+    @property
     def where(self) -> str:
         """The root as messages have it."""
         return shown(self.root)

@@ -25,12 +25,12 @@ _TRANSIENT = (OSError, http.client.HTTPException)
 class Reader:
     """Reads ranges of files under `root`: a directory, an http(s) or fsspec URL, or `pipe:...`.
 
-    `name` is the root as messages have it.
+    `name` is the root as messages have it, `sharers` that of `data.stores.LocalStore`.
     """
 
-    def __init__(self, root: str, *, config: FetchConfig) -> None:
+    def __init__(self, root: str, *, config: FetchConfig, sharers: int = 1) -> None:
         self.root, self.name, self._config = root, shown(root), config
-        self._store = open_store(root, config.timeout_s)
+        self._store = open_store(root, config.timeout_s, sharers=sharers)
 
     @property
     def seekable(self) -> bool:

@@ -4,9 +4,11 @@ Worker processes run this, so it does not import torch: a worker starts in a thi
 takes some 60 MB.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +16,8 @@ from PIL import Image
 
 from data.config import DataConfig, is_local
 from data.dataset import Shards
-from data.order import Ints, Order
+from data.mixture import Dataset, order_of
+from data.order import Ints
 from data.stored_images import BadSampleError, StoredImage, StoredImages
 from data.transforms import (
     UNDECODABLE,
@@ -54,21 +57,25 @@ class Samples:
         ValueError: too few images, or shards packed for another size than `config.image_size`.
     """
 
-    def __init__(self, shards: Shards, *, config: DataConfig, seed: int) -> None:
-        fixed = shards.image_size
-        if config.crop == "center" and fixed not in (None, config.image_size):
-            raise ValueError(
-                f"data.image_size = {config.image_size}, but {shards.where} was packed at {fixed}: "
-                f"set it to {fixed}, or pack again with --size {config.image_size}"
-            )
+    def __init__(self, shards: Dataset, *, config: DataConfig, seed: int) -> None:
+        parts, size = shards.parts, config.image_size
+        for part in parts:
+            fixed = part.image_size
+            if config.crop == "center" and fixed not in (None, size):
+                raise ValueError(
+                    f"data.image_size = {size}, but {part.where} was packed at {fixed}: "
+                    f"set it to {fixed}, or pack again with --size {size}"
+                )
         self.shards, self.config, self.seed = shards, config, seed
-        self.order = Order(shards.sizes, seed=seed, streams=config.streams, block=config.block)
-        self._ends = np.cumsum(shards.sizes)
-        self._stored = StoredImages(shards, config=config)
-        waits = config.cache is not None or not is_local(shards.root)
+        self.order = order_of(shards, seed=seed, streams=config.streams, block=config.block)
+        self._ends, self._sizes = np.cumsum(shards.sizes), np.asarray(shards.sizes)
+        self._stored = [StoredImages(p, config=config, sharers=len(parts)) for p in parts]
+        self._first = [0, *accumulate(len(part.shards) for part in parts)][:-1]
+        waits = config.cache is not None or not all(is_local(part.root) for part in parts)
         self._threads = ThreadPoolExecutor(_REQUESTS) if waits else None
-        self._scratch = np.empty(max(3 * config.image_size**2, _HUGE), dtype=np.uint8)
-        self._is_final = config.crop == "center" and fixed == config.image_size
+        self._scratch = np.empty(max(3 * size**2, _HUGE), dtype=np.uint8)
+        all_cropped = all(part.image_size == size for part in parts)
+        self._is_final = config.crop == "center" and all_cropped
 
     def load(self, request: BatchRequest, *, out: Pixels) -> Loaded:
         """Fill `out`, uint8 (n, H, W, 3), with the requested images.
@@ -98,12 +105,13 @@ class Samples:
         """Close the shards' files."""
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
-        self._stored.close()
+        for stored in self._stored:
+            stored.close()
 
     def _rows(self, indices: Ints) -> tuple[Ints, Ints]:
         """Shard and row of each image counted in packing order."""
         shard = np.searchsorted(self._ends, indices, side="right")
-        begin = self._ends[shard] - np.asarray(self.shards.sizes)[shard]
+        begin = self._ends[shard] - self._sizes[shard]
         return shard, indices - begin
 
     def _draws(self, request: BatchRequest, indices: Ints) -> list["_Draw"]:
@@ -117,16 +125,19 @@ class Samples:
 
     def _begin(self, shard: int, row: int) -> Callable[[], StoredImage]:
         """Start reading a stored image; what is returned waits for it."""
-        if self._threads:
-            return self._threads.submit(self._stored.read, shard, row).result
-        return partial(self._stored.read, shard, row)
+        read = partial(self._read, shard, row)
+        return self._threads.submit(read).result if self._threads else read
+
+    def _read(self, shard: int, row: int) -> StoredImage:
+        part = bisect_right(self._first, shard) - 1
+        return self._stored[part].read(shard - self._first[part], row)
 
     def _stand_in(self, draw: "_Draw", out: Pixels, why: str) -> int:
         """Put the next good image of the same block in the place of a bad one; its label."""
         for other in self.order.alternatives(draw.image_index):
             _, shard, row = self.order.locate([other])
             try:
-                return self._put(self._stored.read(int(shard[0]), int(row[0])), draw, out)
+                return self._put(self._read(int(shard[0]), int(row[0])), draw, out)
             except BadSampleError:
                 continue  # it is counted in its own place
         raise ValueError(f"{why}; and no image of its block is intact")
@@ -150,8 +161,12 @@ class Samples:
         return center_crop(image, size=size)
 
 
-def crop_remark(shards: Shards, *, config: DataConfig) -> str:
+def crop_remark(shards: Dataset, *, config: DataConfig) -> str:
     """A line on crops of a dataset that are probably not what is meant, or ""."""
+    return "; ".join(filter(None, (_crop_remark(part, config) for part in shards.parts)))
+
+
+def _crop_remark(shards: Shards, config: DataConfig) -> str:
     size, fixed, kept = config.image_size, shards.image_size, shards.kept_side
     if fixed is not None and config.crop == "random":
         return (

@@ -34,15 +34,17 @@ class StoredImage(NamedTuple):
 class StoredImages:
     """Random access to the stored images of a dataset by shard and row.
 
+    `sharers` is how many datasets this process reads.
+
     Raises:
         ValueError: a command that can only read a file from its beginning, and no cache.
     """
 
-    def __init__(self, shards: Shards, *, config: FetchConfig) -> None:
+    def __init__(self, shards: Shards, *, config: FetchConfig, sharers: int = 1) -> None:
         self._shards = shards
         # Through a cache, a mounted directory is read as a server is.
         self._local = is_local(shards.root) and config.cache is None
-        self._reader = _open_reader(shards, config)
+        self._reader = _open_reader(shards, config, sharers)
         self._rows_at: dict[int, int] = {}
         self._indexes: dict[int, Index] = {}
 
@@ -150,9 +152,9 @@ class StoredImages:
                 ) from None
 
 
-def _open_reader(shards: Shards, config: FetchConfig) -> Reader | CachedReader:
+def _open_reader(shards: Shards, config: FetchConfig, sharers: int) -> Reader | CachedReader:
     """A reader of the dataset, through the node's cache if one is set and of use."""
-    reader = Reader(shards.root, config=config)
+    reader = Reader(shards.root, config=config, sharers=sharers)
     if config.cache:
         return CachedReader(
             reader,

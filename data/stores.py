@@ -51,12 +51,15 @@ class Store(Protocol):
 
 
 class LocalStore:
-    """Files of a directory. The most recently used ones are kept open."""
+    """Files of a directory. The most recently used ones are kept open.
+
+    `sharers` is how many stores share the files that a process may have open.
+    """
 
     seekable = True
 
-    def __init__(self, root: str) -> None:
-        self._root, self._most = root, descriptors.share()
+    def __init__(self, root: str, *, sharers: int = 1) -> None:
+        self._root, self._most = root, max(descriptors.share() // sharers, 1)
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
@@ -272,8 +275,10 @@ class PipeStore:
         return os.read(descriptor, min(size, _PIECE))
 
 
-def open_store(root: str, timeout_s: float) -> Store:
+def open_store(root: str, timeout_s: float, *, sharers: int = 1) -> Store:
     """The store for `root`: a directory, an http(s) or fsspec URL, or `pipe:COMMAND`.
+
+    `sharers` is that of `LocalStore`.
 
     Raises:
         ValueError: fsspec has no driver for the URL, or a command does not contain {name}.
@@ -282,4 +287,4 @@ def open_store(root: str, timeout_s: float) -> Store:
         return PipeStore(root, timeout_s)
     if root.startswith(("http://", "https://")):
         return HttpStore(root, timeout_s)
-    return LocalStore(root) if is_local(root) else FsspecStore(root, timeout_s)
+    return LocalStore(root, sharers=sharers) if is_local(root) else FsspecStore(root, timeout_s)

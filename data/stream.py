@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.dataset import Shards, open_shards
+from data.mixture import Dataset, open_dataset
 from data.samples import BatchRequest, Samples
 from data.workers import Filled, Setup, Workers
 
@@ -49,7 +49,7 @@ class Stream:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Dataset,
         *,
         config: DataConfig,
         seed: int,
@@ -225,12 +225,18 @@ class Stream:
 
 
 def open_stream(config: DataConfig, *, seed: int, check_files: bool = True) -> Stream:
-    """The stream of the shards that `config` names; `check_files` is that of `open_shards`.
+    """The stream of the datasets that `config` names; `check_files` is that of `open_shards`.
 
     Raises:
-        ValueError: as `open_shards` and `Stream`.
+        ValueError: as `open_dataset` and `Stream`.
     """
-    shards = open_shards(config.shards, fetch=config, check_files=check_files)
+    shards = open_dataset(
+        config.shards,
+        mix=config.mix,
+        shares=config.mix_shares,
+        fetch=config,
+        check_files=check_files,
+    )
     return Stream(shards, config=config, seed=seed)
 
 

@@ -234,7 +234,7 @@ def _sample(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -
     if len(images) > 1:
         raise ValueError(
             f"{path} has {images[0].name} and {images[1].name} in one sample (a name up to its "
-            "first dot): give each image a sample"
+            "first dot): give each image a sample, or unpack the tar and pack its directory"
         )
     return TarSample(
         name=images[0].name,
@@ -245,11 +245,17 @@ def _sample(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -
 
 
 def _label(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> Label | None:
-    if found := by_suffix.get("cls"):
+    if found := _only(by_suffix, "cls"):
         return text_label(_payload(file, found), where=f"{path}: {found.name}")
-    if found := by_suffix.get("json"):
+    if found := _only(by_suffix, "json"):
         return json_label(_payload(file, found), where=f"{path}: {found.name}")
     return None
+
+
+def _only(by_suffix: dict[str, tarfile.TarInfo], suffix: str) -> tarfile.TarInfo | None:
+    """The file `KEY.SUFFIX` of a sample, or the only one like `KEY.jpg.SUFFIX`."""
+    others = [info for name, info in by_suffix.items() if name.endswith(f".{suffix}")]
+    return by_suffix.get(suffix) or (others[0] if len(others) == 1 else None)
 
 
 def _with_word_labels(

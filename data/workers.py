@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.config import DataConfig
-from data.dataset import Shards
+from data.mixture import Dataset
 from data.order import Ints
 from data.samples import BatchRequest, Samples
 from data.transforms import Pixels
@@ -36,7 +36,7 @@ _QUEUED = 4
 class Setup(NamedTuple):
     """What a worker needs at its start; a slot holds `images` images and labels."""
 
-    shards: Shards
+    shards: Dataset
     config: DataConfig
     seed: int
     images: int

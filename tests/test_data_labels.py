@@ -136,3 +136,17 @@ def test_a_column_of_neither_is_refused(tmp_path: Path, value: object) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=rf"a\.parquet: class_id = '{value}': must be"):
         packed(tmp_path / "a.parquet", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg.json", "info.json", "JSON", "jpg.cls", "CLS"])
+def test_labels_beside_the_image_under_longer_names_are_read(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
+        for i in range(6):
+            label = json.dumps({"label": i % 3}) if suffix.lower().endswith("json") else str(i % 3)
+            picture = image_file(i, width=20, height=20)
+            for name, payload in ((f"{i}.jpg", picture), (f"{i}.{suffix}", label.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(payload)
+                tar.addfile(info, io.BytesIO(payload))
+    assert packed(tmp_path / "tars", tmp_path).classes == ("0", "1", "2")

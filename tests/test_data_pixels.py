@@ -158,3 +158,12 @@ def test_crops_that_were_not_meant_are_remarked(tmp_path: Path) -> None:
     assert "--size 16: its images are enlarged to 17 pixels" in remark("kept", 17, "random")
     assert "enlarged to 17 pixels" in remark("kept", 17, "center")
     assert remark("kept", 16, "random") == remark("cropped", 16, "center") == ""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_is_packed_as_png(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "P" / "a").mkdir(parents=True)
+    image = Image.open(io.BytesIO(image_file(1, width=20, height=20))).convert("CMYK")
+    image.save(tmp_path / "P" / "a" / "x.img.tif", format=kind)
+    (pixels, _), *others = content(packed(tmp_path / "P", tmp_path))
+    assert not others and len(set(pixels)) > 20

@@ -59,3 +59,11 @@ def test_numbers_that_begin_with_one_are_complete(tmp_path: Path) -> None:
 def test_names_with_checksums_are_complete(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "P", "a-0-of-2-f3.parquet", "a-1-of-2-9c.parquet")
     assert packed(source, tmp_path).count == 2
+
+
+def test_the_tars_of_img2dataset_are_packed_and_not_their_metadata(tmp_path: Path) -> None:
+    tars = write_tars(write_folder(tmp_path / "folder", images=30), tmp_path / "tars")
+    for tar in list(tars.glob("*.tar")):
+        parquet.write_table(pa.table({"url": ["x"], "label": [9]}), tar.with_suffix(".parquet"))
+        tar.with_name(f"{tar.stem}_stats.json").write_text("{}")
+    assert packed(tars, tmp_path).count == 30

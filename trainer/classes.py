@@ -1,11 +1,11 @@
 """Whether the classes of the shards fit those of the network, and what a run is trained on."""
 
-from data.dataset import Shards
+from data.mixture import Dataset
 from trainer.config import Config
 from trainer.run import Run
 
 
-def check(config: Config, shards: Shards, *, run: Run) -> None:
+def check(config: Config, shards: Dataset, *, run: Run) -> None:
     """Return if the shards have labels that the network can be trained on, or it needs none.
 
     Raises:
@@ -27,7 +27,7 @@ def check(config: Config, shards: Shards, *, run: Run) -> None:
 
 
 def check_held_out(
-    config: Config, shards: Shards, *, training: tuple[str, ...], named: str
+    config: Config, shards: Dataset, *, training: tuple[str, ...], named: str
 ) -> None:
     """Return if labels of `shards`, named so in messages, mean what they do in the training set.
 
@@ -48,7 +48,7 @@ def check_held_out(
     )
 
 
-def untrained(config: Config, shards: Shards) -> str:
+def untrained(config: Config, shards: Dataset) -> str:
     """A line for the log where the network has more classes than the shards; or nothing."""
     classes, found = config.model.num_classes, len(shards.classes)
     if classes is None or found >= classes:
@@ -58,17 +58,21 @@ def untrained(config: Config, shards: Shards) -> str:
     return f"{shards.where} has {found} classes, the network {classes}: {which} never trained"
 
 
-def extent(config: Config, shards: Shards) -> str:
+def extent(config: Config, shards: Dataset) -> str:
     """What a run is trained on and how often it sees that, for the line that it starts with."""
     count = len(shards.classes)
     kind = f"in {count} class{'es' if count > 1 else ''}" if shards.labelled else "without labels"
-    epochs = config.training.images / shards.count
-    return f"{shards.count:,} images {kind}, {epochs:,.1f} epochs"
+    epochs = ", ".join(
+        f"{config.training.images * share / part.count:,.1f}" for part, share in shards.shares
+    )
+    return f"{shards.count:,} images {kind}, {epochs} epochs"
 
 
-def _lack(shards: Shards) -> str:
+def _lack(shards: Dataset) -> str:
     if shards.labelled:
         return f"all images have the same label, {shards.classes[0]!r}"
+    if len({part.classes for part in shards.parts}) > 1:
+        return "the datasets have different classes (--classes-of gives one those of another)"
     if len(shards.classes) == 1:
         return "the images have no labels"
     return "some images have no label (they lie beside the folders of the classes)"

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.cpp_extension import get_default_build_root
 
-from data.dataset import Shards
+from data.mixture import Dataset
 from data.progress import duration
 from data.samples import crop_remark
 from data.stream import Stream
@@ -146,7 +146,7 @@ def begin(
 def remarks(
     config: Config,
     changes: Mapping[str, tuple[Any, Any]],
-    shards: Shards,
+    shards: Dataset,
     *,
     ranks: int,
     ds_config: Mapping[str, Any],
@@ -189,7 +189,7 @@ def origin(*, found: Checkpoint | None, initial: Initial | None) -> str:
     return "starts" if initial is None else f"starts from {initial}"
 
 
-def describe(config: Config, engine: Engine, *, world: World, shards: Shards) -> str:
+def describe(config: Config, engine: Engine, *, world: World, shards: Dataset) -> str:
     """What runs, and on what."""
     cut = f"{world.size} x {engine.accumulation} x {engine.micro_batch}"
     return (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data import files
 from data.dataset import Shards, open_shards
+from data.mixture import Dataset
 from data.stream import Batch, Stream, to_device
 from trainer import averages, classes, compute
 from trainer.adm.config import check
@@ -65,7 +66,7 @@ class ValidationSet:
 
     @classmethod
     def of(
-        cls, config: Config, *, training: Shards, check_files: bool = True
+        cls, config: Config, *, training: Dataset, check_files: bool = True
     ) -> "ValidationSet | None":
         """That of the config, if it names one; with `check_files`, also each shard's size.
 

@@ -1,0 +1,204 @@
+"""Several datasets in one stream, each with its share of the images.
+
+Which dataset image g of a run is from is a pure function of (seed, g), as all of the order is. The
+images are counted in periods of P, and of each period n_j are from dataset j, at places that are
+permuted by perm(seed, _MIX, period): the shares are exact in every period. Image g is then the
+m-th image from its dataset, m = period n_j + (those of dataset j before g in the period), and that
+is image m of the dataset's own order, in which each of its images comes once in each epoch.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from data.config import FetchConfig
+from data.dataset import Shards, open_shards
+from data.manifest import NO_CLASS, Shard
+from data.order import Ints, Order, Place, permutation
+
+# The key of the permutations of periods, beside the seed.
+_MIX = 0x4D4958
+# A period is at least so long: neighbours in it are from independent places.
+_SHORTEST = 1024
+_LONGEST = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Several datasets; `counts` are the images of each among sum(counts) successive ones.
+
+    The shards of all of them are counted through, in the order of `parts`.
+    """
+
+    parts: tuple[Shards, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def where(self) -> str:
+        """The roots as messages have them."""
+        return " + ".join(part.where for part in self.parts)
+
+    @property
+    def root(self) -> str:
+        """As `where`."""
+        return self.where
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards of all datasets."""
+        return tuple(shard for part in self.parts for shard in part.shards)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(shard.samples for shard in self.shards)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return sum(part.count for part in self.parts)
+
+    @property
+    def shares(self) -> tuple[tuple[Shards, float], ...]:
+        """Each dataset, and its share of the images."""
+        period = sum(self.counts)
+        return tuple((p, n / period) for p, n in zip(self.parts, self.counts, strict=True))
+
+    @property
+    def same_classes(self) -> bool:
+        """Whether a label means the same in all datasets."""
+        return len({part.classes for part in self.parts}) == 1
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of all datasets; without a meaning in common, the labels count as none."""
+        return self.parts[0].classes if self.same_classes else (NO_CLASS,)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each image has a label, with the same meaning in all datasets."""
+        return NO_CLASS not in self.classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the datasets and their shares."""
+        body = [[p.fingerprint, n] for p, n in zip(self.parts, self.counts, strict=True)]
+        return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+Dataset = Shards | Mixture
+
+
+def open_dataset(
+    root: str,
+    *,
+    mix: tuple[str, ...] = (),
+    shares: tuple[float, ...] = (),
+    fetch: FetchConfig | None = None,
+    check_files: bool = True,
+) -> Dataset:
+    """Open a dataset, or a mixture: `shares` of the images from `mix`, the rest from `root`.
+
+    Raises:
+        ValueError: as `open_shards`; or a dataset is there twice, or a share is too finely divided.
+    """
+    parts = tuple(open_shards(r, fetch=fetch, check_files=check_files) for r in (root, *mix))
+    if not mix:
+        return parts[0]
+    if len({part.fingerprint for part in parts}) < len(parts):
+        raise ValueError(f"data.mix = {list(mix)}: the same dataset is there twice")
+    return Mixture(parts=parts, counts=_counts(shares))
+
+
+def order_of(shards: Dataset, *, seed: int, streams: int, block: int) -> "Order | MixedOrder":
+    """The order in which a run sees a dataset.
+
+    Raises:
+        ValueError: as `Order`.
+    """
+    if isinstance(shards, Shards):
+        return Order(shards.sizes, seed=seed, streams=streams, block=block)
+    orders = []
+    for part in shards.parts:
+        few = min(streams, part.count)  # a small dataset may be mixed into a large one
+        orders.append(Order(part.sizes, seed=seed, streams=few, block=block))
+    return MixedOrder(orders, counts=shards.counts, seed=seed)
+
+
+class _Period(NamedTuple):
+    """One period: the dataset of each place, and how many of it are before, both int64 (P,)."""
+
+    part: Ints
+    before: Ints
+
+
+class MixedOrder:
+    """The order of a mixture, with the interface of `Order`; shards are counted through."""
+
+    def __init__(self, orders: list[Order], *, counts: tuple[int, ...], seed: int) -> None:
+        self._orders, self._counts, self._seed = orders, np.array(counts), seed
+        self._period = int(self._counts.sum())
+        self._first = np.cumsum([0, *(len(order.sizes) for order in orders)])
+        self._periods: dict[int, _Period] = {}
+
+    def locate(self, indices: ArrayLike) -> Place:
+        """As `Order.locate`; the epoch is that of the image's dataset."""
+        part, turn = self._turns(np.asarray(indices, dtype=np.int64))
+        place = Place(*(np.empty_like(part) for _ in Place._fields))
+        for j in np.unique(part):
+            here = part == j
+            epoch, shard, row = self._orders[j].locate(turn[here])
+            place.epoch[here], place.row[here] = epoch, row
+            place.shard[here] = shard + self._first[j]
+        return place
+
+    def alternatives(self, index: int) -> Ints:
+        """As `Order.alternatives`: of the image's own dataset."""
+        part, turn = self._turns(np.array([index]))
+        j = int(part[0])
+        period, nth = np.divmod(self._orders[j].alternatives(int(turn[0])), self._counts[j])
+        places = [
+            np.flatnonzero(self._at(int(p)).part == j)[n] for p, n in zip(period, nth, strict=True)
+        ]
+        return period * self._period + np.array(places, dtype=np.int64)
+
+    def _turns(self, indices: Ints) -> tuple[Ints, Ints]:
+        """The dataset of each image, and how many of it come before."""
+        period, place = np.divmod(indices, self._period)
+        part, turn = np.empty_like(indices), np.empty_like(indices)
+        for p in np.unique(period):
+            here, at = period == p, self._at(int(p))
+            part[here] = at.part[place[here]]
+            turn[here] = p * self._counts[part[here]] + at.before[place[here]]
+        return part, turn
+
+    def _at(self, period: int) -> _Period:
+        if period not in self._periods:
+            if len(self._periods) >= 8:
+                del self._periods[next(iter(self._periods))]
+            drawn = permutation(self._period, self._seed, _MIX, period)
+            part = np.searchsorted(np.cumsum(self._counts), drawn, side="right")
+            before = np.empty_like(part)
+            for j in range(len(self._counts)):
+                before[part == j] = np.arange(self._counts[j])
+            self._periods[period] = _Period(part, before)
+        return self._periods[period]
+
+
+def _counts(shares: tuple[float, ...]) -> tuple[int, ...]:
+    """How many images of a period are from each dataset; the first has what the shares leave."""
+    exact = [Fraction(repr(share)) for share in shares]
+    period = lcm(*(share.denominator for share in exact))
+    if period > _LONGEST:
+        raise ValueError(
+            f"data.mix_shares = {list(shares)}: must be decimals of at most 4 digits, such as 0.25"
+        )
+    period *= -(-_SHORTEST // period)
+    counts = [int(share * period) for share in exact]
+    return (period - sum(counts), *counts)
