@@ -16,13 +16,13 @@ from data.dataset import open_shards
 from tests.support import golden, ranks
 from tests.support.runs import EVERY, STEP, Place, equal
 from trainer import config as configs
+from trainer import evaluate
 from trainer.adm import keyed
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Denoise, to_range
 from trainer.adm.timesteps import UniformTimesteps
 from trainer.adm.unet import build
 from trainer.copies import network_of
-from trainer.evaluation import held_out
 from trainer.ranks.group import connected
 from trainer.ranks.world import join
 from trainer.validation import ValidationSet, means
@@ -217,12 +217,12 @@ def test_a_damaged_image_ends_the_run_with_one_line(runs: Place, digits: Path) -
 
 
 def held_out_values(runs: Place, digits: Path, words: list[str], *, world: int) -> dict:
-    """What `trainer.evaluation.held_out` writes on so many ranks."""
+    """What `trainer.evaluate` writes on so many ranks."""
     where = runs.root / f"held-out-{world}-{words[0]}"
     command, run, *more = words
     argv = [command, str(runs.run(run)), "--data", str(digits), "--images", "21", *more]
     argv += ["--batch", "4", "--out", str(where.with_suffix(".json"))]
-    job = ranks.fork(where, partial(held_out.main, argv), ranks=world)
+    job = ranks.fork(where, partial(evaluate.main, argv), ranks=world)
     job.wait()
     assert where.with_suffix(".json").exists(), job.text
     return json.loads(where.with_suffix(".json").read_text())
@@ -263,6 +263,6 @@ def test_bits_per_dimension_are_measured_alike_on_any_number_of_ranks(
 
 def test_a_network_of_the_other_kind_is_refused(runs: Place, digits: Path) -> None:
     argv = ["nll", str(runs.run("classifier")), "--data", str(digits)]
-    job = ranks.fork(runs.root / "other-kind", partial(held_out.main, argv), ranks=1)
+    job = ranks.fork(runs.root / "other-kind", partial(evaluate.main, argv), ranks=1)
     job.wait()
     assert "is a classifier: use `classifier` instead of `nll`" in job.text

@@ -2,6 +2,8 @@
 
   python -m trainer.evaluate SAMPLES --reference R --network FILE       the figures of samples
   python -m trainer.evaluate reference SHARDS --out R.npz --network FILE   a reference file
+  python -m trainer.evaluate nll RUN --data SHARDS                      bits per dimension
+  python -m trainer.evaluate classifier RUN --data SHARDS               accuracy by quarter of t
 
 SAMPLES is an .npz or a directory of shards; R an evaluator's .npz, a file made here, or images
 (shards or an .npz). On several ranks, as under torchrun, each computes a share of the features.
@@ -17,6 +19,7 @@ import torch
 from data import files
 from data.exits import CommandParser
 from trainer.adm.config import check
+from trainer.evaluation import held_out
 from trainer.evaluation import reference as references
 from trainer.evaluation.extraction import Extracted, extract
 from trainer.evaluation.features import FeatureNetwork, open_network
@@ -191,6 +194,8 @@ def _add_common(p: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in held_out.COMMANDS:
+        return held_out.main(words)
     makes = words[:1] == ["reference"]
     arguments = reference_parser().parse_args(words[1:]) if makes else parser().parse_args(words)
     world = join()

@@ -1,7 +1,7 @@
 """A trained network over images that it has not learned from: likelihood, or accuracy.
 
-  python -m trainer.evaluation.held_out nll RUN --data SHARDS          bits per dimension
-  python -m trainer.evaluation.held_out classifier RUN --data SHARDS   accuracy by quarter of t
+  python -m trainer.evaluate nll RUN --data SHARDS          bits per dimension
+  python -m trainer.evaluate classifier RUN --data SHARDS   accuracy by quarter of t
 
 Noise and timesteps are fixed for each image. On several ranks, as under torchrun, each computes a
 share, and the result is the same.
@@ -9,7 +9,6 @@ share, and the result is the same.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +31,11 @@ from trainer.adm.objective import Classify, low_resolution, to_range
 from trainer.metrics import QUARTERS
 from trainer.networks import TrainedNetwork
 from trainer.progress import Progress
-from trainer.ranks.group import agreed, connected, from_main, run_as_rank
+from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.world import World, join
 from trainer.validation import SEED, Terms, ValidationSet, means
+
+COMMANDS = ("nll", "classifier")
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _open_images(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(prog="python -m trainer.evaluation.held_out", description=__doc__)
+    p = CommandParser(prog="python -m trainer.evaluate", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     nll = commands.add_parser("nll", help="the variational bound in bits per dimension")
     steps = 'timesteps to visit, respaced as for sampling, such as "250" (default: all)'
@@ -243,13 +244,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit status."""
-    arguments = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(argv)
     world = join()
     with connected(world, patience=4 * 3600) as device:
         return measure(arguments, world=world, device=device)
-
-
-if __name__ == "__main__":
-    run_as_rank(main)
