@@ -5,7 +5,8 @@
 Trains a preset of 64-px images on one rank by the trainer's own loop, on photographs that
 scikit-learn includes, and times each part of it: the time of a part that another calls counts for
 the inner one alone. What happens once an interval is divided by the steps of the preset's own
-intervals. On a CPU the network is made small (64 channels, 1 block) unless `--set` says otherwise.
+intervals; a grid and a validation of 10,000 images count by their images. On a CPU the network is
+made small (64 channels, 1 block) unless `--set` says otherwise.
 `--deterministic` trains a second time with `training.deterministic`, and compares the bare steps.
 """
 
@@ -16,6 +17,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,8 @@ PARTS: tuple[tuple[type, str, str], ...] = (
     (Metrics, "put", METRICS),
     (Saver, "flush", COMMIT),
 )
+# Images of a validation, at each checkpoint of the preset.
+VALIDATED = 10_000
 # The share of a bare step that EMA, metrics, reports and watchdog together may take.
 AIM = 0.01
 
@@ -55,9 +61,10 @@ class Meter:
 
     def __init__(self) -> None:
         #: Part -> seconds in each step that had it.
-        self.steps: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        self.steps: dict[str, dict[int, float]] = defaultdict(partial(defaultdict, float))
         self.step = 0
-        self.began = 0.0
+        #: Of the whole training.
+        self.seconds = 0.0
         self._inner: list[float] = []
 
     def timed(self, part: str, act: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,17 +97,16 @@ def _now() -> float:
 
 
 def measure(arguments: list[str]) -> Meter:
-    """Train once, with every part timed."""
+    """Train once, with every part timed. DeepSpeed wants a process for each."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_measure, arguments).result()
+
+
+def _measure(arguments: list[str]) -> Meter:
     meter = Meter()
-    changed: list[tuple[Any, str, Any]] = []
-
-    def put(owner: Any, name: str, value: Any) -> None:
-        changed.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
     for owner, name, part in PARTS:
         if hasattr(owner, name):
-            put(owner, name, meter.timed(part, getattr(owner, name)))
+            setattr(owner, name, meter.timed(part, getattr(owner, name)))
     attach, to_device = engine.averages.attach, train.to_device
 
     def attach_timed(optimizer: Any, **named: Any) -> None:
@@ -117,16 +123,13 @@ def measure(arguments: list[str]) -> Meter:
             except StopIteration:
                 return
 
-    put(engine.averages, "attach", attach_timed)
-    put(train, "to_device", batches_timed)
+    setattr(engine.averages, "attach", attach_timed)  # noqa: B010
+    setattr(train, "to_device", batches_timed)  # noqa: B010
     for name in ("_say_alive", "_listen"):
-        put(Watchdog, name, _on_thread(meter, getattr(Watchdog, name)))
-    meter.began = time.perf_counter()
-    try:
-        assert train.main(arguments) == 0
-    finally:
-        for owner, name, value in reversed(changed):
-            setattr(owner, name, value)
+        setattr(Watchdog, name, _on_thread(meter, getattr(Watchdog, name)))
+    began = time.perf_counter()
+    assert train.main(arguments) == 0
+    meter.seconds = time.perf_counter() - began
     return meter
 
 
@@ -141,10 +144,10 @@ def _on_thread(meter: Meter, act: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def table(meter: Meter, *, preset: configs.Config) -> list[str]:
-    """Each part in milliseconds for each step, and as a share of the bare step."""
+def table(meter: Meter, *, preset: configs.Config, small: int) -> list[str]:
+    """Each part in milliseconds for a step of `small` images, and as a share of the bare step."""
     step, every, batch = meter.typical(STEP), preset.intervals, preset.training.batch
-    watched = meter.steps[WATCH][0] / (time.perf_counter() - meter.began)
+    watched = meter.steps[WATCH][0] / meter.seconds
     costs = {
         EMA: meter.typical(EMA),
         METRICS: meter.typical(METRICS),
@@ -154,9 +157,10 @@ def table(meter: Meter, *, preset: configs.Config) -> list[str]:
         SAVE: (meter.typical(SAVE) + meter.typical(COMMIT)) * batch / every.checkpoint,
     }
     aimed = sum(costs[part] for part in (EMA, METRICS, REPORT, WATCH)) / step
-    for part, interval in ((DRAW, every.samples), (VALIDATE, getattr(every, "validate", None))):
-        if meter.typical(part) and interval:
-            costs[part] = meter.typical(part) * batch / interval
+    # These grow with their images, and the step with its own.
+    drawn, interval = every.samples_count, every.samples or every.checkpoint
+    costs[DRAW] = meter.typical(DRAW) * drawn * small / interval
+    costs[VALIDATE] = meter.typical(VALIDATE) * VALIDATED / every.checkpoint
     lines = [f"{STEP:30} {1e3 * step:10.2f} ms"]
     lines += [f"{p:30} {1e3 * s:10.3f} ms {100 * s / step:8.3f} %" for p, s in costs.items()]
     verdict = "within" if aimed <= AIM else "above"
@@ -174,8 +178,11 @@ def _arguments(options: argparse.Namespace, *, work: Path, name: str) -> list[st
         f"training.images = {batch * (WARM_UP + steps)}",
         f"intervals.log = {batch * 5}",
         f"intervals.checkpoint = {batch * (WARM_UP + steps // 3)}",
-        f"intervals.samples = {batch * (WARM_UP + steps)}",
+        f"intervals.samples = {batch * (WARM_UP + steps // 2)}",
         "intervals.samples_count = 1",
+        f'data.validation = "{work / "shards"}"',
+        f"data.validation_images = {batch}",
+        f"intervals.validate = {batch * (WARM_UP + steps // 2)}",
         f"training.deterministic = {'true' if name == 'deterministic' else 'false'}",
     ]
     if not torch.cuda.is_available():
@@ -204,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = str(preset.data.image_size)
         assert pack([str(work / "photos"), str(work / "shards"), "--size", size]) == 0
         meter = measure(_arguments(options, work=work, name="plain"))
-        print("\n".join(table(meter, preset=preset)))
+        print("\n".join(table(meter, preset=preset, small=options.batch)))
         if options.deterministic:
             other = measure(_arguments(options, work=work, name="deterministic")).typical(STEP)
             ratio = other / meter.typical(STEP)

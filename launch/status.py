@@ -130,7 +130,7 @@ def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, now: floa
     """How a run that is not finished is doing `now`, or, if None, how its last start ended."""
     if now is None:
         return _ending(state)
-    if state is not None and state.state != "running":
+    if (state is None and not rows) or (state is not None and state.state != "running"):
         return "starting: the run is not claimed yet"
     last = rows[-1] if rows else {"time": 0.0}
     # An earlier release notes no beginning, and its state again and again.

@@ -98,3 +98,14 @@ def test_where_the_time_went_is_shown_and_in_the_json(tmp_path: Path) -> None:
     (row,) = json.loads(display.as_json({run: status.read(run)}))
     assert row["goodput"]["seconds"]["saving"] == 8.0
     assert row["advised_checkpoint_seconds"] == (2 * 8 * 90) ** 0.5
+
+
+def test_a_job_that_runs_but_has_not_claimed_its_run_is_not_ok(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "job").write_text("7\n")
+    monkeypatch.setattr(queue, "_slurm", slurm({"7": "RUNNING|None"}, ended={}))
+    assert status.read(tmp_path).health == "starting: the run is not claimed yet"
+    note(tmp_path, state="stopped", why="by a signal", starts=1)  # the last start's
+    assert status.read(tmp_path).health == "starting: the run is not claimed yet"

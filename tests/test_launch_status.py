@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_watched_in_a_terminal_while_the_job_comes_and_goes(site: Site) -> None:
     name, run = "watched", site.run("watched")
     job = site.submit(name, site.settings("slurm"), "training.images = 800000", nodes=1)
     terminal = ("tmux", "-L", "tests", "-f", "/dev/null")
-    watch = " ".join(map(str, site.words("status", run, "--watch")))
+    watch = shlex.join(map(str, site.words("status", run, "--watch")))
     site.cluster.run("ctl", *terminal, "new-session", "-d", "-x", "80", "-y", "24", watch)
 
     def screen() -> str:
