@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data import files
-from trainer import weights
+from trainer import diffusers_format, weights
 from trainer.adm.unet import build
 from trainer.checkpoint import committed, sha256
 from trainer.config import Config
@@ -73,7 +73,7 @@ class Initial:
             if not any(name == skip or name.startswith(f"{skip}.") for name in own):
                 modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in own))
                 raise ValueError(f"--init-skip {skip}: the network has no such part: {modules}")
-        loaded = weights.load(self.file)
+        loaded = diffusers_format.ours(weights.load(self.file), config=config.model)
         kept = {name: value for name, value in loaded.items() if not self._is_skipped(name)}
         wanted = {name: value for name, value in own.items() if not self._is_skipped(name)}
         weights.check_fit(wanted, kept, source=self._source, hint=_hint)

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trainer import averages, compute, weights
+from trainer import averages, compute, diffusers_format, weights
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import build
 from trainer.config import Config
+from trainer.diffusers_format import FILE
 from trainer.draw import DTYPES
 from trainer.ranks.group import broadcast, from_main
 
@@ -33,12 +34,17 @@ class TrainedNetwork:
 
     @classmethod
     def find(cls, path: Path, *, preset: str | None, decay: float | None) -> "TrainedNetwork":
-        """In a run directory (its newest valid checkpoint), a checkpoint, or a file and its preset.
+        """In a run (its newest valid checkpoint), a checkpoint, a file, or a folder of diffusers.
+
+        A file or folder that does not say of which network it is needs its preset.
 
         Raises:
             ValueError: there is nothing of that kind at `path`.
         """
         name = str(path) if preset is None else f"{path} (preset {preset})"
+        if (path / FILE).is_file():
+            config = configs.load(path / "config.toml" if preset is None else preset)
+            return cls(config, path / FILE, checkpoints.sha256(path / FILE), name)
         if path.is_dir():
             found = _newest(path)
             run = found.path.parent.parent
@@ -55,6 +61,14 @@ class TrainedNetwork:
             raise ValueError(f"no such weights file: {path}")
         config = _written_config(path) if preset is None else configs.load(preset)
         return cls(config, path, checkpoints.sha256(path), name)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of the file, by our names.
+
+        Raises:
+            ValueError: as `trainer.weights.load`.
+        """
+        return diffusers_format.ours(weights.load(self.file), config=self.config.model)
 
     def net(
         self,
@@ -76,7 +90,7 @@ class TrainedNetwork:
         with torch.device("meta"):
             net = build(self.config.model).to(DTYPES[precision or own])
         net.to_empty(device=device).eval().requires_grad_(False)
-        from_main(lambda: weights.fill(net, weights.load(self.file), source=self.file))
+        from_main(lambda: weights.fill(net, self.weights(), source=self.file))
         for tensor in net.state_dict().values():
             broadcast(tensor)
         return compute.prepare(net, training=self.config.training, device=device, say=say)

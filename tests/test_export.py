@@ -1,0 +1,154 @@
+"""Weights out and back: a diffusers folder draws our images, and other files load as they were."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from tests.support import golden
+from trainer import config as configs
+from trainer import diffusers_format, weights
+from trainer.adm.config import UNetConfig
+from trainer.adm.diffusion import Diffusion
+from trainer.adm.sampler import ancestral
+from trainer.adm.unet import UNet, build
+from trainer.export import main
+from trainer.networks import TrainedNetwork
+
+SMALL = {
+    "image_size": 16, "channels": 32, "channel_mult": (1, 2), "blocks": 2, "attention": (8,),
+    "head_channels": 32,
+}  # fmt: skip
+VARIANTS = {
+    "plain": {},
+    "labels": {"num_classes": 5},
+    "new order": {"qkv": "new", "head_channels": 16},
+    "legacy, two heads": {"qkv": "legacy", "head_channels": 16},
+    "three levels": {"channel_mult": (1, 1, 2), "attention": (8, 4), "blocks": 1},
+    "convolutions": {"resample": "conv"},
+    "added": {"conditioning": "add"},
+    "fixed heads of one width": {"head_channels": None, "heads": 4},
+    "upsampler": {"small_size": 4},
+    "no learned variance": {"learn_sigma": False},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_diffusers_computes_what_our_network_does(variant: str) -> None:
+    config = UNetConfig(**{**SMALL, **VARIANTS[variant]})
+    net = UNet(config)
+    golden.set_formula_weights(net)
+    net = net.double().eval()
+    theirs = diffusers.UNet2DModel.from_config(diffusers_format.options(config)).double().eval()
+    weights = diffusers_format.to_diffusers(net.state_dict(), config=config)
+    theirs.load_state_dict(weights)
+    x = golden.wave("x", (2, config.in_channels, 16, 16), 1.0).double()
+    t = torch.tensor([7, 803])
+    y = torch.tensor([3, 1]) if config.num_classes else None
+    found = theirs(x, t, class_labels=y).sample
+    if config.small_size is None:
+        wanted = net(x, t, y)
+    else:
+        low_res = golden.wave("low", (2, 3, 4, 4), 1.0).double()
+        wanted = net(x[:, :3], t, low_res=low_res)
+        enlarged = torch.nn.functional.interpolate(low_res, (16, 16), mode="bilinear")
+        found = theirs(torch.cat((x[:, :3], enlarged), dim=1), t).sample
+    assert (found - wanted).abs().max() < 1e-10 * wanted.abs().max()
+    back = diffusers_format.from_diffusers(weights, config=config)
+    assert back.keys() == net.state_dict().keys()
+    assert all(torch.equal(back[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits' network with made-up weights, small enough that images stay in range."""
+    net = build(configs.load("digits").model)
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data.normal_(std=0.02 if parameter.dim() > 1 else 0.1)
+    path = tmp_path_factory.mktemp("weights") / "digits.pt"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(weights_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to = tmp_path_factory.mktemp("export") / "digits"
+    assert main([str(weights_file), "--preset", "digits", "--to", f"{to}/"]) == 0
+    return to
+
+
+def test_a_diffusers_pipeline_draws_our_images(folder: Path) -> None:
+    found = TrainedNetwork.find(folder, preset=None, decay=None)
+    net = build(found.config.model).eval()
+    net.load_state_dict(found.weights())
+    unet = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline = diffusers.ConsistencyModelPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [3, 8]
+    theirs = pipeline(
+        batch_size=2, class_labels=labels, num_inference_steps=250,
+        generator=torch.Generator().manual_seed(5), output_type="pt",
+    ).images  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    shape = (2, 3, 8, 8)
+    x = torch.randn(shape, generator=generator)
+    diffusion = Diffusion(found.config.diffusion, respacing="250")
+    y = torch.tensor(labels)
+    with torch.no_grad():
+        steps = ancestral(
+            diffusion,
+            lambda x, t: net(x, t, y),
+            x,
+            noise=lambda _: torch.randn(shape, generator=generator),
+        )
+        for _, x in steps:  # noqa: B007
+            pass
+    ours = (x / 2 + 0.5).clamp(0, 1)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert ours.std() > 0.05
+
+
+def test_every_kind_of_export_loads_as_the_network_that_it_was(
+    weights_file: Path, folder: Path, tmp_path: Path
+) -> None:
+    wanted = weights.load(weights_file)
+    for name in ("a.safetensors", "b.pt"):
+        assert main([str(folder), "--to", str(tmp_path / name)]) == 0
+    sources = [(folder, None), (tmp_path / "a.safetensors", None), (tmp_path / "b.pt", "digits")]
+    for path, preset in sources:
+        found = TrainedNetwork.find(path, preset=preset, decay=None)
+        assert found.config.model == configs.load("digits").model
+        loaded = found.weights()
+        assert loaded.keys() == wanted.keys()
+        assert all(torch.equal(loaded[key], value) for key, value in wanted.items())
+    card = (folder / "README.md").read_text()
+    assert "10 classes" in card
+    assert "Licence" in card
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting"),
+    [
+        ("imagenet128", "model.heads"),
+        ("imagenet512", "model.channel_mult"),
+        ("classifier64", "objective"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_refused_by_its_setting(preset: str, setting: str) -> None:
+    with pytest.raises(ValueError, match=f"{setting}.*diffusers"):
+        diffusers_format.options(configs.load(preset).model)
+
+
+def test_a_name_that_is_taken_or_means_nothing_is_refused(
+    weights_file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for to, said in [
+        (f"{folder}/", "does not exist yet"),
+        (str(tmp_path / "weights.bin"), "FILE.safetensors, FILE.pt, or a directory"),
+        (str(tmp_path / "no" / "a.pt"), "in a directory that exists"),
+    ]:
+        assert main([str(weights_file), "--preset", "digits", "--to", to]) == 78
+        assert said in capsys.readouterr().err

@@ -1,0 +1,202 @@
+"""Weights out: `python -m trainer.export RUN --to FILE.safetensors | FILE.pt | DIR/`.
+
+A file holds fp32 weights under the published checkpoints' names, which guided-diffusion loads
+(.pt) and which say of which network they are (.safetensors). A directory is what diffusers loads,
+with a model card, our config and the run's last metrics; `trainer.sample` and `--init` take any.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data import files
+from data.exits import REFUSED, CommandParser
+from trainer import config as configs
+from trainer import diffusers_format, weights
+from trainer.adm.config import UNetConfig, check
+from trainer.adm.unet import build
+from trainer.config import Config
+from trainer.draw import DTYPES
+from trainer.networks import TrainedNetwork
+
+_CARD = """\
+---
+library_name: diffusers
+---
+# {name}
+
+{parameters:,} parameters, {size} x {size} pixels, {classes}; trained as in "Diffusion Models Beat
+GANs on Image Synthesis" (Dhariwal & Nichol 2021, arXiv:2105.05233). `config.toml` has every setting
+of the training, `metrics.json` its last metrics. Weights: {source} (sha256 {sha256}).
+
+{usage}
+
+Classifier guidance is in the trainer alone (`python -m trainer.sample THIS_DIRECTORY ...`). Keep
+`timestep_spacing="linspace"` of the DDPMScheduler. A DDIMScheduler takes three channels: cut
+`conv_out` to its first three rows, and pass `use_clipped_model_output=True`.
+
+## Licence
+
+The weights carry the terms of the images that they were trained on (ImageNet: non-commercial
+research), which whoever publishes them must state here.
+"""
+_CONDITIONAL = """\
+Pipelines of DDPM take no class labels; the one for consistency models does:
+
+```python
+from diffusers import ConsistencyModelPipeline, DDPMScheduler, UNet2DModel
+
+unet = UNet2DModel.from_pretrained("THIS_DIRECTORY", subfolder="unet")
+scheduler = DDPMScheduler.from_pretrained("THIS_DIRECTORY", subfolder="scheduler")
+pipeline = ConsistencyModelPipeline(unet, scheduler)
+images = pipeline(batch_size=4, class_labels=[0, 1, 2, 3], num_inference_steps=250).images
+```"""
+_UNCONDITIONAL = """\
+```python
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("THIS_DIRECTORY")
+images = pipeline(batch_size=4, num_inference_steps=250).images
+```"""
+_UPSAMPLER = """\
+An upsampler: the input of `unet` is the noised image and beside it, as three more channels, the
+low-resolution image enlarged by `interpolate(mode="bilinear")`. No pipeline does that."""
+
+
+def export(arguments: argparse.Namespace) -> str:
+    """Write what the command line asks for; returns a line about it.
+
+    Raises:
+        ValueError: an option is wrong, or the network cannot be written that way.
+    """
+    target = str(arguments.to)
+    found = TrainedNetwork.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
+    to = Path(target)
+    check(not to.exists(), "--to", target, "a name that does not exist yet")
+    check(to.parent.is_dir(), "--to", target, "in a directory that exists")
+    kinds = target.endswith("/") or to.suffix in (".safetensors", ".pt")
+    check(kinds, "--to", target, "FILE.safetensors, FILE.pt, or a directory, which ends in /")
+    if target.endswith("/"):
+        diffusers_format.assert_expressible(found.config.model)
+    named = found.weights()
+    with torch.device("meta"):
+        own = build(found.config.model).state_dict()
+    weights.check_fit(own, named, source=found.file)
+    dtype = DTYPES[arguments.precision]
+    named = {name: value.to(dtype).contiguous() for name, value in named.items()}
+    if to.suffix == ".safetensors":
+        metadata = {"kind": found.file.stem, "config": configs.to_toml(found.config)}
+        with files.whole(to) as stream:
+            save_file(named, stream.name, metadata=metadata)
+    elif to.suffix == ".pt":
+        with files.whole(to) as stream:
+            torch.save(named, stream)
+    else:
+        _write_folder(to, named, found=found)
+    return f"written: {to}: {found.file} ({arguments.precision})"
+
+
+def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> None:
+    """What diffusers loads; the directory is there in full or not at all."""
+    config = found.config
+    assert isinstance(config.model, UNetConfig)
+    aside = to.with_name(f"{to.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        for part in ("unet", "scheduler"):
+            (aside / part).mkdir(parents=True)
+        _write_json(aside / "unet" / "config.json", diffusers_format.options(config.model))
+        _write_json(
+            aside / "scheduler" / "scheduler_config.json", diffusers_format.scheduler(config)
+        )
+        theirs = diffusers_format.to_diffusers(named, config=config.model)
+        contiguous = {name: value.contiguous() for name, value in theirs.items()}
+        save_file(contiguous, aside / diffusers_format.FILE, metadata={"format": "pt"})
+        if config.model.small_size is None:
+            _write_json(aside / "model_index.json", _index(config))
+        (aside / "config.toml").write_text(configs.to_toml(config))
+        (aside / "README.md").write_text(_card(to, named, found=found))
+        if (metrics := _last_metrics(found.file)) is not None:
+            _write_json(aside / "metrics.json", metrics)
+        aside.rename(to)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _index(config: Config) -> dict[str, Any]:
+    conditional = config.model.num_classes is not None
+    return {
+        "_class_name": "ConsistencyModelPipeline" if conditional else "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+
+
+def _card(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> str:
+    model = found.config.model
+    assert isinstance(model, UNetConfig)
+    usage = _UNCONDITIONAL if model.num_classes is None else _CONDITIONAL
+    classes = "no classes" if model.num_classes is None else f"{model.num_classes} classes"
+    return _CARD.format(
+        name=to.name,
+        parameters=sum(value.numel() for value in named.values()),
+        size=model.image_size,
+        classes=classes,
+        source=found.name,
+        sha256=found.sha256,
+        usage=usage if model.small_size is None else _UPSAMPLER,
+    )
+
+
+def _last_metrics(file: Path) -> dict[str, Any] | None:
+    """The last row of the metrics of the run that a checkpoint's file belongs to."""
+    try:
+        rows = (file.parents[2] / "metrics.jsonl").read_text().splitlines()
+        row: dict[str, Any] = json.loads(rows[-1])
+    except (OSError, LookupError, ValueError):
+        return None
+    return row
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = CommandParser(prog="python -m trainer.export", description=__doc__)
+    source = "a run, one of its checkpoints, or a weights file and --preset"
+    p.add_argument("source", type=Path, help=source)
+    to = "FILE.safetensors or FILE.pt (published names), or DIR/ for diffusers"
+    p.add_argument("--to", required=True, help=to)
+    p.add_argument(
+        "--preset", help="the preset whose network a weights file holds (default: the run's own)"
+    )
+    ema = "which of the run's EMA decays (default: the first)"
+    p.add_argument("--ema", type=float, help=ema)
+    precision = "of the written weights (default: %(default)s)"
+    p.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help=precision)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        print(export(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
