@@ -51,7 +51,7 @@ class Request:
         class_map = map_content(self.class_map) if self.class_map else None
         return {
             "SOURCE": self.source if self.source == "digits" else os.path.abspath(self.source),
-            **{f"--{name.replace('_', '-')}": v for name, v in asdict(self.config).items()},
+            **{f"--{name.replace('_', '-')}": v for name, v in self.config.values.items()},
             "--class-from": self.class_from,
             "--class-map": None if class_map is None else _digest(class_map),
             "--classes-of": None if classes is None else _digest(classes.encode()),

@@ -31,7 +31,7 @@ def dry_run(wanted: Request, *, out: Path, workers: int) -> int:
     source = open_source(wanted.source, staging=out / "none")
     listing = wanted.listing(source)
     work = plan(listing, source=wanted.source, out=out, config=wanted.config)
-    print(summary(listing, left_out=0, transparent=0))
+    print(summary(listing, []))
     counts = Counter(listing.labels)
     for label, name in list(enumerate(listing.classes))[:_LISTED]:
         print(f"  {name or '(none)'}: {counts[label]}")
@@ -50,7 +50,7 @@ def _estimate(source: Source, names: list[str], config: PackConfig, workers: int
     begin, sizes, bad = time.monotonic(), [], 0
     for i in chosen:
         try:
-            sizes.append(len(encode(source.read(names[i]), config=config)[0]))
+            sizes.append(len(encode(source.read(names[i]), config=config).content))
         except UNDECODABLE:
             bad += 1
     if not sizes:

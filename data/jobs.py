@@ -25,7 +25,7 @@ from data.manifest import Shard
 from data.plan import PackConfig, PackJob
 from data.sources import Source
 from data.tars import Index, ShardWriter
-from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_on_white
+from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_on_white, orientation
 
 # Errors of reading one file that say nothing of the others.
 _OF_A_FILE = {
@@ -49,7 +49,8 @@ class Made:
     """A finished shard, and a line for each image that is not in it.
 
     `missed` are the names of those images, and `unreadable` counts those that could not be read or
-    were changed. `transparent` counts the images that are transparent somewhere.
+    were changed. `transparent` counts the images that are transparent somewhere, `turned` those
+    whose EXIF says that they are.
     """
 
     shard: Shard
@@ -57,6 +58,16 @@ class Made:
     missed: tuple[str, ...] = ()
     unreadable: int = 0
     transparent: int = 0
+    turned: int = 0
+
+
+class Encoded(NamedTuple):
+    """An image as it is stored: its bytes and suffix, and what is counted of the original."""
+
+    content: bytes
+    suffix: str
+    is_transparent: bool
+    is_turned: bool
 
 
 class TooManyLeftOut(ValueError):
@@ -79,7 +90,7 @@ def make_shard(job: PackJob) -> Made:
         return found
     tar, ours = out / f"{job.name}.tar", claim.writer()
     with files.whole(tar, writer=ours) as file:
-        index, missed, transparent = _write(job, file)
+        index, missed, transparent, turned = _write(job, file)
     content = index_bytes(index)
     files.write(out / f"{job.name}.idx.npy", content, writer=ours)
     made = Made(
@@ -88,6 +99,7 @@ def make_shard(job: PackJob) -> Made:
         missed=tuple(one.name for one in missed),
         unreadable=sum(one.is_unreadable for one in missed),
         transparent=transparent,
+        turned=turned,
     )
     files.write(record, json.dumps(asdict(made)), writer=ours)
     return made
@@ -102,29 +114,31 @@ def left_out_of(out: Path) -> dict[Path, list[str]]:
     return found
 
 
-def encode(content: bytes, *, config: PackConfig) -> tuple[bytes, str, bool]:
-    """Crop or scale one image file as configured: the new file's bytes and suffix.
-
-    The last value is whether the image is transparent somewhere.
+def encode(content: bytes, *, config: PackConfig) -> Encoded:
+    """Crop or scale one image file as configured.
 
     Raises:
         one of `UNDECODABLE`.
     """
     image, is_transparent = open_on_white(content)
+    turn = orientation(content)
+    counted = (is_transparent, turn is not None)
+    if config.exif_transpose and turn is not None:
+        image = image.transpose(turn)
     if not config.keep_original:
         image = Image.fromarray(center_crop(image, size=config.size))
     elif min(image.size) > config.size:
         image = halve_and_scale(image, side=config.size)
-    else:
+    elif not (config.exif_transpose and turn is not None):
         kept = _KEPT_FORMATS.get(Image.open(io.BytesIO(content)).format or "")
         if kept:
-            return content, kept, is_transparent
+            return Encoded(content, kept, *counted)
     buffer = io.BytesIO()
     if config.suffix == "png":
         image.save(buffer, format="PNG")
     else:
         image.save(buffer, format="JPEG", quality=config.quality, subsampling=0)
-    return buffer.getvalue(), config.suffix, is_transparent
+    return Encoded(buffer.getvalue(), config.suffix, *counted)
 
 
 class _Missed(NamedTuple):
@@ -135,23 +149,25 @@ class _Missed(NamedTuple):
     is_unreadable: bool
 
 
-def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], int]:
-    """Write the tar; its index, the images left out, and how many are transparent."""
+def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], int, int]:
+    """Write the tar; its index, the images left out, how many are transparent and turned."""
     source = _source(job.source, job.out)
-    missed, transparent = [], 0
+    missed, transparent, turned = [], 0, 0
     writer = ShardWriter(file)
     for number, (name, label) in enumerate(job.images, start=job.first):
         try:
             content = _read(source, job, name)
-            image, suffix, is_transparent = encode(content, config=job.config)
+            image = encode(content, config=job.config)
         except (*UNDECODABLE, _UnreadableError) as error:
             missed.append(_Missed(name, str(error), isinstance(error, _UnreadableError)))
             if job.most_left_out is not None and len(missed) > job.most_left_out:
                 raise TooManyLeftOut(*(f"{one.name}: {one.why}" for one in missed)) from None
             continue
-        transparent += is_transparent
-        writer.add(_key(number, name), image=image, suffix=suffix, label=label)
-    return writer.close(), missed, transparent
+        transparent += image.is_transparent
+        turned += image.is_turned
+        key = _key(number, name)
+        writer.add(key, image=image.content, suffix=image.suffix, label=label)
+    return writer.close(), missed, transparent, turned
 
 
 class _UnreadableError(Exception):
@@ -192,9 +208,10 @@ def _finished(out: Path, record: Path) -> Made | None:
     made = Made(
         shard=Shard(**saved["shard"]),
         left_out=tuple(saved["left_out"]),
-        missed=tuple(saved.get("missed", ())),  # records of version 0.1 do not have these three
+        missed=tuple(saved.get("missed", ())),  # records of version 0.1 do not have these
         unreadable=saved.get("unreadable", 0),
         transparent=saved.get("transparent", 0),
+        turned=saved.get("turned", 0),
     )
     if made.unreadable:
         return None

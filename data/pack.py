@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, as_completed
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
 
@@ -170,11 +170,10 @@ def _finish(out: Path, work: PackPlan, made: list[Made], listing: Listing) -> in
         tuple(m.shard for m in made),
         classes=work.classes,
         image_size=None if work.config.keep_original else work.config.size,
-        made_by={"plan": work.digest, **asdict(work.config)},
+        made_by={"plan": work.digest, **work.config.values},
     )
     files.write(out / MANIFEST, text)
-    transparent = sum(m.transparent for m in made)
-    print(summary(listing, left_out=len(left_out), transparent=transparent), file=sys.stderr)
+    print(summary(listing, made, turn=work.config.exif_transpose), file=sys.stderr)
     return len(left_out)
 
 

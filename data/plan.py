@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.config import check
 from data.listing import Listing
@@ -18,7 +19,7 @@ class PackConfig:
 
     `size` is the side of ADM's centre crop, or with `keep_original` the smaller side beyond which
     an image is scaled down, uncropped. `format` None is png for crops of up to 64 pixels,
-    otherwise jpg.
+    otherwise jpg. `exif_transpose` turns images as their EXIF says; ADM does not.
     """
 
     size: int
@@ -27,12 +28,24 @@ class PackConfig:
     quality: int = 95
     seed: int = 0
     per_shard: int = 2048
+    exif_transpose: bool = False
 
     def __post_init__(self) -> None:
         check(self.size >= 1, "--size", self.size, "at least 1")
         check(self.per_shard >= 1, "--per-shard", self.per_shard, "at least 1")
         check(self.format in (None, "png", "jpg"), "--format", self.format, "png or jpg")
         check(1 <= self.quality <= 100, "--quality", self.quality, "from 1 to 100")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All settings by name; without those that the first release did not have, unless set.
+
+        So the same request has the same digest and fingerprint in all releases.
+        """
+        values = asdict(self)
+        if not self.exif_transpose:
+            del values["exif_transpose"]
+        return values
 
     @property
     def suffix(self) -> str:
@@ -96,6 +109,6 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pac
         )
         for i, first in enumerate(range(0, count, per_shard))
     )
-    text = json.dumps([asdict(config), listing.classes, [job.images for job in jobs]])
+    text = json.dumps([config.values, listing.classes, [job.images for job in jobs]])
     digest = hashlib.sha256(text.encode()).hexdigest()
     return PackPlan(jobs=jobs, classes=listing.classes, config=config, digest=digest)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from data.jobs import Made
 from data.listing import Listing
@@ -26,15 +26,19 @@ def warn_of_missing_labels(listing: Listing, source: str) -> None:
         )
 
 
-def summary(listing: Listing, *, left_out: int, transparent: int) -> str:
-    """What was packed and what was not, in one line."""
+def summary(listing: Listing, made: Sequence[Made], *, turn: bool = False) -> str:
+    """What was packed and what was not, in one line; `turn` is whether EXIF was applied."""
+    left_out = sum(len(one.left_out) for one in made)
+    transparent, turned = sum(m.transparent for m in made), sum(m.turned for m in made)
     names = [name or "(none)" for name in listing.classes]
     shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
     alpha = f", {transparent} with transparency (now on white)" if transparent else ""
+    how = "applied" if turn else "ignored as in ADM; --exif-transpose applies it"
+    exif = f", {turned} with an EXIF orientation ({how})" if turned else ""
     return (
         f"{len(listing.names) - left_out} images in {len(names)} "
         f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
-        f"{listing.skipped_by_kind}{alpha}"
+        f"{listing.skipped_by_kind}{alpha}{exif}"
     )
 
 

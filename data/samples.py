@@ -125,19 +125,16 @@ class Samples:
 
     def _begin(self, shard: int, row: int) -> Callable[[], StoredImage]:
         """Start reading a stored image; what is returned waits for it."""
-        read = partial(self._read, shard, row)
-        return self._threads.submit(read).result if self._threads else read
-
-    def _read(self, shard: int, row: int) -> StoredImage:
         part = bisect_right(self._first, shard) - 1
-        return self._stored[part].read(shard - self._first[part], row)
+        read = partial(self._stored[part].read, shard - self._first[part], row)
+        return self._threads.submit(read).result if self._threads else read
 
     def _stand_in(self, draw: "_Draw", out: Pixels, why: str) -> int:
         """Put the next good image of the same block in the place of a bad one; its label."""
         for other in self.order.alternatives(draw.image_index):
             _, shard, row = self.order.locate([other])
             try:
-                return self._put(self._read(int(shard[0]), int(row[0])), draw, out)
+                return self._put(self._begin(int(shard[0]), int(row[0]))(), draw, out)
             except BadSampleError:
                 continue  # it is counted in its own place
         raise ValueError(f"{why}; and no image of its block is intact")

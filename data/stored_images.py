@@ -41,7 +41,7 @@ class StoredImages:
     """
 
     def __init__(self, shards: Shards, *, config: FetchConfig, sharers: int = 1) -> None:
-        self._shards = shards
+        self._shards, self._where = shards, shards.where
         # Through a cache, a mounted directory is read as a server is.
         self._local = is_local(shards.root) and config.cache is None
         self._reader = _open_reader(shards, config, sharers)
@@ -79,7 +79,7 @@ class StoredImages:
         except OSError as error:
             key = self._key(shard, row) if self._local else f"image {row}"
             raise OSError(f"{error}; while reading {key}, at byte {first}") from error
-        tar = f"{self._shards.where}/{self._shards.shards[shard].tar}"
+        tar = f"{self._where}/{self._shards.shards[shard].tar}"
         try:
             name, stated = read_header(raw[:HEADER])
         except ValueError as error:
@@ -146,7 +146,7 @@ class StoredImages:
                 self._checked(shard, other)
             except BadSampleError:
                 raise ValueError(
-                    f"{self._shards.where}/{self._shards.shards[shard].tar}: several images have "
+                    f"{self._where}/{self._shards.shards[shard].tar}: several images have "
                     "wrong checksums; the shard was replaced or is damaged throughout: "
                     f"{_ADVICE}"
                 ) from None

@@ -6,8 +6,7 @@ crop equals the reference's bit for bit, and random draws are keyed by (seed, im
 
 import io
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -22,6 +21,18 @@ Pixels = NDArray[np.uint8]
 
 # What Pillow and simplejpeg raise for damaged input; anything else is our own bug.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+# The EXIF tag, and what undoes each of its values.
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Pixels of a scaled image above which only the crop is computed.
 _LARGE = 1 << 26
@@ -108,8 +119,16 @@ def open_on_white(content: bytes | memoryview) -> tuple[Image.Image, bool]:
         return image if image.mode == "RGB" else image.convert("RGB"), False
 
 
-@contextmanager
-def _opened(content: bytes | memoryview) -> Iterator[Image.Image]:
+def orientation(content: bytes) -> Image.Transpose | None:
+    """How an image file must be turned to be upright, by its EXIF; None if it is, or has none."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever a parser of damaged EXIF raises: the pixels are as they are
+        return None
+
+
+def _opened(content: bytes | memoryview) -> Image.Image:
     """A decoded image; whatever a decoder raises is one of `UNDECODABLE`."""
     try:
         image = Image.open(io.BytesIO(content))
@@ -118,8 +137,7 @@ def _opened(content: bytes | memoryview) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # decoders meet damage with errors of any type
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    with image:
-        yield image
+    return image
 
 
 def _from_16_bits(grey: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """Pixels that are not 8 bits of RGB: scaled, laid on white or refused, not destroyed."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.config import DataConfig
 from data.dataset import open_shards
@@ -167,3 +168,28 @@ def test_cmyk_is_packed_as_png(tmp_path: Path, kind: str) -> None:
     image.save(tmp_path / "P" / "a" / "x.img.tif", format=kind)
     (pixels, _), *others = content(packed(tmp_path / "P", tmp_path))
     assert not others and len(set(pixels)) > 20
+
+
+@pytest.mark.parametrize("keep_original", [False, True])
+@pytest.mark.parametrize("value", range(1, 9))
+def test_exif_orientation_is_counted_and_applied_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: int, keep_original: bool
+) -> None:
+    pixels = np.arange(16 * 16 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = value
+    (tmp_path / "P" / "a").mkdir(parents=True)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "P" / "a" / "x.png", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "P" / "a" / "x.png"))
+    for turn, wanted in ((False, image), (True, upright)):
+        out, options = tmp_path / f"o{turn}", {"keep_original": keep_original, "format": "png"}
+        pack(
+            str(tmp_path / "P"), out=out, config=PackConfig(size=16, exif_transpose=turn, **options)
+        )
+        ((found, _),) = content(open_shards(out))
+        assert found == np.asarray(wanted).transpose(2, 0, 1).tobytes()
+        said = "1 with an EXIF orientation" in capsys.readouterr().err
+        assert said == (value != 1)
+    made_by = json.loads((tmp_path / "oFalse" / "manifest.json").read_text())["made_by"]
+    assert "exif_transpose" not in made_by  # as the last release: the same fingerprint
