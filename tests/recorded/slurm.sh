@@ -84,6 +84,7 @@ again() {
     fi
     newest > "$run/launch/failed-at"
   fi
+  trap '' TERM  # as Slurm requeues a job it kills all that runs, before it is said here
   if [ -n "$bad" ]; then
     others=${answer##* ExcNodeList=}
     others=${others%% *}

@@ -35,7 +35,8 @@ case "$1 $2" in
   requeue*)
     echo requeue >> asked
     if [ -e denial ] && { cat denial >&2; [ ! -e once ] || rm denial; }; then exit 1; fi
-    touch requeued ;;
+    touch requeued
+    (trap '' TERM; for try in {1..20}; do kill -TERM 0; sleep 0.01; done) & ;;
 esac""",
     "sbatch": """\
 echo "$*" > submitted
@@ -102,7 +103,17 @@ class Bash:
             "SLURM_RESTART_COUNT": str(number),
             **variables,
         }
-        script = subprocess.run(["bash"], input=slurm.text(job), text=True, env=env, timeout=120)
+        # Slurm kills all processes of a job that it requeues, and so does the stand-in.
+        script = subprocess.run(
+            ["bash"],
+            input=slurm.text(job),
+            text=True,
+            env=env,
+            timeout=120,
+            start_new_session=True,
+            stdout=subprocess.PIPE,  # to its end, which is that of all processes
+        )
+        print(script.stdout)
         return script.returncode
 
     def text(self, name: str) -> str:
