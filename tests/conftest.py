@@ -163,5 +163,5 @@ def nets(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, list
     return {
         "base": [str(root / "base.pt"), "--preset", str(root / "base.toml")],
         "up": [str(root / "up.pt"), "--preset", str(root / "up.toml")],
-        "and": ["--upsampler", *up, "--upsampler-steps", "ddim2"],
+        "and": ["--upsampler", *up, "--upsampler-steps", "ddim2", "--upsampler-batch", "3"],
     }

@@ -11,7 +11,7 @@ from trainer import config as configs
 from trainer import weights
 from trainer.adm.config import NO_LABEL
 from trainer.adm.unet import build
-from trainer.networks import TrainedNetwork, check_guide
+from trainer.networks import TrainedNetwork, check_guide, check_upsampler
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,23 @@ def test_the_presets_of_a_published_pair_fit(network: str, classifier: str) -> N
         TrainedNetwork(configs.load(preset), Path(), "", preset) for preset in (classifier, network)
     )
     check_guide(guide, network=guided)
+
+
+def network(preset: str) -> TrainedNetwork:
+    return TrainedNetwork(configs.load(preset), Path(), "", preset)
+
+
+def test_an_upsampler_fits_what_a_base_draws() -> None:
+    for upsampler, base in (("upsample64_256", "imagenet64"), ("upsample128_512", "imagenet128")):
+        check_upsampler(network(upsampler), base=network(base), classes=1000)
+    for upsampler, base, classes, message in (
+        ("upsample128_512", "imagenet64", 1000, "enlarges 128 px, and imagenet64 draws 64 px"),
+        ("upsample64_256", "imagenet64", None, "has 1000 classes, and imagenet64 is drawn in none"),
+        ("imagenet256", "imagenet64", 1000, "is no upsampler"),
+        ("classifier256", "imagenet64", 1000, "is no upsampler"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_upsampler(network(upsampler), base=network(base), classes=classes)
 
 
 def test_a_state_of_the_optimizer_is_no_weights_file(tmp_path: Path, tiny: Path) -> None:

@@ -1,10 +1,15 @@
 """A part of a sample file is whole, or its fault is found."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from data import files
+from trainer import npz_output
 from trainer.npz_output import NpzOutput, part_fault
+from trainer.samplefile import open_samples
 
 
 def test_a_part_that_is_cut_or_has_another_bit_is_found(tmp_path: Path) -> None:
@@ -32,3 +37,30 @@ def test_a_part_that_is_cut_or_has_another_bit_is_found(tmp_path: Path) -> None:
         if fault() is None:  # a bit that says nothing of the content, such as the time of writing
             with np.load(file) as part:
                 assert np.array_equal(part["images"], images.transpose(0, 2, 3, 1)), place
+
+
+def test_parts_are_moved_a_few_at_a_time_and_what_that_needs_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (64, 128, 128, 3), np.uint8)
+    part_bytes, batch = images[:4].nbytes, 4
+    monkeypatch.setattr(npz_output, "_MOVED", 2 * part_bytes)
+    output = NpzOutput(tmp_path / "a.npz", size=128, request={"images": 64, "batch": batch})
+    output.open()
+    assert output.needed() == images.nbytes + 2 * part_bytes
+    for part in range(output.parts):
+        output.write(part, images[part * batch : (part + 1) * batch], np.zeros(batch, int))
+    largest, write = 0, files.write
+
+    def weigh(path: Path, content: str) -> None:
+        nonlocal largest
+        largest = max(largest, sum(file.stat().st_blocks * 512 for file in output.work.iterdir()))
+        write(path, content)
+
+    monkeypatch.setattr(files, "write", weigh)
+    whole = output.assemble(None)
+    monkeypatch.undo()
+    assert images.nbytes < largest < 1.3 * images.nbytes
+    assert np.array_equal(open_samples(whole).images(0, 64), images)
+    with zipfile.ZipFile(whole) as archive:
+        assert archive.testzip() is None

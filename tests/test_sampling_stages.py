@@ -1,5 +1,6 @@
 """Sweeps over scales, two stages, shards, and what is enlarged."""
 
+import json
 import re
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def test_a_sweep_has_an_output_for_each_scale_and_factor(
     record = open_samples(tmp_path / "adm.npz").record
     assert record is not None and (record["pixels"], record["labels"]) == ("adm", "random")
     assert open_samples(tmp_path / "s-scale3-cfg2.npz").record["cfg"] == 2  # type: ignore[index]
+    half = tmp_path / "t-scale3.parts"
+    half.mkdir()
+    (half / "request.json").write_text(json.dumps({**record, "images": 99}))
+    (refused,) = ranks.sample(
+        tmp_path, [*ask, *guide, "--scale", "0,3", "--out", tmp_path / "t.npz"]
+    )
+    assert "t-scale3.parts holds parts of another request" in str(refused)
+    assert "images was 99, is 4" in str(refused)
+    assert not (tmp_path / "t-scale0.parts").exists()
     (refused,) = ranks.sample(
         tmp_path, [*weights["unet"], "--cfg", "2", "--out", tmp_path / "never.npz"]
     )

@@ -18,7 +18,7 @@ from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
 from trainer.ranks.lease import Lease
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World
-from trainer.sampling import DrawJob
+from trainer.samplejob import DrawJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,8 @@ class Drawing:
         """The missing or damaged parts; each rank checks its share, and all learn of all."""
         share, shares = self.share
         listed = [part for part in from_main(job.output.listed) if part % shares == share]
+        if listed:
+            self._say(f"checking {len(listed):,} batches that are there")
         mine: dict[int, str] = {}
         for part in listed[self.world.rank :: self.world.size]:
             labels = recorded(job.labels, job.request.indices(part))

@@ -20,7 +20,7 @@ from trainer.output import Output, numbered
 from trainer.samplefile import RECORD
 
 # Bytes of parts that are moved between two entries of the journal.
-_MOVED = 2**28
+_MOVED = 2**26
 
 
 class NpzOutput(Output):
@@ -53,7 +53,9 @@ class NpzOutput(Output):
     def needed(self) -> int:
         """As `Output.needed`."""
         there = sum(self._bytes(part) for part in self.listed())
-        return self.images * self.size**2 * 3 - there + min(_MOVED, self._bytes(0))
+        whole = self.images * self.size**2 * 3
+        # A few parts are there twice while they are moved.
+        return whole - there + min(whole, max(_MOVED, self._bytes(0)))
 
     def assemble(self, labels: NDArray[np.int64] | None) -> Path:
         """As `Output.assemble`."""

@@ -100,28 +100,39 @@ class Output(ABC):
             shutil.rmtree(self.work)  # the last thing that a job does
         return True
 
-    def open(self) -> None:
-        """Make the directory of the parts, or check that the one there is of the same request.
+    def is_begun(self, *, unknown: Sequence[str] = ()) -> bool:
+        """Whether the directory of the parts is there, of this request but for unknown entries.
 
         Raises:
-            ValueError: other images are half drawn, it cannot be known of which request the parts
-                are, or the directory cannot be written.
+            ValueError: other images are half drawn, or it cannot be known of which request the
+                parts are.
         """
-        parts, wanted = self.work, _plain(self.request)
-        recorded = _recorded(parts / REQUEST)
+        recorded, wanted = _recorded(self.work / REQUEST), _plain(self.request)
         if recorded is None:
             self._check_left()
-            try:
-                parts.mkdir(parents=True, exist_ok=True)
-                files.write(parts / REQUEST, json.dumps(wanted))
-                files.sync(parts.parent)
-            except OSError as error:
-                raise ValueError(f"cannot write {parts}: {error}; name another --out") from None
-        elif recorded != wanted:
+            return False
+        wanted |= {name: recorded.get(name) for name in unknown}
+        if recorded != wanted:
             raise ValueError(
-                f"{parts} holds parts of another request ({_differing(recorded, wanted)}): give "
-                "the same options, remove it, or name another --out"
+                f"{self.work} holds parts of another request ({_differing(recorded, wanted)}): "
+                "give the same options, remove it, or name another --out"
             )
+        return True
+
+    def open(self) -> None:
+        """Make the directory of the parts, unless it is there.
+
+        Raises:
+            ValueError: as `is_begun`, or it cannot be written.
+        """
+        if self.is_begun():
+            return
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            files.write(self.work / REQUEST, json.dumps(_plain(self.request)))
+            files.sync(self.work.parent)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.work}: {error}; name another --out") from None
 
     @property
     def writer(self) -> str:

@@ -29,8 +29,8 @@ from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
 from trainer.samplefile import open_samples
+from trainer.samplejob import DrawJob
 from trainer.sampling import (
-    DrawJob,
     base_jobs,
     check_room,
     enlarging_job,
@@ -71,8 +71,12 @@ def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
     Raises:
         ValueError: something else has an output's name, or there is no room.
     """
-    left = [job for job in jobs if not job.output.is_drawn()]
-    left += [job for job in later if not job.output.is_drawn(unknown=("low_res",))]
+    left: list[DrawJob] = []
+    for some, unknown in ((jobs, ()), (later, ("low_res",))):
+        undrawn = [job for job in some if not job.output.is_drawn(unknown=unknown)]
+        for job in undrawn:
+            job.output.is_begun(unknown=unknown)
+        left += undrawn
     return check_room(left) if left else "all are drawn already"
 
 
@@ -92,7 +96,7 @@ def check_options(arguments: argparse.Namespace) -> None:
     ancestral = arguments.eta is None and not arguments.steps.startswith("ddim")
     has_mean = guided and ancestral
     check(at == "x_t" or has_mean, "--guide-at", at, "x_t without --classifier and for DDIM")
-    for option in ("preset", "steps"):
+    for option in ("preset", "steps", "batch"):
         value = getattr(arguments, f"upsampler_{option}")
         absent = value is None or arguments.upsampler is not None
         check(absent, f"--upsampler-{option}", value, "absent without --upsampler")
@@ -107,6 +111,8 @@ def _check_values(arguments: argparse.Namespace) -> None:
     check(is_output, "--out", out, "a file that ends in .npz, or a directory, which ends in /")
     check(images is None or images >= 1, "--images", images, "at least 1")
     check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1")
+    larger = arguments.upsampler_batch
+    check(larger is None or larger >= 1, "--upsampler-batch", larger, "at least 1")
     fits = -(2**63) <= arguments.seed < 2**63
     check(fits, "--seed", arguments.seed, "a number of at most 63 bits")
     check(eta is None or 0 <= eta <= 1, "--eta", eta, "from 0 to 1")
@@ -171,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
     add("--upsampler", type=Path, help=upsampler)
     add("--upsampler-preset", help="the preset of its weights file (default: its run's)")
     add("--upsampler-steps", help="its denoising steps (default: as --steps)")
+    add("--upsampler-batch", type=int, help="its images at once on a rank (default: as --batch)")
     add("--ema", type=float, help="which of the run's EMA decays to draw from (default: the first)")
     precision = "compute in this precision (default: as trained; fp32 on a CPU)"
     add("--precision", choices=sorted(DTYPES), help=precision)
