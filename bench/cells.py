@@ -1,0 +1,242 @@
+"""The measurements of `bench.gpu`: each takes a description and returns figures.
+
+On a CPU all are small: 16 pixels, fp32, and compiled networks by aot_eager.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import nets
+from bench.nets import Net
+from trainer import config as configs
+from trainer.adm.config import UNetConfig
+from trainer.adm.norm import GroupNorm, use_kernels
+from trainer.adm.unet import build, flops
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SMALL = UNetConfig(
+    image_size=16, channels=32, channel_mult=(1, 2), blocks=1, attention=(8,), head_channels=32,
+    num_classes=10, qkv="new",
+)  # fmt: skip
+Figures = dict[str, Any]
+
+
+def seconds(work: Callable[[], object], *, least: float = 1.0, warm_up: int = 2) -> float:
+    """The time of one call: the device's, the mean over at least so many seconds."""
+    for _ in range(warm_up):
+        work()
+    _wait()
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() - began < (least if GPU else 0.05) or not calls:
+        work()
+        calls += 1
+        if calls % 4 == 0:
+            _wait()
+    _wait()
+    return (time.perf_counter() - began) / calls
+
+
+def _wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def ceilings(cell: Figures) -> Figures:
+    """TFLOP/s of a large matrix product in 16 bits, and GB/s of a copy (read and written)."""
+    side, numbers = (8192, 2**29) if GPU else (256, 2**20)
+    found: Figures = {}
+    for name in ("fp16", "bf16") if GPU else ("fp32",):
+        a = torch.randn(side, side, device=DEVICE, dtype=DTYPES[name])
+        found[f"{name} TFLOP/s"] = 2 * side**3 / seconds(lambda a=a: a @ a) / 1e12  # type: ignore[misc]
+    x = torch.empty(numbers, device=DEVICE, dtype=torch.float16)
+    y = torch.empty_like(x)
+    found["copy GB/s"] = 2 * x.nbytes / seconds(lambda: y.copy_(x)) / 1e9
+    return found
+
+
+def config(cell: Figures) -> UNetConfig:
+    """The published network of a size; a small one on a CPU."""
+    model = configs.load(f"imagenet{cell['size']}").model if GPU else SMALL
+    assert isinstance(model, UNetConfig)
+    return model
+
+
+def system(cell: Figures) -> Net:
+    """The network of a cell's system, on the device, in its precision."""
+    name, model, half = cell["system"], config(cell), cell["precision"]
+    if name == "guided-diffusion":
+        net = nets.guided_diffusion(model, path=Path(cell["path"]), fp16=half == "fp16")
+        net.module.to(DEVICE)
+        return net
+    if name.startswith("diffusers"):
+        net = nets.diffusers(model)
+        layout = torch.channels_last if "channels last" in name else torch.contiguous_format
+        net.module.to(DEVICE, DTYPES[half]).to(memory_format=layout)  # type: ignore[call-overload]
+        return net
+    layout = torch.contiguous_format if "channels first" in name else torch.channels_last
+    kernels = "fused" if "fused" in name and GPU else "plain"
+    net = nets.ours(model, kernels=kernels, layout=layout)  # type: ignore[arg-type]
+    net.module.to(DEVICE, DTYPES[half])
+    return net
+
+
+def step(cell: Figures) -> Figures:
+    """Images per second of a training step at the cell's images, or at the most that fit below.
+
+    Forward pass, loss, backward pass and fused AdamW on the parameters as they are: the same for
+    every system, without an engine.
+    """
+    images = cell["images"] if GPU else 2
+    while images:
+        try:
+            return _step(cell, images=images)
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            images //= 2
+    raise MemoryError("not even one image fits")
+
+
+def _step(cell: Figures, *, images: int) -> Figures:
+    model, half = config(cell), DTYPES[cell["precision"]]
+    torch.backends.cudnn.benchmark = True
+    net = system(cell)
+    forward = net.forward
+    if "compiled" in cell["system"]:
+        backend = "inductor" if GPU else "aot_eager"
+        forward = torch.compile(forward, backend=backend, dynamic=False)
+    optimizer = torch.optim.AdamW(net.module.parameters(), lr=1e-6, fused=GPU)
+    x, t, y = nets.inputs(model, images=images, device=DEVICE)
+    x = x.to(half) if cell["system"].startswith("diffusers") else x
+
+    def once() -> None:
+        forward(x, t, y).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    began = time.perf_counter()
+    once()
+    _wait()
+    first = time.perf_counter() - began
+    each = seconds(once, least=3.0)
+    began = time.perf_counter()
+    once()
+    host = time.perf_counter() - began
+    _wait()
+    return {
+        "images": images,
+        "images/s": images / each,
+        "model TFLOP/s": 3 * flops(model) * images / each / 1e12,
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if GPU else None,
+        "host ms": 1e3 * host,
+        "first step s": first,
+    }
+
+
+def norm(cell: Figures) -> Figures:
+    """GB/s of the norm with its conditioning and activation: map read twice and written forward.
+
+    Backward: the map and the gradient read twice, and one written.
+    """
+    channels, size, images = cell["shape"] if GPU else (64, 8, 2)
+    op = GroupNorm(channels).to(DEVICE, DTYPES[cell["precision"]])
+    use_kernels(op, cell["kernels"] if GPU else "plain")
+    half = DTYPES[cell["precision"]]
+    x = torch.randn(images, channels, size, size, device=DEVICE, dtype=half)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    film = torch.randn(images, 2 * channels, device=DEVICE, dtype=half)
+
+    def both() -> None:
+        out = op(x, film, silu=True)
+        torch.autograd.grad(out, x, out.detach())
+
+    with torch.no_grad():
+        forward = seconds(lambda: op(x, film, silu=True))
+    whole = seconds(both)
+    return {
+        "forward GB/s": 3 * x.nbytes / forward / 1e9,
+        "backward GB/s": 5 * x.nbytes / max(whole - forward, 1e-9) / 1e9,
+    }
+
+
+def attention(cell: Figures) -> Figures:
+    """Milliseconds of attention, forward and backward, by backend."""
+    length, heads, images = cell["shape"] if GPU else (16, 1, 1)
+    half = DTYPES[cell["precision"]]
+    qkv = torch.randn(images, length, 3, heads, 64, device=DEVICE, dtype=half, requires_grad=True)
+    found: Figures = {}
+    backends = torch.nn.attention.SDPBackend
+    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if GPU else ("MATH",)
+
+    def both() -> None:
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        out: Tensor = F.scaled_dot_product_attention(q, k, v)
+        torch.autograd.grad(out, qkv, out.detach())
+
+    for name in names:
+        try:
+            with torch.nn.attention.sdpa_kernel(getattr(backends, name)):
+                found[f"{name} ms"] = 1e3 * seconds(both, least=0.5)
+        except RuntimeError as error:
+            found[name] = str(error).splitlines()[0]
+    return found
+
+
+def guided(cell: Figures) -> Figures:
+    """Images per second of 25 guided denoising steps: the guide's gradient and the network."""
+    net = system(cell)
+    net.module.eval().requires_grad_(False)
+    images = cell["images"] if GPU else 2
+    guide, forward = _guide(cell), net.forward
+    if "compiled" in cell["system"]:
+        backend = "inductor" if GPU else "aot_eager"
+        guide = torch.compile(guide, backend=backend, dynamic=False)
+        forward = torch.compile(forward, backend=backend, dynamic=False)
+    noise, t, y = nets.inputs(config(cell), images=images, device=DEVICE)
+
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            chosen = F.log_softmax(guide(x, t).float(), dim=-1)[range(images), y].sum()
+            return torch.autograd.grad(chosen, x)[0]
+
+    def draw() -> None:
+        x = noise
+        for _ in range(25 if GPU else 2):
+            out = forward(x, t, y)[:, :3].float()
+            x = x - 0.01 * (out - 0.1 * gradient(x).float())
+
+    with torch.no_grad():
+        each = seconds(draw, warm_up=1)
+    return {"images": images, "images/s": images / each}
+
+
+def _guide(cell: Figures) -> Callable[[Tensor, Tensor], Tensor]:
+    """The classifier of a size: guided-diffusion's own for its network."""
+    model: Any = configs.load(f"classifier{cell['size']}").model
+    if not GPU:
+        small = {"image_size": 16, "channels": 32, "channel_mult": (1, 2), "attention": (8,)}
+        model = replace(model, **small, head_channels=32, num_classes=10)
+    if cell["system"] == "guided-diffusion":
+        # Its attention asks for the gradients of its parameters, wanted or not.
+        net = nets.guided_diffusion_classifier(model, path=Path(cell["path"]))
+    else:
+        net = build(model).requires_grad_(False)
+        use_kernels(net, "fused" if GPU else "plain")
+        net.to(dtype=DTYPES[cell["precision"]])
+    return net.to(DEVICE).eval()
+
+
+KINDS = {
+    "ceilings": ceilings, "step": step, "norm": norm, "attention": attention, "guided": guided,
+}  # fmt: skip
