@@ -4,8 +4,8 @@
 
 One thread, fp32, a network of 18 million parameters at 64 pixels: forward pass, loss and backward
 pass. The systems take turns in every round and the CPU's own time is taken, so that other work on
-the machine slows all alike; what counts are the ratios of medians. diffusers is compared where it is
-installed (`pip install diffusers`).
+the machine slows all alike; what counts are the ratios of medians. diffusers is compared where it
+is installed (`pip install diffusers`).
 """
 
 import argparse
