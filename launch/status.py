@@ -88,14 +88,15 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         signs = Signs()
         signs.look([run])
     state, rows, total = RunState.read(run), _rows(run / "metrics.jsonl"), _total(run)
-    last = rows[-1] if rows else {}
+    # Rows of a validation have none of this.
+    last = next((row for row in reversed(rows) if "loss" in row), {})
     job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)
     is_finished = state.state == "finished" if state else total is not None and saved >= total
     now = signs.now(run)
     return Status(
         name=str(run),
-        images_seen=(state.images_seen if state else 0) or last.get("images") or saved,
+        images_seen=(state.images_seen if state else 0) or (rows[-1]["images"] if rows else saved),
         total=total,
         rate=_number(last, "images_per_second"),
         loss=_number(last, "loss"),
@@ -132,14 +133,15 @@ def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, now: floa
         return _ending(state)
     if (state is None and not rows) or (state is not None and state.state != "running"):
         return "starting: the run is not claimed yet"
-    last = rows[-1] if rows else {"time": 0.0}
+    last = next((row for row in reversed(rows) if "loss" in row), {"time": 0.0})
     # An earlier release notes no beginning, and its state again and again.
     began = state.began if state is not None else None
     if began is None and not rows:
         began = _written(runstate.file(run))
     if began is not None and last["time"] < began:
         return _starting(now - began)
-    gap, silent = _usual_gap(rows), now - max(last["time"], _written(runstate.file(run)))
+    seen = max(rows[-1]["time"] if rows else 0.0, _written(runstate.file(run)))
+    gap, silent = _usual_gap(rows), now - seen
     if gap and silent > max(60.0, 10 * gap):
         return f"no metrics for {duration(silent)} (usually every {duration(gap)})"
     if last.get("skipped") == 1:

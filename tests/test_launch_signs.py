@@ -109,3 +109,14 @@ def test_a_job_that_runs_but_has_not_claimed_its_run_is_not_ok(
     assert status.read(tmp_path).health == "starting: the run is not claimed yet"
     note(tmp_path, state="stopped", why="by a signal", starts=1)  # the last start's
     assert status.read(tmp_path).health == "starting: the run is not claimed yet"
+
+
+def test_a_row_of_a_validation_hides_neither_the_loss_nor_the_rate(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    note(run, state="running", images_seen=500, starts=1, began=time.time() - 100)
+    with (run / "metrics.jsonl").open("a") as metrics:
+        row = {"images": 500, "time": time.time(), "validation/loss": 0.3}
+        metrics.write(json.dumps(row) + "\n")
+    make_writer(run)
+    assert "0.2500, loss scale 65536" in text(run) and "10.0 images/s" in text(run)
+    assert status.read(run).health == "ok"
