@@ -40,8 +40,9 @@ class Goodput:
     seconds: Mapping[str, float]
     #: Starts that ended without saving: killed, or failed.
     failures: int
-    #: How often it saved.
+    #: How often it saved, and for how many seconds in all, lost or not.
     saves: int
+    save_seconds: float
     images_per_second: float | None
 
     @property
@@ -59,7 +60,7 @@ class Goodput:
     @property
     def save_cost(self) -> float | None:
         """Seconds that training stood still for a checkpoint, on average."""
-        return self.seconds["saving"] / self.saves if self.saves else None
+        return self.save_seconds / self.saves if self.saves else None
 
     @property
     def advised_interval(self) -> float | None:
@@ -121,6 +122,7 @@ def account(rows: Sequence[Row], *, now: float | None = None) -> Goodput | None:
         seconds=total,
         failures=sum(start.state in ("", "failed") for start in starts[: -1 if is_live else None]),
         saves=sum(start.saves for start in starts),
+        save_seconds=sum(row.get("saving", 0.0) for start in starts for row in start.reports),
         images_per_second=_rate(rows),
     )
 
