@@ -121,6 +121,8 @@ def open_on_white(content: bytes | memoryview) -> tuple[Image.Image, bool]:
 
 def orientation(content: bytes) -> Image.Transpose | None:
     """How an image file must be turned to be upright, by its EXIF; None if it is, or has none."""
+    if content[:2] == b"\xff\xd8" and b"Exif" not in content:
+        return None  # no need to parse it again
     try:
         with Image.open(io.BytesIO(content)) as image:
             return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
