@@ -179,9 +179,9 @@ def test_a_killed_packing_leaves_no_process_and_is_continued(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     source = write_folder(tmp_path / "source", images=40)
-    for path, _ in image_files(source):
-        path.unlink()
-        path.write_bytes(image_file(1, width=1500, height=1500))
+    image = (source / "n0001" / "img_0.JPEG").read_bytes()
+    (source / "n0001" / "img_0.JPEG").unlink()
+    os.mkfifo(source / "n0001" / "img_0.JPEG")  # whoever reads it waits for ever
     out = tmp_path / "out"
     command = [sys.executable, "-m", "data.pack", str(source), str(out)]
     process = subprocess.Popen(
@@ -209,7 +209,10 @@ def test_a_killed_packing_leaves_no_process_and_is_continued(
             f"packing stopped by {number.name}; rerun the same command to continue; "
             "finished shards are kept"
         ]
-    pack(str(source), out=out, config=CONFIG)
+    (source / "n0001" / "img_0.JPEG").unlink()
+    (source / "n0001" / "img_0.JPEG").write_bytes(image)
+    assert pack(str(source), out=out, config=CONFIG) == 1, "it was changed"
+    assert pack(str(source), out=out, config=CONFIG, again=True) == 0
     assert verify(out, full=True) == [] and not list(out.glob("*partial*"))
 
 
