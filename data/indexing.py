@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data import files
 from data.archives import classes_of_tars
+from data.config import is_local, shown
 from data.dataset import Shards, describe, open_shards
 from data.index import index_bytes
 from data.manifest import MANIFEST, NO_CLASS, Shard, check_name, manifest_text
@@ -61,6 +62,9 @@ def merge(out: Path, roots: list[str]) -> Shards:
     Raises:
         ValueError: they have not, a dataset is given twice, or `out` is not empty.
     """
+    for root in roots:
+        if not is_local(root):
+            raise ValueError(f"{shown(root)} is no directory: copy the dataset to this machine")
     parts = [open_shards(root) for root in roots]
     first = parts[0]
     for part in parts[1:]:

@@ -71,6 +71,8 @@ def test_commands_say_what_a_remote_dataset_lacks(
     with serving(Path(whole.root), fault=lambda n, path: None) as url:
         assert main(["info", url]) == 0
         assert main(["info", f"{url}/no"]) == REFUSED
+        assert main(["merge", "/nowhere/out", url, whole.root]) == REFUSED
     assert main(["verify", "nosuch://bucket/set"]) == REFUSED
     text = capsys.readouterr().err
     assert f"no dataset at {url}/no" in text and "nosuch" in text
+    assert f"{url} is no directory" in text
