@@ -7,39 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
 from tests.support import ranks
+from tests.support.exported import save
 from trainer.evaluate import main
 from trainer.samplefile import open_samples
 
 DRAWN = 600
 
 
-class Convolutions(nn.Module):
-    """A fixed random network: its features tell digits, noise and blur apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        h = torch.relu(self.second(torch.relu(self.first(images.float() / 127.5 - 1))))
-        return torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1)
-
-
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The network as an exported program."""
-    path = tmp_path_factory.mktemp("network") / "convolutions.pt2"
-    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    shapes = {"images": {0: torch.export.Dim("images", min=1, max=4096)}}
-    torch.export.save(
-        torch.export.export(Convolutions(), (images,), dynamic_shapes=shapes, strict=False), path
-    )
-    return path
+    """A fixed random network as an exported program."""
+    return save(tmp_path_factory.mktemp("network") / "convolutions.pt2")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,94 @@
+"""Ablations: the paper's rows are its networks; a set trains, draws, evaluates, tabulates."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.exported import save
+from trainer.ablate import load, main
+from trainer.adm.unet import build
+
+# Parameters of rows of Table 1, measured on the reference.
+MEASURED = {
+    "T1 base: 160 channels, 1 head, attention 16": 140_830_246,
+    "T1 128 channels, 4 blocks": 146_187_142,
+    "T1 4 heads, attention 32, 16, 8, BigGAN": 164_967_686,
+    "T2 64 channels per head, T3 AdaGN": 105_710_598,
+}
+
+
+def test_the_papers_rows_have_its_parameters_and_iterations() -> None:
+    found = load("paper", (), unset=())
+    with torch.device("meta"):
+        nets = {row.name: build(found.config(row).model) for row in found.rows}
+    sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+    assert {name: sizes[name] for name in MEASURED} == MEASURED
+    assert {found.config(row).training.images for row in found.rows} == {700_000 * 256}
+
+
+def test_a_plan_has_the_days_of_every_row(capsys: pytest.CaptureFixture) -> None:
+    rows = 'rows = [{name = "Table 3"}]'
+    assert main(["paper", "--set", rows, "--dry-run", "--mfu", "1", "--tflops", "100"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Table 3")]
+    # 8.4e19 operations, the paper's own figure, at 1e14 per second.
+    assert float(line.split()[-1]) == pytest.approx(8.4e19 / 1e14 / 86400, rel=0.01)
+    assert main(["digits", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ('base = "digit"', "unknown preset"),
+        ("rows = []", "one or more"),
+        ('rows = [{name = "a"}, {name = "A"}]', "different names"),
+        ('rows = [{name = "a", set = ["model.chanels = 3"]}]', "row 'a'.*unknown setting"),
+        ('rows = [{name = "a", against = "b"}]', "the name of an earlier row"),
+        ('rows = [{nam = "a"}]', "unknown setting"),
+    ],
+)
+def test_a_wrong_set_is_refused_in_one_line(change: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load("digits", (change,), unset=())
+
+
+def test_a_set_is_trained_drawn_evaluated_and_tabulated_and_resumes(
+    tiny: Path, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    network = save(tmp_path / "network.pt2")
+    path = tmp_path / "set.toml"
+    path.write_text(f"""
+base = "{tiny}"
+set = ["training.images = 16"]
+[samples]
+images = 16
+steps = "4"
+reference = "{digits}"
+network = "{network}"
+[[rows]]
+name = "Base"
+[[rows]]
+name = "added"
+set = ['model.conditioning = "add"']
+""")
+    runs = tmp_path / "runs"
+    assert main([str(path), "--runs", str(runs)]) == 0
+    capfd.readouterr()
+    table = (runs / "table.md").read_text().splitlines()
+    assert table[0].startswith("| row | against | fid_16 |")
+    figures = [
+        json.loads((runs / row / "figures.json").read_text())["figures"]["fid_16"]["value"]
+        for row in ("base", "added")
+    ]
+    assert f"| {figures[0]:.4g}" in table[2]
+    assert f"| {figures[1] - figures[0]:+.3g}" in table[3]
+    rows = list(csv.DictReader((runs / "table.csv").open()))
+    assert {row["row"] for row in rows} == {"Base", "added"}
+    # What is done is not done again.
+    (runs / "added" / "figures.json").unlink()
+    before = (runs / "base" / "samples.npz").stat().st_mtime_ns
+    assert main([str(path), "--runs", str(runs)]) == 0
+    assert (runs / "base" / "samples.npz").stat().st_mtime_ns == before
+    assert (runs / "table.md").read_text().splitlines() == table
