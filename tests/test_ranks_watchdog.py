@@ -1,13 +1,16 @@
 """A hung rank ends the job and is named with what it was doing; a refused run leaves no thread."""
 
+import os
 import pickle
 import re
 import signal
+import socket
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from data.exits import FAILED
@@ -18,6 +21,61 @@ from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 
 PATIENCE = 10.0
+
+
+def stranger(address: tuple[str, int]) -> None:
+    """Write to the store of the ranks what they must not believe, and bytes that are no message."""
+    store = dist.TCPStore(*address, is_master=False)
+    for name in ("verdict", "rank 0", "rank 1"):
+        for key in (name, f"watch/{name}", f"default_pg/0/watch/{name}", f"0/watch/{name}"):
+            for message in ("lost: n1", '["lost"]', "\x00\xff", f"{'0' * 64} [1, 2, 3]"):
+                store.set(key, message)
+    with socket.create_connection(address) as raw:
+        raw.sendall(b"\x00\xff" * 512)
+
+
+def go_on_among_strangers() -> int:
+    """Ranks that are sound, for some beats, while somebody writes to their store."""
+    world = join()
+    with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=ranks.LIMIT) as watchdog:
+        for _ in range(4):
+            if world.is_main:
+                stranger((world.address, world.port))
+            watchdog.mark("computing")
+            dist.barrier()
+            time.sleep(1.0)
+        return 0 if all(thread.is_alive() for thread in watchdog._threads) else 1
+
+
+def test_the_watch_believes_nobody_but_its_ranks(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, go_on_among_strangers, ranks=2)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [0, 0], job.text
+
+
+def stop_in_mid_run(number: signal.Signals) -> int:
+    """Three ranks, of which the main one is killed or stopped as the others wait for it."""
+    world = join()
+    with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=PATIENCE) as watchdog:
+        watchdog.mark("computing")
+        if world.is_main:
+            time.sleep(2.0)
+            os.kill(os.getpid(), number)
+        dist.barrier()
+    return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_lowest_rank_that_lives_names_the_main_rank_before_any_other_error(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    job = ranks.fork(tmp_path, partial(stop_in_mid_run, number), ranks=3)
+    for process in job.ranks[1:]:
+        process.join(ranks.LIMIT)
+    job.kill()
+    assert [process.exitcode for process in job.ranks[1:]] == [FAILED, FAILED], job.text
+    first = next(line for line in job.texts[1].splitlines() if not line.startswith("DeepSpeed"))
+    assert re.fullmatch(r"\S+: lost: \S+ \(rank 0; [^)]*\): .*", first), job.text
 
 
 def stand_still(directory: Path) -> int:
@@ -54,8 +112,8 @@ def test_a_hung_rank_is_named_by_all(tmp_path: Path) -> None:
 class SlowStore:
     """A store that answers after a second, as on a busy machine."""
 
-    def __init__(self, store: dist.TCPStore) -> None:
-        self.set = store.set
+    def __init__(self, store: dist.Store) -> None:
+        self.set, self.check = store.set, store.check
         self._store = store
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
@@ -69,7 +127,7 @@ def refuse() -> int:
     with connected(world, patience=ranks.LIMIT):
         try:
             with Watchdog(world, patience=PATIENCE) as watchdog:
-                watchdog._store = SlowStore(watchdog._store)
+                watchdog._mailbox._store = SlowStore(watchdog._mailbox._store)
                 time.sleep(1.5)
                 raise Refused("no shards")
         except Refused:

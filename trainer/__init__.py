@@ -1,0 +1,7 @@
+"""Training and sampling."""
+
+import os
+
+# Torch's C++ warns with stack traces when a peer ends: what is wrong is said by the watchdog. Torch
+# reads this when it is imported.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

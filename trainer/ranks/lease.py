@@ -17,6 +17,7 @@ from pathlib import Path
 from types import UnionType
 
 from data import files
+from trainer.ranks.process import machine
 from trainer.ranks.world import scheduler_job
 from trainer.runstate import RunState
 
@@ -53,7 +54,7 @@ class Holder:
             token=secrets.token_hex(8),
             host=socket.gethostname(),
             pid=os.getpid(),
-            machine=_machine(),
+            machine=machine(),
             job=job.job_id,
             start=job.start,
             run=str(run.absolute()),
@@ -81,7 +82,7 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Whether this is a process of this machine that has ended."""
-        return self.machine == _machine() and not Path(f"/proc/{self.pid}").exists()
+        return self.machine == machine() and not Path(f"/proc/{self.pid}").exists()
 
 
 # What the entries of the file must be; some other program's may be anything.
@@ -90,11 +91,6 @@ _TYPES: dict[str, type | UnionType] = {
     **dict.fromkeys(("job", "run"), str | None),
     **dict.fromkeys(("pid", "start"), int),
 }
-
-
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def holder(run: Path) -> Holder | None:

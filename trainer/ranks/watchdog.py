@@ -2,28 +2,29 @@
 
 Neither Slurm nor mpirun always notices a machine that no longer answers, and a rank that waits in a
 collective waits long. So a thread of every rank reports its progress to the main rank each second,
-through a store of its own. The main rank decides: a rank without reports is lost; when no rank
-makes progress, those that are furthest behind hang. The other ranks watch the main rank alone. The
-thread that decides uses its own clock and never waits for the network.
+through the process group's store. The main rank decides: a rank without reports is lost; when no
+rank makes progress, those that are furthest behind hang. The other ranks watch the main rank alone.
+The thread that decides uses its own clock and never waits for the network.
+
+On each machine the lowest rank that lives speaks, before any other error is printed.
 """
 
-import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
 from data.exits import FAILED
-from trainer.ranks.group import from_main
+from trainer.ranks.group import gather
+from trainer.ranks.mailbox import Mailbox
+from trainer.ranks.process import Process
 from trainer.ranks.world import World
 
 _BEAT = 1.0
@@ -35,19 +36,19 @@ _VERDICT = "verdict"
 class _Rank:
     """What is known of a rank, and when it was last heard from and last came further."""
 
-    host: str = "?"
     doing: str = "?"
     beat: int = -1
     marks: int = -1
     heard: float = 0.0
 
-    def hear(self, message: bytes, *, now: float) -> bool:
+    def hear(self, report: Any, *, now: float) -> bool:
         """Take in a report; whether the rank has made progress."""
-        beat, marks, self.host, self.doing = json.loads(message)
-        if beat != self.beat:
-            self.beat, self.heard = beat, now
-        further, self.marks = marks != self.marks, marks
-        return further
+        match report:
+            case [int(beat), int(marks), str(doing)] if beat > self.beat:
+                self.beat, self.heard, self.doing = beat, now, doing
+                further, self.marks = marks != self.marks, marks
+                return further
+        return False
 
 
 class Watchdog:
@@ -62,11 +63,11 @@ class Watchdog:
         self._world = world
         self._patience = patience
         self._doing, self._marks, self._beats = "starting", 0, 0
-        self._host = socket.gethostname()
         self._done = threading.Event()
         self._heard = [_Rank() for _ in range(world.size if world.is_main else 1)]
         self._moved = 0.0
         self._verdict = ""
+        self._lost: set[int] = set()
         self._threads: list[threading.Thread] = []
         self.tell: Callable[[str], None] = lambda _: None
         self.dump: Callable[[], None] = lambda: None
@@ -76,9 +77,10 @@ class Watchdog:
         self._doing, self._marks = doing, self._marks + 1
 
     def __enter__(self) -> "Watchdog":
-        self._store = _meet(self._world, patience=self._patience)
+        self._processes = gather(Process.here())
+        self._mailbox = Mailbox()
         if self._world.is_main:
-            self._store.set(_VERDICT, "")
+            self._mailbox.put(_VERDICT, "")
         self._say_alive()
         dist.barrier()
         self._moved = time.monotonic()
@@ -106,12 +108,12 @@ class Watchdog:
             # Python aborts a process (status 134, not 78) whose daemon thread is in C++ at its end.
             thread.join(None if error is None else 5 * _BEAT)
         if error is None:
-            dist.barrier()  # no rank may still read the store when the main rank closes it
+            dist.barrier()  # no rank may still read the store, which may be the main rank's
 
     def _say_alive(self) -> None:
         self._beats += 1
-        message = json.dumps([self._beats, self._marks, self._host, self._doing])
-        self._store.set(f"rank {self._world.rank}", message)
+        report = [self._beats, self._marks, self._doing]
+        self._mailbox.put(f"rank {self._world.rank}", report)
 
     def _talk(self) -> None:
         """Report and listen. The network may block this thread forever."""
@@ -119,15 +121,15 @@ class Watchdog:
         try:
             while not self._done.wait(_BEAT):
                 self._say_alive()
-                *messages, verdict = self._store.multi_get([*keys, _VERDICT])
-                self._listen(messages)
-                self._verdict = self._verdict or verdict.decode()
+                *reports, verdict = self._mailbox.take([*keys, _VERDICT])
+                self._listen(reports)
+                self._verdict = self._verdict or verdict or ""
         except RuntimeError:
             return  # `_judge` notices that reports are missing
 
-    def _listen(self, messages: Sequence[bytes]) -> None:
+    def _listen(self, reports: Sequence[Any]) -> None:
         now = time.monotonic()
-        further = [r.hear(m, now=now) for r, m in zip(self._heard, messages, strict=True)]
+        further = [r.hear(m, now=now) for r, m in zip(self._heard, reports, strict=True)]
         if any(further):
             self._moved = now
 
@@ -143,38 +145,56 @@ class Watchdog:
         silent = [now - rank.heard for rank in self._heard]
         if max(silent) > self._patience:
             # Ranks lost together may have sent their last reports some beats apart.
-            lost = [n for n, s in enumerate(silent) if s > self._patience - 4 * _BEAT]
-            return f"lost: {self._named(lost)}: not heard from for {self._patience:g} s"
+            self._lost = {n for n, s in enumerate(silent) if s > self._patience - 4 * _BEAT}
+            return f"lost: {self._named(self._lost)}: not heard from for {self._patience:g} s"
         if self._world.is_main and now - self._moved > self._patience:
             least = min(rank.marks for rank in self._heard)
             behind = [n for n, rank in enumerate(self._heard) if rank.marks == least]
             return f"hung: {self._named(behind)}: no rank made progress for {self._patience:g} s"
         return ""
 
-    def _named(self, ranks: Sequence[int]) -> str:
+    def _named(self, ranks: Iterable[int]) -> str:
         """Such as "n2 (ranks 2, 3; computing)", host by host."""
         hosts: dict[str, list[int]] = {}
-        for rank in ranks:
-            hosts.setdefault(self._heard[rank].host, []).append(rank)
+        for rank in sorted(ranks):
+            hosts.setdefault(self._processes[rank].host, []).append(rank)
         return ", ".join(
-            f"{host} (rank{'s' * (len(own) > 1)} {', '.join(map(str, own))}; "
-            f"{self._heard[own[0]].doing})"
+            f"{host} (rank{'s' * (len(own) > 1)} {', '.join(map(str, own))}"
+            f"{self._last_seen(own[0])})"
             for host, own in hosts.items()
         )
 
-    def _end(self) -> None:
-        """Print the verdict once on each host, log it from the first two hosts, and exit.
+    def _last_seen(self, rank: int) -> str:
+        """What a rank did, if it reports to this one."""
+        return f"; {self._heard[rank].doing}" if rank < len(self._heard) else ""
 
-        The network may be cut between the hosts.
-        """
-        if self._world.local_rank == 0:
-            print(f"{self._host}: {self._verdict}", file=sys.stderr, flush=True)
+    def _speaks(self) -> bool:
+        """Whether this is the lowest rank of its machine that lives."""
+        mine = self._world.rank
+        return all(
+            rank in self._lost
+            or self._processes[rank].has_ended()
+            or self._processes[rank].is_stopped()
+            for rank in range(mine - self._world.local_rank, mine)
+        )
+
+    def _say(self, what: str) -> None:
+        """Print it once on each machine; the first two log it: the network may be cut."""
+        if not self._speaks():
+            return
+        line = f"{self._processes[self._world.rank].host}: {what}"
+        print(line, file=sys.stderr, flush=True)
+        if self._world.rank // self._world.local_size < 2:
+            self._within(2.0, lambda: self.tell(line))
+
+    def _end(self) -> None:
+        """Say the verdict and exit."""
+        self._say(self._verdict)
         self._within(2.0, self.dump)
-        if self._world.rank in (0, self._world.local_size):
-            self._within(2.0, lambda: self.tell(f"{self._host}: {self._verdict}"))
         if self._world.is_main:
-            self._within(2.0, lambda: self._store.set(_VERDICT, self._verdict))
-            time.sleep(4 * _BEAT)  # the store ends with this process; let the others read it
+            self._within(2.0, lambda: self._mailbox.put(_VERDICT, self._verdict))
+        # The others need the store, which may be in this process, and to see that this one lives.
+        time.sleep(4 * _BEAT)
         os._exit(FAILED)
 
     @staticmethod
@@ -185,22 +205,20 @@ class Watchdog:
         thread.join(seconds)
 
     def _name_the_gone(self) -> None:
-        """Name the ranks that have ended, before the error is printed."""
-        time.sleep(5 * _BEAT)
+        """Name the ranks that have ended, before any rank prints its error."""
+        end = time.monotonic() + 5 * _BEAT
+        while not (gone := self._gone()) and time.monotonic() < end:
+            time.sleep(0.1)
+        if gone:
+            self._lost |= gone
+            self._say(f"lost: {self._named(gone)}: ended")
+            time.sleep(2 * _BEAT)  # all errors come after what the lowest rank has said
+
+    def _gone(self) -> set[int]:
+        """The ranks that are known to have ended, here or by their silence."""
         silent = time.monotonic() - 4 * _BEAT
-        gone = [n for n, rank in enumerate(self._heard) if rank.heard < silent]
-        if gone and self._world.local_rank == 0:
-            what = f"{self._host}: lost: {self._named(gone)}"
-            print(what, file=sys.stderr, flush=True)
-            self._within(2.0, lambda: self.tell(what))
-
-
-def _meet(world: World, *, patience: float) -> dist.TCPStore:
-    """A store on the main rank's host that all ranks reach."""
-    store = partial(dist.TCPStore, world.address, timeout=timedelta(seconds=patience))
-    own = store(0, is_master=True, wait_for_workers=False) if world.is_main else None
-    port = from_main(lambda: 0 if own is None else own.port)
-    return own or store(port, is_master=False)
+        ended = {n for n, process in enumerate(self._processes) if process.has_ended()}
+        return ended | {n for n, rank in enumerate(self._heard) if rank.heard < silent}
 
 
 def named_hosts(verdict: str) -> list[str]:

@@ -1,0 +1,49 @@
+"""A process, as others on its machine see it: whether it still runs, is stopped, or has ended."""
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process. Its number alone may come to mean another."""
+
+    host: str
+    #: Tells a machine and its process numbers from another of the same name.
+    machine: str
+    pid: int
+    #: When it began, in clock ticks since the machine did.
+    began: str
+
+    @classmethod
+    def here(cls) -> "Process":
+        """This process."""
+        return cls(socket.gethostname(), machine(), os.getpid(), _facts(os.getpid())[1])
+
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended: what is on another machine is not known."""
+        if self.machine != machine():
+            return False
+        state, began = _facts(self.pid)
+        return state in "ZX" or began != self.began
+
+    def is_stopped(self) -> bool:
+        """Whether it is known to be stopped by a signal or a debugger."""
+        return self.machine == machine() and _facts(self.pid)[0] in ("T", "t")
+
+
+def machine() -> str:
+    """Names this machine since it was started, and its process numbers."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _facts(pid: int) -> tuple[str, str]:
+    """The state of a process, one letter, and when it began; X where there is none."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "X", ""
+    return after_name[0], after_name[19]
