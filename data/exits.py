@@ -5,8 +5,10 @@ launchers use small numbers for themselves (srun ends with 2 where a node has no
 """
 
 import argparse
+import dis
 import sys
 from concurrent.futures import BrokenExecutor
+from pathlib import Path
 from typing import NoReturn
 
 from data.stores import FINAL
@@ -17,6 +19,8 @@ FAILED = 1
 TO_BE_CONTINUED = 75
 # A user error (a wrong option, a missing or damaged input): correct it first (EX_CONFIG).
 REFUSED = 78
+
+_ROOT = Path(__file__).resolve().parent.parent
 
 # Errors that a command reports in one line; any other is a bug and shows its traceback.
 REPORTED = (ValueError, ImportError, OSError, BrokenExecutor)
@@ -29,6 +33,21 @@ class CommandParser(argparse.ArgumentParser):
         """Print usage and message, and exit with `REFUSED`."""
         self.print_usage(sys.stderr)
         self.exit(REFUSED, f"{self.prog}: error: {message}\n")
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this project's own code raised `error` by a statement: a library's, or Python's, is
+    a bug of ours or a fault of theirs, which needs its traceback.
+    """
+    trace = error.__traceback__
+    if trace is None:
+        return True  # it was made and never raised, such as one that a worker sent
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    inside = Path(code.co_filename).resolve().is_relative_to(_ROOT)
+    raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return inside and raised and ".venv" not in Path(code.co_filename).parts
 
 
 def exit_status(error: BaseException) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from data.exits import REFUSED
 from tests.support import ranks
 from trainer import preflight
-from trainer.preflight import Facts, problems, table
+from trainer.facts import Facts, problems, table
 
 GOOD = Facts(
     rank=0,
@@ -17,6 +17,7 @@ GOOD = Facts(
     versions="torch 2.13.0",
     gpus="8 x H100",
     free_gib=100.0,
+    lookup=0.001,
     access="",
 )
 RANKS = [dataclasses.replace(GOOD, rank=rank, host=f"n{rank}") for rank in range(4)]

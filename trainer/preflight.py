@@ -12,11 +12,10 @@ import json
 import platform
 import shutil
 import socket
-import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,67 +24,12 @@ import torch.distributed as dist
 
 from data.config import expanded, is_local
 from data.exits import FAILED, REFUSED, CommandParser
+from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.ranks.group import device_of
 from trainer.ranks.world import World, join, step_hosts
 
 # The size of the all-reduce that measures bandwidth, and how often it is timed.
 _MEGABYTES, _ROUNDS = 64, 5
-# A rank with less free disk is bad, and so is one whose clock is off by more seconds.
-_LEAST_FREE_GIB, _MOST_SKEW = 10.0, 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a rank reports about its machine."""
-
-    rank: int
-    host: str
-    code: str
-    versions: str
-    gpus: str
-    free_gib: float
-    #: The error from reading the data or writing the run; empty without one.
-    access: str
-    #: The error from finding this rank's GPU; empty without one.
-    device: str = ""
-
-
-def problems(
-    found: Sequence[Facts], *, clocks: Mapping[int, float], least_free_gib: float = _LEAST_FREE_GIB
-) -> dict[int, str]:
-    """What is wrong, by rank. A rank whose facts differ from those of most ranks is wrong.
-
-    `clocks` are the ranks' seconds since 1970, read at the same moment.
-    """
-    wrong: dict[int, list[str]] = {facts.rank: [] for facts in found}
-    for name in ("code", "versions", "gpus"):
-        values = [getattr(facts, name) for facts in found]
-        usual = max(values, key=values.count)
-        for facts in found:
-            if (value := getattr(facts, name)) != usual:
-                wrong[facts.rank].append(f"{name}: {value}, elsewhere {usual}")
-    middle = statistics.median_low(clocks.values()) if clocks else 0.0
-    for facts in found:
-        if abs(skew := clocks.get(facts.rank, middle) - middle) > _MOST_SKEW:
-            wrong[facts.rank].append(f"clock is off by {skew:+.1f} s")
-        if facts.free_gib < least_free_gib:
-            wrong[facts.rank].append(f"{facts.free_gib:.1f} GiB of disk free")
-        wrong[facts.rank] += [error for error in (facts.access, facts.device) if error]
-    return {rank: "; ".join(said) for rank, said in wrong.items() if said}
-
-
-def table(found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[int, str]) -> str:
-    """A row for each rank, those without an answer last; the last column says what is wrong."""
-    lines = [f"{'rank':>5}  {'host':12} {'gpus':18} {'free GiB':>8} {'code':8} result"]
-    for f in found:
-        result = wrong.get(f.rank, "ok")
-        lines.append(
-            f"{f.rank:5}  {f.host:12} {f.gpus:18} {f.free_gib:8.1f} {f.code[:8]:8} {result}"
-        )
-    lines += [
-        f"{rank:5}  {host:12} {'':18} {'':8} {'':8} no answer" for rank, host in missing.items()
-    ]
-    return "\n".join(lines)
 
 
 def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None) -> Facts:
@@ -99,9 +43,21 @@ def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None
         versions=", ".join([f"python {platform.python_version()}", *versions]),
         gpus=_gpus(),
         free_gib=_free_gib(run or Path.cwd()),
+        lookup=_lookup_seconds(world),
         access=_access(run, data, rank=world.rank),
         device=_device_error(world, gpus=gpus),
     )
+
+
+def _lookup_seconds(world: World) -> float:
+    """How long the resolver takes for this machine's address, as the main rank's peers see it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with suppress(OSError):
+            probe.connect((world.address, world.port))  # sends nothing, and chooses the interface
+        began = time.monotonic()
+        with suppress(OSError):
+            socket.getnameinfo(probe.getsockname(), 0)
+    return time.monotonic() - began
 
 
 def _free_gib(directory: Path) -> float:
@@ -251,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--free",
         type=float,
-        default=_LEAST_FREE_GIB,
+        default=LEAST_FREE_GIB,
         metavar="GIB",
         help="free disk space that each node must have (default: %(default)g)",
     )

@@ -67,6 +67,8 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid: its values are nested too deeply") from None
     for change in overrides:
         _merge(table, _parse_change(change), path=())
     for name in unset:
@@ -150,9 +152,9 @@ def _said(hint: Any) -> str:
 def _parse_change(text: str) -> Table:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         raise ValueError(
-            f"--set {text!r} is not TOML; write it as in the file: --set 'training.lr = 1e-4', "
+            f"--set {text!r:.80} is not TOML; write it as in the file: --set 'training.lr = 1e-4', "
             """--set 'training.precision = "bf16"'"""
         ) from None
 

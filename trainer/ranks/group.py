@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from data.exits import FAILED, REFUSED
+from data.exits import FAILED, REFUSED, is_ours
 from trainer.ranks import terminal
 from trainer.ranks.faults import Broken, Fault, Refused
 from trainer.ranks.world import World, is_main_process, process_name, set_environment
@@ -141,6 +141,8 @@ def agreed(check: Callable[[], T]) -> T:
     try:
         results.append(check())
     except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and not is_ours(error):
+            raise
         mine = Fault.of(error)
     _refuse(gather(mine))
     return results[0]
@@ -250,8 +252,8 @@ class Agreement:
 def run_as_rank(main: Callable[[], int]) -> None:
     """End this process with the status of `main`; at an error report it and exit at once.
 
-    What every rank raises alike is one line from rank 0; any other error names its rank and host,
-    a ValueError in one line, ours with the traceback. After such an error the process leaves
+    What every rank raises alike is one line from rank 0; any other error names its rank and host, a
+    ValueError of ours in one line, all else with the traceback. After it the process leaves
     without the shutdown of MPI and torch, which would wait for peers that are stuck in a
     collective it will never join.
     """
@@ -264,13 +266,14 @@ def run_as_rank(main: Callable[[], int]) -> None:
         status = REFUSED if isinstance(error, Refused) else FAILED
         if not _is_held_up():
             sys.exit(status)
-    except ValueError as error:
-        print(f"{process_name()}: error: {error}", file=sys.stderr)
-        status = REFUSED
-    except Exception:
-        print(f"{process_name()} failed:", file=sys.stderr)
-        traceback.print_exc()
-        status = FAILED
+    except Exception as error:
+        if isinstance(error, ValueError) and is_ours(error):
+            print(f"{process_name()}: error: {error}", file=sys.stderr)
+            status = REFUSED
+        else:
+            print(f"{process_name()} failed:", file=sys.stderr)
+            traceback.print_exc()
+            status = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""A signal becomes a flag; the ranks agree on it and leave together.
+"""A signal becomes a flag, as does the end of torchrun; the ranks agree on it and leave together.
 
 No rank acts on a signal alone: one that left at its own step would leave the others waiting in
 a collective. The training loop folds `stop_requested` into what all ranks agree on at every step.
@@ -25,12 +25,26 @@ class Preemption:
     """While entered, a stop signal only sets `stop_requested`; a later Ctrl-C interrupts."""
 
     def __init__(self, signals: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
-        self.stop_requested = False
+        self._stop_requested = False
+        # torchrun starts the ranks itself; those of one that was killed would train on unseen.
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # nohup has HUP ignored, and that is what its user wants.
         is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         self._signals = tuple(n for n in signals if not (is_nohup and n == signal.SIGHUP))
         self._since = 0.0
         self._before: dict[int, Any] = {}
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this rank was told to save and leave, or its torchrun has ended."""
+        if self._parent not in (None, os.getppid()) and not self._stop_requested:
+            self._stop_requested = True
+            os.write(2, b"\ntorchrun has ended: the run saves and stops after this step\n")
+        return self._stop_requested
+
+    @stop_requested.setter
+    def stop_requested(self, requested: bool) -> None:
+        self._stop_requested = requested
 
     def record_early(self) -> None:
         """Set `stop_requested` before this is entered too; but let Ctrl-C end the process at once.
@@ -54,8 +68,8 @@ class Preemption:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if not self.stop_requested:
-            self.stop_requested = True
+        if not self._stop_requested:
+            self._stop_requested = True
             if is_main_process():  # not by print, which a signal may have interrupted
                 with suppress(OSError):  # the terminal may be gone
                     os.write(2, b"\nstop requested: the run saves and stops after this step\n")

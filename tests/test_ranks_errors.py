@@ -1,0 +1,96 @@
+"""What ends a rank: our own errors are a line and 78, a library's or a bug keeps its traceback."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.exits import FAILED, REFUSED, is_ours
+from data.manifest import parse_manifest
+from tests.support import ranks
+from trainer import settings
+
+DEEP = "x = " + "[" * 100_000
+
+
+def raised(act: Callable[[], object]) -> ValueError:
+    with pytest.raises(ValueError) as caught:
+        act()
+    return caught.value
+
+
+def test_what_we_raise_is_ours_and_what_falls_through_is_not(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("= 1")
+    assert is_ours(raised(lambda: settings.read(broken)))
+    assert not is_ours(raised(lambda: json.loads("{")))
+    assert not is_ours(raised(lambda: settings.add_overrides(int("x"))))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", [DEEP, DEEP.replace("[", "{a="), "\x00", "x = 1e", "a.b = 1\na = 2"]
+)
+def test_malformed_toml_is_one_line(tmp_path: Path, text: str) -> None:
+    preset = tmp_path / "preset.toml"
+    preset.write_text(text)
+    for act in (lambda: settings.read(preset), lambda: settings._parse_change(text)):
+        error = raised(act)
+        assert is_ours(error) and "\n" not in str(error) and len(str(error)) < 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 10_000,
+        b'{"format": NaN}',
+    ],
+)
+def test_a_malformed_manifest_is_one_line(content: bytes) -> None:
+    error = raised(lambda: parse_manifest("here/manifest.json", content))
+    assert is_ours(error) and "here/manifest.json" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("preset", "status"), [("nothing", REFUSED), ("{tiny}", FAILED)])
+def test_the_status_of_a_trainer_tells_a_user_error_from_a_library_s(
+    tmp_path: Path, tiny: Path, preset: str, status: int
+) -> None:
+    """A variable of the launcher's that is no number is nothing that a preset could correct."""
+    env = ranks.environment() | {"RANK": "0", "WORLD_SIZE": "one"}
+    command = [sys.executable, "-m", "trainer.train", preset.format(tiny=tiny), "--run", "run"]
+    if preset == "nothing":
+        env["WORLD_SIZE"] = "1"
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
+    done = subprocess.run(command, cwd=ranks.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("Traceback" in done.stderr) == (status == FAILED)
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_leave(tmp_path: Path, tiny: Path) -> None:
+    sets = ("training.images = 8000000", "intervals.keep = 2")
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", "trainer.train"]
+    words = [str(tiny), "--run", str(tmp_path / "run"), *(w for s in sets for w in ("--set", s))]
+    with (tmp_path / "out.txt").open("w") as out:
+        torchrun = subprocess.Popen(
+            [*command, *words], cwd=ranks.ROOT, env=ranks.environment(), stdout=out, stderr=out
+        )
+        checkpoints = tmp_path / "run" / "checkpoints"
+        ranks.wait_for(checkpoints / f"{32:012d}")
+        torchrun.kill()
+        torchrun.wait()
+    state = tmp_path / "run" / "launch" / "state.json"
+    end = time.monotonic() + ranks.LIMIT
+    while json.loads(state.read_text())["state"] == "running":
+        assert time.monotonic() < end, (tmp_path / "out.txt").read_text()
+        time.sleep(0.1)
+    found = json.loads(state.read_text())
+    assert found["state"] == "stopped", (tmp_path / "out.txt").read_text()
+    assert found["checkpoint"] == f"{found['images_seen']:012d}"

@@ -1,0 +1,71 @@
+"""What the ranks of an allocation report of their machines, and what is wrong with it."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# A rank with less free disk is bad, and so is one whose clock is off by more seconds.
+LEAST_FREE_GIB, _MOST_SKEW = 10.0, 2.0
+# Seconds: a resolver that drops queries takes 5 or more, and stalls steps from 32 ranks on.
+_LONGEST_LOOKUP = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a rank reports about its machine."""
+
+    rank: int
+    host: str
+    code: str
+    versions: str
+    gpus: str
+    free_gib: float
+    #: Seconds to look up the name of an address of this machine.
+    lookup: float
+    #: The error from reading the data or writing the run; empty without one.
+    access: str
+    #: The error from finding this rank's GPU; empty without one.
+    device: str = ""
+
+
+def problems(
+    found: Sequence[Facts], *, clocks: Mapping[int, float], least_free_gib: float = LEAST_FREE_GIB
+) -> dict[int, str]:
+    """What is wrong, by rank. A rank whose facts differ from those of most ranks is wrong.
+
+    `clocks` are the ranks' seconds since 1970, read at the same moment.
+    """
+    wrong: dict[int, list[str]] = {facts.rank: [] for facts in found}
+    for name in ("code", "versions", "gpus"):
+        values = [getattr(facts, name) for facts in found]
+        usual = max(values, key=values.count)
+        for facts in found:
+            if (value := getattr(facts, name)) != usual:
+                wrong[facts.rank].append(f"{name}: {value}, elsewhere {usual}")
+    middle = statistics.median_low(clocks.values()) if clocks else 0.0
+    for facts in found:
+        if abs(skew := clocks.get(facts.rank, middle) - middle) > _MOST_SKEW:
+            wrong[facts.rank].append(f"clock is off by {skew:+.1f} s")
+        if facts.free_gib < least_free_gib:
+            wrong[facts.rank].append(f"{facts.free_gib:.1f} GiB of disk free")
+        if facts.lookup > _LONGEST_LOOKUP:
+            wrong[facts.rank].append(
+                f"a look-up of an address takes {facts.lookup:.1f} s, and torch makes one for each "
+                "connection: correct /etc/resolv.conf, or add the nodes to /etc/hosts"
+            )
+        wrong[facts.rank] += [error for error in (facts.access, facts.device) if error]
+    return {rank: "; ".join(said) for rank, said in wrong.items() if said}
+
+
+def table(found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[int, str]) -> str:
+    """A row for each rank, those without an answer last; the last column says what is wrong."""
+    lines = [f"{'rank':>5}  {'host':12} {'gpus':18} {'free GiB':>8} {'code':8} result"]
+    for f in found:
+        result = wrong.get(f.rank, "ok")
+        lines.append(
+            f"{f.rank:5}  {f.host:12} {f.gpus:18} {f.free_gib:8.1f} {f.code[:8]:8} {result}"
+        )
+    lines += [
+        f"{rank:5}  {host:12} {'':18} {'':8} {'':8} no answer" for rank, host in missing.items()
+    ]
+    return "\n".join(lines)
