@@ -10,7 +10,8 @@ from typing import Literal
 
 _USER = re.compile(r"(://)[^/@\s]+@")
 _SECRET = re.compile(
-    r"((?:authorization:\s*(?:\w+\s+)?|[\w-]*(?:token|secret|passw\w*|signature|api[_-]?key)[\w-]*"
+    r"((?:authorization:\s*(?:\w+\s+)?|(?<!\S)(?:-u|--user)[\s=]+['\"]?[^\s:'\"]*:"
+    r"|[\w-]*(?:token|secret|passw\w*|credential|signature|\bsig\b|(?:api|access)[_-]?key)[\w-]*"
     r"\s*[=:]\s*))[^&\s'\"]+",
     re.IGNORECASE,
 )

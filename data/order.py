@@ -187,3 +187,8 @@ class Order:
         # Images before each border that stay, in packing order: all but those in the window.
         kept = self._borders - np.clip(self._borders - window, 0, self.left_out)
         return _Tape(shards, np.cumsum(np.diff(kept)[shards]), kept[:-1][shards], window)
+
+
+def share(images_seen: int, *, batch_size: int, rank: int, ranks: int) -> range:
+    """The images of the step at `images_seen` that one of the ranks trains on."""
+    return range(images_seen + (rank - images_seen) % ranks, images_seen + batch_size, ranks)

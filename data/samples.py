@@ -101,6 +101,12 @@ class Samples:
                 labels[i] = self._stand_in(draw, out[i], str(error))
         return Loaded(labels, tuple(bad))
 
+    def key(self, index: int) -> str:
+        """The shard and the key of an image of the training order."""
+        _, shard, row = self.order.locate([index])
+        part = bisect_right(self._first, int(shard[0])) - 1
+        return self._stored[part].key(int(shard[0]) - self._first[part], int(row[0]))
+
     def close(self) -> None:
         """Close the shards' files."""
         if self._threads:

@@ -68,6 +68,10 @@ class StoredImages:
             self._demand_others_intact(shard, row)
             raise
 
+    def key(self, shard: int, row: int) -> str:
+        """The shard and the key of a stored image, or its row where the key cannot be read."""
+        return f"{self._shards.shards[shard].tar}: {self._key(shard, row)}"
+
     def close(self) -> None:
         """Close all files."""
         self._reader.close()

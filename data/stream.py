@@ -7,33 +7,18 @@ the seed, the shards and the configuration, so there is no loader state to save.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from data.batches import Batch, batch_of, to_device
 from data.config import DataConfig
 from data.mixture import Dataset, open_dataset
+from data.order import share
 from data.samples import BatchRequest, Samples
 from data.workers import Filled, Setup, Workers
 
 __all__ = ["Batch", "DataConfig", "Stream", "open_stream", "to_device"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch: images uint8 (B, 3, H, W), labels int64 (B,), image indices int64 (B,).
-
-    In memory the images are as decoded, channels last, until `to_device` makes them contiguous.
-    `bad` of the images were damaged and are replaced by others.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    bad: int = 0
 
 
 class Stream:
@@ -160,6 +145,19 @@ class Stream:
         )
         return self._load(parts, micro_batch_size=size, pin=pin)
 
+    def load(self, indices: range) -> Batch:
+        """These images of the training order, read again by this process; nothing is counted.
+
+        Raises:
+            OSError, ValueError: as `batches`.
+        """
+        (filled,) = self._load_here(iter([BatchRequest(indices, once=False)]), len(indices))
+        return batch_of(filled, pin=False)
+
+    def key(self, index: int) -> str:
+        """The name of an image of the training order, as messages have it: shard and key."""
+        return self._samples.key(index)
+
     def close(self) -> None:
         """End the workers and close all files."""
         for workers in self._running:
@@ -215,12 +213,7 @@ class Stream:
             self.bad += len(filled.bad)
             for line in filled.bad:
                 self.log(f"bad sample replaced: {line}")
-            yield Batch(
-                images=_tensor(filled.images, pin).permute(0, 3, 1, 2),
-                labels=_tensor(filled.labels, pin),
-                indices=torch.tensor(filled.request.indices, dtype=torch.int64),
-                bad=len(filled.bad),
-            )
+            yield batch_of(filled, pin=pin)
             del filled  # frees its slot before the wait for the next one
 
 
@@ -240,32 +233,11 @@ def open_stream(config: DataConfig, *, seed: int, check_files: bool = True) -> S
     return Stream(shards, config=config, seed=seed)
 
 
-def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Batch]:
-    """Move batches to the device, contiguous; to a GPU, while it computes.
-
-    Shapes and dtypes stay those of `Batch`. For a GPU, the batches should be pinned. Each is
-    requested only when it is needed.
-    """
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for batch in batches:
-        with torch.cuda.stream(side):
-            tensors = [
-                tensor.to(device, non_blocking=True).contiguous()
-                for tensor in (batch.images, batch.labels, batch.indices)
-            ]
-        if side:
-            compute = torch.cuda.current_stream(device)
-            compute.wait_stream(side)
-            for tensor in tensors:
-                tensor.record_stream(compute)
-        yield Batch(images=tensors[0], labels=tensors[1], indices=tensors[2], bad=batch.bad)
-
-
 def _training_requests(
     images_seen: int, batch_size: int, micro_batch_size: int, rank: int, ranks: int
 ) -> Iterator[BatchRequest]:
     while True:
-        mine = range(images_seen + (rank - images_seen) % ranks, images_seen + batch_size, ranks)
+        mine = share(images_seen, batch_size=batch_size, rank=rank, ranks=ranks)
         for i in range(0, len(mine), micro_batch_size):
             yield BatchRequest(mine[i : i + micro_batch_size], once=False)
         images_seen += batch_size
@@ -277,16 +249,6 @@ def _single_pass(
     mine = range(rank, count, ranks)
     for i in range(0, -(-count // ranks), micro_batch_size):
         yield BatchRequest(mine[i : i + micro_batch_size], once=True)
-
-
-def _tensor(array: np.ndarray, pin: bool) -> Tensor:
-    source = torch.from_numpy(array)
-    if not pin:
-        return source
-    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-    # numpy copies in this thread; torch would start threads that occupy the workers' cores.
-    np.copyto(copy.numpy(), array)
-    return copy
 
 
 def _to_stderr(line: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tests.support import ranks
-from tests.support.runs import STAGES
+from tests.support.runs import STAGES, UNJUDGED
 from trainer import averages
 from trainer import config as configs
 from trainer import ds_config as ds_configs
@@ -51,7 +51,7 @@ def draw(root: Path, preset: Path) -> int:
             for _ in range(engine.accumulation):
                 inputs = {"t": torch.ones(2), "y": torch.ones(2, dtype=torch.int64)}
                 engine.backward(engine(torch.ones(2, 3, 8, 8), **inputs).square().mean())
-            engine.step(lr=1e-3, images_seen=0)
+            engine.step(lr=1e-3, images_seen=0, **UNJUDGED)
             step = peak()
             engine.scatter(kind, lambda name, shapes=shapes: torch.full(shapes[name], 0.01))
             with engine.weights() as whole:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ranks
-from tests.support.runs import STAGES
+from tests.support.runs import STAGES, UNJUDGED
 from trainer import config as configs
 from trainer import ds_config
 from trainer.config import Config
@@ -74,7 +74,7 @@ def train(case: tuple, *, world: Any, device: torch.device) -> tuple[list[Any], 
             scale = float("inf") if last and micro else 1.0 + world.rank + micro
             engine.backward(engine(torch.tensor(scale)))
         with Count() as count:
-            report = engine.step(lr=1e-2, images_seen=4 * (step + 1))
+            report = engine.step(lr=1e-2, images_seen=4 * (step + 1), **UNJUDGED)
         reports.append([float(report.grad_norm), report.loss_scale, report.skipped])
     states = [value for kind in engine.kinds for value in engine.gather(kind).values()]
     return reports, states, count.total

@@ -54,7 +54,7 @@ class Board:
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
         self._rows = run / "metrics.jsonl"
         rows = _drop_rows(self._rows, after=images_seen)
-        text = configs.to_toml(config)
+        text = configs.to_toml(configs.public(config))
         self._tensorboard = TensorBoard(run / "tensorboard", images_seen=images_seen, config=text)
         if self._tensorboard.is_old:
             self._show_again(rows)
@@ -167,7 +167,7 @@ class Board:
         rows = {
             "images": f"{images_seen:,} of {self._total:,} ({done})",
             "time left": duration(3600 * hours),
-            "loss": f"{values['loss']:.4f}",
+            "loss": f"{values.get('loss', math.nan):.4f}",
             "rate": f"{values['images_per_second']:.1f} images/s",
             "model FLOPs utilisation": ", ".join(mfu),
             "waiting for data": f"{100 * values.get('data_wait_share', 0.0):.1f} % of the time",

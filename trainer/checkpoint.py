@@ -102,10 +102,11 @@ def _checksum(entries: Mapping[str, Any]) -> str:
 
 
 def latest_valid(
-    checkpoints: Path, *, kinds: Sequence[str], world: World
+    checkpoints: Path, *, kinds: Sequence[str], world: World, until: int | None = None
 ) -> tuple[Checkpoint | None, dict[Path, str]]:
     """The newest valid checkpoint with files of these kinds, and what is wrong with newer ones.
 
+    None that is later than `until`, a clock, counts.
     All ranks must call it; each reads its share of the files, and all get the same answer.
 
     Raises:
@@ -113,6 +114,8 @@ def latest_valid(
     """
     skipped: dict[Path, str] = {}
     for path in from_main(lambda: committed(checkpoints)):
+        if until is not None and int(path.name) > until:
+            continue
         # A disk that cannot be read now is no damage.
         own = agreed(partial(_own_fault, path, kinds=kinds, world=world))
         faults = gather(own)

@@ -10,11 +10,11 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data.config import DataConfig
+from data.config import DataConfig, shown
 from data.exits import REFUSED, CommandParser
 from trainer import settings
 from trainer.adm.config import (
@@ -25,7 +25,7 @@ from trainer.adm.config import (
     check_choice,
 )
 from trainer.adm.respacing import kept_timesteps
-from trainer.sections import BoardConfig, IntervalConfig, TrainingConfig
+from trainer.sections import BoardConfig, GuardConfig, IntervalConfig, TrainingConfig
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -41,6 +41,7 @@ class Config:
     data: DataConfig
     intervals: IntervalConfig
     board: BoardConfig = dataclasses.field(default_factory=BoardConfig)
+    guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         every, timesteps = self.intervals, self.training.timesteps
@@ -142,6 +143,15 @@ def flatten(config: Config) -> dict[str, Any]:
                 yield key, inner
 
     return dict(walk(config, ""))
+
+
+def public(config: Config) -> Config:
+    """The config without credentials: what is written to the run and shown to others."""
+    data = config.data
+    validation = None if data.validation is None else shown(data.validation)
+    mix = tuple(map(shown, data.mix))
+    data = replace(data, shards=shown(data.shards), mix=mix, validation=validation)
+    return replace(config, data=data)
 
 
 def to_toml(config: Config) -> str:

@@ -62,11 +62,12 @@ def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:
             raise ValueError(
                 f"{path}: {name} = {_lookup(ds_config, name)!r}: must be absent: {why}"
             )
-    if _lookup(ds_config, "bf16.check_grad_overflow") is False:
-        raise ValueError(
-            f"{path}: bf16.check_grad_overflow = False: must be true, or absent: gradients that "
-            "are not finite would enter the weights"
-        )
+    for name in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+        if _lookup(ds_config, name) is False:
+            raise ValueError(
+                f"{path}: {name} = False: must be true, or absent: gradients that are not finite "
+                "would enter the weights"
+            )
     floor = _lookup(ds_config, "fp16.min_loss_scale")
     if floor is not None and not (isinstance(floor, int) and floor >= 1):
         raise ValueError(

@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from trainer import averages, norms
 from trainer.config import Config
 from trainer.copies import Copies
 from trainer.draw import DTYPES
+from trainer.gate import Gate, Judge, StepReport
 from trainer.lossscale import LossScale
 from trainer.partition import Partition
 from trainer.sections import TrainingConfig
@@ -40,17 +40,6 @@ _STATE_KEYS = {WEIGHTS: None, FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_s
 def kinds(training: TrainingConfig) -> tuple[str, ...]:
     """The kinds of fp32 state of a run: each is a file of its checkpoints."""
     return (WEIGHTS, *averages.kept(training), FIRST_MOMENT, SECOND_MOMENT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What one optimizer step did, the same on all ranks; `grad_norm` is before clipping."""
-
-    grad_norm: Tensor | float
-    loss_scale: float
-    skipped: bool
-    #: Why the gradients are not finite and no later step can be expected to do better.
-    diverged: str | None
 
 
 class Engine:
@@ -93,6 +82,7 @@ class Engine:
         self._ds, self._optimizer = _initialize(net, self._base, ds_config)
         norms.hasten(self._optimizer, stage=self.stage)
         self._scaling = LossScale(self._optimizer.loss_scaler)
+        self._gate = Gate(self._optimizer, scaling=self._scaling)
         self._fill_states()
         parameters = dict(self._ds.module.named_parameters())
         self._partition = Partition(parameters, shapes=self._shapes)
@@ -119,6 +109,11 @@ class Engine:
         return sum(shape.numel() for shape in self._shapes.values())
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The network's parameters, in its own order."""
+        return tuple(self._shapes)
+
+    @property
     def stage(self) -> int:
         """The ZeRO stage."""
         stage: int = self._ds.zero_optimization_stage()
@@ -142,44 +137,37 @@ class Engine:
         if not self._ds.is_gradient_accumulation_boundary():
             self._ds.step()  # only counts the micro-batch
 
-    def step(self, *, lr: float, images_seen: int) -> StepReport:
+    def step(self, *, lr: float, images_seen: int, loss: Tensor, judge: Judge) -> StepReport:
         """Clip, update the weights and their averages; or skip the step.
 
-        `images_seen` is the clock after this step, which the averages follow.
-
-        DeepSpeed skips a step whose gradients are not finite in every precision. That is normal
-        only while a dynamic loss scale can still fall.
+        `images_seen` is the clock after this step, which the averages follow. `loss` is this rank's
+        mean, and `judge` may refuse the step. One whose gradients are not finite is always skipped;
+        that is no fault while a dynamic loss scale can still fall.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        scale, diverged = self.loss_scale, None
+        scale, gate = self.loss_scale, self._gate
         self._now = images_seen
-        try:
-            self._ds.step()
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            diverged = f"the gradients are not finite at the smallest loss scale, {scale:g}"
+        gate.prepare(loss, judge)
+        self._ds.step()
         skipped = bool(self._optimizer.overflow)
-        if skipped and not self._scaling.is_dynamic:
-            at = f" at the constant loss scale {scale:g}" if scale != 1 else ""
-            diverged = f"the gradients are not finite{at}"
         if not skipped:
             self._scaling.update()
             self._updated_at = images_seen
         self.updates += not skipped
         self.skipped += skipped
         return StepReport(
-            grad_norm=self._ds.get_global_grad_norm(),
+            loss=gate.loss,
+            grad_norm=gate.grad_norm,
             loss_scale=scale,
             skipped=skipped,
-            diverged=diverged,
+            fault=gate.fault,
         )
 
     @property
     def loss_scale(self) -> float:
         """The factor on the loss of the next step; 1 where the precision needs none."""
-        return float(self._optimizer.loss_scale)
+        return self._scaling.scale
 
     def parameter_norm(self) -> float:
         """The L2 norm of all fp32 master weights. All ranks must call it."""
@@ -215,6 +203,16 @@ class Engine:
         finally:
             if kind != WEIGHTS:
                 self._copies.make(masters)
+
+    def wrong_weights(self) -> dict[int, str]:
+        """As `Partition.differing`, of the weights that the network computes with."""
+        with self.weights() as weights:
+            return self._partition.differing(weights)
+
+    def renew(self, *, images_seen: int) -> None:
+        """Compute from masters that `scatter` has changed; the averages count from this clock."""
+        self._copies.make(self._masters())
+        self._updated_at = images_seen
 
     def scalars(self) -> dict[str, Any]:
         """The state that is not a tensor, for a checkpoint."""

@@ -27,6 +27,7 @@ SPENT = {
     "averaging": "storing averages",
     "drawing": "drawing",
     "validating": "validating",
+    "auditing": "auditing",
 }
 # All kinds of time.
 KINDS = ("productive", "queued", "starting", "lost", *SPENT.values())

@@ -4,31 +4,32 @@ Everything that varies over a run is a function of the one clock, `images_seen`;
 beside the weights is only what is not.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from data.exits import TO_BE_CONTINUED
-from data.stream import Batch
+from data.stream import Batch, Stream
 from trainer import averages
 from trainer.adm.objective import Classify, Denoise
+from trainer.audit import Audit
 from trainer.board import Board
 from trainer.config import Config
 from trainer.draw import draw_grid
 from trainer.engine import Engine
 from trainer.guards import Guards
+from trainer.incidents import Incidents
 from trainer.metrics import Metrics
 from trainer.progress import Progress
 from trainer.ranks.group import Agreement
 from trainer.ranks.world import World
+from trainer.replay import dropout_seed
 from trainer.run import Run
 from trainer.saver import Saver
+from trainer.seen import learn_timesteps, mean_loss
 from trainer.snapshots import Snapshots
 from trainer.state import TrainState
 from trainer.validation import Validation, ValidationSet
@@ -53,8 +54,9 @@ class Loop:
     #: Of the main rank alone, as are the log and the progress line.
     board: Board | None
     images_seen: int
-    #: What makes the order of the data; kept in checkpoints, and checked on resume.
-    order: dict[str, Any]
+    guards: Guards
+    #: Its identity makes the order of the data; kept in checkpoints, and checked on resume.
+    stream: Stream
     #: Whether this rank was told to save and leave, by a signal or by `launch stop`.
     stop_requested: Callable[[], bool]
     #: Tells the watchdog that this rank has made progress, and what it does next.
@@ -64,7 +66,7 @@ class Loop:
     #: The images that an upsampler enlarges in its grids.
     shown: Batch | None = None
     _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(3))
-    _guards: Guards = field(init=False)
+    _incidents: Incidents = field(init=False)
     _snapshots: Snapshots = field(init=False)
     _validation: Validation | None = field(init=False)
     # The engine's updates at the last checkpoint, or at this start.
@@ -72,9 +74,22 @@ class Loop:
     # When that was, on this rank's clock and on the run's.
     _saved_at: float = field(init=False, default_factory=time.monotonic)
     _saved_images: int = field(init=False)
+    # Whether a checkpoint is due that waits until a step is taken.
+    _late: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self._guards = Guards(self.config, log=self._log)
+        self.guards.log = self._log
+        audit = Audit(
+            self.config,
+            world=self.world,
+            engine=self.engine,
+            objective=self.objective,
+            stream=self.stream,
+            mark=self.mark,
+        )
+        self._incidents = Incidents(
+            run=self.run, guards=self.guards, audit=audit, saver=self.saver, log=self._log
+        )
         self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self._log)
         self._validation = None
         if self.validation_set is not None:
@@ -101,14 +116,16 @@ class Loop:
             if ends or self._due(every.log):
                 self._report(progress, since=reported)
                 reported = self.images_seen
-            if ends or late or self._due(every.checkpoint):
-                self._save()
+            if ends or late or self._late or self._due(every.checkpoint):
+                self._late = not self._save(ends=ends)
             if self._due(every.averages):
                 self._keep_averages()
             if self._due(every.validate) and not stop:
                 self._validate()
             if self._due(every.samples) and not stop:
                 self._draw_grid()
+            if self._due(every.audit) and not ends:
+                self._audit()
         self._agreement.close()
         self.saver.finish()
         self._end(stopped=stop)
@@ -121,7 +138,7 @@ class Loop:
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step on the images [images_seen, images_seen + batch size)."""
         training = self.config.training
-        torch.manual_seed(_dropout_seed(training.seed, self.images_seen, self.world.rank))
+        torch.manual_seed(dropout_seed(training.seed, self.images_seen, self.world.rank))
         seen, waited = [], 0.0
         for _ in range(self.engine.accumulation):
             began = time.monotonic()
@@ -132,36 +149,25 @@ class Loop:
             with self.metrics.forward.running():
                 terms = self.objective(self.engine, batch.images, batch.labels, batch.indices)
             self.engine.backward(terms["loss"].mean())
-            self.metrics.add(terms)
             self.metrics.put("bad_share", batch.bad, len(batch.indices))
             seen.append((batch.indices, terms))
         lr = training.learning_rate(self.images_seen)
-        report = self.engine.step(lr=lr, images_seen=self.images_seen + training.batch)
-        self._guards.check_step(report, images_seen=self.images_seen)
-        self._learn_timesteps(seen)
-        self.images_seen += training.batch
+        began, self.images_seen = self.images_seen, self.images_seen + training.batch
+        report = self.engine.step(
+            lr=lr, images_seen=self.images_seen, loss=mean_loss(seen), judge=self.guards.judge
+        )
+        if report.fault is None:
+            learn_timesteps(self.objective.timesteps, seen)
+            self.metrics.add_all(terms for _, terms in seen)
+        else:
+            self._incidents.meet(report, seen, images_seen=began, now=self.images_seen)
+            self._saved_updates = min(self._saved_updates, self.engine.updates)
         self.metrics.note("lr", lr)
         self.metrics.note("data_wait_seconds", waited)
         self.metrics.note("skipped", float(report.skipped))
         self.metrics.note("loss_scale", report.loss_scale)
         if not report.skipped:
             self.metrics.note("grad_norm", report.grad_norm)
-
-    def _learn_timesteps(self, seen: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
-        """Show an adaptive timestep sampler the losses of all ranks, in the images' own order."""
-        if self.config.training.timesteps == "uniform":
-            return
-        columns = [
-            torch.cat([indices.double() for indices, _ in seen]),
-            torch.cat([terms["t"].double() for _, terms in seen]),
-            torch.cat([terms["unweighted"].double() for _, terms in seen]),
-        ]
-        mine = torch.stack(columns).cpu()
-        everyone = [torch.empty_like(mine) for _ in range(self.world.size)]
-        dist.all_gather(everyone, mine)
-        table = torch.cat(everyone, dim=1)
-        table = table[:, table[0].argsort()]
-        self.objective.timesteps.update(table[1].long(), table[2])
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether any rank wanted to stop at the last step, or found a checkpoint late.
@@ -172,7 +178,7 @@ class Loop:
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         flags = (self.stop_requested(), self.saver.flag(), late)
         stop, writing, late = self._agreement.exchange(*flags)
-        self.saver.poll(writing=writing)
+        self.saver.poll(writing=writing, failing_since=self.guards.failing_since)
         # A rank that raised it ahead of the last save is known after it.
         return stop, late and self.images_seen > self._saved_images + self.config.training.batch
 
@@ -188,36 +194,43 @@ class Loop:
             self._log(f"slow ranks: {self.metrics.slow.text or 'none any more'}")
         self._log(
             f"images {self.images_seen:,} of {self.config.training.images:,}  "
-            f"loss {means['loss']:.4f}  {means['images_per_second']:.1f} images/s  "
+            f"loss {means.get('loss', math.nan):.4f}  {means['images_per_second']:.1f} images/s  "
             f"{progress.left()} left"
         )
-        self._guards.check_interval(means, images_seen=self.images_seen, images=images)
+        self.guards.check_damaged(means, images=images)
 
-    def _save(self) -> None:
+    def _save(self, *, ends: bool) -> bool:
+        """Save what is worth it; False if that waits for a good step."""
+        if self.guards.row and not self.guards.may_finish(self.images_seen):
+            if ends:
+                self.saver.flush(failing_since=self.guards.failing_since)
+            return False
         self.saver.flush()
         self._saved_at, self._saved_images = time.monotonic(), self.images_seen
         if self.engine.updates == self._saved_updates:
             self._skip_save()
-            return
+            return True
         self.mark("saving")
-        self._guards.check_weights(self.engine.parameter_norm(), images_seen=self.images_seen)
+        self.guards.check_weights(self.engine.parameter_norm(), images_seen=self.images_seen)
         began = time.monotonic()
         state = TrainState.capture(
             images_seen=self.images_seen,
             engine=self.engine,
             timesteps=self.objective.timesteps,
-            order=self.order,
+            guards=self.guards,
+            order=self.stream.identity,
             ranks=self.world.size,
         )
         if self.saver.save(self.engine, state=state):
             self._saved_updates = self.engine.updates
         self.metrics.pause(time.monotonic() - began, on="saving")
+        return True
 
     def _skip_save(self) -> None:
         """Write no checkpoint of weights that are saved already: it would push out a good one."""
         why = "every step since the last checkpoint was skipped"
         if self.images_seen >= self.config.training.images:
-            self._guards.refuse(why, images_seen=self.images_seen)
+            self.guards.refuse(why, images_seen=self.images_seen)
         self._log(f"{why}: none is written")
 
     def _validate(self) -> None:
@@ -239,9 +252,15 @@ class Loop:
         clocks = {"images_seen": self.images_seen, "updated_at": self.engine.updated_at}
         self.metrics.pause(self._snapshots.take(self.engine, **clocks), on="averaging")
 
+    def _audit(self) -> None:
+        began = time.monotonic()
+        self._incidents.check(self.images_seen)
+        self.metrics.pause(time.monotonic() - began, on="auditing")
+
     def _draw_grid(self) -> None:
         """A grid from the first EMA; every rank draws its share of the images."""
-        self.saver.flush()  # a grid that fails must not cost the checkpoint
+        if not self.guards.row:
+            self.saver.flush()  # a grid that fails must not cost the checkpoint
         began = time.monotonic()
         with self.engine.weights(averages.exponential(self.config.training.ema[0])) as averaged:
             picture = draw_grid(
@@ -270,9 +289,3 @@ class Loop:
     def _log(self, text: str) -> None:
         if self.board is not None:
             self.run.log(text)
-
-
-def _dropout_seed(seed: int, images_seen: int, rank: int) -> int:
-    """Dropout is keyed by (seed, clock, rank): exact on resume, not across numbers of ranks."""
-    key = np.random.SeedSequence([seed, images_seen, rank])
-    return int(key.generate_state(1, np.uint64)[0] >> 1)

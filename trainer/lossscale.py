@@ -19,6 +19,18 @@ class LossScale:
         self.is_dynamic: bool = scaler.dynamic
         if self.is_dynamic:
             self._window, scaler.scale_window = scaler.scale_window, sys.maxsize
+            # The guards decide what happens at the floor; DeepSpeed would end the run.
+            scaler.raise_error_at_min_scale = False
+
+    @property
+    def scale(self) -> float:
+        """The factor on the loss of the next step; 1 where the precision needs none."""
+        return float(self._scaler.loss_scale)
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether gradients that are not finite may be so by the scale alone: it is no incident."""
+        return self.is_dynamic and self.scale > self._scaler.min_scale
 
     def update(self) -> None:
         """Double a dynamic scale after a step that ended a window without overflow.

@@ -9,7 +9,7 @@ import resource
 import socket
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -60,6 +60,11 @@ class Metrics:
                 counts = zeros.index_add(0, quarter, torch.ones_like(values))
                 for q in range(QUARTERS):
                     self.put(f"{name}/q{q}", sums[q], counts[q])
+
+    def add_all(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Add the micro-batches of a step that counts."""
+        for terms in micro_batches:
+            self.add(terms)
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Add one value (a scalar) of a quantity that is averaged over the steps of an interval."""

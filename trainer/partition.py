@@ -85,6 +85,26 @@ class Partition:
                 whole[rank, first : first + length] = received
         return self._assemble(whole) if receives else {}
 
+    def differing(self, copies: Mapping[str, Tensor]) -> dict[int, str]:
+        """Where this rank's copies of the weights, whole by name, are not their owners' masters.
+
+        Owners by rank, each with the first parameter in which its part differs. The copies of
+        stage 3 were gathered from the owners, so each rank compares its own part alone.
+        """
+        me, names = dist.get_rank(), list(self._parameters)
+        pairs = zip(self._parameters.values(), copies.values(), strict=True)
+        masters = [_own(p, None).to(copy.device, copy.dtype) for p, copy in pairs]
+        owners = gather(_checksums(masters))
+        whole = not any(hasattr(p, "ds_id") for p in self._parameters.values())
+        found = {}
+        for rank in range(len(owners)) if whole else [me]:
+            parts = zip(copies.values(), self._parts[rank], strict=True)
+            mine = _checksums([c.flatten()[p.start : p.start + p.size] for c, p in parts])
+            wrong = [n for n, a, b in zip(names, mine, owners[rank], strict=True) if a != b]
+            if wrong:
+                found[rank] = wrong[0]
+        return found
+
     def _assemble(self, flats: Tensor) -> dict[str, Tensor]:
         values = [torch.empty(shape.numel()) for shape in self._shapes.values()]
         for flat, parts in zip(flats, self._parts, strict=True):
@@ -110,7 +130,9 @@ def _held(parameter: Any) -> Part:
 
 
 def _own(parameter: Any, key: str | None) -> Tensor:
-    """The numbers that this rank holds of a parameter's state, flat."""
+    """The numbers that this rank holds of a parameter's state, flat, if any."""
+    if not _held(parameter).size:
+        return torch.empty(0)
     if hasattr(parameter, "ds_id"):
         part: Tensor = parameter._z3_optimizer.get_local_fp32_param(parameter, key)
         return part[: _held(parameter).size]
@@ -128,3 +150,14 @@ def _exchange(piece: Tensor, *, to: int | None) -> list[Tensor]:
     else:
         dist.gather(piece, received or None, dst=to)
     return received
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A sum over the bits of all numbers, int64: one flipped bit changes it."""
+    whole = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return tensor.detach().flatten().view(whole).sum(dtype=torch.int64)
+
+
+def _checksums(tensors: Sequence[Tensor]) -> list[int]:
+    sums: list[int] = torch.stack([checksum(tensor) for tensor in tensors]).tolist()
+    return sums

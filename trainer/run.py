@@ -1,7 +1,7 @@
 """The run directory: a run is a directory, and the same command on it resumes.
 
-`RUN/`: `config.toml` and `ds_config.json` as resolved, `log.txt`, `metrics.jsonl`, `tensorboard/`,
-`samples/`, `checkpoints/`, `launch/` with `state.json`.
+`RUN/`: `config.toml` and `ds_config.json` as resolved, `log.txt`, `metrics.jsonl`,
+`incidents.jsonl`, `tensorboard/`, `samples/`, `checkpoints/`, `launch/` with `state.json`.
 """
 
 import json
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import files
+from data.config import shown
 from trainer import config as configs
 from trainer import goodput
 from trainer.checkpoint import committed
@@ -74,7 +75,12 @@ class Run:
             before = RunState.read(self.path)
             starts = 1 + (before.starts if before else 0)
             run._note(
-                state="running", starts=starts, began=time.time(), why=None, job_id=lease.job_id
+                state="running",
+                starts=starts,
+                began=time.time(),
+                why=None,
+                lost=None,
+                job_id=lease.job_id,
             )
             lease.starts = starts
             goodput.note_start(self.path, last_sign=last_sign, job_id=lease.job_id)
@@ -86,7 +92,7 @@ class Run:
             # A full disk, or a lost lease, must not take the place of the error.
             with suppress(OSError, LeaseLost):
                 run.check_lease()
-                run._note(state=state, why=f"{error}" or type(error).__name__)
+                run._note(state=state, why=shown(f"{error}") or type(error).__name__)
             raise
         finally:
             with suppress(OSError, LeaseLost):
@@ -163,7 +169,9 @@ class Run:
                 f"{self.path} exists and is no run directory (it has no config.toml): "
                 "name a new directory with --run"
             )
-        changes = changes_between(configs.load(self.config_file), config)
+        # Credentials of an address may change, and are not written.
+        before = configs.public(configs.load(self.config_file))
+        changes = changes_between(before, configs.public(config))
         # Before the first checkpoint there is nothing that another config could not continue.
         if fixed := fixed_among(changes) if committed(self.checkpoints) else []:
             raise ValueError(
@@ -180,7 +188,7 @@ class Run:
         """Create the directory, or update its record of the config."""
         self.check_lease()
         self.path.mkdir(parents=True, exist_ok=True)
-        files.write(self.config_file, configs.to_toml(config))
+        files.write(self.config_file, configs.to_toml(configs.public(config)))
         files.write(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
     def attempt(self, what: str, write: Callable[[], object]) -> None:
@@ -240,7 +248,7 @@ class Run:
 
 
 def _dated(text: str) -> str:
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shown(text)}"
 
 
 def _show(line: str) -> None:

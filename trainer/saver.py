@@ -108,19 +108,22 @@ class Saver:
         self._known, self._flagged = self._flagged, self._thread is not None
         return self._thread is not None and self._thread.is_alive()
 
-    def poll(self, *, writing: bool) -> None:
+    def poll(self, *, writing: bool, failing_since: int | None = None) -> None:
         """Commit the pending checkpoint unless a rank was still `writing` at the previous step.
+
+        Nor may it be suspect, as for `flush`.
 
         Raises:
             As `flush`.
         """
-        if self._known and not writing:
+        if self._known and not writing and not self._is_suspect(failing_since):
             self.flush()
 
-    def flush(self) -> None:
+    def flush(self, *, failing_since: int | None = None) -> None:
         """Commit what is pending, if anything, waiting for it; then remove older checkpoints.
 
-        What was committed before stays untouched where this fails.
+        Where all steps fail since a clock, what was saved there or later may be why: it is left
+        uncommitted. What was committed before stays untouched where this fails.
 
         Raises:
             As `save`.
@@ -129,6 +132,8 @@ class Saver:
             return
         self._thread.join()
         self._thread, self._flagged = None, False
+        if self._is_suspect(failing_since):
+            return  # the next save removes it
         everyone = gather((self._facts, self._error))
         errors = [error for _, error in everyone if error]
         listed = {name: facts for rank, _ in everyone for name, facts in rank.items()}
@@ -146,6 +151,11 @@ class Saver:
                 f"the last checkpoint could not be written: {self._failure}; rerun the same "
                 "command to resume from the one before"
             )
+
+    def _is_suspect(self, failing_since: int | None) -> bool:
+        if failing_since is None or self._state is None:
+            return False
+        return self._state.images_seen >= failing_since
 
     def _told(self, failure: str | None) -> bool:
         """Whether a save went well, the same on all ranks; a failure is logged, and its rest freed.

@@ -139,6 +139,8 @@ class IntervalConfig:
     unsaved_minutes: float = 120.0
     #: Grids drawn from the EMA weights. Absent: none.
     samples: int | None = None
+    #: Replays of a micro-batch on two ranks, which find faulty machines. Absent: none.
+    audit: int | None = None
     #: Images of a grid, and the respacing of the 1000 steps to draw them.
     samples_count: int = 16
     samples_steps: str = "ddim25"
@@ -160,6 +162,7 @@ class IntervalConfig:
             "samples_count",
             "averages",
             "validate",
+            "audit",
         )
         for field in counts:
             value = getattr(self, field)
@@ -180,3 +183,24 @@ class BoardConfig:
 
     #: A project of Weights & Biases. Absent: not shown there.
     wandb: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What is done about a step whose loss or gradient is not finite or far too large: skip it."""
+
+    #: Above so many deviations over its running mean a loss or a gradient's norm is a spike; inf:
+    #: none is.
+    spike: float = 10.0
+    #: Steps that the running means cover; none is a spike before so many were taken.
+    window: int = 128
+    #: When so many in a row were skipped, the run goes back to its last good checkpoint.
+    in_a_row: int = 8
+    #: It does so at most so often, then it stops.
+    rollbacks: int = 5
+
+    def __post_init__(self) -> None:
+        check(self.spike > 0, "guards.spike", self.spike, "above 0, or inf")
+        for field, least in {"window": 2, "in_a_row": 1, "rollbacks": 0}.items():
+            value = getattr(self, field)
+            check(value >= least, f"guards.{field}", value, f"at least {least}")

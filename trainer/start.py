@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from trainer.adm.unet import build
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.engine import WEIGHTS, Engine, kinds
+from trainer.guards import Guards
 from trainer.initial import Initial
 from trainer.ranks.context import RankContext
 from trainer.ranks.group import Refused, agreed
@@ -112,8 +113,8 @@ def begin(
     initial: Initial | None,
     context: RankContext,
     log: Callable[[str], None],
-) -> tuple[Engine, Denoise | Classify]:
-    """The engine and the objective where the run begins.
+) -> tuple[Engine, Denoise | Classify, Guards]:
+    """The engine, the objective and the guards where the run begins.
 
     The weights come from 1. the run's own checkpoint, 2. `--init`, 3. the seed. The main rank alone
     reads or draws them; of all other state each rank reads its own part.
@@ -134,13 +135,60 @@ def begin(
         lambda: Engine(net, config=config, ds_config=ds_config, device=context.device, start=start)
     )
     objective = build_objective(config)
+    guards = Guards(config)
     if found is not None:
-        for kind in engine.kinds[1:]:
-            # Mapped: a rank reads no more than its part of each tensor.
-            with safe_open(found.file(kind), framework="pt") as tensors:
-                engine.scatter(kind, tensors.get_tensor)
-        found.state.restore(engine=engine, timesteps=objective.timesteps)
-    return engine, objective
+        _restore(found, engine.kinds[1:], engine=engine, objective=objective)
+        guards.load(found.state.guards)
+    return engine, objective, guards
+
+
+def _restore(
+    found: Checkpoint, kinds: Sequence[str], *, engine: Engine, objective: Denoise | Classify
+) -> None:
+    for kind in kinds:
+        # Mapped: a rank reads no more than its part of each tensor.
+        with safe_open(found.file(kind), framework="pt") as tensors:
+            engine.scatter(kind, tensors.get_tensor)
+    found.state.restore(engine=engine, timesteps=objective.timesteps)
+
+
+def roll_back(
+    run: Run,
+    *,
+    world: World,
+    engine: Engine,
+    objective: Denoise | Classify,
+    guards: Guards,
+    images_seen: int,
+) -> None:
+    """Take the state of the last checkpoint from before the refused steps; the clock goes on.
+
+    The run steps over the images since that checkpoint: with them it would come to the same steps
+    again. All ranks must call it.
+
+    Raises:
+        Refused: there is no such checkpoint, or the run has gone back too often.
+    """
+    found = None
+    if guards.may_roll_back():
+        found, _ = checkpoints.latest_valid(
+            run.checkpoints, kinds=engine.kinds, world=world, until=guards.since
+        )
+    if found is None:
+        why = "no checkpoint is older" if guards.may_roll_back() else "no rollback is left"
+        guards.refuse(
+            f"{guards.row} steps in a row were skipped and {why}", images_seen=images_seen
+        )
+    skipped = engine.skipped
+    _restore(found, engine.kinds, engine=engine, objective=objective)
+    engine.renew(images_seen=images_seen)
+    engine.skipped = skipped
+    guards.roll_back(found.state.guards)
+    if world.is_main:
+        run.log(
+            f"rolled back to checkpoint {found.path.name}; the run goes on at image "
+            f"{images_seen:,}, past the images since"
+        )
 
 
 def remarks(

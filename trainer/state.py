@@ -15,7 +15,7 @@ class _Engine(Protocol):
     def load_scalars(self, state: dict[str, Any]) -> None: ...
 
 
-class _Timesteps(Protocol):
+class _Stateful(Protocol):
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
 
@@ -29,6 +29,8 @@ class TrainState:
     engine: dict[str, Any]
     #: What an adaptive timestep sampler has learned.
     timesteps: dict[str, Any]
+    #: The running means and counts of the guards; empty in checkpoints of earlier releases.
+    guards: dict[str, Any]
     #: What makes the order of the data, compared on resume.
     order: dict[str, Any]
     #: For people: where it was written.
@@ -41,7 +43,8 @@ class TrainState:
         *,
         images_seen: int,
         engine: _Engine,
-        timesteps: _Timesteps,
+        timesteps: _Stateful,
+        guards: _Stateful,
         order: dict[str, Any],
         ranks: int,
     ) -> "TrainState":
@@ -50,13 +53,14 @@ class TrainState:
             images_seen=images_seen,
             engine=engine.scalars(),
             timesteps=timesteps.state(),
+            guards=guards.state(),
             order=order,
             ranks=ranks,
             torch=torch.__version__,
         )
 
-    def restore(self, *, engine: _Engine, timesteps: _Timesteps) -> None:
-        """Restore the parts. The caller uses the clock and compares the order."""
+    def restore(self, *, engine: _Engine, timesteps: _Stateful) -> None:
+        """Restore the parts. The caller uses the clock and the guards, and compares the order."""
         engine.load_scalars(self.engine)
         timesteps.load(self.timesteps)
 
@@ -81,6 +85,7 @@ class TrainState:
             images_seen=entries["images"],
             engine=entries["engine"],
             timesteps=entries["timesteps"],
+            guards=entries.get("guards", {}),
             order=entries["order"],
             ranks=entries.get("ranks", 0),
             torch=entries.get("torch", ""),

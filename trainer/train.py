@@ -31,6 +31,7 @@ from trainer.config import Config
 from trainer.draw import shown
 from trainer.engine import Engine, check_precision
 from trainer.goback import go_back
+from trainer.guards import Guards
 from trainer.initial import Initial
 from trainer.loop import Loop
 from trainer.metrics import Metrics
@@ -138,25 +139,25 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     for line in start.remarks(config, plan.changes, shards, ranks=world.size, ds_config=ds_config):
         log(line)
     context.watchdog.mark("; ".join(["building the engine", *start.compile_locks()]))
-    engine, objective = start.begin(
+    engine, objective, guards = start.begin(
         config, ds_config=ds_config, found=found, initial=plan.initial, context=context, log=log
     )
     begins = start.origin(found=found, initial=plan.initial)
     log(f"{begins}: {start.describe(config, engine, world=world, shards=shards)}")
     if context.must_leave():
         return _leave_early(plan, context, log=log)
-    return _loop(plan, context, engine=engine, objective=objective, images_seen=images_seen)
+    return _loop(plan, context, begun=(engine, objective, guards), images_seen=images_seen)
 
 
 def _loop(
     plan: TrainingPlan,
     context: RankContext,
     *,
-    engine: Engine,
-    objective: Denoise | Classify,
+    begun: tuple[Engine, Denoise | Classify, Guards],
     images_seen: int,
 ) -> int:
     """Train from the clock `images_seen`; returns the exit status."""
+    engine, objective, guards = begun
     config, run, world = plan.config, plan.run, context.world
     saver = Saver(run, world=world, intervals=config.intervals)
     saver.check_room(engine)
@@ -182,7 +183,8 @@ def _loop(
             validation_set=plan.validation,
             board=board,
             images_seen=images_seen,
-            order=stream.identity,
+            guards=guards,
+            stream=stream,
             shown=shown(config, plan.stream, world=world),
             stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
             mark=context.watchdog.mark,

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -112,6 +113,10 @@ class Place:
         for path in (self.run(new) / "checkpoints").iterdir():
             if int(path.name) > images:
                 shutil.rmtree(path)
+
+
+#: What `Engine.step` is given where a test does not judge its steps.
+UNJUDGED: dict[str, Any] = {"loss": torch.zeros(()), "judge": lambda loss, grad_norm: None}
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -1,0 +1,69 @@
+"""Faults that a test puts into real ranks: spoiled losses, and a flipped bit."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support import ranks
+from tests.support.runs import Place
+
+
+def spoil(factors: Mapping[int, float]) -> None:
+    """Multiply the losses of images, by index, in this process from now on."""
+    from trainer.adm.objective import Denoise
+
+    call: Callable[..., Any] = Denoise.__call__
+
+    def spoiled(self: Denoise, net: Any, images: Any, labels: Any, indices: Any) -> Any:
+        terms = call(self, net, images, labels, indices)
+        factor = torch.tensor([factors.get(i, 1.0) for i in indices.tolist()])
+        return terms | {"loss": terms["loss"] * factor}
+
+    Denoise.__call__ = spoiled  # type: ignore[method-assign]
+
+
+def work(directory: Path, runs: list, factors: Mapping[int, float], fp16: bool) -> int:
+    """As `ranks.work`, with spoiled losses."""
+    spoil(factors)
+    return ranks.work(directory, runs, fp16)
+
+
+def train(
+    place: Place, *runs: list, world: int, factors: Mapping[int, float], fp16: bool = False
+) -> list:
+    """As `Place.train`, with spoiled losses."""
+    from functools import partial
+
+    directory = place.root / f"spoiled-{len(list(place.root.glob('spoiled-*')))}"
+    job = ranks.fork(directory, partial(work, directory, list(runs), factors, fp16), ranks=world)
+    job.wait()
+    return job.statuses
+
+
+def flip_a_bit(*, at: int) -> None:
+    """Flip the lowest bit of one weight of this rank ahead of the audit at a clock."""
+    from trainer.audit import Audit
+
+    check: Callable[..., Any] = Audit.check
+
+    def flipped(self: Audit, images_seen: int, **named: Any) -> Any:
+        if images_seen == at:
+            parameter: Any = list(self.engine._ds.module.parameters())[4]
+            parts = hasattr(parameter, "ds_id")
+            weights = parameter.ds_tensor if parts else parameter.data
+            weights.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+        return check(self, images_seen, **named)
+
+    Audit.check = flipped  # type: ignore[method-assign]
+
+
+def work_on_a_faulty_machine(
+    directory: Path, runs: list, fault: Callable[[], None], rank: int
+) -> int:
+    """As `ranks.work`, with a fault on one of the ranks."""
+    if os.environ["RANK"] == str(rank):
+        fault()
+    return ranks.work(directory, runs, False)

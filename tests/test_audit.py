@@ -1,0 +1,72 @@
+"""The replay audit names the machine whose memory or arithmetic is at fault, and ends the job."""
+
+import json
+import re
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data.exits import FAILED
+from tests.support import faults, ranks
+from tests.support.runs import STEP, Place
+from trainer.audit import blame_weights
+
+HOST = socket.gethostname()
+SETS = (f"intervals.audit = {STEP}", f"intervals.checkpoint = {STEP}")
+#: A rank whose losses are off in the last place, from every image.
+INEXACT = partial(faults.spoil, dict.fromkeys(range(1000), 1 + 2**-22))
+CASES = [
+    (2, 1, 2, partial(faults.flip_a_bit, at=2 * STEP), "has other weights than the masters: "),
+    (3, 0, 2, partial(faults.flip_a_bit, at=2 * STEP), "has other weights than the masters: "),
+    (2, 1, 3, INEXACT, "computes other gradients than most ranks"),
+]
+
+
+@pytest.mark.parametrize(("stage", "rank", "world", "fault", "said"), CASES)
+def test_a_faulty_machine_is_named_and_ends_the_job(
+    tmp_path: Path, tiny: Path, *, stage: int, rank: int, world: int, fault: Callable, said: str
+) -> None:
+    place = Place(tmp_path, tiny)
+    run = place.arguments("run", stage=stage, sets=SETS)
+    task = partial(faults.work_on_a_faulty_machine, tmp_path / "job", [run], fault, rank)
+    job = ranks.fork(tmp_path / "job", task, ranks=world)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED] * world, job.text
+    assert re.search(rf"error: hardware fault: rank {rank} on {HOST} {said}", job.texts[0])
+    assert (place.run("run") / "launch" / "lost-hosts").read_text() == f"{HOST}\n"
+    (row,) = map(json.loads, (place.run("run") / "incidents.jsonl").open())
+    assert f"rank {rank} on {HOST} {said}" in row["replay"]
+    state = json.loads((place.run("run") / "launch" / "state.json").read_text())
+    assert state["state"] == "failed" and HOST in state["why"] and state["lost"] == HOST
+
+
+def test_sound_machines_pass_every_audit_and_train_on_as_without_it(
+    tmp_path: Path, tiny: Path
+) -> None:
+    place = Place(tmp_path, tiny)
+    precisions = ("fp32", "bf16")
+    runs = [
+        place.arguments(
+            f"{precision}-{len(sets)}",
+            stage=stage,
+            sets=(*sets, f'training.precision = "{precision}"', "model.dropout = 0.2"),
+        )
+        for precision, stage in zip(precisions, (2, 3), strict=True)
+        for sets in ((), SETS[:1])
+    ]
+    assert place.train(*runs, world=2) == [0] * len(runs)
+    for precision in precisions:
+        without = place.losses(f"{precision}-0")
+        exact = precision == "fp32"  # kernels of bf16 depend on where tensors are in memory
+        assert place.losses(f"{precision}-1") == (
+            without if exact else pytest.approx(without, 1e-2)
+        )
+        assert not (place.run(f"{precision}-1") / "incidents.jsonl").exists()
+
+
+def test_who_differs_from_its_own_masters_is_blamed_and_not_those_who_differ_from_it() -> None:
+    assert blame_weights([{}, {0: "a"}, {}]) == {1: "has other weights than the masters: a"}
+    assert set(blame_weights([{1: "a"}, {1: "a"}, {1: "a"}])) == {1}

@@ -1,0 +1,144 @@
+"""Steps that go wrong: skipped on all ranks before anything moves, named, and gone back from."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support import faults
+from tests.support.runs import END, EVERY, STEP, Place, distance, equal
+from trainer.checkpoint import STATE, committed, read, sealed
+from trainer.guards import Running
+
+BAD = 2 * STEP + 1  # an image of the third step
+GUARDS = (*EVERY, "guards.window = 2", "guards.spike = 100", "guards.in_a_row = 2")
+#: Name -> ranks, stage, precision.
+RUNS = {
+    "one": (1, 2, "fp32"),
+    "two-1": (2, 1, "fp32"),
+    "two-2": (2, 2, "fp32"),
+    "two-3": (2, 3, "fp32"),
+    "brain": (2, 3, "bf16"),
+    "half": (2, 2, "fp16"),
+    "three": (3, 3, "fp32"),
+}
+#: Ranks and precision -> what the loss of an image is multiplied by.
+FACTORS = {(1, False): math.nan, (2, False): 1e6, (2, True): math.nan, (3, False): math.inf}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
+    """Runs of six steps in which the loss of one image is spoiled."""
+    place = Place(tmp_path_factory.mktemp("guards"), tiny)
+    for (world, fp16), factor in FACTORS.items():
+        runs = [
+            place.arguments(
+                name,
+                stage=stage,
+                fp16=fp16,
+                sets=(*GUARDS, f'training.precision = "{precision}"'),
+            )
+            for name, (size, stage, precision) in RUNS.items()
+            if size == world and fp16 == (precision == "fp16")
+        ]
+        done = faults.train(place, *runs, world=world, factors={BAD: factor}, fp16=fp16)
+        assert done == [0] * len(runs)
+    return place
+
+
+def incidents(place: Place, name: str) -> list[dict]:
+    return [json.loads(line) for line in (place.run(name) / "incidents.jsonl").open()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_refused_step_moves_nothing_and_its_image_is_named(here: Place, name: str) -> None:
+    world, _, precision = RUNS[name]
+    (row,) = incidents(here, name)
+    assert (row["images"], row["in_a_row"]) == (2 * STEP, 1)
+    assert row["replay"] == "the same on two ranks"
+    worst, gradient = row["worst"][0], row["gradients"][0]
+    assert (worst["image"], worst["rank"]) == (BAD, BAD % world)
+    assert 0 <= worst["t"] < 1000 and ".tar: " in worst["key"]
+    assert gradient["rank"] == BAD % world and BAD in gradient["micro_batch"]
+    assert gradient["parameter"].endswith((".weight", ".bias"))
+    assert f"step at image {2 * STEP} skipped: the " in here.log(name)
+    saved = {int(p.name) for p in (here.run(name) / "checkpoints").iterdir()}
+    if precision == "fp16":  # a scale that is too large is no incident, and an incident no overflow
+        scales = here.losses(name, "loss_scale")
+        assert scales[1] == scales[0] / 2 and scales[3] == scales[2]
+        assert 3 * STEP not in saved
+    else:
+        assert saved == set(range(STEP, END + 1, STEP)) - {3 * STEP}
+        assert here.losses(name, "skipped") == [0, 0, 1, 0, 0, 0]
+    if precision == "fp32":
+        assert distance(here.checkpoint(name, END), here.checkpoint("one", END)) < 5e-5
+
+
+def rewind(place: Place, name: str, *, clock: int, to: int) -> None:
+    """Keep one checkpoint of a run, and let it be one of the later clock `to`."""
+    checkpoints = place.run(name) / "checkpoints"
+    for path in checkpoints.iterdir():
+        if int(path.name) != clock:
+            shutil.rmtree(path)
+    found = read(checkpoints / f"{clock:012d}")
+    engine = {**found.state.engine, "updated_at": to}
+    state = replace(found.state, images_seen=to, engine=engine)
+    (found.path / STATE).write_text(json.dumps(sealed(state, files=found.files)))
+    found.path.rename(checkpoints / f"{to:012d}")
+
+
+def test_after_too_many_in_a_row_the_run_goes_back_and_steps_over_the_images_since(
+    here: Place,
+) -> None:
+    """Checkpoints at 24 and 48; steps 6 and 7 (60 to 83) fail, and training goes on with 84."""
+    sets = ("guards.in_a_row = 2", f"training.images = {9 * STEP}", "intervals.checkpoint = 24")
+    runs = [here.arguments(f"back-{n}", stage=n, sets=sets) for n in (2, 3)]
+    factors = dict.fromkeys(range(5 * STEP, 7 * STEP), math.inf)
+    assert faults.train(here, *runs, world=2, factors=factors) == [0, 0]
+    expected = []
+    for stage in (2, 3):
+        shutil.copytree(here.run(f"back-{stage}"), here.run(f"expected-{stage}"))
+        rewind(here, f"expected-{stage}", clock=4 * STEP, to=7 * STEP)
+        expected.append(here.arguments(f"expected-{stage}", stage=stage, sets=sets))
+        here.fork(f"back-{stage}", f"again-{stage}", images=8 * STEP)
+        expected.append(here.arguments(f"again-{stage}", stage=stage, sets=sets))
+    assert here.train(*expected, world=2) == [0, 0, 0, 0]
+    for stage in (2, 3):
+        end = here.checkpoint(f"back-{stage}", 9 * STEP)
+        assert equal(here.checkpoint(f"expected-{stage}", 9 * STEP), end)
+        assert equal(here.checkpoint(f"again-{stage}", 9 * STEP), end)
+        assert "rolled back to checkpoint 000000000048; the run goes on at image 84" in here.log(
+            f"back-{stage}"
+        )
+        state = read(here.run(f"again-{stage}") / "checkpoints" / f"{9 * STEP:012d}").state.guards
+        assert (state["rollbacks"], state["incidents"], state["row"]) == (1, 2, 0)
+
+
+def test_a_run_stops_when_no_rollback_is_left(here: Place) -> None:
+    """The checkpoint at 36 is not committed: no step was taken from it."""
+    sets = ("guards.in_a_row = 2", "guards.rollbacks = 1", f"training.images = {9 * STEP}", *EVERY)
+    factors = dict.fromkeys(range(3 * STEP, 9 * STEP), math.nan)
+    (said,) = faults.train(here, here.arguments("lost", sets=sets), world=2, factors=factors)
+    assert f"the run has diverged after image {7 * STEP}: 2 steps in a row were skipped" in said
+    assert "4 steps were skipped and 1 rollbacks made" in said
+    saved = committed(here.run("lost") / "checkpoints")
+    assert [int(path.name) for path in saved] == [2 * STEP, STEP]
+    assert f"rolled back to checkpoint {2 * STEP:012d}; the run goes on at image {5 * STEP}" in (
+        here.log("lost")
+    )
+
+
+def test_the_running_deviation_is_exact_at_first_and_then_forgets() -> None:
+    running = Running()
+    values = [1.0, 3.0, 2.0, 4.0]
+    for value in values:
+        assert running.limit(2.0, window=4) == math.inf
+        running.add(value, window=4)
+    assert running.mean == pytest.approx(2.5) and running.variance == pytest.approx(1.25)
+    assert running.limit(2.0, window=4) == pytest.approx(2.5 + 2 * 1.25**0.5)
+    for _ in range(100):
+        running.add(7.0, window=4)
+    assert running.limit(10.0, window=4) == pytest.approx(7.0 * 1.5)

@@ -1,0 +1,186 @@
+"""What is done about a step that was refused, and what is kept of it in `RUN/incidents.jsonl`.
+
+The step is replayed before anything is blamed: where ranks disagree the job ends and names the
+machine; else the step stays skipped, and after too many in a row the run goes back.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import files
+from trainer import start
+from trainer.audit import Audit, Finding
+from trainer.gate import StepReport
+from trainer.guards import Guards
+from trainer.ranks.group import Broken, gather
+from trainer.run import Run
+from trainer.saver import Saver
+from trainer.seen import Seen
+
+# Images and gradients that an incident names.
+_NAMED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incidents:
+    """Handles refused steps. All ranks call each method together."""
+
+    run: Run
+    guards: Guards
+    audit: Audit
+    saver: Saver
+    log: Callable[[str], None]
+
+    def meet(self, report: StepReport, seen: Seen, *, images_seen: int, now: int) -> None:
+        """Record a refused step from `images_seen` to `now`; after too many in a row go back.
+
+        Raises:
+            Broken: the replay shows that a machine is at fault.
+            Refused: the run cannot go back any more.
+        """
+        losses = torch.cat([terms["loss"].detach().float() for _, terms in seen]).cpu()
+        finding = self.audit.check(images_seen, micro_batches=len(seen), losses=losses)
+        too_many = self.guards.count(images_seen=images_seen)
+        entry = {
+            "images": images_seen,
+            "fault": report.fault,
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "loss_scale": report.loss_scale,
+            "in_a_row": self.guards.row,
+            "replay": self._replayed(report, finding),
+            "worst": self._worst_images(seen, losses, finding.hosts),
+            "gradients": self._gradients(seen, finding),
+        }
+        self._keep(entry)
+        self.log(f"step at image {images_seen:,} skipped: {report.fault}; {_named(entry)}")
+        self._end_if_faulty(finding)
+        if too_many:
+            self.saver.flush(failing_since=self.guards.failing_since)
+            start.roll_back(
+                self.run,
+                world=self.audit.world,
+                engine=self.audit.engine,
+                objective=self.audit.objective,
+                guards=self.guards,
+                images_seen=now,
+            )
+
+    def check(self, images_seen: int) -> None:
+        """Audit a micro-batch of the step that begins at `images_seen`, ahead of it.
+
+        Raises:
+            Broken: a machine is at fault.
+        """
+        finding = self.audit.check(images_seen, micro_batches=1)
+        if finding.faults:
+            fault = "the audit in ordinary running"
+            self._keep({"images": images_seen, "fault": fault, "replay": finding.stated()})
+        self._end_if_faulty(finding)
+
+    def _end_if_faulty(self, finding: Finding) -> None:
+        if not finding.faults:
+            return
+        hosts = sorted({finding.hosts[rank].partition(".")[0] for rank in finding.faults})
+        if self.audit.world.is_main:
+            # The job script excludes the hosts of `lost` that are listed already.
+            listed, text = self.run.path / "launch" / "lost-hosts", "".join(f"{h}\n" for h in hosts)
+            self.run.attempt("launch/lost-hosts", lambda: files.append(listed, text))
+            self.run.note(lost=",".join(hosts))
+        raise Broken(
+            f"hardware fault: {finding.stated()}; its checkpoints are intact: exclude "
+            f"{', '.join(hosts)} from the job (Slurm jobs of `launch` do so) and rerun the same "
+            "command to resume from the last one"
+        )
+
+    def _keep(self, entry: Mapping[str, Any]) -> None:
+        """Append a row to `incidents.jsonl`."""
+        if self.audit.world.is_main:
+            row = json.dumps({"time": time.time(), **_plain(entry)}) + "\n"
+            file = self.run.path / "incidents.jsonl"
+            self.run.attempt("incidents.jsonl", lambda: files.append(file, row))
+
+    @staticmethod
+    def _replayed(report: StepReport, finding: Finding) -> str:
+        """What the replays say: a mean of gradients has no larger norm than they have."""
+        if finding.faults:
+            return finding.stated()
+        norms = [replay.norm for replay in finding.replays]
+        most = math.fsum(norms) / len(norms)
+        if math.isfinite(report.loss) and math.isfinite(most) and report.grad_norm > 1.1 * most:
+            return f"not reproduced: the gradients' norm is at most {most:.4g} in the replay"
+        return "the same on two ranks"
+
+    def _worst_images(
+        self, seen: Seen, losses: Tensor, hosts: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """The images with the worst losses of all ranks: those not finite, else the largest."""
+        indices = torch.cat([indices for indices, _ in seen]).tolist()
+        t = torch.cat([terms["t"] for _, terms in seen]).tolist()
+        mine = zip(losses.tolist(), indices, t, strict=True)
+        ranked = sorted((_order(loss), index, step, loss) for loss, index, step in mine)[:_NAMED]
+        rank, host = self.audit.world.rank, hosts[self.audit.world.rank]
+        rows = [
+            (order, {"rank": rank, "host": host, "image": index, "t": step, "loss": loss})
+            for order, index, step, loss in ranked
+        ]
+        everyone = [row for rows in gather(rows) for row in rows]
+        worst = [row for _, row in sorted(everyone, key=lambda row: row[0])[:_NAMED]]
+        for row in worst:
+            row["key"] = self.audit.stream.key(row["image"]) if self.audit.world.is_main else ""
+        return worst
+
+    def _gradients(self, seen: Seen, finding: Finding) -> list[dict[str, Any]]:
+        """The ranks with the worst gradients, the parameter and the micro-batch of each."""
+        indices = gather([indices.tolist() for indices, _ in seen])
+        rows: list[dict[str, Any]] = []
+        for rank, replay in enumerate(finding.replays):
+            norm, number = _worst(replay.norms)
+            _, micro = _worst(replay.micro_norms)
+            row = {
+                "rank": rank,
+                "host": finding.hosts[rank],
+                "parameter": self.audit.names[number],
+                "norm": norm,
+                "micro_batch": indices[rank][micro],
+                "micro_batch_norm": replay.micro_norms[micro],
+            }
+            rows.append(row)
+        return sorted(rows, key=lambda row: _order(row["micro_batch_norm"]))[:_NAMED]
+
+
+def _order(value: float) -> float:
+    """What sorts values from the worst: those that are not finite, then the largest."""
+    return -value if math.isfinite(value) else -math.inf
+
+
+def _worst(values: Sequence[float]) -> tuple[float, int]:
+    """The worst value and its place: of those that are not finite, the last, next to the loss."""
+    place = min(range(len(values)), key=lambda n: (_order(values[n]), -n))
+    return values[place], place
+
+
+def _named(entry: Mapping[str, Any]) -> str:
+    image, gradient = entry["worst"][0], entry["gradients"][0]
+    return (
+        f"worst: image {image['image']:,} ({image['key']}), t = {image['t']}, loss "
+        f"{image['loss']:.4g}, on rank {image['rank']} ({image['host']}); gradient of "
+        f"{gradient['parameter']} {gradient['norm']:.4g} on rank {gradient['rank']}; "
+        f"replay: {entry['replay']}; more in incidents.jsonl"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which has no numbers that are not finite: those become text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
