@@ -63,6 +63,6 @@ def test_nodes_that_show_fewer_gpus_than_the_job_needs_are_bad(tmp_path: Path) -
     check = partial(preflight.main, ["--gpus", "2", "--free", "0"])
     job = ranks.fork(tmp_path, check, ranks=2)
     said = job.wait()
-    assert [process.exitcode for process in job.ranks] == [REFUSED, REFUSED]
+    assert [process.exitcode for process in job.ranks] == [REFUSED, REFUSED], job.text
     assert f"bad nodes: {socket.gethostname()}" in said and "ready" not in said
     assert said.count("shows 0 GPUs, and the job needs 2") == 2

@@ -232,10 +232,9 @@ def main(argv: Sequence[str]) -> int:
         print(found[0].versions)
         if bad:
             print(f"bad nodes: {', '.join(sorted(bad))}", flush=True)
-    if any(facts.device for facts in found):
-        return REFUSED
-    if missing:
-        return FAILED
+    if missing or any(facts.device for facts in found):
+        _part(world, store=store, found=found)
+        return FAILED if not any(facts.device for facts in found) else REFUSED
     try:
         speed = _all_reduce(world, store=store, seconds=arguments.seconds)
     except RuntimeError as error:
@@ -246,6 +245,14 @@ def main(argv: Sequence[str]) -> int:
         if not bad:
             print("all nodes are ready", flush=True)
     return FAILED if bad else 0
+
+
+def _part(world: World, *, store: dist.TCPStore, found: Sequence[Facts]) -> None:
+    """Leave once all ranks have read what they need: the store ends with the main rank."""
+    store.set(f"leaves {world.rank}", "")
+    if world.is_main:
+        with suppress(RuntimeError):  # one of them may be lost meanwhile
+            store.wait([f"leaves {facts.rank}" for facts in found], timedelta(seconds=10))
 
 
 def _missing(world: World, found: Sequence[Facts]) -> dict[int, str]:
