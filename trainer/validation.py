@@ -43,6 +43,8 @@ class ValidationSet:
 
     stream: Stream
     images: int
+    #: Whether these are the images that the run learns from.
+    is_training: bool = False
 
     @classmethod
     def open(
@@ -78,7 +80,8 @@ class ValidationSet:
             return None
         shards = open_shards(root, fetch=config.data, check_files=check_files)
         classes.check_held_out(config, shards, training=training.classes, named="data.validation")
-        return cls.open(shards, config, images=images)
+        found = cls.open(shards, config, images=images)
+        return replace(found, is_training=shards.fingerprint == training.fingerprint)
 
     def table(
         self,
@@ -221,8 +224,9 @@ class Validation:
         assert every is not None
         # An image of training costs three forward passes, of validation one for each of two nets.
         share = 2 * self._set.images / (3 * every)
+        own = ", which is the training set itself" if self._set.is_training else ""
         return (
-            f"validation: {self._set.images:,} images of {self._config.data.validation} every "
+            f"validation: {self._set.images:,} images of {self._config.data.validation}{own} every "
             f"{every:,}, about {share:.1%} of the training's compute"
         )
 
