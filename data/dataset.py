@@ -96,19 +96,23 @@ class Shards(Manifest):
 
 
 def open_shards(
-    root: str | Path, *, fetch: FetchConfig | None = None, check_files: bool = True
+    root: str | Path,
+    *,
+    fetch: FetchConfig | None = None,
+    check_files: bool = True,
+    named: str = "data.shards",
 ) -> Shards:
     """Open a packed dataset and check that every shard and index is there, of the right size.
 
     `~` and `$VARIABLES` in a path have the values of this machine. The sizes of files behind a
     `pipe:` are unknown until they are read. With `check_files` False, only the manifest is read:
-    one process of a node is enough to check the rest.
+    one process of a node is enough to check the rest. `named` is the setting that has the path.
 
     Raises:
         ValueError: there is no dataset, or a file is missing or of another size than the manifest
             says.
     """
-    reader = Reader(expanded(str(root), name="data.shards"), config=fetch or FetchConfig())
+    reader = Reader(expanded(str(root), name=named), config=fetch or FetchConfig())
     shards = _read_manifest(reader)
     fault = next(_faults(shards, reader), None) if check_files else None
     if fault:
@@ -122,7 +126,8 @@ def class_names(root: str | Path) -> tuple[str, ...]:
     Raises:
         ValueError: there is no readable manifest.
     """
-    return _read_manifest(Reader(str(root), config=FetchConfig(retries=0))).classes
+    path = expanded(str(root), name="data.shards")
+    return _read_manifest(Reader(path, config=FetchConfig(retries=0))).classes
 
 
 def verify(root: str | Path, *, full: bool = False) -> list[str]:

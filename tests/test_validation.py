@@ -76,6 +76,7 @@ def test_a_run_with_validation_is_the_one_without_bit_for_bit(runs: Place, name:
     assert list(runs.values(f"{name}-validated", "validation/loss")) == [2 * STEP, END]
     assert "validation on 50 images: loss" in runs.log(f"{name}-validated")
     assert "validation: 50 images of" in runs.log(f"{name}-validated")
+    assert "which is the training set itself" in runs.log(f"{name}-validated")
 
 
 def test_the_values_are_the_objective_of_the_averages_and_of_the_weights(
@@ -140,6 +141,7 @@ def test_what_cannot_be_validated_is_refused_before_the_run_is_there(
     cases = {
         f'data.validation = "{others}"': "class 2 is 'cat', in data.shards '2'",
         f'data.validation = "{tmp_path}"': f"no dataset at {tmp_path}",
+        'data.validation = "$NOWHERE/at-all"': "data.validation = $NOWHERE/at-all: ",
         "data.validation_images = 2000": "data.validation_images = 2000: must be at most 1797",
         "intervals.keep_best = true": "a multiple of intervals.checkpoint",
     }

@@ -1,5 +1,6 @@
 """Whether the classes of the shards fit those of the network, and what a run is trained on."""
 
+from data.config import shown
 from data.mixture import Dataset
 from trainer.config import Config
 from trainer.run import Run
@@ -43,8 +44,8 @@ def check_held_out(
     first = next(n for n in numbers if own[n : n + 1] != theirs[n : n + 1])
     here, there = (repr(each[first]) if first < len(each) else "missing" for each in (theirs, own))
     raise ValueError(
-        f"{named} = {shards.root}: class {first} is {here}, in data.shards "
-        f"{there}: pack it again with --classes-of {config.data.shards}"
+        f"{named} = {shards.where}: class {first} is {here}, in data.shards "
+        f"{there}: pack it again with --classes-of {shown(config.data.shards)}"
     )
 
 

@@ -60,10 +60,10 @@ class ValidationSet:
         Raises:
             ValueError: there are not so many.
         """
-        root = shards.root
         enough = images is None or images <= shards.count
-        check(enough, named, images, f"at most {shards.count}, as {root} has")
-        data = replace(config.data, shards=root, crop="center", flip=False, streams=1)
+        check(enough, named, images, f"at most {shards.count}, as {shards.where} has")
+        alone = replace(config.data, shards=shards.root, mix=(), mix_shares=())
+        data = replace(alone, crop="center", flip=False, streams=1)
         return cls(Stream(shards, config=data, seed=SEED), images or shards.count)
 
     @classmethod
@@ -78,7 +78,9 @@ class ValidationSet:
         root, images = config.data.validation, config.data.validation_images
         if root is None:
             return None
-        shards = open_shards(root, fetch=config.data, check_files=check_files)
+        shards = open_shards(
+            root, fetch=config.data, check_files=check_files, named="data.validation"
+        )
         classes.check_held_out(config, shards, training=training.classes, named="data.validation")
         found = cls.open(shards, config, images=images)
         return replace(found, is_training=shards.fingerprint == training.fingerprint)
@@ -225,8 +227,9 @@ class Validation:
         # An image of training costs three forward passes, of validation one for each of two nets.
         share = 2 * self._set.images / (3 * every)
         own = ", which is the training set itself" if self._set.is_training else ""
+        where = self._set.stream.shards.where
         return (
-            f"validation: {self._set.images:,} images of {self._config.data.validation}{own} every "
+            f"validation: {self._set.images:,} images of {where}{own} every "
             f"{every:,}, about {share:.1%} of the training's compute"
         )
 
