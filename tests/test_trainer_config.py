@@ -94,7 +94,7 @@ def test_a_wrong_setting_is_named(change: str, message: str) -> None:
 
 
 def test_averages_warm_up_only_where_their_spans_are_in_images() -> None:
-    with pytest.raises(ValueError, match=r"training.ema_warmup = 0.5: must be absent without"):
+    with pytest.raises(ValueError, match=r"training.ema_warmup = 0.25: must be absent without"):
         configs.load("digits", unset=["training.ema_images"])
 
 
