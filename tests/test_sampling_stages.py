@@ -146,3 +146,13 @@ def test_classes_have_the_names_of_the_training_shards(
     assert samples.labels is not None and samples.labels.tolist() == [1, 3, 0, 1]
     assert dataset.open_shards(tmp_path / "a").classes == tuple(names)
     assert "names of classes are in the manifest of data.shards, and no dataset at" in str(refused)
+
+
+def test_an_upsampler_of_other_weights_is_refused_before_the_base_is_drawn(
+    tmp_path: Path, nets: dict[str, list[str]]
+) -> None:
+    option, preset = nets["and"][2:4]
+    ask = [*nets["base"], "--images", "2", "--steps", "2", "--out", tmp_path / "a.npz"]
+    (refused,) = ranks.sample(tmp_path, [*ask, "--upsampler", nets["base"][0], option, preset])
+    assert f"{nets['base'][0]} does not fit the network of this preset" in str(refused)
+    assert not list(tmp_path.glob("a*"))

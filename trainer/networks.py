@@ -70,6 +70,16 @@ class TrainedNetwork:
         """
         return diffusers_format.ours(weights.load(self.file), config=self.config.model)
 
+    def check_weights(self) -> None:
+        """Return if the file holds the weights of this network; reads all of it.
+
+        Raises:
+            ValueError: it does not.
+        """
+        with torch.device("meta"):
+            net = build(self.config.model)
+        weights.check_fit(net.state_dict(), weights.load(self.file), source=self.file)
+
     def net(
         self,
         *,
@@ -224,3 +234,5 @@ class SampleInputs:
             check_guide(self.classifier, network=source)
         if self.upsampler is not None:
             check_upsampler(self.upsampler, base=source, classes=self.classes)
+            # Its turn comes when all images are drawn.
+            self.upsampler.check_weights()
