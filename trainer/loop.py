@@ -65,6 +65,8 @@ class Loop:
     validation_set: ValidationSet | None
     #: The images that an upsampler enlarges in its grids.
     shown: Batch | None = None
+    #: Hears that a step has ended.
+    after_step: Callable[[], None] = lambda: None
     _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(3))
     _incidents: Incidents = field(init=False)
     _snapshots: Snapshots = field(init=False)
@@ -110,6 +112,7 @@ class Loop:
         reported, stop = self.images_seen, False
         while self.images_seen < total and not stop:
             self._step(batches)
+            self.after_step()
             progress.advance(self.config.training.batch)
             stop, late = self._agree()
             ends = stop or self.images_seen >= total

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from data import descriptors
 from data.exits import TO_BE_CONTINUED, CommandParser
 from data.stream import Stream, open_stream, to_device
-from trainer import classes, compute, determinism, forensics, settings, start, wandb
+from trainer import classes, compute, determinism, forensics, profiling, settings, start, wandb
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer import initial as initials
@@ -61,6 +61,8 @@ class TrainingPlan:
     initial: Initial | None = None
     #: The checkpoint of `--from`, which the run goes back to.
     back: str | None = None
+    #: Steps to profile.
+    profile: int = 0
 
     @classmethod
     def make(
@@ -88,6 +90,7 @@ class TrainingPlan:
             validation=ValidationSet.of(config, training=stream.shards, check_files=check_files),
             changes=run.check(config),
             back=vars(arguments)["from"],
+            profile=arguments.profile,
         )
 
 
@@ -188,6 +191,7 @@ def _loop(
             shown=shown(config, plan.stream, world=world),
             stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
             mark=context.watchdog.mark,
+            after_step=profiling.start(plan.profile, run=run, is_main=world.is_main),
         )
         batches = stream.batches(
             images_seen=images_seen,
@@ -234,11 +238,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("preset", help="a name in trainer/presets, or a .toml file")
     p.add_argument("--run", required=True, type=Path, help="the run directory")
     settings.add_overrides(p)
-    p.add_argument(
-        "--ds-config",
-        default="ds_config.json",
-        help="DeepSpeed's settings (default: %(default)s)",
-    )
+    ds_config = "DeepSpeed's settings (default: %(default)s)"
+    p.add_argument("--ds-config", default="ds_config.json", help=ds_config)
     p.add_argument(
         "--init",
         type=Path,
@@ -258,11 +259,10 @@ def parser() -> argparse.ArgumentParser:
         help="go back to this checkpoint of the run; later ones are set aside (default: resume "
         "from the newest)",
     )
-    p.add_argument(
-        "--ranks",
-        type=int,
-        help="refuse to start with another number of ranks (default: any number)",
-    )
+    ranks = "refuse to start with another number of ranks (default: any number)"
+    p.add_argument("--ranks", type=int, help=ranks)
+    profile = "profile so many steps on the main rank, into RUN/profile/ (default: none)"
+    p.add_argument("--profile", type=profiling.steps, default=0, metavar="STEPS", help=profile)
     p.add_argument(
         "--patience",
         type=float,

@@ -101,7 +101,7 @@ def norm(
     kernels.group_moments[(B, groups)](
         means, squares, mean, rstd, L, cut.rows, cut.parts, eps, **cut.group, F=F, num_warps=WARPS
     )
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=LAYOUT)
     kernels.apply[cut.grid(cut.block["BL"])](
         x, y, mean, rstd, weight, bias, weight if film is None else film, L, D=cut.width,
         **cut.block, FILM=film is not None, SILU=silu, F=F, num_warps=WARPS,
@@ -151,7 +151,7 @@ def norm_backward(
         sums, means, weight, bias, shift, dfilm, parameters, L, cut.parts, **cut.group,
         FILM=given, F=F, num_warps=WARPS,
     )  # fmt: skip
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x, memory_format=LAYOUT)
     kernels.apply_gradient[cut.grid(cut.block["BL"])](
         x, dy, dx, mean, rstd, means, weight, bias, shift, L, D=cut.width, **cut.block,
         FILM=given, SILU=silu, F=F, num_warps=WARPS,

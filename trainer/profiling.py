@@ -1,0 +1,108 @@
+"""`--profile STEPS`: where the time of so many steps went, as a Chrome trace and a table.
+
+The main rank alone is profiled, after steps that warm up. `RUN/profile/` gets a trace that Chrome,
+Perfetto and TensorBoard's profiler plugin read, and `table.txt`.
+"""
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+
+from trainer.run import Run
+
+# Steps before the measurement: compilation and the choice of kernels, then the profiler's own.
+_WAIT, _WARM_UP = 3, 2
+# Kinds of work by parts of the names of kernels and operations; the first that fits counts.
+_KINDS = {
+    "communication": "nccl|c10d|gloo|allreduce|all_gather|reduce_scatter",
+    "norm": "moments|group_gradients|channel_gradients|apply_gradient|group_norm|^apply$",
+    "attention": "flash|fmha|attention|sdpa",
+    "convolution": "conv|fprop|dgrad|wgrad",
+    "optimizer": "adam|lerp|multi_tensor|foreach",
+    "matrix products": "gemm|cutlass|nvjet|addmm|bmm|::mm|linear",
+    "copies": "copy|memcpy|memset|::cat|clone|::to$",
+}
+
+
+def kind(name: str) -> str:
+    """What a kernel or operation of that name is for."""
+    for found, pattern in _KINDS.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return found
+    return "other"
+
+
+def table(times: Iterable[tuple[str, float]], *, seconds: float, steps: int) -> str:
+    """Milliseconds of a step by kind, of (name, seconds) during `seconds`, and what is idle."""
+    sums: dict[str, float] = {}
+    for name, spent in times:
+        sums[kind(name)] = sums.get(kind(name), 0.0) + spent
+    sums["idle"] = max(0.0, seconds - sum(sums.values()))
+    rows = sorted(sums.items(), key=lambda row: -row[1])
+    lines = [f"{'kind':16} {'ms per step':>12} {'share':>7}"]
+    lines += [f"{k:16} {1e3 * s / steps:12.2f} {s / seconds:7.1%}" for k, s in rows]
+    return "\n".join(lines) + "\n"
+
+
+def steps(text: str) -> int:
+    """The value of `--profile`."""
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"{count}: must be at least 0")
+    return count
+
+
+def start(count: int, *, run: Run, is_main: bool) -> Callable[[], None]:
+    """Profile so many steps of a run, none for 0; what is returned is called after each step."""
+    if not count or not is_main:
+        return lambda: None
+    return StepProfiler(count, directory=run.path / "profile", log=run.log).step
+
+
+class StepProfiler:
+    """Profiles some steps of a run; `step` is called after each."""
+
+    def __init__(self, steps: int, *, directory: Path, log: Callable[[str], None]) -> None:
+        self._steps, self._directory, self._log = steps, directory, log
+        self._began = 0.0
+        self._count = 0
+        self._trace = tensorboard_trace_handler(str(directory))
+        cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._profile = profile(
+            activities=[ProfilerActivity.CPU, *cuda],
+            schedule=schedule(wait=_WAIT, warmup=_WARM_UP, active=steps, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._profile.start()
+
+    def step(self) -> None:
+        """Note that a step has ended; after the last one, write what was found."""
+        self._count += 1
+        if self._count > _WAIT + _WARM_UP + self._steps:
+            return
+        if self._count == _WAIT + _WARM_UP:
+            self._began = time.monotonic()
+        self._profile.step()
+        if self._count == _WAIT + _WARM_UP + self._steps:
+            self._profile.stop()
+
+    def _write(self, found: Any) -> None:
+        seconds = time.monotonic() - self._began
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._trace(found)
+        text = table(_times(found.key_averages()), seconds=seconds, steps=self._steps)
+        (self._directory / "table.txt").write_text(text)
+        self._log(f"profiled {self._steps} steps: {self._directory}")
+
+
+def _times(averages: Any) -> list[tuple[str, float]]:
+    """Names and seconds of all kernels of the device, or of operations where there is no GPU."""
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    kernels = [a for a in averages if not torch.cuda.is_available() or a.self_cpu_time_total == 0]
+    return [(a.key, getattr(a, own) / 1e6) for a in kernels if "ProfilerStep" not in a.key]
