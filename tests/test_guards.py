@@ -10,8 +10,10 @@ import pytest
 
 from tests.support import faults
 from tests.support.runs import END, EVERY, STEP, Place, distance, equal
+from trainer import config as configs
+from trainer import ds_config as ds_configs
 from trainer.checkpoint import STATE, committed, read, sealed
-from trainer.guards import Running
+from trainer.guards import Guards, Running
 
 BAD = 2 * STEP + 1  # an image of the third step
 GUARDS = (*EVERY, "guards.window = 2", "guards.spike = 100", "guards.in_a_row = 2")
@@ -142,3 +144,34 @@ def test_the_running_deviation_is_exact_at_first_and_then_forgets() -> None:
     for _ in range(100):
         running.add(7.0, window=4)
     assert running.limit(10.0, window=4) == pytest.approx(7.0 * 1.5)
+
+
+@pytest.mark.parametrize("setting", ["spike = 0", "window = 1", "in_a_row = 0", "rollbacks = -1"])
+def test_limits_that_mean_nothing_are_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"guards.{setting}.*: must be "):
+        configs.load("digits", [f"guards.{setting}"])
+
+
+def test_a_run_may_let_spikes_pass_and_its_config_says_so(tmp_path: Path) -> None:
+    config = configs.load("digits", ["guards.spike = inf"])
+    (tmp_path / "again.toml").write_text(configs.to_toml(config))
+    assert configs.load(tmp_path / "again.toml") == config
+    guards = Guards(config)
+    assert all(guards.judge(1.0, 1.0) is None for _ in range(1000))
+    assert guards.judge(1e30, 1e30) is None
+    assert guards.judge(math.nan, 1.0) == "the loss is nan"
+    assert guards.judge(1.0, math.inf) == "the gradients are not finite"
+
+
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")],
+)
+def test_deepspeed_may_not_be_told_to_look_at_no_gradient(
+    tmp_path: Path, section: str, setting: str
+) -> None:
+    ds_config = json.loads(Path("ds_config.json").read_text())
+    ds_config.setdefault(section, {})[setting] = False
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
+    with pytest.raises(ValueError, match=rf"{section}\.{setting} = False: must be true"):
+        ds_configs.load(tmp_path / "ds.json")
