@@ -2,6 +2,7 @@
 # make test         the tests            make check   format, lint, types
 # make test-cluster the tests on a real Slurm and ssh cluster in namespaces; it needs root, and the
 #                   Debian packages that it names
+# make chaos        a run killed, filled and damaged at random; precisions, stages and offload resumed
 # Each sets up .venv when it is missing. Another interpreter: make PYTHON=python3.12 test.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: quickstart test test-cluster check format
+.PHONY: quickstart test test-cluster chaos check format
 quickstart: $(VENV)/installed
 	bash examples/quickstart.sh
 
@@ -20,6 +21,10 @@ test: $(VENV)/installed
 
 test-cluster: $(VENV)/installed
 	$(BIN)/python -m pytest -rs -m cluster
+
+chaos: $(VENV)/installed
+	$(BIN)/python -m tests.support.chaos
+	$(BIN)/python -m tests.support.resuming
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

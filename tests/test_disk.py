@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from data import files
 from data.exits import FAILED
@@ -21,6 +23,7 @@ from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.saver import Saver
 from trainer.sections import IntervalConfig
+from trainer.weights import compare
 
 ENDLESS = (f"training.images = {10000 * STEP}", "intervals.keep = 10000")
 
@@ -127,6 +130,17 @@ def test_a_disk_that_cannot_be_read_is_no_damage(bare: Place, tmp_path: Path) ->
     with pytest.raises(OSError, match="Input/output error"):
         checkpoints._own_fault(path, kinds=["model"], world=World())
     path.rename(bare.run("base") / "checkpoints" / path.name)
+
+
+def test_a_file_that_reads_back_differently_is_no_checkpoint(tmp_path: Path) -> None:
+    file, tensors = tmp_path / "model.safetensors", {"weight": torch.ones(1000)}
+    save_file(tensors, file)
+    compare(file, tensors)
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(OSError, match="weight reads back differently"):
+        compare(file, tensors)
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:

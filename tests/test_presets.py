@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from data import options
+from trainer import compute
 from trainer import config as configs
 
 
@@ -27,3 +29,11 @@ def test_the_shards_of_the_readmes_are_those_of_presets() -> None:
     text = "".join(Path(name, "README.md").read_text() for name in (".", "data", "launch"))
     named = set(re.findall(r"data\.pack \S+/train (\S+)", text))
     assert named and named <= known
+
+
+def test_fp16_on_a_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = configs.load("imagenet64").training
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        said = [line for line in compute.remarks(training, stage=2) if "50 times slower" in line]
+        assert len(said) == (not gpu)

@@ -3,8 +3,10 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from functools import partial
@@ -17,7 +19,7 @@ from data.exits import FAILED
 from tests.support import ranks
 from trainer import forensics
 from trainer.ranks.group import Refused, connected
-from trainer.ranks.watchdog import Watchdog
+from trainer.ranks.watchdog import Watchdog, compiles
 from trainer.ranks.world import join
 
 PATIENCE = 10.0
@@ -138,3 +140,34 @@ def test_no_thread_is_in_the_store_when_a_refused_run_exits(tmp_path: Path) -> N
     job = ranks.fork(tmp_path, refuse, ranks=1)
     job.wait()
     assert [process.exitcode for process in job.ranks] == [0], job.text
+
+
+def test_a_compiler_below_a_process_is_seen(tmp_path: Path) -> None:
+    """A script by the name of a compiler, and below a shell, as ninja runs it."""
+    assert not compiles()
+    compiler = tmp_path / "nvcc"
+    shutil.copy("/bin/sleep", compiler)
+    with subprocess.Popen(["/bin/sh", "-c", f"{compiler} 60; true"]) as shell:
+        end = time.monotonic() + ranks.LIMIT
+        while not compiles():
+            assert time.monotonic() < end
+        (child,) = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+    assert not compiles()
+
+
+def compile_slowly(compiler: Path) -> int:
+    """Rank 1 compiles for twice the patience of the watchdog."""
+    world = join()
+    with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=5.0):
+        if world.rank == 1:
+            subprocess.run([compiler, "10"], check=True)
+        dist.barrier()
+    return 0
+
+
+def test_a_compilation_longer_than_the_patience_is_not_ended(tmp_path: Path) -> None:
+    compiler = Path(shutil.copy("/bin/sleep", tmp_path / "cicc"))
+    job = ranks.fork(tmp_path, partial(compile_slowly, compiler), ranks=2)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [0, 0], job.text

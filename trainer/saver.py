@@ -28,6 +28,7 @@ from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.sections import IntervalConfig
 from trainer.state import TrainState
+from trainer.weights import compare
 
 # The end of the name of what is being removed.
 _REMOVED = ".removed"
@@ -67,8 +68,7 @@ class Saver:
         self._state: TrainState | None = None
         self._facts: dict[str, Any] = {}
         self._error: str | None = None
-        # Why the last save failed, and since when none succeeds.
-        self._failure: str | None = None
+        self._failure: str | None = None  # of the last save
         self._failing_since: float | None = None
         # Whether the last `flag`, and the one before, were about the save that is pending.
         self._flagged = self._known = False
@@ -237,6 +237,7 @@ class Saver:
                 with suppress(OSError):  # some file systems have no modes
                     file.chmod(self._mode)  # safetensors makes it readable by its owner only
                 files.sync(file)
+                compare(file, tensors)
                 self._facts[file.name] = file_facts(file)
         except Exception as error:  # whatever it is, this checkpoint must not be committed
             self._error = f"rank {self._world.rank}: {directory}: {type(error).__name__}: {error}"

@@ -1,5 +1,6 @@
 """Weights in files: loading those of any origin, and filling a network with them."""
 
+import errno
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,18 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -
     """
     check_fit(net.state_dict(), weights, source=source)
     net.load_state_dict(dict(weights))
+
+
+def compare(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Return if a file reads back as these tensors: its checksum would only tell what it has.
+
+    Raises:
+        OSError: it does not; some network file systems lose writes without an error.
+    """
+    with safe_open(file, framework="pt") as found:
+        for name, value in tensors.items():
+            if not torch.equal(found.get_tensor(name).view(torch.int32), value.view(torch.int32)):
+                raise OSError(errno.EIO, f"{name} reads back differently", str(file))
 
 
 def materialize(

@@ -171,7 +171,7 @@ def live(directory: Path, env: dict[str, str], task: Callable[[], int]) -> None:
     run_as_rank(task)
 
 
-def work(directory: Path, runs: list[list[str]], fp16: bool) -> int:
+def work(directory: Path, runs: list[list[str]], fp16: bool, patience: float = LIMIT) -> int:
     """Do the runs one after the other, as one rank among all."""
     from trainer import sample, train
     from trainer.ranks.context import RankContext
@@ -188,8 +188,8 @@ def work(directory: Path, runs: list[list[str]], fp16: bool) -> int:
     statuses: list[int | str] = []
     with (
         Preemption() as preemption,
-        connected(world, patience=LIMIT) as device,
-        Watchdog(world, patience=LIMIT) as watchdog,
+        connected(world, patience=patience) as device,
+        Watchdog(world, patience=patience) as watchdog,
     ):
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)
         draw = partial(sample.sample, world=world, device=device, preemption=preemption)

@@ -15,7 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -112,6 +114,8 @@ class Watchdog:
 
     def _say_alive(self) -> None:
         self._beats += 1
+        if compiles():  # this may take longer than the watchdog's patience
+            self.mark("compiling an operator")
         report = [self._beats, self._marks, self._doing]
         self._mailbox.put(f"rank {self._world.rank}", report)
 
@@ -224,3 +228,23 @@ class Watchdog:
 def named_hosts(verdict: str) -> list[str]:
     """The hosts whose ranks a verdict names, such as n2 in "n1: lost: n2 (rank 3; computing)"."""
     return re.findall(r"(\S+) \(ranks? \d", verdict)
+
+
+# Programs that a process starts to compile an operator.
+_COMPILERS = {"ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "cc1plus", "hipcc"}
+
+
+def compiles(pid: int | None = None) -> bool:
+    """Whether this process, or that one, has a compiler at work below it."""
+    below: list[int] = []
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
+            below += map(int, (thread / "children").read_text().split())
+    return any(_name(child) in _COMPILERS or compiles(child) for child in below)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
