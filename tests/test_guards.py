@@ -97,26 +97,21 @@ def test_after_too_many_in_a_row_the_run_goes_back_and_steps_over_the_images_sin
 ) -> None:
     """Checkpoints at 24 and 48; steps 6 and 7 (60 to 83) fail, and training goes on with 84."""
     sets = ("guards.in_a_row = 2", f"training.images = {9 * STEP}", "intervals.checkpoint = 24")
-    runs = [here.arguments(f"back-{n}", stage=n, sets=sets) for n in (2, 3)]
     factors = dict.fromkeys(range(5 * STEP, 7 * STEP), math.inf)
-    assert faults.train(here, *runs, world=2, factors=factors) == [0, 0]
-    expected = []
-    for stage in (2, 3):
-        shutil.copytree(here.run(f"back-{stage}"), here.run(f"expected-{stage}"))
-        rewind(here, f"expected-{stage}", clock=4 * STEP, to=7 * STEP)
-        expected.append(here.arguments(f"expected-{stage}", stage=stage, sets=sets))
-        here.fork(f"back-{stage}", f"again-{stage}", images=8 * STEP)
-        expected.append(here.arguments(f"again-{stage}", stage=stage, sets=sets))
-    assert here.train(*expected, world=2) == [0, 0, 0, 0]
-    for stage in (2, 3):
-        end = here.checkpoint(f"back-{stage}", 9 * STEP)
-        assert equal(here.checkpoint(f"expected-{stage}", 9 * STEP), end)
-        assert equal(here.checkpoint(f"again-{stage}", 9 * STEP), end)
-        assert "rolled back to checkpoint 000000000048; the run goes on at image 84" in here.log(
-            f"back-{stage}"
-        )
-        state = read(here.run(f"again-{stage}") / "checkpoints" / f"{9 * STEP:012d}").state.guards
-        assert (state["rollbacks"], state["incidents"], state["row"]) == (1, 2, 0)
+    back = here.arguments("back", stage=3, sets=sets)
+    assert faults.train(here, back, world=2, factors=factors) == [0]
+    shutil.copytree(here.run("back"), here.run("expected"))
+    rewind(here, "expected", clock=4 * STEP, to=7 * STEP)
+    here.fork("back", "again", images=8 * STEP)
+    names = ("expected", "again")
+    runs = [here.arguments(name, stage=3, sets=sets) for name in names]
+    assert here.train(*runs, world=2) == [0, 0]
+    for name in names:
+        assert equal(here.checkpoint(name, 9 * STEP), here.checkpoint("back", 9 * STEP))
+    said = "rolled back to checkpoint 000000000048; the run goes on at image 84"
+    assert said in here.log("back")
+    state = read(here.run("again") / "checkpoints" / f"{9 * STEP:012d}").state.guards
+    assert (state["rollbacks"], state["incidents"], state["row"]) == (1, 2, 0)
 
 
 def test_a_run_stops_when_no_rollback_is_left(here: Place) -> None:
