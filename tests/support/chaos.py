@@ -171,9 +171,10 @@ class Chaos:
     def _kill_launcher(self) -> None:
         """Kill torchrun alone: its ranks must save and leave by themselves."""
         starts, log = self._state().get("starts", 0), self.place.root / "torchrun.txt"
+        began = time.time_ns()
         launcher = torchrun(self._words()[1:], log=log)
         self._until(lambda: self._state().get("starts", 0) > starts, log)
-        self._until(lambda: self._state()["images_seen"] > self._newest(), log)
+        self._until(lambda: self._state()["state"] == "running" and self._rows_are_new(began), log)
         launcher.kill()
         launcher.wait()
         self._until(lambda: self._state()["state"] == "stopped", log)
@@ -181,6 +182,11 @@ class Chaos:
     def _state(self) -> dict:
         file = self.run / "launch" / "state.json"
         return json.loads(file.read_text()) if file.exists() else {}
+
+    def _rows_are_new(self, began: int) -> bool:
+        file = self.run / "metrics.jsonl"
+        is_new = file.exists() and file.stat().st_mtime_ns > began
+        return is_new and max([0, *self._rows(self.run)]) > self._newest()
 
     def _newest(self) -> int:
         found = self.checkpoints(self.run)
