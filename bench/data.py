@@ -31,7 +31,7 @@ from bench.systems import BATCH, SYSTEMS, mosaicml_copy
 from data.config import DataConfig
 from data.dataset import open_shards
 from data.order import Order
-from data.plan import PackConfig
+from data.packing.plan import PackConfig
 from data.stream import Stream
 from data.transforms import center_crop
 

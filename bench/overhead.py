@@ -30,9 +30,9 @@ from data.pack import main as pack
 from trainer import config as configs
 from trainer import engine, train
 from trainer.loop import Loop
-from trainer.metrics import Metrics
 from trainer.ranks.watchdog import Watchdog
 from trainer.saver import Saver
+from trainer.watch.metrics import Metrics
 
 WARM_UP = 5
 STEP, EMA, METRICS, REPORT = "bare step", "EMA", "metrics", "report, boards and log"

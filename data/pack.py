@@ -1,9 +1,9 @@
 """Packing: images of any source -> shuffled shards, an index beside each, a manifest over all.
 
 The plan comes first and is pure: which image goes into which shard at which place, by the seed
-alone. Each shard is then an independent job (`data.jobs`), so the bytes do not depend on how many
-processes or nodes work. What the packing began with is on disk (`data.begun`): after an
-interruption the same command keeps the finished shards and makes the others of the same plan.
+alone. Each shard is then an independent job (`data.packing.jobs`), so the bytes do not depend on
+how many processes or nodes work. What the packing began with is on disk (`data.packing.begun`):
+after an interruption the same command keeps the finished shards and makes the others.
 `manifest.json` is written last: without it there is no dataset.
 
     python -m data.pack SOURCE OUT --size 64
@@ -19,20 +19,21 @@ from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
 
-from data import begun, files, pool
-from data.archives import open_source
-from data.begun import Request
-from data.claim import LEFT_OUT, PLAN, WORK, claimed
+from data import files
 from data.config import check
 from data.dataset import open_shards
-from data.dry_run import dry_run
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status
-from data.jobs import Made, TooManyLeftOut, make_shard
-from data.listing import Listing
 from data.manifest import MANIFEST, manifest_text, parse_manifest
-from data.options import FEW, parser
-from data.plan import PackConfig, PackJob, PackPlan, plan
-from data.report import summary, with_progress
+from data.packing import begun, pool
+from data.packing.archives import open_source
+from data.packing.begun import Request
+from data.packing.claim import LEFT_OUT, PLAN, WORK, claimed
+from data.packing.dry_run import dry_run
+from data.packing.jobs import Made, TooManyLeftOut, make_shard
+from data.packing.listing import Listing
+from data.packing.options import FEW, parser
+from data.packing.plan import PackConfig, PackJob, PackPlan, plan
+from data.packing.report import summary, with_progress
 
 _CONTINUE = "rerun the same command to continue; finished shards are kept"
 # Lines of images left out that a message shows.

@@ -19,8 +19,8 @@ from data.config import FetchConfig, is_local, shown
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
 from data.export import export
-from data.indexing import index_directory, merge
-from data.pool import interrupted_by_signals
+from data.packing.indexing import index_directory, merge
+from data.packing.pool import interrupted_by_signals
 from data.reader import Reader
 from data.sheet import contact_sheet
 from data.tars import Index

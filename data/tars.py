@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.labels import Label, all_or_no_labels, json_label, text_label, word_label
-from data.names import IMAGE_SUFFIXES, USUAL_SUFFIXES, kind, litter
+from data.packing.names import IMAGE_SUFFIXES, USUAL_SUFFIXES, kind, litter
 
 # Bytes of a tar header; the payload follows it.
 HEADER = 512

@@ -19,10 +19,11 @@ from typing import Any
 from data.progress import duration
 from launch import records
 from launch.signs import Signs
-from trainer import goodput, runstate
-from trainer.goodput import Goodput
+from trainer import runstate
 from trainer.ranks import lease
 from trainer.runstate import RunState
+from trainer.watch import goodput
+from trainer.watch.goodput import Goodput
 
 # Bytes read from the end of a file: thousands of lines of metrics.
 _TAIL = 200_000

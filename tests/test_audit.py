@@ -12,7 +12,7 @@ import pytest
 from data.exits import FAILED
 from tests.support import faults, ranks
 from tests.support.runs import STEP, Place
-from trainer.audit import blame_weights
+from trainer.guards.audit import blame_weights
 
 HOST = socket.gethostname()
 SETS = (f"intervals.audit = {STEP}", f"intervals.checkpoint = {STEP}")

@@ -10,9 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import config as configs
-from trainer import wandb
-from trainer.board import Board
-from trainer.mfu import Mfu
+from trainer.watch import wandb
+from trainer.watch.board import Board
+from trainer.watch.mfu import Mfu
 
 VALUES = {"images_per_second": 64.0, "interval_seconds": 1.0, "skipped_total": 0.0}
 
@@ -116,7 +116,7 @@ def test_hours_left_and_rates_are_those_of_this_start(
 ) -> None:
     """A rate of all images over the seconds since the resume would be far too high."""
     now = [1000.0]
-    monkeypatch.setattr("trainer.board.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("trainer.watch.board.time.monotonic", lambda: now[0])
     with open_board(tmp_path, images_seen=12_800) as board:  # half of the run
         now[0] += 3600.0
         report(board, 1.0, images_seen=19_200)

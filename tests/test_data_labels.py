@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from data.dataset import Shards
-from data.indexing import index_directory
+from data.packing.indexing import index_directory
 from tests.support.data_fixtures import content, image_file, packed
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.claim import WORK
 from data.dataset import Shards, open_shards
 from data.exits import REFUSED
-from data.jobs import make_shard
 from data.pack import main, pack
-from data.plan import PackConfig, plan
-from data.sources import Folder
+from data.packing.claim import WORK
+from data.packing.jobs import make_shard
+from data.packing.plan import PackConfig, plan
+from data.packing.sources import Folder
 from tests.support.data_fixtures import content, image_file
 
 

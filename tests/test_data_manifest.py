@@ -12,8 +12,8 @@ import pytest
 from data.dataset import Shards, open_shards
 from data.exits import REFUSED
 from data.index import index_bytes
-from data.indexing import index_directory
 from data.manifest import manifest_text, parse_manifest
+from data.packing.indexing import index_directory
 from data.shards import main as shards_main
 from data.tars import INDEX_DTYPE
 from tests.support.data_fixtures import image_file, pack_folder, write_shards

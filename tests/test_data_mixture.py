@@ -11,7 +11,7 @@ from data.dataset import Shards, open_shards
 from data.mixture import MixedOrder, Mixture, open_dataset, order_of
 from data.order import Order
 from data.pack import pack
-from data.plan import PackConfig
+from data.packing.plan import PackConfig
 from data.stream import Stream, open_stream
 from tests.support.data_fixtures import image_file, pack_folder, write_folder
 

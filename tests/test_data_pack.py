@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits, load_sample_image
 
-from data.claim import WORK
 from data.config import DataConfig
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED
-from data.jobs import make_shard
 from data.pack import LEFT_OUT, main, pack
-from data.plan import PackConfig, plan
-from data.sources import Folder
+from data.packing.claim import WORK
+from data.packing.jobs import make_shard
+from data.packing.plan import PackConfig, plan
+from data.packing.sources import Folder
 from data.stream import Stream
 from data.transforms import center_crop, decode, decode_into, halve_and_scale, random_crop
 from tests.support import ranks

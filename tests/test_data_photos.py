@@ -13,7 +13,7 @@ from bench.photos import make_photos
 from data.config import DataConfig
 from data.dataset import Shards, open_shards, verify
 from data.pack import pack
-from data.plan import PackConfig
+from data.packing.plan import PackConfig
 from data.stream import Stream
 from data.transforms import center_crop, open_rgb
 

@@ -15,7 +15,7 @@ from data.config import DataConfig
 from data.dataset import open_shards
 from data.enlarge import enlarged_part
 from data.pack import LEFT_OUT, main, pack
-from data.plan import PackConfig
+from data.packing.plan import PackConfig
 from data.samples import crop_remark
 from data.tars import scan_tar
 from data.transforms import decode, open_rgb

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.claim import LEFT_OUT, WORK
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED
 from data.pack import main, pack
-from data.plan import PackConfig
+from data.packing.claim import LEFT_OUT, WORK
+from data.packing.plan import PackConfig
 from tests.support import ranks
 from tests.support.data_fixtures import content, image_file, image_files, packed, write_folder
 

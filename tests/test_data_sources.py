@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from data.archives import open_source
 from data.config import DataConfig
 from data.dataset import open_shards
 from data.exits import REFUSED
 from data.pack import main, pack
-from data.plan import PackConfig
+from data.packing.archives import open_source
+from data.packing.plan import PackConfig
 from data.shards import main as shards_main
 from data.stream import Stream
 from data.tars import scan_tar

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.indexing import index_directory
+from data.packing.indexing import index_directory
 from tests.support.data_fixtures import image_file, packed, write_folder, write_tars
 
 

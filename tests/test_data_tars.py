@@ -10,7 +10,7 @@ import webdataset as wds
 
 from data.dataset import open_shards, verify
 from data.exits import REFUSED
-from data.indexing import index_directory
+from data.packing.indexing import index_directory
 from data.shards import main as shards_main
 from data.tars import scan_tar
 from tests.support.data_fixtures import (

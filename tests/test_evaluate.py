@@ -11,7 +11,7 @@ import pytest
 from tests.support import ranks
 from tests.support.exported import save
 from trainer.evaluate import main
-from trainer.samplefile import open_samples
+from trainer.sampling.samplefile import open_samples
 
 DRAWN = 600
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import determinism, forensics
+from trainer import determinism
+from trainer.watch import forensics
 
 
 def test_what_fills_the_memory_is_written_and_the_error_goes_on(

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.support import ranks
-from trainer import goodput, pace
-from trainer.metrics import Metrics, _host_memory
-from trainer.mfu import datasheet
-from trainer.pace import SlowRanks
 from trainer.ranks.group import connected
 from trainer.ranks.world import join
+from trainer.watch import goodput, pace
+from trainer.watch.metrics import Metrics, _host_memory
+from trainer.watch.mfu import datasheet
+from trainer.watch.pace import SlowRanks
 
 
 def start(began: float, **facts: object) -> dict:

@@ -12,10 +12,10 @@ from trainer import averages
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.unet import build
-from trainer.draw import draw_grid
 from trainer.engine import WEIGHTS, Engine
 from trainer.ranks.group import connected
 from trainer.ranks.world import join
+from trainer.sampling.draw import draw_grid
 
 SETS = ["intervals.samples_count = 2", 'intervals.samples_steps = "ddim2"']
 

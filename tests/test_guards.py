@@ -13,7 +13,7 @@ from tests.support.runs import END, EVERY, STEP, Place, distance, equal
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.checkpoint import STATE, committed, read, sealed
-from trainer.guards import Guards, Running
+from trainer.guards.policy import Guards, Running
 
 BAD = 2 * STEP + 1  # an image of the third step
 GUARDS = (*EVERY, "guards.window = 2", "guards.spike = 100", "guards.in_a_row = 2")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data import files
-from trainer import npz_output
-from trainer.npz_output import NpzOutput, part_fault
-from trainer.samplefile import open_samples
+from trainer.sampling import npz_output
+from trainer.sampling.npz_output import NpzOutput, part_fault
+from trainer.sampling.samplefile import open_samples
 
 
 def test_a_part_that_is_cut_or_has_another_bit_is_found(tmp_path: Path) -> None:

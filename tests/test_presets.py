@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import options
+from data.packing import options
 from trainer import compute
 from trainer import config as configs
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from data.exits import FAILED
 from tests.support import ranks
-from trainer import forensics
 from trainer.ranks.group import Refused, connected
 from trainer.ranks.watchdog import Watchdog, compiles
 from trainer.ranks.world import join
+from trainer.watch import forensics
 
 PATIENCE = 10.0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import pack
-from trainer.samplefile import open_samples
+from trainer.sampling.samplefile import open_samples
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

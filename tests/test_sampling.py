@@ -11,8 +11,8 @@ from PIL import Image
 
 from data.exits import TO_BE_CONTINUED
 from tests.support import ranks
-from trainer.draw import tile
-from trainer.npz_output import NpzOutput
+from trainer.sampling.draw import tile
+from trainer.sampling.npz_output import NpzOutput
 
 
 def interrupt(root: Path, run: list[str], *, drawn: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from data.exits import FAILED
 from tests.support import ranks
-from trainer.parts import PartSampler
+from trainer.sampling.parts import PartSampler
 
 
 def content(directory: Path) -> dict[str, bytes]:

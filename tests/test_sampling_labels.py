@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.labels import Labels, choose, columns
+from trainer.sampling.labels import Labels, choose, columns
 
 NAMES = ["n01440764", "n01443537", "n01484850", "goldfish", "5"]
 INDICES = torch.arange(10)

@@ -10,7 +10,7 @@ from PIL import Image
 from data import dataset
 from data.manifest import manifest_text
 from tests.support import ranks
-from trainer.samplefile import open_samples
+from trainer.sampling.samplefile import open_samples
 
 
 def test_a_sweep_has_an_output_for_each_scale_and_factor(

@@ -18,8 +18,8 @@ ONLY_IN = {
     "deepspeed": {"trainer/engine.py"},
     "webdataset": {"data/stores.py"},
     "mpi4py": {"trainer/ranks/world.py", "data/pack.py"},
-    "tensorboard": {"trainer/tensorboard.py"},
-    "wandb": {"trainer/wandb.py"},
+    "tensorboard": {"trainer/watch/tensorboard.py"},
+    "wandb": {"trainer/watch/wandb.py"},
     "triton": {"trainer/adm/fused.py", "trainer/adm/kernels.py"},
 }
 #: What a login node runs, which has neither torch nor numpy.
@@ -29,7 +29,7 @@ PURE = (
     "trainer.settings",
     "trainer.ds_config",
     "trainer.runstate",
-    "trainer.goodput",
+    "trainer.watch.goodput",
     "data.config",
 )
 

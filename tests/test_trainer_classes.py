@@ -11,10 +11,10 @@ import pytest
 from pyarrow import parquet
 
 from data.dataset import Shards, open_shards
-from data.indexing import index_directory
 from data.manifest import manifest_text
 from data.pack import pack
-from data.plan import PackConfig
+from data.packing.indexing import index_directory
+from data.packing.plan import PackConfig
 from tests.support import ranks
 from tests.support.data_fixtures import image_file
 from trainer import config as configs

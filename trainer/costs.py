@@ -19,7 +19,7 @@ from trainer.adm.config import GROUPS
 from trainer.adm.norm import GroupNorm
 from trainer.adm.unet import build, example_inputs, flops
 from trainer.config import Config
-from trainer.draw import DTYPES
+from trainer.sampling.draw import DTYPES
 
 # Bytes of an fp32 number.
 _FULL = 4

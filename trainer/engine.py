@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from trainer import averages, norms
 from trainer.config import Config
 from trainer.copies import Copies
-from trainer.draw import DTYPES
-from trainer.gate import Gate, Judge, StepReport
+from trainer.guards.gate import Gate, Judge, StepReport
 from trainer.lossscale import LossScale
 from trainer.partition import Partition
+from trainer.sampling.draw import DTYPES
 from trainer.sections import TrainingConfig
 from trainer.weights import materialize
 

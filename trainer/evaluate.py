@@ -27,7 +27,7 @@ from trainer.evaluation.reference import Reference
 from trainer.evaluation.results import Results, compare
 from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.world import World, join
-from trainer.samplefile import Samples, open_samples
+from trainer.sampling.samplefile import Samples, open_samples
 
 
 class _Evaluation:

@@ -24,8 +24,8 @@ from trainer import diffusers_format, weights
 from trainer.adm.config import UNetConfig, check
 from trainer.adm.unet import build
 from trainer.config import Config
-from trainer.draw import DTYPES
 from trainer.networks import TrainedNetwork
+from trainer.sampling.draw import DTYPES
 
 _CARD = """\
 ---

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from data import files
 from trainer import checkpoint as checkpoints
-from trainer.board import rows_after
 from trainer.run import Run
+from trainer.watch.board import rows_after
 
 _ASIDE = "set-aside"
 

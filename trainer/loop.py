@@ -15,24 +15,24 @@ from data.exits import TO_BE_CONTINUED
 from data.stream import Batch, Stream
 from trainer import averages
 from trainer.adm.objective import Classify, Denoise
-from trainer.audit import Audit
-from trainer.board import Board
 from trainer.config import Config
-from trainer.draw import draw_grid
 from trainer.engine import Engine
-from trainer.guards import Guards
-from trainer.incidents import Incidents
-from trainer.metrics import Metrics
+from trainer.guards.audit import Audit
+from trainer.guards.incidents import Incidents
+from trainer.guards.policy import Guards
+from trainer.guards.replay import dropout_seed
 from trainer.progress import Progress
 from trainer.ranks.group import Agreement
 from trainer.ranks.world import World
-from trainer.replay import dropout_seed
 from trainer.run import Run
+from trainer.sampling.draw import draw_grid
 from trainer.saver import Saver
 from trainer.seen import learn_timesteps, mean_loss
 from trainer.snapshots import Snapshots
 from trainer.state import TrainState
 from trainer.validation import Validation, ValidationSet
+from trainer.watch.board import Board
+from trainer.watch.metrics import Metrics
 
 
 def due(every: int | None, *, images_seen: int, batch_size: int) -> bool:

@@ -18,8 +18,8 @@ from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import build
 from trainer.config import Config
 from trainer.diffusers_format import FILE
-from trainer.draw import DTYPES
 from trainer.ranks.group import broadcast, from_main
+from trainer.sampling.draw import DTYPES
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from PIL import Image
 from data import files
 from data.config import shown
 from trainer import config as configs
-from trainer import goodput
 from trainer.checkpoint import committed
 from trainer.config import Config
 from trainer.ranks import lease as leases
 from trainer.ranks.lease import Lease, LeaseLost
 from trainer.ranks.watchdog import named_hosts
 from trainer.runstate import RunState
+from trainer.watch import goodput
 
 # What a run may not change when it is resumed: its weights or its order would mean another thing.
 _FIXED = (

@@ -19,24 +19,24 @@ import torch
 from data.exits import CommandParser
 from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
-from trainer.draw import DTYPES
-from trainer.drawing import Drawing
-from trainer.drawjob import noted
-from trainer.labels import BALANCED
 from trainer.networks import SampleInputs
-from trainer.parts import Pixels
 from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
-from trainer.samplefile import open_samples
-from trainer.samplejob import DrawJob
-from trainer.sampling import (
+from trainer.sampling.draw import DTYPES
+from trainer.sampling.drawing import Drawing
+from trainer.sampling.drawjob import noted
+from trainer.sampling.labels import BALANCED
+from trainer.sampling.parts import Pixels
+from trainer.sampling.requests import (
     base_jobs,
     check_room,
     enlarging_job,
     low_res_checksum,
     with_low_res,
 )
+from trainer.sampling.samplefile import open_samples
+from trainer.sampling.samplejob import DrawJob
 
 
 def sample(

@@ -26,7 +26,7 @@ from trainer.adm.unet import build
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.engine import WEIGHTS, Engine, kinds
-from trainer.guards import Guards
+from trainer.guards.policy import Guards
 from trainer.initial import Initial
 from trainer.ranks.context import RankContext
 from trainer.ranks.group import Refused, agreed

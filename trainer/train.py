@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from trainer.ranks.signals import Preemption
@@ -19,31 +18,33 @@ if __name__ == "__main__":
     _EARLY.record_early()
 
 from data import descriptors
-from data.exits import TO_BE_CONTINUED, CommandParser
+from data.exits import TO_BE_CONTINUED
 from data.stream import Stream, open_stream, to_device
-from trainer import classes, compute, determinism, forensics, profiling, settings, start, wandb
+from trainer import classes, compute, determinism, profiling, start
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer import initial as initials
 from trainer.adm.objective import Classify, Denoise
-from trainer.board import Board
 from trainer.config import Config
-from trainer.draw import shown
 from trainer.engine import Engine, check_precision
 from trainer.goback import go_back
-from trainer.guards import Guards
+from trainer.guards.policy import Guards
 from trainer.initial import Initial
 from trainer.loop import Loop
-from trainer.metrics import Metrics
-from trainer.mfu import Mfu
+from trainer.options import parser
 from trainer.ranks.context import RankContext
 from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.lease import stop_file
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.run import Run
+from trainer.sampling.draw import shown
 from trainer.saver import Saver
 from trainer.validation import ValidationSet
+from trainer.watch import forensics, wandb
+from trainer.watch.board import Board
+from trainer.watch.metrics import Metrics
+from trainer.watch.mfu import Mfu
 
 
 @dataclass(frozen=True)
@@ -230,53 +231,6 @@ def _leave(
     if context.world.is_main:
         plan.run.note(state=state, why=why)
     return status
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = CommandParser(prog="python -m trainer.train", description=__doc__)
-    p.add_argument("preset", help="a name in trainer/presets, or a .toml file")
-    p.add_argument("--run", required=True, type=Path, help="the run directory")
-    settings.add_overrides(p)
-    ds_config = "DeepSpeed's settings (default: %(default)s)"
-    p.add_argument("--ds-config", default="ds_config.json", help=ds_config)
-    p.add_argument(
-        "--init",
-        type=Path,
-        help="start from the weights of a run, a checkpoint, or a .safetensors or .pt file "
-        "(default: from the seed)",
-    )
-    p.add_argument(
-        "--init-skip",
-        nargs="+",
-        default=[],
-        metavar="PART",
-        help="parts of the network that start from the seed, such as label_emb (default: none)",
-    )
-    p.add_argument(
-        "--from",
-        metavar="CHECKPOINT",
-        help="go back to this checkpoint of the run; later ones are set aside (default: resume "
-        "from the newest)",
-    )
-    ranks = "refuse to start with another number of ranks (default: any number)"
-    p.add_argument("--ranks", type=int, help=ranks)
-    profile = "profile so many steps on the main rank, into RUN/profile/ (default: none)"
-    p.add_argument("--profile", type=profiling.steps, default=0, metavar="STEPS", help=profile)
-    p.add_argument(
-        "--patience",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="end the job when a rank is lost or hung for so long (default: %(default)s)",
-    )
-    p.add_argument(
-        "--gpus",
-        type=int,
-        help="refuse a machine that shows fewer GPUs; 0: train on CPUs (default: what there is)",
-    )
-    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
-    return p
 
 
 def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = None) -> int:

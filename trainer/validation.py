@@ -23,13 +23,13 @@ from trainer.checkpoint import VALIDATION
 from trainer.config import Config
 from trainer.copies import network_of
 from trainer.engine import WEIGHTS, Engine
-from trainer.metrics import QUARTERS
 from trainer.progress import Progress
 from trainer.ranks.faults import Broken
 from trainer.ranks.group import Agreement, agreed, gather
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.start import build_objective
+from trainer.watch.metrics import QUARTERS
 
 # The seed of t and noise, whatever that of the run: losses of different runs can be compared.
 SEED = 0

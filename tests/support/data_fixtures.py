@@ -13,7 +13,7 @@ from data.dataset import Shards, describe, open_shards
 from data.index import index_bytes
 from data.manifest import manifest_text
 from data.pack import pack
-from data.plan import PackConfig
+from data.packing.plan import PackConfig
 from data.stream import Stream
 from data.tars import ShardWriter
 

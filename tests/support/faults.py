@@ -45,7 +45,7 @@ def train(
 
 def flip_a_bit(*, at: int) -> None:
     """Flip the lowest bit of one weight of this rank ahead of the audit at a clock."""
-    from trainer.audit import Audit
+    from trainer.guards.audit import Audit
 
     check: Callable[..., Any] = Audit.check
 

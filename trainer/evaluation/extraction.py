@@ -12,7 +12,7 @@ from trainer.evaluation.figures import Moments, Statistics, merged
 from trainer.progress import Progress
 from trainer.ranks.group import agreed, gather, gather_to_main
 from trainer.ranks.world import World
-from trainer.samplefile import Samples
+from trainer.sampling.samplefile import Samples
 
 # Every figure's spread is that over as many interleaved parts of the images.
 PARTS = 4

@@ -28,12 +28,12 @@ from trainer.adm import keyed
 from trainer.adm.config import UNetConfig, check
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Classify, low_resolution, to_range
-from trainer.metrics import QUARTERS
 from trainer.networks import TrainedNetwork
 from trainer.progress import Progress
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.world import World, join
 from trainer.validation import SEED, Terms, ValidationSet, means
+from trainer.watch.metrics import QUARTERS
 
 COMMANDS = ("nll", "classifier")
 

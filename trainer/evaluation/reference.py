@@ -21,7 +21,7 @@ from data.dataset import file_sha256
 from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.figures import Statistics
-from trainer.samplefile import Samples, open_samples
+from trainer.sampling.samplefile import Samples, open_samples
 
 # Images that precision, recall and the kernel distance see of a reference, as the evaluator's.
 MANIFOLD = 10_000

@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.adm.config import UNetConfig
-from trainer.draw import tile, to_pixels
-from trainer.labels import Labels, columns
 from trainer.networks import TrainedNetwork
-from trainer.output import Output
-from trainer.parts import SampleRequest, conditions
-from trainer.samplefile import Samples, open_samples
+from trainer.sampling.draw import tile, to_pixels
+from trainer.sampling.labels import Labels, columns
+from trainer.sampling.output import Output
+from trainer.sampling.parts import SampleRequest, conditions
+from trainer.sampling.samplefile import Samples, open_samples
 
 # The most images in the PNG.
 GRID = 100

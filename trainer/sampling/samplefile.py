@@ -34,7 +34,7 @@ class Samples(Protocol):
     size: tuple[int, int]
     #: The class of each image, int64 (count,); None where images have no classes.
     labels: NDArray[np.int64] | None
-    #: How the images were drawn (`trainer.parts.SampleRequest`); None if that is not known.
+    #: How the images were drawn (`SampleRequest`); None if that is not known.
     record: Mapping[str, Any] | None
 
     def images(self, first: int, last: int) -> NDArray[np.uint8]:

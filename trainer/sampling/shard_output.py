@@ -21,8 +21,8 @@ from data.dataset import describe, file_sha256
 from data.index import index_bytes, parse_index
 from data.manifest import MANIFEST, NO_CLASS, Shard, manifest_text
 from data.tars import ShardWriter
-from trainer.output import Output, numbered
-from trainer.samplefile import RECORD
+from trainer.sampling.output import Output, numbered
+from trainer.sampling.samplefile import RECORD
 
 
 class ShardOutput(Output):

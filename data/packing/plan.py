@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data.config import check
-from data.listing import Listing
 from data.order import permutation
-from data.sources import Stamp
+from data.packing.listing import Listing
+from data.packing.sources import Stamp
 
 
 @dataclass(frozen=True, kw_only=True)

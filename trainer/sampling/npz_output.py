@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import files
-from trainer.output import Output, numbered
-from trainer.samplefile import RECORD
+from trainer.sampling.output import Output, numbered
+from trainer.sampling.samplefile import RECORD
 
 # Bytes of parts that are moved between two entries of the journal.
 _MOVED = 2**26

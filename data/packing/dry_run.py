@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data import begun
-from data.archives import open_source
-from data.begun import Request
-from data.jobs import encode
-from data.plan import PackConfig, plan
+from data.packing import begun
+from data.packing.archives import open_source
+from data.packing.begun import Request
+from data.packing.jobs import encode
+from data.packing.plan import PackConfig, plan
+from data.packing.report import summary
+from data.packing.sources import Source
 from data.progress import duration
-from data.report import summary
-from data.sources import Source
 from data.transforms import UNDECODABLE
 
 # Classes that are listed with their counts.

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from data.claim import WORK
-from data.class_maps import by_directories, by_prefix, map_content, relabel
 from data.dataset import open_shards
-from data.jobs import left_out_of
-from data.listing import Listing, renumber
 from data.manifest import MANIFEST
-from data.plan import PackConfig, PackPlan
-from data.report import warn_of_missing_labels
-from data.sources import Source, Stamp
+from data.packing.claim import WORK
+from data.packing.class_maps import by_directories, by_prefix, map_content, relabel
+from data.packing.jobs import left_out_of
+from data.packing.listing import Listing, renumber
+from data.packing.plan import PackConfig, PackPlan
+from data.packing.report import warn_of_missing_labels
+from data.packing.sources import Source, Stamp
 
 # The file in `WORK` that holds it.
 BEGUN = "begun.json"

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 from data import files
-from data.archives import classes_of_tars
 from data.config import is_local, shown
 from data.dataset import Shards, describe, open_shards
 from data.index import index_bytes
 from data.manifest import MANIFEST, NO_CLASS, Shard, check_name, manifest_text
+from data.packing.archives import classes_of_tars
+from data.packing.splits import splits_among
 from data.progress import duration
-from data.splits import splits_among
 from data.tars import Index, index_tar
 
 

@@ -8,14 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.arrays import Cifar, SampleFile, cifar_files
 from data.labels import Label
-from data.layout import class_directories
-from data.listing import Listing, by_directory_name, by_label_if_any
 from data.manifest import NO_CLASS
-from data.names import is_image, litter
-from data.parquet import Parquet
-from data.sources import Archives, Digits, Folder, Source, Stamp, Zip, read_extent, stamp_of
+from data.packing.arrays import Cifar, SampleFile, cifar_files
+from data.packing.layout import class_directories
+from data.packing.listing import Listing, by_directory_name, by_label_if_any
+from data.packing.names import is_image, litter
+from data.packing.parquet import Parquet
+from data.packing.sources import Archives, Digits, Folder, Source, Stamp, Zip, read_extent, stamp_of
 from data.tars import scan_tar
 
 

@@ -18,14 +18,14 @@ from data.dataset import class_names
 from trainer.adm.config import UNetConfig
 from trainer.adm.respacing import kept_timesteps
 from trainer.config import Config
-from trainer.labels import LOW_RES, Labels, choose
 from trainer.networks import SampleInputs, TrainedNetwork
-from trainer.npz_output import NpzOutput
-from trainer.output import Output, gib
-from trainer.parts import SampleRequest
-from trainer.samplefile import Samples, open_samples
-from trainer.samplejob import DrawJob
-from trainer.shard_output import ShardOutput
+from trainer.sampling.labels import LOW_RES, Labels, choose
+from trainer.sampling.npz_output import NpzOutput
+from trainer.sampling.output import Output, gib
+from trainer.sampling.parts import SampleRequest
+from trainer.sampling.samplefile import Samples, open_samples
+from trainer.sampling.samplejob import DrawJob
+from trainer.sampling.shard_output import ShardOutput
 
 # How many images are drawn where nothing says how many.
 _IMAGES = 100

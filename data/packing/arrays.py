@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import files
-from data.listing import Listing, by_number
 from data.manifest import NO_CLASS
-from data.sources import Archives, Source, Stamp, stamp_of
+from data.packing.listing import Listing, by_number
+from data.packing.sources import Archives, Source, Stamp, stamp_of
 
 _Images = NDArray[np.uint8]
 

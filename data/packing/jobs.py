@@ -16,14 +16,15 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from data import claim, files
-from data.archives import open_source
-from data.claim import WORK
+from data import files
 from data.dataset import describe, file_sha256
 from data.index import index_bytes
 from data.manifest import Shard
-from data.plan import PackConfig, PackJob
-from data.sources import Source
+from data.packing import claim
+from data.packing.archives import open_source
+from data.packing.claim import WORK
+from data.packing.plan import PackConfig, PackJob
+from data.packing.sources import Source
 from data.tars import Index, ShardWriter
 from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_on_white, orientation
 

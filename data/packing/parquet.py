@@ -19,8 +19,8 @@ import numpy as np
 
 from data import files
 from data.labels import LABEL_KEYS, Label, label_of
-from data.listing import Listing, by_label_if_any
-from data.sources import Archives, read_extent
+from data.packing.listing import Listing, by_label_if_any
+from data.packing.sources import Archives, read_extent
 
 # Columns of images in parquet, in the order in which they are preferred.
 _IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels", "image_bytes")

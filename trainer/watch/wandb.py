@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from data import files
-from trainer.tensorboard import tag
+from trainer.watch.tensorboard import tag
 
 
 def check(project: str | None) -> None:

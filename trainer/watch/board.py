@@ -13,13 +13,13 @@ from torch import Tensor
 from data import files
 from data.progress import duration
 from trainer import config as configs
-from trainer import goodput
 from trainer.config import Config
-from trainer.goodput import Goodput
-from trainer.mfu import Mfu
 from trainer.runstate import RunState
-from trainer.tensorboard import TensorBoard, is_moved
-from trainer.wandb import WandB
+from trainer.watch import goodput
+from trainer.watch.goodput import Goodput
+from trainer.watch.mfu import Mfu
+from trainer.watch.tensorboard import TensorBoard, is_moved
+from trainer.watch.wandb import WandB
 
 # Seconds between two texts of the status.
 _TEXT_EVERY = 10.0

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.claim import WORK
-from data.class_maps import DATASET_JSON, by_dataset_json
-from data.layout import by_directory
-from data.listing import Listing
 from data.manifest import MANIFEST
-from data.names import LINK_UP, is_image
-from data.splits import check_files
+from data.packing.claim import WORK
+from data.packing.class_maps import DATASET_JSON, by_dataset_json
+from data.packing.layout import by_directory
+from data.packing.listing import Listing
+from data.packing.names import LINK_UP, is_image
+from data.packing.splits import check_files
 
 # Size in bytes and time of the last change in ns: they differ when a file was changed.
 Stamp = tuple[int, int]

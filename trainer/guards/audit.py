@@ -19,9 +19,9 @@ from trainer.adm.objective import Classify, Denoise
 from trainer.config import Config
 from trainer.copies import network_of
 from trainer.engine import Engine
+from trainer.guards.replay import Replay, bound_on, dropout_seed, replay
 from trainer.ranks.group import gather
 from trainer.ranks.world import World
-from trainer.replay import Replay, bound_on, dropout_seed, replay
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from data.jobs import Made
-from data.listing import Listing
 from data.manifest import NO_CLASS
-from data.plan import PackJob
+from data.packing.jobs import Made
+from data.packing.listing import Listing
+from data.packing.plan import PackJob
 from data.progress import duration
 
 # Classes that the closing line names.

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from data import pool
 from data.exits import CommandParser
+from data.packing import pool
 
 # So many images may be left out of any packing, unless none may.
 FEW = 10

@@ -15,9 +15,9 @@ from trainer.adm.diffusion import Diffusion
 from trainer.adm.objective import to_range
 from trainer.adm.sampler import Guidance, GuideAt, classifier_guidance
 from trainer.config import Config
-from trainer.draw import SamplerConfig, draw, to_pixels
-from trainer.labels import Labels
-from trainer.samplefile import Samples
+from trainer.sampling.draw import SamplerConfig, draw, to_pixels
+from trainer.sampling.labels import Labels
+from trainer.sampling.samplefile import Samples
 
 Pixels = Literal["round", "adm"]
 
@@ -36,7 +36,7 @@ class SampleRequest:
     guide_at: GuideAt
     #: The factor of classifier-free guidance; None without.
     cfg: float | None
-    #: The rule of the labels (`trainer.labels.Labels`) and the classes that it chooses from.
+    #: The rule of the labels (`Labels`) and the classes that it chooses from.
     labels: str | None
     classes: tuple[int, ...] | None
     #: To the nearest grey level, or as the published samples: to the one below.

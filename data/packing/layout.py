@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from data.listing import Listing, by_directory_name
 from data.manifest import NO_CLASS
-from data.names import SPLIT, images_among, litter
+from data.packing.listing import Listing, by_directory_name
+from data.packing.names import SPLIT, images_among, litter
 
 
 def by_directory(names: Iterable[str], *, where: str) -> Listing:

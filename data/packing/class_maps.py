@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from data.layout import class_directories
-from data.listing import Listing, by_directory_name, by_number
 from data.manifest import NO_CLASS
+from data.packing.layout import class_directories
+from data.packing.listing import Listing, by_directory_name, by_number
 
 # The names of columns that hold a class, in the order in which they are preferred.
 _CLASS_COLUMNS = ("label", "class", "class_id", "category", "target", "cls", "wnid", "y")

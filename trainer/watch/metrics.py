@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.pace import SlowRanks, Stopwatch
 from trainer.ranks.group import gather
 from trainer.ranks.world import World
+from trainer.watch.pace import SlowRanks, Stopwatch
 
 # Losses are also shown for each quarter of the timesteps: the mean hides where a change happens.
 QUARTERS = 4

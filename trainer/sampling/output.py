@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data import files
 from trainer.ranks import lease as leases
-from trainer.samplefile import open_samples
+from trainer.sampling.samplefile import open_samples
 
 # The file beside the parts that has their request.
 REQUEST = "request.json"
@@ -34,7 +34,7 @@ class Output(ABC):
     def __init__(self, path: Path, *, work: Path, size: int, request: Mapping[str, Any]) -> None:
         #: The file or directory that it becomes, and the directory of its parts.
         self.path, self.work = path, work
-        #: What is drawn (`trainer.parts.SampleRequest`), and the height and width of its images.
+        #: What is drawn, and the height and width of its images.
         self.request, self.size = request, size
         #: The grid.
         self.picture = work.with_suffix(".png")

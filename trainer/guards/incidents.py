@@ -16,9 +16,9 @@ from torch import Tensor
 
 from data import files
 from trainer import start
-from trainer.audit import Audit, Finding
-from trainer.gate import StepReport
-from trainer.guards import Guards
+from trainer.guards.audit import Audit, Finding
+from trainer.guards.gate import StepReport
+from trainer.guards.policy import Guards
 from trainer.ranks.group import Broken, gather
 from trainer.run import Run
 from trainer.saver import Saver

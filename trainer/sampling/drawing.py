@@ -12,13 +12,13 @@ from torch import nn
 from data import files
 from data.exits import TO_BE_CONTINUED
 from data.progress import duration
-from trainer.parts import PartSampler, recorded
 from trainer.progress import Progress
 from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
 from trainer.ranks.lease import Lease
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World
-from trainer.samplejob import DrawJob
+from trainer.sampling.parts import PartSampler, recorded
+from trainer.sampling.samplejob import DrawJob
 
 
 @dataclass(frozen=True, kw_only=True)

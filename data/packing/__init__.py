@@ -1,0 +1,1 @@
+"""Making datasets: sources, classes, the plan, and what packs it."""

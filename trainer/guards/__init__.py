@@ -1,0 +1,1 @@
+"""What to do when numbers go wrong: guards, incidents, replays and audits."""

@@ -1,0 +1,60 @@
+"""The command line of `python -m trainer.train`."""
+
+import argparse
+from pathlib import Path
+
+from data.exits import CommandParser
+from trainer import profiling, settings
+
+_ABOUT = """Train a preset, or resume the run that is there.
+
+Started by torchrun, mpirun, srun, `deepspeed` or alone. Ctrl-C or TERM saves and leaves with
+status 75; the same command resumes. A finished run says so and leaves with status 0.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = CommandParser(prog="python -m trainer.train", description=_ABOUT)
+    p.add_argument("preset", help="a name in trainer/presets, or a .toml file")
+    p.add_argument("--run", required=True, type=Path, help="the run directory")
+    settings.add_overrides(p)
+    ds_config = "DeepSpeed's settings (default: %(default)s)"
+    p.add_argument("--ds-config", default="ds_config.json", help=ds_config)
+    p.add_argument(
+        "--init",
+        type=Path,
+        help="start from the weights of a run, a checkpoint, or a .safetensors or .pt file "
+        "(default: from the seed)",
+    )
+    p.add_argument(
+        "--init-skip",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts of the network that start from the seed, such as label_emb (default: none)",
+    )
+    p.add_argument(
+        "--from",
+        metavar="CHECKPOINT",
+        help="go back to this checkpoint of the run; later ones are set aside (default: resume "
+        "from the newest)",
+    )
+    ranks = "refuse to start with another number of ranks (default: any number)"
+    p.add_argument("--ranks", type=int, help=ranks)
+    profile = "profile so many steps on the main rank, into RUN/profile/ (default: none)"
+    p.add_argument("--profile", type=profiling.steps, default=0, metavar="STEPS", help=profile)
+    p.add_argument(
+        "--patience",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="end the job when a rank is lost or hung for so long (default: %(default)s)",
+    )
+    p.add_argument(
+        "--gpus",
+        type=int,
+        help="refuse a machine that shows fewer GPUs; 0: train on CPUs (default: what there is)",
+    )
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
+    return p

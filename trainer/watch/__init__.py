@@ -1,0 +1,1 @@
+"""What a run shows of itself: metrics, boards, rates, where its time went."""
