@@ -174,7 +174,7 @@ def _finish(out: Path, work: PackPlan, made: list[Made], listing: Listing) -> in
         made_by={"plan": work.digest, **work.config.values},
     )
     files.write(out / MANIFEST, text)
-    print(summary(listing, made, turn=work.config.exif_transpose), file=sys.stderr)
+    print(summary(listing, made, config=work.config), file=sys.stderr)
     return len(left_out)
 
 

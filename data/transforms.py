@@ -96,11 +96,11 @@ def open_rgb(content: bytes | memoryview) -> Image.Image:
     Raises:
         one of `UNDECODABLE`.
     """
-    return open_on_white(content)[0]
+    return open_over(content)[0]
 
 
-def open_on_white(content: bytes | memoryview) -> tuple[Image.Image, bool]:
-    """As `open_rgb`, and whether the image is transparent somewhere: white shows through there.
+def open_over(content: bytes | memoryview, background: str = "white") -> tuple[Image.Image, bool]:
+    """As `open_rgb`, and whether the image is transparent somewhere: `background` shows through.
 
     Raises:
         one of `UNDECODABLE`.
@@ -113,8 +113,8 @@ def open_on_white(content: bytes | memoryview) -> tuple[Image.Image, bool]:
         if image.has_transparency_data:
             layers = image.convert("RGBA")
             if layers.getchannel("A").getextrema() != (255, 255):
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, layers).convert("RGB"), True
+                behind = Image.new("RGBA", image.size, background)
+                return Image.alpha_composite(behind, layers).convert("RGB"), True
         # Converting copies in any case.
         return image if image.mode == "RGB" else image.convert("RGB"), False
 

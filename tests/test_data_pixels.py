@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ from data.config import DataConfig
 from data.dataset import open_shards
 from data.enlarge import enlarged_part
 from data.pack import LEFT_OUT, main, pack
+from data.packing import pool
 from data.packing.plan import PackConfig
 from data.samples import crop_remark
 from data.tars import scan_tar
 from data.transforms import decode, open_rgb
 from tests.support import ranks
 from tests.support.data_fixtures import content, image_file, packed, write_folder
+from trainer.sampling.samplefile import ShardSamples
 
 RAMP = np.linspace(0, 65535, 400).reshape(20, 20)
 
@@ -87,6 +90,32 @@ def transparent(mode: str) -> bytes:
     if mode == "RGB":
         return file_of(image.convert("RGB"), "PNG", transparency=(0, 0, 0))
     return file_of(image.convert(mode), "PNG")
+
+
+@pytest.mark.parametrize("kept", [(), ("--keep-original",)])
+def test_another_background_shows_through_also_where_originals_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: tuple[str, ...]
+) -> None:
+    (tmp_path / "P").mkdir()
+    (tmp_path / "P" / "a.png").write_bytes(transparent("RGBA"))
+    words = [str(tmp_path / "P"), str(tmp_path / "o"), "--size", "16", "--workers", "1", *kept]
+    assert main([*words, "--format", "png", "--background", "#ff0000"]) == 0
+    assert "1 with transparency (now on #ff0000)" in capsys.readouterr().err
+    samples = ShardSamples(tmp_path / "o", size=16)
+    pixels = samples.images(0, 1)[0]
+    assert (pixels[:, :7] == (255, 0, 0)).all()
+    assert (abs(pixels[:, 10:].astype(int) - 90) <= 3).all()  # bicubic
+    assert main([*words, "--background", "reddish"]) == 78
+    assert "--background = 'reddish': must be a colour" in capsys.readouterr().err
+
+
+def test_there_is_a_worker_for_each_cpu_that_a_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert pool.cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])

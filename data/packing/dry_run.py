@@ -31,7 +31,7 @@ def dry_run(wanted: Request, *, out: Path, workers: int) -> int:
     source = open_source(wanted.source, staging=out / "none")
     listing = wanted.listing(source)
     work = plan(listing, source=wanted.source, out=out, config=wanted.config)
-    print(summary(listing, []))
+    print(summary(listing, [], config=wanted.config))
     counts = Counter(listing.labels)
     for label, name in list(enumerate(listing.classes))[:_LISTED]:
         print(f"  {name or '(none)'}: {counts[label]}")

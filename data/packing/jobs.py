@@ -26,7 +26,7 @@ from data.packing.claim import WORK
 from data.packing.plan import PackConfig, PackJob
 from data.packing.sources import Source
 from data.tars import Index, ShardWriter
-from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_on_white, orientation
+from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_over, orientation
 
 # Errors of reading one file that say nothing of the others.
 _OF_A_FILE = {
@@ -121,16 +121,19 @@ def encode(content: bytes, *, config: PackConfig) -> Encoded:
     Raises:
         one of `UNDECODABLE`.
     """
-    image, is_transparent = open_on_white(content)
+    image, is_transparent = open_over(content, config.background)
     turn = orientation(content)
     counted = (is_transparent, turn is not None)
-    if config.exif_transpose and turn is not None:
+    turned = config.exif_transpose and turn is not None
+    if turned and turn is not None:
         image = image.transpose(turn)
+    # Training shows white through the transparent images that are kept as they are.
+    changed = turned or (is_transparent and config.background != "white")
     if not config.keep_original:
         image = Image.fromarray(center_crop(image, size=config.size))
     elif min(image.size) > config.size:
         image = halve_and_scale(image, side=config.size)
-    elif not (config.exif_transpose and turn is not None):
+    elif not changed:
         kept = _KEPT_FORMATS.get(Image.open(io.BytesIO(content)).format or "")
         if kept:
             return Encoded(content, kept, *counted)

@@ -73,6 +73,12 @@ def _add_shards(add: Callable[..., object]) -> None:
         action="store_true",
         help="turn images as their EXIF orientation says (default: as stored, like ADM)",
     )
+    add(
+        "--background",
+        default="white",
+        metavar="COLOR",
+        help='colour behind transparent pixels, such as black or "#808080" (default: %(default)s)',
+    )
     add("--quality", type=int, default=95, help="quality of jpg, 1 to 100 (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the global shuffle (default: %(default)s)")
     add("--per-shard", type=int, default=2048, help="images in a shard (default: %(default)s)")

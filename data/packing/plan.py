@@ -7,10 +7,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageColor
+
 from data.config import check
 from data.order import permutation
 from data.packing.listing import Listing
 from data.packing.sources import Stamp
+
+
+def _is_colour(text: str) -> bool:
+    """Whether Pillow knows an opaque colour of that name."""
+    try:
+        return len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +29,8 @@ class PackConfig:
 
     `size` is the side of ADM's centre crop, or with `keep_original` the smaller side beyond which
     an image is scaled down, uncropped. `format` None is png for crops of up to 64 pixels,
-    otherwise jpg. `exif_transpose` turns images as their EXIF says; ADM does not.
+    otherwise jpg. `exif_transpose` turns images as their EXIF says; ADM does not. `background` is
+    the colour that shows through transparent pixels, as Pillow names it.
     """
 
     size: int
@@ -29,12 +40,15 @@ class PackConfig:
     seed: int = 0
     per_shard: int = 2048
     exif_transpose: bool = False
+    background: str = "white"
 
     def __post_init__(self) -> None:
         check(self.size >= 1, "--size", self.size, "at least 1")
         check(self.per_shard >= 1, "--per-shard", self.per_shard, "at least 1")
         check(self.format in (None, "png", "jpg"), "--format", self.format, "png or jpg")
         check(1 <= self.quality <= 100, "--quality", self.quality, "from 1 to 100")
+        names = 'a colour such as black or "#808080"'
+        check(_is_colour(self.background), "--background", self.background, names)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -45,6 +59,8 @@ class PackConfig:
         values = asdict(self)
         if not self.exif_transpose:
             del values["exif_transpose"]
+        if self.background == "white":
+            del values["background"]
         return values
 
     @property

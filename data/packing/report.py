@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from data.manifest import NO_CLASS
 from data.packing.jobs import Made
 from data.packing.listing import Listing
-from data.packing.plan import PackJob
+from data.packing.plan import PackConfig, PackJob
 from data.progress import duration
 
 # Classes that the closing line names.
@@ -26,14 +26,14 @@ def warn_of_missing_labels(listing: Listing, source: str) -> None:
         )
 
 
-def summary(listing: Listing, made: Sequence[Made], *, turn: bool = False) -> str:
-    """What was packed and what was not, in one line; `turn` is whether EXIF was applied."""
+def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> str:
+    """What was packed and what was not, in one line."""
     left_out = sum(len(one.left_out) for one in made)
     transparent, turned = sum(m.transparent for m in made), sum(m.turned for m in made)
     names = [name or "(none)" for name in listing.classes]
     shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-    alpha = f", {transparent} with transparency (now on white)" if transparent else ""
-    how = "applied" if turn else "ignored as in ADM; --exif-transpose applies it"
+    alpha = f", {transparent} with transparency (now on {config.background})" if transparent else ""
+    how = "applied" if config.exif_transpose else "ignored as in ADM; --exif-transpose applies it"
     exif = f", {turned} with an EXIF orientation ({how})" if turned else ""
     return (
         f"{len(listing.names) - left_out} images in {len(names)} "
