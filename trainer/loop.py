@@ -22,14 +22,13 @@ from trainer.guards.incidents import Incidents
 from trainer.guards.policy import Guards
 from trainer.guards.replay import dropout_seed
 from trainer.progress import Progress
-from trainer.ranks.group import Agreement
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.sampling.draw import draw_grid
 from trainer.saver import Saver
+from trainer.saving import Saving
 from trainer.seen import learn_timesteps, mean_loss
 from trainer.snapshots import Snapshots
-from trainer.state import TrainState
 from trainer.validation import Validation, ValidationSet
 from trainer.watch.board import Board
 from trainer.watch.metrics import Metrics
@@ -67,17 +66,10 @@ class Loop:
     shown: Batch | None = None
     #: Hears that a step has ended.
     after_step: Callable[[], None] = lambda: None
-    _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(3))
+    _saving: Saving = field(init=False)
     _incidents: Incidents = field(init=False)
     _snapshots: Snapshots = field(init=False)
     _validation: Validation | None = field(init=False)
-    # The engine's updates at the last checkpoint, or at this start.
-    _saved_updates: int = field(init=False)
-    # When that was, on this rank's clock and on the run's.
-    _saved_at: float = field(init=False, default_factory=time.monotonic)
-    _saved_images: int = field(init=False)
-    # Whether a checkpoint is due that waits until a step is taken.
-    _late: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.guards.log = self._log
@@ -96,8 +88,19 @@ class Loop:
         self._validation = None
         if self.validation_set is not None:
             self._validation = Validation(self.validation_set, config=self.config, world=self.world)
-        self._saved_updates = self.engine.updates
-        self._saved_images = self.images_seen
+        self._saving = Saving(
+            config=self.config,
+            world=self.world,
+            saver=self.saver,
+            engine=self.engine,
+            guards=self.guards,
+            metrics=self.metrics,
+            timesteps=self.objective.timesteps,
+            order=self.stream.identity,
+            mark=self.mark,
+            log=self._log,
+            saved_images=self.images_seen,
+        )
 
     def train(self, batches: Iterator[Batch]) -> int:
         """Train to the end, or to a stop that the ranks agree on; the exit status says which.
@@ -114,13 +117,13 @@ class Loop:
             self._step(batches)
             self.after_step()
             progress.advance(self.config.training.batch)
-            stop, late = self._agree()
+            stop = self._saving.agree(stop=self.stop_requested(), images_seen=self.images_seen)
             ends = stop or self.images_seen >= total
             if ends or self._due(every.log):
                 self._report(progress, since=reported)
                 reported = self.images_seen
-            if ends or late or self._late or self._due(every.checkpoint):
-                self._late = not self._save(ends=ends)
+            if ends or self._saving.is_late or self._due(every.checkpoint):
+                self._saving.save(self.images_seen, ends=ends)
             if self._due(every.averages):
                 self._keep_averages()
             if self._due(every.validate) and not stop:
@@ -129,8 +132,7 @@ class Loop:
                 self._draw_grid()
             if self._due(every.audit) and not ends:
                 self._audit()
-        self._agreement.close()
-        self.saver.finish()
+        self._saving.finish()
         self._end(stopped=stop)
         return TO_BE_CONTINUED if stop else 0
 
@@ -164,26 +166,13 @@ class Loop:
             self.metrics.add_all(terms for _, terms in seen)
         else:
             self._incidents.meet(report, seen, images_seen=began, now=self.images_seen)
-            self._saved_updates = min(self._saved_updates, self.engine.updates)
+            self._saving.went_back()
         self.metrics.note("lr", lr)
         self.metrics.note("data_wait_seconds", waited)
         self.metrics.note("skipped", float(report.skipped))
         self.metrics.note("loss_scale", report.loss_scale)
         if not report.skipped:
             self.metrics.note("grad_norm", report.grad_norm)
-
-    def _agree(self) -> tuple[bool, bool]:
-        """Whether any rank wanted to stop at the last step, or found a checkpoint late.
-
-        Commits a checkpoint that is whole.
-        """
-        minutes = self.config.intervals.checkpoint_minutes
-        late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-        flags = (self.stop_requested(), self.saver.flag(), late)
-        stop, writing, late = self._agreement.exchange(*flags)
-        self.saver.poll(writing=writing, failing_since=self.guards.failing_since)
-        # A rank that raised it ahead of the last save is known after it.
-        return stop, late and self.images_seen > self._saved_images + self.config.training.batch
 
     def _report(self, progress: Progress, *, since: int) -> None:
         images = self.images_seen - since
@@ -201,40 +190,6 @@ class Loop:
             f"{progress.left()} left"
         )
         self.guards.check_damaged(means, images=images)
-
-    def _save(self, *, ends: bool) -> bool:
-        """Save what is worth it; False if that waits for a good step."""
-        if self.guards.row and not self.guards.may_finish(self.images_seen):
-            if ends:
-                self.saver.flush(failing_since=self.guards.failing_since)
-            return False
-        self.saver.flush()
-        self._saved_at, self._saved_images = time.monotonic(), self.images_seen
-        if self.engine.updates == self._saved_updates:
-            self._skip_save()
-            return True
-        self.mark("saving")
-        self.guards.check_weights(self.engine.parameter_norm(), images_seen=self.images_seen)
-        began = time.monotonic()
-        state = TrainState.capture(
-            images_seen=self.images_seen,
-            engine=self.engine,
-            timesteps=self.objective.timesteps,
-            guards=self.guards,
-            order=self.stream.identity,
-            ranks=self.world.size,
-        )
-        if self.saver.save(self.engine, state=state):
-            self._saved_updates = self.engine.updates
-        self.metrics.pause(time.monotonic() - began, on="saving")
-        return True
-
-    def _skip_save(self) -> None:
-        """Write no checkpoint of weights that are saved already: it would push out a good one."""
-        why = "every step since the last checkpoint was skipped"
-        if self.images_seen >= self.config.training.images:
-            self.guards.refuse(why, images_seen=self.images_seen)
-        self._log(f"{why}: none is written")
 
     def _validate(self) -> None:
         """The loss over data.validation, from the first EMA and from the weights themselves."""

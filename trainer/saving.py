@@ -1,0 +1,105 @@
+"""When a run is saved: at its intervals, by time, at its end; and never what no good step has made.
+
+`saver.py` writes; this decides, the same on all ranks.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.adm.timesteps import TimestepSampler
+from trainer.config import Config
+from trainer.engine import Engine
+from trainer.guards.policy import Guards
+from trainer.ranks.group import Agreement
+from trainer.ranks.world import World
+from trainer.saver import Saver
+from trainer.state import TrainState
+from trainer.watch.metrics import Metrics
+
+
+@dataclass(kw_only=True)
+class Saving:
+    """What is saved, and when that was done last. All ranks make each call together."""
+
+    config: Config
+    world: World
+    saver: Saver
+    engine: Engine
+    guards: Guards
+    metrics: Metrics
+    timesteps: TimestepSampler
+    #: What makes the order of the data; kept in checkpoints, and checked on resume.
+    order: dict[str, Any]
+    mark: Callable[[str], None]
+    log: Callable[[str], None]
+    #: The clock at the last checkpoint, or at this start.
+    saved_images: int
+    #: Whether a checkpoint is late by `intervals.checkpoint_minutes`, or waits for a good step.
+    is_late: bool = field(init=False, default=False)
+    _saved_at: float = field(init=False, default_factory=time.monotonic)
+    # The engine's updates then.
+    _saved_updates: int = field(init=False)
+    _waits: bool = field(init=False, default=False)
+    _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(3))
+
+    def __post_init__(self) -> None:
+        self._saved_updates = self.engine.updates
+
+    def agree(self, *, stop: bool, images_seen: int) -> bool:
+        """Whether any rank wanted to `stop` at the last step, or found a checkpoint late.
+
+        Commits a checkpoint that is whole.
+        """
+        minutes = self.config.intervals.checkpoint_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        stop, writing, late = self._agreement.exchange(stop, self.saver.flag(), late)
+        self.saver.poll(writing=writing, failing_since=self.guards.failing_since)
+        # A rank that raised it ahead of the last save is known after it.
+        is_new = images_seen > self.saved_images + self.config.training.batch
+        self.is_late = self._waits or (late and is_new)
+        return stop
+
+    def save(self, images_seen: int, *, ends: bool) -> None:
+        """Save, unless that waits for a good step; `ends` says that no step follows."""
+        self._waits = bool(self.guards.row) and not self.guards.may_finish(images_seen)
+        if self._waits:
+            if ends:
+                self.saver.flush(failing_since=self.guards.failing_since)
+            return
+        self.saver.flush()
+        self._saved_at, self.saved_images = time.monotonic(), images_seen
+        if self.engine.updates == self._saved_updates:
+            self._skip(images_seen)
+            return
+        self.mark("saving")
+        self.guards.check_weights(self.engine.parameter_norm(), images_seen=images_seen)
+        began = time.monotonic()
+        state = TrainState.capture(
+            images_seen=images_seen,
+            engine=self.engine,
+            timesteps=self.timesteps,
+            guards=self.guards,
+            order=self.order,
+            ranks=self.world.size,
+        )
+        if self.saver.save(self.engine, state=state):
+            self._saved_updates = self.engine.updates
+        self.metrics.pause(time.monotonic() - began, on="saving")
+
+    def went_back(self) -> None:
+        """The guards may have taken updates back, to the last checkpoint at most."""
+        self._saved_updates = min(self._saved_updates, self.engine.updates)
+
+    def finish(self) -> None:
+        """End the exchange with the other ranks, and commit what is still being written."""
+        self._agreement.close()
+        self.saver.finish()
+
+    def _skip(self, images_seen: int) -> None:
+        """Write no checkpoint of weights that are saved already: it would push out a good one."""
+        why = "every step since the last checkpoint was skipped"
+        if images_seen >= self.config.training.images:
+            self.guards.refuse(why, images_seen=images_seen)
+        self.log(f"{why}: none is written")
