@@ -58,9 +58,13 @@ class FetchConfig:
     network; it holds at most `cache_gb` GiB of each dataset.
     """
 
+    #: Attempts after one that failed.
     retries: int = 6
+    #: Seconds without an answer that are a failure.
     timeout_s: float = 30.0
+    #: A directory of the node for what comes over a network. Absent: none.
     cache: str | None = None
+    #: The most GiB that it holds of each dataset.
     cache_gb: float = 100.0
 
     def __post_init__(self) -> None:
@@ -79,19 +83,31 @@ class DataConfig(FetchConfig):
     `max_bad` the share of damaged images before the trainer stops the run.
     """
 
+    #: Directory or URL of the packed images.
     shards: str
+    #: Follows from model.image_size.
     image_size: int
+    #: Logical streams; they make the order, so a run keeps them.
     streams: int = 192
+    #: Images of a stream that are mixed at once; a run keeps it.
     block: int = 512
+    #: Processes of each rank that decode. 0: the trainer decodes.
     workers: int = 2
+    #: Mirror half of the images, drawn anew for each image seen.
     flip: bool = True
+    #: "random": of 80 to 100 % of the smaller side, for classifiers.
     crop: Literal["center", "random"] = "center"
-    #: Other shards that a run is validated on, and how many of their images. Absent: all.
+    #: Other shards that a run is validated on. Absent: none.
     validation: str | None = None
+    #: How many of them. Absent: all.
     validation_images: int | None = None
+    #: MiB of images that are decoded ahead.
     prefetch_mb: int = 256
+    #: Share of damaged images beyond which the run stops.
     max_bad: float = 0.001
+    #: Further datasets in the same stream.
     mix: tuple[str, ...] = ()
+    #: The share of the images that each has; the rest is from `shards`.
     mix_shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

@@ -17,13 +17,19 @@ Timesteps = Literal["uniform", "loss-second-moment"]
 class TrainingConfig:
     """The optimisation. All spans are counted in images, the one clock of a run."""
 
+    #: Length of the run; a multiple of `batch`.
     images: int
+    #: Images of an optimizer step, over all ranks.
     batch: int
     #: At most this many images at once on a rank; gradient accumulation makes up the batch.
     micro_batch: int
+    #: Learning rate of AdamW.
     lr: float
+    #: Its decoupled decay.
     weight_decay: float = 0.0
+    #: Its moments' decays.
     betas: tuple[float, float] = (0.9, 0.999)
+    #: Raise the learning rate linearly from zero.
     warmup_images: int = 0
     #: Lower the learning rate linearly to zero at `images`.
     anneal: bool = False
@@ -39,6 +45,7 @@ class TrainingConfig:
     ema_warmup: float | None = None
     #: Relative widths of power-function averages, of which `python -m trainer.ema` makes others.
     ema_widths: tuple[float, ...] = ()
+    #: In what the net computes; weights are kept in fp32.
     precision: Precision
     #: "fused": norms in one operation, on a GPU; a CPU computes them as "plain".
     kernels: Kernels = "plain"
@@ -46,9 +53,11 @@ class TrainingConfig:
     compile: bool = False
     #: Let fp32 products round their factors to 10 bits on a GPU, several times faster.
     tf32: bool = False
+    #: How t is drawn; "loss-second-moment" draws it where losses are large.
     timesteps: Timesteps = "uniform"
     #: Share of images whose class the net is not told, for classifier-free guidance.
     label_dropout: float = 0.0
+    #: Of weights, order, timesteps and noise.
     seed: int = 0
     #: On GPUs too, a resumed run is the uninterrupted one bit for bit (see trainer/determinism.py).
     deterministic: bool = False
@@ -127,7 +136,9 @@ class TrainingConfig:
 class IntervalConfig:
     """How often things are done, in images."""
 
+    #: Rows of metrics.
     log: int
+    #: Checkpoints.
     checkpoint: int
     #: Save also so many minutes after the last checkpoint. Absent: by images alone.
     checkpoint_minutes: float | None = None
@@ -141,15 +152,17 @@ class IntervalConfig:
     samples: int | None = None
     #: Replays of a micro-batch on two ranks, which find faulty machines. Absent: none.
     audit: int | None = None
-    #: Images of a grid, and the respacing of the 1000 steps to draw them.
+    #: Images of a grid.
     samples_count: int = 16
+    #: How they are drawn, as `--steps` of sampling.
     samples_steps: str = "ddim25"
-    #: Snapshots of the averages of training.ema_widths, and the precision that they are stored in.
+    #: Snapshots of the averages of training.ema_widths. Absent: none.
     averages: int | None = None
     #: The loss over data.validation. Absent: none.
     validate: int | None = None
     #: Keep the checkpoint with the smallest loss of validation, from the first EMA.
     keep_best: bool = False
+    #: What snapshots are stored in.
     averages_precision: Literal["fp16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:

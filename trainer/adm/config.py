@@ -47,20 +47,35 @@ class EncoderConfig:
     Give `heads` or `head_channels`, not both. The bottom of the net always has attention.
     """
 
+    #: Height and width of the images.
     image_size: int
+    #: The width that `channel_mult` multiplies.
     channels: int
+    #: Width of each level; every level halves the resolution.
     channel_mult: tuple[float, ...]
+    #: Residual blocks of a level (one more on the way up).
     blocks: int
+    #: Resolutions of the maps with attention.
     attention: tuple[int, ...]
+    #: Attention heads of every map.
     heads: int | None = None
+    #: Channels of a head, in place of `heads`.
     head_channels: int | None = None
+    #: The order of q, k and v in the published weights.
     qkv: QkvOrder = "legacy"
+    #: "biggan": residual blocks resize; "conv": convolutions; "pool": neither learns.
     resample: Resample = "biggan"
+    #: How timestep and class enter a block (paper, Table 3).
     conditioning: Conditioning = "adagn"
+    #: Divide sums of residual blocks by sqrt(2) (paper, Table 1).
     rescale_residuals: bool = False
+    #: Resolutions whose attention is local.
     local_attention: tuple[int, ...] = ()
+    #: Side of its windows.
     local_window: int = 8
+    #: Share of a residual block's activations.
     dropout: float = 0.0
+    #: Recompute activations in the backward pass, for memory.
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -167,8 +182,11 @@ class EncoderConfig:
 class UNetConfig(EncoderConfig):
     """A diffusion UNet; class-conditional with `num_classes`, an upsampler with `small_size`."""
 
+    #: Heads on the way up. Absent: `heads`.
     heads_up: int | None = None
+    #: Classes that it is conditioned on. Absent: none.
     num_classes: int | None = None
+    #: Side of the images that an upsampler enlarges. Absent: it is none.
     small_size: int | None = None
     learn_sigma: bool = True
 
@@ -213,7 +231,9 @@ class UNetConfig(EncoderConfig):
 class ClassifierConfig(EncoderConfig):
     """A classifier of noised images: the encoder and a head that pools its features."""
 
+    #: Classes that it tells apart.
     num_classes: int
+    #: How the head pools the last map.
     pool: Pool = "attention"
 
     def __post_init__(self) -> None:
@@ -231,10 +251,15 @@ class DiffusionConfig:
     "vlb" is that term alone, for the mean too ("vlb_rescaled" times steps).
     """
 
+    #: Steps of the noising process, T.
     steps: int = 1000
+    #: Its betas (paper, appendix B).
     schedule: Schedule
+    #: What the net predicts: the noise, or the image.
     predict: Predict = "eps"
+    #: Of a denoising step: learned per pixel, or one of its bounds.
     variance: Variance = "learned"
+    #: See above.
     loss: Loss = "hybrid"
 
     def __post_init__(self) -> None:

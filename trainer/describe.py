@@ -1,0 +1,109 @@
+"""Every setting of a preset as a page: `python -m trainer.describe > docs/settings.md`.
+
+Names, types and defaults are those of the dataclasses, meanings their comments (`#:`) and
+docstrings, so that the page cannot be wrong where it is current; a test compares it. No torch.
+"""
+
+import dataclasses
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from data.config import DataConfig
+from trainer.adm.config import ClassifierConfig, DiffusionConfig, UNetConfig
+from trainer.config import Config
+from trainer.sections import BoardConfig, GuardConfig, IntervalConfig, TrainingConfig
+
+_HEAD = """\
+# Settings
+
+Made by `python -m trainer.describe`; a test keeps it current. A preset (`trainer/presets/*.toml`)
+has these sections; `--set 'training.lr = 1e-4'` changes a setting, `--unset training.clip` leaves
+one out, and `python -m trainer.config PRESET` prints all of them. A setting without a default must
+be in the preset.
+"""
+_SECTIONS: dict[str, tuple[str, type]] = {
+    "model": ('[model], with `objective = "denoise"`', UNetConfig),
+    "classifier": ('[model], with `objective = "classify"`', ClassifierConfig),
+    "diffusion": ("[diffusion]", DiffusionConfig),
+    "training": ("[training]", TrainingConfig),
+    "data": ("[data]", DataConfig),
+    "intervals": ("[intervals]", IntervalConfig),
+    "guards": ("[guards]", GuardConfig),
+    "board": ("[board]", BoardConfig),
+}
+
+
+def page() -> Iterator[str]:
+    """The lines of the page."""
+    yield _HEAD
+    for name, (title, kind) in _SECTIONS.items():
+        yield f"## {title}\n"
+        for ancestor in reversed(kind.__mro__[:-1]):
+            yield f"{inspect.getdoc(ancestor)}\n"
+        yield "| setting | type | default | |\n|---|---|---|---|"
+        yield from _rows(kind, section=name)
+        yield ""
+
+
+def _rows(kind: type, *, section: str) -> Iterator[str]:
+    hints, said = typing.get_type_hints(kind), _comments(kind)
+    for field in dataclasses.fields(kind):
+        if field.name == "learn_sigma" or (section == "data" and field.name == "image_size"):
+            continue
+        default = "" if field.default is dataclasses.MISSING else _shown(field.default)
+        comment = said.get(field.name, "").replace("|", "\\|")
+        yield f"| `{field.name}` | {_type(hints[field.name])} | {default} | {comment} |"
+
+
+def _comments(kind: type) -> dict[str, str]:
+    """The comment above each field, of the class and of those that it extends."""
+    found: dict[str, str] = {}
+    for ancestor in reversed(kind.__mro__[:-1]):
+        lines: list[str] = []
+        for line in inspect.getsource(ancestor).splitlines():
+            text = line.strip()
+            if text.startswith("#:"):
+                lines.append(text.removeprefix("#:").strip())
+            elif lines and ":" in text:
+                found[text.partition(":")[0]] = " ".join(lines)
+                lines = []
+    return found
+
+
+def _type(hint: Any) -> str:
+    """A type as the writer of a TOML file knows it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(_type(a) for a in arguments if a is not type(None))
+    if origin is Literal:
+        return ", ".join(f'`"{choice}"`' for choice in arguments)
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}s"
+    names = {str: "string", int: "integer", float: "number", bool: "true or false"}
+    return names.get(hint, str(hint))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
+
+
+def main() -> int:
+    """Print the page."""
+    known = {field.name for field in dataclasses.fields(Config)} - {"objective"}
+    assert known == _SECTIONS.keys() - {"classifier"}, "a section is missing here"
+    sys.stdout.write("\n".join(page()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
