@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import golden, ranks
+from tests.support.runs import UNJUDGED
 from trainer import compute
 from trainer import config as configs
 from trainer import ds_config as ds_configs
@@ -93,7 +94,7 @@ def train(directory: Path) -> int:
             for micro in range(engine.accumulation):
                 out = engine(*inputs(2))
                 engine.backward(out.square().mean() + micro * out.mean())
-            engine.step(lr=1e-2, images_seen=8)
+            engine.step(lr=1e-2, images_seen=8, **UNJUDGED)
             states |= {f"{name} {kind}": engine.gather(kind) for kind in kinds}
         for a, b in (("off", "on"), ("off-on", "on-off")):
             for kind in kinds:
@@ -114,8 +115,9 @@ def test_training_goes_on_compiled_and_uncompiled_alike(tmp_path: Path) -> None:
     assert len(found) == 2 * 5 and max(found.values()) < 1e-5, found
 
 
-@pytest.mark.parametrize(("stage", "lines"), [(2, 2), (3, 2)])
-def test_a_cpu_says_that_it_computes_otherwise(stage: int, lines: int) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_cpu_says_that_it_computes_otherwise(stage: int) -> None:
     said = compute.remarks(configs.load("imagenet64").training, stage=stage)
-    assert len(said) == lines and all("this run computes" in line for line in said)
+    settings = [line.split()[0] for line in said]
+    assert settings == ["training.kernels", "training.precision", "training.compile"]
     assert not compute.remarks(configs.load("digits").training, stage=stage)
