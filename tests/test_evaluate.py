@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from tests.support import ranks
 from tests.support.exported import save
@@ -139,6 +140,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         words = [str(drawn), "--reference", str(reference), "--network", str(net)]
         with pytest.raises(ValueError, match=said):
             main(words)
+        if dist.is_initialized():  # left open where a thread of another test still runs
+            dist.destroy_process_group()
 
 
 def test_a_classifier_run_gives_features_and_an_inception_score(

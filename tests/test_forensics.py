@@ -12,14 +12,15 @@ from trainer.watch import forensics
 def test_what_fills_the_memory_is_written_and_the_error_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = [torch.ones(123, 457) for _ in range(7)]
+    # Large, so that what other tests hold does not push it off the list.
+    held = [torch.ones(1230, 4570) for _ in range(7)]
     with (
         pytest.raises(RuntimeError, match="can't allocate memory"),
         forensics.out_of_memory_kept(tmp_path, rank=3),
     ):
         held.append(torch.empty(2**55))
     text = (tmp_path / "memory_rank_3.txt").read_text()
-    assert "7 x cpu torch.float32 (123, 457)" in text and "can't allocate memory" in text
+    assert "7 x cpu torch.float32 (1230, 4570)" in text and "can't allocate memory" in text
     assert "lower training.micro_batch" in capsys.readouterr().err
 
 

@@ -101,7 +101,7 @@ class Chaos:
     def check(self) -> None:
         """Compare the two runs."""
         chaos, calm = self._rows(self.run), self._rows(self.place.run("calm"))
-        assert list(chaos) == list(calm), "rows are missing or repeated"
+        assert list(chaos) == list(calm), f"missing or repeated rows: {set(calm) ^ set(chaos)}"
         for images, row in calm.items():
             assert row == chaos[images], f"losses differ at image {images}"
         ends = [self.checkpoints(run)[-1] for run in (self.run, self.place.run("calm"))]

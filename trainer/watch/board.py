@@ -23,6 +23,8 @@ from trainer.watch.wandb import WandB
 
 # Seconds between two texts of the status.
 _TEXT_EVERY = 10.0
+# The most rows of metrics that wait for room on a full disk.
+_UNWRITTEN = 10_000
 
 
 class Board:
@@ -53,6 +55,7 @@ class Board:
         self._texted = -math.inf
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
         self._rows = run / "metrics.jsonl"
+        self._unwritten: list[str] = []
         rows = _drop_rows(self._rows, after=images_seen)
         text = configs.to_toml(configs.public(config))
         self._tensorboard = TensorBoard(run / "tensorboard", images_seen=images_seen, config=text)
@@ -116,7 +119,13 @@ class Board:
     def _append(self, values: Mapping[str, float], *, images_seen: int) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         row = json.dumps({"images": images_seen, "time": time.time(), **finite}) + "\n"
-        self._attempt("metrics.jsonl", lambda: files.append(self._rows, row))
+        self._unwritten = [*self._unwritten, row][-_UNWRITTEN:]
+        self._attempt("metrics.jsonl", self._write_rows)
+
+    def _write_rows(self) -> None:
+        """Write the rows, those too that had no room before."""
+        files.append(self._rows, "".join(self._unwritten))
+        self._unwritten = []
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""

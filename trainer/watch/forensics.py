@@ -66,7 +66,7 @@ def _summary(error: BaseException) -> str:
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for each in gc.get_objects():
-        if type(each) in (Tensor, torch.nn.Parameter):
+        if type(each) in (Tensor, torch.nn.Parameter) and not each.is_meta:
             kind = f"{each.device} {each.dtype} {tuple(each.shape)}"
             sizes[kind] += each.nbytes
             counts[kind] += 1
