@@ -1,5 +1,6 @@
 # make quickstart   pack the digits, train both networks, draw guided samples
 # make test         the tests            make check   format, lint, types
+# make test-slow    those that take long: chaos, costs of real steps, kernels interpreted, an ablation
 # make test-cluster the tests on a real Slurm and ssh cluster in namespaces; it needs root, and the
 #                   Debian packages that it names
 # make chaos        a run killed, filled and damaged at random; precisions, stages and offload resumed
@@ -12,12 +13,15 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: quickstart test test-cluster chaos check format
+.PHONY: quickstart test test-slow test-cluster chaos check format
 quickstart: $(VENV)/installed
 	bash examples/quickstart.sh
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
 
 test-cluster: $(VENV)/installed
 	$(BIN)/python -m pytest -rs -m cluster

@@ -54,6 +54,7 @@ def test_a_wrong_set_is_refused_in_one_line(change: str, said: str) -> None:
         load("digits", (change,), unset=())
 
 
+@pytest.mark.slow
 def test_a_set_is_trained_drawn_evaluated_and_tabulated_and_resumes(
     tiny: Path, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

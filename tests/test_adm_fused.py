@@ -31,6 +31,7 @@ def interpreted() -> Any:
     return measured("interpreted")
 
 
+@pytest.mark.slow
 def test_errors_are_no_larger_than_the_plain_norm_s(interpreted: Any) -> None:
     for case in interpreted["cases"]:
         for name, error in case["fused"].items():

@@ -7,6 +7,8 @@ import pytest
 from tests.support.chaos import EVENTS, LAUNCHER, Chaos
 from tests.support.runs import Place
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Chaos:

@@ -19,6 +19,8 @@ from trainer import costs, ds_config
 from trainer.adm.unet import build, example_inputs
 from trainer.config import Config
 
+pytestmark = pytest.mark.slow
+
 # ZeRO stage, precision, micro-batches of a step.
 CASES = [*((stage, "bf16", 2) for stage in STAGES), (2, "fp32", 1)]
 MICRO_BATCH = 4

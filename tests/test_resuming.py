@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.resuming import FEW, table, tolerance
 
 
+@pytest.mark.slow
 def test_every_setting_resumes_from_others(tmp_path: Path, tiny: Path) -> None:
     rows = table(tmp_path, tiny, FEW)
     assert len(rows) == len(FEW) ** 2
