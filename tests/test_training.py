@@ -42,6 +42,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert f"resumes from checkpoint {HALF:012d}" in place.log(f"{name}-again")
     assert place.losses(f"{name}-again") == place.losses(name)
     assert equal(place.checkpoint(f"{name}-again", END), place.checkpoint(name, END))
+    recorded = [
+        json.loads((place.run(run) / "checkpoints" / f"{END:012d}" / "state.json").read_text())
+        for run in (name, f"{name}-again")
+    ]
+    assert recorded[0]["files"] == recorded[1]["files"]  # their checksums
 
 
 @pytest.mark.parametrize(("world", "stage"), ALL)

@@ -232,8 +232,9 @@ class Saver:
         try:
             for kind, tensors in kinds.items():
                 file = directory / f"{kind}.safetensors"
-                metadata = {"images": str(self._state.images_seen), "kind": kind}
-                save_file(dict(tensors), file, metadata=metadata)
+                # One entry alone: safetensors writes several in any order, and the files of equal
+                # states would differ.
+                save_file(dict(tensors), file, metadata={"kind": kind})
                 with suppress(OSError):  # some file systems have no modes
                     file.chmod(self._mode)  # safetensors makes it readable by its owner only
                 files.sync(file)
