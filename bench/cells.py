@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from bench import nets
 from bench.nets import Net
 from trainer import config as configs
-from trainer.adm.config import UNetConfig
+from trainer.adm.config import Kernels, UNetConfig
 from trainer.adm.norm import GroupNorm, use_kernels
 from trainer.adm.unet import build, flops
 
@@ -57,7 +58,7 @@ def ceilings(cell: Figures) -> Figures:
     found: Figures = {}
     for name in ("fp16", "bf16") if GPU else ("fp32",):
         a = torch.randn(side, side, device=DEVICE, dtype=DTYPES[name])
-        found[f"{name} TFLOP/s"] = 2 * side**3 / seconds(lambda a=a: a @ a) / 1e12  # type: ignore[misc]
+        found[f"{name} TFLOP/s"] = 2 * side**3 / seconds(partial(torch.matmul, a, a)) / 1e12
     x = torch.empty(numbers, device=DEVICE, dtype=torch.float16)
     y = torch.empty_like(x)
     found["copy GB/s"] = 2 * x.nbytes / seconds(lambda: y.copy_(x)) / 1e9
@@ -84,8 +85,8 @@ def system(cell: Figures) -> Net:
         net.module.to(DEVICE, DTYPES[half]).to(memory_format=layout)  # type: ignore[call-overload]
         return net
     layout = torch.contiguous_format if "channels first" in name else torch.channels_last
-    kernels = "fused" if "fused" in name and GPU else "plain"
-    net = nets.ours(model, kernels=kernels, layout=layout)  # type: ignore[arg-type]
+    kernels: Kernels = "fused" if "fused" in name and GPU else "plain"
+    net = nets.ours(model, kernels=kernels, layout=layout)
     net.module.to(DEVICE, DTYPES[half])
     return net
 

@@ -78,7 +78,7 @@ def guided_diffusion(config: UNetConfig, *, path: Path, fp16: bool = False) -> N
 def guided_diffusion_classifier(config: ClassifierConfig, *, path: Path) -> nn.Module:
     """The classifier of a checkout of openai/guided-diffusion, in fp16 on a GPU."""
     fp16 = torch.cuda.is_available()
-    net: nn.Module = _guided_diffusion(path).EncoderUNetModel(
+    net: Any = _guided_diffusion(path).EncoderUNetModel(
         image_size=config.image_size,
         in_channels=3,
         model_channels=config.channels,
@@ -93,8 +93,9 @@ def guided_diffusion_classifier(config: ClassifierConfig, *, path: Path) -> nn.M
         pool=config.pool,
     )
     if fp16:
-        net.convert_to_fp16()  # type: ignore[operator]
-    return net
+        net.convert_to_fp16()
+    module: nn.Module = net
+    return module
 
 
 def _guided_diffusion(path: Path) -> Any:

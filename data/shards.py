@@ -8,6 +8,7 @@ python -m data.shards merge OUT DIR DIR ...    one dataset of the shards of seve
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,7 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     descriptors.raise_limit()
     # Names of classes may be of any bytes.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     run = options.pop("run")
     try:
         with interrupted_by_signals():

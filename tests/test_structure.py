@@ -22,6 +22,8 @@ ONLY_IN = {
     "wandb": {"trainer/watch/wandb.py"},
     "triton": {"trainer/adm/fused.py", "trainer/adm/kernels.py"},
 }
+#: The functions of a GPU.
+KERNELS = ROOT / "trainer" / "adm" / "kernels.py"
 #: What a login node runs, which has neither torch nor numpy.
 PURE = (
     "trainer.config",
@@ -95,9 +97,9 @@ def functions(file: Path) -> Iterator[tuple[str, int, int]]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            if any("kernel" in ast.unparse(each) for each in node.decorator_list):
-                continue  # of a GPU: its parameters are addresses and sizes
             count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            if file == KERNELS and "_kernel" in [ast.unparse(each) for each in node.decorator_list]:
+                count = 0  # addresses and sizes: a GPU's functions have no other parameters
             yield node.name, node.end_lineno - node.lineno + 1, count
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from data.packing.splits import check_files
 Stamp = tuple[int, int]
 
 
-class Source:
+class Source(ABC):
     """A place that images can be listed and read from.
 
     `holds_many` is whether a file there holds many images, `has_names` whether the images have
@@ -37,14 +38,15 @@ class Source:
     holds_many = True
     has_names = False
 
+    @abstractmethod
     def listing(self) -> Listing:
         """All images, in an order that depends on nothing but the source.
 
         Raises:
             ValueError, OSError: the source cannot be listed in full, or holds what is no dataset.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """The bytes of one image file.
 
@@ -52,9 +54,8 @@ class Source:
             ValueError: it is damaged within its archive.
             OSError: it cannot be read.
         """
-        raise NotImplementedError
 
-    def stage(self) -> None:
+    def stage(self) -> None:  # noqa: B027 (most sources need nothing)
         """Make what reading needs; called once, when the plan is on disk."""
 
     def holder(self, name: str) -> str:

@@ -54,7 +54,9 @@ def gradients(norm: GroupNorm, x: Tensor, film: Tensor | None, dy: Tensor, *, si
     return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
 
 
-def case(batch: int, channels: int, size: int, dtype: str, given: bool, silu: bool, mean: float) -> dict:  # fmt: skip  # noqa: E501
+def case(
+    batch: int, channels: int, size: int, dtype: str, given: bool, silu: bool, mean: float
+) -> dict:
     """Errors of the fused and of the plain norm."""
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
