@@ -21,10 +21,10 @@ from trainer import config as configs
 from trainer.adm.config import Kernels, UNetConfig
 from trainer.adm.norm import GroupNorm, use_kernels
 from trainer.adm.unet import build, flops
+from trainer.compute import DTYPES
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SMALL = UNetConfig(
     image_size=16, channels=32, channel_mult=(1, 2), blocks=1, attention=(8,), head_channels=32,
     num_classes=10, qkv="new",
@@ -82,7 +82,8 @@ def system(cell: Figures) -> Net:
     if name.startswith("diffusers"):
         net = nets.diffusers(model)
         layout = torch.channels_last if "channels last" in name else torch.contiguous_format
-        net.module.to(DEVICE, DTYPES[half]).to(memory_format=layout)  # type: ignore[call-overload]
+        module: Any = net.module  # the stubs of `Module.to` lack memory_format
+        module.to(DEVICE, DTYPES[half], memory_format=layout)
         return net
     layout = torch.contiguous_format if "channels first" in name else torch.channels_last
     kernels: Kernels = "fused" if "fused" in name and GPU else "plain"
@@ -102,9 +103,11 @@ def step(cell: Figures) -> Figures:
         try:
             return _step(cell, images=images)
         except torch.OutOfMemoryError:
-            gc.collect()
-            torch.cuda.empty_cache()
             images //= 2
+        # Not in the handler, where the error still holds the tensors of the step.
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     raise MemoryError("not even one image fits")
 
 
@@ -155,11 +158,11 @@ def norm(cell: Figures) -> Figures:
     half = DTYPES[cell["precision"]]
     x = torch.randn(images, channels, size, size, device=DEVICE, dtype=half)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    film = torch.randn(images, 2 * channels, device=DEVICE, dtype=half)
+    film = torch.randn(images, 2 * channels, device=DEVICE, dtype=half).requires_grad_()
 
     def both() -> None:
         out = op(x, film, silu=True)
-        torch.autograd.grad(out, x, out.detach())
+        torch.autograd.grad(out, (x, film, *op.parameters()), out.detach())
 
     with torch.no_grad():
         forward = seconds(lambda: op(x, film, silu=True))

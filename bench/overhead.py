@@ -32,18 +32,19 @@ from trainer import engine, train
 from trainer.loop import Loop
 from trainer.ranks.watchdog import Watchdog
 from trainer.saver import Saver
+from trainer.saving import Saving
 from trainer.watch.metrics import Metrics
 
 WARM_UP = 5
 STEP, EMA, METRICS, REPORT = "bare step", "EMA", "metrics", "report, boards and log"
 SAVE, DRAW, VALIDATE, WAIT = "checkpoint", "grid", "validation", "waiting for data"
 AGREE, WATCH, COMMIT = "agreement of the ranks", "watchdog", "checkpoint's commit"
-# Methods that are timed, by part; those that a release lacks are left out.
+# Methods that are timed, by part.
 PARTS: tuple[tuple[type, str, str], ...] = (
     (Loop, "_step", STEP),
-    (Loop, "_agree", AGREE),
+    (Saving, "agree", AGREE),
     (Loop, "_report", REPORT),
-    (Loop, "_save", SAVE),
+    (Saving, "save", SAVE),
     (Loop, "_draw_grid", DRAW),
     (Loop, "_validate", VALIDATE),
     (Metrics, "add", METRICS),
@@ -105,8 +106,7 @@ def measure(arguments: list[str]) -> Meter:
 def _measure(arguments: list[str]) -> Meter:
     meter = Meter()
     for owner, name, part in PARTS:
-        if hasattr(owner, name):
-            setattr(owner, name, meter.timed(part, getattr(owner, name)))
+        setattr(owner, name, meter.timed(part, getattr(owner, name)))
     attach, to_device = engine.averages.attach, train.to_device
 
     def attach_timed(optimizer: Any, **named: Any) -> None:

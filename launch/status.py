@@ -89,7 +89,6 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         signs = Signs()
         signs.look([run])
     state, rows, total = RunState.read(run), _rows(run / "metrics.jsonl"), _total(run)
-    # Rows of a validation have none of this.
     last = next((row for row in reversed(rows) if "loss" in row), {})
     job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)

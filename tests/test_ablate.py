@@ -93,3 +93,6 @@ set = ['model.conditioning = "add"']
     assert main([str(path), "--runs", str(runs)]) == 0
     assert (runs / "base" / "samples.npz").stat().st_mtime_ns == before
     assert (runs / "table.md").read_text().splitlines() == table
+    capfd.readouterr()
+    assert main([str(path), "--set", "samples.images = 20", "--runs", str(runs)]) == 78
+    assert "row 'Base' was another when" in capfd.readouterr().err

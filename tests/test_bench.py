@@ -16,6 +16,13 @@ def test_every_cell_is_a_process_and_a_line_of_figures(tmp_path: Path) -> None:
     assert "took more than" in gpu.measure({"kind": "ceilings"}, limit=0.01)["error"]
 
 
+@pytest.mark.parametrize("kind", ["norm", "attention", "guided"])
+def test_every_kind_of_cell_gives_figures(kind: str) -> None:
+    cell = {"system": "ours", "size": 64, "precision": "fp32", "images": 2, "kernels": "plain"}
+    found = cells.KINDS[kind]({**cell, "shape": (64, 8, 2)})
+    assert found and all(float(value) > 0 for value in found.values())
+
+
 def test_a_step_is_measured_and_shown() -> None:
     cell = {"kind": "step", "system": "ours", "size": 64, "precision": "fp32", "images": 2}
     found = cells.step(cell)

@@ -136,7 +136,7 @@ def work() -> int:
         metrics = Metrics(world=world, device=device, timesteps=10)
         for _ in range(pace.REPORTS + 1):
             with metrics.forward.running():
-                time.sleep(0.5 if world.rank else 0.01)
+                time.sleep(0.8 if world.rank else 0.2)
             metrics.note("data_wait_seconds", 0.001)
             metrics.pause(0.25, on="saving")
             values = metrics.reduce(images=2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import faults
-from tests.support.runs import END, EVERY, STEP, Place, distance, equal
+from tests.support.runs import END, EVERY, GRIDS, STEP, Place, distance, equal
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.checkpoint import STATE, committed, read, sealed
@@ -126,6 +126,17 @@ def test_a_run_stops_when_no_rollback_is_left(here: Place) -> None:
     assert f"rolled back to checkpoint {2 * STEP:012d}; the run goes on at image {5 * STEP}" in (
         here.log("lost")
     )
+
+
+def test_a_checkpoint_that_no_good_step_was_taken_from_is_not_gone_back_to(here: Place) -> None:
+    """A grid is drawn as it is saved at 36, which commits it; the steps from 36 on fail."""
+    grids = (f"intervals.samples = {STEP}", "intervals.samples_count = 2", *GRIDS[2:])
+    ends = ("guards.in_a_row = 2", "guards.rollbacks = 1", f"training.images = {9 * STEP}")
+    factors = dict.fromkeys(range(3 * STEP, 5 * STEP), math.nan)
+    arguments = here.arguments("drawn", sets=(*ends, *EVERY, *grids))
+    assert faults.train(here, arguments, world=2, factors=factors) == [0]
+    assert (here.run("drawn") / "checkpoints" / f"{3 * STEP:012d}").is_dir()
+    assert f"rolled back to checkpoint {2 * STEP:012d};" in here.log("drawn")
 
 
 def test_the_running_deviation_is_exact_at_first_and_then_forgets() -> None:

@@ -106,7 +106,7 @@ def test_a_sampling_array_has_a_job_for_each_share(sbatch: Sbatch) -> None:
     assert "#SBATCH --array=0-2%2" in Path("samples.job/sweep.sh").read_text()
     for n in range(3):
         text = Path(f"samples.job/{n}/launch/job.sh").read_text()
-        assert f"--out samples/ \\\n  --share {n}/3 " in text.replace(" --share", "--share", 0)
+        assert f"--out samples/ \\\n  --share {n}/3 " in text
         assert Path(f"samples.job/{n}/launch/job").read_text() == f"7_{n}\n"
 
 

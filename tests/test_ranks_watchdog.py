@@ -159,13 +159,14 @@ def test_a_compiler_below_a_process_is_seen(tmp_path: Path) -> None:
 def compile_slowly(compiler: Path) -> int:
     """Rank 1 compiles for twice the patience of the watchdog."""
     world = join()
-    with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=5.0):
+    with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=PATIENCE):
         if world.rank == 1:
-            subprocess.run([compiler, "10"], check=True)
+            subprocess.run([compiler, str(2 * PATIENCE)], check=True)
         dist.barrier()
     return 0
 
 
+@pytest.mark.slow
 def test_a_compilation_longer_than_the_patience_is_not_ended(tmp_path: Path) -> None:
     compiler = Path(shutil.copy("/bin/sleep", tmp_path / "cicc"))
     job = ranks.fork(tmp_path, partial(compile_slowly, compiler), ranks=2)

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from data.exits import TO_BE_CONTINUED
+from launch import status
+from launch.__main__ import main as launch
 from tests.support import ranks
 from tests.support.cluster import ROOT
-from trainer.ranks.lease import request_stop
+from trainer.ranks.lease import live_holder
 from trainer.runstate import RunState
 
 FEW = ["--images", "10", "--batch", "2", "--steps", "4"]
@@ -49,7 +51,10 @@ def test_a_job_that_draws_stops_on_request(tmp_path: Path, weights: dict) -> Non
     while (state := RunState.read(job)) is None or state.state != "running":
         assert time.monotonic() < end and drawing.poll() is None, drawing.communicate()[0]
         time.sleep(0.1)
-    request_stop(job)
+    assert status.read(job).is_running
+    # It waits until nothing is drawn any more.
+    assert launch(["stop", str(job)]) == 0
+    assert live_holder(job) is None
     said = drawing.communicate(timeout=ranks.LIMIT)[0]
     assert drawing.returncode == TO_BE_CONTINUED, said
     state = RunState.read(job)

@@ -78,6 +78,8 @@ def test_without_flags_the_network_is_guided_diffusions_default(tmp_path: Path) 
         ("--image_size 96", "or give --channel_mult"),
         ("--batch_size 4", "say with --ranks"),
         ("--attention_resolutions a,b", "must be numbers"),
+        ("--channel_mult 1,x", "--channel_mult = '1,x': must be numbers"),
+        ("--ema_rate a,b", "--ema_rate = 'a,b': must be numbers"),
         ("--diffusion_steps 4000 --rescale_timesteps True", "False unless 1000 steps"),
     ],
 )

@@ -10,16 +10,17 @@ import argparse
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data import files
-from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser
+from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
 from trainer import config as configs
 from trainer import costs, settings
 from trainer.adm.config import check
@@ -127,6 +128,8 @@ def run_all(found: AblationSet, runs: Path, *, ranks: int) -> int:
     """Do what is left of every row, and write the table; returns the exit status."""
     runs.mkdir(parents=True, exist_ok=True)
     for row in found.rows:
+        _record(found, row, runs=runs)
+    for row in found.rows:
         print(f"== {row.name}", flush=True)
         for command in _left(found, row, runs=runs):
             if status := subprocess.run(_on_ranks(command, ranks=ranks), check=False).returncode:
@@ -141,13 +144,30 @@ def run_all(found: AblationSet, runs: Path, *, ranks: int) -> int:
     return 0
 
 
+def _record(found: AblationSet, row: Row, *, runs: Path) -> None:
+    """Keep beside a row's results what they are of.
+
+    Raises:
+        ValueError: results are there of a row of that name that was another.
+    """
+    here, own = runs / row.directory, {**asdict(row), "base": found.base}
+    text = json.dumps({**own, "all": found.set, "samples": asdict(found.samples)}, indent=1) + "\n"
+    here.mkdir(exist_ok=True)
+    file = here / "row.json"
+    if file.exists() and file.read_text() != text:
+        raise ValueError(
+            f"row {row.name!r} was another when {here} was made ({file}): give it another name, "
+            "name another --runs directory, or remove that one"
+        )
+    files.write(file, text)
+
+
 def _left(found: AblationSet, row: Row, *, runs: Path) -> Iterator[list[str]]:
     """The commands of a row that are still to be run."""
     here, samples = runs / row.directory, found.samples
     run, drawn, figures = here / "run", here / "samples.npz", here / "figures.json"
     changes = [word for change in (*found.set, *row.set) for word in ("--set", change)]
     changes += [word for name in row.unset for word in ("--unset", name)]
-    here.mkdir(exist_ok=True)
     state = RunState.read(run) if run.is_dir() else None
     if state is None or state.state != "finished":
         yield ["trainer.train", found.base, "--run", str(run), *changes]
@@ -197,7 +217,8 @@ def table(found: AblationSet, *, runs: Path) -> str:
 def _cell(figure: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:
     if figure is None:
         return "-"
-    error = f" ± {figure['error']:.1g}" if figure["error"] is not None else ""
+    errors = [each["error"] for each in (figure, base) if each is not None]
+    error = "" if None in errors else f" ± {math.hypot(*errors):.1g}"
     if base is None:
         return f"{figure['value']:.4g}{error}"
     return f"{figure['value'] - base['value']:+.3g}{error}"
@@ -245,7 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         print("\n".join(plan(found, tflops=arguments.tflops, mfu=arguments.mfu)))
         return 0
-    return run_all(found, arguments.runs, ranks=arguments.ranks)
+    try:
+        return run_all(found, arguments.runs, ranks=arguments.ranks)
+    except REPORTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
 
 
 if __name__ == "__main__":

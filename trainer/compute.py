@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from trainer.adm.norm import use_kernels
 from trainer.sections import TrainingConfig
 
+#: The numbers of each precision.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def check(training: TrainingConfig) -> None:
     """Return if this machine can compute as the settings say.

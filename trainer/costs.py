@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from trainer.adm.config import GROUPS
 from trainer.adm.norm import GroupNorm
 from trainer.adm.unet import build, example_inputs, flops
+from trainer.compute import DTYPES
 from trainer.config import Config
-from trainer.sampling.draw import DTYPES
 
 # Bytes of an fp32 number.
 _FULL = 4

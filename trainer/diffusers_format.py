@@ -233,7 +233,7 @@ def _join(parts: list[Tensor], *, config: UNetConfig) -> Tensor:
 
 
 def scheduler(config: Config) -> dict[str, Any]:
-    """The options of diffusers' DDPMScheduler that walk as our ancestral sampler does.
+    """The options of diffusers' DDPMScheduler that step as our ancestral sampler does.
 
     Raises:
         ValueError: diffusers has no such diffusion.

@@ -22,12 +22,12 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
 from trainer import averages, norms
+from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.copies import Copies
 from trainer.guards.gate import Gate, Judge, StepReport
 from trainer.lossscale import LossScale
 from trainer.partition import Partition
-from trainer.sampling.draw import DTYPES
 from trainer.sections import TrainingConfig
 from trainer.weights import materialize
 

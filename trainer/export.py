@@ -1,8 +1,9 @@
 """Weights out: `python -m trainer.export RUN --to FILE.safetensors | FILE.pt | DIR/`.
 
-A file holds fp32 weights under the published checkpoints' names, which guided-diffusion loads
-(.pt) and which say of which network they are (.safetensors). A directory is what diffusers loads,
-with a model card, our config and the run's last metrics; `trainer.sample` and `--init` take any.
+A file holds weights (fp32, or `--precision`) under the published checkpoints' names, which
+guided-diffusion loads (.pt) and which say of which network they are (.safetensors). A directory is
+what diffusers loads, with a model card, our config and the run's last metrics. `trainer.sample` and
+`--init` take any.
 """
 
 import argparse
@@ -18,14 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import files
-from data.exits import REFUSED, CommandParser
+from data.exits import REPORTED, CommandParser, exit_status
 from trainer import config as configs
-from trainer import diffusers_format, weights
+from trainer import diffusers_format
 from trainer.adm.config import UNetConfig, check
-from trainer.adm.unet import build
+from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.networks import TrainedNetwork
-from trainer.sampling.draw import DTYPES
 
 _CARD = """\
 ---
@@ -86,12 +86,8 @@ def export(arguments: argparse.Namespace) -> str:
     check(kinds, "--to", target, "FILE.safetensors, FILE.pt, or a directory, which ends in /")
     if target.endswith("/"):
         diffusers_format.assert_expressible(found.config.model)
-    named = found.weights()
-    with torch.device("meta"):
-        own = build(found.config.model).state_dict()
-    weights.check_fit(own, named, source=found.file)
     dtype = DTYPES[arguments.precision]
-    named = {name: value.to(dtype).contiguous() for name, value in named.items()}
+    named = {n: value.to(dtype).contiguous() for n, value in found.check_weights().items()}
     if to.suffix == ".safetensors":
         metadata = {"kind": found.file.stem, "config": configs.to_toml(found.config)}
         with files.whole(to) as stream:
@@ -192,9 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         print(export(arguments))
-    except ValueError as error:
+    except REPORTED as error:
         print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+        return exit_status(error)
     return 0
 
 

@@ -10,11 +10,13 @@ import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer import settings
 from trainer.adm.config import check
 from trainer.config import PRESETS, Config, from_table, load, to_toml
+
+N = TypeVar("N", int, float)
 
 # Classes of every class-conditional network there.
 _CLASSES = 1000
@@ -169,7 +171,7 @@ def _unet(values: Mapping[str, Any]) -> dict[str, Any]:
         "channels": values["num_channels"],
         "channel_mult": _mult(values["channel_mult"], size=size, is_large="large_size" in values),
         "blocks": values["num_res_blocks"],
-        "attention": _numbers("attention_resolutions", values["attention_resolutions"]),
+        "attention": _numbers("attention_resolutions", values["attention_resolutions"], kind=int),
         **heads,
         "qkv": "new" if values["use_new_attention_order"] else "legacy",
         "resample": "biggan" if values["resblock_updown"] else "conv",
@@ -188,7 +190,7 @@ def _classifier(values: Mapping[str, Any]) -> dict[str, Any]:
         "channels": values["classifier_width"],
         "channel_mult": _mult("", size=values["image_size"], is_large=False),
         "blocks": values["classifier_depth"],
-        "attention": _numbers("classifier_attention_resolutions", resolutions),
+        "attention": _numbers("classifier_attention_resolutions", resolutions, kind=int),
         "head_channels": 64,
         "resample": "biggan" if values["classifier_resblock_updown"] else "conv",
         "conditioning": "adagn" if values["classifier_use_scale_shift_norm"] else "add",
@@ -199,18 +201,18 @@ def _classifier(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mult(text: str, *, size: int, is_large: bool) -> tuple[float, ...]:
     if text:
-        return tuple(float(number) for number in text.split(","))
+        return _numbers("channel_mult", text, kind=float)
     if is_large and size >= 256:  # upsamplers to 512 have the multipliers of 256
         size = 256
     check(size in _MULT, "--image_size", size, f"one of {sorted(_MULT)}, or give --channel_mult")
     return tuple(float(number) for number in _MULT[size])
 
 
-def _numbers(name: str, text: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str, *, kind: type[N]) -> tuple[N, ...]:
     try:
-        return tuple(int(number) for number in text.split(",")) if text else ()
+        return tuple(kind(number) for number in text.split(",")) if text else ()
     except ValueError:
-        raise ValueError(f"--{name} = {text!r}: must be numbers, as in 32,16,8") from None
+        raise ValueError(f"--{name} = {text!r}: must be numbers between commas") from None
 
 
 def _diffusion(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +238,7 @@ def _training(chosen: Mapping[str, Any], *, base: Config, ranks: int | None) -> 
     same = {"lr": "lr", "weight_decay": "weight_decay", "schedule_sampler": "timesteps"}
     found = {ours: chosen[theirs] for theirs, ours in same.items() if theirs in chosen}
     if "ema_rate" in chosen:
-        found["ema"] = tuple(float(rate) for rate in chosen["ema_rate"].split(","))
+        found["ema"] = _numbers("ema_rate", chosen["ema_rate"], kind=float)
     for name in ("use_fp16", "classifier_use_fp16"):
         if name in chosen:
             found["precision"] = "fp16" if chosen[name] else "fp32"

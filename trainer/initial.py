@@ -1,7 +1,7 @@
 """`--init`: the weights that a run starts from, found, checked, and recorded in `RUN/init.json`.
 
 They come from a run (its newest checkpoint), a checkpoint, or a weights file. The main rank reads
-them, once, when a run begins; a run that has a checkpoint does not need them any more.
+them, only when a run begins; a run that has a checkpoint does not need them any more.
 """
 
 import argparse

@@ -194,7 +194,7 @@ class Loop:
     def _validate(self) -> None:
         """The loss over data.validation, from the first EMA and from the weights themselves."""
         assert self._validation is not None
-        self.saver.flush()  # a validation that fails must not cost the checkpoint
+        self._saving.protect()
         began = time.monotonic()
         stopped = self.stop_requested
         found = self._validation.measure(self.engine, mark=self.mark, stopped=stopped)
@@ -217,8 +217,7 @@ class Loop:
 
     def _draw_grid(self) -> None:
         """A grid from the first EMA; every rank draws its share of the images."""
-        if not self.guards.row:
-            self.saver.flush()  # a grid that fails must not cost the checkpoint
+        self._saving.protect()
         began = time.monotonic()
         with self.engine.weights(averages.exponential(self.config.training.ema[0])) as averaged:
             picture = draw_grid(

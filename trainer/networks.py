@@ -16,10 +16,10 @@ from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import build
+from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.diffusers_format import FILE
 from trainer.ranks.group import broadcast, from_main
-from trainer.sampling.draw import DTYPES
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,17 @@ class TrainedNetwork:
         """
         return diffusers_format.ours(weights.load(self.file), config=self.config.model)
 
-    def check_weights(self) -> None:
-        """Return if the file holds the weights of this network; reads all of it.
+    def check_weights(self) -> dict[str, Tensor]:
+        """The tensors of the file, as `weights`, once they fit this network; reads all of it.
 
         Raises:
-            ValueError: it does not.
+            ValueError: they do not.
         """
+        found = self.weights()
         with torch.device("meta"):
             net = build(self.config.model)
-        weights.check_fit(net.state_dict(), weights.load(self.file), source=self.file)
+        weights.check_fit(net.state_dict(), found, source=self.file)
+        return found
 
     def net(
         self,

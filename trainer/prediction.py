@@ -158,4 +158,7 @@ def largest_micro_batch(
         parts = memory(config, net, zero=zero, ranks=machine.gpus, micro_batch=size)
         return sum(parts.values())
 
-    return bisect.bisect_right(range(1, share + 1), room, key=need)
+    # The whole share at once needs no sum of gradients, and may fit where somewhat less does not.
+    if share and need(share) <= room:
+        return share
+    return bisect.bisect_right(range(1, share), room, key=need)

@@ -19,11 +19,11 @@ import torch
 from data.exits import CommandParser
 from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
+from trainer.compute import DTYPES
 from trainer.networks import SampleInputs
 from trainer.ranks.group import agreed, connected, from_main, run_as_rank
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
-from trainer.sampling.draw import DTYPES
 from trainer.sampling.drawing import Drawing
 from trainer.sampling.drawjob import noted
 from trainer.sampling.labels import BALANCED

@@ -68,6 +68,7 @@ class Saving:
             if ends:
                 self.saver.flush(failing_since=self.guards.failing_since)
             return
+        began = time.monotonic()
         self.saver.flush()
         self._saved_at, self.saved_images = time.monotonic(), images_seen
         if self.engine.updates == self._saved_updates:
@@ -75,7 +76,6 @@ class Saving:
             return
         self.mark("saving")
         self.guards.check_weights(self.engine.parameter_norm(), images_seen=images_seen)
-        began = time.monotonic()
         state = TrainState.capture(
             images_seen=images_seen,
             engine=self.engine,
@@ -87,6 +87,13 @@ class Saving:
         if self.saver.save(self.engine, state=state):
             self._saved_updates = self.engine.updates
         self.metrics.pause(time.monotonic() - began, on="saving")
+
+    def protect(self) -> None:
+        """Commit what is being written, ahead of work that may fail; nothing while steps fail."""
+        if not self.guards.row:
+            began = time.monotonic()
+            self.saver.flush()
+            self.metrics.pause(time.monotonic() - began, on="saving")
 
     def went_back(self) -> None:
         """The guards may have taken updates back, to the last checkpoint at most."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,13 +21,12 @@ from data import files
 from trainer import averages
 from trainer.adm.ema import Profile
 from trainer.checkpoint import STATE, committed, file_facts
+from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.ranks.group import gather
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.saver import Gathered
-
-_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Snapshots:
         self._run.check_lease()
         self._set_aside_later(images_seen)
         left = self._total // self._every - images_seen // self._every
-        need = left * len(self._names) * parameters * _DTYPES[self._precision].itemsize
+        need = left * len(self._names) * parameters * DTYPES[self._precision].itemsize
         free = shutil.disk_usage(self._run.path).free
         lack = f", of which the disk has {_gib(free)}" if free < need else ""
         self._log(f"averages: {left} snapshots in {self._precision} to come, {_gib(need)}{lack}")
@@ -138,7 +136,7 @@ class Snapshots:
             OSError: it cannot be written.
             ValueError: a weight is beyond the range of the precision.
         """
-        tensors = {key: value.to(_DTYPES[self._precision]) for key, value in whole.items()}
+        tensors = {key: value.to(DTYPES[self._precision]) for key, value in whole.items()}
         for key, value in tensors.items():
             if not value.isfinite().all():
                 way_out = ', set intervals.averages_precision = "fp32"'

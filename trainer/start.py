@@ -171,8 +171,9 @@ def roll_back(
     """
     found = None
     if guards.may_roll_back():
+        # One at that clock itself has the weights that the first of them was computed with.
         found, _ = checkpoints.latest_valid(
-            run.checkpoints, kinds=engine.kinds, world=world, until=guards.since
+            run.checkpoints, kinds=engine.kinds, world=world, until=guards.since - 1
         )
     if found is None:
         why = "no checkpoint is older" if guards.may_roll_back() else "no rollback is left"
@@ -207,10 +208,7 @@ def remarks(
         crop_remark(shards, config=config.data),
         config.training.badly_cut_on(ranks),
     )
-    said = (
-        compute.remarks(config.training, stage=ds_config["zero_optimization"]["stage"])
-        + compile_locks()
-    )
+    said = compute.remarks(config.training, stage=ds_config["zero_optimization"]["stage"])
     return [*changed, *said, *(line for line in odd if line)]
 
 

@@ -140,9 +140,11 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     if found is None:
         from_main(lambda: initials.record(plan.initial, run=run))
     shards, ds_config = plan.stream.shards, plan.ds_config
-    for line in start.remarks(config, plan.changes, shards, ranks=world.size, ds_config=ds_config):
+    locks = agreed(start.compile_locks)
+    said = start.remarks(config, plan.changes, shards, ranks=world.size, ds_config=ds_config)
+    for line in [*said, *locks]:
         log(line)
-    context.watchdog.mark("; ".join(["building the engine", *start.compile_locks()]))
+    context.watchdog.mark("; ".join(["building the engine", *locks]))
     engine, objective, guards = start.begin(
         config, ds_config=ds_config, found=found, initial=plan.initial, context=context, log=log
     )

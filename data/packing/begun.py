@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from data.dataset import open_shards
+from data.dataset import class_names
 from data.manifest import MANIFEST
 from data.packing.claim import WORK
 from data.packing.class_maps import by_directories, by_prefix, map_content, relabel
@@ -47,7 +47,7 @@ class Request:
         Raises:
             ValueError: a file cannot be read.
         """
-        classes = json.dumps(open_shards(self.classes_of).classes) if self.classes_of else None
+        classes = json.dumps(class_names(self.classes_of)) if self.classes_of else None
         class_map = map_content(self.class_map) if self.class_map else None
         return {
             "SOURCE": self.source if self.source == "digits" else os.path.abspath(self.source),
@@ -76,7 +76,7 @@ class Request:
             raise ValueError(listing.fault)
         warn_of_missing_labels(listing, self.source)
         if self.classes_of:
-            listing = renumber(listing, classes=open_shards(self.classes_of).classes)
+            listing = renumber(listing, classes=class_names(self.classes_of))
         return listing
 
 

@@ -27,7 +27,7 @@ from tests.support.points import DAMAGE, POINTS, arm, damage, torchrun
 from tests.support.runs import STAGES, STEP, Place, equal
 
 # Steps between checkpoints; at most so many steps lie between two events.
-EVERY, REACH = 2, 5
+EVERY, REACH, KEPT = 2, 5, 3
 # Seconds without progress after which the watchdog ends a job with a stopped rank.
 PATIENCE = 20.0
 KEYS = ("loss", "mse", "vb", "grad_norm", "param_norm", "lr")
@@ -43,7 +43,7 @@ def sets(steps: int) -> tuple[str, ...]:
     return (
         f"training.images = {steps * STEP}",
         f"intervals.checkpoint = {EVERY * STEP}",
-        "intervals.keep = 3",
+        f"intervals.keep = {KEPT}",
     )
 
 
@@ -88,7 +88,8 @@ class Chaos:
         while len(self.done) < self.events:
             queue = queue or self._random.sample(kinds, len(kinds))
             kind = queue.pop()
-            if kind in DAMAGE and len(self.checkpoints(self.run)) < 2:
+            there = len(self.checkpoints(self.run))
+            if (kind in DAMAGE and there < 2) or (kind == "in the pruning" and there < KEPT):
                 kind = "all ranks"
             began = time.monotonic()
             self._happen(kind)
@@ -164,7 +165,7 @@ class Chaos:
         elif kind == "a stopped rank":
             job.signal(self._random.randrange(2), signal.SIGSTOP)
             self._must_end(job)
-        elif point and any(not process.is_alive() for process in job.ranks):
+        elif point:
             self._must_end(job)
         self._end(job)
 
@@ -269,21 +270,17 @@ def _is_stopped(pid: int | None) -> bool:
 
 def main() -> int:
     """Run `python -m tests.support.chaos`; returns the exit status."""
-    from data import pack
-    from tests.conftest import TINY
-
     parser = argparse.ArgumentParser(prog="python -m tests.support.chaos", description=__doc__)
     parser.add_argument("--events", type=int, default=36, help="default: %(default)s")
     parser.add_argument("--segments", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        pack.main(["digits", str(root / "digits"), "--size", "8"])
-        (root / "tiny.toml").write_text(TINY.format(shards=root / "digits"))
-        place = Place(root, root / "tiny.toml")
         chaos = Chaos(
-            place, events=options.events, seed=options.seed, say=partial(print, flush=True)
+            Place.of_digits(Path(scratch)),
+            events=options.events,
+            seed=options.seed,
+            say=partial(print, flush=True),
         )
         chaos.calm()
         chaos.disturb()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.support import ranks
-from tests.support.runs import STAGES, UNJUDGED
+from tests.support.runs import STAGES, UNJUDGED, Place
 
 SETTINGS = list(product(("fp32", "bf16", "fp16"), STAGES, (False, True)))
 # Few of them, among which each two precisions, stages and kinds of offload are a pair.
@@ -140,17 +140,12 @@ def tolerance(setting: tuple[str, int, bool], source: tuple[str, int, bool]) -> 
 
 def main() -> int:
     """Run `python -m tests.support.resuming`; returns the exit status."""
-    from data import pack
-    from tests.conftest import TINY
-
     argparse.ArgumentParser(
         prog="python -m tests.support.resuming", description=__doc__
     ).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        pack.main(["digits", str(root / "digits"), "--size", "8"])
-        (root / "tiny.toml").write_text(TINY.format(shards=root / "digits"))
-        rows = table(root, root / "tiny.toml", SETTINGS)
+        place = Place.of_digits(Path(scratch))
+        rows = table(place.root, place.preset, SETTINGS)
     worst: dict[tuple[str, str], tuple[int, float]] = {}
     for setting, source, exact, away in rows:
         assert exact and away < tolerance(setting, source), (setting, source, exact, away)

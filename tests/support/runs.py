@@ -44,6 +44,16 @@ class Place:
     root: Path
     preset: Path
 
+    @classmethod
+    def of_digits(cls, root: Path) -> "Place":
+        """One outside of pytest, with the digits packed."""
+        from data import pack
+        from tests.conftest import TINY
+
+        pack.main(["digits", str(root / "digits"), "--size", "8"])
+        (root / "tiny.toml").write_text(TINY.format(shards=root / "digits"))
+        return cls(root, root / "tiny.toml")
+
     def run(self, name: str) -> Path:
         return self.root / name
 

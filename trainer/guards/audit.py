@@ -16,6 +16,7 @@ from data.order import share
 from data.stream import Batch, Stream, to_device
 from trainer import compute
 from trainer.adm.objective import Classify, Denoise
+from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.copies import network_of
 from trainer.engine import Engine
@@ -59,8 +60,7 @@ class Audit:
         self.objective = objective
         self.stream = stream
         self._mark = mark
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        self._bound = bound_on(engine.device, dtype[config.training.precision])
+        self._bound = bound_on(engine.device, DTYPES[config.training.precision])
         #: The network's parameters, in the order of a replay's gradients.
         self.names = engine.names
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from data.stream import Batch, Stream
 from trainer import compute
 from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion, Net
-from trainer.adm.objective import to_range
+from trainer.adm.objective import low_resolution, to_range
 from trainer.adm.sampler import (
     Guidance,
     GuideAt,
@@ -32,8 +31,6 @@ from trainer.copies import network_of
 from trainer.ranks.group import gather_to_main
 from trainer.ranks.world import World
 from trainer.sections import IntervalConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +141,7 @@ def draw_grid(
     low_res = None
     if shown is not None and config.model.small_size is not None:
         x0 = to_range(shown.images.to(device))
-        low_res = F.interpolate(x0, config.model.small_size, mode="area")
+        low_res = low_resolution(x0, config.model.small_size)
         labels = None if labels is None else shown.labels
     sampler = SamplerConfig(
         diffusion=Diffusion(config.diffusion, respacing=every.samples_steps),

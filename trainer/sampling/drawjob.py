@@ -1,7 +1,7 @@
 """What a job of `python -m launch sample` leaves for programs, and how it is told to stop.
 
-The job has a directory as a run has one: `launch/state.json` says how it stands, and it stops while
-there is a file `launch/stop`.
+The job has a directory as a run has one: a lease shows that it lives, `launch/state.json` says how
+it stands, and it stops while there is a file `launch/stop`.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.ranks.lease import stop_file
+from trainer.ranks.lease import claim
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import scheduler_job
 from trainer.runstate import RunState, State
@@ -25,8 +25,12 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[Callable[[Sta
     """While entered, the job's state is "running"; then it is what the function was called with.
 
     A process without a job notes nothing.
+
+    Raises:
+        ValueError: another process draws for this job.
     """
     done = threading.Event()
+    lease = None if job is None else claim(job)
 
     def note(state: State, why: str | None = None) -> None:
         if job is not None:
@@ -34,8 +38,8 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[Callable[[Sta
             RunState(state=state, why=why, job_id=job_id).write(job, writer=writer)
 
     def watch() -> None:
-        while job is not None and not done.wait(_EVERY):
-            if stop_file(job).exists():
+        while lease is not None and not done.wait(_EVERY):
+            if lease.stop_requested:
                 preemption.stop_requested = True
 
     note("running")
@@ -48,3 +52,5 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[Callable[[Sta
         raise
     finally:
         done.set()
+        if lease is not None:
+            lease.release()

@@ -6,13 +6,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion
-from trainer.adm.objective import to_range
+from trainer.adm.objective import low_resolution, to_range
 from trainer.adm.sampler import Guidance, GuideAt, classifier_guidance
 from trainer.config import Config
 from trainer.sampling.draw import SamplerConfig, draw, to_pixels
@@ -151,6 +150,4 @@ def conditions(pixels: NDArray[np.uint8], *, small_size: int, device: torch.devi
     Larger images are reduced to their area means, as in training.
     """
     images = to_range(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
-    return (
-        images if images.shape[2] == small_size else F.interpolate(images, small_size, mode="area")
-    )
+    return images if images.shape[2] == small_size else low_resolution(images, small_size)

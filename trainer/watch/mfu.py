@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from trainer.adm.unet import flops
+from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.sections import Precision
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The dense 16-bit TFLOP/s of a device, with fp32 accumulation, by words of its name; the first that
 # fits counts.
 _DATASHEET = {
@@ -108,7 +108,7 @@ def _matmul_peak(device: torch.device, precision: Precision) -> float:
     size, times, turns = (8192, 10, 3) if is_cuda else (512, 1, 4)
     # Zeros would draw less power; the run's own random numbers stay as they are.
     random = torch.Generator(device).manual_seed(0)
-    a = torch.randn(size, size, generator=random, device=device).to(_DTYPES[precision])
+    a = torch.randn(size, size, generator=random, device=device).to(DTYPES[precision])
     best = float("inf")
     for _ in range(turns):
         began = time.perf_counter()
