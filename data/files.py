@@ -1,6 +1,7 @@
 """Files that are there in full or not at all, also after a power cut."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,12 @@ def append(path: Path, text: str) -> None:
         except OSError:
             os.ftruncate(file.fileno(), size)
             raise
+
+
+def set_aside(path: Path, suffix: str) -> None:
+    """Rename to `NAME.SUFFIX`, or where that is there to a name of its own."""
+    to = path.with_name(f"{path.name}.{suffix}")
+    path.rename(to if not to.exists() else f"{to}.{time.time_ns()}")
 
 
 def sync(path: Path) -> None:

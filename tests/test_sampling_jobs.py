@@ -12,7 +12,7 @@ from launch import status
 from launch.__main__ import main as launch
 from tests.support import ranks
 from tests.support.cluster import ROOT
-from trainer.ranks.lease import live_holder
+from trainer.ranks.lease import claim, live_holder
 from trainer.runstate import RunState
 
 FEW = ["--images", "10", "--batch", "2", "--steps", "4"]
@@ -30,6 +30,16 @@ def test_the_shares_of_an_array_are_one_output(tmp_path: Path, weights: dict) ->
     shared, whole = (ranks.arrays(tmp_path / f"{name}.npz") for name in ("shared", "whole"))
     assert all(np.array_equal(a, b) for a, b in zip(shared, whole, strict=True))
     assert ranks.sample(tmp_path, words("shared.npz", "--share", "0/3")) == [0]  # drawn already
+
+
+def test_the_whole_is_not_drawn_beside_one_of_its_shares(tmp_path: Path, weights: dict) -> None:
+    words = [*weights["unet"], *FEW, "--out", tmp_path / "x.npz"]
+    assert ranks.sample(tmp_path, [*words, "--share", "0/3"]) == [0]
+    share = claim(tmp_path / "x.parts" / "share-0-of-3")
+    (said,) = ranks.sample(tmp_path, words)
+    assert "is drawing" in str(said) and "share-0-of-3" in str(said)
+    share.release()
+    assert ranks.sample(tmp_path, words) == [0]
 
 
 def start(directory: Path, *words: object) -> "subprocess.Popen[str]":

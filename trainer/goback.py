@@ -43,8 +43,7 @@ def go_back(run: Run, wanted: str) -> None:
     if rows:
         files.append(run.path / f"metrics.{_ASIDE}.jsonl", "".join(f"{row}\n" for row in rows))
     for path in later:
-        to = path.with_name(f"{path.name}.{_ASIDE}")
-        path.rename(to if not to.exists() else f"{to}.{time.time_ns()}")
+        files.set_aside(path, _ASIDE)
     files.write(_record(run), json.dumps({"from": target.name, "time": time.time()}) + "\n")
     run.log(
         f"went back to checkpoint {target.name}: {len(later)} later checkpoints and {len(rows)} "

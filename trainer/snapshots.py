@@ -28,6 +28,9 @@ from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.saver import Gathered
 
+# The end of the name of a snapshot that is not of the run any more.
+_ASIDE = "superseded"
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -150,7 +153,7 @@ class Snapshots:
         final = partial.with_name(partial.name.strip(".").removesuffix(".partial"))
         files.write(partial / STATE, json.dumps({"format": "averages-1", **state}, indent=1))
         if final.exists():
-            _set_aside(final)
+            files.set_aside(final, _ASIDE)
         partial.rename(final)
         files.sync(final.parent)
 
@@ -161,11 +164,11 @@ class Snapshots:
         later = [p for p in committed(directory(self._run.path)) if int(p.name) > images_seen]
         for path in later:
             with suppress(OSError):
-                _set_aside(path)
+                files.set_aside(path, _ASIDE)
         if later:
             self._log(
                 f"averages: {len(later)} snapshots beyond image {images_seen:,} will be taken "
-                "again; the earlier ones are now *.superseded"
+                f"again; the earlier ones are now *.{_ASIDE}*"
             )
 
 
@@ -176,12 +179,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str,
         OSError: it cannot be written.
     """
     files.write(path, save(tensors, metadata=metadata))
-
-
-def _set_aside(path: Path) -> None:
-    aside = path.with_name(f"{path.name}.superseded")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
 
 
 def _gib(count: float) -> str:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.cpp_extension import get_default_build_root
 
+from data import files
 from data.mixture import Dataset
 from data.progress import duration
 from data.samples import crop_remark
@@ -84,9 +85,8 @@ def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> C
 
 
 def _move_away(path: Path, *, run: Run) -> None:
-    to = path.with_name(f"{path.name}.damaged")
     try:
-        path.rename(to if not to.exists() else f"{to}.{time.time_ns()}")
+        files.set_aside(path, "damaged")
     except OSError as error:
         run.log(f"cannot rename {path}: {error}")
 

@@ -147,7 +147,11 @@ class Output(ABC):
             ValueError: another process is drawing them.
         """
         own = self.work if share == (0, 1) else self.work / f"share-{share[0]}-of-{share[1]}"
-        for place in {self.work, own}:
+        # A share that is being drawn is in the way of the whole, unless that has only to be joined.
+        parts = -(-self.request["images"] // self.request["batch"])
+        draws_all = own == self.work and len(self.listed()) < parts
+        shares = self.work.glob("share-*") if draws_all else ()
+        for place in {self.work, own, *shares}:
             if (busy := leases.live_holder(place)) is not None:
                 raise ValueError(f"{busy} is drawing {place}: wait for it, or name another --out")
         lease = leases.claim(own)
