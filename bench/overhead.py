@@ -48,7 +48,7 @@ PARTS: tuple[tuple[type, str, str], ...] = (
     (Loop, "_draw_grid", DRAW),
     (Loop, "_validate", VALIDATE),
     (Metrics, "add", METRICS),
-    (Metrics, "put", METRICS),
+    (Metrics, "note", METRICS),
     (Saver, "flush", COMMIT),
 )
 # Images of a validation, at each checkpoint of the preset.
@@ -125,7 +125,7 @@ def _measure(arguments: list[str]) -> Meter:
 
     setattr(engine.averages, "attach", attach_timed)  # noqa: B010
     setattr(train, "to_device", batches_timed)  # noqa: B010
-    for name in ("_say_alive", "_listen"):
+    for name in ("_talk", "_judge"):
         setattr(Watchdog, name, _on_thread(meter, getattr(Watchdog, name)))
     began = time.perf_counter()
     assert train.main(arguments) == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import config as configs
-from trainer.watch import wandb
+from trainer.watch import goodput, wandb
 from trainer.watch.board import Board
 from trainer.watch.mfu import Mfu
 
@@ -167,3 +168,29 @@ def test_a_board_that_is_not_installed_is_refused() -> None:
     if find_spec("wandb") is None:
         with pytest.raises(ValueError, match=r"board.wandb = 'adm': wandb is not installed"):
             wandb.check("adm")
+
+
+def test_a_start_whose_timeline_cannot_be_written_ends_without_an_account(tmp_path: Path) -> None:
+    (tmp_path / "launch" / "timeline.jsonl").mkdir(parents=True)  # in place of the file
+    with open_board(tmp_path, images_seen=0) as board:
+        report(board, 1.0, images_seen=64)
+        assert board.closing() == []
+
+
+def test_long_timelines_are_not_added_up_at_every_report(tmp_path: Path) -> None:
+    """700,000 reports would otherwise take days."""
+    (tmp_path / "launch").mkdir()
+    goodput.note_start(tmp_path, last_sign=0.0, job_id=None)
+    row = {"event": "report", "time": time.time(), "images": 1, "images_per_second": 1.0}
+    with goodput.file(tmp_path).open("a") as file:
+        file.write(20_000 * (json.dumps(row) + "\n"))
+    with open_board(tmp_path, images_seen=0) as board:
+        rows = goodput.read(tmp_path)
+        began = time.process_time()
+        goodput.account(rows, now=time.time())
+        once = time.process_time() - began
+        began = time.process_time()
+        for images_seen in range(64, 64 * 21, 64):
+            report(board, 1.0, images_seen=images_seen)
+        assert time.process_time() - began < 10 * once
+        assert board.closing()[0].startswith("time: productive")

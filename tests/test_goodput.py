@@ -4,9 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ranks
 from trainer.ranks.group import connected
@@ -127,6 +132,59 @@ def test_a_short_disturbance_is_no_slow_rank() -> None:
     for now in range(10):
         slow.judge([1.0, 2.0 if now % 3 else 1.0], now=100.0 * now)
         assert slow.text == ""
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that make new tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is not torch.ops.aten.detach.default
+        return func(*args, **(kwargs or {}))
+
+
+def terms(step: int, rank: int) -> dict[str, Tensor]:
+    """What an objective gives for three images, none with a timestep of the last quarter."""
+    drawn = torch.Generator().manual_seed(10 * step + rank)
+    loss, acc1 = torch.rand(2, 3, generator=drawn)
+    return {"loss": loss, "acc1": acc1, "t": torch.randint(0, 75, (3,), generator=drawn)}
+
+
+def add_steps(counts: tuple[int, ...]) -> int:
+    """Intervals of so many steps on two ranks; prints their means and the operations of a step."""
+    world = join()
+    with connected(world, patience=ranks.LIMIT) as device:
+        metrics = Metrics(world=world, device=device, timesteps=100)
+        for count in counts:
+            given = [[terms(2 * step + n, world.rank) for n in range(2)] for step in range(count)]
+            with Counted() as counted:
+                for step, micro_batches in enumerate(given):
+                    metrics.add(micro_batches)
+                    metrics.note("lr", float(step))
+                    metrics.note("bad_share", world.rank, count=6)
+            values = metrics.reduce(images=12)
+            print(json.dumps({**values, "operations": counted.count}))
+    return 0
+
+
+def test_metrics_are_means_over_all_ranks_and_cost_a_step_no_operations(tmp_path: Path) -> None:
+    """Also where more steps were taken than are kept."""
+    counts = (3, 140)
+    job = ranks.fork(tmp_path, partial(add_steps, counts), ranks=2)
+    job.wait()
+    for text in job.texts:
+        for count, line in zip(counts, text.splitlines()[-len(counts) :], strict=True):
+            values = json.loads(line)
+            seen = [terms(n, rank) for n in range(2 * count) for rank in range(2)]
+            loss, t = (torch.cat([each[name] for each in seen]) for name in ("loss", "t"))
+            assert values["loss"] == pytest.approx(float(loss.double().mean()))
+            for q in range(3):
+                expected = float(loss[t // 25 == q].double().mean())
+                assert values[f"loss/q{q}"] == pytest.approx(expected)
+            assert "loss/q3" not in values and "acc1/q0" not in values and "t" not in values
+            assert values["lr"] == (count - 1) / 2 and values["bad_share"] == 1 / 12
+            assert values["operations"] <= (0 if count < 100 else 40)
 
 
 def work() -> int:

@@ -3,24 +3,39 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from trainer import profiling
+from trainer.run import Run
+
+
+def profile(run: Path) -> None:
+    """Profile two steps of a run."""
+    x = torch.randn(1, 8, 16, 16)
+    conv = torch.nn.Conv2d(8, 8, 3)
+    with Run(run).claimed() as claimed:
+        step = profiling.start(2, run=claimed, is_main=True)
+        for _ in range(9):
+            conv(x).sum().backward()
+            step()
 
 
 def test_steps_are_profiled_into_a_trace_and_a_table(tmp_path: Path) -> None:
-    said: list[str] = []
-    profiler = profiling.StepProfiler(2, directory=tmp_path / "profile", log=said.append)
-    x = torch.randn(1, 8, 16, 16)
-    conv = torch.nn.Conv2d(8, 8, 3)
-    for _ in range(9):
-        conv(x).sum().backward()
-        profiler.step()
+    profile(tmp_path)
     (trace,) = (tmp_path / "profile").glob("*.pt.trace.json")
     assert any("conv" in event["name"] for event in json.loads(trace.read_text())["traceEvents"])
     rows = (tmp_path / "profile" / "table.txt").read_text().splitlines()[1:]
     assert any(row.startswith("convolution") for row in rows)
-    assert len(said) == 1 and "profiled 2 steps" in said[0]
+    assert (tmp_path / "log.txt").read_text().count("profiled 2 steps") == 1
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "profile").touch()  # in place of the directory
+    profile(tmp_path)
+    assert "cannot write profile/ of" in capsys.readouterr().out
 
 
 def test_the_table_is_by_kind_with_what_is_idle() -> None:

@@ -154,7 +154,7 @@ class Loop:
             with self.metrics.forward.running():
                 terms = self.objective(self.engine, batch.images, batch.labels, batch.indices)
             self.engine.backward(terms["loss"].mean())
-            self.metrics.put("bad_share", batch.bad, len(batch.indices))
+            self.metrics.note("bad_share", batch.bad, count=len(batch.indices))
             seen.append((batch.indices, terms))
         lr = training.learning_rate(self.images_seen)
         began, self.images_seen = self.images_seen, self.images_seen + training.batch
@@ -163,7 +163,7 @@ class Loop:
         )
         if report.fault is None:
             learn_timesteps(self.objective.timesteps, seen)
-            self.metrics.add_all(terms for _, terms in seen)
+            self.metrics.add(terms for _, terms in seen)
         else:
             self._incidents.meet(report, seen, images_seen=began, now=self.images_seen)
             self._saving.went_back()

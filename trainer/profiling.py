@@ -8,7 +8,6 @@ import argparse
 import re
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,22 +61,22 @@ def start(count: int, *, run: Run, is_main: bool) -> Callable[[], None]:
     """Profile so many steps of a run, none for 0; what is returned is called after each step."""
     if not count or not is_main:
         return lambda: None
-    return StepProfiler(count, directory=run.path / "profile", log=run.log).step
+    return StepProfiler(count, run=run).step
 
 
 class StepProfiler:
     """Profiles some steps of a run; `step` is called after each."""
 
-    def __init__(self, steps: int, *, directory: Path, log: Callable[[str], None]) -> None:
-        self._steps, self._directory, self._log = steps, directory, log
+    def __init__(self, steps: int, *, run: Run) -> None:
+        self._steps, self._run, self._directory = steps, run, run.path / "profile"
         self._began = 0.0
         self._count = 0
-        self._trace = tensorboard_trace_handler(str(directory))
+        self._trace = tensorboard_trace_handler(str(self._directory))
         cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *cuda],
             schedule=schedule(wait=_WAIT, warmup=_WARM_UP, active=steps, repeat=1),
-            on_trace_ready=self._write,
+            on_trace_ready=lambda found: run.attempt("profile/", lambda: self._write(found)),
         )
         self._profile.start()
 
@@ -98,7 +97,7 @@ class StepProfiler:
         self._trace(found)
         text = table(_times(found.key_averages()), seconds=seconds, steps=self._steps)
         (self._directory / "table.txt").write_text(text)
-        self._log(f"profiled {self._steps} steps: {self._directory}")
+        self._run.log(f"profiled {self._steps} steps: {self._directory}")
 
 
 def _times(averages: Any) -> list[tuple[str, float]]:

@@ -23,6 +23,8 @@ from trainer.watch.wandb import WandB
 
 # Seconds between two texts of the status.
 _TEXT_EVERY = 10.0
+# The share of the time that adding up the timeline may take: it grows with every report.
+_ACCOUNTING = 0.002
 # The most rows of metrics that wait for room on a full disk.
 _UNWRITTEN = 10_000
 
@@ -65,6 +67,8 @@ class Board:
         self._wandb = WandB(run, project=project, config=text, log=log) if project else None
         goodput.note(run, "training", images=images_seen)
         self._timeline = goodput.read(run)
+        self._found: Goodput | None = None
+        self._accounts_at = -math.inf
 
     def __enter__(self) -> "Board":
         return self
@@ -137,12 +141,10 @@ class Board:
     def closing(self) -> list[str]:
         """The lines that end the log of a start: where the time of the run went."""
         found = goodput.account(self._timeline, now=time.time())
-        assert found is not None
-        advice = found.advice()
-        return [f"time: {found}", *([advice] if advice else [])]
+        return [line for line in (f"time: {found}", found.advice()) if line] if found else []
 
     def _account(self, values: Mapping[str, float], *, images_seen: int) -> Goodput | None:
-        """Add a report to the timeline, and add it all up."""
+        """Add a report to the timeline; where the time went, by now or a short time ago."""
         spent = {
             kind: values[f"{kind}_seconds"] for kind in goodput.SPENT if f"{kind}_seconds" in values
         }
@@ -154,7 +156,11 @@ class Board:
             "images_per_second": values["images_per_second"],
         }
         self._timeline.append(goodput.note(self._run, "report", **facts))
-        return goodput.account(self._timeline, now=time.time())
+        began = time.monotonic()
+        if began >= self._accounts_at:
+            self._found = goodput.account(self._timeline, now=time.time())
+            self._accounts_at = began + (time.monotonic() - began) / _ACCOUNTING
+        return self._found
 
     def _hours_left(self, images_seen: int) -> float:
         """At the mean rate since this start began to train, with all that is not training."""

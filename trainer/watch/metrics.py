@@ -1,7 +1,8 @@
-"""Metrics: added on the device, reduced over the ranks once an interval.
+"""Metrics: kept on the device, and reduced over the ranks once an interval.
 
-A step adds tensors to sums that stay on the device; nothing waits for the GPU until `reduce`, which
-reduces all sums in one collective, to the means over all images of all ranks.
+A step only keeps its tensors; those of many steps are added up by a few operations. Nothing waits
+for the GPU until `reduce`, which reduces all sums in one collective, to the means over all images
+of all ranks.
 """
 
 import re
@@ -22,6 +23,9 @@ from trainer.watch.pace import SlowRanks, Stopwatch
 
 # Losses are also shown for each quarter of the timesteps: the mean hides where a change happens.
 QUARTERS = 4
+_BY_QUARTER = ("loss", "mse", "vb")
+# Micro-batches that are kept before they are added up.
+_KEPT = 256
 
 
 class Metrics:
@@ -33,8 +37,12 @@ class Metrics:
         self._world = world
         self._device = device
         self._timesteps = timesteps
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        # Sums and counts by name.
+        self._sums: dict[str, tuple[float, float]] = {}
+        # Terms per image (B,), by name, and their sums by quarter: fp64 (terms, QUARTERS), of which
+        # the first row counts the images.
+        self._kept: list[Mapping[str, Tensor]] = []
+        self._terms: dict[str, Tensor] = {}
         self._since = time.monotonic()
         self._spent: dict[str, float] = {}
         self._reports = 0
@@ -46,58 +54,66 @@ class Metrics:
         #: Which ranks are slow, as far as that can be known.
         self.slow = SlowRanks(gather(socket.gethostname()))
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Add one micro-batch: per-image terms (B,), among them `loss` and the timesteps `t`."""
-        quarter = terms["t"] * QUARTERS // self._timesteps
-        for name, values in terms.items():
-            if name == "t":
-                continue
-            values = values.detach().double()
-            self.put(name, values.sum(), values.numel())
-            if name in ("loss", "mse", "vb"):
-                zeros = torch.zeros(QUARTERS, dtype=torch.float64, device=values.device)
-                sums = zeros.index_add(0, quarter, values)
-                counts = zeros.index_add(0, quarter, torch.ones_like(values))
-                for q in range(QUARTERS):
-                    self.put(f"{name}/q{q}", sums[q], counts[q])
-
-    def add_all(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Add the micro-batches of a step that counts."""
+    def add(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Add a step that counts: per-image terms (B,), among them `loss` and the timesteps `t`."""
         for terms in micro_batches:
-            self.add(terms)
+            self._kept.append({name: values.detach() for name, values in terms.items()})
+        if len(self._kept) >= _KEPT:
+            self._add_up()
 
-    def note(self, name: str, value: Tensor | float) -> None:
-        """Add one value (a scalar) of a quantity that is averaged over the steps of an interval."""
-        self.put(name, value, 1)
+    def note(self, name: str, value: float, *, count: float = 1) -> None:
+        """Add one value of a quantity that is averaged over the steps of an interval.
 
-    def put(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Add to a quantity whose mean is the sum of its totals over that of its counts."""
-        if name not in self._sums:
-            self._sums[name] = torch.zeros((), dtype=torch.float64, device=self._device)
-            self._counts[name] = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._sums[name] += total
-        self._counts[name] += count
+        With `count` it is the total of so many values.
+        """
+        total, number = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + value, number + count)
 
     def reduce(self, *, images: int) -> dict[str, float]:
         """Means over all ranks since the last call, rates and memory. All ranks must call it.
 
         `images` is how many images all ranks together took since then.
         """
-        names = list(self._sums)
-        flat = torch.stack([*self._sums.values(), *self._counts.values()])
-        dist.all_reduce(flat)
-        sums, counts = flat.cpu().view(2, -1).tolist()
-        means = {name: s / n for name, s, n in zip(names, sums, counts, strict=True) if n}
+        self._add_up()
+        sums, terms = self._reduced()
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        means |= _means(terms)
         now = time.monotonic()
         seconds = now - self._since
         ranks = self._by_rank(_peak_memory(self._device), _host_memory(), self.forward.read())
-        if "data_wait_seconds" in names:
-            waited = sums[names.index("data_wait_seconds")]
+        if "data_wait_seconds" in sums:
+            waited, _ = sums["data_wait_seconds"]
             means["data_wait_share"] = waited / (self._world.size * seconds)
         means |= {f"{what}_seconds": spent for what, spent in self._spent.items()}
-        self._sums, self._counts, self._since, self._spent = {}, {}, now, {}
+        self._sums, self._terms, self._since, self._spent = {}, {}, now, {}
         rates = {"images_per_second": images / seconds, "interval_seconds": seconds}
         return {**means, **rates, **self._memory(ranks), **self._pace(ranks, now=now)}
+
+    def _add_up(self) -> None:
+        """Add what is kept to the sums by quarter."""
+        if not self._kept:
+            return
+        columns = {name: torch.cat([terms[name] for terms in self._kept]) for name in self._kept[0]}
+        self._kept = []
+        quarter = columns.pop("t") * QUARTERS // self._timesteps
+        columns = {"images": torch.ones_like(columns["loss"]), **columns}
+        table = torch.stack([values.double() for values in columns.values()])
+        sums = table.new_zeros(len(columns), QUARTERS).index_add(1, quarter, table)
+        for name, row in zip(columns, sums, strict=True):
+            self._terms[name] = self._terms[name] + row if name in self._terms else row
+
+    def _reduced(self) -> tuple[dict[str, tuple[float, float]], dict[str, Tensor]]:
+        """The sums of all ranks, and those of the terms by quarter on the host."""
+        own = torch.tensor(list(self._sums.values()), dtype=torch.float64).view(-1)
+        flat = torch.cat([own.to(self._device), *self._terms.values()])
+        dist.all_reduce(flat)
+        whole = flat.cpu()
+        pairs = whole[: len(own)].view(-1, 2).tolist()
+        rows = whole[len(own) :].view(-1, QUARTERS)
+        sums = {
+            name: (total, count) for name, (total, count) in zip(self._sums, pairs, strict=True)
+        }
+        return sums, dict(zip(self._terms, rows, strict=True))
 
     def pause(self, seconds: float, *, on: str) -> None:
         """Leave `seconds` spent `on` something else (saving, drawing, ...) out of the rate."""
@@ -136,6 +152,19 @@ class Metrics:
             "forward_seconds": median,
             "slowest_rank": max(seconds) / median if median else 1.0,
         }
+
+
+def _means(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """The mean of each term, and of losses by quarter of t, from sums (QUARTERS,) on the host."""
+    found = {}
+    rows = dict(sums)
+    images = rows.pop("images", torch.zeros(QUARTERS))
+    for name, row in rows.items():
+        found[name] = float(row.sum() / images.sum())
+        for q in range(QUARTERS) if name in _BY_QUARTER else ():
+            if images[q]:
+                found[f"{name}/q{q}"] = float(row[q] / images[q])
+    return found
 
 
 def _peak_memory(device: torch.device) -> float:
