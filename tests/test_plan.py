@@ -6,13 +6,27 @@ from typing import Any
 
 import pytest
 
+from bench import gpu
 from tests.support.runs import Place
 from trainer import config as configs
 from trainer import costs, ds_config, plan
-from trainer.prediction import Machine, largest_micro_batch, memory, operations, resized, step
+from trainer.config import Config
+from trainer.costs import NetCosts
+from trainer.prediction import (
+    GIB,
+    Machine,
+    largest_micro_batch,
+    memory,
+    memory_remark,
+    operations,
+    resized,
+    step,
+)
 
 ZERO = ds_config.load("ds_config.json")["zero_optimization"]
 PRESETS = ("imagenet64", "imagenet512", "upsample64_256", "classifier128")
+ALL = {path.stem: configs.load(path.stem) for path in sorted(configs.PRESETS.glob("*.toml"))}
+GPU_PRESETS = [name for name, config in ALL.items() if config.training.precision == "fp16"]
 
 
 def machine(**changes: Any) -> Machine:
@@ -60,6 +74,46 @@ def test_one_image_more_than_the_largest_micro_batch_does_not_fit(stage: int) ->
         for size in (most, most + 1)
     ]
     assert held[0] <= 76 * 2**30 < held[1]
+
+
+def fits(config: Config, net: NetCosts, size: int, *, ranks: int) -> bool:
+    """Whether 80 GiB hold a micro-batch, with the planner's reserve, below ZeRO-3."""
+    stages = ({**ZERO, "stage": stage} for stage in (1, 2))
+    sized = resized(config, batch=config.training.batch, micro_batch=size)
+    held = [
+        sum(memory(sized, net, zero=zero, ranks=ranks, micro_batch=size).values())
+        for zero in stages
+    ]
+    return max(held) <= 76 * GIB
+
+
+@pytest.mark.parametrize("preset", GPU_PRESETS)
+def test_the_micro_batch_of_a_preset_is_the_largest_power_of_two_that_80_gb_hold(
+    preset: str,
+) -> None:
+    config = configs.load(preset)
+    net, batch, micro = costs.count(config), config.training.batch, config.training.micro_batch
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if batch % n == 0]
+    assert batch % micro == 0 and micro & (micro - 1) == 0
+    assert all(fits(config, net, micro, ranks=n) for n in counts if micro <= batch // n)
+    twice = [n for n in counts if 2 * micro <= batch // n]
+    assert not twice or not all(fits(config, net, 2 * micro, ranks=n) for n in twice)
+    size = config.model.image_size
+    assert preset != f"imagenet{size}" or gpu.LARGEST.get(size, micro) == micro
+
+
+def test_a_gpu_that_holds_less_is_told_what_to_set() -> None:
+    config = configs.load("digits")
+    net = costs.count(config)
+    need = {
+        size: sum(memory(config, net, zero=ZERO, ranks=2, micro_batch=size).values())
+        for size in (16, 32)
+    }
+    assert memory_remark(config, zero=ZERO, ranks=2, room=need[32]) is None
+    said = memory_remark(config, zero=ZERO, ranks=2, room=need[32] - 1)
+    assert said is not None and "set training.micro_batch = 16" in said
+    said = memory_remark(config, zero=ZERO, ranks=2, room=need[16] / 2)
+    assert said is not None and "set model.checkpoint = true" in said
 
 
 def test_a_run_tells_the_planner_the_speed_of_each_rank(

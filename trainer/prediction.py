@@ -151,14 +151,37 @@ def largest_micro_batch(
     config: Config, net: NetCosts, *, zero: Mapping[str, Any], machine: Machine
 ) -> int:
     """The most images at once that a rank's memory holds, at most its share of the batch; or 0."""
-    share = config.training.batch // machine.gpus
     room = (machine.gpu_memory - machine.reserve) * GIB
+    return _most(config, net, zero=zero, ranks=machine.gpus, room=room)
+
+
+def _most(
+    config: Config, net: NetCosts, *, zero: Mapping[str, Any], ranks: int, room: float
+) -> int:
+    share = config.training.batch // ranks
 
     def need(size: int) -> int:
-        parts = memory(config, net, zero=zero, ranks=machine.gpus, micro_batch=size)
-        return sum(parts.values())
+        return sum(memory(config, net, zero=zero, ranks=ranks, micro_batch=size).values())
 
     # The whole share at once needs no sum of gradients, and may fit where somewhat less does not.
     if share and need(share) <= room:
         return share
     return bisect.bisect_right(range(1, share), room, key=need)
+
+
+def memory_remark(
+    config: Config, *, zero: Mapping[str, Any], ranks: int, room: float
+) -> str | None:
+    """What to set where a micro-batch needs more than the `room` bytes of a rank's device."""
+    training = config.training
+    micro, net = training.micro_batch_on(ranks), costs.count(config)
+    need = sum(memory(config, net, zero=zero, ranks=ranks, micro_batch=micro).values())
+    if need <= room:
+        return None
+    most = _most(config, net, zero=zero, ranks=ranks, room=room)
+    fits = max((n for n in range(1, most + 1) if training.batch // ranks % n == 0), default=0)
+    way = f"training.micro_batch = {fits}" if fits else "model.checkpoint = true"
+    return (
+        f"micro-batches of {micro} images need about {need / GIB:.0f} GiB of a GPU, and this one "
+        f"has {room / GIB:.0f}: if it runs out of memory, set {way}"
+    )

@@ -18,7 +18,7 @@ from data.mixture import Dataset
 from data.progress import duration
 from data.samples import crop_remark
 from data.stream import Stream
-from trainer import averages, classes, compute, determinism, weights
+from trainer import averages, classes, compute, determinism, prediction, weights
 from trainer import checkpoint as checkpoints
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import Classify, Denoise
@@ -202,13 +202,17 @@ def remarks(
 ) -> list[str]:
     """What the log says of the config, and its `changes` of the run, before the run begins."""
     changed = [f"{name} changes from {a!r} to {b!r}" for name, (a, b) in changes.items()]
-    odd = (
+    odd = [
         averages.stated(config.training),
         classes.untrained(config, shards),
         crop_remark(shards, config=config.data),
         config.training.badly_cut_on(ranks),
-    )
-    said = compute.remarks(config.training, stage=ds_config["zero_optimization"]["stage"])
+    ]
+    zero = ds_config["zero_optimization"]
+    said = compute.remarks(config.training, stage=zero["stage"])
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties().total_memory
+        odd.append(prediction.memory_remark(config, zero=zero, ranks=ranks, room=room))
     return [*changed, *said, *(line for line in odd if line)]
 
 
