@@ -9,9 +9,10 @@ import dis
 import sys
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data.stores import FINAL
+from data.version import version
 
 # A fault of the machine (a full disk, a lost rank, a killed worker): run the command again.
 FAILED = 1
@@ -27,12 +28,30 @@ REPORTED = (ValueError, ImportError, OSError, BrokenExecutor)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser that treats a wrong option like any other user error."""
+    """The parser of all commands: a wrong option is a user error, and `--version` prints which code
+    this is. Descriptions keep their line breaks.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        help_text = "print the version, and the commit of a git checkout, and exit"
+        none = argparse.SUPPRESS  # it is no value of the command line
+        self.add_argument(
+            "--version", action=_Version, nargs=0, dest=none, default=none, help=help_text
+        )
 
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and exit with `REFUSED`."""
         self.print_usage(sys.stderr)
         self.exit(REFUSED, f"{self.prog}: error: {message}\n")
+
+
+class _Version(argparse.Action):
+    """Prints the version, which is read then: it asks git."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(f"adm-trainer {version()}")
+        parser.exit()
 
 
 def is_ours(error: BaseException) -> bool:

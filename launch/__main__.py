@@ -86,9 +86,9 @@ def show(argv: Sequence[str]) -> int:
 
 def check(argv: Sequence[str]) -> int:
     """`python -m launch check`: the preflight check, started on every rank of an allocation."""
-    from trainer import preflight  # needs torch, which a login node may not have
+    from trainer import allocation  # needs torch, which a login node may not have
 
-    return preflight.main(argv)
+    return allocation.main(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

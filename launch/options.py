@@ -61,8 +61,7 @@ def _add_at_most(parser: argparse.ArgumentParser, *, what: str) -> None:
 
 def start(description: str | None) -> argparse.ArgumentParser:
     """The options that start a run."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(prog="python -m launch", description=description, formatter_class=layout)
+    parser = CommandParser(prog="python -m launch", description=description)
     parser.add_argument("preset", help="a name in trainer/presets, or a .toml file")
     parser.add_argument("--run", required=True, type=Path, help="the run directory")
     _add_size(parser)

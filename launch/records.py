@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import files
+from data import files, version
 from launch import hosts, kubernetes, queue, slurm
 from launch.job import Job
 from trainer import settings
@@ -130,6 +130,7 @@ def _copy_code(to: Path) -> None:
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(ROOT / package, partial / package, ignore=ignored)
     shutil.copyfile(ROOT / "ds_config.json", partial / "ds_config.json")
+    files.write(partial / version.COMMIT, version.commit(ROOT) + "\n")
     if to.exists():
         to.rename(to.with_name(f".code.{time.time_ns()}"))
     partial.rename(to)

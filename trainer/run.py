@@ -22,6 +22,7 @@ from PIL import Image
 
 from data import files
 from data.config import shown
+from data.version import version
 from trainer import config as configs
 from trainer.checkpoint import committed
 from trainer.config import Config
@@ -78,6 +79,7 @@ class Run:
                 state="running",
                 starts=starts,
                 began=time.time(),
+                version=version(),
                 why=None,
                 lost=None,
                 job_id=lease.job_id,

@@ -33,6 +33,8 @@ class RunState:
     why: str | None = None
     #: The hosts whose ranks were lost or hung in the last start, with commas between them.
     lost: str | None = None
+    #: The release and the commit of the code that the last start runs.
+    version: str | None = None
     #: The scheduler's id of the job.
     job_id: str | None = None
 

@@ -1,6 +1,7 @@
 """Where a run begins: its newest valid checkpoint, the weights of `--init`, or its seed."""
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,25 @@ from trainer.ranks.group import Refused, agreed
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.runstate import RunState
+
+
+def find_ninja() -> None:
+    """Let DeepSpeed find ninja, by which it compiles its operator for CPUs, in PATH.
+
+    In an environment that is not activated it lies beside the interpreter, and PATH has none.
+
+    Raises:
+        ValueError: it is nowhere.
+    """
+    if torch.cuda.is_available() or shutil.which("ninja"):
+        return
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja", path=str(beside)) is None:
+        raise ValueError(
+            "no ninja in PATH, by which DeepSpeed compiles its operator for CPUs: pip install "
+            "ninja (`python -m trainer.preflight` checks this machine)"
+        )
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(beside)])
 
 
 def compile_locks(*, stale: float = 3600.0) -> list[str]:

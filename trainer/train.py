@@ -17,9 +17,12 @@ if __name__ == "__main__":
     _EARLY = Preemption()
     _EARLY.record_early()
 
+import torch
+
 from data import descriptors
 from data.exits import TO_BE_CONTINUED
 from data.stream import Stream, open_stream, to_device
+from data.version import version
 from trainer import classes, compute, determinism, profiling, start
 from trainer import config as configs
 from trainer import ds_config as ds_configs
@@ -82,6 +85,7 @@ class TrainingPlan:
         check_precision(config.training.precision)
         wandb.check(config.board.wandb)
         compute.check(config.training)
+        start.find_ninja()
         start.compile_locks()
         return cls(
             run=run,
@@ -109,6 +113,7 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
         context.watchdog.dump = lambda: forensics.dump(run.path / "launch", rank=world.rank)
         if world.is_main:
             plan.stream.log = run.log
+            run.log(f"adm-trainer {version()}, torch {torch.__version__}")
         return _train(replace(plan, run=run, initial=initial), context=context)
 
 

