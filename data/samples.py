@@ -63,7 +63,7 @@ class Samples:
             fixed = part.image_size
             if config.crop == "center" and fixed not in (None, size):
                 raise ValueError(
-                    f"data.image_size = {size}, but {part.where} was packed at {fixed}: "
+                    f"model.image_size = {size}, but {part.where} was packed at {fixed}: "
                     f"set it to {fixed}, or pack again with --size {size}"
                 )
         self.shards, self.config, self.seed = shards, config, seed

@@ -202,7 +202,7 @@ def test_a_batch_that_ranks_cannot_share_is_an_error(shards: Shards) -> None:
 
 
 def test_settings_that_do_not_fit_are_errors(shards: Shards) -> None:
-    with pytest.raises(ValueError, match=r"data.image_size = 32, but .* was packed at 16"):
+    with pytest.raises(ValueError, match=r"model.image_size = 32, but .* was packed at 16"):
         Stream(shards, config=config_for(shards, image_size=32), seed=0)
     with pytest.raises(ValueError, match=r"data.crop = 'left'"):
         config_for(shards, crop="left")

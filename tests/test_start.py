@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data.dataset import open_shards
 from data.exits import REFUSED
 from tests.support import ranks
 from trainer import start, train
@@ -48,3 +49,20 @@ def test_a_lock_that_may_be_in_use_is_named_and_waited_for(
     lock = lock_of(tmp_path, age=90)
     (said,) = start.compile_locks()
     assert said.startswith(f"{lock} was made 1 min 30 s ago") and "waits for it" in said
+
+
+def test_an_upsamplers_grid_of_more_images_than_there_are_is_refused(
+    tmp_path: Path, tiny: Path, digits: Path
+) -> None:
+    count = open_shards(digits).count
+
+    def make(samples: int) -> train.TrainingPlan:
+        sets = ("model.small_size = 4", f"intervals.samples_count = {samples}")
+        options = [word for each in (*sets, "intervals.samples = 8") for word in ("--set", each)]
+        arguments = train.parser().parse_args([str(tiny), "--run", str(tmp_path / "run"), *options])
+        return train.TrainingPlan.make(arguments, ranks=1)
+
+    assert make(count).config.intervals.samples_count == count
+    refused = rf"samples_count = {count + 1}: .* data.shards has {count}: lower intervals"
+    with pytest.raises(ValueError, match=refused):
+        make(count + 1)

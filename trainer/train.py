@@ -41,7 +41,7 @@ from trainer.ranks.lease import stop_file
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.run import Run
-from trainer.sampling.draw import shown
+from trainer.sampling.draw import check_shown, shown
 from trainer.saver import Saver
 from trainer.validation import ValidationSet
 from trainer.watch import forensics, wandb
@@ -82,6 +82,7 @@ class TrainingPlan:
         ds_config = ds_configs.load(arguments.ds_config)
         stream = open_stream(config.data, seed=config.training.seed, check_files=check_files)
         classes.check(config, stream.shards, run=run)
+        check_shown(config, images=stream.shards.count, ranks=ranks)
         check_precision(config.training.precision)
         wandb.check(config.board.wandb)
         compute.check(config.training)

@@ -191,6 +191,23 @@ def _spread(indices: Tensor, count: int, classes: int | None) -> Tensor | None:
     return indices % classes if classes <= count else indices * classes // count % classes
 
 
+def check_shown(config: Config, *, images: int, ranks: int) -> None:
+    """Return if the shards have enough `images` for the grids of an upsampler, or it is none.
+
+    Raises:
+        ValueError: they have not.
+    """
+    every, small_size = config.intervals, getattr(config.model, "small_size", None)
+    if every.samples is None or small_size is None or images >= max(every.samples_count, ranks):
+        return
+    ways = "lower intervals.samples_count" if images >= ranks else "start fewer ranks"
+    raise ValueError(
+        f"intervals.samples_count = {every.samples_count}: on {ranks} ranks an upsampler's grid "
+        f"enlarges {max(every.samples_count, ranks)} images, data.shards has {images}: {ways}, "
+        "or draw no grids (--unset intervals.samples)"
+    )
+
+
 def shown(config: Config, stream: Stream, *, world: World) -> Batch | None:
     """The first images of the shards, for an upsampler to enlarge in its grids."""
     if config.intervals.samples is None or getattr(config.model, "small_size", None) is None:
