@@ -1,13 +1,20 @@
 """Files of several splits, or only some of a split, are not packed as if they were a dataset."""
 
+from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from data.dataset import Shards, open_shards
+from data.pack import pack
 from data.packing.indexing import index_directory
-from tests.support.data_fixtures import image_file, packed, write_folder, write_tars
+from data.packing.listing import by_directory_name
+from data.packing.plan import PackConfig
+from data.packing.splits import Split, split_of
+from tests.support.data_fixtures import content, image_file, packed, write_folder, write_tars
 
 
 def write_parquet(root: Path, *names: str) -> Path:
@@ -67,3 +74,44 @@ def test_the_tars_of_img2dataset_are_packed_and_not_their_metadata(tmp_path: Pat
         parquet.write_table(pa.table({"url": ["x"], "label": [9]}), tar.with_suffix(".parquet"))
         tar.with_name(f"{tar.stem}_stats.json").write_text("{}")
     assert packed(tars, tmp_path).count == 30
+
+
+def split(source: Path, out: Path, which: Split, share: float | None = None) -> Shards:
+    """One split of a source, packed at 16 pixels."""
+    config = PackConfig(size=16, per_shard=9, split=which, val_share=share)
+    pack(str(source), out=out, config=config)
+    return open_shards(out)
+
+
+@pytest.mark.parametrize(("share", "held_out"), [(None, 2), (0.35, 5), (0.001, 1), (0.999, 14)])
+def test_splits_share_a_source_and_no_image(
+    tmp_path: Path, share: float | None, held_out: int
+) -> None:
+    source = write_folder(tmp_path / "source", images=45)
+    whole = packed(source, tmp_path)
+    train, val = (split(source, tmp_path / one, one, share) for one in get_args(Split))
+    assert content(train) | content(val) == content(whole)
+    assert train.count + val.count == whole.count == 45
+    assert Counter(label for _, label in content(val)) == dict.fromkeys(range(3), held_out)
+    assert train.classes == val.classes == whole.classes
+
+
+def test_a_source_that_grows_keeps_its_splits(tmp_path: Path) -> None:
+    listing = by_directory_name([f"{i}.jpg" for i in range(400)], ["a", "b"] * 200)
+    first = by_directory_name(listing.names[:300], ["a", "b"] * 150)
+    before, after = (set(split_of(each, "val", held_out=0.1).names) for each in (first, listing))
+    assert len(before) == 30 and len(after) == 40
+    assert len(before - after) <= 6
+
+
+def test_splits_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=3)
+    with pytest.raises(ValueError, match=r"--split val: no class has two images"):
+        split(source, tmp_path / "out", "val")
+    with pytest.raises(ValueError, match=r"--val-share = 0.2: must be absent without --split"):
+        PackConfig(size=16, val_share=0.2)
+    with pytest.raises(ValueError, match=r"--val-share = 1: must be above 0 and below 1"):
+        PackConfig(size=16, split="val", val_share=1)
+    split(write_folder(source, images=30), tmp_path / "out", "val")
+    with pytest.raises(ValueError, match=r"holds another dataset"):
+        split(source, tmp_path / "out", "train")

@@ -23,6 +23,7 @@ from data.packing.listing import Listing, renumber
 from data.packing.plan import PackConfig, PackPlan
 from data.packing.report import warn_of_missing_labels
 from data.packing.sources import Source, Stamp
+from data.packing.splits import split_of
 
 # The file in `WORK` that holds it.
 BEGUN = "begun.json"
@@ -77,6 +78,8 @@ class Request:
         warn_of_missing_labels(listing, self.source)
         if self.classes_of:
             listing = renumber(listing, classes=class_names(self.classes_of))
+        if self.config.split:
+            listing = split_of(listing, self.config.split, held_out=self.config.held_out)
         return listing
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.exits import CommandParser
 from data.packing import pool
+from data.packing.splits import VAL_SHARE
 
 # So many images may be left out of any packing, unless none may.
 FEW = 10
@@ -51,6 +52,19 @@ def _add_images(add: Callable[..., object]) -> None:
         type=Path,
         metavar="DIR",
         help="number the classes as this packed dataset does (default: in sorted order)",
+    )
+
+    add(
+        "--split",
+        choices=("train", "val"),
+        help="pack the images to train on, or those of each class that are held out for "
+        "validation, chosen by their names (default: all images)",
+    )
+    add(
+        "--val-share",
+        type=float,
+        metavar="SHARE",
+        help=f"the share of each class that --split holds out (default: {VAL_SHARE})",
     )
 
 

@@ -13,6 +13,7 @@ from data.config import check
 from data.order import permutation
 from data.packing.listing import Listing
 from data.packing.sources import Stamp
+from data.packing.splits import VAL_SHARE, Split
 
 
 def _is_colour(text: str) -> bool:
@@ -30,7 +31,8 @@ class PackConfig:
     `size` is the side of ADM's centre crop, or with `keep_original` the smaller side beyond which
     an image is scaled down, uncropped. `format` None is png for crops of up to 64 pixels,
     otherwise jpg. `exif_transpose` turns images as their EXIF says; ADM does not. `background` is
-    the colour that shows through transparent pixels, as Pillow names it.
+    the colour that shows through transparent pixels, as Pillow names it. `split` packs the images
+    to train on, or those that are held out: the share `val_share` of each class.
     """
 
     size: int
@@ -41,6 +43,8 @@ class PackConfig:
     per_shard: int = 2048
     exif_transpose: bool = False
     background: str = "white"
+    split: Split | None = None
+    val_share: float | None = None
 
     def __post_init__(self) -> None:
         check(self.size >= 1, "--size", self.size, "at least 1")
@@ -49,6 +53,16 @@ class PackConfig:
         check(1 <= self.quality <= 100, "--quality", self.quality, "from 1 to 100")
         names = 'a colour such as black or "#808080"'
         check(_is_colour(self.background), "--background", self.background, names)
+        check(self.split in (None, "train", "val"), "--split", self.split, "train or val")
+        share = self.val_share
+        check(share is None or 0 < share < 1, "--val-share", share, "above 0 and below 1")
+        alone = share is not None and self.split is None
+        check(not alone, "--val-share", share, "absent without --split")
+
+    @property
+    def held_out(self) -> float:
+        """The share of each class that is held out where there is a split."""
+        return VAL_SHARE if self.val_share is None else self.val_share
 
     @property
     def values(self) -> dict[str, Any]:
@@ -61,6 +75,10 @@ class PackConfig:
             del values["exif_transpose"]
         if self.background == "white":
             del values["background"]
+        if self.split is None:
+            del values["split"], values["val_share"]
+        else:
+            values["val_share"] = self.held_out
         return values
 
     @property

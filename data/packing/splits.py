@@ -1,11 +1,19 @@
-"""What the names of a dataset's files say: their splits, and how many files there must be."""
+"""Splits: what the names of a dataset's files say of them, and images held out of a source."""
 
+import hashlib
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
+from data.packing.listing import Listing
 from data.packing.names import SPLIT
+
+Split = Literal["train", "val"]
+# The share of the images that --split holds out of training.
+VAL_SHARE = 0.1
 
 _PART = re.compile(r"(?P<head>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<tail>.*)")
 
@@ -58,3 +66,30 @@ def _missing(names: Iterable[str]) -> list[str]:
             if number not in numbers
         ]
     return missing
+
+
+def split_of(listing: Listing, split: Split, *, held_out: float) -> Listing:
+    """The images to train on, or those held out: that share of each class, by hashes of the names.
+
+    At least one image of each class is held out, and one is left, where it has two. A dataset that
+    grows keeps nearly all images in their split.
+
+    Raises:
+        ValueError: no image can be held out.
+    """
+    of_class: dict[int, list[int]] = {}
+    for i, label in enumerate(listing.labels):
+        of_class.setdefault(label, []).append(i)
+    out: set[int] = set()
+    for members in of_class.values():
+        count = min(max(round(len(members) * held_out), 1), len(members) - 1)
+        out.update(sorted(members, key=lambda i: _hash(listing.names[i]))[:count])
+    if not out:
+        raise ValueError(f"--split {split}: no class has two images, one of which can be held out")
+    chosen = [i for i in range(len(listing.names)) if (i in out) is (split == "val")]
+    names, labels = listing.names, listing.labels
+    return replace(listing, names=[names[i] for i in chosen], labels=[labels[i] for i in chosen])
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
