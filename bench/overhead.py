@@ -30,6 +30,7 @@ from data.pack import main as pack
 from trainer import config as configs
 from trainer import engine, train
 from trainer.loop import Loop
+from trainer.measures import Measures
 from trainer.ranks.watchdog import Watchdog
 from trainer.saver import Saver
 from trainer.saving import Saving
@@ -45,8 +46,8 @@ PARTS: tuple[tuple[type, str, str], ...] = (
     (Saving, "agree", AGREE),
     (Loop, "_report", REPORT),
     (Saving, "save", SAVE),
-    (Loop, "_draw_grid", DRAW),
-    (Loop, "_validate", VALIDATE),
+    (Measures, "_draw_grid", DRAW),
+    (Measures, "_validate", VALIDATE),
     (Metrics, "add", METRICS),
     (Metrics, "note", METRICS),
     (Saver, "flush", COMMIT),

@@ -240,6 +240,10 @@ def _total(run: Path) -> int | None:
     return images if isinstance(images, int) else None
 
 
+# Groups of metrics whose rows are not reports of training.
+_MEASURED = ("validation/", "evaluation/")
+
+
 def _rows(file: Path) -> list[Row]:
     """The last rows of metrics. Lines that are torn or still being written are left out."""
     rows = []
@@ -249,7 +253,7 @@ def _rows(file: Path) -> list[Row]:
         except ValueError:
             continue
         is_row = isinstance(row, dict) and all(_is_number(row.get(n)) for n in ("images", "time"))
-        if is_row and "validation/loss" not in row:
+        if is_row and not any(name.startswith(_MEASURED) for name in row):
             rows.append(row)
     return rows
 

@@ -129,8 +129,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     cases = [
         (samples, large, network, "samples are 8 x 8, the images of .* 16 x 16"),
         (few, digits, network, "15 samples: must be at least 16"),
-        (samples, plain, network, "give --network the Inception weights"),
-        (samples, other, network, "make it again with this --network"),
+        (samples, plain, network, "give the Inception weights as the network"),
+        (samples, other, network, "make it again with this network"),
         (samples, text, network, "not a readable .npz"),
         (samples, digits, tmp_path / "none.pth", "download weights-inception-2015-12-05"),
         (samples, digits, plain, "is no plain weights file|is no weights file"),

@@ -25,7 +25,13 @@ from trainer.adm.config import (
     check_choice,
 )
 from trainer.adm.respacing import kept_timesteps
-from trainer.sections import BoardConfig, GuardConfig, IntervalConfig, TrainingConfig
+from trainer.sections import (
+    BoardConfig,
+    EvaluationConfig,
+    GuardConfig,
+    IntervalConfig,
+    TrainingConfig,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -40,6 +46,7 @@ class Config:
     training: TrainingConfig
     data: DataConfig
     intervals: IntervalConfig
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     board: BoardConfig = dataclasses.field(default_factory=BoardConfig)
     guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
@@ -55,12 +62,9 @@ class Config:
         if isinstance(self.model, ClassifierConfig):
             uniform = timesteps == "uniform"
             check(uniform, "training.timesteps", timesteps, '"uniform" for a classifier')
-            check(
-                every.samples is None,
-                "intervals.samples",
-                every.samples,
-                "absent for a classifier, which draws nothing",
-            )
+            for name, value in (("samples", every.samples), ("evaluate", every.evaluate)):
+                absent = "absent for a classifier, which draws nothing"
+                check(value is None, f"intervals.{name}", value, absent)
         check(
             (every.averages is None) is not bool(self.training.ema_widths),
             "intervals.averages",
@@ -74,10 +78,34 @@ class Config:
             "set if data.validation is, and absent without",
         )
         if every.samples is not None:
-            try:
-                kept_timesteps(self.diffusion.steps, every.samples_steps)
-            except ValueError as error:
-                raise ValueError(f"intervals.samples_steps: {error}") from None
+            self._check_steps("intervals.samples_steps", every.samples_steps)
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        every, asked, model = self.intervals.evaluate, self.evaluation, self.model
+        for name, value in (("reference", asked.reference), ("network", asked.network)):
+            expected = "set if intervals.evaluate is, and absent without"
+            check((every is None) is (value is None), f"evaluation.{name}", value, expected)
+        if every is None:
+            return
+        trained = bool(self.training.label_dropout)
+        without = "absent without training.label_dropout"
+        check(asked.cfg is None or trained, "evaluation.cfg", asked.cfg, without)
+        classes = model.num_classes or 0
+        random = f'"random" where evaluation.images is below model.num_classes = {classes}'
+        covered = asked.labels == "random" or asked.images >= classes
+        check(covered, "evaluation.labels", asked.labels, random)
+        enlarges = isinstance(model, UNetConfig) and model.small_size is not None
+        needed = "set if an upsampler is evaluated, which enlarges these images"
+        there = self.data.validation is not None
+        check(there or not enlarges, "data.validation", self.data.validation, needed)
+        self._check_steps("evaluation.steps", asked.steps)
+
+    def _check_steps(self, name: str, steps: str) -> None:
+        try:
+            kept_timesteps(self.diffusion.steps, steps)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

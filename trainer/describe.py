@@ -15,7 +15,13 @@ from typing import Any, Literal
 from data.config import DataConfig
 from trainer.adm.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from trainer.config import Config
-from trainer.sections import BoardConfig, GuardConfig, IntervalConfig, TrainingConfig
+from trainer.sections import (
+    BoardConfig,
+    EvaluationConfig,
+    GuardConfig,
+    IntervalConfig,
+    TrainingConfig,
+)
 
 _HEAD = """\
 # Settings
@@ -32,6 +38,7 @@ _SECTIONS: dict[str, tuple[str, type]] = {
     "training": ("[training]", TrainingConfig),
     "data": ("[data]", DataConfig),
     "intervals": ("[intervals]", IntervalConfig),
+    "evaluation": ("[evaluation]", EvaluationConfig),
     "guards": ("[guards]", GuardConfig),
     "board": ("[board]", BoardConfig),
 }

@@ -21,7 +21,8 @@ from data.exits import CommandParser
 from trainer.adm.config import check
 from trainer.evaluation import held_out
 from trainer.evaluation import reference as references
-from trainer.evaluation.extraction import Extracted, extract
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork, open_network
 from trainer.evaluation.reference import Reference
 from trainer.evaluation.results import Results, compare
@@ -30,55 +31,20 @@ from trainer.ranks.world import World, join
 from trainer.sampling.samplefile import Samples, open_samples
 
 
-class _Evaluation:
+def _evaluator(arguments: argparse.Namespace, *, world: World, device: torch.device) -> Evaluator:
     """The network and the ranks of one command."""
+    agreed(lambda: check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1"))
+    return Evaluator(
+        network=open_network(arguments.network, device=device),
+        world=world,
+        device=device,
+        batch=arguments.batch,
+        say=_say,
+    )
 
-    def __init__(
-        self, arguments: argparse.Namespace, *, world: World, device: torch.device
-    ) -> None:
-        agreed(lambda: check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1"))
-        self._batch = arguments.batch
-        self._world, self._device = world, device
-        self.network: FeatureNetwork = agreed(
-            lambda: open_network(arguments.network, device=device)
-        )
 
-    def extract(self, samples: Samples, *, kept: Sequence[int]) -> Extracted | None:
-        """The features of samples, on the main rank; all ranks must call it."""
-        self.say(f"features of {samples.count:,} images of {samples.path}")
-        return extract(
-            samples,
-            self.network,
-            kept=kept,
-            world=self._world,
-            device=self._device,
-            batch=self._batch,
-        )
-
-    def reference(self, path: Path, *, size: tuple[int, int]) -> Reference | None:
-        """A reference file's content, or that of images, for samples of a size.
-
-        All ranks must call it; the main rank gets it.
-        """
-        if not from_main(lambda: references.is_statistics(path)):
-            samples = agreed(lambda: open_samples(path, size=size[0]))
-            agreed(lambda: references.check_size(samples, size=size))
-            return self.of_images(samples)
-        found, images = agreed(lambda: references.load(path, network=self.network, size=size))
-        if images is None:
-            return found
-        features = self.extract(images, kept=range(images.count))
-        return None if features is None else references.with_features(found, features)
-
-    def of_images(self, samples: Samples) -> Reference | None:
-        """The reference that a directory of shards or a sample file is; on the main rank."""
-        found = self.extract(samples, kept=references.chosen(samples.count).tolist())
-        return None if found is None else references.of_images(samples, found)
-
-    def say(self, text: str) -> None:
-        """A line from the main rank."""
-        if self._world.is_main:
-            print(text, flush=True)
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
@@ -86,10 +52,10 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
     out: Path = arguments.out or arguments.samples.with_suffix(".evaluation.json")
     agreed(lambda: _check_output(out, suffix=".json"))
     samples = agreed(lambda: open_samples(arguments.samples))
-    evaluation = _Evaluation(arguments, world=world, device=device)
+    evaluation = _evaluator(arguments, world=world, device=device)
     found = evaluation.extract(samples, kept=range(samples.count))
     reference = evaluation.reference(arguments.reference, size=samples.size)
-    from_main(lambda: _finish(samples, found, reference, evaluation=evaluation, out=out))
+    from_main(lambda: _finish(samples, found, reference, network=evaluation.network, out=out))
     return 0
 
 
@@ -98,13 +64,12 @@ def _finish(
     found: Extracted | None,
     reference: Reference | None,
     *,
-    evaluation: _Evaluation,
+    network: FeatureNetwork,
     out: Path,
 ) -> None:
     """Compute, print and write the figures, on the main rank."""
     assert found is not None
     assert reference is not None
-    network = evaluation.network
     about = {
         "samples": {
             "path": str(samples.path),
@@ -120,7 +85,7 @@ def _finish(
         "network": {"name": network.name, "sha256": network.sha256},
         "torch": torch.__version__,
     }
-    evaluation.say("figures")
+    _say("figures")
     results: Results = compare(
         found,
         reference,
@@ -139,7 +104,7 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
     """Write the reference file of a dataset; returns the exit status."""
     agreed(lambda: _check_output(arguments.out, suffix=".npz"))
     samples = agreed(lambda: open_samples(arguments.shards, size=arguments.size))
-    evaluation = _Evaluation(arguments, world=world, device=device)
+    evaluation = _evaluator(arguments, world=world, device=device)
     found = evaluation.of_images(samples)
 
     def write() -> None:

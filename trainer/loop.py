@@ -13,18 +13,18 @@ import torch
 
 from data.exits import TO_BE_CONTINUED
 from data.stream import Batch, Stream
-from trainer import averages
 from trainer.adm.objective import Classify, Denoise
 from trainer.config import Config
 from trainer.engine import Engine
+from trainer.evaluation.in_training import Evaluation
 from trainer.guards.audit import Audit
 from trainer.guards.incidents import Incidents
 from trainer.guards.policy import Guards
 from trainer.guards.replay import dropout_seed
+from trainer.measures import Measures, due
 from trainer.progress import Progress
 from trainer.ranks.world import World
 from trainer.run import Run
-from trainer.sampling.draw import draw_grid
 from trainer.saver import Saver
 from trainer.saving import Saving
 from trainer.seen import learn_timesteps, mean_loss
@@ -32,11 +32,6 @@ from trainer.snapshots import Snapshots
 from trainer.validation import Validation, ValidationSet
 from trainer.watch.board import Board
 from trainer.watch.metrics import Metrics
-
-
-def due(every: int | None, *, images_seen: int, batch_size: int) -> bool:
-    """Whether the step that ended at `images_seen` crossed a multiple of `every`."""
-    return every is not None and images_seen // every > (images_seen - batch_size) // every
 
 
 @dataclass(kw_only=True)
@@ -62,6 +57,8 @@ class Loop:
     mark: Callable[[str], None]
     #: The images of data.validation, if the config names some.
     validation_set: ValidationSet | None
+    #: The figures of samples, if the config asks for them.
+    evaluation: Evaluation | None = None
     #: The images that an upsampler enlarges in its grids.
     shown: Batch | None = None
     #: Hears that a step has ended.
@@ -69,7 +66,7 @@ class Loop:
     _saving: Saving = field(init=False)
     _incidents: Incidents = field(init=False)
     _snapshots: Snapshots = field(init=False)
-    _validation: Validation | None = field(init=False)
+    _measures: Measures = field(init=False)
 
     def __post_init__(self) -> None:
         self.guards.log = self._log
@@ -85,9 +82,6 @@ class Loop:
             run=self.run, guards=self.guards, audit=audit, saver=self.saver, log=self._log
         )
         self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self._log)
-        self._validation = None
-        if self.validation_set is not None:
-            self._validation = Validation(self.validation_set, config=self.config, world=self.world)
         self._saving = Saving(
             config=self.config,
             world=self.world,
@@ -101,6 +95,24 @@ class Loop:
             log=self._log,
             saved_images=self.images_seen,
         )
+        validation = None
+        if self.validation_set is not None:
+            validation = Validation(self.validation_set, config=self.config, world=self.world)
+        self._measures = Measures(
+            config=self.config,
+            run=self.run,
+            world=self.world,
+            engine=self.engine,
+            board=self.board,
+            metrics=self.metrics,
+            saving=self._saving,
+            mark=self.mark,
+            stop_requested=self.stop_requested,
+            log=self._log,
+            validation=validation,
+            evaluation=self.evaluation,
+            shown=self.shown,
+        )
 
     def train(self, batches: Iterator[Batch]) -> int:
         """Train to the end, or to a stop that the ranks agree on; the exit status says which.
@@ -109,10 +121,9 @@ class Loop:
         """
         total, every = self.config.training.images, self.config.intervals
         self._snapshots.open(self.images_seen, parameters=self.engine.parameter_count)
-        if self._validation is not None:
-            self._log(self._validation.cost())
+        self._measures.announce()
         progress = Progress(total=total, done=self.images_seen, shown=self.board is not None)
-        reported, stop = self.images_seen, False
+        reported, stop = self.images_seen, not self._measures.catch_up(self.images_seen)
         while self.images_seen < total and not stop:
             self._step(batches)
             self.after_step()
@@ -126,11 +137,12 @@ class Loop:
                 self._saving.save(self.images_seen, ends=ends)
             if self._due(every.averages):
                 self._keep_averages()
-            if self._due(every.validate) and not stop:
-                self._validate()
-            if self._due(every.samples) and not stop:
-                self._draw_grid()
-            if self._due(every.audit) and not ends:
+            if not stop and not self._measures.take(self.images_seen):
+                stop = True
+                if not ends and reported < self.images_seen:
+                    self._report(progress, since=reported)
+                self._saving.save(self.images_seen, ends=True)
+            if self._due(every.audit) and not ends and not stop:
                 self._audit()
         self._saving.finish()
         self._end(stopped=stop)
@@ -191,20 +203,6 @@ class Loop:
         )
         self.guards.check_damaged(means, images=images)
 
-    def _validate(self) -> None:
-        """The loss over data.validation, from the first EMA and from the weights themselves."""
-        assert self._validation is not None
-        self._saving.protect()
-        began = time.monotonic()
-        stopped = self.stop_requested
-        found = self._validation.measure(self.engine, mark=self.mark, stopped=stopped)
-        seconds = time.monotonic() - began
-        if self.board is not None and found is not None:
-            self.board.validation(found, images_seen=self.images_seen)
-            self._validation.note(found, self.run, images_seen=self.images_seen)
-        self._log(self._validation.describe(found, seconds=seconds))
-        self.metrics.pause(seconds, on="validating")
-
     def _keep_averages(self) -> None:
         self.mark("keeping averages")
         clocks = {"images_seen": self.images_seen, "updated_at": self.engine.updated_at}
@@ -214,23 +212,6 @@ class Loop:
         began = time.monotonic()
         self._incidents.check(self.images_seen)
         self.metrics.pause(time.monotonic() - began, on="auditing")
-
-    def _draw_grid(self) -> None:
-        """A grid from the first EMA; every rank draws its share of the images."""
-        self._saving.protect()
-        began = time.monotonic()
-        with self.engine.weights(averages.exponential(self.config.training.ema[0])) as averaged:
-            picture = draw_grid(
-                averaged,
-                config=self.config,
-                world=self.world,
-                shown=self.shown,
-                on_step=lambda: self.mark("drawing samples"),
-            )
-        if self.board is not None and picture is not None:
-            self.board.picture("samples", torch.from_numpy(picture), images_seen=self.images_seen)
-            self.run.picture(f"{self.images_seen:012d}", picture)
-        self.metrics.pause(time.monotonic() - began, on="drawing")
 
     def _end(self, *, stopped: bool) -> None:
         if self.board is None:

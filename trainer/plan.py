@@ -37,6 +37,7 @@ from trainer.prediction import (
 
 # Images per GPU of the table of weak scaling.
 _WEAK = 32
+_RATE = "images_per_second"
 # Rows of a run's metrics that its speed is taken from.
 _ROWS = 50
 
@@ -52,8 +53,8 @@ def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()[-_ROWS:]
         rows = [json.loads(line) for line in lines]
-        training = [row for row in rows if "validation/loss" not in row]
-        rate = statistics.median(row["images_per_second"] for row in training)
+        # Rows of validations and evaluations have none.
+        rate = statistics.median(row[_RATE] for row in rows if _RATE in row)
         ranks = checkpoints.read(checkpoints.committed(run / "checkpoints")[0]).state.ranks
     except (OSError, ValueError, LookupError) as error:
         raise ValueError(

@@ -1,7 +1,8 @@
 """The run directory: a run is a directory, and the same command on it resumes.
 
 `RUN/`: `config.toml` and `ds_config.json` as resolved, `log.txt`, `metrics.jsonl`,
-`incidents.jsonl`, `tensorboard/`, `samples/`, `checkpoints/`, `launch/` with `state.json`.
+`incidents.jsonl`, `tensorboard/`, `samples/`, `evaluations/`, `checkpoints/`, `launch/` with
+`state.json`.
 """
 
 import json
@@ -229,6 +230,16 @@ class Run:
                 Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="png")
 
         self.attempt("samples/", save)
+
+    def evaluation(self, name: str, text: str) -> None:
+        """Keep the results of an evaluation as `evaluations/NAME.json`."""
+
+        def save() -> None:
+            directory = self.path / "evaluations"
+            directory.mkdir(exist_ok=True)
+            files.write(directory / f"{name}.json", text)
+
+        self.attempt("evaluations/", save)
 
     def log(self, text: str) -> None:
         """A dated line to the terminal and to log.txt."""

@@ -68,6 +68,10 @@ class Saving:
             if ends:
                 self.saver.flush(failing_since=self.guards.failing_since)
             return
+        is_saved = self.engine.updates == self._saved_updates
+        if is_saved and images_seen == self.saved_images:
+            self.saver.flush()
+            return
         began = time.monotonic()
         self.saver.flush()
         self._saved_at, self.saved_images = time.monotonic(), images_seen

@@ -11,6 +11,10 @@ from trainer.adm.config import Kernels, check, check_choice
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Timesteps = Literal["uniform", "loss-second-moment"]
+Labelling = Literal["balanced", "random"]
+
+# The fewest samples of which a fourth still has three neighbours for every one.
+FEWEST_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,8 @@ class IntervalConfig:
     averages: int | None = None
     #: The loss over data.validation. Absent: none.
     validate: int | None = None
+    #: FID and the other figures of samples, as `[evaluation]` says. Absent: none.
+    evaluate: int | None = None
     #: Keep the checkpoint with the smallest loss of validation, from the first EMA.
     keep_best: bool = False
     #: What snapshots are stored in.
@@ -175,6 +181,7 @@ class IntervalConfig:
             "samples_count",
             "averages",
             "validate",
+            "evaluate",
             "audit",
         )
         for field in counts:
@@ -188,6 +195,32 @@ class IntervalConfig:
         has_checkpoint = self.validate is not None and self.validate % self.checkpoint == 0
         multiple = "false unless intervals.validate is a multiple of intervals.checkpoint"
         check(has_checkpoint or not self.keep_best, "intervals.keep_best", True, multiple)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The samples of `intervals.evaluate`, from the first EMA, and what they are compared with."""
+
+    #: As `--reference` of `python -m trainer.evaluate`.
+    reference: str | None = None
+    #: As its `--network`.
+    network: str | None = None
+    #: Images that are drawn. Figures' names carry this number: `fid_2k` is no `fid_50k`.
+    images: int = 2000
+    #: How they are drawn, as `--steps` of sampling.
+    steps: str = "ddim25"
+    #: Classes in turn, or each by a draw of its own, as for the paper's tables.
+    labels: Labelling = "balanced"
+    #: The factor of classifier-free guidance. Absent: none.
+    cfg: float | None = None
+
+    def __post_init__(self) -> None:
+        least = f"at least {FEWEST_SAMPLES}"
+        check(self.images >= FEWEST_SAMPLES, "evaluation.images", self.images, least)
+        check_choice("evaluation.labels", self.labels, Labelling)
+        cfg = self.cfg
+        known = cfg is None or 0 <= cfg < math.inf
+        check(known, "evaluation.cfg", cfg, "a number from 0, or absent")
 
 
 @dataclass(frozen=True, kw_only=True)

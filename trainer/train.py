@@ -7,7 +7,7 @@ status 75; the same command resumes. A finished run says so and leaves with stat
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.ranks.signals import Preemption
@@ -30,10 +30,12 @@ from trainer import initial as initials
 from trainer.adm.objective import Classify, Denoise
 from trainer.config import Config
 from trainer.engine import Engine, check_precision
+from trainer.evaluation.in_training import Evaluation
 from trainer.goback import go_back
 from trainer.guards.policy import Guards
 from trainer.initial import Initial
 from trainer.loop import Loop
+from trainer.measures import missing
 from trainer.options import parser
 from trainer.ranks.context import RankContext
 from trainer.ranks.group import agreed, connected, from_main, run_as_rank
@@ -59,8 +61,10 @@ class TrainingPlan:
     ds_config: dict[str, Any]
     stream: Stream
     validation: ValidationSet | None
+    #: The figures of samples, if the config asks for them, as far as they need no GPU's time.
+    evaluation: Evaluation | None = None
     #: The settings that this start changes in the run that is there.
-    changes: Mapping[str, tuple[Any, Any]]
+    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     #: The weights of `--init`, where the run starts from them.
     initial: Initial | None = None
     #: The checkpoint of `--from`, which the run goes back to.
@@ -99,6 +103,14 @@ class TrainingPlan:
             profile=arguments.profile,
         )
 
+    def with_reference(
+        self, *, mark: Callable[[str], None], say: Callable[[str], None]
+    ) -> "TrainingPlan":
+        """This plan with the features that samples are compared with. All ranks must call it."""
+        if self.evaluation is None:
+            return self
+        return replace(self, evaluation=self.evaluation.with_reference(mark=mark, say=say))
+
 
 def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
     """Check everything, claim the run, and train it; returns the exit status."""
@@ -107,6 +119,9 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
     check_files = world.local_rank == 0
     plan = agreed(lambda: TrainingPlan.make(arguments, ranks=world.size, check_files=check_files))
     initial = from_main(lambda: initials.choose(arguments, run=plan.run, config=plan.config))
+    evaluation = Evaluation.open(
+        plan.config, validation=plan.validation, world=world, device=context.device
+    )
     with ExitStack() as stack:
         run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
         run = replace(run, token=from_main(lambda: run.token))
@@ -115,7 +130,8 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
         if world.is_main:
             plan.stream.log = run.log
             run.log(f"adm-trainer {version()}, torch {torch.__version__}")
-        return _train(replace(plan, run=run, initial=initial), context=context)
+        plan = replace(plan, run=run, initial=initial, evaluation=evaluation)
+        return _train(plan, context=context)
 
 
 def _train(plan: TrainingPlan, *, context: RankContext) -> int:
@@ -137,7 +153,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     images_seen = 0 if found is None else found.images_seen
     if world.is_main:
         start.note(run, found)
-    if images_seen >= config.training.images:
+    if images_seen >= config.training.images and not missing(run, config, images_seen=images_seen):
         log(f"the run is finished: {images_seen:,} images")
         return _leave(plan, context, status=0, state="finished")
     if context.must_leave():
@@ -150,6 +166,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     said = start.remarks(config, plan.changes, shards, ranks=world.size, ds_config=ds_config)
     for line in [*said, *locks]:
         log(line)
+    plan = plan.with_reference(mark=context.watchdog.mark, say=log)
     context.watchdog.mark("; ".join(["building the engine", *locks]))
     engine, objective, guards = start.begin(
         config, ds_config=ds_config, found=found, initial=plan.initial, context=context, log=log
@@ -193,6 +210,7 @@ def _loop(
                 is_own_time=engine.stage < 3,
             ),
             validation_set=plan.validation,
+            evaluation=plan.evaluation,
             board=board,
             images_seen=images_seen,
             guards=guards,

@@ -7,12 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.evaluation.features import FeatureNetwork, Features
+from trainer.evaluation.features import Features
 from trainer.evaluation.figures import Moments, Statistics, merged
-from trainer.progress import Progress
-from trainer.ranks.group import agreed, gather, gather_to_main
-from trainer.ranks.world import World
-from trainer.sampling.samplefile import Samples
+from trainer.ranks.group import gather, gather_to_main
 
 # Every figure's spread is that over as many interleaved parts of the images.
 PARTS = 4
@@ -35,23 +32,13 @@ class Extracted:
     logits: Tensor | None
 
 
-def extract(
-    samples: Samples,
-    network: FeatureNetwork,
-    *,
-    kept: Sequence[int],
-    world: World,
-    device: torch.device,
-    batch: int,
+def joined(
+    mine: "Share", *, count: int, kept: Sequence[int], device: torch.device
 ) -> Extracted | None:
-    """The features of all samples; those of the places `kept` (ascending) one by one.
+    """What all ranks have computed of `count` images; features of the places `kept` (ascending).
 
-    All ranks must call it; each takes its share, and the main rank gets the result.
-
-    Raises:
-        ValueError: an image is damaged, or its features are not finite.
+    All ranks must call it; the main rank gets the result.
     """
-    mine = agreed(lambda: _own(samples, network, world=world, device=device, batch=batch))
     wanted = set(kept)
     chosen = [row for row, place in enumerate(mine.places) if place in wanted]
     everyone = gather_to_main(
@@ -69,7 +56,7 @@ def extract(
     features = torch.cat([part for _, part, _ in everyone if part is not None])
     logits = [part for _, _, part in everyone if part is not None]
     return Extracted(
-        count=samples.count,
+        count=count,
         pool=pool,
         spatial=spatial,
         features=features[order],
@@ -77,7 +64,7 @@ def extract(
     )
 
 
-class _Own:
+class Share:
     """What one rank has computed."""
 
     def __init__(self) -> None:
@@ -111,25 +98,6 @@ def _add(moments: Sequence[Moments], rows: Tensor, *, first: int) -> None:
     part_of = torch.arange(first, first + len(rows), device=rows.device) % PARTS
     for part, own in enumerate(moments):
         own.add(rows[part_of == part])
-
-
-def _own(
-    samples: Samples, network: FeatureNetwork, *, world: World, device: torch.device, batch: int
-) -> _Own:
-    own = _Own()
-    progress = Progress(total=samples.count, done=0, shown=world.is_main)
-    for first in range(world.rank * batch, samples.count, world.size * batch):
-        pixels = samples.images(first, min(first + batch, samples.count))
-        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            found = network.compute(images)
-        finite = torch.isfinite(found.pool).all(dim=1)
-        if not finite.all():
-            bad = first + int((~finite).nonzero()[0])
-            raise ValueError(f"{samples.path}: the features of image {bad} are not finite")
-        own.add(first, found)
-        progress.advance(min(batch * world.size, samples.count - first))
-    return own
 
 
 def _reduced(mine: Sequence[Moments], *, device: torch.device) -> list[Moments]:

@@ -24,6 +24,7 @@ from trainer.adm.objective import to_range
 from trainer.checkpoint import sha256
 from trainer.evaluation.inception import SOURCE, WEIGHTS, Inception
 from trainer.networks import TrainedNetwork
+from trainer.ranks.group import agreed, from_main
 
 _DINO = "dinov2:"
 _DINO_SIDE = 224
@@ -47,6 +48,7 @@ class FeatureNetwork:
 
     name: str
     sha256: str
+    net: nn.Module
     #: uint8 (B, 3, H, W) on the device -> features.
     compute: Callable[[Tensor], Features]
     #: Whether features are comparable to those in the ADM evaluator's reference files.
@@ -59,16 +61,31 @@ def open_network(text: str, *, device: torch.device) -> FeatureNetwork:
     """The network that `--network` names. All ranks must call it.
 
     Raises:
-        ValueError: there is none, or it is of another kind.
+        Refused, Broken: there is none, or it is of another kind.
     """
     path = Path(text.removeprefix(_DINO))
+    found = from_main(lambda: _run(text, path))
+    if found is not None:
+        return _classifier(found, path, device=device)
+    return agreed(lambda: _file(text, path, device=device))
+
+
+def _run(text: str, path: Path) -> TrainedNetwork | None:
+    """The classifier of a run; None for a file."""
     if not path.exists():
         raise ValueError(
-            f"--network {text}: no such file or run. For the paper's figures, download {WEIGHTS} "
+            f"network {text}: no such file or run. For the paper's figures, download {WEIGHTS} "
             f"(95 MB) from {SOURCE} and give its path"
         )
-    if path.is_dir():
-        return _classifier(path, device=device)
+    if not path.is_dir():
+        return None
+    found = TrainedNetwork.find(path, preset=None, decay=None)
+    if not isinstance(found.config.model, ClassifierConfig):
+        raise ValueError(f"network {path}: it is no classifier, whose features could be used")
+    return found
+
+
+def _file(text: str, path: Path, *, device: torch.device) -> FeatureNetwork:
     if path.suffix == ".pt2":
         return _exported(path, dino=text.startswith(_DINO), device=device)
     return _inception(path, device=device)
@@ -86,17 +103,15 @@ def _inception(path: Path, *, device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(
         name="inception-2015-12-05",
         sha256=checksum,
+        net=net,
         compute=lambda images: Features(*net(images)),
         is_inception=True,
         warning=f"{path} is not the published {WEIGHTS}" if foreign else None,
     )
 
 
-def _classifier(path: Path, *, device: torch.device) -> FeatureNetwork:
+def _classifier(found: TrainedNetwork, path: Path, *, device: torch.device) -> FeatureNetwork:
     """A noisy classifier on clean images: the mean of its last map, and its class scores."""
-    found = TrainedNetwork.find(path, preset=None, decay=None)
-    if not isinstance(found.config.model, ClassifierConfig):
-        raise ValueError(f"--network {path}: it is no classifier, whose features could be used")
     net = found.net(device=device, precision="fp32")
     side = found.config.model.image_size
     seen: list[Tensor] = []
@@ -105,12 +120,13 @@ def _classifier(path: Path, *, device: torch.device) -> FeatureNetwork:
 
     def compute(images: Tensor) -> Features:
         if images.shape[-1] != side:
-            raise ValueError(f"--network {path}: it is a classifier of {side} x {side} images")
+            raise ValueError(f"network {path}: it is a classifier of {side} x {side} images")
         logits = net(to_range(images), torch.zeros(len(images), device=images.device))
         h = seen.pop()
         return Features(h.flatten(2).mean(dim=2) if h.dim() > 2 else h, logits=logits)
 
-    return FeatureNetwork(name=f"classifier {path}", sha256=found.sha256, compute=compute)
+    name = f"classifier {path}"
+    return FeatureNetwork(name=name, sha256=found.sha256, net=net, compute=compute)
 
 
 def _exported(path: Path, *, dino: bool, device: torch.device) -> FeatureNetwork:
@@ -118,20 +134,20 @@ def _exported(path: Path, *, dino: bool, device: torch.device) -> FeatureNetwork
         net: nn.Module = torch.export.load(path).module().to(device)
     except Exception as error:  # zip, pickle and schema errors of many types
         said = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"--network {path}: cannot be loaded: {said[0]}") from None
+        raise ValueError(f"network {path}: cannot be loaded: {said[0]}") from None
 
     def compute(images: Tensor) -> Features:
         try:
             found = net(_for_dino(images) if dino else images)
         except AssertionError as error:  # the program's own guards
             size = tuple(images.shape[1:])
-            raise ValueError(f"--network {path}: does not take images of {size}: {error}") from None
+            raise ValueError(f"network {path}: does not take images of {size}: {error}") from None
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
-            raise ValueError(f"--network {path}: it does not return features (images, columns)")
+            raise ValueError(f"network {path}: it does not return features (images, columns)")
         return Features(found.float())
 
     name = f"{'dinov2 ' if dino else ''}{path.name}"
-    return FeatureNetwork(name=name, sha256=sha256(path), compute=compute)
+    return FeatureNetwork(name=name, sha256=sha256(path), net=net, compute=compute)
 
 
 def _for_dino(images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.figures import Statistics
 from trainer.sampling.samplefile import Samples, open_samples
+from trainer.sections import FEWEST_SAMPLES
 
 # Images that precision, recall and the kernel distance see of a reference, as the evaluator's.
 MANIFOLD = 10_000
@@ -51,12 +52,15 @@ def chosen(count: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).permutation(count)[:MANIFOLD])
 
 
-def check_size(reference: Samples, *, size: tuple[int, int]) -> None:
+def check_images(reference: Samples, *, size: tuple[int, int]) -> None:
     """Return if images of a reference can be compared with samples of that height and width.
 
     Raises:
-        ValueError: they are larger or smaller.
+        ValueError: they are larger or smaller, or too few.
     """
+    if reference.count < FEWEST_SAMPLES:
+        there = f"{reference.path} has {reference.count} images"
+        raise ValueError(f"{there}: must be at least {FEWEST_SAMPLES}")
     if reference.size != size:
         here, there = (f"{height} x {width}" for height, width in (size, reference.size))
         raise ValueError(
@@ -102,16 +106,16 @@ def load(
     if about is None and not network.is_inception:
         raise ValueError(
             f"{path} does not say of which network its features are, so it is one of the ADM "
-            f"evaluator's: give --network the Inception weights instead of {network.name}"
+            f"evaluator's: give the Inception weights as the network instead of {network.name}"
         )
     if about is not None and about["network_sha256"] != network.sha256:
         raise ValueError(
             f"{path} holds features of {about['network']}, not of {network.name} "
-            f"({network.sha256[:8]}): make it again with this --network"
+            f"({network.sha256[:8]}): make it again with this network"
         )
     images = open_samples(path) if "arr_0" in stored else None
     if images is not None:
-        check_size(images, size=size)
+        check_images(images, size=size)
     features = torch.from_numpy(stored["features"]) if "features" in stored else None
     pool = _statistics(stored, "pool", path=path)
     assert pool is not None
@@ -160,12 +164,12 @@ def save(path: Path, reference: Reference, *, samples: Samples, network: Feature
 def _open(path: Path) -> Any:
     """The arrays of a file, read when they are asked for."""
     if not path.is_file():
-        raise ValueError(f"--reference {path}: no such file or directory of shards")
+        raise ValueError(f"reference {path}: no such file or directory of shards")
     try:
         found = np.load(path, allow_pickle=False)
         assert isinstance(found, np.lib.npyio.NpzFile)
     except Exception as error:  # numpy and zipfile raise errors of many types for other files
-        raise ValueError(f"--reference {path}: not a readable .npz: {error}") from None
+        raise ValueError(f"reference {path}: not a readable .npz: {error}") from None
     return found
 
 
@@ -176,11 +180,11 @@ def _statistics(stored: Any, kind: str, *, path: Path) -> Statistics | None:
     try:
         mean, covariance = (torch.from_numpy(stored[name]).double() for name in names)
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"--reference {path}: damaged: {error}") from None
+        raise ValueError(f"reference {path}: damaged: {error}") from None
     finite = torch.isfinite(mean).all() and torch.isfinite(covariance).all()
     if covariance.shape != (len(mean), len(mean)) or not finite:
         raise ValueError(
-            f"--reference {path}: {names} are {tuple(mean.shape)} and {tuple(covariance.shape)}: "
+            f"reference {path}: {names} are {tuple(mean.shape)} and {tuple(covariance.shape)}: "
             "must be a mean (D,) and a covariance (D, D) of finite numbers"
         )
     return Statistics(mean, covariance)

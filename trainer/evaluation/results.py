@@ -15,9 +15,7 @@ from trainer.evaluation import figures
 from trainer.evaluation.extraction import PARTS, Extracted
 from trainer.evaluation.figures import SPLIT, Statistics
 from trainer.evaluation.reference import Reference
-
-# The fewest rows of which a fourth still has three neighbours for every row.
-_FEWEST = PARTS * 4
+from trainer.sections import FEWEST_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def compare(
     Raises:
         ValueError: too few samples, or sets that cannot be compared.
     """
-    _check(found, reference)
+    check_comparable(found.count, columns=found.features.shape[1], reference=reference)
     n = short(found.count)
     named: dict[str, Figure] = {}
     named |= dict(_distances(found, reference, n=n))
@@ -83,15 +81,23 @@ def compare(
     return Results(figures=named, warnings=said, about=about)
 
 
-def _check(found: Extracted, reference: Reference) -> None:
-    if found.count < _FEWEST:
-        raise ValueError(f"{found.count} samples: must be at least {_FEWEST}")
-    columns, wanted = found.features.shape[1], len(reference.pool.mean)
+def check_comparable(count: int, *, columns: int, reference: Reference) -> None:
+    """Return if so many samples of so many features can be compared with a reference.
+
+    Raises:
+        ValueError: there are too few of them, or of the reference's images, or it has others.
+    """
+    if count < FEWEST_SAMPLES:
+        raise ValueError(f"{count} samples: must be at least {FEWEST_SAMPLES}")
+    wanted = len(reference.pool.mean)
     if columns != wanted:
         raise ValueError(
             f"{reference.name} has {wanted} features per image, this network {columns}: it was "
             "made with another network"
         )
+    images = None if reference.features is None else len(reference.features)
+    if images is not None and images < FEWEST_SAMPLES:
+        raise ValueError(f"{reference.name} has {images} images: must be at least {FEWEST_SAMPLES}")
 
 
 def _error(parts: Sequence[float]) -> float | None:

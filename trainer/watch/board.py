@@ -112,8 +112,8 @@ class Board:
         if self._wandb is not None:
             self._wandb.scalars(shown, images_seen=images_seen)
 
-    def validation(self, values: Mapping[str, float], *, images_seen: int) -> None:
-        """Add the values of a validation, in a row of their own."""
+    def values(self, values: Mapping[str, float], *, images_seen: int) -> None:
+        """Add the values of a validation or an evaluation, in a row of their own."""
         self._append(values, images_seen=images_seen)
         board = self._tensorboard
         self._attempt("tensorboard/", lambda: board.scalars(values, images_seen=images_seen))
@@ -224,6 +224,14 @@ def _overview(values: Mapping[str, float], *, done: float, hours: float | None) 
     left = {} if hours is None else {"hours_left": hours}
     shown = {**first, "share_done": done, **left}
     return {f"0_overview/{name}": value for name, value in shown.items()}
+
+
+def groups_at(run: Path, clock: int) -> set[str]:
+    """The groups that metrics of this clock belong to, as far as they have one."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if _clock(line) == clock]
+    return {name.partition("/")[0] for row in rows for name in row if "/" in name}
 
 
 def rows_after(file: Path, clock: int) -> list[str]:

@@ -27,6 +27,7 @@ SPENT = {
     "averaging": "storing averages",
     "drawing": "drawing",
     "validating": "validating",
+    "evaluating": "evaluating",
     "auditing": "auditing",
 }
 # All kinds of time.

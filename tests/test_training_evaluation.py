@@ -1,0 +1,182 @@
+"""Evaluation in training: what it measures, and nothing that it changes."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support import ranks
+from tests.support.exported import save
+from tests.support.runs import EVERY, STEP, Place, equal
+from trainer import evaluate
+from trainer.watch import goodput
+
+IMAGES = 50  # no multiple of a part on any number of ranks
+END = 4 * STEP
+#: Stage and precision of each run.
+KINDS = {"two": (2, "fp32"), "three": (3, "bf16")}
+COMMON = (*EVERY, f"training.images = {END}", "model.dropout = 0.2")
+FIGURES = ("fid", "precision", "recall", "kid")
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("network") / "convolutions.pt2")
+
+
+@pytest.fixture(scope="module")
+def sets(digits: Path, network: Path) -> tuple[str, ...]:
+    return (
+        f'evaluation.reference = "{digits}"',
+        f'evaluation.network = "{network}"',
+        f"evaluation.images = {IMAGES}",
+        'evaluation.steps = "ddim3"',
+        f"intervals.evaluate = {2 * STEP}",
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sets: tuple) -> Place:
+    """Runs with and without evaluation."""
+    place = Place(tmp_path_factory.mktemp("evaluation"), tiny)
+    words = []
+    for name, (stage, precision) in KINDS.items():
+        own = (*COMMON, f'training.precision = "{precision}"')
+        words.append(place.arguments(name, stage=stage, sets=own))
+        words.append(place.arguments(f"{name}-evaluated", stage=stage, sets=(*own, *sets)))
+    assert place.train(*words, world=2) == [0] * len(words)
+    return place
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_with_evaluation_is_the_one_without_bit_for_bit(runs: Place, name: str) -> None:
+    assert runs.losses(f"{name}-evaluated") == runs.losses(name)
+    for images in range(STEP, END + 1, STEP):
+        evaluated = runs.checkpoint(f"{name}-evaluated", images)
+        assert equal(evaluated, runs.checkpoint(name, images))
+
+
+def test_figures_are_named_by_n_and_stand_with_their_spread_on_the_boards(runs: Place) -> None:
+    events = EventAccumulator(str(runs.run("two-evaluated") / "tensorboard"))
+    events.Reload()
+    for figure in FIGURES:
+        name = f"evaluation/{figure}_{IMAGES}"
+        values = runs.values("two-evaluated", name)
+        assert list(values) == [2 * STEP, END]
+        last = events.Scalars(name)[-1]
+        assert (last.step, last.value) == (END, pytest.approx(values[END]))
+        file = runs.run("two-evaluated") / "evaluations" / f"{END:012d}.json"
+        found = json.loads(file.read_text())
+        assert found["figures"][f"{figure}_{IMAGES}"]["value"] == values[END]
+        assert found["figures"][f"{figure}_{IMAGES}"]["error"] >= 0
+        assert f"{figure}_{IMAGES}" in runs.log("two-evaluated")
+    assert set(runs.values("two-evaluated", f"evaluation/not_finite_{IMAGES}").values()) == {0.0}
+    assert "of the training's compute" in runs.log("two-evaluated")
+    spent = goodput.account(goodput.read(runs.run("two-evaluated")))
+    assert spent is not None and spent.seconds["evaluating"] > 0
+
+
+def test_a_finished_run_is_evaluated_alike_on_any_number_of_ranks(runs: Place, sets: tuple) -> None:
+    """It lacks the figures of its last image, as after a stop there."""
+    for world in (1, 3, 4):
+        name = f"again-{world}"
+        shutil.copytree(runs.run("two-evaluated"), runs.run(name))
+        rows = (runs.run(name) / "metrics.jsonl").read_text().splitlines()
+        left = [row for row in rows if not ("evaluation/" in row and f'"images": {END},' in row)]
+        assert len(left) == len(rows) - 1
+        (runs.run(name) / "metrics.jsonl").write_text("".join(f"{row}\n" for row in left))
+        assert runs.train(runs.arguments(name, sets=(*COMMON, *sets)), world=world) == [0]
+        for figure in FIGURES:
+            key = f"evaluation/{figure}_{IMAGES}"
+            first = runs.values("two-evaluated", key)
+            assert runs.values(name, key) == pytest.approx(first, rel=1e-6)
+        assert "finished" in runs.log(name).splitlines()[-3]
+
+
+def test_the_figures_are_those_of_sampling_and_evaluating_the_checkpoint(
+    runs: Place, digits: Path, network: Path
+) -> None:
+    checkpoint = runs.run("two-evaluated") / "checkpoints" / f"{END:012d}"
+    drawn = runs.root / "drawn.npz"
+    words = [checkpoint, "--out", drawn, "--images", IMAGES, "--steps", "ddim3", "--batch", 4]
+    assert ranks.sample(runs.root, words) == [0]
+    words = [drawn, "--reference", digits, "--network", network]
+    assert evaluate.main(list(map(str, words))) == 0
+    found = json.loads(drawn.with_suffix(".evaluation.json").read_text())["figures"]
+    for figure in FIGURES:
+        name = f"{figure}_{IMAGES}"
+        value = runs.values("two-evaluated", f"evaluation/{name}")[END]
+        assert found[name]["value"] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_a_stop_interrupts_it_and_the_next_start_begins_with_it(runs: Place, sets: tuple) -> None:
+    long = ("evaluation.images = 20000", 'evaluation.steps = "ddim50"')
+    place = Place(runs.root / "stopped", runs.preset)
+    place.root.mkdir()
+    words = place.arguments("run", sets=(*COMMON, *sets, *long))
+    job = ranks.start(place.root / "job", ranks=2, runs=[words])
+    log = place.run("run") / "log.txt"
+    end = time.monotonic() + ranks.LIMIT
+    while not (log.exists() and "drawing 20,000 samples" in log.read_text()):
+        assert time.monotonic() < end, job.text
+        time.sleep(0.1)
+    job.signal(1, signal.SIGTERM)
+    job.wait()
+    assert job.statuses == [75]
+    assert "the evaluation was interrupted" in place.log("run")
+    assert (place.run("run") / "checkpoints" / f"{2 * STEP:012d}").is_dir()
+    assert place.losses("run") == runs.losses("two")[:2]
+    assert place.train(place.arguments("run", sets=(*COMMON, *sets)), world=2) == [0]
+    for figure in FIGURES:
+        key = f"evaluation/{figure}_{IMAGES}"
+        assert place.values("run", key) == runs.values("two-evaluated", key)
+    assert equal(place.checkpoint("run", END), runs.checkpoint("two", END))
+
+
+def test_what_cannot_be_evaluated_is_refused_before_the_run_is_there(
+    runs: Place, sets: tuple, real_large: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few.npz"
+    np.savez(few, arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    foreign = tmp_path / "foreign.npz"
+    np.savez(foreign, mu=np.zeros(48), sigma=np.eye(48))
+    cases = {
+        'evaluation.network = "none.pth"': "evaluation: network none.pth: no such file or run",
+        'evaluation.reference = "none"': "evaluation: reference none: no such file or directory",
+        f'evaluation.reference = "{real_large}"': "samples are 8 x 8, the images of",
+        f'evaluation.reference = "{few}"': "has 3 images: must be at least 16",
+        f'evaluation.reference = "{foreign}"': "give the Inception weights as the network",
+        "evaluation.images = 15": "evaluation.images = 15: must be at least 16",
+        'evaluation.steps = "ddim7000"': "evaluation.steps: ",
+        "evaluation.cfg = 2.0": "evaluation.cfg = 2.0: must be absent without training.label",
+    }
+    arguments = [runs.arguments("refused", sets=(*COMMON, *sets, wrong)) for wrong in cases]
+    for status, message in zip(runs.train(*arguments, world=2), cases.values(), strict=True):
+        assert message in str(status) and len(str(status).splitlines()) == 1
+    assert not runs.run("refused").exists()
+
+
+@pytest.fixture
+def real_large(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((20, 16, 16, 3), np.uint8))
+    return tmp_path / "large.npz"
+
+
+def test_an_upsampler_enlarges_the_images_of_the_validation(
+    tiny: Path, digits: Path, tmp_path: Path, sets: tuple
+) -> None:
+    preset = tmp_path / "up.toml"
+    preset.write_text(tiny.read_text().replace("image_size = 8", "image_size = 8\nsmall_size = 4"))
+    place = Place(tmp_path, preset)
+    own = (*COMMON, *sets, f"intervals.validate = {END}", "data.validation_images = 16")
+    validation = f'data.validation = "{digits}"'
+    without = place.arguments("without", sets=(*COMMON, *sets))
+    words = [place.arguments("up", sets=(*own, validation)), without]
+    status, refused = place.train(*words, world=3)
+    assert status == 0 and "data.validation = None: must be set if an upsampler" in str(refused)
+    assert list(place.values("up", f"evaluation/fid_{IMAGES}")) == [2 * STEP, END]

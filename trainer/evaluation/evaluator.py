@@ -1,0 +1,100 @@
+"""The ranks compute features of images together, of samples and of what they are compared with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer.evaluation import reference as references
+from trainer.evaluation.extraction import Extracted, Share, joined
+from trainer.evaluation.features import FeatureNetwork
+from trainer.evaluation.reference import Reference
+from trainer.progress import Progress
+from trainer.ranks.group import agreed, from_main
+from trainer.ranks.world import World
+from trainer.sampling.samplefile import Samples, open_samples
+
+
+def _ignore(_what: object) -> None:
+    """Nobody hears of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """A network of features and the ranks that compute them. All ranks make each call together."""
+
+    network: FeatureNetwork
+    world: World
+    device: torch.device
+    #: Images at once.
+    batch: int
+    #: Hears what is done, on the main rank.
+    say: Callable[[str], None] = _ignore
+    #: Hears how many images were done, on every rank.
+    on_images: Callable[[int], None] = _ignore
+
+    def extract(self, samples: Samples, *, kept: Sequence[int]) -> Extracted | None:
+        """The features of all samples, each rank its share; those of the places `kept` (ascending).
+
+        The main rank gets them.
+
+        Raises:
+            Refused: an image is damaged, or its features are not finite.
+        """
+        self._tell(f"features of {samples.count:,} images of {samples.path}")
+        mine = agreed(lambda: self._share(samples))
+        return joined(mine, count=samples.count, kept=kept, device=self.device)
+
+    def check(self, path: Path, *, size: tuple[int, int]) -> Reference | Samples:
+        """A reference file's content, or the images that one is, for samples of a size.
+
+        Raises:
+            Refused: there is none, it is damaged, or is of another size or network.
+        """
+        if from_main(lambda: references.is_statistics(path)):
+            return agreed(lambda: references.load(path, network=self.network, size=size)[0])
+        samples = agreed(lambda: open_samples(path, size=size[0]))
+        agreed(lambda: references.check_images(samples, size=size))
+        return samples
+
+    def reference(self, path: Path, *, size: tuple[int, int]) -> Reference | None:
+        """A reference file's content, or that of images, on the main rank.
+
+        Raises:
+            Refused: as `check`, or an image is damaged.
+        """
+        found = self.check(path, size=size)
+        if not isinstance(found, Reference):
+            return self.of_images(found)
+        _, images = agreed(lambda: references.load(path, network=self.network, size=size))
+        if images is None:
+            return found
+        features = self.extract(images, kept=range(images.count))
+        return None if features is None else references.with_features(found, features)
+
+    def of_images(self, samples: Samples) -> Reference | None:
+        """The reference that a directory of shards or a sample file is; on the main rank."""
+        found = self.extract(samples, kept=references.chosen(samples.count).tolist())
+        return None if found is None else references.of_images(samples, found)
+
+    def _share(self, samples: Samples) -> Share:
+        own, batch, world = Share(), self.batch, self.world
+        progress = Progress(total=samples.count, done=0, shown=world.is_main, say=self.say)
+        for first in range(world.rank * batch, samples.count, world.size * batch):
+            pixels = samples.images(first, min(first + batch, samples.count))
+            images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                found = self.network.compute(images)
+            finite = torch.isfinite(found.pool).all(dim=1)
+            if not finite.all():
+                bad = first + int((~finite).nonzero()[0])
+                raise ValueError(f"{samples.path}: the features of image {bad} are not finite")
+            own.add(first, found)
+            self.on_images(len(pixels))
+            progress.advance(min(batch * world.size, samples.count - first))
+        return own
+
+    def _tell(self, text: str) -> None:
+        if self.world.is_main:
+            self.say(text)
