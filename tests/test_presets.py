@@ -1,4 +1,4 @@
-"""Presets name shards that their own packing lines, and the READMEs, make."""
+"""Presets take a training step, and name shards that their own packing lines and READMEs make."""
 
 import re
 import shlex
@@ -8,11 +8,41 @@ import pytest
 import torch
 
 from data.packing import options
-from trainer import compute
+from trainer import ablate, compute, start
 from trainer import config as configs
+from trainer.adm.unet import build
+from trainer.config import Config
+
+PRESETS = sorted(p.stem for p in configs.PRESETS.glob("*.toml"))
+ROWS = {row.name: row for row in ablate.load("paper", (), unset=()).rows}
 
 
-@pytest.mark.parametrize("preset", sorted(p.stem for p in configs.PRESETS.glob("*.toml")))
+def step(config: Config) -> None:
+    """One training step of a whole network, whose numbers are never computed."""
+    training, size = config.training, config.model.image_size
+    with torch.device("meta"):
+        net = build(config.model).to(compute.DTYPES[training.precision])
+        images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+        labels, indices = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    terms = start.build_objective(config)(net, images, labels, indices)
+    assert terms["loss"].shape == (2,) and terms["loss"].dtype == torch.float32
+    terms["loss"].mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    torch.optim.AdamW(net.parameters(), lr=training.lr, betas=training.betas).step()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_takes_a_training_step(preset: str) -> None:
+    step(configs.load(preset))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_papers_tables_takes_a_training_step(row: str) -> None:
+    step(ablate.load("paper", (), unset=()).config(ROWS[row]))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_says_how_its_shards_are_packed(preset: str) -> None:
     data = configs.load(preset).data
     lines = (configs.PRESETS / f"{preset}.toml").read_text().splitlines()
