@@ -1,0 +1,77 @@
+"""Figures of photographs in the features of a real ImageNet network, through the command."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_image
+
+from bench.features import ImageNetFeatures, export
+from bench.photos import make_photos
+from data.transforms import center_crop, open_rgb
+from trainer.evaluate import main
+
+SIDE, COUNT = 64, 160
+Images = NDArray[np.uint8]
+
+
+@pytest.mark.parametrize(("photo", "label"), [("china.jpg", 698), ("flower.jpg", 985)])
+def test_the_network_knows_a_palace_and_a_daisy(photo: str, label: int) -> None:
+    pixels = center_crop(Image.fromarray(load_sample_image(photo)), size=224)
+    images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    assert ImageNetFeatures().classify(images).argmax() == label
+
+
+def photographs(root: Path) -> tuple[Images, NDArray[np.int64]]:
+    """Pieces of both photographs, mixed, and the number of each one's photograph."""
+    make_photos(root, images=2 * COUNT, classes=2, longest=200)
+    files = sorted(root.rglob("*.JPEG"), key=lambda file: int(file.stem.split("_")[1]))
+    images = [center_crop(open_rgb(file.read_bytes()), size=SIDE) for file in files]
+    names = sorted({file.parent.name for file in files})
+    return np.stack(images), np.array([names.index(file.parent.name) for file in files])
+
+
+def each(images: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
+    return np.stack([np.asarray(change(Image.fromarray(image))) for image in images])
+
+
+def test_figures_of_photographs_say_what_is_wrong_with_them(tmp_path: Path) -> None:
+    images, photo = photographs(tmp_path / "photos")
+    held, photo = images[COUNT:], photo[COUNT:]
+    network, others, reference = (tmp_path / n for n in ("lite0.pt2", "others.npz", "R.npz"))
+    np.savez(others, arr_0=images[:COUNT])
+    export(ImageNetFeatures(), network, side=SIDE)
+    common = ["--network", str(network)]
+    assert main(["reference", str(others), "--out", str(reference), *common]) == 0
+    mixed = held[: COUNT // 2]
+    noise = np.random.default_rng(0).normal(size=mixed.shape)
+    sets = {"real": mixed, "palace": held[photo == 0]}
+    for level in (10, 40):
+        sets[f"noise {level}"] = (mixed + level * noise).clip(0, 255).astype(np.uint8)
+    for radius in (1, 3):
+        blur = ImageFilter.GaussianBlur(radius)
+        sets[f"blur {radius}"] = each(mixed, lambda image, blur=blur: image.filter(blur))
+    found = {}
+    for name, images in sets.items():
+        samples = tmp_path / f"{name}.npz"
+        np.savez(samples, arr_0=images)
+        assert main([str(samples), "--reference", str(reference), *common]) == 0
+        figures = json.loads(samples.with_suffix(".evaluation.json").read_text())["figures"]
+        assert all(math.isfinite(figure["value"]) for figure in figures.values())
+        found[name] = {n.rpartition("_")[0]: figure["value"] for n, figure in figures.items()}
+    for damage, little, much in (("noise", 10, 40), ("blur", 1, 3)):
+        ladder = [found[name] for name in ("real", f"{damage} {little}", f"{damage} {much}")]
+        for figure in ("fid", "kid"):
+            values = [step[figure] for step in ladder]
+            assert values == sorted(values), (damage, figure, values)
+        assert ladder[1]["precision"] < 0.8 * ladder[0]["precision"]
+        assert ladder[2]["precision"] < 0.5 * ladder[0]["precision"]
+    # One photograph of two: nothing is wrong with the images, and half of the others is missing.
+    assert found["palace"]["precision"] > 0.9 * found["real"]["precision"]
+    assert found["palace"]["recall"] < 0.7 * found["real"]["recall"]
