@@ -1,4 +1,5 @@
 # make quickstart   pack the digits, train both networks, draw guided samples
+# make photos       photographs in class folders to pictures in two stages; make photos PHOTOS=/my/jpegs: yours
 # make test         the tests            make check   format, lint, types
 # make test-slow    those that take long: chaos, costs of real steps, kernels interpreted, an ablation
 # make test-cluster the tests on a real Slurm and ssh cluster in namespaces; it needs root, and the
@@ -13,9 +14,12 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: quickstart test test-slow test-cluster chaos check format
+.PHONY: quickstart photos test test-slow test-cluster chaos check format
 quickstart: $(VENV)/installed
 	bash examples/quickstart.sh
+
+photos: $(VENV)/installed
+	bash examples/photos.sh "$(PHOTOS)"
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
