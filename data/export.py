@@ -1,17 +1,15 @@
 """From shards back to a sample file: `.npz` with `arr_0` and `arr_1`, for ADM's evaluator."""
 
-import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from data import files
+from data import files, npz
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards
-from data.progress import duration
+from data.progress import Step, with_progress
 from data.stored_images import BadSampleError, StoredImage, StoredImages
 from data.transforms import UNDECODABLE, decode
 
@@ -32,11 +30,14 @@ def export(root: str, out: Path) -> Shards:
     if out.suffix != ".npz" or out.exists():
         raise ValueError(f"OUT = {out}: must be a new file with the suffix .npz")
     labels = np.empty(shards.count, dtype=np.int64)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (shards.count, size, size, 3)}
+
+    def said(step: Step) -> str:
+        return f"wrote {step.done} of {shards.count} images, {step.left} left"
+
     with files.whole(out) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as images:
-            np.lib.format.write_array_header_1_0(images, header)
-            for i, stored in enumerate(_with_progress(_all(shards), shards.count)):
+            images.write(npz.image_header((shards.count, size, size, 3)))
+            for i, stored in enumerate(with_progress(_all(shards), total=shards.count, said=said)):
                 labels[i] = stored.label
                 images.write(_pixels(stored, size))
         if shards.labelled:
@@ -64,13 +65,3 @@ def _pixels(stored: StoredImage, size: int) -> bytes:
     if pixels.shape != (size, size, 3):
         raise ValueError(f"{stored.where} has another size than {size} x {size}")
     return pixels.tobytes()
-
-
-def _with_progress(stored: Iterator[StoredImage], count: int) -> Iterator[StoredImage]:
-    begin = shown = time.monotonic()
-    for done, one in enumerate(stored, start=1):
-        if (now := time.monotonic()) - shown > 1:
-            left = duration((now - begin) / done * (count - done))
-            print(f"wrote {done} of {count} images, {left} left", file=sys.stderr)
-            shown = now
-        yield one

@@ -1,11 +1,15 @@
 """Files that are there in full or not at all, also after a power cut."""
 
+import errno
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+# Errors of writing alone: another may come from what the content is read from.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -16,7 +20,7 @@ def whole(path: Path, *, writer: str = "partial") -> Iterator[BinaryIO]:
     """
     aside = path.with_name(f"{path.name}.{writer}")
     try:
-        with aside.open("wb") as file:
+        with _named(path), aside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,7 +43,7 @@ def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
 
 def append(path: Path, text: str) -> None:
     """Append to a file, made if it is missing, all of the text or none of it."""
-    with path.open("ab", buffering=0) as file:
+    with _named(path), path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         rest = memoryview(text.encode())
         try:
@@ -48,6 +52,17 @@ def append(path: Path, text: str) -> None:
         except OSError:
             os.ftruncate(file.fileno(), size)
             raise
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """While entered, the error of a full disk names the file: that of `write` names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def set_aside(path: Path, suffix: str) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from data.config import check
@@ -42,10 +42,10 @@ class Shard:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        for field in ("sha256", "index_sha256"):
-            value = getattr(self, field)
+        for name in ("sha256", "index_sha256"):
+            value = getattr(self, name)
             is_digest = isinstance(value, str) and bool(_SHA256.fullmatch(value))
-            check(is_digest, field, value, "64 hex digits")
+            check(is_digest, name, value, "64 hex digits")
         is_size = type(self.bytes) is int and 0 <= self.bytes <= _MAX_BYTES
         check(is_size, "bytes", self.bytes, f"from 0 to {_MAX_BYTES}")
         most = self.bytes // HEADER
@@ -72,7 +72,7 @@ class Manifest:
     """What a packed dataset contains.
 
     `image_size` is None where images keep their own sizes. Larger ones of these were scaled down
-    to the smaller side `kept_side`, if that is known.
+    to the smaller side `kept_side`, if that is known. `made_by` records how the tars were made.
     """
 
     shards: tuple[Shard, ...]
@@ -80,6 +80,7 @@ class Manifest:
     image_size: int | None
     fingerprint: str
     kept_side: int | None = None
+    made_by: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
 
 def check_name(name: object) -> None:
@@ -129,13 +130,16 @@ def parse_manifest(where: str, content: bytes) -> Manifest:
     fingerprint = manifest.pop("fingerprint", None)
     if fingerprint != _fingerprint(manifest):
         raise ValueError(f"{where} was altered: its fingerprint does not match its content")
+    made_by = manifest.get("made_by")
+    made_by = made_by if isinstance(made_by, dict) else {}
     try:
         return Manifest(
             shards=_parse_shards(manifest.get("shards")),
             classes=_parse_classes(manifest.get("classes")),
             image_size=_parse_image_size(manifest.get("image_size")),
             fingerprint=fingerprint,
-            kept_side=_parse_kept_side(manifest.get("made_by")),
+            kept_side=_parse_kept_side(made_by),
+            made_by=made_by,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -157,7 +161,7 @@ def _parse_shards(entries: object) -> tuple[Shard, ...]:
 
 
 def _parse_shard(entry: object) -> Shard:
-    wanted = {field.name for field in fields(Shard)}
+    wanted = {each.name for each in fields(Shard)}
     if not (isinstance(entry, dict) and entry.keys() == wanted):
         found = sorted(entry) if isinstance(entry, dict) else entry
         raise ValueError(f"{found!r:.80}: must have the keys {', '.join(sorted(wanted))}")
@@ -183,9 +187,9 @@ def _parse_image_size(size: object) -> int | None:
     return size
 
 
-def _parse_kept_side(made_by: object) -> int | None:
+def _parse_kept_side(made_by: Mapping[str, Any]) -> int | None:
     """The `--size` of a packing with `--keep-original`."""
-    if not isinstance(made_by, dict) or made_by.get("keep_original") is not True:
+    if made_by.get("keep_original") is not True:
         return None
     size = made_by.get("size")
     return size if type(size) is int else None

@@ -10,7 +10,6 @@ after an interruption the same command keeps the finished shards and makes the o
     mpirun -n 128 python -m mpi4py.futures -m data.pack SOURCE OUT --size 256 --mpi
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, as_completed
@@ -117,9 +116,8 @@ def _already_packed(out: Path, work: PackPlan, *, again: bool) -> bool:
     found, mark = None, out / WORK / PLAN
     is_finished = (out / MANIFEST).exists()
     if is_finished:
-        content = (out / MANIFEST).read_bytes()
-        parse_manifest(f"{out}/{MANIFEST}", content)
-        found = json.loads(content).get("made_by", {}).get("plan")
+        manifest = parse_manifest(f"{out}/{MANIFEST}", (out / MANIFEST).read_bytes())
+        found = manifest.made_by.get("plan")
     elif mark.exists():
         found = mark.read_text()
     if found not in (None, work.digest):

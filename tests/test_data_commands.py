@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data import pack, shards
-from data.exits import FAILED, REFUSED, exit_status
+from data.exits import FAILED, REFUSED, CommandParser, exit_status
 from data.progress import duration
 from tests.support.data_fixtures import write_folder
 
@@ -14,6 +14,11 @@ from tests.support.data_fixtures import write_folder
 @pytest.mark.parametrize("error", [ValueError(), ImportError(), FileNotFoundError()])
 def test_user_errors_are_refused(error: Exception) -> None:
     assert exit_status(error) == REFUSED
+
+
+def test_descriptions_keep_their_line_breaks() -> None:
+    said = CommandParser(prog="p", description="Title.\n\n  first     one\n  second    two")
+    assert "\n  first     one\n  second    two\n" in said.format_help()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), BrokenExecutor()])

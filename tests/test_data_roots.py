@@ -41,11 +41,18 @@ def test_home_and_variables_are_expanded(whole: Shards, monkeypatch: pytest.Monk
             "pipe:curl -H 'Authorization: Bearer ***' https://h/{name}",
         ),
         ("pipe:TOKEN=abc get {name}", "pipe:TOKEN=*** get {name}"),
-        ("/data/token/set", "/data/token/set"),
+        ("https://host/set?part=2&sig=a1b2", "https://host/set?part=2&sig=***"),
+        ("pipe:curl -u me:pa55 https://h/{name}", "pipe:curl -u me:*** https://h/{name}"),
+        (
+            "pipe:AWS_SECRET_ACCESS_KEY=x1 aws s3 cp {name} -",
+            "pipe:AWS_SECRET_ACCESS_KEY=*** aws s3 cp {name} -",
+        ),
+        ("pipe:ssh store cat {name}", "pipe:ssh store cat {name}"),
+        ("/data/token/secret-garden/set", "/data/token/secret-garden/set"),
         ("s3://bucket/a@b", "s3://bucket/a@b"),
     ],
 )
-def test_secrets_are_not_shown(root: str, wanted: str) -> None:
+def test_secrets_and_nothing_else_are_not_shown(root: str, wanted: str) -> None:
     assert shown(root) == wanted
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -50,7 +51,12 @@ def fill(job: ranks.Job, size: int = 0) -> None:
 
 
 def limited(directory: Path, arguments: list, size: int) -> int:
-    """Train where no file may become larger."""
+    """Train where no file may become larger, but for what is printed, which `cat` writes."""
+    shown = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    assert shown.stdin is not None
+    for stream in (1, 2):
+        os.dup2(shown.stdin.fileno(), stream)
+    shown.stdin.close()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
     return ranks.work(directory, [arguments], False)
 
@@ -89,17 +95,20 @@ def test_a_run_without_checkpoints_for_too_long_ends_on_all_ranks(bare: Place) -
     job.wait()
     assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
     said = "error: no checkpoint could be written for intervals.unsaved_minutes = 0: rank "
+    until(lambda: said in job.text)
     assert job.text.count(said) == 1 and "Traceback" not in job.text
     rows = (bare.run("unsaved") / "metrics.jsonl").read_text().splitlines()
     assert len(rows) >= 2  # the first failure did not end it
 
 
-def test_a_full_disk_at_the_start_is_one_line(bare: Place) -> None:
+def test_a_full_disk_at_the_start_is_one_line_that_names_the_file(bare: Place) -> None:
     task = partial(limited, bare.root / "claim-job", bare.arguments("claim"), 100)
     job = ranks.fork(bare.root / "claim-job", task, ranks=2)
     job.wait()
     assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
-    assert "Traceback" not in job.text
+    until(lambda: job.texts[0].endswith("\n"))  # it goes through another process
+    file = bare.run("claim") / "launch" / "writer.json"
+    assert job.texts[0] == f"error: rank 0: {file}: File too large\n"
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:

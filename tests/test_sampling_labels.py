@@ -86,6 +86,17 @@ def test_what_makes_no_labels_is_refused(given: dict[str, Any], message: str) ->
         labels(**given)
 
 
+def test_names_that_are_unknown_name_the_option_that_has_them(tmp_path: Path) -> None:
+    def no_names() -> list[str]:
+        raise ValueError("no dataset at shards")
+
+    (tmp_path / "a.txt").write_text("goldfish\n")
+    given = {"--classes": {"classes": "goldfish"}, "--labels": {"rule": str(tmp_path / "a.txt")}}
+    for option, words in given.items():
+        with pytest.raises(ValueError, match=rf"^{option}.*: no dataset at shards$"):
+            labels(names=no_names, **words)
+
+
 def test_a_grid_has_a_column_for_each_class_where_they_come_in_turn() -> None:
     assert columns(np.arange(100) % 10) == 10
     assert columns(np.arange(7) % 3) == 3

@@ -12,6 +12,7 @@ from data.exits import REFUSED
 from tests.support import golden
 from trainer import config as configs
 from trainer import ds_config as ds_configs
+from trainer import initial
 from trainer.adm.unet import build
 from trainer.train import TrainingPlan, parser
 
@@ -255,6 +256,10 @@ def test_a_plan_refuses_before_anything_is_written(tmp_path: Path, tiny: Path) -
         make(run, tiny, "data.streams = 4000")
     with pytest.raises(ValueError, match="16"):
         make(run, tiny, "model.image_size = 16")
+    words = [str(tiny), "--run", str(run), "--init", str(tmp_path / "none.pt")]
+    plan = TrainingPlan.make(arguments := parser().parse_args(words), ranks=1)
+    with pytest.raises(ValueError, match=r"no such weights file: .*none\.pt"):
+        initial.choose(arguments, run=plan.run, config=plan.config)
     assert not run.exists()
 
 

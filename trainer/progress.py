@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from data.progress import duration
+from data.progress import duration, seconds_left
 
 # Seconds between two lines elsewhere than on a terminal.
 _EVERY = 60.0
@@ -47,5 +47,5 @@ class Progress:
         """Time left at the mean rate since the start of this process."""
         if self._done == self._start:
             return "?"
-        seconds = (time.monotonic() - self._began) / (self._done - self._start)
-        return duration(seconds * (self._total - self._done))
+        done, rest = self._done - self._start, self._total - self._done
+        return duration(seconds_left(time.monotonic() - self._began, done=done, rest=rest))

@@ -95,7 +95,7 @@ class Saver:
             return False
         mine: dict[str, dict[str, Tensor]] = {}
         for number, kind in enumerate(source.kinds):
-            owner = _owner(number, self._world)
+            owner = owner_of(number, self._world)
             whole = source.gather(kind, to=owner)
             if owner == self._world.rank:
                 mine[kind] = whole
@@ -275,7 +275,7 @@ def _fault(act: Callable[[], object]) -> str | None:
     return None
 
 
-def _owner(number: int, world: World) -> int:
+def owner_of(number: int, world: World) -> int:
     """The rank that writes file `number`.
 
     The first ranks of all nodes come first, so that as many nodes as there are files share the

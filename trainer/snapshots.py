@@ -26,7 +26,7 @@ from trainer.config import Config
 from trainer.ranks.group import gather
 from trainer.ranks.world import World
 from trainer.run import Run
-from trainer.saver import Gathered
+from trainer.saver import Gathered, owner_of
 
 # The end of the name of a snapshot that is not of the run any more.
 _ASIDE = "superseded"
@@ -108,7 +108,7 @@ class Snapshots:
         partial = directory(self._run.path) / f".{images_seen:012d}.partial"
         facts, fault = {}, None
         for number, name in enumerate(self._names):
-            owner = number % self._world.size
+            owner = owner_of(number, self._world)
             whole = source.gather(name, to=owner)
             if owner == self._world.rank and fault is None:
                 try:

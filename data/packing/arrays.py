@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import files
+from data import files, npz
 from data.manifest import NO_CLASS
 from data.packing.listing import Listing, by_number
 from data.packing.sources import Archives, Source, Stamp, stamp_of
@@ -49,7 +49,12 @@ class SampleFile(Source):
     def listing(self) -> Listing:
         """As `Source.listing`."""
         with _members(self._path) as archive:
-            shape, dtype = _header(archive, "arr_0", self._path)
+            with npz.member(archive, "arr_0") as stream:
+                shape, is_fortran, dtype = npz.read_header(stream)
+            if is_fortran:
+                raise ValueError(
+                    f"SOURCE = {self._path}: arr_0 is in Fortran's order: save it in C's"
+                )
             if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
                 raise ValueError(
                     f"SOURCE = {self._path}: arr_0 is {dtype} {shape}: must be uint8 (N, H, W, 3)"
@@ -57,7 +62,7 @@ class SampleFile(Source):
             names = [f"{i:08d}" for i in range(shape[0])]
             if "arr_1.npy" not in archive.namelist():
                 return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
-            labels = np.lib.format.read_array(_stream(archive, "arr_1"), allow_pickle=False)
+            labels = np.lib.format.read_array(npz.member(archive, "arr_1"), allow_pickle=False)
         if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
             raise ValueError(
                 f"SOURCE = {self._path}: arr_1 is {labels.dtype} {labels.shape}: must be integers "
@@ -75,7 +80,7 @@ class SampleFile(Source):
             return
         print(f"unpacking {self._path.name}", file=sys.stderr)
         with _members(self._path) as archive, files.whole(self._unpacked()) as unpacked:
-            shutil.copyfileobj(_stream(archive, "arr_0"), unpacked, 1 << 20)
+            shutil.copyfileobj(npz.member(archive, "arr_0"), unpacked, 1 << 20)
 
     def holder(self, name: str) -> str:
         """As `Source.holder`: the sample file."""
@@ -187,22 +192,3 @@ def _members(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ValueError(f"SOURCE = {path} is no readable sample file: {error}") from None
-
-
-def _stream(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    return archive.open(f"{name}.npy")
-
-
-def _header(
-    archive: zipfile.ZipFile, name: str, path: Path
-) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array."""
-    with _stream(archive, name) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(stream)
-    if is_fortran:
-        raise ValueError(f"SOURCE = {path}: {name} is in Fortran's order: save it in C's")
-    return shape, dtype

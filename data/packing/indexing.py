@@ -3,8 +3,6 @@ manifest over the shards of several datasets.
 """
 
 import os
-import sys
-import time
 from pathlib import Path
 
 from data import files
@@ -14,7 +12,7 @@ from data.index import index_bytes
 from data.manifest import MANIFEST, NO_CLASS, Shard, check_name, manifest_text
 from data.packing.archives import classes_of_tars
 from data.packing.splits import splits_among
-from data.progress import duration
+from data.progress import with_progress
 from data.tars import Index, index_tar
 
 
@@ -101,9 +99,12 @@ def _indexes(tars: list[Path]) -> tuple[list[Index], tuple[str, ...]]:
     indexes, members, most = [], [], 0
     # The first tar with labels and the first without.
     kinds: dict[bool, Path] = {}
-    begin = shown = time.monotonic()
-    for done, tar in enumerate(tars, start=1):
-        index, names, labelled = index_tar(tar)
+    found = with_progress(
+        map(index_tar, tars),
+        total=len(tars),
+        said=lambda step: f"indexed {step.done} of {len(tars)} tars, {step.left} left",
+    )
+    for tar, (index, names, labelled) in zip(tars, found, strict=True):
         if labelled is not None:
             kinds.setdefault(labelled, tar)
         if len(kinds) == 2:
@@ -111,10 +112,6 @@ def _indexes(tars: list[Path]) -> tuple[list[Index], tuple[str, ...]]:
         most = max(most, int(index["label"].max(initial=0)))
         indexes.append(index)
         members.append(names)
-        if (now := time.monotonic()) - shown > 1:
-            left = duration((now - begin) / done * (len(tars) - done))
-            print(f"indexed {done} of {len(tars)} tars, {left} left", file=sys.stderr)
-            shown = now
     if False not in kinds:
         return indexes, tuple(str(i) for i in range(most + 1))
     listing = classes_of_tars(tars, members)

@@ -1,14 +1,13 @@
 """What a packing tells the user: progress, warnings, and in the end what was packed."""
 
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from data import progress
 from data.manifest import NO_CLASS
 from data.packing.jobs import Made
 from data.packing.listing import Listing
 from data.packing.plan import PackConfig, PackJob
-from data.progress import duration
 
 # Classes that the closing line names.
 _LISTED = 5
@@ -45,16 +44,13 @@ def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> st
 def with_progress(made: Iterable[Made], *, jobs: tuple[PackJob, ...]) -> Iterator[Made]:
     """Pass finished shards on, and print at most once a second how far they have come."""
     images = sum(len(job.images) for job in jobs)
-    begin, done, shown = time.monotonic(), 0, 0.0
-    for shards, one in enumerate(made, start=1):
-        done += one.shard.samples + len(one.left_out)
-        seconds = time.monotonic() - begin
-        if seconds - shown > 1 or shards == len(jobs):
-            print(
-                f"packed {shards} of {len(jobs)} shards, {done} of {images} images, "
-                f"{done / seconds:.0f} images/s, "
-                f"{duration(seconds / done * (images - done))} left",
-                file=sys.stderr,
-            )
-            shown = seconds
-        yield one
+    return progress.with_progress(
+        made,
+        total=images,
+        units=lambda one: one.shard.samples + len(one.left_out),
+        said=lambda step: (
+            f"packed {step.items} of {len(jobs)} shards, {step.done} of {images} images, "
+            f"{step.rate:.0f} images/s, {step.left} left"
+        ),
+        closing=True,
+    )

@@ -9,7 +9,6 @@ Clocks of machines are not compared: only a change of the file's time counts.
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 
 from data import files
-from trainer.ranks.process import machine
+from trainer.ranks.process import Process, has_ended
 from trainer.ranks.world import scheduler_job
 from trainer.runstate import RunState
 
@@ -49,12 +48,12 @@ class Holder:
     @classmethod
     def here(cls, run: Path) -> "Holder":
         """This process, as the writer of `run`."""
-        job = scheduler_job()
+        job, me = scheduler_job(), Process.here()
         return cls(
             token=secrets.token_hex(8),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            machine=machine(),
+            host=me.host,
+            pid=me.pid,
+            machine=me.machine,
             job=job.job_id,
             start=job.start,
             run=str(run.absolute()),
@@ -82,7 +81,7 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Whether this is a process of this machine that has ended."""
-        return self.machine == machine() and not Path(f"/proc/{self.pid}").exists()
+        return has_ended(self.pid, on=self.machine)
 
 
 # What the entries of the file must be; some other program's may be anything.

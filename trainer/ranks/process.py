@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +25,26 @@ class Process:
 
     def has_ended(self) -> bool:
         """Whether it is known to have ended: what is on another machine is not known."""
-        if self.machine != machine():
-            return False
-        state, began = _facts(self.pid)
-        return state in "ZX" or began != self.began
+        return has_ended(self.pid, on=self.machine, began=self.began)
 
     def is_stopped(self) -> bool:
         """Whether it is known to be stopped by a signal or a debugger."""
         return self.machine == machine() and _facts(self.pid)[0] in ("T", "t")
+
+
+def has_ended(pid: int, *, on: str, began: str | None = None) -> bool:
+    """As `Process.has_ended`; without `began`, another process may have the number by now."""
+    if on != machine():
+        return False
+    state, found = _facts(pid)
+    return state in "ZX" or (began is not None and found != began)
+
+
+def began_at() -> float:
+    """When this process was started, in seconds since 1970."""
+    ticks = int(_facts(os.getpid())[1])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
 
 
 def machine() -> str:

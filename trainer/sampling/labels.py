@@ -159,7 +159,10 @@ def columns(labels: NDArray[np.int64] | None) -> int | None:
 def _number(word: str, *, option: str, names: Names) -> int:
     if re.fullmatch(r"-?\d+", word):
         return int(word)
-    known = list(names())
+    try:
+        known = list(names())
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
     if word not in known:
         raise ValueError(f"{option}: {word!r} is not a class{nearest(word, known)}")
     return known.index(word)

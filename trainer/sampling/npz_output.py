@@ -4,7 +4,6 @@ The parts are moved into the file a few at a time and removed, so that the disk 
 images twice; a journal says which are in it, and an interrupted move is continued.
 """
 
-import io
 import json
 import zipfile
 import zlib
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data import files
+from data import files, npz
 from trainer.sampling.output import Output, numbered
 from trainer.sampling.samplefile import RECORD
 
@@ -29,7 +28,7 @@ class NpzOutput(Output):
     def __init__(self, path: Path, *, size: int, request: Mapping[str, Any]) -> None:
         super().__init__(path, work=path.with_suffix(".parts"), size=size, request=request)
         self._whole, self._journal = self.work / "whole.npz", self.work / "whole.json"
-        self._header = _npy_header((self.images, size, size, 3))
+        self._header = npz.image_header((self.images, size, size, 3))
 
     def write(self, part: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         """As `Output.write`."""
@@ -71,9 +70,8 @@ class NpzOutput(Output):
             with zipfile.ZipFile(stream, "w") as archive:
                 archive.filelist.append(info)
                 if labels is not None:
-                    archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(labels))
-                record = np.array(json.dumps(self.request))
-                archive.writestr(zipfile.ZipInfo(f"{RECORD}.npy"), _npy(record))
+                    npz.add(archive, {"arr_1": labels})
+                npz.add(archive, {RECORD: np.array(json.dumps(self.request))})
             stream.flush()
         files.sync(self._whole)
         return self._whole
@@ -111,7 +109,7 @@ class NpzOutput(Output):
     def _read(self, part: int) -> NDArray[np.uint8]:
         file = self._file(part)
         try:
-            images: NDArray[np.uint8] = _member(file, "images")
+            images: NDArray[np.uint8] = npz.read(file, "images")
         except ValueError as error:
             raise ValueError(
                 f"{file} is damaged: {error}; rerun the same command to draw it again"
@@ -151,7 +149,7 @@ def part_fault(file: Path, *, shape: Sequence[int], labels: NDArray[np.int64]) -
     Reads every byte.
     """
     try:
-        images, recorded = _member(file, "images"), _member(file, "labels")
+        images, recorded = npz.read(file, "images"), npz.read(file, "labels")
     except ValueError as error:
         return str(error)
     if images.dtype != np.uint8 or images.shape != tuple(shape):
@@ -167,32 +165,3 @@ def _member_info(size: int) -> zipfile.ZipInfo:
     info.CRC = info.header_offset = 0
     info.file_size = info.compress_size = size
     return info
-
-
-def _member(file: Path, key: str) -> NDArray[Any]:
-    """One array of a part, compared with its checksum.
-
-    Raises:
-        ValueError: why it cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            content = archive.read(f"{key}.npy")
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # zipfile raises errors of many types for damaged files
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    """The content of an array's `.npy` file."""
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=False)
-    return stream.getvalue()
-
-
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """What a `.npy` file of uint8 `shape` begins with."""
-    stream = io.BytesIO()
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)
-    return stream.getvalue()

@@ -253,6 +253,6 @@ def _names(config: Config) -> Sequence[str]:
         return class_names(config.data.shards)
     except ValueError as error:
         raise ValueError(
-            f"--classes: names of classes are in the manifest of data.shards, and {error}; write "
-            "numbers, as `python -m data.shards info` prints them"
+            f"names of classes are in the manifest of data.shards, and {error}; write numbers, as "
+            "`python -m data.shards info` prints them"
         ) from None

@@ -4,7 +4,6 @@ Images are read by their place, so that neither a file nor a dataset need fit in
 """
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,16 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data import npz
 from data.config import FetchConfig
 from data.dataset import Shards, file_sha256, open_shards
-from data.manifest import MANIFEST
 from data.stored_images import BadSampleError, StoredImages
 from data.transforms import UNDECODABLE, center_crop, decode
 
 # The member of an `.npz`, and the key of a manifest's `made_by`, that hold how images were drawn.
 RECORD = "request"
-# Bytes of a zip file's local header before the name.
-_LOCAL_HEADER = 30
 
 
 class Samples(Protocol):
@@ -71,7 +68,7 @@ class NpzSamples:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._images = _mapped(path, "arr_0")
+            self._images = npz.mapped(path, "arr_0")
             with np.load(path, allow_pickle=False) as file:
                 labels = file.get("arr_1")
                 self.record = json.loads(str(file[RECORD])) if RECORD in file else None
@@ -119,7 +116,7 @@ class ShardSamples:
         numbers = range(len(self.shards.shards))
         labels = [self.shards.index(i)["label"].astype(np.int64) for i in numbers]
         self.labels = np.concatenate(labels) if self.shards.labelled else None
-        self.record = json.loads((path / MANIFEST).read_text())["made_by"].get(RECORD)
+        self.record = self.shards.made_by.get(RECORD)
         self._ends = np.cumsum(self.shards.sizes)
         self._stored = StoredImages(self.shards, config=FetchConfig())
 
@@ -142,27 +139,3 @@ class ShardSamples:
         if pixels.shape[:2] != self.size:
             pixels = center_crop(Image.fromarray(pixels), size=self._side)
         return pixels
-
-
-def _mapped(path: Path, key: str) -> NDArray[Any]:
-    """An array of an `.npz`, mapped into memory; one that is compressed is read in full."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{key}.npy")
-    if info.compress_type != zipfile.ZIP_STORED:
-        with np.load(path, allow_pickle=False) as file:
-            array: NDArray[Any] = file[key]
-            return array
-    with path.open("rb") as file:
-        file.seek(info.header_offset)
-        header = file.read(_LOCAL_HEADER)
-        name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        file.seek(info.header_offset + _LOCAL_HEADER + name + extra)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        if dtype.hasobject or not np.prod(shape):
-            raise ValueError(f"{key} is {dtype} {shape}")
-        at, order = file.tell(), "F" if fortran else "C"
-    return np.memmap(path, dtype=dtype, mode="r", offset=at, shape=shape, order=order)  # type: ignore[call-overload]

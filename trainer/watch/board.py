@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from data import files
-from data.progress import duration
+from data.progress import duration, seconds_left
 from trainer import config as configs
 from trainer.config import Config
 from trainer.runstate import RunState
@@ -164,8 +164,8 @@ class Board:
 
     def _hours_left(self, images_seen: int) -> float:
         """At the mean rate since this start began to train, with all that is not training."""
-        seconds = (time.monotonic() - self._began) / max(images_seen - self._start, 1)
-        return seconds * (self._total - images_seen) / 3600
+        done, rest = images_seen - self._start, self._total - images_seen
+        return seconds_left(time.monotonic() - self._began, done=done, rest=rest) / 3600
 
     def _status(
         self,

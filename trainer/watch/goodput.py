@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.progress import duration
+from trainer.ranks.process import began_at
 
 Row = Mapping[str, Any]
 
@@ -229,7 +230,7 @@ def note_start(run: Path, *, last_sign: float, job_id: str | None) -> None:
     if job_id is not None:
         with suppress(OSError):
             submitted = (run / "launch" / "job.json").stat().st_mtime
-    began = _process_start()
+    began = began_at()
     note(run, "start", began=began, last_sign=last_sign, submitted=submitted)
 
 
@@ -253,10 +254,3 @@ def _parse(line: str) -> Row | None:
 
 # The numbers that a line of each event must have.
 _NEEDED = {"start": ("began",), "training": ("images",), "report": ("images",), "end": ()}
-
-
-def _process_start() -> float:
-    """When this process was started, in seconds since 1970."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age

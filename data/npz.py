@@ -1,0 +1,85 @@
+"""Arrays in `.npz` files, which are zips of a member `NAME.npy` for each, by parts and in full.
+
+Sample files are larger than memory: their header is read alone, their images in a stream or mapped.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Bytes of a zip file's local header before the name.
+_LOCAL_HEADER = 30
+
+
+def member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """The content of an array's `.npy`, as a stream."""
+    return archive.open(f"{name}.npy")
+
+
+def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it is in Fortran's order, and type of the array at the stream's begin."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    found: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(stream)
+    return found
+
+
+def image_header(shape: tuple[int, ...]) -> bytes:
+    """What a `.npy` file of uint8 `shape` begins with."""
+    stream = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue()
+
+
+def add(archive: zipfile.ZipFile, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write small arrays, uncompressed and without a date, so that equal files are the same."""
+    for name, array in arrays.items():
+        stream = io.BytesIO()
+        np.save(stream, array, allow_pickle=False)
+        archive.writestr(zipfile.ZipInfo(f"{name}.npy"), stream.getvalue())
+
+
+def read(path: Path, name: str) -> NDArray[Any]:
+    """One array of a file, compared with its checksum.
+
+    Raises:
+        ValueError: why it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(f"{name}.npy")
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # zipfile raises errors of many types for damaged files
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def mapped(path: Path, name: str) -> NDArray[Any]:
+    """One array of a file, mapped into memory; one that is compressed is read in full.
+
+    Raises:
+        Exception: of many types, where it is something else.
+    """
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        with np.load(path, allow_pickle=False) as file:
+            array: NDArray[Any] = file[name]
+            return array
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(_LOCAL_HEADER)
+        lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        file.seek(info.header_offset + _LOCAL_HEADER + sum(lengths))
+        shape, fortran, dtype = read_header(file)
+        if dtype.hasobject or not np.prod(shape):
+            raise ValueError(f"{name} is {dtype} {shape}")
+        at, order = file.tell(), "F" if fortran else "C"
+    return np.memmap(path, dtype=dtype, mode="r", offset=at, shape=shape, order=order)  # type: ignore[call-overload]
