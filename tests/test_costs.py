@@ -21,8 +21,13 @@ from trainer.config import Config
 
 pytestmark = pytest.mark.slow
 
-# ZeRO stage, precision, micro-batches of a step.
-CASES = [*((stage, "bf16", 2) for stage in STAGES), (2, "fp32", 1)]
+# ZeRO stage, precision, micro-batches of a step, whether buckets are reduced to all ranks.
+Case = tuple[int, str, int, bool]
+CASES: list[Case] = [
+    *((stage, "bf16", 2, True) for stage in STAGES),
+    (2, "fp32", 1, True),
+    (1, "bf16", 2, False),
+]
 MICRO_BATCH = 4
 OPS = {
     "allreduce_": "all_reduce",
@@ -40,6 +45,7 @@ class Observed(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
         self.live = self.peak = 0
         self.sent: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -49,7 +55,9 @@ class Observed(TorchDispatchMode):
         if func.namespace == "c10d":
             values = [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)]
             name = OPS.get(func.__name__.partition(".")[0], func.__name__)
-            self.sent[name] = self.sent.get(name, 0) + max(v.nbytes for v in values)
+            size = max(v.nbytes for v in values)
+            self.sent[name] = self.sent.get(name, 0) + size
+            self.calls[name] = self.calls.get(name, 0) + (size > 1000)
         return out
 
     def _born(self, storage: torch.UntypedStorage) -> None:
@@ -70,9 +78,10 @@ def settings(world: int, precision: str, accumulation: int) -> Config:
     return configs.load("digits", (*sizes, *more))
 
 
-def zero(stage: int) -> dict[str, Any]:
+def zero(stage: int, to_all: bool) -> dict[str, Any]:
     section = ds_config.load(ranks.ROOT / "ds_config.json")["zero_optimization"]
-    return {**section, "stage": stage, "reduce_bucket_size": 1_000_000}
+    own = {"reduce_bucket_size": 1_000_000, "use_multi_rank_bucket_allreduce": to_all}
+    return {**section, "stage": stage, **own}
 
 
 def measure(directory: Path) -> int:
@@ -84,10 +93,10 @@ def measure(directory: Path) -> int:
     world = join()
     found = []
     with connected(world, patience=ranks.LIMIT) as device:
-        for stage, precision, accumulation in CASES:
+        for stage, precision, accumulation, to_all in CASES:
             config = settings(world.size, precision, accumulation)
             raw = ds_config.load(ranks.ROOT / "ds_config.json")
-            raw["zero_optimization"] = zero(stage)
+            raw["zero_optimization"] = zero(stage, to_all)
             resolved = ds_config.resolve(raw, config=config, ranks=world.size)
             with Observed() as observed:
                 net = build(config.model)
@@ -96,7 +105,7 @@ def measure(directory: Path) -> int:
                 del start
                 for _ in range(2):
                     gc.collect()
-                    observed.peak, observed.sent = observed.live, {}
+                    observed.peak, observed.sent, observed.calls = observed.live, {}, {}
                     for _ in range(accumulation):
                         inputs = example_inputs(config.model, images=MICRO_BATCH)
                         inputs["y"].zero_()
@@ -104,7 +113,7 @@ def measure(directory: Path) -> int:
                         engine.backward(loss)
                         del loss
                     engine.step(lr=1e-4, images_seen=config.training.batch, **UNJUDGED)
-            found.append((observed.peak, observed.sent))
+            found.append((observed.peak, observed.sent, observed.calls))
             del engine, net
             gc.collect()
     if world.is_main:
@@ -124,21 +133,35 @@ def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_the_bytes_between_ranks_are_those_that_deepspeed_sends(observed: Any) -> None:
     world, found = observed
-    for (stage, precision, accumulation), (_, sent) in found.items():
+    for case, (_, sent, _) in found.items():
+        stage, precision, accumulation, to_all = case
         net = costs.count(settings(world, precision, accumulation))
-        counted = costs.traffic(net, zero=zero(stage), ranks=world, accumulation=accumulation)
+        shape = {"zero": zero(stage, to_all), "ranks": world, "accumulation": accumulation}
         real = {name: size for name, size in sent.items() if size > 1000}
-        assert real == pytest.approx(counted, rel=0.01), (stage, precision, accumulation)
+        assert real == pytest.approx(costs.traffic(net, **shape), rel=0.01), case
+
+
+def test_the_collectives_of_a_step_are_those_that_deepspeed_calls(observed: Any) -> None:
+    world, found = observed
+    for case, (*_, called) in found.items():
+        stage, precision, accumulation, to_all = case
+        net = costs.count(settings(world, precision, accumulation))
+        shape = {"zero": zero(stage, to_all), "ranks": world, "accumulation": accumulation}
+        counted = costs.calls(net, **shape)
+        if stage == 3:  # see `calls`
+            assert called.pop("all_gather") >= counted.pop("all_gather"), case
+        real = {name: count for name, count in called.items() if count}
+        assert real == pytest.approx(counted, abs=0 if to_all else 1), case
 
 
 def test_the_memory_of_a_rank_is_what_a_step_holds(observed: Any) -> None:
     world, found = observed
-    for (stage, precision, accumulation), (peak, _) in found.items():
+    for (stage, precision, accumulation, to_all), (peak, *_) in found.items():
         config = settings(world, precision, accumulation)
         parts = costs.memory(
             costs.count(config),
             averages=len(config.training.ema),
-            zero=zero(stage),
+            zero=zero(stage, to_all),
             ranks=world,
             micro_batch=MICRO_BATCH,
             accumulation=accumulation,

@@ -30,7 +30,8 @@ GPU_PRESETS = [name for name, config in ALL.items() if config.training.precision
 
 
 def machine(**changes: Any) -> Machine:
-    rates = {"tflops": 989.0, "mfu": 0.4, "bandwidth": 40.0, "overlap": 0.8, "host_ms": 0.0}
+    rates = {"tflops": 989.0, "mfu": 0.4, "bandwidth": 40.0, "overlap": 0.8}
+    rates |= {"host_ms": 0.0, "latency": 0.0}
     return Machine(**{"gpus": 8, "gpu_memory": 80.0, "reserve": 4.0, **rates, **changes})
 
 
@@ -62,6 +63,27 @@ def test_at_a_fixed_batch_more_gpus_are_used_less_well_and_the_limit_is_named() 
     assert there[-1].limit == "network"
     slow = step(config, net, machine=machine(host_ms=500.0), gpus=512, zero=ZERO)
     assert slow.limit.startswith("host")
+
+
+def test_what_is_exposed_of_the_network_follows_ds_config() -> None:
+    config = configs.load("imagenet64")
+    net = costs.count(config)
+
+    def communication(gpus: int, *, latency: float = 0.0, **changes: Any) -> float:
+        there, zero = machine(latency=latency, overlap=1.0), {**ZERO, **changes}
+        return step(config, net, machine=there, gpus=gpus, zero=zero).communication
+
+    whole = 2 * 63 / 64 * 2 * net.parameters / 40e9  # an all-reduce of 16-bit gradients
+    gather = whole / 2
+    for size in (50_000_000, 200_000_000, 10**9):
+        last = costs.buckets(net, zero={"reduce_bucket_size": size})[-1] / net.parameters
+        exposed = communication(64, reduce_bucket_size=size)
+        assert exposed == pytest.approx(gather + whole * last)
+    assert communication(64, overlap_comm=False) == pytest.approx(gather + whole)
+    # To each rank on its own: fewer bytes, and a message for each of so many ranks.
+    own = {"use_multi_rank_bucket_allreduce": False, "overlap_comm": False}
+    assert communication(64, **own) == pytest.approx(gather + whole / 2)
+    assert communication(512, latency=5.0, **own) > 10 * communication(512, latency=5.0)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -190,6 +190,37 @@ def traffic(
     return {"all_reduce" if whole_buckets else "reduce": reduced, "all_gather": whole}
 
 
+def buckets(net: NetCosts, *, zero: Mapping[str, Any]) -> list[int]:
+    """Numbers of each bucket in which a backward pass reduces its gradients, in that order."""
+    most = zero.get("reduce_bucket_size", _BUCKET)
+    filled = [0]
+    for size in reversed(net.sizes):
+        if filled[-1] and filled[-1] + size > most:
+            filled.append(0)
+        filled[-1] += size
+    return filled
+
+
+def calls(
+    net: NetCosts, *, zero: Mapping[str, Any], ranks: int, accumulation: int
+) -> dict[str, int]:
+    """How many collectives of each kind move the tensors of `traffic` in a step.
+
+    In stage 3 one gathers each large parameter; DeepSpeed joins some, and gathers some again.
+    """
+    if ranks == 1:
+        return {}
+    reductions = len(buckets(net, zero=zero)) * (1 if zero["stage"] == 1 else accumulation)
+    if zero["stage"] == 3:
+        large = sum(size > _threshold(zero) for size in net.sizes)
+        return {"reduce_scatter": reductions, "all_gather": accumulation * large + 1}
+    if zero.get("use_multi_rank_bucket_allreduce", True):
+        return {"all_reduce": reductions, "all_gather": 1}
+    # Each rank's part of the gradients goes to it alone, in two where it crosses buckets.
+    passes = 1 if zero["stage"] == 1 else accumulation
+    return {"reduce": reductions + passes * (ranks - 1), "all_gather": 1}
+
+
 def sent(tensors: Mapping[str, int], *, ranks: int) -> float:
     """Bytes that each rank sends in ring collectives over tensors of these sizes."""
     passes = {"all_reduce": 2, "reduce": 1, "reduce_scatter": 1, "all_gather": 1}

@@ -76,8 +76,9 @@ def report(
     )
     yield (
         f"assumed: {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s per GPU, {machine.bandwidth:g} "
-        f"GB/s between ranks, {machine.overlap:.0%} of reductions hidden, {machine.host_ms:g} ms "
-        f"of the host per micro-batch, {machine.reserve:g} GiB of {machine.gpu_memory:g} reserved"
+        f"GB/s and {machine.latency:g} us between ranks, {machine.overlap:.0%} of reductions "
+        f"hidden, {machine.host_ms:g} ms of the host per micro-batch, {machine.reserve:g} GiB of "
+        f"{machine.gpu_memory:g} reserved"
     )
     yield from _memory_lines(config, net, machine=machine, zero=zero)
     now = step(config, net, machine=machine, gpus=machine.gpus, zero=zero)
@@ -206,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
         ("tflops", 989.0, "peak of a GPU in the training precision, in TFLOP/s"),
         ("mfu", 0.35, "share of the peak that a step's computing reaches"),
         ("bandwidth", 40.0, "GB/s that each rank sends in a collective"),
+        ("latency", 5.0, "microseconds that a message takes from a rank to the next"),
         ("overlap", 0.8, "share of the gradients' reduction that computing may hide"),
         ("host-ms", 60.0, "milliseconds of the host to launch a micro-batch"),
     )

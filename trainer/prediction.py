@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ class Machine:
     #: GB/s that each rank sends in collectives, and the share of reductions that computing hides.
     bandwidth: float
     overlap: float
+    #: Microseconds that a message takes from a rank to the next.
+    latency: float
     #: Milliseconds that the host needs to launch the work of a micro-batch.
     host_ms: float
 
@@ -41,7 +44,13 @@ class Machine:
             check(value > 0, f"--{name.replace('_', '-')}", value, "above 0")
         check(0 < self.mfu <= 1, "--mfu", self.mfu, "above 0, at most 1")
         check(0 <= self.overlap <= 1, "--overlap", self.overlap, "from 0 to 1")
-        check(self.host_ms >= 0, "--host-ms", self.host_ms, "at least 0")
+        for name in ("host_ms", "latency"):
+            check(
+                getattr(self, name) >= 0,
+                f"--{name.replace('_', '-')}",
+                getattr(self, name),
+                "at least 0",
+            )
         fits = 0 <= self.reserve < self.gpu_memory
         check(fits, "--reserve", self.reserve, f"from 0 to below {self.gpu_memory:g}")
 
@@ -100,15 +109,15 @@ def step(
     passes = _passes(config)
     rate = machine.mfu * machine.tflops * 1e12
     compute = training.batch / gpus * passes * net.forward_flops / rate
-    tensors = costs.traffic(net, zero=zero, ranks=gpus, accumulation=pieces)
-    gathered = {name: size for name, size in tensors.items() if name == "all_gather"}
-    reduced = {name: size for name, size in tensors.items() if name != "all_gather"}
-    gather, reduce = (
-        costs.sent(part, ranks=gpus) / (machine.bandwidth * GB) for part in (gathered, reduced)
-    )
-    # Backward passes hide reductions: in stage 1 those of the last micro-batch alone.
+    gather, reduce = _collectives(net, machine=machine, gpus=gpus, zero=zero, pieces=pieces)
+    # Backward passes hide reductions: in stage 1 those of the last micro-batch alone, and never
+    # that of the last bucket, which is full when the pass ends.
+    filled = costs.buckets(net, zero=zero)
+    hidden = min(machine.overlap, 1 - filled[-1] / sum(filled))
+    if not zero.get("overlap_comm", zero["stage"] == 3):
+        hidden = 0.0
     backward = compute * (passes - 1) / passes / (pieces if zero["stage"] == 1 else 1)
-    exposed = reduce - min(reduce * machine.overlap, backward)
+    exposed = reduce - min(reduce * hidden, backward)
     if zero["stage"] == 3:  # gathers its weights ahead of the layers that need them
         exposed += gather - min(gather * machine.overlap, compute)
     else:
@@ -122,6 +131,23 @@ def step(
         communication=exposed,
         host=host,
     )
+
+
+def _collectives(
+    net: NetCosts, *, machine: Machine, gpus: int, zero: Mapping[str, Any], pieces: int
+) -> tuple[float, float]:
+    """Seconds of a step's gathers, and of its reductions, on the network.
+
+    All-reduces pass a tree, twice; the others pass every rank of a ring.
+    """
+    tensors = costs.traffic(net, zero=zero, ranks=gpus, accumulation=pieces)
+    calls = costs.calls(net, zero=zero, ranks=gpus, accumulation=pieces)
+    seconds = {"all_gather": 0.0}
+    for name, size in tensors.items():
+        hops = 2 * math.ceil(math.log2(gpus)) if name == "all_reduce" else gpus - 1
+        moved = costs.sent({name: size}, ranks=gpus) / (machine.bandwidth * GB)
+        seconds[name] = moved + calls[name] * hops * machine.latency / 1e6
+    return seconds.pop("all_gather"), sum(seconds.values())
 
 
 def resized(config: Config, *, batch: int, micro_batch: int) -> Config:
