@@ -20,6 +20,7 @@ ONLY_IN = {
     "mpi4py": {"trainer/ranks/world.py", "data/pack.py"},
     "tensorboard": {"trainer/watch/tensorboard.py"},
     "wandb": {"trainer/watch/wandb.py"},
+    "matplotlib": {"trainer/plots.py"},
     "triton": {"trainer/adm/fused.py", "trainer/adm/kernels.py"},
 }
 #: The functions of a GPU.

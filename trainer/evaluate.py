@@ -1,25 +1,28 @@
 """Evaluate drawn images against a reference: FID, sFID, IS, precision, recall, KID.
 
-  python -m trainer.evaluate SAMPLES --reference R --network FILE       the figures of samples
+  python -m trainer.evaluate SAMPLES... --reference R --network FILE    the figures of samples
   python -m trainer.evaluate reference SHARDS --out R.npz --network FILE   a reference file
   python -m trainer.evaluate nll RUN --data SHARDS                      bits per dimension
   python -m trainer.evaluate classifier RUN --data SHARDS               accuracy by quarter of t
 
-SAMPLES is an .npz or a directory of shards; R an evaluator's .npz, a file made here, or images
-(shards or an .npz). On several ranks, as under torchrun, each computes a share of the features.
+SAMPLES are .npz files or directories of shards; `--plot FILE.png` shows those of a sweep. R is an
+evaluator's .npz, a file made here, or images (shards or an .npz). On several ranks, as under
+torchrun, each computes a share of the features.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import files
 from data.exits import CommandParser
+from trainer import plots
 from trainer.adm.config import check
-from trainer.evaluation import held_out
+from trainer.evaluation import held_out, sweeps
 from trainer.evaluation import reference as references
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted
@@ -48,15 +51,41 @@ def _say(text: str) -> None:
 
 
 def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
-    """Print the figures of samples, and write them; returns the exit status."""
-    out: Path = arguments.out or arguments.samples.with_suffix(".evaluation.json")
-    agreed(lambda: _check_output(out, suffix=".json"))
-    samples = agreed(lambda: open_samples(arguments.samples))
-    evaluation = _evaluator(arguments, world=world, device=device)
-    found = evaluation.extract(samples, kept=range(samples.count))
-    reference = evaluation.reference(arguments.reference, size=samples.size)
-    from_main(lambda: _finish(samples, found, reference, network=evaluation.network, out=out))
+    """Print the figures of all samples, and write them; returns the exit status."""
+    agreed(lambda: _check_outputs(arguments))
+    every = agreed(lambda: _open_all(arguments.samples))
+    option, scales = "", [0.0]
+    if arguments.plot is not None:
+        option, scales = agreed(lambda: sweeps.scales_of(every))
+    evaluator = _evaluator(arguments, world=world, device=device)
+    reference = evaluator.reference(arguments.reference, size=every[0].size)
+    results = []
+    for samples in every:
+        found = evaluator.extract(samples, kept=range(samples.count))
+        out = arguments.out or _out(samples.path)
+        finish = partial(_finish, samples, found, reference, network=evaluator.network, out=out)
+        results.append(from_main(finish))
+    if (path := arguments.plot) is not None:
+        of_scales = dict(zip(scales, results, strict=True))
+        from_main(lambda: sweeps.plot(path, of_scales, option=option, count=every[0].count))
+        if world.is_main:
+            _say(f"written: {path}")
     return 0
+
+
+def _open_all(paths: Sequence[Path]) -> list[Samples]:
+    """All samples, of one size."""
+    every = [open_samples(path) for path in paths]
+    for other in every[1:]:
+        if other.size != every[0].size:
+            raise ValueError(f"{every[0].path} and {other.path} have images of different sizes")
+    return every
+
+
+def _out(samples: Path) -> Path:
+    """Where figures are written by default; the scale in a name may have a point."""
+    name = samples.name.removesuffix(".npz")
+    return samples.with_name(f"{name}.evaluation.json")
 
 
 def _finish(
@@ -66,7 +95,7 @@ def _finish(
     *,
     network: FeatureNetwork,
     out: Path,
-) -> None:
+) -> Results:
     """Compute, print and write the figures, on the main rank."""
     assert found is not None
     assert reference is not None
@@ -98,6 +127,7 @@ def _finish(
     for warning in results.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"written: {out}")
+    return results
 
 
 def make_reference(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
@@ -116,6 +146,14 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
     return 0
 
 
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    count, out = len(arguments.samples), arguments.out
+    check(out is None or count == 1, "--out", str(out), f"absent with {count} samples")
+    plots.check_plot(arguments.plot, named="--plot")
+    for path in [out] if out is not None else map(_out, arguments.samples):
+        _check_output(path, suffix=".json")
+
+
 def _check_output(out: Path, *, suffix: str) -> None:
     check(out.suffix == suffix, "--out", str(out), f"a file that ends in {suffix}")
     check(out.parent.is_dir(), "--out", str(out), "in a directory that exists")
@@ -125,11 +163,14 @@ def _check_output(out: Path, *, suffix: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """The options of the figures."""
     p = CommandParser(prog="python -m trainer.evaluate", description=__doc__)
-    p.add_argument("samples", type=Path, help="a sample file (.npz) or a directory of shards")
+    samples = "sample files (.npz) or directories of shards"
+    p.add_argument("samples", type=Path, nargs="+", help=samples)
     kinds = "statistics (.npz, also the ADM evaluator's), or images: shards or an .npz"
     p.add_argument("--reference", type=Path, required=True, help=kinds)
     out = "the .json to write (default: beside the samples, SAMPLES.evaluation.json)"
     p.add_argument("--out", type=Path, help=out)
+    plot = "a picture of a sweep's figures against its scales (.png, .pdf or .svg; default: none)"
+    p.add_argument("--plot", type=Path, metavar="FILE", help=plot)
     _add_common(p)
     return p
 

@@ -1,0 +1,88 @@
+"""The figures of a sweep over scales: all samples in one command, and one picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from PIL import Image
+
+from tests.support.exported import save
+from trainer.evaluate import main
+from trainer.sampling.samplefile import open_samples
+
+SCALES = (0.0, 0.25, 0.5)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("network") / "convolutions.pt2")
+
+
+def drawn(path: Path, images: np.ndarray, **request: Any) -> Path:
+    """A sample file that says how it was drawn."""
+    text = json.dumps({"scale": 0.0, "cfg": None, "low_res": None, **request})
+    np.savez(path, arr_0=images, request=text)
+    return path
+
+
+def test_a_sweep_is_evaluated_in_one_command_and_shown_in_one_picture(
+    network: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    samples = open_samples(digits)
+    images = samples.images(0, 300).astype(float)
+    noise = np.random.default_rng(0).normal(size=images.shape)
+    names = {scale: tmp_path / f"samples-scale{scale:g}.npz" for scale in SCALES}
+    for scale, path in names.items():
+        noisy = (images + 120 * scale * noise).clip(0, 255).astype(np.uint8)
+        drawn(path, noisy, scale=scale)
+    plot, common = tmp_path / "sweep.png", ["--reference", str(digits), "--network", str(network)]
+    assert main([*map(str, names.values()), "--plot", str(plot), *common]) == 0
+    found = [
+        json.loads((tmp_path / f"samples-scale{s:g}.evaluation.json").read_text()) for s in SCALES
+    ]
+    fids = [each["figures"]["fid_300"]["value"] for each in found]
+    assert fids == sorted(fids) and fids[0] < fids[2] / 2
+    with Image.open(plot) as picture:
+        assert picture.size == (1500, 540)
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    assert capsys.readouterr().out.count("features of 300 images") == len(SCALES)
+
+
+def test_what_cannot_be_shown_is_refused_before_anything_is_computed(
+    network: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_samples(digits).images(0, 20)
+    plain = tmp_path / "plain.npz"
+    np.savez(plain, arr_0=images)
+    a, b = (drawn(tmp_path / f"{i}.npz", images, scale=float(i)) for i in range(2))
+    again = drawn(tmp_path / "again.npz", images, scale=1.0)
+    other = drawn(tmp_path / "other.npz", images, scale=2.0, cfg=3.0)
+    few = drawn(tmp_path / "few.npz", images[:18], scale=2.0)
+    enlarged = [drawn(tmp_path / f"up-scale{i}.npz", images, low_res="x") for i in (0, 0)]
+    plot, common = ["--plot", str(tmp_path / "p.png")], ["--reference", str(digits)]
+    cases = [
+        ([a, plain, *plot], "does not say how it was drawn"),
+        ([a, b, again, *plot], "two of the samples have the same --scale"),
+        ([a, other, *plot], "differ in --scale or in --cfg: both differ"),
+        ([a, *plot], "neither differ"),
+        ([*enlarged, *plot], "neither differ"),
+        ([a, few, *plot], "samples of different numbers"),
+        ([a, b, "--out", tmp_path / "o.json"], "absent with 2 samples"),
+        ([a, b, "--plot", tmp_path / "p.gif"], "--plot = .*: must be a file in .png, .pdf, .svg"),
+    ]
+    common += ["--network", str(network)]
+    for words, said in cases:
+        refused([*map(str, words), *common], said)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused([str(a), str(b), *plot, *common], "--plot: needs matplotlib: pip install matplotlib")
+    assert not list(tmp_path.glob("*.json"))
+
+
+def refused(words: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        main(words)
+    if dist.is_initialized():  # left open where a thread of another test still runs
+        dist.destroy_process_group()
