@@ -7,7 +7,6 @@ launchers use small numbers for themselves (srun ends with 2 where a node has no
 import argparse
 import dis
 import sys
-from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,12 +76,3 @@ def exit_status(error: BaseException) -> int:
     `OSError` is a fault of the machine.
     """
     return REFUSED if isinstance(error, (ValueError, ImportError, *FINAL)) else FAILED
-
-
-def reported(act: Callable[[], int | None]) -> int:
-    """Do a command's work; an error that is reported is one line on stderr. The exit status."""
-    try:
-        return act() or 0
-    except REPORTED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)

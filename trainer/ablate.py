@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from data.exits import TO_BE_CONTINUED, CommandParser, reported
+from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
 from trainer import config as configs
 from trainer import costs, settings
 from trainer.adm.config import check
@@ -248,25 +248,29 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    """Check all rows, then run or show them; returns the exit status."""
-    found = load(arguments.set_name, arguments.set, unset=arguments.unset)
-    check(arguments.ranks >= 1, "--ranks", arguments.ranks, "at least 1")
-    check(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "above 0, at most 1")
-    check(arguments.tflops > 0, "--tflops", arguments.tflops, "above 0")
-    if arguments.dry_run:
-        print("\n".join(plan(found, tflops=arguments.tflops, mfu=arguments.mfu)))
-        return 0
-    check(arguments.runs is not None, "--runs", None, "a directory, or give --dry-run")
-    for row in found.rows:
-        found.config(row).training.micro_batch_on(arguments.ranks)
-    return run_all(found, arguments.runs, ranks=arguments.ranks)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
-    return reported(lambda: _run(arguments))
+    try:
+        found = load(arguments.set_name, arguments.set, unset=arguments.unset)
+        check(arguments.ranks >= 1, "--ranks", arguments.ranks, "at least 1")
+        check(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "above 0, at most 1")
+        check(arguments.tflops > 0, "--tflops", arguments.tflops, "above 0")
+        planned = arguments.dry_run or arguments.runs is not None
+        check(planned, "--runs", None, "a directory, or give --dry-run")
+        for row in found.rows if not arguments.dry_run else ():
+            found.config(row).training.micro_batch_on(arguments.ranks)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    if arguments.dry_run:
+        print("\n".join(plan(found, tflops=arguments.tflops, mfu=arguments.mfu)))
+        return 0
+    try:
+        return run_all(found, arguments.runs, ranks=arguments.ranks)
+    except REPORTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from data.exits import CommandParser, reported
+from data.exits import REFUSED, REPORTED, CommandParser, exit_status
 from data.progress import duration
 from trainer import averages, snapshots
 from trainer.adm.config import check
@@ -187,8 +187,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = parser().parse_args(argv)
-    return reported(lambda: make(arguments))
+    try:
+        make(parser().parse_args(argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except REPORTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import files
-from data.exits import CommandParser, reported
+from data.exits import REPORTED, CommandParser, exit_status
 from trainer import config as configs
 from trainer import diffusers_format
 from trainer.adm.config import UNetConfig, check
@@ -186,7 +186,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
-    return reported(lambda: print(export(arguments)))
+    try:
+        print(export(arguments))
+    except REPORTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Examples: what `make quickstart` runs."""
