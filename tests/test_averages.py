@@ -13,8 +13,12 @@ from torch import Tensor
 from data.exits import REFUSED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, build_start, equal
+from trainer import config as configs
 from trainer import ema
 from trainer.adm.ema import Average, Exponential, PowerFunction
+from trainer.ranks.world import World
+from trainer.run import Run
+from trainer.snapshots import Snapshots
 
 # Eight steps: with fewer, the last one would be skipped.
 LAST = 8 * STEP
@@ -123,7 +127,7 @@ def test_snapshots_beyond_the_checkpoint_are_set_aside_and_taken_again(runs: Pla
     beyond = [f"{images:012d}" for images in range(4 * STEP, LAST + 1, STEP)]
     assert {name for name in names if "." in name} == {f"{name}.superseded" for name in beyond}
     assert set(beyond) < set(names)
-    assert "5 snapshots beyond image 36 will be taken again" in runs.log("spans2-slower")
+    assert "5 snapshots beyond image 36 are not of the run any more" in runs.log("spans2-slower")
 
 
 def test_a_snapshot_that_cannot_be_written_stops_nothing(runs: Place) -> None:
@@ -179,6 +183,16 @@ def test_what_cannot_be_made_is_one_line(runs: Place, capsys: pytest.CaptureFixt
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
         assert sorted(p for p in runs.root.rglob("*") if p.is_file()) == before
+
+
+def test_snapshots_beyond_the_clock_are_set_aside_also_where_none_is_taken(tmp_path: Path) -> None:
+    for images_seen in (STEP, 2 * STEP):
+        (tmp_path / "averages" / f"{images_seen:012d}").mkdir(parents=True)
+    with Run(tmp_path).claimed() as run:
+        config = configs.load("digits")
+        Snapshots(run, config, world=World(), log=run.log).open(STEP, parameters=1)
+    kept = sorted(path.name for path in (tmp_path / "averages").iterdir())
+    assert kept == [f"{STEP:012d}", f"{2 * STEP:012d}.superseded"]
 
 
 def norm(tensors: dict[str, Tensor]) -> float:

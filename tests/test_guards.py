@@ -96,7 +96,9 @@ def test_after_too_many_in_a_row_the_run_goes_back_and_steps_over_the_images_sin
     here: Place,
 ) -> None:
     """Checkpoints at 24 and 48; steps 6 and 7 (60 to 83) fail, and training goes on with 84."""
-    sets = ("guards.in_a_row = 2", f"training.images = {9 * STEP}", "intervals.checkpoint = 24")
+    averages = ("training.ema_widths = [0.1]", f"intervals.averages = {STEP}")
+    sets = (f"training.images = {9 * STEP}", "intervals.checkpoint = 24", *averages)
+    sets = ("guards.in_a_row = 2", *sets)
     factors = dict.fromkeys(range(5 * STEP, 7 * STEP), math.inf)
     back = here.arguments("back", stage=3, sets=sets)
     assert faults.train(here, back, world=2, factors=factors) == [0]
@@ -112,6 +114,10 @@ def test_after_too_many_in_a_row_the_run_goes_back_and_steps_over_the_images_sin
     assert said in here.log("back")
     state = read(here.run("again") / "checkpoints" / f"{9 * STEP:012d}").state.guards
     assert (state["rollbacks"], state["incidents"], state["row"]) == (1, 2, 0)
+    # Averages of the weights that were gone back from are not of the run any more.
+    kept = sorted(path.name for path in (here.run("back") / "averages").iterdir())
+    aside = [f"{n * STEP:012d}.superseded" for n in (5, 6)]
+    assert kept == sorted([*(f"{n * STEP:012d}" for n in (1, 2, 3, 4, 7, 8, 9)), *aside])
 
 
 def test_a_run_stops_when_no_rollback_is_left(here: Place) -> None:
@@ -129,12 +135,20 @@ def test_a_run_stops_when_no_rollback_is_left(here: Place) -> None:
 
 
 def test_a_checkpoint_that_no_good_step_was_taken_from_is_not_gone_back_to(here: Place) -> None:
-    """A grid is drawn as it is saved at 36, which commits it; the steps from 36 on fail."""
+    """A grid is drawn as it is saved at 36, which commits it; the steps from 36 on fail.
+
+    Where it is the only one that is kept, it is better than none.
+    """
     grids = (f"intervals.samples = {STEP}", "intervals.samples_count = 2", *GRIDS[2:])
     ends = ("guards.in_a_row = 2", "guards.rollbacks = 1", f"training.images = {9 * STEP}")
     factors = dict.fromkeys(range(3 * STEP, 5 * STEP), math.nan)
-    arguments = here.arguments("drawn", sets=(*ends, *EVERY, *grids))
-    assert faults.train(here, arguments, world=2, factors=factors) == [0]
+    sets = (*ends, *EVERY, *grids)
+    runs = [
+        here.arguments("drawn", sets=sets),
+        here.arguments("alone", sets=(*sets, "intervals.keep = 1")),
+    ]
+    assert faults.train(here, *runs, world=2, factors=factors) == [0, 0]
+    assert f"rolled back to checkpoint {3 * STEP:012d};" in here.log("alone")
     assert (here.run("drawn") / "checkpoints" / f"{3 * STEP:012d}").is_dir()
     assert f"rolled back to checkpoint {2 * STEP:012d};" in here.log("drawn")
 

@@ -61,6 +61,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) -> 
     words.append(classifier.arguments("classifier", sets=(*common, *sets(digits))))
     assert place.train(*words, world=2, fp16=True) == [0] * len(words)
     shutil.copytree(place.run("wild"), place.run("longer"))
+    # As where the last validation was cut short.
+    (place.run("longer") / "checkpoints" / f"{END:012d}" / "validation.json").unlink()
+    rows = place.run("longer") / "metrics.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    assert '"validation/loss"' in lines[-1]
+    rows.write_text("".join(lines[:-1]))
     longer = (*wild, f"training.images = {END + STEP}")
     assert place.train(place.arguments("longer", sets=longer), world=2) == [0]
     return place
@@ -128,6 +134,12 @@ def test_the_best_checkpoint_stays_also_when_the_run_is_resumed(
     assert set(kept) == {best, end}
     noted = json.loads((kept[best] / "validation.json").read_text())
     assert noted["loss"] == losses[best] and noted["count"] == IMAGES
+
+
+def test_a_validation_that_was_cut_short_is_made_at_the_next_start(runs: Place) -> None:
+    cut, whole = (runs.values(name, "validation/loss") for name in ("longer", "wild"))
+    assert {images: cut[images] for images in whole} == whole
+    assert runs.log("longer").count("validation on 50 images") == 2 + len(whole)
 
 
 def test_what_cannot_be_validated_is_refused_before_the_run_is_there(

@@ -177,8 +177,10 @@ class Loop:
             learn_timesteps(self.objective.timesteps, seen)
             self.metrics.add(terms for _, terms in seen)
         else:
-            self._incidents.meet(report, seen, images_seen=began, now=self.images_seen)
+            to = self._incidents.meet(report, seen, images_seen=began, now=self.images_seen)
             self._saving.went_back()
+            if to is not None:
+                self._snapshots.set_aside_later(to)
         self.metrics.note("lr", lr)
         self.metrics.note("data_wait_seconds", waited)
         self.metrics.note("skipped", float(report.skipped))

@@ -95,8 +95,8 @@ class Measures:
         found = self.validation.measure(self.engine, mark=self.mark, stopped=self.stop_requested)
         seconds = time.monotonic() - began
         if self.board is not None and found is not None:
-            self.board.values(found, images_seen=images_seen)
             self.validation.note(found, self.run, images_seen=images_seen)
+            self.board.values(found, images_seen=images_seen)
         self.log(self.validation.describe(found, seconds=seconds))
         self.metrics.pause(seconds, on="validating")
         return found is not None

@@ -73,12 +73,12 @@ class Saving:
             self.saver.flush()
             return
         began = time.monotonic()
+        self.mark("saving")
         self.saver.flush()
         self._saved_at, self.saved_images = time.monotonic(), images_seen
         if self.engine.updates == self._saved_updates:
             self._skip(images_seen)
             return
-        self.mark("saving")
         self.guards.check_weights(self.engine.parameter_norm(), images_seen=images_seen)
         state = TrainState.capture(
             images_seen=images_seen,
@@ -96,6 +96,7 @@ class Saving:
         """Commit what is being written, ahead of work that may fail; nothing while steps fail."""
         if not self.guards.row:
             began = time.monotonic()
+            self.mark("saving")
             self.saver.flush()
             self.metrics.pause(time.monotonic() - began, on="saving")
 

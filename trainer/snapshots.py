@@ -90,10 +90,9 @@ class Snapshots:
 
     def open(self, images_seen: int, *, parameters: int) -> None:
         """Before training: move later snapshots aside, and report the need of space."""
+        self.set_aside_later(images_seen)
         if self._every is None or not self._world.is_main:
             return
-        self._run.check_lease()
-        self._set_aside_later(images_seen)
         left = self._total // self._every - images_seen // self._every
         need = left * len(self._names) * parameters * DTYPES[self._precision].itemsize
         free = shutil.disk_usage(self._run.path).free
@@ -157,8 +156,11 @@ class Snapshots:
         partial.rename(final)
         files.sync(final.parent)
 
-    def _set_aside_later(self, images_seen: int) -> None:
-        """Rename snapshots beyond the clock: they are not of the run that trains from here."""
+    def set_aside_later(self, images_seen: int) -> None:
+        """Rename snapshots beyond the clock: they are not of the run that trains from there."""
+        if not self._world.is_main:
+            return
+        self._run.check_lease()
         for path in directory(self._run.path).glob(".*.partial"):
             shutil.rmtree(path, ignore_errors=True)
         later = [p for p in committed(directory(self._run.path)) if int(p.name) > images_seen]
@@ -167,8 +169,8 @@ class Snapshots:
                 files.set_aside(path, _ASIDE)
         if later:
             self._log(
-                f"averages: {len(later)} snapshots beyond image {images_seen:,} will be taken "
-                f"again; the earlier ones are now *.{_ASIDE}*"
+                f"averages: {len(later)} snapshots beyond image {images_seen:,} are not of the run "
+                f"any more: they are now *.{_ASIDE}*"
             )
 
 

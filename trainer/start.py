@@ -180,21 +180,26 @@ def roll_back(
     objective: Denoise | Classify,
     guards: Guards,
     images_seen: int,
-) -> None:
+) -> Checkpoint:
     """Take the state of the last checkpoint from before the refused steps; the clock goes on.
 
     The run steps over the images since that checkpoint: with them it would come to the same steps
-    again. All ranks must call it.
+    again. All ranks must call it, and get the checkpoint.
 
     Raises:
         Refused: there is no such checkpoint, or the run has gone back too often.
     """
     found = None
     if guards.may_roll_back():
-        # One at that clock itself has the weights that the first of them was computed with.
-        found, _ = checkpoints.latest_valid(
-            run.checkpoints, kinds=engine.kinds, world=world, until=guards.since - 1
-        )
+        # One at that clock itself has the weights that the first of them was computed with: it
+        # serves where there is no other.
+        for until in (guards.since - 1, guards.since):
+            found = (
+                found
+                or checkpoints.latest_valid(
+                    run.checkpoints, kinds=engine.kinds, world=world, until=until
+                )[0]
+            )
     if found is None:
         why = "no checkpoint is older" if guards.may_roll_back() else "no rollback is left"
         guards.refuse(
@@ -210,6 +215,7 @@ def roll_back(
             f"rolled back to checkpoint {found.path.name}; the run goes on at image "
             f"{images_seen:,}, past the images since"
         )
+    return found
 
 
 def remarks(

@@ -38,8 +38,10 @@ class Incidents:
     saver: Saver
     log: Callable[[str], None]
 
-    def meet(self, report: StepReport, seen: Seen, *, images_seen: int, now: int) -> None:
+    def meet(self, report: StepReport, seen: Seen, *, images_seen: int, now: int) -> int | None:
         """Record a refused step from `images_seen` to `now`; after too many in a row go back.
+
+        The clock of the checkpoint that it went back to, if it did.
 
         Raises:
             Broken: the replay shows that a machine is at fault.
@@ -62,16 +64,18 @@ class Incidents:
         self._keep(entry)
         self.log(f"step at image {images_seen:,} skipped: {report.fault}; {_named(entry)}")
         self._end_if_faulty(finding)
-        if too_many:
-            self.saver.flush(failing_since=self.guards.failing_since)
-            start.roll_back(
-                self.run,
-                world=self.audit.world,
-                engine=self.audit.engine,
-                objective=self.audit.objective,
-                guards=self.guards,
-                images_seen=now,
-            )
+        if not too_many:
+            return None
+        self.saver.flush(failing_since=self.guards.failing_since)
+        found = start.roll_back(
+            self.run,
+            world=self.audit.world,
+            engine=self.audit.engine,
+            objective=self.audit.objective,
+            guards=self.guards,
+            images_seen=now,
+        )
+        return found.images_seen
 
     def check(self, images_seen: int) -> None:
         """Audit a micro-batch of the step that begins at `images_seen`, ahead of it.
