@@ -159,8 +159,9 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
-        with pytest.raises(OSError):
-            files.append(file, "second\n")
+        for write in (files.append, files.write):
+            with pytest.raises(OSError, match=r"File too large: '.*log\.txt'"):
+                write(file, "a second line\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
