@@ -19,7 +19,7 @@ def spoil(factors: Mapping[int, float]) -> None:
 
     def spoiled(self: Denoise, net: Any, images: Any, labels: Any, indices: Any) -> Any:
         terms = call(self, net, images, labels, indices)
-        factor = torch.tensor([factors.get(i, 1.0) for i in indices.tolist()])
+        factor = torch.tensor([factors.get(i, 1.0) for i in indices.tolist()]).to(terms["loss"])
         return terms | {"loss": terms["loss"] * factor}
 
     Denoise.__call__ = spoiled  # type: ignore[method-assign]
