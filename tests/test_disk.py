@@ -119,6 +119,28 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_training(tmp_path: Pat
     saver._require_room(SimpleNamespace(kinds=("model",), parameter_count=10))
 
 
+def test_a_slow_disk_is_no_rank_that_hangs(tmp_path: Path) -> None:
+    """While a checkpoint's files grow the watchdog hears of it; while they do not it does not."""
+    marks: list[str] = []
+    saver = Saver(
+        Run(tmp_path),
+        world=World(),
+        intervals=IntervalConfig(log=1, checkpoint=1),
+        mark=marks.append,
+    )
+    file = tmp_path / "checkpoints" / ".000000000001.partial" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    for sizes, heard in ((range(1, 5), 4), ([9] * 5, 1)):
+        marks.clear()
+        looks = iter(sizes)
+        thread = SimpleNamespace(
+            is_alive=lambda looks=looks: looks.__length_hint__() > 0,
+            join=lambda _, looks=looks: file.write_bytes(b"x" * next(looks)),
+        )
+        saver._wait_for(thread)
+        assert marks == ["saving"] * heard
+
+
 def test_a_link_to_nowhere_is_named(bare: Place) -> None:
     bare.run("linked").symlink_to(bare.root / "unmounted")
     (status,) = bare.train(bare.arguments("linked"), world=2)

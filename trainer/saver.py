@@ -7,15 +7,13 @@ itself alone: training goes on from what was committed before, and the next save
 
 import errno
 import json
-import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,28 +25,15 @@ from trainer.ranks.group import from_main, gather
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.sections import IntervalConfig
-from trainer.state import TrainState
+from trainer.state import Gathered, TrainState
 from trainer.weights import compare
 
 # The end of the name of what is being removed.
 _REMOVED = ".removed"
+# Seconds between two looks at files that are waited for.
+_LOOK = 1.0
 # Bytes that a checkpoint takes beside its tensors.
 _ROOM = 2**20
-
-
-class Gathered(Protocol):
-    """Sharded state that can be gathered by kind and name (the engine)."""
-
-    kinds: tuple[str, ...]
-
-    @property
-    def parameter_count(self) -> int:
-        """Numbers of each kind."""
-        ...
-
-    def gather(self, kind: str, *, to: int | None) -> dict[str, Tensor]:
-        """Whole fp32 tensors on the host by parameter name, on rank `to`."""
-        ...
 
 
 class Saver:
@@ -59,11 +44,19 @@ class Saver:
     `unsaved_minutes`, the next that fails ends the run.
     """
 
-    def __init__(self, run: Run, *, world: World, intervals: IntervalConfig) -> None:
+    def __init__(
+        self,
+        run: Run,
+        *,
+        world: World,
+        intervals: IntervalConfig,
+        mark: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._run = run
         self._intervals = intervals
+        self._mark = mark
         self._world = world
-        self._mode = 0o666 & ~_umask()
+        self._mode = 0o666 & ~files.umask()
         self._thread: threading.Thread | None = None
         self._state: TrainState | None = None
         self._facts: dict[str, Any] = {}
@@ -130,7 +123,7 @@ class Saver:
         """
         if self._thread is None:
             return
-        self._thread.join()
+        self._wait_for(self._thread)
         self._thread, self._flagged = None, False
         if self._is_suspect(failing_since):
             return  # the next save removes it
@@ -138,6 +131,16 @@ class Saver:
         errors = [error for _, error in everyone if error]
         listed = {name: facts for rank, _ in everyone for name, facts in rank.items()}
         self._told(from_main(lambda: errors[0] if errors else _fault(lambda: self._commit(listed))))
+
+    def _wait_for(self, writing: threading.Thread) -> None:
+        """Wait for this rank's files; as long as files grow, a slow disk is no rank that hangs."""
+        known = -1
+        while writing.is_alive():
+            writing.join(_LOOK)
+            partials = self._run.checkpoints.glob(".*.partial/*")
+            with suppress(OSError):
+                if known != (known := sum(file.stat().st_size for file in partials)):
+                    self._mark("saving")
 
     def finish(self) -> None:
         """Commit what is pending, at the end.
@@ -288,11 +291,3 @@ def owner_of(number: int, world: World) -> int:
 def _aside(path: Path) -> Path:
     """A new name for a checkpoint that is to be removed."""
     return path.with_name(f".{path.name.strip('.')}.{time.time_ns()}{_REMOVED}")
-
-
-@cache
-def _umask() -> int:
-    """The umask of this process, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -26,7 +26,8 @@ from trainer.config import Config
 from trainer.ranks.group import gather
 from trainer.ranks.world import World
 from trainer.run import Run
-from trainer.saver import Gathered, owner_of
+from trainer.saver import owner_of
+from trainer.state import Gathered
 
 # The end of the name of a snapshot that is not of the run any more.
 _ASIDE = "superseded"

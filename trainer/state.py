@@ -8,6 +8,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+
+class Gathered(Protocol):
+    """Sharded state that can be gathered by kind and name (the engine)."""
+
+    kinds: tuple[str, ...]
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers of each kind."""
+        ...
+
+    def gather(self, kind: str, *, to: int | None) -> dict[str, Tensor]:
+        """Whole fp32 tensors on the host by parameter name, on rank `to`."""
+        ...
 
 
 class _Engine(Protocol):

@@ -188,7 +188,8 @@ def _loop(
     """Train from the clock `images_seen`; returns the exit status."""
     engine, objective, guards = begun
     config, run, world = plan.config, plan.run, context.world
-    saver = Saver(run, world=world, intervals=config.intervals)
+    mark = context.watchdog.mark
+    saver = Saver(run, world=world, intervals=config.intervals, mark=mark)
     saver.check_room(engine)
     with ExitStack() as stack:
         stack.enter_context(forensics.out_of_memory_kept(run.path / "launch", rank=world.rank))
@@ -217,7 +218,7 @@ def _loop(
             stream=stream,
             shown=shown(config, plan.stream, world=world),
             stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
-            mark=context.watchdog.mark,
+            mark=mark,
             after_step=profiling.start(plan.profile, run=run, is_main=world.is_main),
         )
         batches = stream.batches(
