@@ -2,6 +2,7 @@
 # make photos       photographs in class folders to pictures in two stages; make photos PHOTOS=/my/jpegs: yours
 # make test         the tests            make check   format, lint, types
 # make test-slow    those that take long: chaos, costs of real steps, kernels interpreted, an ablation
+# make docs-check  the commands of the pages run, their links and options exist
 # make test-cluster the tests on a real Slurm and ssh cluster in namespaces; it needs root, and the
 #                   Debian packages that it names
 # make chaos        a run killed, filled and damaged at random; precisions, stages and offload resumed
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: quickstart photos test test-slow test-cluster chaos check format
+.PHONY: quickstart photos test test-slow test-cluster docs-check chaos check format
 quickstart: $(VENV)/installed
 	bash examples/quickstart.sh
 
@@ -29,6 +30,9 @@ test-slow: $(VENV)/installed
 
 test-cluster: $(VENV)/installed
 	$(BIN)/python -m pytest -rs -m cluster
+
+docs-check: $(VENV)/installed
+	$(BIN)/python -m pytest -m "docs or not docs" tests/test_docs.py tests/test_docs_commands.py
 
 chaos: $(VENV)/installed
 	$(BIN)/python -m tests.support.chaos

@@ -76,8 +76,8 @@ _TRAINING = {
     "use_fp16": False,
     "classifier_use_fp16": False,
 }
-# Flags that a preset has no place for, and what there is instead.
-_ELSEWHERE = {
+#: Flags that a preset has no place for, and what there is instead.
+ELSEWHERE = {
     "data_dir": "pack it first (python -m data.pack), and set data.shards",
     "val_data_dir": "pack it too (python -m data.pack), and set data.validation",
     "resume_checkpoint": "rerunning the command resumes a run; weights start one with --init",
@@ -95,6 +95,12 @@ _ELSEWHERE = {
     "model_path": "SOURCE of python -m trainer.sample",
     "base_samples": "--low-res of python -m trainer.sample",
 }
+#: All flags that are known here.
+NAMES = frozenset(
+    name
+    for table in (_UNET, _UPSAMPLER, _CLASSIFIER, _DIFFUSION, _TRAINING, ELSEWHERE)
+    for name in table
+)
 
 
 def to_preset(text: str, *, ranks: int | None) -> str:
@@ -108,7 +114,7 @@ def to_preset(text: str, *, ranks: int | None) -> str:
     kind = _CLASSIFIER if is_classifier else _UNET | (_UPSAMPLER if "large_size" in given else {})
     known = kind | _DIFFUSION | _TRAINING
     for name in given:
-        if name not in known and name not in _ELSEWHERE:
+        if name not in known and name not in ELSEWHERE:
             raise ValueError(f"--{name}: no flag of this kind of network{_nearest(name, known)}")
     if "batch_size" in given and ranks is None:
         raise ValueError("--batch_size is of each process: say with --ranks how many there were")
@@ -131,7 +137,7 @@ def to_preset(text: str, *, ranks: int | None) -> str:
     if is_classifier or model["image_size"] != base.model.image_size:
         table["intervals"].pop("samples", None)
     remarks = [f"from guided-diffusion's flags; what they do not say is from the preset {name}"]
-    remarks += [f"--{name}: {_ELSEWHERE[name]}" for name in given if name in _ELSEWHERE]
+    remarks += [f"--{name}: {ELSEWHERE[name]}" for name in given if name in ELSEWHERE]
     return "".join(f"# {remark}\n" for remark in remarks) + to_toml(from_table(table))
 
 
@@ -144,7 +150,7 @@ def _parse(text: str) -> dict[str, str]:
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    return settings.nearest(name, [*known, *_ELSEWHERE])
+    return settings.nearest(name, [*known, *ELSEWHERE])
 
 
 def _typed(name: str, text: str, default: Any) -> Any:
