@@ -69,13 +69,15 @@ FIRST = (
     "python -m data.pack /data/imagenet/val shards/val64 --size 64 --class-map val.txt "
     "--classes-of shards/imagenet64",
     "python -m trainer.train classifier64 --run runs/classifier64",
+    "torchrun --nproc-per-node 8 -m -- trainer.sample runs/imagenet64 --out samples.npz "
+    "--images 50000 --steps 250 --classifier runs/classifier64 --scale 1.0",
     "python -m trainer.evaluate reference shards/imagenet64 --out VIRTUAL_imagenet64_labeled.npz "
     "--network weights-inception-2015-12-05-6726825d.pth",
 )
 #: What runs with the small presets; the others count, check and print, and take the real ones.
 _COMPUTES = ("trainer.train", "trainer.sample", "trainer.evaluate", "trainer.export", "trainer.ema")
 #: Folders of photographs below /data that the pages name.
-_FOLDERS = ("imagenet/train", "flowers", "own")
+_FOLDERS = ("imagenet/train", "flowers", "own", "photos")
 #: Weights files that the pages name, and their presets.
 _WEIGHTS = {
     "64x64_diffusion.pt": "imagenet64",
