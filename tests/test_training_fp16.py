@@ -79,3 +79,15 @@ def test_a_run_in_fp16_resumes_bit_for_bit(place: Place, half: tuple[str, ...]) 
         assert equal(place.checkpoint(name, 8 * STEP), place.checkpoint(f"{name}-again", 8 * STEP))
         for key in ("loss", "loss_scale", "skipped"):
             assert place.losses(name, key) == place.losses(f"{name}-again", key)
+
+
+def test_a_run_whose_last_step_is_skipped_is_finished(place: Place, half: tuple[str, ...]) -> None:
+    """It has not diverged: only its loss scale was too large."""
+    skipped = place.losses(half[0], "skipped")
+    last = max(n for n, is_skipped in enumerate(skipped, start=1) if is_skipped and n > 1)
+    before = (last - 1) * STEP  # its weights are saved already
+    place.fork(half[0], "ends", images=before)
+    sets = (*EVERY, f"training.images = {last * STEP}")
+    assert place.train(place.arguments("ends", fp16=True, sets=sets), world=2, fp16=True) == [0]
+    weights = [place.weights("ends", images) for images in (before, last * STEP)]
+    assert equal(*weights) and place.losses("ends", "skipped")[-1] == 1

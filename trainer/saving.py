@@ -76,8 +76,7 @@ class Saving:
         self.mark("saving")
         self.saver.flush()
         self._saved_at, self.saved_images = time.monotonic(), images_seen
-        if self.engine.updates == self._saved_updates:
-            self._skip(images_seen)
+        if self.engine.updates == self._saved_updates and self._passes_over(images_seen):
             return
         self.guards.check_weights(self.engine.parameter_norm(), images_seen=images_seen)
         state = TrainState.capture(
@@ -109,9 +108,16 @@ class Saving:
         self._agreement.close()
         self.saver.finish()
 
-    def _skip(self, images_seen: int) -> None:
-        """Write no checkpoint of weights that are saved already: it would push out a good one."""
+    def _passes_over(self, images_seen: int) -> bool:
+        """Whether to write no checkpoint of weights that are saved already.
+
+        It would push out a good one. At the end of a run it is written: its last steps may have
+        been skipped for the loss scale alone.
+        """
         why = "every step since the last checkpoint was skipped"
-        if images_seen >= self.config.training.images:
+        if images_seen < self.config.training.images:
+            self.log(f"{why}: none is written")
+            return True
+        if not self.engine.updates:
             self.guards.refuse(why, images_seen=images_seen)
-        self.log(f"{why}: none is written")
+        return False
