@@ -19,17 +19,19 @@ from launch import options, queue, records, slurm
 from launch.cluster import Cluster, load
 from launch.job import Job
 from launch.shell import quoted
+from trainer import ablations, settings
 from trainer import config as configs
 from trainer import ds_config as ds_configs
-from trainer import settings
 from trainer.adm.config import check
+from trainer.runstate import RunState
 
 
 def start(argv: Sequence[str], *, description: str | None) -> int:
     """`python -m launch PRESET ...`: submit a run, or start it from here."""
     arguments = options.start(description).parse_args(argv)
     preset = settings.find(arguments.preset, directory=configs.PRESETS)
-    job = _job(arguments, run=arguments.run, preset=preset)
+    changes = {"overrides": tuple(arguments.set), "unset": tuple(arguments.unset)}
+    job = _job(arguments, run=arguments.run, preset=preset, **changes)
     return _begin(job, preset=preset, arguments=arguments)
 
 
@@ -65,13 +67,58 @@ def _begin(job: Job, *, preset: Path | None, arguments: argparse.Namespace) -> i
 def sweep(argv: Sequence[str]) -> int:
     """`python -m launch sweep PRESETS...`: submit one Slurm array, with a run for each choice."""
     arguments = options.sweep().parse_args(argv)
+    if arguments.rows is not None:
+        return _sweep_rows(arguments)
+    check(bool(arguments.presets), "PRESETS", arguments.presets, "one or more, or give --rows SET")
     presets = [settings.find(preset, directory=configs.PRESETS) for preset in arguments.presets]
     choices = list(_choices(arguments.over))
     runs = [(p, f"{p.stem}{name}", sets) for p in presets for name, sets in choices]
     names = [name for _, name, _ in runs]
     check(len(set(names)) == len(names), "PRESETS", names, "presets of different names")
-    jobs = [_job(arguments, run=arguments.runs / n, preset=p, over=sets) for p, n, sets in runs]
+    fixed, unset = tuple(arguments.set), tuple(arguments.unset)
+    jobs = [
+        _job(arguments, run=arguments.runs / n, preset=p, overrides=(*fixed, *sets), unset=unset)
+        for p, n, sets in runs
+    ]
     return _begin_array(jobs, presets=[p for p, _, _ in runs], arguments=arguments)
+
+
+def _sweep_rows(arguments: argparse.Namespace) -> int:
+    """Submit the rows of a set that are not finished, queued or running."""
+    check(not arguments.presets, "PRESETS", arguments.presets, "absent with --rows")
+    check(not arguments.over, "--over", arguments.over, "absent with --rows")
+    found = ablations.load(arguments.rows, arguments.set, unset=arguments.unset)
+    preset = settings.find(found.base, directory=configs.PRESETS)
+    jobs = []
+    for row in found.rows:
+        run = arguments.runs / row.directory / "run"
+        job = _job(
+            arguments,
+            run=run,
+            preset=preset,
+            overrides=(*found.set, *row.set),
+            unset=row.unset,
+        )
+        if (why := _is_taken(job.run)) is None:
+            jobs.append(job)
+        else:
+            print(f"row {row.name!r} is left out: {why}")
+    if not jobs:
+        print("no row is left to be submitted")
+        return 0
+    return _begin_array(jobs, presets=[preset] * len(jobs), arguments=arguments)
+
+
+def _is_taken(run: Path) -> str | None:
+    """Why a run need not be submitted; None where it must."""
+    state = RunState.read(run)
+    if state is not None and state.state == "finished":
+        return "finished"
+    try:
+        records.check_free(run)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _begin_array(
@@ -89,7 +136,7 @@ def _begin_array(
         records.check_free(job.run)
     for job, preset in zip(jobs, presets, strict=True):
         records.prepare(job, preset=preset)
-    script = jobs[0].run.parent / "sweep.sh"
+    script = slurm.directory_of(jobs) / "sweep.sh"
     files.write(script, text)
     array = queue.submit(script)
     for index, job in enumerate(jobs):
@@ -140,16 +187,20 @@ def _where(arguments: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _job(
-    arguments: argparse.Namespace, *, run: Path, preset: Path, over: tuple[str, ...] = ()
+    arguments: argparse.Namespace,
+    *,
+    run: Path,
+    preset: Path,
+    overrides: tuple[str, ...],
+    unset: tuple[str, ...],
 ) -> Job:
     """The job of a run. Its whole config has been checked, for its number of ranks."""
-    overrides = (*arguments.set, *over)
-    config = configs.load(preset, overrides, unset=arguments.unset)
+    config = configs.load(preset, overrides, unset=unset)
     job = Job(
         run=run.absolute(),
         **_where(arguments),
         overrides=overrides,
-        unset=tuple(arguments.unset),
+        unset=unset,
         check=arguments.check,
         shards=config.data.shards,
     )

@@ -77,7 +77,13 @@ def sweep() -> argparse.ArgumentParser:
         description="Submit one Slurm array, with a run for each preset and each choice of --over.",
     )
     parser.add_argument(
-        "presets", nargs="+", help="names in trainer/presets, or .toml files; each names its run"
+        "presets", nargs="*", help="names in trainer/presets, or .toml files; each names its run"
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="SET",
+        help="instead of presets the rows of a set of ablations, as of trainer.ablate, whose runs "
+        "are RUNS/ROW/run; --set and --unset change the set (default: none)",
     )
     parser.add_argument(
         "--runs", required=True, type=Path, help="the directory of the run directories"

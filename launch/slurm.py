@@ -6,7 +6,9 @@ failure Slurm itself requeues the job. The script is plain bash: it runs outside
 on nodes whose own Python may be old.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from data.exits import REFUSED, TO_BE_CONTINUED
 from launch.job import Job, preamble
@@ -43,22 +45,28 @@ def text(job: Job) -> str:
     return f"{header}\n{body}"
 
 
+def directory_of(jobs: Sequence[Job]) -> Path:
+    """Where the files of an array are: the directory that holds all its runs."""
+    return Path(os.path.commonpath([job.run.parent for job in jobs]))
+
+
 def array_text(jobs: Sequence[Job], *, at_most: int) -> str:
     """The batch script of an array that runs the jobs' own scripts, `at_most` at once.
 
     The jobs have the same size and cluster; each one's script is already in its run directory.
     """
-    output = sbatch_path(jobs[0].run.parent, "sweep-%A-%a.out")
-    header = _header(jobs[0], output=output, array=f"0-{len(jobs) - 1}%{at_most}")
+    directory, array = directory_of(jobs), f"0-{len(jobs) - 1}%{at_most}"
+    output = sbatch_path(directory, "sweep-%A-%a.out")
+    header = _header(jobs[0], output=output, array=array, name=f"{directory.name}-sweep")
     scripts = "\n".join(f"  {quoted([job.records / 'job.sh'])}" for job in jobs)
     start = 'exec bash "${scripts[$SLURM_ARRAY_TASK_ID]}"'
     return f"{header}\nscripts=(\n{scripts}\n)\n{start}\n"
 
 
-def _header(job: Job, *, output: str, array: str | None = None) -> str:
+def _header(job: Job, *, output: str, array: str | None = None, name: str | None = None) -> str:
     slurm = job.cluster.slurm
     options: dict[str, object] = {
-        "job-name": job.name if array is None else f"{job.run.parent.name}-sweep",
+        "job-name": name or job.name,
         "array": array,
         "nodes": job.nodes,
         "ntasks-per-node": job.gpus_per_node,

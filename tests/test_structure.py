@@ -27,6 +27,7 @@ ONLY_IN = {
 KERNELS = ROOT / "trainer" / "adm" / "kernels.py"
 #: What a login node runs, which has neither torch nor numpy.
 PURE = (
+    "trainer.ablations",
     "trainer.config",
     "trainer.sections",
     "trainer.settings",

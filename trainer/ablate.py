@@ -1,110 +1,34 @@
 """Ablations: `python -m trainer.ablate SET --runs DIR` trains, draws, evaluates and tabulates.
 
 A set is a TOML file: a base preset, and rows that change settings of it. Each row has a run, a
-sample file and figures in `DIR/ROW/`; `DIR/table.md` and `table.csv` compare them with the first
-row, or with the row that they name, as Tables 1 to 3 of the paper do. What is done is not done
-again, so that the same command resumes. `--dry-run` prints what each row would cost.
+sample file and figures in `DIR/ROW/`; `DIR/table.md`, `table.csv` and `plot.png` compare them with
+the first row, or with the row that they name, as Tables 1 to 3 of the paper do, and `DIR/hparams/`
+is for TensorBoard's tab HParams. What is done is not done again, so that the same command resumes.
+`--dry-run` prints what each row would cost.
+
+With `--cluster FILE` all rows are submitted to train, by `python -m launch sweep`, whose options
+may follow; without it, rows that a job trains are not trained here, but drawn and evaluated once
+they are finished.
 """
 
 import argparse
-import csv
-import io
 import json
-import math
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from data import files
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
-from trainer import config as configs
-from trainer import costs, settings
+from trainer import ablation_results, costs, settings
+from trainer.ablations import AblationSet, Row, load
 from trainer.adm.config import check
-from trainer.config import Config
 from trainer.prediction import operations
 from trainer.runstate import RunState
 
-SETS = Path(__file__).parent / "sets"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One network or training of a set: the base with changes, written as for `--set`."""
-
-    name: str
-    set: tuple[str, ...] = ()
-    unset: tuple[str, ...] = ()
-    #: The name of an earlier row that it is compared with. Absent: the first.
-    against: str | None = None
-
-    def __post_init__(self) -> None:
-        check(bool(self.directory), "rows.name", self.name, "a name with letters or digits")
-
-    @property
-    def directory(self) -> str:
-        """The name as that of a directory."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Samples:
-    """What is drawn of each row, and what it is compared with."""
-
-    images: int
-    steps: str = "250"
-    #: As `--reference` and `--network` of `python -m trainer.evaluate`.
-    reference: str
-    network: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblationSet:
-    """A set: rows are compared with the first, or with the one that they name."""
-
-    base: str
-    #: Changes of every row, written as for `--set`.
-    set: tuple[str, ...] = ()
-    samples: Samples
-    rows: tuple[Row, ...]
-
-    def __post_init__(self) -> None:
-        check(len(self.rows) >= 1, "rows", self.rows, "one or more")
-        names = [row.directory for row in self.rows]
-        check(len(set(names)) == len(names), "rows.name", names, "different names")
-        for i, row in enumerate(self.rows):
-            earlier = [each.name for each in self.rows[:i]]
-            known = row.against is None or row.against in earlier
-            check(known, f"rows.against of {row.name!r}", row.against, "the name of an earlier row")
-
-    def config(self, row: Row) -> Config:
-        """The whole config of a row.
-
-        Raises:
-            ValueError: a change is wrong; names the row.
-        """
-        try:
-            return configs.load(self.base, (*self.set, *row.set), unset=row.unset)
-        except ValueError as error:
-            raise ValueError(f"row {row.name!r}: {error}") from None
-
-
-def load(name: str, overrides: Sequence[str], *, unset: Sequence[str]) -> AblationSet:
-    """Read the set of that name in trainer/sets, or that TOML file; every row is checked.
-
-    Raises:
-        ValueError: the set, or a row, is wrong.
-    """
-    path = settings.find(name, directory=SETS)
-    found: AblationSet = settings.build(
-        AblationSet, settings.read(path, overrides=overrides, unset=unset)
-    )
-    for row in found.rows:
-        found.config(row)
-    return found
+# The status of a row that a signal stopped: all the rest waits too.
+_STOPPED = -1
 
 
 def plan(found: AblationSet, *, tflops: float, mfu: float) -> Iterator[str]:
@@ -125,23 +49,61 @@ def plan(found: AblationSet, *, tflops: float, mfu: float) -> Iterator[str]:
 
 
 def run_all(found: AblationSet, runs: Path, *, ranks: int) -> int:
-    """Do what is left of every row, and write the table; returns the exit status."""
+    """Do what is left of every row, and write the results; returns the exit status.
+
+    A row that fails does not keep the others from it.
+    """
+    _record_all(found, runs=runs)
+    statuses = []
+    for row in found.rows:
+        print(f"== {row.name}", flush=True)
+        statuses.append(_run_row(found, row, runs=runs, ranks=ranks))
+        if statuses[-1] == _STOPPED:
+            return TO_BE_CONTINUED
+        ablation_results.write(found, runs=runs, say=print)
+    print((runs / "table.md").read_text(), end="")
+    return next((status for status in statuses if status), 0)
+
+
+def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int) -> int:
+    """Do what is left of a row; returns the exit status."""
+    run = runs / row.directory / "run"
+    state = _state(run)
+    if state != "finished" and (run / "launch" / "job.json").exists():
+        print(f"row {row.name!r}: its job is {state or 'not started'}; rerun this when it is done")
+        return TO_BE_CONTINUED
+    for command in _left(found, row, runs=runs):
+        if status := subprocess.run(_on_ranks(command, ranks=ranks), check=False).returncode:
+            stopped = status == TO_BE_CONTINUED
+            again = "rerun the same command to resume" if stopped else "failed"
+            print(f"row {row.name!r}: {command[0]} ended with {status}: {again}", flush=True)
+            return _STOPPED if stopped else status
+    return 0
+
+
+def submit(
+    found: AblationSet, arguments: argparse.Namespace, options: Sequence[str], *, runs: Path
+) -> int:
+    """Submit the training of the rows that are left; returns the exit status."""
+    if not arguments.dry_run:
+        _record_all(found, runs=runs)
+    words = ["--rows", arguments.set_name, "--runs", str(runs), "--cluster", arguments.cluster]
+    words += [word for change in arguments.set for word in ("--set", change)]
+    words += [word for name in arguments.unset for word in ("--unset", name)]
+    words += ["--dry-run"] * arguments.dry_run
+    command = [sys.executable, "-m", "launch", "sweep", *words, *options]
+    return subprocess.run(command, check=False).returncode
+
+
+def _state(run: Path) -> str | None:
+    state = RunState.read(run) if run.is_dir() else None
+    return None if state is None else state.state
+
+
+def _record_all(found: AblationSet, *, runs: Path) -> None:
     runs.mkdir(parents=True, exist_ok=True)
     for row in found.rows:
         _record(found, row, runs=runs)
-    for row in found.rows:
-        print(f"== {row.name}", flush=True)
-        for command in _left(found, row, runs=runs):
-            if status := subprocess.run(_on_ranks(command, ranks=ranks), check=False).returncode:
-                again = (
-                    "rerun the same command to resume" if status == TO_BE_CONTINUED else "failed"
-                )
-                print(f"row {row.name!r}: {command[0]} ended with {status}: {again}", flush=True)
-                return status
-        files.write(runs / "table.md", table(found, runs=runs))
-        files.write(runs / "table.csv", _as_csv(found, runs=runs))
-    print((runs / "table.md").read_text(), end="")
-    return 0
 
 
 def _record(found: AblationSet, row: Row, *, runs: Path) -> None:
@@ -168,8 +130,7 @@ def _left(found: AblationSet, row: Row, *, runs: Path) -> Iterator[list[str]]:
     run, drawn, figures = here / "run", here / "samples.npz", here / "figures.json"
     changes = [word for change in (*found.set, *row.set) for word in ("--set", change)]
     changes += [word for name in row.unset for word in ("--unset", name)]
-    state = RunState.read(run) if run.is_dir() else None
-    if state is None or state.state != "finished":
+    if _state(run) != "finished":
         yield ["trainer.train", found.base, "--run", str(run), *changes]
     if not figures.exists():
         count = ("--images", str(samples.images), "--steps", samples.steps, "--labels", "random")
@@ -185,61 +146,14 @@ def _on_ranks(command: Sequence[str], *, ranks: int) -> list[str]:
     return [sys.executable, *start, "-m", "--", *command]
 
 
-def _figures(found: AblationSet, *, runs: Path) -> dict[str, dict[str, Any]]:
-    """The figures of the rows that have them, by row and name."""
-    there = {row.name: runs / row.directory / "figures.json" for row in found.rows}
-    return {
-        name: json.loads(path.read_text())["figures"]
-        for name, path in there.items()
-        if path.exists()
-    }
-
-
-def table(found: AblationSet, *, runs: Path) -> str:
-    """The rows in Markdown: their figures, or the difference to the row that they are held against.
-
-    Figures' names carry N, the number of samples; ± is the standard error over fourths of them.
-    """
-    figures = _figures(found, runs=runs)
-    names = list(next(iter(figures.values()), {}))
-    lines = [f"| {' | '.join(['row', 'against', *names])} |", f"|{'---|' * (2 + len(names))}"]
-    first = found.rows[0].name
-    bases = {row.against or first for row in found.rows}
-    for row in found.rows:
-        own = figures.get(row.name)
-        against = "" if row.name in bases else (row.against or first)
-        base = figures.get(against, {})
-        cells = ["not done yet" if own is None else _cell(own.get(n), base.get(n)) for n in names]
-        lines.append(f"| {' | '.join([row.name, against, *cells])} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(figure: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:
-    if figure is None:
-        return "-"
-    errors = [each["error"] for each in (figure, base) if each is not None]
-    error = "" if None in errors else f" ± {math.hypot(*errors):.1g}"
-    if base is None:
-        return f"{figure['value']:.4g}{error}"
-    return f"{figure['value'] - base['value']:+.3g}{error}"
-
-
-def _as_csv(found: AblationSet, *, runs: Path) -> str:
-    """The figures themselves, one line for each row and figure."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(["row", "figure", "value", "error"])
-    for row, figures in _figures(found, runs=runs).items():
-        writer.writerows([row, name, f["value"], f["error"]] for name, f in figures.items())
-    return out.getvalue()
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = CommandParser(prog="python -m trainer.ablate", description=__doc__)
     p.add_argument("set_name", metavar="SET", help="a name in trainer/sets, or a .toml file")
     settings.add_overrides(p)
     p.add_argument("--runs", type=Path, help="the directory of all rows (required to run)")
+    cluster = "submit the training: site settings, as of python -m launch (default: train here)"
+    p.add_argument("--cluster", metavar="TOML", help=cluster)
     p.add_argument("--ranks", type=int, default=1, help="processes here (default: %(default)s)")
     p.add_argument("--dry-run", action="store_true", help="print what each row would cost")
     p.add_argument("--tflops", type=float, default=989.0, help="of a GPU (default: %(default)s)")
@@ -250,23 +164,28 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = parser().parse_args(argv)
+    command = parser()
+    arguments, options = command.parse_known_args(argv)
+    if options and arguments.cluster is None:
+        command.error(f"unrecognized arguments: {' '.join(options)}")
     try:
         found = load(arguments.set_name, arguments.set, unset=arguments.unset)
         check(arguments.ranks >= 1, "--ranks", arguments.ranks, "at least 1")
         check(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "above 0, at most 1")
         check(arguments.tflops > 0, "--tflops", arguments.tflops, "above 0")
-        planned = arguments.dry_run or arguments.runs is not None
-        check(planned, "--runs", None, "a directory, or give --dry-run")
-        for row in found.rows if not arguments.dry_run else ():
+        planned = arguments.dry_run and arguments.cluster is None
+        check(planned or arguments.runs is not None, "--runs", None, "a directory, or --dry-run")
+        for row in found.rows if not arguments.dry_run and arguments.cluster is None else ():
             found.config(row).training.micro_batch_on(arguments.ranks)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    if arguments.dry_run:
+    if planned:
         print("\n".join(plan(found, tflops=arguments.tflops, mfu=arguments.mfu)))
         return 0
     try:
+        if arguments.cluster is not None:
+            return submit(found, arguments, options, runs=arguments.runs)
         return run_all(found, arguments.runs, ranks=arguments.ranks)
     except REPORTED as error:
         print(f"error: {error}", file=sys.stderr)

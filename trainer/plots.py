@@ -1,7 +1,7 @@
 """The only module that imports matplotlib: figures of the paper's form, as PNG, PDF or SVG."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +80,60 @@ def sweep(
     right.legend(handles, labels)
     right.set_title(f"{count} samples")
     _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of an ablation."""
+
+    name: str
+    #: The row that it is compared with; empty for one that others are compared with.
+    against: str
+    #: The difference; None if it is not known yet.
+    difference: Value | None
+    #: The row's own figure.
+    own: float | None = None
+
+
+def ablation(
+    path: Path,
+    bars: Sequence[Bar],
+    *,
+    figure: str,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+) -> None:
+    """Rows as differences to the rows that they are compared with, as in Tables 1 to 3.
+
+    Beside them FID against images, where there are `curves` by row.
+    """
+    picture = _figure(columns=1 + bool(curves), height=1.5 + 0.35 * len(bars))
+    axes = list(picture.subplots(1, 1 + bool(curves), squeeze=False)[0])
+    left = axes[0]
+    for place, bar in enumerate(bars):
+        if bar.difference is not None and bar.against:
+            value, error = bar.difference.value, bar.difference.error
+            left.barh(place, value, xerr=error, color="C2" if value <= 0 else "C3", capsize=2)
+    first = bars[0].name
+    left.set_yticks(range(len(bars)), [_label(bar, first=first) for bar in bars])
+    left.set_ylim(len(bars) - 0.4, -0.6)
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_xlabel(f"difference in {figure} (below 0: better)")
+    for axis in axes[1:]:
+        for name, points in curves.items():
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set_xlabel("images seen")
+        axis.set_ylabel("FID in training (intervals.evaluate)")
+        axis.legend(fontsize="small")
+    _save(picture, path)
+
+
+def _label(bar: Bar, *, first: str) -> str:
+    """A row's name, and what its bar does not say."""
+    if bar.difference is None:
+        return f"{bar.name} (not done yet)"
+    if not bar.against:
+        return f"{bar.name} ({bar.own:.4g})"
+    return bar.name if bar.against == first else f"{bar.name} (against {bar.against})"
 
 
 def _figure(*, columns: int, height: float = 3.6) -> "Figure":

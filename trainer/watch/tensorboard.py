@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from tensorboard.plugins.hparams import summary_v2 as hparams_api  # `api` needs TensorFlow
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -36,6 +38,37 @@ def tag(name: str) -> str:
 def is_moved(name: str) -> bool:
     """Whether a metric had another tag in the last release."""
     return name in _TAGS
+
+
+def hparams(
+    directory: Path, rows: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]]
+) -> None:
+    """Show rows in the tab HParams, each by its settings and its figures, in place of the last.
+
+    All rows have the same settings: TensorBoard takes the columns from one summary for all.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    names = next(iter(rows.values()))[0]
+    figures = {name: None for _, each in rows.values() for name in each}
+    config = hparams_api.hparams_config_pb(
+        hparams=[hparams_api.HParam(name) for name in names],
+        metrics=[hparams_api.Metric(name) for name in figures],
+    )
+    with SummaryWriter(str(directory)) as writer:
+        writer._get_file_writer().add_summary(config)
+    for row, (settings, values) in rows.items():
+        shown = {name: _shown(value) for name, value in settings.items()}
+        with SummaryWriter(str(directory / row)) as writer:
+            writer._get_file_writer().add_summary(hparams_api.hparams_pb(shown, trial_id=row))
+            for name, value in values.items():
+                writer.add_scalar(name, value, 0)
+
+
+def _shown(value: object) -> bool | int | float | str:
+    """A setting as the tab HParams can show it."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    return "absent" if value is None else str(value)
 
 
 class TensorBoard:

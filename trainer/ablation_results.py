@@ -1,0 +1,139 @@
+"""What the rows of a set came to: a table, a picture, and TensorBoard's tab HParams."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data import files
+from trainer import config as configs
+from trainer import plots
+from trainer.ablations import AblationSet, Row
+from trainer.plots import Bar, Value
+from trainer.watch import tensorboard
+
+
+def write(found: AblationSet, *, runs: Path, say: Callable[[str], None]) -> None:
+    """Write all of it into `runs`, of the rows that are done."""
+    files.write(runs / "table.md", table(found, runs=runs))
+    files.write(runs / "table.csv", as_csv(found, runs=runs))
+    figures = _figures(found, runs=runs)
+    if not figures:
+        return
+    tensorboard.hparams(runs / "hparams", _hparams(found, figures))
+    if plots.is_possible():
+        bars, name = _bars(found, figures)
+        plots.ablation(runs / "plot.png", bars, figure=name, curves=_curves(found, runs=runs))
+    else:
+        say("no plot.png: it needs matplotlib (pip install matplotlib)")
+
+
+def _figures(found: AblationSet, *, runs: Path) -> dict[str, dict[str, Any]]:
+    """The figures of the rows that have them, by row and name."""
+    there = {row.name: runs / row.directory / "figures.json" for row in found.rows}
+    return {
+        name: json.loads(path.read_text())["figures"]
+        for name, path in there.items()
+        if path.exists()
+    }
+
+
+def table(found: AblationSet, *, runs: Path) -> str:
+    """The rows in Markdown: their figures, or the difference to the row that they are held against.
+
+    Figures' names carry N, the number of samples; ± is the standard error over fourths of them.
+    """
+    figures = _figures(found, runs=runs)
+    names = list(next(iter(figures.values()), {}))
+    lines = [f"| {' | '.join(['row', 'against', *names])} |", f"|{'---|' * (2 + len(names))}"]
+    for row in found.rows:
+        own, against = figures.get(row.name), _against(found, row)
+        base = figures.get(against, {})
+        cells = ["not done yet" if own is None else _cell(own.get(n), base.get(n)) for n in names]
+        lines.append(f"| {' | '.join([row.name, against, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figure: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return "-"
+    errors = [each["error"] for each in (figure, base) if each is not None]
+    error = "" if None in errors else f" ± {math.hypot(*errors):.1g}"
+    if base is None:
+        return f"{figure['value']:.4g}{error}"
+    return f"{figure['value'] - base['value']:+.3g}{error}"
+
+
+def as_csv(found: AblationSet, *, runs: Path) -> str:
+    """The figures themselves, one line for each row and figure."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["row", "figure", "value", "error"])
+    for row, figures in _figures(found, runs=runs).items():
+        writer.writerows([row, name, f["value"], f["error"]] for name, f in figures.items())
+    return out.getvalue()
+
+
+def _against(found: AblationSet, row: Row) -> str:
+    """The row that a row is compared with; empty for those that others are compared with."""
+    first = found.rows[0].name
+    bases = {each.against or first for each in found.rows}
+    return "" if row.name in bases else (row.against or first)
+
+
+def _bars(found: AblationSet, figures: Mapping[str, Mapping[str, Any]]) -> tuple[list[Bar], str]:
+    """The difference of each row to the one that it is compared with, in the first figure."""
+    name = next(iter(next(iter(figures.values()))))
+    bars = []
+    for row in found.rows:
+        own = figures.get(row.name, {}).get(name)
+        against = _against(found, row)
+        base = figures.get(against, {}).get(name)
+        if own is None or (against and base is None):
+            bars.append(Bar(row.name, against, None))
+            continue
+        errors = [each["error"] for each in (own, base) if each is not None]
+        error = None if None in errors else math.hypot(*errors)
+        difference = 0.0 if base is None else own["value"] - base["value"]
+        bars.append(Bar(row.name, against, Value(difference, error), own["value"]))
+    return bars, name
+
+
+def _curves(found: AblationSet, *, runs: Path) -> dict[str, list[tuple[int, float]]]:
+    """FID against images, of the rows whose runs have `intervals.evaluate`."""
+    curves = {}
+    for row in found.rows:
+        file = runs / row.directory / "run" / "metrics.jsonl"
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        points: dict[int, float] = {}
+        for line in lines:
+            try:
+                values = json.loads(line)
+            except ValueError:  # still being written
+                continue
+            for name, value in values.items():
+                if name.startswith("evaluation/fid_") and value is not None:
+                    points[values["images"]] = value
+        if points:
+            curves[row.name] = sorted(points.items())
+    return curves
+
+
+def _hparams(
+    found: AblationSet, figures: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
+    """The settings that rows differ in, as each row has them, and its figures."""
+    flat = {row.name: configs.flatten(found.config(row)) for row in found.rows}
+    names = sorted({name for each in flat.values() for name in each})
+    differing = [n for n in names if len({repr(each.get(n)) for each in flat.values()}) > 1]
+    return {
+        row.directory: (
+            {"row": row.name, **{name: flat[row.name].get(name) for name in differing}},
+            {name: figure["value"] for name, figure in figures[row.name].items()},
+        )
+        for row in found.rows
+        if row.name in figures
+    }

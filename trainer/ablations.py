@@ -1,0 +1,89 @@
+"""Sets of ablations: a base preset, and rows that change settings of it. No torch here."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import config as configs
+from trainer import settings
+from trainer.adm.config import check
+from trainer.config import Config
+
+SETS = Path(__file__).parent / "sets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network or training of a set: the base with changes, written as for `--set`."""
+
+    name: str
+    set: tuple[str, ...] = ()
+    unset: tuple[str, ...] = ()
+    #: The name of an earlier row that it is compared with. Absent: the first.
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        check(bool(self.directory), "rows.name", self.name, "a name with letters or digits")
+
+    @property
+    def directory(self) -> str:
+        """The name as that of a directory."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What is drawn of each row, and what it is compared with."""
+
+    images: int
+    steps: str = "250"
+    #: As `--reference` and `--network` of `python -m trainer.evaluate`.
+    reference: str
+    network: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationSet:
+    """A set: rows are compared with the first, or with the one that they name."""
+
+    base: str
+    #: Changes of every row, written as for `--set`.
+    set: tuple[str, ...] = ()
+    samples: Samples
+    rows: tuple[Row, ...]
+
+    def __post_init__(self) -> None:
+        check(len(self.rows) >= 1, "rows", self.rows, "one or more")
+        names = [row.directory for row in self.rows]
+        check(len(set(names)) == len(names), "rows.name", names, "different names")
+        for i, row in enumerate(self.rows):
+            earlier = [each.name for each in self.rows[:i]]
+            known = row.against is None or row.against in earlier
+            check(known, f"rows.against of {row.name!r}", row.against, "the name of an earlier row")
+
+    def config(self, row: Row) -> Config:
+        """The whole config of a row.
+
+        Raises:
+            ValueError: a change is wrong; names the row.
+        """
+        try:
+            return configs.load(self.base, (*self.set, *row.set), unset=row.unset)
+        except ValueError as error:
+            raise ValueError(f"row {row.name!r}: {error}") from None
+
+
+def load(name: str, overrides: Sequence[str], *, unset: Sequence[str]) -> AblationSet:
+    """Read the set of that name in trainer/sets, or that TOML file; every row is checked.
+
+    Raises:
+        ValueError: the set, or a row, is wrong.
+    """
+    path = settings.find(name, directory=SETS)
+    found: AblationSet = settings.build(
+        AblationSet, settings.read(path, overrides=overrides, unset=unset)
+    )
+    for row in found.rows:
+        found.config(row)
+    return found
