@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from data import pack
+from data.dataset import Shards, open_shards
 from tests.support import golden
 from tests.support.cluster import Cluster, missing
+from tests.support.data_fixtures import pack_folder
+from tests.support.data_streams import IMAGES, SIZE
 from tests.support.runs import EVERY, GRIDS, HALF, STAGES, WORLDS, Place
 from tests.support.site import Site
 from trainer import config as configs
@@ -165,3 +168,15 @@ def nets(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, list
         "up": [str(root / "up.pt"), "--preset", str(root / "up.toml")],
         "and": ["--upsampler", *up, "--upsampler-steps", "ddim2", "--upsampler-batch", "3"],
     }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """A small dataset, for streams that break."""
+    return pack_folder(tmp_path_factory.mktemp("whole"), images=IMAGES, size=SIZE)
+
+
+@pytest.fixture
+def copy(whole: Shards, tmp_path: Path) -> Shards:
+    """A dataset that a test may damage after it was opened."""
+    return open_shards(shutil.copytree(whole.root, tmp_path / "copy"))

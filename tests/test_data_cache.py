@@ -10,14 +10,8 @@ import pytest
 from data.cache import CHUNK
 from data.dataset import Shards
 from tests.support import ranks
-from tests.support.data_fixtures import pack_folder
 from tests.support.data_server import serving
-from tests.support.data_streams import IMAGES, SIZE, epoch
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    return pack_folder(tmp_path_factory.mktemp("whole"), images=IMAGES, size=SIZE)
+from tests.support.data_streams import epoch
 
 
 def test_a_damaged_cache_is_refetched_and_bounded(whole: Shards, tmp_path: Path) -> None:

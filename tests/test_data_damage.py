@@ -15,17 +15,6 @@ from tests.support.data_fixtures import image_file, pack_folder, write_shards
 from tests.support.data_streams import IMAGES, SIZE, config_for, fails, take
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    return pack_folder(tmp_path_factory.mktemp("whole"), images=IMAGES, size=SIZE)
-
-
-@pytest.fixture
-def copy(whole: Shards, tmp_path: Path) -> Shards:
-    """A dataset that a test may damage after it was opened."""
-    return open_shards(shutil.copytree(whole.root, tmp_path / "copy"))
-
-
 def rewrite(shards: Shards, shard: int, *, at: int, flip: int) -> None:
     path = Path(shards.root) / shards.shards[shard].tar
     content = bytearray(path.read_bytes())

@@ -11,13 +11,7 @@ import pytest
 from data.dataset import Shards
 from data.stream import Stream
 from tests.support import ranks
-from tests.support.data_fixtures import pack_folder
-from tests.support.data_streams import IMAGES, SIZE, config_for
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    return pack_folder(tmp_path_factory.mktemp("whole"), images=IMAGES, size=SIZE)
+from tests.support.data_streams import config_for
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:

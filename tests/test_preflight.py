@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
-from trainer import machine, preflight, start
+from trainer import machine, operators, preflight
 from trainer.machine import Finding, Torch
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +121,7 @@ def test_an_environment_that_is_not_activated_finds_its_ninja(
     beside.mkdir()
     monkeypatch.setattr(sys, "executable", str(beside / "python"))
     with pytest.raises(ValueError, match="pip install ninja"):
-        start.find_ninja()
+        operators.find_ninja()
     (beside / "ninja").touch(mode=0o755)
-    start.find_ninja()
+    operators.find_ninja()
     assert shutil.which("ninja") == str(beside / "ninja")

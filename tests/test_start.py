@@ -10,7 +10,7 @@ import pytest
 from data.dataset import open_shards
 from data.exits import REFUSED
 from tests.support import ranks
-from trainer import start, train
+from trainer import operators, train
 
 
 def lock_of(root: Path, *, age: float) -> Path:
@@ -45,10 +45,13 @@ def test_a_lock_that_may_be_in_use_is_named_and_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert start.compile_locks() == []
+    assert operators.locks() == []
+    assert [said.startswith("DeepSpeed compiles") for said in operators.notice()] == [True]
     lock = lock_of(tmp_path, age=90)
-    (said,) = start.compile_locks()
+    (said,) = operators.locks()
     assert said.startswith(f"{lock} was made 1 min 30 s ago") and "waits for it" in said
+    (lock.parent / "deepspeed_shm_comm.so").touch()
+    assert operators.notice() == []
 
 
 def test_an_upsamplers_grid_of_more_images_than_there_are_is_refused(

@@ -1,22 +1,15 @@
 """Where a run begins: its newest valid checkpoint, the weights of `--init`, or its seed."""
 
-import os
-import shutil
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.cpp_extension import get_default_build_root
 
 from data import files
 from data.mixture import Dataset
-from data.progress import duration
 from data.samples import crop_remark
 from data.stream import Stream
 from trainer import averages, classes, compute, determinism, prediction, weights
@@ -35,45 +28,6 @@ from trainer.ranks.group import Refused, agreed
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.runstate import RunState
-
-
-def find_ninja() -> None:
-    """Let DeepSpeed find ninja, by which it compiles its operator for CPUs, in PATH.
-
-    In an environment that is not activated it lies beside the interpreter, and PATH has none.
-
-    Raises:
-        ValueError: it is nowhere.
-    """
-    if torch.cuda.is_available() or shutil.which("ninja"):
-        return
-    beside = Path(sys.executable).parent
-    if shutil.which("ninja", path=str(beside)) is None:
-        raise ValueError(
-            "no ninja in PATH, by which DeepSpeed compiles its operator for CPUs: pip install "
-            "ninja (`python -m trainer.preflight` checks this machine)"
-        )
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(beside)])
-
-
-def compile_locks(*, stale: float = 3600.0) -> list[str]:
-    """What is to be said of locks of operators that torch compiles; DeepSpeed waits for them.
-
-    Raises:
-        ValueError: one is older than `stale` seconds, so that nothing is compiling there.
-    """
-    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    names = "*/lock" if root else f"{python}_*/*/lock"
-    said = []
-    for lock in sorted(Path(root or get_default_build_root()).glob(names)):
-        with suppress(FileNotFoundError):  # it was released just now
-            age = time.time() - lock.stat().st_mtime
-            made = f"{lock} was made {duration(age)} ago by a process that compiles"
-            if age > stale:
-                raise ValueError(f"{made}, and was killed meanwhile: delete it")
-            said.append(f"{made}; this start waits for it. If nothing compiles there, delete it")
-    return said
 
 
 def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> Checkpoint | None:

@@ -23,7 +23,7 @@ from data import descriptors
 from data.exits import TO_BE_CONTINUED
 from data.stream import Stream, open_stream, to_device
 from data.version import version
-from trainer import classes, compute, determinism, profiling, start
+from trainer import classes, compute, determinism, operators, profiling, start
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer import initial as initials
@@ -90,8 +90,8 @@ class TrainingPlan:
         check_precision(config.training.precision)
         wandb.check(config.board.wandb)
         compute.check(config.training)
-        start.find_ninja()
-        start.compile_locks()
+        operators.find_ninja()
+        operators.locks()
         return cls(
             run=run,
             config=config,
@@ -162,9 +162,9 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     if found is None:
         from_main(lambda: initials.record(plan.initial, run=run))
     shards, ds_config = plan.stream.shards, plan.ds_config
-    locks = agreed(start.compile_locks)
+    locks = agreed(operators.locks)
     said = start.remarks(config, plan.changes, shards, ranks=world.size, ds_config=ds_config)
-    for line in [*said, *locks]:
+    for line in [*said, *locks, *operators.notice()]:
         log(line)
     plan = plan.with_reference(mark=context.watchdog.mark, say=log)
     context.watchdog.mark("; ".join(["building the engine", *locks]))

@@ -1,0 +1,65 @@
+"""The operator that DeepSpeed compiles for CPUs at the first start: its tools and its locks."""
+
+import os
+import shutil
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+from data.progress import duration
+
+
+def find_ninja() -> None:
+    """Let DeepSpeed find ninja, by which it compiles its operator for CPUs, in PATH.
+
+    In an environment that is not activated it lies beside the interpreter, and PATH has none.
+
+    Raises:
+        ValueError: it is nowhere.
+    """
+    if torch.cuda.is_available() or shutil.which("ninja"):
+        return
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja", path=str(beside)) is None:
+        raise ValueError(
+            "no ninja in PATH, by which DeepSpeed compiles its operator for CPUs: pip install "
+            "ninja (`python -m trainer.preflight` checks this machine)"
+        )
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(beside)])
+
+
+def locks(*, stale: float = 3600.0) -> list[str]:
+    """What is to be said of locks of operators that torch compiles; DeepSpeed waits for them.
+
+    Raises:
+        ValueError: one is older than `stale` seconds, so that nothing is compiling there.
+    """
+    said = []
+    for lock in _compiled("*/lock"):
+        with suppress(FileNotFoundError):  # it was released just now
+            age = time.time() - lock.stat().st_mtime
+            made = f"{lock} was made {duration(age)} ago by a process that compiles"
+            if age > stale:
+                raise ValueError(f"{made}, and was killed meanwhile: delete it")
+            said.append(f"{made}; this start waits for it. If nothing compiles there, delete it")
+    return said
+
+
+def notice() -> list[str]:
+    """What is to be said where DeepSpeed has yet to compile its operator for CPUs."""
+    if torch.cuda.is_available() or _compiled("deepspeed_shm_comm/*.so"):
+        return []
+    return ["DeepSpeed compiles its operator for CPUs, once on this machine: up to some minutes"]
+
+
+def _compiled(names: str) -> list[Path]:
+    """The files of these names where torch keeps the operators that it compiles."""
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return sorted(
+        Path(root or get_default_build_root()).glob(names if root else f"{python}_*/{names}")
+    )
