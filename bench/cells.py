@@ -118,7 +118,9 @@ def _step(cell: Figures, *, images: int) -> Figures:
     forward = net.forward
     if "compiled" in cell["system"]:
         backend = "inductor" if GPU else "aot_eager"
-        forward = torch.compile(forward, backend=backend, dynamic=False)
+        # CUDA graphs of the forward and of the backward pass.
+        mode = "reduce-overhead" if GPU and "graphs" in cell["system"] else None
+        forward = torch.compile(forward, backend=backend, dynamic=False, mode=mode)
     optimizer = torch.optim.AdamW(net.module.parameters(), lr=1e-6, fused=GPU)
     x, t, y = nets.inputs(model, images=images, device=DEVICE)
     x = x.to(half) if cell["system"].startswith("diffusers") else x

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import cells, cpu_step, gpu
+from bench import cells, cpu_step, gpu, scale
+from tests.test_plan import machine
+from trainer import config as configs
 
 
 def test_every_cell_is_a_process_and_a_line_of_figures(tmp_path: Path) -> None:
@@ -37,3 +39,39 @@ def test_the_step_on_a_cpu_is_compared(
     monkeypatch.setattr(cpu_step, "CONFIG", cells.SMALL)
     assert cpu_step.main(["--rounds", "1", "--images", "1"]) == 0
     assert "ours, channels first" in capsys.readouterr().out
+
+
+def test_costs_are_extrapolated_on_a_line_that_never_falls() -> None:
+    rows = [{"ranks": n, **dict.fromkeys(scale.COSTS, 1.0 + n / 4)} for n in (2, 4, 8)]
+    assert [row["value"] for row in scale.extrapolated(rows, ranks=512)] == pytest.approx([129] * 3)
+    rows = [{"ranks": n, **dict.fromkeys(scale.COSTS, 9.0 - n)} for n in (2, 4)]
+    assert [row["value"] for row in scale.extrapolated(rows, ranks=512)] == pytest.approx([6] * 3)
+
+
+def test_the_step_that_was_measured_is_what_the_prediction_starts_from(tmp_path: Path) -> None:
+    config, file = configs.load("imagenet64"), tmp_path / "gpu.jsonl"
+    row = {"kind": "step", "system": gpu.BEST, "size": 64, "precision": "fp16"}
+    rows = [
+        {**row, "images": 256, "images/s": 700.0, "model TFLOP/s": 460.0},
+        {**row, "images": 4, "images/s": 200.0, "model TFLOP/s": 131.0},
+        {**row, "images": 512, "error": "took more than 240 s"},
+    ]
+    file.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    there = scale.measured_step(machine(), config=config, file=file)
+    assert (there.mfu, there.host_ms) == pytest.approx((460 / 989, 20.0))
+    with pytest.raises(ValueError, match="no step of 128 px"):
+        scale.measured_step(machine(), config=configs.load("imagenet128"), file=file)
+
+
+@pytest.mark.slow
+def test_scaling_is_predicted_and_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scale.jsonl"
+    words = ["--ranks", "1", "2", "--images", "60", "--seconds", "0.5", "--out", str(out)]
+    assert scale.main(words) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    kinds = [row["kind"] for row in rows]
+    assert {"data", "job", "extrapolated"} <= set(kinds) and kinds.count("job") == 2
+    assert all(value > 0 for row in rows if row["kind"] == "job" for value in [row["start_s"]])
+    assert "predicted, 8 x 400 Gb/s per node" in capsys.readouterr().out

@@ -31,7 +31,7 @@ from trainer.prediction import (
     largest_micro_batch,
     memory,
     operations,
-    resized,
+    scaled,
     step,
 )
 
@@ -145,7 +145,9 @@ def _scale_lines(
     counts = [n for n in (1, 8, 16, 32, 64, 128, 256, 512) if training.batch % n == 0]
     counts = sorted({*counts, machine.gpus})
     yield f"\nAt the preset's batch of {training.batch}, ZeRO stage {zero['stage']}:"
-    yield from _table(config, net, machine=machine, zero=zero, batches=dict.fromkeys(counts))
+    yield from _table(
+        config, net, machine=machine, zero=zero, batches=dict.fromkeys(counts, training.batch)
+    )
     yield f"\nAt {_WEAK} images per GPU (another batch is another experiment):"
     wide = {n: _WEAK * n for n in (8, 16, 32, 64, 128, 256, 512)}
     yield from _table(config, net, machine=machine, zero=zero, batches=wide)
@@ -157,7 +159,7 @@ def _table(
     *,
     machine: Machine,
     zero: Mapping[str, Any],
-    batches: Mapping[int, int | None],
+    batches: Mapping[int, int],
 ) -> Iterable[str]:
     titles = (
         "per GPU",
@@ -169,16 +171,11 @@ def _table(
         "efficiency",
     )
     yield f"  {'GPUs':>5}" + "".join(f"{title:>12}" for title in titles) + "  limited by"
-    for gpus, batch in batches.items():
-        batch = batch or config.training.batch
-        there = dataclasses.replace(machine, gpus=gpus)
-        sized = resized(config, batch=batch, micro_batch=max(batch // gpus, 1))
-        micro = largest_micro_batch(sized, net, zero=zero, machine=there)
-        if not micro:
+    for gpus, now in scaled(config, net, machine=machine, zero=zero, batches=batches).items():
+        batch = batches[gpus]
+        if now is None:
             yield f"  {gpus:>5}{batch // gpus:>12}   does not fit in {machine.gpu_memory:g} GiB"
             continue
-        sized = resized(config, batch=batch, micro_batch=micro)
-        now = step(sized, net, machine=machine, gpus=gpus, zero=zero)
         cells = (
             f"{batch // gpus}",
             f"{now.micro_batch}",
@@ -191,16 +188,8 @@ def _table(
         yield f"  {gpus:>5}" + "".join(f"{cell:>12}" for cell in cells) + f"  {now.limit}"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = CommandParser(
-        prog="python -m trainer.plan",
-        description="Plan a run: memory, micro-batch, disk, data rate, time, and what limits it.",
-    )
-    parser.add_argument("preset", help="a name in trainer/presets, or a .toml file")
-    settings.add_overrides(parser)
-    parser.add_argument("--ds-config", default="ds_config.json", help="default: %(default)s")
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank on each")
+def add_rates(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each of the rates of a `Machine`."""
     rates = (
         ("gpu-memory", 80.0, "GiB of each GPU"),
         ("reserve", 4.0, "GiB of it that CUDA, NCCL and fragmentation take"),
@@ -215,6 +204,29 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{name}", type=float, default=default, help=f"{text} (default: %(default)s)"
         )
+
+
+def machine_of(arguments: argparse.Namespace, *, gpus: int) -> Machine:
+    """The machine that the options of `add_rates` state.
+
+    Raises:
+        ValueError: one of them is impossible.
+    """
+    names = [field.name for field in dataclasses.fields(Machine) if field.name != "gpus"]
+    return Machine(gpus=gpus, **{name: getattr(arguments, name) for name in names})
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = CommandParser(
+        prog="python -m trainer.plan",
+        description="Plan a run: memory, micro-batch, disk, data rate, time, and what limits it.",
+    )
+    parser.add_argument("preset", help="a name in trainer/presets, or a .toml file")
+    settings.add_overrides(parser)
+    parser.add_argument("--ds-config", default="ds_config.json", help="default: %(default)s")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank on each")
+    add_rates(parser)
     parser.add_argument(
         "--from",
         dest="run",
@@ -231,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
         zero = ds_config.load(arguments.ds_config)["zero_optimization"]
-        names = [field.name for field in dataclasses.fields(Machine)]
-        machine = Machine(**{name: getattr(arguments, name) for name in names})
+        machine = machine_of(arguments, gpus=arguments.gpus)
         config.training.micro_batch_on(machine.gpus)
         if arguments.run is not None:
             machine = measured(machine, config=config, run=arguments.run)

@@ -150,6 +150,30 @@ def _collectives(
     return seconds.pop("all_gather"), sum(seconds.values())
 
 
+def scaled(
+    config: Config,
+    net: NetCosts,
+    *,
+    machine: Machine,
+    zero: Mapping[str, Any],
+    batches: Mapping[int, int],
+) -> dict[int, Step | None]:
+    """The step on each number of GPUs at its batch, in the largest micro-batches that fit.
+
+    None where not even one image fits.
+    """
+    found: dict[int, Step | None] = {}
+    for gpus, batch in batches.items():
+        there = dataclasses.replace(machine, gpus=gpus)
+        sized = resized(config, batch=batch, micro_batch=max(batch // gpus, 1))
+        micro = largest_micro_batch(sized, net, zero=zero, machine=there)
+        found[gpus] = None
+        if micro:
+            sized = resized(config, batch=batch, micro_batch=micro)
+            found[gpus] = step(sized, net, machine=machine, gpus=gpus, zero=zero)
+    return found
+
+
 def resized(config: Config, *, batch: int, micro_batch: int) -> Config:
     """The config with another batch, for as many whole steps as its images give."""
     images = max(config.training.images // batch, 1) * batch
