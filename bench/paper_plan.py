@@ -9,7 +9,7 @@ from trainer.runstate import RunState
 # A network that is trained in minutes.
 _SMALL = ("model.channels = 32",)
 # That of the digits, which is guided in every way, is trained for longer.
-_LONG = ("training.label_dropout = 0.2", "training.images = 102_400")
+_LONG = ("training.label_dropout = 0.2", "training.images = 76_800")
 _STEPS = "ddim25"
 _SCALES, _UNCONDITIONAL_SCALES, _FACTORS = "0,0.5,1,2,4,8", "0,1,4,10", "1,1.5,2,3,5"
 # Ancestral sampling, for comparison, and the scales that it is compared at.
@@ -166,10 +166,10 @@ class Plan:
         yield step("classifier", "digits", preset="digits_classifier", cost=100)
         yield step("digits", "digits", *_SMALL, *_LONG, cost=200)
         two = (*_SMALL, "model.num_classes = 2")
-        yield step("photos8", "photos8", *two)
-        large = ("model.image_size = 16", "model.attention = [8]", "training.images = 12_800")
-        yield step("upsampler", "photos16", *two, *large, "model.small_size = 8", cost=90)
-        yield step("photos16", "photos16", *two, *large, cost=90)
+        yield step("photos8", "photos8", *two, "training.images = 76_800", cost=120)
+        large = ("model.image_size = 16", "model.attention = [8]", "training.images = 51_200")
+        yield step("upsampler", "photos16", *two, *large, "model.small_size = 8", cost=300)
+        yield step("photos16", "photos16", *two, *large, cost=300)
         runs = self.out / "ablation"
         command = f"trainer.ablate {self.out}/ablation.toml --runs {runs}"
         yield Step("ablation", tuple(command.split()), runs / "table.md", cost=500)

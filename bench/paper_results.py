@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
@@ -60,7 +61,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for row in found:
         share = "" if row["recognised"] is None else f"{row['recognised']:.1%}"
         cells = [row["network"], row["guidance"], row["steps"], share]
-        cells += [f"{row[n]['value']:.3g} ± {row[n]['error']:.1g}" for n in _FIGURES]
+        cells += [f"{row[n]['value']:.4g} ± {row[n]['error']:.1g}" for n in _FIGURES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -104,16 +105,14 @@ def _draw_photos(plan: Plan) -> None:
 
 def _draw_grid(shown: dict[str, NDArray[np.uint8]], path: Path) -> None:
     """A line of images for each title; uint8 (N, H, W, 3)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 0.52 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    for panel, (title, images) in zip(panels, shown.items(), strict=True):
-        side = images.shape[1]
-        framed = np.pad(images, ((0, 0), (0, 0), (0, max(1, side // 8)), (0, 0)))
-        panel.imshow(np.concatenate(list(framed), axis=1), interpolation="nearest")
-        panel.set_xticks([])
-        panel.set_yticks([])
-        panel.set_ylabel(title, rotation=0, ha="right", va="center")
-        panel.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
+    size, gap, margin = 32, 2, 190
+    count = max(len(images) for images in shown.values())
+    step = size + gap
+    grid = Image.new("RGB", (margin + count * step, len(shown) * (step + 2 * gap)), "white")
+    for line, (title, images) in enumerate(shown.items()):
+        top = line * (step + 2 * gap)
+        ImageDraw.Draw(grid).text((6, top + size // 3), title, fill="black")
+        for i, image in enumerate(images):
+            large = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
+            grid.paste(large, (margin + i * step, top))
+    grid.save(path)
