@@ -1,6 +1,7 @@
 """Evaluation in training: what it measures, and nothing that it changes."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -78,7 +79,9 @@ def test_figures_are_named_by_n_and_stand_with_their_spread_on_the_boards(runs: 
     assert set(runs.values("two-evaluated", f"evaluation/not_finite_{IMAGES}").values()) == {0.0}
     assert "of the training's compute" in runs.log("two-evaluated")
     spent = goodput.account(goodput.read(runs.run("two-evaluated")))
-    assert spent is not None and spent.seconds["evaluating"] > 0
+    told = re.findall(r"evaluation of 50 samples: .*; ([0-9.]+) s", runs.log("two-evaluated"))
+    assert len(told) == 2 and spent is not None
+    assert spent.seconds["evaluating"] == pytest.approx(sum(map(float, told)), rel=0.05, abs=0.2)
 
 
 def test_a_finished_run_is_evaluated_alike_on_any_number_of_ranks(runs: Place, sets: tuple) -> None:
@@ -167,16 +170,24 @@ def real_large(tmp_path: Path) -> Path:
     return tmp_path / "large.npz"
 
 
-def test_an_upsampler_enlarges_the_images_of_the_validation(
+def test_an_upsampler_enlarges_the_images_of_the_validation_in_the_features_of_a_classifier(
     tiny: Path, digits: Path, tmp_path: Path, sets: tuple
 ) -> None:
-    preset = tmp_path / "up.toml"
+    preset, classifier = tmp_path / "up.toml", tmp_path / "classifier.toml"
     preset.write_text(tiny.read_text().replace("image_size = 8", "image_size = 8\nsmall_size = 4"))
+    classifier.write_text(tiny.read_text().replace('"denoise"', '"classify"'))
     place = Place(tmp_path, preset)
     own = (*COMMON, *sets, f"intervals.validate = {END}", "data.validation_images = 16")
-    validation = f'data.validation = "{digits}"'
-    without = place.arguments("without", sets=(*COMMON, *sets))
-    words = [place.arguments("up", sets=(*own, validation)), without]
-    status, refused = place.train(*words, world=3)
-    assert status == 0 and "data.validation = None: must be set if an upsampler" in str(refused)
+    own = (*own, f'evaluation.network = "{place.run("classifier")}"')
+    validated = (*own, f'data.validation = "{digits}"')
+    words = [
+        Place(tmp_path, classifier).arguments("classifier", sets=COMMON),
+        place.arguments("without", sets=(*COMMON, *sets)),
+        place.arguments("up", sets=validated),
+    ]
+    trained, refused, status = place.train(*words, world=3)
+    assert "data.validation = None: must be set if an upsampler" in str(refused)
+    assert trained == status == 0
     assert list(place.values("up", f"evaluation/fid_{IMAGES}")) == [2 * STEP, END]
+    scores = place.values("up", f"evaluation/is_{IMAGES}")
+    assert list(scores) == [2 * STEP, END] and all(1 <= score <= 10 for score in scores.values())

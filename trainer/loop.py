@@ -144,6 +144,8 @@ class Loop:
                 self._saving.save(self.images_seen, ends=True)
             if self._due(every.audit) and not ends and not stop:
                 self._audit()
+        if self.board is not None:
+            self.board.rest(self.metrics.spent, images_seen=self.images_seen)
         self._saving.finish()
         self._end(stopped=stop)
         return TO_BE_CONTINUED if stop else 0

@@ -182,7 +182,11 @@ class Evaluation:
         if not found.features.isfinite().all():
             warnings.append("the network's features of the samples are not finite: no figures")
             return Results(figures=counted, warnings=warnings, about=told)
-        results = compare(found, reference, labels=None, about=told, warnings=warnings)
+        try:
+            results = compare(found, reference, labels=None, about=told, warnings=warnings)
+        except torch.linalg.LinAlgError as error:  # a run does not end for it
+            warnings.append(f"no figures: {error}")
+            return Results(figures=counted, warnings=warnings, about=told)
         return replace(results, figures={**results.figures, **counted})
 
     def cost(self) -> str:

@@ -138,6 +138,12 @@ class Board:
         if self._wandb is not None:
             self._wandb.picture(name, picture, images_seen=images_seen)
 
+    def rest(self, spent: Mapping[str, float], *, images_seen: int) -> None:
+        """Add to the timeline what a start has measured since its last report."""
+        if spent.keys() - {"saving"}:
+            facts = {**spent, "saves": int("saving" in spent), "images": images_seen}
+            self._timeline.append(goodput.note(self._run, "report", **facts))
+
     def closing(self) -> list[str]:
         """The lines that end the log of a start: where the time of the run went."""
         found = goodput.account(self._timeline, now=time.time())

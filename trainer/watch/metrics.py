@@ -120,6 +120,11 @@ class Metrics:
         self._since += seconds
         self._spent[on] = self._spent.get(on, 0.0) + seconds
 
+    @property
+    def spent(self) -> Mapping[str, float]:
+        """Seconds that were left out since the last `reduce`, by what they were spent on."""
+        return dict(self._spent)
+
     def _by_rank(self, *mine: float) -> Tensor:
         """What each rank gives, as a row (R, N) on the host."""
         row = torch.tensor(mine, dtype=torch.float64, device=self._device)
