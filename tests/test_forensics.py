@@ -54,6 +54,10 @@ def test_a_deterministic_run_sets_what_the_libraries_read_before_they_start(tiny
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        determinism.apply(False)
+        assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
+        assert torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         determinism.apply(False)
     assert not torch.are_deterministic_algorithms_enabled()

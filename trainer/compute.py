@@ -63,6 +63,15 @@ def remarks(training: TrainingConfig, *, stage: int) -> list[str]:
     return said
 
 
+def use_tf32(is_wanted: bool) -> None:
+    """Let a GPU round the factors of fp32 products to 10 bits from now on, or not.
+
+    By torch's older settings: inductor reads them, and fails where only newer ones were set.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = is_wanted
+    torch.backends.cudnn.allow_tf32 = is_wanted
+
+
 def prepare(
     net: nn.Module,
     *,
@@ -80,8 +89,7 @@ def prepare(
         # Triton would keep its kernels in the home directory, which nodes share.
         own = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
         os.environ.setdefault("TRITON_CACHE_DIR", str(own))
-        torch.backends.cuda.matmul.allow_tf32 = training.tf32
-        torch.backends.cudnn.allow_tf32 = training.tf32
+        use_tf32(training.tf32)
     use_kernels(net, training.kernels if fast else "plain")
     if fast and training.compile and stage != 3 and say is not None:
         compile_forward(net, say=say)

@@ -22,6 +22,7 @@ from trainer import weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import to_range
 from trainer.checkpoint import sha256
+from trainer.compute import use_tf32
 from trainer.evaluation.inception import SOURCE, WEIGHTS, Inception
 from trainer.networks import TrainedNetwork
 from trainer.ranks.group import agreed, from_main
@@ -65,9 +66,12 @@ def open_network(text: str, *, device: torch.device) -> FeatureNetwork:
     """
     path = Path(text.removeprefix(_DINO))
     found = from_main(lambda: _run(text, path))
-    if found is not None:
-        return _classifier(found, path, device=device)
-    return agreed(lambda: _file(text, path, device=device))
+    if found is None:
+        network = agreed(lambda: _file(text, path, device=device))
+    else:
+        network = _classifier(found, path, device=device)
+    use_tf32(False)  # torch lets cuDNN use it otherwise, and figures would depend on the GPU
+    return network
 
 
 def _run(text: str, path: Path) -> TrainedNetwork | None:
