@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from pathlib import Path
 
 import psutil
@@ -11,7 +10,7 @@ import pytest
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards
 from data.stream import Stream
-from tests.support import ranks
+from tests.support.cluster import wait_until
 from tests.support.data_server import serving
 from tests.support.data_streams import config_for, epoch, fails, take
 
@@ -80,10 +79,8 @@ def test_a_pipe_that_stalls_is_left(whole: Shards) -> None:
     def left() -> list[list[str]]:
         return [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
 
-    end = time.monotonic() + ranks.LIMIT  # a process that was killed may take a moment to end
-    while sleep.split() in left() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert sleep.split() not in left()
+    # A process that was killed may take a moment to end.
+    wait_until(lambda: sleep.split() not in left(), "the end of the pipe's command")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
