@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
@@ -85,6 +86,16 @@ def test_a_command_is_read_by_its_own_parser(command: Command) -> None:
 
 def read(name: str) -> str:
     return (ROOT / name).read_text()
+
+
+@each_page
+def test_commands_in_the_prose_are_read_by_their_parsers(page: Page) -> None:
+    """Those with options; what is left out of one is written as three dots."""
+    start = r"(?:torchrun .*-m -- |python -m )((?:trainer|data|launch)[\w.]*) (.*--.*)"
+    for snippet in page.snippets:
+        found = re.match(start, snippet)
+        if found and "..." not in snippet:
+            options.parse(found[1], shlex.split(found[2]))
 
 
 @each_page
