@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# An average of the loss forgets a row by this factor.
-DECAY = 0.7
+# An average of the loss spans so many of its rows, and this share of them.
+ROWS, SHARE = 1.5, 0.03
 
 Row = dict[str, Any]
 
@@ -44,9 +45,10 @@ def column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
 def smoothed(values: list[float]) -> list[float]:
     """The exponential moving average of their logarithms, without a bias to the first value."""
     total = weight = 0.0
+    decay = math.exp(-1 / (ROWS + SHARE * len(values)))
     means = []
     for value in values:
-        total, weight = DECAY * total + math.log(value), DECAY * weight + 1
+        total, weight = decay * total + math.log(value), decay * weight + 1
         means.append(math.exp(total / weight))
     return means
 
@@ -60,6 +62,11 @@ def draw(axes: Axes, run: Path, rows: list[Row]) -> None:
     if seen:
         axes.plot(seen, validation, "o--", color="C1", markersize=4, label="validation (EMA)")
     axes.set(title=run.name, xlabel="images seen", ylabel="loss", yscale="log")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
 
