@@ -43,7 +43,7 @@ train photos16_32 upsampler
 
 step "Draw 36 pictures with classifier guidance, and enlarge them"
 "${each_rank[@]}" trainer.sample "$out/base" --out "$out/guided.npz" --images 36 --batch 18 \
-  --steps 100 "${guide[@]}" --upsampler "$out/upsampler" --upsampler-steps ddim50
+  --steps 100 "${guide[@]}" --upsampler "$out/upsampler" --upsampler-steps 50
 runs=("$out/base" "$out/classifier" "$out/upsampler")
 ((classes > 1)) || unset 'runs[1]'
 python examples/curve.py "$out/curve.png" "${runs[@]}"
