@@ -153,6 +153,21 @@ def test_a_checkpoint_that_no_good_step_was_taken_from_is_not_gone_back_to(here:
     assert f"rolled back to checkpoint {2 * STEP:012d};" in here.log("drawn")
 
 
+def test_a_rollback_that_did_not_help_is_followed_by_one_to_an_older_checkpoint(
+    here: Place,
+) -> None:
+    """Steps 4 and 5 fail; 6 is taken, and what is saved behind it is not committed; 7, 8 fail."""
+    sets = ("guards.in_a_row = 2", f"training.images = {9 * STEP}", *EVERY)
+    bad = [*range(3 * STEP, 5 * STEP), *range(6 * STEP, 8 * STEP)]
+    arguments = here.arguments("further", sets=sets)
+    assert faults.train(here, arguments, world=2, factors=dict.fromkeys(bad, math.nan)) == [0]
+    said = [line.partition("rolled back to ")[2] for line in here.log("further").splitlines()]
+    assert [line[:23] for line in said if line] == [
+        f"checkpoint {2 * STEP:012d}",
+        f"checkpoint {STEP:012d}",
+    ]
+
+
 def test_the_running_deviation_is_exact_at_first_and_then_forgets() -> None:
     running = Running()
     values = [1.0, 3.0, 2.0, 4.0]

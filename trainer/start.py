@@ -138,22 +138,15 @@ def roll_back(
     """Take the state of the last checkpoint from before the refused steps; the clock goes on.
 
     The run steps over the images since that checkpoint: with them it would come to the same steps
-    again. All ranks must call it, and get the checkpoint.
+    again. Where none was written since the last rollback, that one did not help: an older one is
+    taken, if there is any. All ranks must call it, and get the checkpoint.
 
     Raises:
         Refused: there is no such checkpoint, or the run has gone back too often.
     """
     found = None
     if guards.may_roll_back():
-        # One at that clock itself has the weights that the first of them was computed with: it
-        # serves where there is no other.
-        for until in (guards.since - 1, guards.since):
-            found = (
-                found
-                or checkpoints.latest_valid(
-                    run.checkpoints, kinds=engine.kinds, world=world, until=until
-                )[0]
-            )
+        found = _before(guards, run=run, kinds=engine.kinds, world=world)
     if found is None:
         why = "no checkpoint is older" if guards.may_roll_back() else "no rollback is left"
         guards.refuse(
@@ -163,12 +156,28 @@ def roll_back(
     _restore(found, engine.kinds, engine=engine, objective=objective)
     engine.renew(images_seen=images_seen)
     engine.skipped = skipped
-    guards.roll_back(found.state.guards)
+    guards.roll_back(found.state.guards, to=found.images_seen, now=images_seen)
     if world.is_main:
         run.log(
             f"rolled back to checkpoint {found.path.name}; the run goes on at image "
             f"{images_seen:,}, past the images since"
         )
+    return found
+
+
+def _before(guards: Guards, *, run: Run, kinds: tuple[str, ...], world: World) -> Checkpoint | None:
+    """The checkpoint that a rollback takes."""
+
+    def newest(until: int) -> Checkpoint | None:
+        valid, _ = checkpoints.latest_valid(run.checkpoints, kinds=kinds, world=world, until=until)
+        return valid
+
+    found = newest(guards.since - 1)
+    if found is None:
+        # It has the weights that the first refused step was computed with: better than none.
+        return newest(guards.since)
+    if found.images_seen < guards.went_back_at:
+        return newest(guards.went_back_to - 1) or found
     return found
 
 

@@ -59,6 +59,8 @@ class Guards:
         self._seen = self._bad = 0
         self._running = {"loss": Running(), "norm of the gradient": Running()}
         self.row = self.since = self.incidents = self.rollbacks = 0
+        #: The checkpoint of the last rollback of this start, and the clock of the run then.
+        self.went_back_to = self.went_back_at = 0
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with a step of this mean loss and gradient, or None: the step is taken."""
@@ -99,8 +101,12 @@ class Guards:
         """Whether the run may go back to a checkpoint once more."""
         return self.rollbacks < self._limits.rollbacks
 
-    def roll_back(self, state: Mapping[str, Any]) -> None:
-        """Take back the `state` of a checkpoint, all but what counts over the whole run."""
+    def roll_back(self, state: Mapping[str, Any], *, to: int, now: int) -> None:
+        """Take back the `state` of a checkpoint, all but what counts over the whole run.
+
+        `to` is its clock, and `now` that of the run.
+        """
+        self.went_back_to, self.went_back_at = to, now
         incidents, rollbacks = self.incidents, self.rollbacks
         self.load(state)
         self.incidents, self.rollbacks, self.row = incidents, rollbacks + 1, 0
