@@ -1,6 +1,7 @@
 """Plan a run before it is queued: memory, micro-batch, disk, data rate, time, and what limits it.
 
   python -m trainer.plan PRESET --gpus N --gpu-memory G [--bandwidth B] [--mfu M | --from RUN]
+  python -m trainer.plan all --gpus N     a table of all presets
 
 Bytes and operations are counted from the preset and ds_config.json. Rates are inputs, which the
 first lines repeat: measure them (`--from RUN` takes the speed of a run) or state them.
@@ -9,6 +10,7 @@ first lines repeat: measure them (`--from RUN` takes the speed of a run) or stat
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,6 +87,34 @@ def report(
     yield from _disk_lines(config, net)
     yield from _data_lines(config, now)
     yield from _scale_lines(config, net, machine=machine, zero=zero)
+
+
+def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
+    """A Markdown table of all presets of ImageNet and LSUN on this machine."""
+    yield (
+        f"| preset | parameters | batch | steps | published | micro-batch | GiB per GPU | "
+        f"largest micro-batch | GPU days |\n|{'---|' * 9}"
+    )
+    for path in sorted(configs.PRESETS.glob("*[0-9]*.toml")):
+        config = configs.load(path)
+        training, net = config.training, costs.count(config)
+        published = re.findall(r"(FID .*)\.\n", path.read_text())
+        micro = training.micro_batch_on(machine.gpus)
+        needed = memory(config, net, zero=zero, ranks=machine.gpus, micro_batch=micro)
+        now = step(config, net, machine=machine, gpus=machine.gpus, zero=zero)
+        days = training.images / now.batch * now.seconds / 86400 * machine.gpus
+        cells = (
+            f"`{path.stem}`",
+            f"{net.parameters / 1e6:.1f}M",
+            f"{training.batch}",
+            f"{training.images // training.batch // 1000}K",
+            published[0] if published else "",
+            f"{micro}",
+            f"{sum(needed.values()) / GIB + machine.reserve:.0f}",
+            f"{largest_micro_batch(config, net, zero=zero, machine=machine)}",
+            f"{days:,.0f}",
+        )
+        yield f"| {' | '.join(cells)} |"
 
 
 def _memory_lines(
@@ -222,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m trainer.plan",
         description="Plan a run: memory, micro-batch, disk, data rate, time, and what limits it.",
     )
-    parser.add_argument("preset", help="a name in trainer/presets, or a .toml file")
+    parser.add_argument("preset", help="a name in trainer/presets, a .toml file, or all (a table)")
     settings.add_overrides(parser)
     parser.add_argument("--ds-config", default="ds_config.json", help="default: %(default)s")
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank on each")
@@ -241,16 +271,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; returns the exit status."""
     arguments = parser().parse_args(argv)
     try:
-        config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
         zero = ds_config.load(arguments.ds_config)["zero_optimization"]
         machine = machine_of(arguments, gpus=arguments.gpus)
-        config.training.micro_batch_on(machine.gpus)
-        if arguments.run is not None:
-            machine = measured(machine, config=config, run=arguments.run)
+        if arguments.preset == "all":
+            lines = overview(machine=machine, zero=zero)
+        else:
+            config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
+            config.training.micro_batch_on(machine.gpus)
+            if arguments.run is not None:
+                machine = measured(machine, config=config, run=arguments.run)
+            lines = report(config, machine=machine, zero=zero, name=arguments.preset)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    for line in report(config, machine=machine, zero=zero, name=arguments.preset):
+    for line in lines:
         print(line)
     return 0
 
