@@ -92,11 +92,12 @@ def report(
 def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
     """A Markdown table of all presets of ImageNet and LSUN on this machine."""
     yield (
-        f"| preset | parameters | batch | steps | published | micro-batch | GiB per GPU | "
-        f"largest micro-batch | GPU days |\n|{'---|' * 9}"
+        f"| preset | parameters | batch | steps | published | micro-batch | GiB per GPU | GPU days |"
+        f"\n|{'---|' * 8}"
     )
-    for path in sorted(configs.PRESETS.glob("*[0-9]*.toml")):
-        config = configs.load(path)
+    presets = [(configs.load(path), path) for path in configs.PRESETS.glob("*[0-9]*.toml")]
+    presets.sort(key=lambda each: (each[0].objective == "classify", each[1].stem))
+    for config, path in presets:
         training, net = config.training, costs.count(config)
         published = re.findall(r"(FID .*)\.\n", path.read_text())
         micro = training.micro_batch_on(machine.gpus)
@@ -111,7 +112,6 @@ def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
             published[0] if published else "",
             f"{micro}",
             f"{sum(needed.values()) / GIB + machine.reserve:.0f}",
-            f"{largest_micro_batch(config, net, zero=zero, machine=machine)}",
             f"{days:,.0f}",
         )
         yield f"| {' | '.join(cells)} |"
