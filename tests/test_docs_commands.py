@@ -6,8 +6,9 @@ one. What needs a GPU machine, a registry or a browser is read by its parser in 
 
 import pytest
 
-from tests.support.pages import PAGES, Command
+from tests.support.pages import PAGES, ROOT, Command
 from tests.support.walkthrough import Walkthrough
+from trainer import plan
 
 #: The beginning of what is not run here, and what does run it.
 ELSEWHERE = {
@@ -41,3 +42,8 @@ def walkthrough(tmp_path_factory: pytest.TempPathFactory) -> Walkthrough:
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_a_command_of_the_pages_runs(walkthrough: Walkthrough, command: Command) -> None:
     walkthrough.run(command)
+
+
+def test_the_table_of_presets_is_the_planner_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["all", "--gpus", "8"]) == 0
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text()

@@ -91,7 +91,9 @@ def report(
 
 def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
     """A Markdown table of all presets of ImageNet and LSUN on this machine."""
-    yield "| preset | parameters | batch | steps | published | micro-batch | GiB per GPU | GPU days |"
+    yield (
+        "| preset | parameters | batch | steps | published | micro-batch | GiB per GPU | GPU days |"
+    )
     yield f"|{'---|' * 8}"
     presets = [(configs.load(path), path) for path in configs.PRESETS.glob("*[0-9]*.toml")]
     presets.sort(key=lambda each: (each[0].objective == "classify", each[1].stem))
