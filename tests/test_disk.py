@@ -1,6 +1,7 @@
 """Disks that are full, fail or lack a directory: what they cost a run, and what is said."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from data import files
 from data.exits import FAILED
-from tests.support import ranks
+from tests.support import faults, ranks
 from tests.support.runs import END, EVERY, STEP, Place, equal
 from trainer import checkpoint as checkpoints
 from trainer.ranks.world import World
@@ -86,6 +87,30 @@ def test_training_goes_on_while_the_disk_is_full(bare: Place) -> None:
     longer = (*EVERY, *ENDLESS[1:], f"training.images = {last}")
     assert bare.train(bare.arguments("longer", sets=longer), world=2) == [0]
     assert equal(bare.checkpoint("filled", last), bare.checkpoint("longer", last))
+
+
+def test_what_is_kept_of_a_refused_step_waits_for_room(bare: Place) -> None:
+    """A directory stands where the row is to be written."""
+    bad = 60 * STEP
+    sets = (*ENDLESS, f"intervals.checkpoint = {400 * STEP}")
+    task = partial(
+        faults.work,
+        bare.root / "incident-job",
+        [bare.arguments("incident", sets=sets)],
+        {bad: math.nan},
+        False,
+    )
+    job = ranks.fork(bare.root / "incident-job", task, ranks=2)
+    file = bare.run("incident") / "incidents.jsonl"
+    ranks.wait_for(bare.run("incident") / "metrics.jsonl")
+    file.mkdir()
+    until(lambda: f"cannot write incidents.jsonl of {bare.run('incident')}" in job.texts[0])
+    file.rmdir()
+    ranks.wait_for(file)
+    job.signal(0, signal.SIGTERM)
+    job.wait()
+    (row,) = [json.loads(line) for line in file.open()]
+    assert row["images"] == bad and row["worst"][0]["image"] == bad
 
 
 def test_a_run_without_checkpoints_for_too_long_ends_on_all_ranks(bare: Place) -> None:

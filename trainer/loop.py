@@ -205,6 +205,7 @@ class Loop:
             f"loss {means.get('loss', math.nan):.4f}  {means['images_per_second']:.1f} images/s  "
             f"{progress.left()} left"
         )
+        self._incidents.flush()
         self.guards.check_damaged(means, images=images)
 
     def _keep_averages(self) -> None:

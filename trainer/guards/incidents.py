@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Incidents:
     audit: Audit
     saver: Saver
     log: Callable[[str], None]
+    #: Rows of `incidents.jsonl` that had no room.
+    _unwritten: list[str] = field(default_factory=list)
 
     def meet(self, report: StepReport, seen: Seen, *, images_seen: int, now: int) -> int | None:
         """Record a refused step from `images_seen` to `now`; after too many in a row go back.
@@ -107,9 +109,17 @@ class Incidents:
     def _keep(self, entry: Mapping[str, Any]) -> None:
         """Append a row to `incidents.jsonl`."""
         if self.audit.world.is_main:
-            row = json.dumps({"time": time.time(), **_plain(entry)}) + "\n"
-            file = self.run.path / "incidents.jsonl"
-            self.run.attempt("incidents.jsonl", lambda: files.append(file, row))
+            self._unwritten.append(json.dumps({"time": time.time(), **_plain(entry)}) + "\n")
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows, those too that had no room before."""
+        if self._unwritten:
+            self.run.attempt("incidents.jsonl", self._write)
+
+    def _write(self) -> None:
+        files.append(self.run.path / "incidents.jsonl", "".join(self._unwritten))
+        self._unwritten.clear()
 
     @staticmethod
     def _replayed(report: StepReport, finding: Finding) -> str:
