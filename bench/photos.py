@@ -1,6 +1,6 @@
 """A substitute for ImageNet: varied JPEGs cut from scikit-learn's two photos.
 
-    python -m bench.photos OUT [--images 3000] [--classes 1000]
+    python -m bench.photos OUT [--images 3000] [--classes 1000] [--longest 500]
 
 Crops, scales and rotations of real photographs, in ImageNet's layout and naming (a directory for
 each WordNet number, `.JPEG` files), with its oddities: grey and CMYK files, odd aspect ratios.
@@ -59,8 +59,13 @@ def main() -> int:
     parser.add_argument(
         "--classes", type=int, default=1000, help="class directories (default: %(default)s)"
     )
+    parser.add_argument(
+        "--longest", type=int, default=500, help="bound of a side in pixels (default: %(default)s)"
+    )
     options = parser.parse_args()
-    make_photos(options.out, images=options.images, classes=options.classes)
+    make_photos(
+        options.out, images=options.images, classes=options.classes, longest=options.longest
+    )
     return 0
 
 

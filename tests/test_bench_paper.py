@@ -1,11 +1,13 @@
 """The paper's comparisons on digits: every command is one that its program takes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench import paper_results
 from bench.paper_plan import Plan, Step
 from data.packing import options as packing
+from tests.support import options
 from trainer import ablate, evaluate, sample, train
 from trainer import config as configs
 
@@ -42,8 +44,8 @@ def test_every_command_is_taken_and_makes_what_others_need(tmp_path: Path) -> No
     made |= {each.path for each in [*plan.digits(), *plan.photos()]}
     for step in plan.steps():
         assert not step.is_done
-        if (take := TAKE.get(step.command[0])) is not None:
-            take(list(step.command[1:]))
+        module, words = step.command[0], list(step.command[1:])
+        TAKE.get(module, partial(options.parse, module))(words)
         own = {step.made, *step.made.parents}
         named = {Path(word) for word in step.command if word.startswith(str(tmp_path))}
         outputs = {Path(step.command[i + 1]) for i, w in enumerate(step.command) if w == "--out"}
