@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from trainer import train
 from trainer.loop import Loop
-from trainer.ranks.group import Agreement, run_as_rank
+from trainer.ranks.ending import run_as_rank
+from trainer.ranks.group import Agreement
 from trainer.saver import Saver
 from trainer.saving import Saving
 

@@ -38,7 +38,7 @@ def train(run: Path, tiny: Path, *sets: str, first: str = "pass", status: int = 
 
 def python(code: str, status: int = 0) -> str:
     """Run code in a process of its own that ends with `status`; what it prints."""
-    main = f"from trainer.ranks.group import run_as_rank; run_as_rank(lambda: exec({code!r}))"
+    main = f"from trainer.ranks.ending import run_as_rank; run_as_rank(lambda: exec({code!r}))"
     command = [sys.executable, "-c", f"import sys; {main}"]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
     done = subprocess.run(

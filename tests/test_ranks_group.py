@@ -27,3 +27,27 @@ def test_a_user_error_ends_every_rank_with_its_status(
     # With the group left open, the threads of torch aborted most processes here.
     assert [process.returncode for process in processes] == [REFUSED] * 2, said
     assert said[0] == "error: --classes: 99 is not among the classes 0 to 9\n"
+
+
+ENDS = """
+import sys, threading, torch
+from trainer.ranks.ending import run_as_rank
+
+def free():  # as torch's threads do once a collective is over
+    while True:
+        torch.ones(8)
+
+def main():
+    threading.Thread(target=free, daemon=True).start()
+    return 75
+
+run_as_rank(main)
+"""
+
+
+def test_a_thread_of_torch_that_works_until_the_end_does_not_abort_the_process() -> None:
+    for _ in range(3):
+        ended = subprocess.run(
+            [sys.executable, "-c", ENDS], cwd=ranks.ROOT, capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stderr) == (75, "")

@@ -29,7 +29,8 @@ from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork, open_network
 from trainer.evaluation.reference import Reference
 from trainer.evaluation.results import Results, compare
-from trainer.ranks.group import agreed, connected, from_main, run_as_rank
+from trainer.ranks.ending import run_as_rank
+from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.world import World, join
 from trainer.sampling.samplefile import Samples, open_samples
 

@@ -21,7 +21,8 @@ from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
 from trainer.compute import DTYPES
 from trainer.networks import SampleInputs
-from trainer.ranks.group import agreed, connected, from_main, run_as_rank
+from trainer.ranks.ending import run_as_rank
+from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
 from trainer.sampling.drawing import Drawing

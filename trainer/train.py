@@ -38,7 +38,8 @@ from trainer.loop import Loop
 from trainer.measures import missing
 from trainer.options import parser
 from trainer.ranks.context import RankContext
-from trainer.ranks.group import agreed, connected, from_main, run_as_rank
+from trainer.ranks.ending import run_as_rank
+from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.lease import stop_file
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join

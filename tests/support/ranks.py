@@ -162,7 +162,7 @@ def free_port() -> int:
 
 def live(directory: Path, env: dict[str, str], task: Callable[[], int]) -> None:
     """The life of one rank."""
-    from trainer.ranks.group import run_as_rank
+    from trainer.ranks.ending import run_as_rank
 
     os.environ.update(env)
     with output(directory, int(env["RANK"])).open("ab") as file:

@@ -7,9 +7,6 @@ the launcher ends the others and its message is the first.
 import itertools
 import os
 import socket
-import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from data.exits import FAILED, REFUSED, is_ours
-from trainer.ranks import terminal
+from data.exits import is_ours
+from trainer.ranks.ending import is_held_up
 from trainer.ranks.faults import Broken, Fault, Refused
-from trainer.ranks.world import World, is_main_process, process_name, set_environment
+from trainer.ranks.world import World, set_environment
 
 T = TypeVar("T")
 
@@ -86,7 +83,7 @@ def connected(world: World, *, patience: float, gpus: int | None = None) -> Iter
         yield device
     except (Refused, Broken):
         # All ranks are here alike. Threads of a group that is left open would abort the process.
-        if not _is_held_up():
+        if not is_held_up():
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -247,38 +244,3 @@ class Agreement:
         """Finish the exchange that is under way, so that the group can be left."""
         if self._work is not None:
             self._work.wait()
-
-
-def run_as_rank(main: Callable[[], int]) -> None:
-    """End this process with the status of `main`; at an error report it and exit at once.
-
-    What every rank raises alike is one line from rank 0; any other error names its rank and host, a
-    ValueError of ours in one line, all else with the traceback. After it the process leaves
-    without the shutdown of MPI and torch, which would wait for peers that are stuck in a
-    collective it will never join.
-    """
-    terminal.tolerate_loss()
-    try:
-        sys.exit(main())
-    except (Refused, Broken) as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
-        status = REFUSED if isinstance(error, Refused) else FAILED
-        if not _is_held_up():
-            sys.exit(status)
-    except Exception as error:
-        if isinstance(error, ValueError) and is_ours(error):
-            print(f"{process_name()}: error: {error}", file=sys.stderr)
-            status = REFUSED
-        else:
-            print(f"{process_name()} failed:", file=sys.stderr)
-            traceback.print_exc()
-            status = FAILED
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _is_held_up() -> bool:
-    """Whether a thread still waits for the network: Python's shutdown would abort the process."""
-    return any(thread.daemon for thread in threading.enumerate())

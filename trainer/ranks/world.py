@@ -8,9 +8,11 @@ DeepSpeed read. In the trainer, mpi4py is imported here alone.
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 DEFAULT_PORT = 29500
 
@@ -222,6 +224,13 @@ def _from_mpi(env: Mapping[str, str]) -> World:
         port=int(env.get("MASTER_PORT") or meeting[1]),
         launcher="mpi",
     )
+
+
+def leave_mpi() -> None:
+    """Finish MPI where it has started this process. All ranks do."""
+    mpi: Any = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def _free_port() -> int:
