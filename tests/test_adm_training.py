@@ -99,6 +99,7 @@ def test_diffusion_training() -> None:
     assert got["ema_norm"] == pytest.approx(recipe["ema_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_classifier_training() -> None:
     recipe = WANT["classifier"]
     net, diffusion, optimizer = prepare("classifier", dtype=torch.float64)

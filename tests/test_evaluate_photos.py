@@ -41,6 +41,7 @@ def each(images: Images, change: Callable[[Image.Image], Image.Image]) -> Images
     return np.stack([np.asarray(change(Image.fromarray(image))) for image in images])
 
 
+@pytest.mark.slow
 def test_figures_of_photographs_say_what_is_wrong_with_them(tmp_path: Path) -> None:
     images, photo = photographs(tmp_path / "photos")
     held, photo = images[COUNT:], photo[COUNT:]

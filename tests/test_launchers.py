@@ -37,6 +37,7 @@ def train(launcher: str, run: Path, tiny: Path) -> tuple[str, list[float]]:
     return (run / "log.txt").read_text(), [json.loads(row)["loss"] for row in rows]
 
 
+@pytest.mark.slow
 def test_all_launchers_train_the_same_run(tmp_path: Path, tiny: Path) -> None:
     reference = None
     for launcher, command in LAUNCHERS.items():

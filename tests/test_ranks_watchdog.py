@@ -67,7 +67,9 @@ def stop_in_mid_run(number: signal.Signals) -> int:
     return 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_the_lowest_rank_that_lives_names_the_main_rank_before_any_other_error(
     tmp_path: Path, number: signal.Signals
 ) -> None:
