@@ -106,8 +106,8 @@ class Site:
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
     def losses(self, name: str) -> dict[int, float]:
-        """The loss by images; of a step that was done again, the last one."""
-        return {row["images"]: row["loss"] for row in self.rows(name)}
+        """The loss by images of steps that were taken; of one done again, the last one."""
+        return {row["images"]: row["loss"] for row in self.rows(name) if "loss" in row}
 
     def wait_start(self, name: str, number: int, *, steps: int = 5) -> None:
         """Wait until the run's start of that number, from 0, has trained a few steps."""
