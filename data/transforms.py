@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data.enlarge import enlarged_part
 from data.order import Ints, uniform
@@ -135,6 +135,9 @@ def _opened(content: bytes | memoryview) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
+    except UnidentifiedImageError:  # its text names an object in memory
+        what = "no image that Pillow knows" if len(content) else "an empty file"
+        raise UnidentifiedImageError(what) from None
     except (*UNDECODABLE, MemoryError):
         raise
     except Exception as error:  # decoders meet damage with errors of any type

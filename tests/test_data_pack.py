@@ -119,11 +119,13 @@ def test_what_cannot_be_decoded_is_left_out_and_listed(tmp_path: Path) -> None:
     (source / "n0001" / "img_0.JPEG").write_bytes(b"no image")
     whole = (source / "n0002" / "img_0.JPEG").read_bytes()
     (source / "n0002" / "img_0.JPEG").write_bytes(whole[: len(whole) // 2])
+    (source / "n0002" / "img_1.JPEG").write_bytes(b"")
     out = tmp_path / "out"
     left = pack(str(source), out=out, config=PackConfig(size=16))
-    assert left == 2 and open_shards(out).count == 18
+    assert left == 3 and open_shards(out).count == 17
     report = (out / LEFT_OUT).read_text()
-    assert "n0001/img_0.JPEG: " in report and "n0002/img_0.JPEG: " in report
+    assert "n0001/img_0.JPEG: no image that Pillow knows\n" in report
+    assert "n0002/img_0.JPEG: " in report and "n0002/img_1.JPEG: an empty file\n" in report
 
 
 def test_a_class_map_overrides_directories(tmp_path: Path) -> None:

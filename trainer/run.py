@@ -205,7 +205,7 @@ class Run:
         except OSError as error:
             if what not in self._failing:
                 self._failing.add(what)
-                _show(f"cannot write {what} of {self.path}: {error}; training goes on without it")
+                _show(f"cannot write {what} of {self.path}: {error}; training continues without it")
         else:
             if what in self._failing:
                 self._failing.remove(what)

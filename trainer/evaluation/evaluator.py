@@ -52,11 +52,8 @@ class Evaluator:
         Raises:
             Refused: there is none, it is damaged, or is of another size or network.
         """
-        if from_main(lambda: references.is_statistics(path)):
-            return agreed(lambda: references.load(path, network=self.network, size=size)[0])
-        samples = agreed(lambda: open_samples(path, size=size[0]))
-        agreed(lambda: references.check_images(samples, size=size))
-        return samples
+        found = self._open(path, size=size)
+        return found[0] if isinstance(found, tuple) else found
 
     def reference(self, path: Path, *, size: tuple[int, int]) -> Reference | None:
         """A reference file's content, or that of images, on the main rank.
@@ -64,14 +61,24 @@ class Evaluator:
         Raises:
             Refused: as `check`, or an image is damaged.
         """
-        found = self.check(path, size=size)
-        if not isinstance(found, Reference):
+        found = self._open(path, size=size)
+        if not isinstance(found, tuple):
             return self.of_images(found)
-        _, images = agreed(lambda: references.load(path, network=self.network, size=size))
+        content, images = found
         if images is None:
-            return found
+            return content
         features = self.extract(images, kept=range(images.count))
-        return None if features is None else references.with_features(found, features)
+        return None if features is None else references.with_features(content, features)
+
+    def _open(
+        self, path: Path, *, size: tuple[int, int]
+    ) -> tuple[Reference, Samples | None] | Samples:
+        """A reference file's content and the images in it, or the images that a reference is."""
+        if from_main(lambda: references.is_statistics(path)):
+            return agreed(lambda: references.load(path, network=self.network, size=size))
+        samples = agreed(lambda: open_samples(path, size=size[0]))
+        agreed(lambda: references.check_images(samples, size=size))
+        return samples
 
     def of_images(self, samples: Samples) -> Reference | None:
         """The reference that a directory of shards or a sample file is; on the main rank."""

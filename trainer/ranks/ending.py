@@ -63,5 +63,5 @@ def _exit(status: int) -> None:
 
 
 def is_held_up() -> bool:
-    """Whether a thread still waits for the network: Python's shutdown would abort the process."""
+    """Whether a thread still waits for the network, as for a peer that is gone: leaving may too."""
     return any(thread.daemon for thread in threading.enumerate())

@@ -82,7 +82,7 @@ def connected(world: World, *, patience: float, gpus: int | None = None) -> Iter
     try:
         yield device
     except (Refused, Broken):
-        # All ranks are here alike. Threads of a group that is left open would abort the process.
+        # All ranks are here alike. Where a peer is gone, leaving the group may wait for it.
         if not is_held_up():
             dist.destroy_process_group()
         raise

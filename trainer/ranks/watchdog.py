@@ -107,7 +107,7 @@ class Watchdog:
             dist.barrier()
         self._done.set()
         for thread in self._threads:
-            # Python aborts a process (status 134, not 78) whose daemon thread is in C++ at its end.
+            # It may be reading the store, which ends with the group or the main rank.
             thread.join(None if error is None else 5 * _BEAT)
         if error is None:
             dist.barrier()  # no rank may still read the store, which may be the main rank's
