@@ -43,11 +43,13 @@ def test_errors_are_no_larger_than_the_plain_norm_s(interpreted: Any) -> None:
             assert error <= max(plain, least), (case, name)
 
 
+@pytest.mark.slow
 def test_a_net_in_double_precision_is_the_same(interpreted: Any) -> None:
     for name, errors in interpreted["nets"].items():
         assert max(errors) < 1e-12, name
 
 
+@pytest.mark.slow
 def test_the_operation_is_one_that_graphs_can_hold(interpreted: Any) -> None:
     assert set(interpreted["check"].values()) == {"SUCCESS"}
 

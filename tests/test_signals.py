@@ -43,7 +43,14 @@ def start(run: Path, preset: Path, *, pause: Path | None = None) -> "subprocess.
         [sys.executable, "-m", "trainer.train", str(preset), "--run", str(run)],
         cwd=ranks.ROOT, env=env, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=heed,
     )  # fmt: skip
+
+
+def heed() -> None:
+    """Ignore no signal in a new process: in the background, shells ignore Ctrl-C for theirs."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def signalled_in_import(run: Path, preset: Path, number: signal.Signals) -> tuple[int, str]:
