@@ -43,6 +43,7 @@ def test_a_faulty_machine_is_named_and_ends_the_job(
     assert state["state"] == "failed" and HOST in state["why"] and state["lost"] == HOST
 
 
+@pytest.mark.slow
 def test_sound_machines_pass_every_audit_and_train_on_as_without_it(
     tmp_path: Path, tiny: Path
 ) -> None:

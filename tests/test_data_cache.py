@@ -36,6 +36,7 @@ def test_a_damaged_cache_is_refetched_and_bounded(whole: Shards, tmp_path: Path)
     assert [p.name for p in cache.glob("*/*") if p.suffix != ".npy"] == ["00000000"]
 
 
+@pytest.mark.slow
 def test_a_cache_of_many_chunks_serves_the_same(
     whole: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

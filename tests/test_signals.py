@@ -63,7 +63,14 @@ def signalled_in_import(run: Path, preset: Path, number: signal.Signals) -> tupl
     return process.returncode, said
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
     tmp_path: Path, tiny: Path, number: signal.Signals
 ) -> None:

@@ -227,6 +227,7 @@ def test_sixteen_bits_learn_alike(place: Place) -> None:
         assert place.losses(f"brain{stage}") == pytest.approx(place.losses("2x2"), rel=0.02)
 
 
+@pytest.mark.slow
 def test_loss_aware_timesteps_dropout_and_recomputed_activations_resume_exactly(
     place: Place,
 ) -> None:
