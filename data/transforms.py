@@ -7,7 +7,7 @@ crop equals the reference's bit for bit, and random draws are keyed by (seed, im
 import io
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -96,36 +96,44 @@ def open_rgb(content: bytes | memoryview) -> Image.Image:
     Raises:
         one of `UNDECODABLE`.
     """
-    return open_over(content)[0]
+    return open_over(content).image
 
 
-def open_over(content: bytes | memoryview, background: str = "white") -> tuple[Image.Image, bool]:
-    """As `open_rgb`, and whether the image is transparent somewhere: `background` shows through.
+class Opened(NamedTuple):
+    """An image file as an RGB image, and what is known of the file."""
+
+    image: Image.Image
+    #: Whether it is transparent somewhere: a background shows through.
+    is_transparent: bool = False
+    #: How it must be turned to be upright, by its EXIF; None if it is, or has none.
+    turn: Image.Transpose | None = None
+
+
+def open_over(content: bytes | memoryview, background: str = "white") -> Opened:
+    """As `open_rgb`; `background` shows through where an image is transparent.
 
     Raises:
         one of `UNDECODABLE`.
     """
     with _opened(content) as image:
+        turn = _turn(image)
         if image.mode == "F":
             raise ValueError("its values are floating-point numbers: convert it to 8 or 16 bits")
         if image.mode.startswith("I"):
-            return _from_16_bits(image), False
+            return Opened(_from_16_bits(image), turn=turn)
         if image.has_transparency_data:
             layers = image.convert("RGBA")
             if layers.getchannel("A").getextrema() != (255, 255):
                 behind = Image.new("RGBA", image.size, background)
-                return Image.alpha_composite(behind, layers).convert("RGB"), True
+                flat = Image.alpha_composite(behind, layers).convert("RGB")
+                return Opened(flat, is_transparent=True, turn=turn)
         # Converting copies in any case.
-        return image if image.mode == "RGB" else image.convert("RGB"), False
+        return Opened(image if image.mode == "RGB" else image.convert("RGB"), turn=turn)
 
 
-def orientation(content: bytes) -> Image.Transpose | None:
-    """How an image file must be turned to be upright, by its EXIF; None if it is, or has none."""
-    if content[:2] == b"\xff\xd8" and b"Exif" not in content:
-        return None  # no need to parse it again
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # whatever a parser of damaged EXIF raises: the pixels are as they are
         return None
 

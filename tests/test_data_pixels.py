@@ -221,3 +221,15 @@ def test_exif_orientation_is_counted_and_applied_on_request(
         assert said == (value != 1)
     made_by = json.loads((tmp_path / "oFalse" / "manifest.json").read_text())["made_by"]
     assert "exif_transpose" not in made_by  # as the last release: the same fingerprint
+
+
+def test_a_tiff_that_pillow_turns_as_it_loads_is_not_turned_again(tmp_path: Path) -> None:
+    pixels = np.arange(16 * 16 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "P" / "a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "P" / "a" / "x.tif", exif=exif)
+    config = PackConfig(size=16, exif_transpose=True, format="png")
+    pack(str(tmp_path / "P"), out=tmp_path / "out", config=config)
+    ((found, _),) = content(open_shards(tmp_path / "out"))
+    assert found == np.rot90(pixels, -1).transpose(2, 0, 1).tobytes()

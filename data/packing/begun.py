@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,8 @@ def with_stamps(work: PackPlan, begun: Begun, *, source: Source) -> PackPlan:
 
 def save(begun: Begun, out: Path) -> None:
     """Write it, whole."""
-    plain = replace(begun, listing=replace(begun.listing, skipped=dict(begun.listing.skipped)))
-    files.write(out / WORK / BEGUN, json.dumps(asdict(plain)))
+    listing = {**vars(begun.listing), "skipped": dict(begun.listing.skipped)}
+    files.write(out / WORK / BEGUN, json.dumps({**vars(begun), "listing": listing}))
 
 
 def load(out: Path) -> Begun | None:

@@ -26,7 +26,7 @@ from data.packing.claim import WORK
 from data.packing.plan import PackConfig, PackJob
 from data.packing.sources import Source
 from data.tars import Index, ShardWriter
-from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_over, orientation
+from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_over
 
 # Errors of reading one file that say nothing of the others.
 _OF_A_FILE = {
@@ -121,8 +121,7 @@ def encode(content: bytes, *, config: PackConfig) -> Encoded:
     Raises:
         one of `UNDECODABLE`.
     """
-    image, is_transparent = open_over(content, config.background)
-    turn = orientation(content)
+    image, is_transparent, turn = open_over(content, config.background)
     counted = (is_transparent, turn is not None)
     turned = config.exif_transpose and turn is not None
     if turned and turn is not None:
