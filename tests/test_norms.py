@@ -1,4 +1,7 @@
-"""The engine's norm and overflow are DeepSpeed's own, bit for bit, in fewer operations."""
+"""The engine's norm and overflow are DeepSpeed's own, bit for bit, in fewer operations.
+
+And no step of it waits for the device by name, which must be the rank's own.
+"""
 
 import json
 from functools import partial
@@ -90,6 +93,9 @@ def compare(directory: Path) -> int:
 
     # DeepSpeed refuses fp16 on most CPUs by this check alone.
     CPU_Accelerator.is_fp16_supported = lambda self: True
+    waits, devices = [], set[int]()
+    CPU_Accelerator.synchronize = lambda self, index=None: waits.append(index)
+    CPU_Accelerator.set_device = lambda self, at: devices.add(getattr(at, "index", at) or 0)
     world, hasten, found = join(), norms.hasten, []
     with connected(world, patience=ranks.LIMIT) as device:
         for case in CASES:
@@ -100,16 +106,22 @@ def compare(directory: Path) -> int:
             same = all(torch.equal(a, b) for a, b in zip(states, own, strict=True))
             found.append([theirs, ours, same, slow, fast])
     (directory / f"{world.rank}.json").write_text(json.dumps(found))
+    (directory / f"device-{world.rank}.json").write_text(json.dumps([len(waits), list(devices)]))
     return 0
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("norms")
     job = ranks.fork(directory, partial(compare, directory), ranks=2)
     job.wait()
-    assert (directory / "1.json").exists(), job.text
-    found = [json.loads((directory / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert (directory / "device-1.json").exists(), job.text
+    return directory
+
+
+@pytest.fixture(scope="module")
+def compared(job: Path) -> list[Any]:
+    found = [json.loads((job / f"{rank}.json").read_text()) for rank in (0, 1)]
     return [(case, *one) for rank in found for case, one in zip(CASES, rank, strict=True)]
 
 
@@ -123,3 +135,12 @@ def test_the_operations_of_a_step_do_not_grow_with_the_parameters(compared: list
     for case, *_, slow, fast in compared:
         # Stage 3 gathers every parameter after its step.
         assert fast < (80 if case[0] < 3 else slow), (case, slow, fast)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_deepspeed_keeps_to_the_rank_s_device_and_does_not_wait_for_it(
+    job: Path, rank: int
+) -> None:
+    """A rank's device is not of its number where the scheduler shows each rank its own."""
+    waits, devices = json.loads((job / f"device-{rank}.json").read_text())
+    assert (waits, devices) == (0, [0])

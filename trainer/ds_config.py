@@ -101,6 +101,8 @@ def resolve(ds_config: dict[str, Any], *, config: Config, ranks: int) -> dict[st
             resolved.setdefault(head, {})[rest] = value
         else:
             resolved[head] = value
+    # DeepSpeed's timer would make the host wait for the device twice in every micro-batch.
+    resolved.setdefault("timers", {"throughput": {"enabled": False}})
     zero = resolved["zero_optimization"]
     if zero.get("overlap_comm") == "auto":
         # At one rank there is nothing to overlap, and every micro-batch would wait for the device.

@@ -7,6 +7,7 @@ and `scatter`, by the network's own parameter names, whatever the stage and the 
 
 import os
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -79,7 +80,7 @@ class Engine:
             weight_decay=training.weight_decay,
             fused=device.type == "cuda",
         )
-        self._ds, self._optimizer = _initialize(net, self._base, ds_config)
+        self._ds, self._optimizer = _initialize(net, self._base, ds_config, device=device)
         norms.hasten(self._optimizer, stage=self.stage)
         self._scaling = LossScale(self._optimizer.loss_scaler)
         self._gate = Gate(self._optimizer, scaling=self._scaling)
@@ -258,16 +259,18 @@ class Engine:
 
 
 def _initialize(
-    net: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]
+    net: nn.Module, optimizer: torch.optim.Optimizer, ds: dict[str, Any], *, device: torch.device
 ) -> tuple[Any, Any]:
     """DeepSpeed's engine and its optimizer.
 
     Raises:
         ValueError: DeepSpeed refuses the settings.
     """
+    # DeepSpeed would take the GPU of this rank's number; Slurm may show each task only its own.
+    where = Namespace(device_rank=device.index or 0)
     try:
         engine, wrapped, _, _ = deepspeed.initialize(
-            model=net, optimizer=optimizer, config=ds_config, dist_init_required=False
+            where, model=net, optimizer=optimizer, config=ds, dist_init_required=False
         )
     except (ValueError, AssertionError, DeepSpeedConfigError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
