@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from data import files
 from data.config import FetchConfig, expanded, is_local, shown
 from data.index import has_size_of, map_index, parse_index, rows_at
 from data.manifest import (
@@ -154,15 +155,9 @@ def describe(tar: Path, index: Index, content: bytes) -> Shard:
         name=tar.stem,
         samples=len(index),
         bytes=tar.stat().st_size,
-        sha256=file_sha256(tar),
+        sha256=files.sha256(tar),
         index_sha256=hashlib.sha256(content).hexdigest(),
     )
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(reader: Reader) -> Shards:

@@ -7,6 +7,7 @@ launchers use small numbers for themselves (srun ends with 2 where a node has no
 import argparse
 import dis
 import sys
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,3 +77,12 @@ def exit_status(error: BaseException) -> int:
     `OSError` is a fault of the machine.
     """
     return REFUSED if isinstance(error, (ValueError, ImportError, *FINAL)) else FAILED
+
+
+def reported(command: Callable[[], int]) -> int:
+    """The exit status of a command; an error of `REPORTED` is printed in one line."""
+    try:
+        return command()
+    except REPORTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)

@@ -1,6 +1,7 @@
 """Files that are there in full or not at all, also after a power cut."""
 
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -70,6 +71,12 @@ def set_aside(path: Path, suffix: str) -> None:
     """Rename to `NAME.SUFFIX`, or where that is there to a name of its own."""
     to = path.with_name(f"{path.name}.{suffix}")
     path.rename(to if not to.exists() else f"{to}.{time.time_ns()}")
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file's content, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How far work has come: the time left, durations in words, and lines on stderr."""
+"""How far work has come: the time left, durations in words, lines on a terminal or on stderr."""
 
 import sys
 import time
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+
+# Seconds between two lines of `Progress` elsewhere than on a terminal.
+_EVERY = 60.0
 
 
 def duration(seconds: float) -> str:
@@ -57,3 +60,44 @@ def with_progress(
             print(said(Step(number, done, done / (now - begin), left)), file=sys.stderr)
             shown = now
         yield item
+
+
+class Progress:
+    """One line that is drawn again at every step on a terminal.
+
+    Elsewhere `say`, if it is given, hears of it once a minute.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int,
+        done: int,
+        unit: str = "images",
+        shown: bool = True,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._total, self._done, self._unit = total, done, unit
+        self._start = done
+        self._began = self._said = time.monotonic()
+        self._shown = shown and sys.stdout.isatty()
+        self._say = say if shown and not self._shown else None
+
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
+        if self._shown:
+            text = f"{self._done:,} of {self._total:,} {self._unit}  {self.left()} left"
+            print(f"\r{text.ljust(79)}", end="\r", flush=True)
+        if self._say is not None and time.monotonic() > self._said + _EVERY:
+            self._said = time.monotonic()
+            rate = (self._done - self._start) / (self._said - self._began)
+            done = f"{self._done:,} of {self._total:,} {self._unit}"
+            self._say(f"{done}, {rate:,.1f} a second, {self.left()} left")
+
+    def left(self) -> str:
+        """Time left at the mean rate since the start of this process."""
+        if self._done == self._start:
+            return "?"
+        done, rest = self._done - self._start, self._total - self._done
+        return duration(seconds_left(time.monotonic() - self._began, done=done, rest=rest))

@@ -9,11 +9,13 @@ python -m data.shards merge OUT DIR DIR ...    one dataset of the shards of seve
 
 import argparse
 import io
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data import descriptors
 from data.config import FetchConfig, is_local, shown
@@ -23,11 +25,13 @@ from data.export import export
 from data.packing.indexing import index_directory, merge
 from data.packing.pool import interrupted_by_signals
 from data.reader import Reader
-from data.sheet import contact_sheet
 from data.tars import Index
+from data.transforms import decode
 
 # Thumbnails on a contact sheet.
 _THUMBNAILS = 64
+# Pixels of a thumbnail's longer side.
+_TILE = 128
 # Classes that `info` lists by name.
 _LISTED = 20
 
@@ -65,7 +69,7 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
         print(f"  ... and {len(counts) - listed} more (--classes lists all)")
     print(f"fingerprint {shards.fingerprint}")
     if sheet:
-        contact_sheet(_stored(shards, _THUMBNAILS, reader)).save(sheet)
+        _contact_sheet(_stored(shards, _THUMBNAILS, reader)).save(sheet)
         print(f"thumbnails: {sheet}")
     return 0
 
@@ -88,6 +92,28 @@ def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[bytes]:
             shards.shards[shard].tar, first=int(entry["offset"]), size=int(entry["size"])
         )
     reader.close()
+
+
+def _contact_sheet(stored: Iterable[bytes]) -> Image.Image:
+    """Draw image files as thumbnails of at most `_TILE` pixels, in rows of a square sheet.
+
+    Raises:
+        one of `data.transforms.UNDECODABLE`.
+    """
+    thumbnails = []
+    for content in stored:
+        image = Image.fromarray(decode(content))
+        scale = _TILE / max(image.size)
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        # Small images are shown pixel by pixel, large ones smoothly.
+        filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        thumbnails.append(image.resize(size, filter_))
+    columns = math.ceil(math.sqrt(len(thumbnails)))
+    rows = math.ceil(len(thumbnails) / max(columns, 1))
+    sheet = Image.new("RGB", (max(columns, 1) * _TILE, max(rows, 1) * _TILE))
+    for i, thumbnail in enumerate(thumbnails):
+        sheet.paste(thumbnail, (i % columns * _TILE, i // columns * _TILE))
+    return sheet
 
 
 def _index(root: Path, *, out: Path | None) -> int:

@@ -7,7 +7,6 @@ the seed, the shards and the configuration, so there is no loader state to save.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from types import TracebackType
 
 import numpy as np
 
@@ -24,9 +23,8 @@ __all__ = ["Batch", "DataConfig", "Stream", "open_stream", "to_device"]
 class Stream:
     """Batches of a dataset, decoded ahead in worker processes.
 
-    `served` counts this process's images, `bad` those of them that were damaged and replaced;
-    `log` receives a line for each of the latter. Use as a context manager, or call `close`, which
-    ends the workers.
+    `bad` counts this process's images that were damaged and replaced; `log` receives a line for
+    each. Use as a context manager, or call `close`, which ends the workers.
 
     Raises:
         ValueError: too few images, or shards packed for another image size.
@@ -41,7 +39,7 @@ class Stream:
         log: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.shards, self.seed = config, shards, seed
-        self.served = self.bad = 0
+        self.bad = 0
         self._samples = Samples(shards, config=config, seed=seed)
         self.log = log or _to_stderr
         self._running: list[Workers] = []
@@ -49,12 +47,7 @@ class Stream:
     def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -113,9 +106,7 @@ class Stream:
         requests = _training_requests(images_seen, batch_size, micro_batch_size, rank, ranks)
         return self._load(requests, micro_batch_size=micro_batch_size, pin=pin)
 
-    def once(
-        self, *, micro_batch_size: int, rank: int, ranks: int, pin: bool = False
-    ) -> Iterator[Batch]:
+    def once(self, *, micro_batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
         """Each image once, in packing order, without flips or random crops: a validation split.
 
         Rank r takes images r, r + ranks, ... All ranks get equally many micro-batches, as
@@ -125,7 +116,7 @@ class Stream:
             ValueError: an image is damaged; and as `batches`.
         """
         requests = _single_pass(self.shards.count, micro_batch_size, rank, ranks)
-        return self._load(requests, micro_batch_size=micro_batch_size, pin=pin)
+        return self._load(requests, micro_batch_size=micro_batch_size, pin=False)
 
     def parts(
         self, *, images: int, size: int, rank: int, ranks: int, pin: bool = False
@@ -209,7 +200,6 @@ class Stream:
     def _count(self, loaded: Iterator[Filled], pin: bool) -> Iterator[Batch]:
         """Make batches; count and log the bad samples."""
         for filled in loaded:
-            self.served += len(filled.labels)
             self.bad += len(filled.bad)
             for line in filled.bad:
                 self.log(f"bad sample replaced: {line}")

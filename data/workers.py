@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -61,10 +60,7 @@ class Filled(NamedTuple):
 
 
 class Workers:
-    """Processes that load requests ahead, in order.
-
-    Use as a context manager; leaving it ends the processes.
-    """
+    """Processes that load requests ahead, in order; `close` ends them."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -75,17 +71,6 @@ class Workers:
             *(_start(setup, memory) for _ in range(count)), strict=True
         )
         os.close(memory)  # the mappings keep it
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def load(self, requests: Iterator[BatchRequest]) -> Iterator[Filled]:
         """Load requests in their order, as many ahead as there are slots.

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import files
-from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
+from data.exits import TO_BE_CONTINUED, CommandParser, reported
 from trainer import ablation_results, costs, settings
 from trainer.ablations import AblationSet, Row, load
 from trainer.adm.config import check
@@ -168,28 +168,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, options = command.parse_known_args(argv)
     if options and arguments.cluster is None:
         command.error(f"unrecognized arguments: {' '.join(options)}")
-    try:
-        found = load(arguments.set_name, arguments.set, unset=arguments.unset)
-        check(arguments.ranks >= 1, "--ranks", arguments.ranks, "at least 1")
-        check(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "above 0, at most 1")
-        check(arguments.tflops > 0, "--tflops", arguments.tflops, "above 0")
-        planned = arguments.dry_run and arguments.cluster is None
-        check(planned or arguments.runs is not None, "--runs", None, "a directory, or --dry-run")
-        for row in found.rows if not arguments.dry_run and arguments.cluster is None else ():
-            found.config(row).training.micro_batch_on(arguments.ranks)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+    return reported(lambda: _do(arguments, options))
+
+
+def _do(arguments: argparse.Namespace, options: Sequence[str]) -> int:
+    """What the command line asks for."""
+    found = load(arguments.set_name, arguments.set, unset=arguments.unset)
+    check(arguments.ranks >= 1, "--ranks", arguments.ranks, "at least 1")
+    check(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "above 0, at most 1")
+    check(arguments.tflops > 0, "--tflops", arguments.tflops, "above 0")
+    planned = arguments.dry_run and arguments.cluster is None
+    check(planned or arguments.runs is not None, "--runs", None, "a directory, or --dry-run")
     if planned:
         print("\n".join(plan(found, tflops=arguments.tflops, mfu=arguments.mfu)))
         return 0
-    try:
-        if arguments.cluster is not None:
-            return submit(found, arguments, options, runs=arguments.runs)
-        return run_all(found, arguments.runs, ranks=arguments.ranks)
-    except REPORTED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
+    if arguments.cluster is not None:
+        return submit(found, arguments, options, runs=arguments.runs)
+    for row in found.rows:
+        found.config(row).training.micro_batch_on(arguments.ranks)
+    return run_all(found, arguments.runs, ranks=arguments.ranks)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data import files
 from data.stores import FINAL
 from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
@@ -147,14 +148,14 @@ def _file_fault(file: Path, facts: Any) -> str | None:
         return f"{file.name} is missing"
     if (size := file.stat().st_size) != facts["bytes"]:
         return f"{file.name} has {size} bytes instead of {facts['bytes']}"
-    if sha256(file) != facts["sha256"]:
+    if files.sha256(file) != facts["sha256"]:
         return f"{file.name} does not match its checksum"
     return None
 
 
 def file_facts(file: Path) -> dict[str, Any]:
     """Size and checksum of a file."""
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
 
 
 def superseded(names: Sequence[int], *, keep: int, keep_every: int | None) -> list[int]:
@@ -186,9 +187,3 @@ def best(paths: Sequence[Path]) -> Path | None:
         if of == sets[0] and isinstance(entry.get("loss"), float) and math.isfinite(entry["loss"])
     }
     return min(losses, key=lambda path: losses[path], default=None)
-
-
-def sha256(file: Path) -> str:
-    """The checksum of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,6 +6,7 @@ Each dataclass sits beside what it configures; this file composes them. No torch
 checks a config before anything is queued.
 """
 
+import argparse
 import dataclasses
 import sys
 import typing
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.config import DataConfig, shown
-from data.exits import REFUSED, CommandParser
+from data.exits import CommandParser, reported
 from trainer import settings
 from trainer.adm.config import (
     ClassifierConfig,
@@ -221,18 +222,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if (arguments.preset is None) == (arguments.from_flags is None):
         parser.error("give PRESET or --from-flags")
-    try:
-        if arguments.from_flags is not None:
-            from trainer import flags  # reads presets with this module
+    return reported(lambda: _print(arguments))
 
-            print(flags.to_preset(arguments.from_flags, ranks=arguments.ranks), end="")
-            return 0
-        config = load(arguments.preset, arguments.set, unset=arguments.unset)
-        if arguments.ranks is not None:
-            config.training.micro_batch_on(arguments.ranks)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+
+def _print(arguments: argparse.Namespace) -> int:
+    if arguments.from_flags is not None:
+        from trainer import flags  # reads presets with this module
+
+        print(flags.to_preset(arguments.from_flags, ranks=arguments.ranks), end="")
+        return 0
+    config = load(arguments.preset, arguments.set, unset=arguments.unset)
+    if arguments.ranks is not None:
+        config.training.micro_batch_on(arguments.ranks)
     print(to_toml(config), end="")
     return 0
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import files
-from data.exits import REPORTED, CommandParser, exit_status
+from data.exits import CommandParser, reported
 from trainer import config as configs
 from trainer import diffusers_format
 from trainer.adm.config import UNetConfig, check
@@ -71,8 +71,8 @@ An upsampler: the input of `unet` is the noised image and beside it, as three mo
 low-resolution image enlarged by `interpolate(mode="bilinear")`. No pipeline does that."""
 
 
-def export(arguments: argparse.Namespace) -> str:
-    """Write what the command line asks for; returns a line about it.
+def export(arguments: argparse.Namespace) -> int:
+    """Write what the command line asks for; returns the exit status.
 
     Raises:
         ValueError: an option is wrong, or the network cannot be written that way.
@@ -97,7 +97,8 @@ def export(arguments: argparse.Namespace) -> str:
             torch.save(named, stream)
     else:
         _write_folder(to, named, found=found)
-    return f"written: {to}: {found.file} ({arguments.precision})"
+    print(f"written: {to}: {found.file} ({arguments.precision})")
+    return 0
 
 
 def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> None:
@@ -186,12 +187,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
-    try:
-        print(export(arguments))
-    except REPORTED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
-    return 0
+    return reported(lambda: export(arguments))
 
 
 if __name__ == "__main__":

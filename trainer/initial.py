@@ -16,7 +16,7 @@ from torch import Tensor
 from data import files
 from trainer import diffusers_format, weights
 from trainer.adm.unet import build
-from trainer.checkpoint import committed, sha256
+from trainer.checkpoint import committed
 from trainer.config import Config
 from trainer.networks import TrainedNetwork
 from trainer.run import Run
@@ -49,7 +49,7 @@ class Initial:
             file, checksum = found.file, found.sha256
         else:
             file = path
-            checksum = sha256(path) if path.is_file() else ""
+            checksum = files.sha256(path) if path.is_file() else ""
         initial = cls(
             init=str(path.absolute()), file=str(file.absolute()), sha256=checksum, skip=tuple(skip)
         )
@@ -140,7 +140,7 @@ def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
         print(f"--init {path} is not used: {run.path} resumes from its checkpoint", flush=True)
         return
     known = str(path.absolute()) in (before.init, before.file)
-    same = known or (path.is_file() and sha256(path) == before.sha256)
+    same = known or (path.is_file() and files.sha256(path) == before.sha256)
     if not same or tuple(skip) != before.skip:
         with_skip = "".join(f" --init-skip {name}" for name in before.skip)
         raise ValueError(

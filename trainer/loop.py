@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from data.exits import TO_BE_CONTINUED
+from data.progress import Progress
 from data.stream import Batch, Stream
 from trainer.adm.objective import Classify, Denoise
 from trainer.config import Config
@@ -22,7 +23,6 @@ from trainer.guards.incidents import Incidents
 from trainer.guards.policy import Guards
 from trainer.guards.replay import dropout_seed
 from trainer.measures import Measures, due
-from trainer.progress import Progress
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.saver import Saver

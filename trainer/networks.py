@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data import files
 from trainer import averages, compute, diffusers_format, weights
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
@@ -44,7 +45,7 @@ class TrainedNetwork:
         name = str(path) if preset is None else f"{path} (preset {preset})"
         if (path / FILE).is_file():
             config = configs.load(path / "config.toml" if preset is None else preset)
-            return cls(config, path / FILE, checkpoints.sha256(path / FILE), name)
+            return cls(config, path / FILE, files.sha256(path / FILE), name)
         if path.is_dir():
             found = _newest(path)
             run = found.path.parent.parent
@@ -60,7 +61,7 @@ class TrainedNetwork:
         if not path.is_file():
             raise ValueError(f"no such weights file: {path}")
         config = _written_config(path) if preset is None else configs.load(preset)
-        return cls(config, path, checkpoints.sha256(path), name)
+        return cls(config, path, files.sha256(path), name)
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the file, by our names.

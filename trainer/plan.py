@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.dataset import open_shards
-from data.exits import REFUSED, CommandParser
+from data.exits import CommandParser, reported
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer import costs, ds_config, settings
@@ -270,20 +270,20 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; returns the exit status."""
     arguments = parser().parse_args(argv)
-    try:
-        zero = ds_config.load(arguments.ds_config)["zero_optimization"]
-        machine = machine_of(arguments, gpus=arguments.gpus)
-        if arguments.preset == "all":
-            lines = overview(machine=machine, zero=zero)
-        else:
-            config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
-            config.training.micro_batch_on(machine.gpus)
-            if arguments.run is not None:
-                machine = measured(machine, config=config, run=arguments.run)
-            lines = report(config, machine=machine, zero=zero, name=arguments.preset)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+    return reported(lambda: _print(arguments))
+
+
+def _print(arguments: argparse.Namespace) -> int:
+    zero = ds_config.load(arguments.ds_config)["zero_optimization"]
+    machine = machine_of(arguments, gpus=arguments.gpus)
+    if arguments.preset == "all":
+        lines = overview(machine=machine, zero=zero)
+    else:
+        config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
+        config.training.micro_batch_on(machine.gpus)
+        if arguments.run is not None:
+            machine = measured(machine, config=config, run=arguments.run)
+        lines = report(config, machine=machine, zero=zero, name=arguments.preset)
     for line in lines:
         print(line)
     return 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data import files
 from data.dataset import Shards, open_shards
 from data.mixture import Dataset
+from data.progress import Progress
 from data.stream import Batch, Stream, to_device
 from trainer import averages, classes, compute
 from trainer.adm.config import check
@@ -23,7 +24,6 @@ from trainer.checkpoint import VALIDATION
 from trainer.config import Config
 from trainer.copies import network_of
 from trainer.engine import WEIGHTS, Engine
-from trainer.progress import Progress
 from trainer.ranks.faults import Broken
 from trainer.ranks.group import Agreement, agreed, gather
 from trainer.ranks.world import World

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from data import files
-from data.dataset import describe, file_sha256
+from data.dataset import describe
 from data.index import index_bytes
 from data.manifest import Shard
 from data.packing import claim
@@ -222,7 +222,7 @@ def _finished(out: Path, record: Path) -> Made | None:
         (made.shard.tar, made.shard.sha256),
         (made.shard.index, made.shard.index_sha256),
     ):
-        if not (out / name).exists() or file_sha256(out / name) != sha256:
+        if not (out / name).exists() or files.sha256(out / name) != sha256:
             return None
     return made
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.progress import Progress
 from trainer import compute
 from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion
@@ -18,7 +19,6 @@ from trainer.config import Config
 from trainer.copies import network_of
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Share
-from trainer.progress import Progress
 from trainer.ranks.group import Agreement, agreed
 from trainer.sampling.draw import SamplerConfig, draw, to_pixels
 from trainer.sampling.labels import Labels

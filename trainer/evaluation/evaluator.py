@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from data.progress import Progress
 from trainer.evaluation import reference as references
 from trainer.evaluation.extraction import Extracted, Share, joined
 from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.reference import Reference
-from trainer.progress import Progress
 from trainer.ranks.group import agreed, from_main
 from trainer.ranks.world import World
 from trainer.sampling.samplefile import Samples, open_samples

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import files
 from trainer import weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import to_range
-from trainer.checkpoint import sha256
 from trainer.compute import use_tf32
 from trainer.evaluation.inception import SOURCE, WEIGHTS, Inception
 from trainer.networks import TrainedNetwork
@@ -96,7 +96,7 @@ def _file(text: str, path: Path, *, device: torch.device) -> FeatureNetwork:
 
 
 def _inception(path: Path, *, device: torch.device) -> FeatureNetwork:
-    checksum = sha256(path)
+    checksum = files.sha256(path)
     with torch.device("meta"):
         net = Inception()
     loaded = weights.load(path)
@@ -151,7 +151,7 @@ def _exported(path: Path, *, dino: bool, device: torch.device) -> FeatureNetwork
         return Features(found.float())
 
     name = f"{'dinov2 ' if dino else ''}{path.name}"
-    return FeatureNetwork(name=name, sha256=sha256(path), net=net, compute=compute)
+    return FeatureNetwork(name=name, sha256=files.sha256(path), net=net, compute=compute)
 
 
 def _for_dino(images: Tensor) -> Tensor:

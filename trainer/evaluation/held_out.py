@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from data import files
 from data.dataset import class_names, open_shards
 from data.exits import CommandParser
+from data.progress import Progress
 from data.stream import Batch
 from trainer import classes
 from trainer.adm import keyed
@@ -29,7 +30,6 @@ from trainer.adm.config import UNetConfig, check
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Classify, low_resolution, to_range
 from trainer.networks import TrainedNetwork
-from trainer.progress import Progress
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.world import World, join
 from trainer.validation import SEED, Terms, ValidationSet, means

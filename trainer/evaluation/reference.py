@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data import files
-from data.dataset import file_sha256
 from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.figures import Statistics
@@ -121,7 +120,7 @@ def load(
     assert pool is not None
     reference = Reference(
         name=str(path),
-        checksum=file_sha256(path),
+        checksum=files.sha256(path),
         count=about["count"] if about else None,
         pool=pool,
         spatial=_statistics(stored, "spatial", path=path),

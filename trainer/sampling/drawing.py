@@ -11,8 +11,7 @@ from torch import nn
 
 from data import files
 from data.exits import TO_BE_CONTINUED
-from data.progress import duration
-from trainer.progress import Progress
+from data.progress import Progress, duration
 from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
 from trainer.ranks.lease import Lease
 from trainer.ranks.signals import Preemption

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import npz
+from data import files, npz
 from data.config import FetchConfig
-from data.dataset import Shards, file_sha256, open_shards
+from data.dataset import Shards, open_shards
 from data.stored_images import BadSampleError, StoredImages
 from data.transforms import UNDECODABLE, center_crop, decode
 
@@ -89,7 +89,7 @@ class NpzSamples:
 
     def checksum(self) -> str:
         """The sha256 of the file."""
-        return file_sha256(self.path)
+        return files.sha256(self.path)
 
     def _checked(self, labels: NDArray[Any]) -> NDArray[np.int64] | None:
         if labels.shape != (self.count,) or labels.dtype.kind not in "iu":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import files
-from data.dataset import describe, file_sha256
+from data.dataset import describe
 from data.index import index_bytes, parse_index
 from data.manifest import MANIFEST, NO_CLASS, Shard, manifest_text
 from data.tars import ShardWriter
@@ -66,7 +66,7 @@ class ShardOutput(Output):
             index = parse_index(content, samples=len(labels), where=self._shards / shard.index)
             if not np.array_equal(index["label"], labels):
                 return "its labels are not those of the request"
-            found = file_sha256(self._shards / shard.tar), hashlib.sha256(content).hexdigest()
+            found = files.sha256(self._shards / shard.tar), hashlib.sha256(content).hexdigest()
             if found != (shard.sha256, shard.index_sha256):
                 return "its shard has another checksum"
         except (OSError, ValueError, TypeError) as error:
