@@ -22,7 +22,7 @@ import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
-from trainer import averages, norms
+from trainer import averages, norms, shortcuts
 from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.copies import Copies
@@ -82,6 +82,7 @@ class Engine:
         )
         self._ds, self._optimizer = _initialize(net, self._base, ds_config, device=device)
         norms.hasten(self._optimizer, stage=self.stage)
+        shortcuts.take(self._optimizer, stage=self.stage)
         self._scaling = LossScale(self._optimizer.loss_scaler)
         self._gate = Gate(self._optimizer, scaling=self._scaling)
         self._fill_states()
