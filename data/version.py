@@ -1,5 +1,6 @@
 """Which code runs: the release, and the commit of a git checkout or of the copy that a job runs."""
 
+import hashlib
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,17 @@ def commit(root: Path = _ROOT) -> str:
     with suppress(OSError):
         return (root / COMMIT).read_text().strip()
     return ""
+
+
+def digest(root: Path = _ROOT) -> str:
+    """The checksum of the code that trains: the Python files of `data` and `trainer`."""
+    found = hashlib.sha256()
+    for file in sorted(
+        file for part in ("data", "trainer") for file in (root / part).rglob("*.py")
+    ):
+        content = file.read_bytes()
+        found.update(f"{file.relative_to(root)} {len(content)}\n".encode() + content)
+    return found.hexdigest()
 
 
 def version() -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from data.exits import TO_BE_CONTINUED
-from data.progress import Progress
+from data.progress import Progress, duration
 from data.stream import Batch, Stream
 from trainer.adm.objective import Classify, Denoise
 from trainer.config import Config
@@ -55,6 +55,8 @@ class Loop:
     stop_requested: Callable[[], bool]
     #: Tells the watchdog that this rank has made progress, and what it does next.
     mark: Callable[[str], None]
+    #: For how many seconds this rank was suspended since the last call.
+    suspended: Callable[[], float]
     #: The images of data.validation, if the config names some.
     validation_set: ValidationSet | None
     #: The figures of samples, if the config asks for them.
@@ -195,6 +197,9 @@ class Loop:
         norm = self.engine.parameter_norm()
         means = self.metrics.reduce(images=images)
         values = {**means, "param_norm": norm, "skipped_total": float(self.engine.skipped)}
+        if paused := self.suspended():
+            values["suspended_seconds"] = paused
+            self._log(f"the job was suspended for {duration(paused)}")
         if self.board is not None:
             self.run.note(images_seen=self.images_seen)
             self.board.report(values, images_seen=self.images_seen, slow=self.metrics.slow.text)

@@ -23,7 +23,7 @@ from data import descriptors
 from data.exits import TO_BE_CONTINUED
 from data.stream import Stream, open_stream, to_device
 from data.version import version
-from trainer import classes, compute, determinism, operators, profiling, start
+from trainer import classes, common, compute, determinism, operators, profiling, start
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer import initial as initials
@@ -37,6 +37,8 @@ from trainer.initial import Initial
 from trainer.loop import Loop
 from trainer.measures import missing
 from trainer.options import parser
+from trainer.ranks import lease as leases
+from trainer.ranks import process
 from trainer.ranks.context import RankContext
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
@@ -104,6 +106,16 @@ class TrainingPlan:
             profile=arguments.profile,
         )
 
+    def facts(self, arguments: argparse.Namespace) -> dict[str, str]:
+        """What must be the same on all ranks."""
+        validation = self.validation.stream.shards if self.validation else None
+        return common.facts(
+            self.config,
+            ds_config=self.ds_config,
+            datasets={"data.shards": self.stream.shards, "data.validation": validation},
+            options=arguments,
+        )
+
     def with_reference(
         self, *, mark: Callable[[str], None], say: Callable[[str], None]
     ) -> "TrainingPlan":
@@ -119,6 +131,7 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
     # One rank of each node looks at the shards: all ranks would ask a file system a million times.
     check_files = world.local_rank == 0
     plan = agreed(lambda: TrainingPlan.make(arguments, ranks=world.size, check_files=check_files))
+    common.check(plan.facts(arguments))
     initial = from_main(lambda: initials.choose(arguments, run=plan.run, config=plan.config))
     evaluation = Evaluation.open(
         plan.config, validation=plan.validation, world=world, device=context.device
@@ -126,6 +139,8 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
     with ExitStack() as stack:
         run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
         run = replace(run, token=from_main(lambda: run.token))
+        machine = from_main(process.machine)
+        agreed(lambda: leases.check_seen(run.path, token=run.token, machine=machine))
         context.watchdog.tell = run.log_lost_rank
         context.watchdog.dump = lambda: forensics.dump(run.path / "launch", rank=world.rank)
         if world.is_main:
@@ -220,6 +235,7 @@ def _loop(
             shown=shown(config, plan.stream, world=world),
             stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
             mark=mark,
+            suspended=context.watchdog.suspended,
             after_step=profiling.start(plan.profile, run=run, is_main=world.is_main),
         )
         batches = stream.batches(
@@ -271,7 +287,7 @@ def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = N
     descriptors.require(4 * world.size + 600, why=f"{world.size} ranks")
     with (
         preemption or Preemption() as preemption,
-        connected(world, patience=arguments.patience, gpus=arguments.gpus) as device,
+        connected(world, patience=arguments.patience, gpus=arguments.gpus, watched=True) as device,
         Watchdog(world, patience=arguments.patience) as watchdog,
     ):
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)

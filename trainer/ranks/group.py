@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # Collectives that torch's flight recorder remembers, for what is written when a rank hangs.
 _REMEMBERED = 2000
+# Longer than any job is suspended; in milliseconds it has less than 32 bits.
+_WATCHED = timedelta(days=14)
 
 
 def device_of(world: World, *, gpus: int | None = None) -> torch.device:
@@ -57,11 +59,15 @@ def device_of(world: World, *, gpus: int | None = None) -> torch.device:
 
 
 @contextmanager
-def connected(world: World, *, patience: float, gpus: int | None = None) -> Iterator[torch.device]:
+def connected(
+    world: World, *, patience: float, gpus: int | None = None, watched: bool = False
+) -> Iterator[torch.device]:
     """The process group of all ranks while entered: gloo for CPU tensors, NCCL for the GPU's.
 
-    A collective that some rank never joins fails a minute after `patience` seconds, so that a
-    `Watchdog` of the same patience has named that rank before. `gpus` is as for `device_of`.
+    The ranks must meet within `patience` seconds and a minute, and a collective that some rank
+    never joins fails after as long. Where the ranks are `watched`, a `Watchdog` alone ends what
+    hangs: these timers would also count the hours of a job that was suspended. `gpus` is as for
+    `device_of`.
 
     Raises:
         Refused: on every rank, if one has no device.
@@ -76,7 +82,7 @@ def connected(world: World, *, patience: float, gpus: int | None = None) -> Iter
         store=dist.PrefixStore("group", store),
         rank=world.rank,
         world_size=world.size,
-        timeout=timeout,
+        timeout=_WATCHED if watched else timeout,
         device_id=device if device.type == "cuda" else None,
     )
     try:

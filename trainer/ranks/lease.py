@@ -24,6 +24,8 @@ from trainer.runstate import RunState
 BEAT, PATIENCE = 2.0, 30.0
 # Seconds for which the holder's file may be missing before it is written again.
 MOMENT = 3.0
+# Seconds after which another machine must see what was written.
+SEEN = 90.0
 
 
 class LeaseLost(ValueError):
@@ -208,6 +210,23 @@ def claim(run: Path) -> Lease:
     _file(run).parent.mkdir(parents=True, exist_ok=True)
     _write(run, me)
     return Lease(run, me)
+
+
+def check_seen(run: Path, *, token: str, machine: str) -> None:
+    """Return if `run` is here the directory that the main rank, on that machine, has claimed.
+
+    Raises:
+        ValueError: it is another, or none.
+    """
+    # A network file system may show for a while that there was no file.
+    end = time.monotonic() + (0 if machine == Process.here().machine else SEEN)
+    while (found := holder(run)) is None or found.token != token:
+        if time.monotonic() >= end:
+            raise ValueError(
+                f"{run.absolute()} is not the run directory of the main rank: all ranks write "
+                "--run, so put it on a disk that all machines share"
+            )
+        time.sleep(0.5)
 
 
 def stop_file(run: Path) -> Path:

@@ -4,7 +4,8 @@ Neither Slurm nor mpirun always notices a machine that no longer answers, and a 
 collective waits long. So a thread of every rank reports its progress to the main rank each second,
 through the process group's store. The main rank decides: a rank without reports is lost; when no
 rank makes progress, those that are furthest behind hang. The other ranks watch the main rank alone.
-The thread that decides uses its own clock and never waits for the network.
+The thread that decides uses its own clock and never waits for the network. Time in which its
+process was stopped, as with a suspended job, does not count.
 
 On each machine the lowest rank that lives speaks, before any other error is printed.
 """
@@ -29,6 +30,8 @@ from trainer.ranks.process import Process
 from trainer.ranks.world import World
 
 _BEAT = 1.0
+# Seconds without a beat of its own after which a process says that it was suspended.
+_SUSPENDED = 15.0
 # What the main rank has found; empty while all is well.
 _VERDICT = "verdict"
 
@@ -68,6 +71,7 @@ class Watchdog:
         self._heard = [_Rank() for _ in range(world.size if world.is_main else 1)]
         self._moved = 0.0
         self._verdict = ""
+        self._suspended = self._told = 0.0
         self._lost: set[int] = set()
         self._threads: list[threading.Thread] = []
         self.tell: Callable[[str], None] = lambda _: None
@@ -131,11 +135,29 @@ class Watchdog:
         if any(further):
             self._moved = now
 
+    def suspended(self) -> float:
+        """For how many seconds this process was stopped, as with its job, since the last call."""
+        before, self._told = self._told, self._suspended
+        return self._suspended - before
+
     def _judge(self) -> None:
+        last, last_awake = _boot_time(), time.monotonic()
         while not self._done.wait(_BEAT):
+            now, awake = _boot_time(), time.monotonic()
+            self._leave_out(awake - last_awake - _BEAT)
+            if now - last > _SUSPENDED:
+                self._suspended += now - last
+            last, last_awake = now, awake
             self._verdict = self._verdict or self._find()
             if self._verdict and not self._done.is_set():
                 self._end()
+
+    def _leave_out(self, paused: float) -> None:
+        """Let nobody's patience end by time in which this process did not run."""
+        if paused > 2 * _BEAT:
+            self._moved += paused
+            for rank in self._heard:
+                rank.heard += paused
 
     def _find(self) -> str:
         """What is wrong, or nothing."""
@@ -217,6 +239,11 @@ class Watchdog:
         silent = time.monotonic() - 4 * _BEAT
         ended = {n for n, process in enumerate(self._processes) if process.has_ended()}
         return ended | {n for n, rank in enumerate(self._heard) if rank.heard < silent}
+
+
+def _boot_time() -> float:
+    """Seconds, those too in which the machine slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def named_hosts(verdict: str) -> list[str]:

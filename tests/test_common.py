@@ -1,0 +1,66 @@
+"""Ranks that have not the same code, settings, data or run directory do not train together."""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+from data.version import digest
+from tests.support import ranks
+from tests.support.data_fixtures import pack_folder
+from tests.support.runs import Place
+
+
+def work(directory: Path, code: Path, runs: list[list[list[str]]]) -> int:
+    """As `ranks.work`, with other runs, other code and another directory on rank 1."""
+    from trainer import common
+
+    rank = int(os.environ["RANK"])
+    if rank:
+        common.digest = partial(digest, code)
+    (directory / str(rank)).mkdir()
+    os.chdir(directory / str(rank))
+    return ranks.work(directory, runs[rank], fp16=False)
+
+
+def refusals(place: Place, code: Path, own: list[list[str]], other: list[list[str]]) -> list:
+    directory = place.root / f"job-{len(list(place.root.glob('job-*')))}"
+    job = ranks.fork(directory, partial(work, directory, code, [own, own, other]), ranks=3)
+    job.wait()
+    return job.statuses
+
+
+def test_the_ranks_that_differ_are_named_with_what_they_have(tmp_path: Path, tiny: Path) -> None:
+    """Rank 2 has other settings or shards; of the last run all have the same, but not the place."""
+    place = Place(tmp_path, tiny)
+    shards = pack_folder(tmp_path / "other", images=20, size=8).root
+    last = place.arguments("elsewhere")
+    last[last.index("--run") + 1] = "here"
+    own = [*(place.arguments(name) for name in ("lr", "stage", "shards")), last]
+    other = [
+        place.arguments("lr", sets=("training.lr = 0.5",)),
+        place.arguments("stage", stage=1),
+        place.arguments("shards", sets=(f'data.shards = "{shards}"',)),
+        last,
+    ]
+    said = refusals(place, ranks.ROOT, own, other)
+    assert "rank 2 on " in said[0] and ": training.lr = 0.5 (rank 0: 0.001); start" in said[0]
+    assert ": ds_config.zero_optimization.stage = 1 (rank 0: 2); start" in said[1]
+    assert ": images of data.shards = " in said[2] and "training" not in said[2]
+    assert "rank 1: " in said[3] and "1/here is not the run directory of the main rank" in said[3]
+    assert [place.run(name).exists() for name in ("lr", "stage", "shards")] == [False] * 3
+
+
+def test_an_older_checkout_is_named_and_shards_may_be_at_another_place(
+    tmp_path: Path, tiny: Path, digits: Path
+) -> None:
+    place = Place(tmp_path, tiny)
+    for part in ("data", "trainer"):
+        shutil.copytree(ranks.ROOT / part, tmp_path / "code" / part)
+    assert digest(tmp_path / "code") == digest()
+    with (tmp_path / "code" / "data" / "order.py").open("a") as file:
+        file.write("\n")
+    shards = shutil.copytree(digits, tmp_path / "other")
+    other = place.arguments("old", sets=(f'data.shards = "{shards}"',))
+    (said,) = refusals(place, tmp_path / "code", [place.arguments("old")], [other])
+    assert "ranks 1, 2 on " in said and ": code (sha256) = " in said and "data.shards" not in said

@@ -1,0 +1,91 @@
+"""What all ranks must have in common, compared before anything is claimed or computed.
+
+A node with an older checkout, another package, preset or copy of the shards would train along
+without a word, and spoil the weights of all ranks.
+"""
+
+import argparse
+import hashlib
+import json
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version as version_of
+from typing import Any
+
+from data.mixture import Dataset
+from data.version import digest
+from trainer import config as configs
+from trainer.config import Config
+from trainer.ranks.group import Refused, gather
+
+# Paths that may differ from node to node, as long as the same is there.
+_PLACES = (
+    *("data.shards", "data.mix", "data.validation", "data.cache"),
+    *("evaluation.reference", "evaluation.network"),
+)
+# Packages whose versions change numbers or pixels.
+_PACKAGES = ("torch", "deepspeed", "numpy", "pillow", "safetensors", "webdataset")
+_OPTIONS = ("from", "init", "init_skip", "profile", "patience")
+# Differences that the message names of each host.
+_NAMED = 4
+
+
+def facts(
+    config: Config,
+    *,
+    ds_config: Mapping[str, Any],
+    datasets: Mapping[str, Dataset | None],
+    options: argparse.Namespace,
+) -> dict[str, str]:
+    """By name what this rank has; credentials are left out. `datasets` are by their settings."""
+    flat = configs.flatten(configs.public(config))
+    return {
+        "code (sha256)": digest(),
+        **{package: version_of(package) for package in _PACKAGES},
+        **{name: str(value) for name, value in flat.items() if name not in _PLACES},
+        **dict(_leaves("ds_config", ds_config)),
+        **{f"images of {name}": data.fingerprint for name, data in datasets.items() if data},
+        **{f"--{name.replace('_', '-')}": str(vars(options).get(name)) for name in _OPTIONS},
+    }
+
+
+def check(mine: Mapping[str, str]) -> None:
+    """Return if all ranks have the same. All ranks must call it.
+
+    Raises:
+        Refused: on every rank; names the ranks that differ from the main rank, and in what.
+    """
+    if len(set(gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest()))) > 1:
+        raise Refused(
+            f"the ranks differ: {_differences(gather((socket.gethostname(), mine)))}; start all "
+            "with the same code, packages, preset, options and shards"
+        )
+
+
+def _differences(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """Which ranks differ from the first, and in what; ranks that differ alike are named once."""
+    expected, said = everyone[0][1], dict[str, list[int]]()
+    for rank, (host, found) in enumerate(everyone):
+        names = [n for n in {**expected, **found} if found.get(n) != expected.get(n)]
+        parts = [f"{n} = {_short(found.get(n))} (rank 0: {_short(expected.get(n))})" for n in names]
+        more = f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else ""
+        if parts:
+            said.setdefault(f"on {host}: {', '.join(parts[:_NAMED])}{more}", []).append(rank)
+    return "; ".join(
+        f"rank{'s' * (len(own) > 1)} {', '.join(map(str, own))} {text}"
+        for text, own in said.items()
+    )
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The entries of nested tables, by their dotted names."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield name, json.dumps(value)
+
+
+def _short(value: str | None) -> str:
+    """A value as a message has it; of checksums the beginning."""
+    return "absent" if value is None else value[:60] if len(value) != 64 else value[:12]
