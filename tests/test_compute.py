@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from tests.support import golden, ranks
 from tests.support.runs import UNJUDGED
 from trainer import compute
 from trainer import config as configs
 from trainer import ds_config as ds_configs
+from trainer.adm.blocks import resize
 from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import build
 
@@ -133,3 +135,17 @@ def test_a_cpu_says_that_it_computes_otherwise(stage: int) -> None:
     settings = [line.split()[0] for line in said]
     assert settings == ["training.kernels", "training.precision", "training.compile"]
     assert not compute.remarks(configs.load("digits").training, stage=stage)
+
+
+def test_a_compiled_gradient_of_a_doubled_map_is_no_scattered_addition() -> None:
+    operations: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(resize, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    compiled(x, "up").sum().backward()
+    assert any("avg_pool2d" in name for name in operations)
+    assert not any("index_put" in name for name in operations), operations

@@ -8,7 +8,7 @@ Parameters may be bf16, fp16, fp32 or fp64. Statistics (GroupNorm) and softmax a
 """
 
 import math
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ class Pointwise(nn.Conv1d):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (..., channels) -> (..., out_channels)."""
-        return F.linear(tokens, self.weight[:, :, 0], self.bias)
+        return F.linear(tokens, self.weight.flatten(1), self.bias)
 
 
 class AttentionBlock(nn.Module):
@@ -238,8 +238,27 @@ def resize(x: Tensor, resample: Resampling) -> Tensor:
     if resample == "down":
         return F.avg_pool2d(x, 2)
     if resample == "up":
-        return F.interpolate(x, scale_factor=2, mode="nearest")
+        doubled: Tensor = _Doubled.apply(x)
+        return doubled
     return x
+
+
+class _Doubled(torch.autograd.Function):
+    """A map of twice the size by nearest neighbours.
+
+    The backward pass of torch's own function, once compiled, is atomic additions into a map that is
+    not channels last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2 H, 2 W)."""
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """The sum of the four positions that a value went to."""
+        return F.avg_pool2d(gradient, 2, divisor_override=1)
 
 
 def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
