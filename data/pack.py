@@ -11,12 +11,13 @@ after an interruption the same command keeps the finished shards and makes the o
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from data import files
 from data.config import check
@@ -55,8 +56,7 @@ def pack(
 
     Args:
         class_from: "prefix" of the file's name or "directory"; None is what the source has.
-        class_map: lines of NAME CLASS, or of CLASS in the names' order, where directories are not
-            the classes.
+        class_map: lines of NAME CLASS, or of CLASS in the names' order, in place of directories.
         classes_of: a dataset whose class numbers to use.
         max_bad: the share of images that may be left out.
         again: try again what an earlier packing left out.
@@ -81,12 +81,13 @@ def pack(
     with claimed(out):
         images = open_source(source, staging=out / WORK)
         start, found = begun.load(out), wanted.values()
-        is_new = start is None or start.request != found
+        before = None if start is None else start.request
+        is_new = before != found
         if start is None or is_new:
             listing = wanted.listing(images)
             start = begun.begin(found, listing=listing, source=images)
         work = plan(start.listing, source=source, out=out, config=config)
-        if _already_packed(out, work, again=again):
+        if _already_packed(out, work, before=before, wanted=found, again=again):
             print(f"{out} holds this dataset already", file=sys.stderr)
             return 0
         if again:  # the shards from which images are missing are made again
@@ -111,19 +112,34 @@ def _make(
         return _collect(results, Path(jobs[0].out), most=most)
 
 
-def _already_packed(out: Path, work: PackPlan, *, again: bool) -> bool:
-    """Whether `out` is finished as planned, and nothing is to be tried again."""
+def _already_packed(
+    out: Path,
+    work: PackPlan,
+    *,
+    before: Mapping[str, Any] | None,
+    wanted: Mapping[str, Any],
+    again: bool,
+) -> bool:
+    """Whether `out` is finished as planned, and nothing is to be tried again.
+
+    Raises:
+        ValueError: it holds another dataset; `before` is the request for that, if it is recorded.
+    """
     found, mark = None, out / WORK / PLAN
     is_finished = (out / MANIFEST).exists()
     if is_finished:
         manifest = parse_manifest(f"{out}/{MANIFEST}", (out / MANIFEST).read_bytes())
         found = manifest.made_by.get("plan")
+        before = before or begun.options_of(manifest.made_by)
     elif mark.exists():
         found = mark.read_text()
     if found not in (None, work.digest):
+        state = "" if is_finished else "unfinished; "
+        what = begun.differences(before, wanted) if before else "other images, classes or options"
+        since = "" if before else ", or begun by an earlier release"
         raise ValueError(
-            f"OUT = {out} holds another dataset (other images, classes, --seed or options); "
-            "choose another OUT or remove it"
+            f"OUT = {out} holds another dataset ({state}{what}{since}): choose another OUT, or "
+            "remove it to pack anew"
         )
     if not is_finished or (again and (out / LEFT_OUT).exists()):
         return False

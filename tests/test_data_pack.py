@@ -155,7 +155,7 @@ def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = [str(tmp_path / "source"), shards.root, "--per-shard", "9", "--workers", "1"]
     assert main([*arguments, "--size", "16"]) == 0
     assert main([*arguments, "--size", "8"]) == REFUSED
-    assert "holds another dataset" in capsys.readouterr().err
+    assert "holds another dataset (--size was 16, is 8): " in capsys.readouterr().err
     assert contents(Path(shards.root)) == before
     other = tmp_path / "other"
     other.mkdir()

@@ -109,6 +109,20 @@ def test_another_background_shows_through_also_where_originals_are_kept(
     assert "--background = 'reddish': must be a colour" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kept", [(), ("--keep-original",)])
+def test_images_that_are_enlarged_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: tuple[str, ...]
+) -> None:
+    (tmp_path / "P").mkdir()
+    for i, side in enumerate((15, 16, 17)):
+        (tmp_path / "P" / f"{i}.png").write_bytes(image_file(i, width=side, height=40))
+    words = [str(tmp_path / "P"), str(tmp_path / "o"), "--size", "16", "--workers", "1", *kept]
+    assert main([*words, "--dry-run"]) == 0
+    assert "; 1 of 3 that were tried are smaller than 16 pixels" in capsys.readouterr().out
+    assert main(words) == 0
+    assert ", 1 smaller than 16 pixels (enlarged)\n" in capsys.readouterr().err
+
+
 def test_there_is_a_worker_for_each_cpu_that_a_process_may_use() -> None:
     allowed = os.sched_getaffinity(0)
     try:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -94,7 +96,12 @@ def packed_with(source: Path, out: Path) -> Shards:
 def test_other_options_are_another_dataset(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=40)
     out = half_packed(source, tmp_path / "out")
-    with pytest.raises(ValueError, match="holds another dataset"):
+    with pytest.raises(ValueError, match=r"another dataset \(unfinished; --seed was 0, is 1\)"):
+        pack(str(source), out=out, config=PackConfig(size=16, per_shard=5, seed=1))
+    (out / WORK / "begun.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"begun by an earlier release\): .*remove it to pack anew"
+    ):
         pack(str(source), out=out, config=PackConfig(size=16, per_shard=5, seed=1))
 
 
@@ -162,6 +169,22 @@ def test_a_set_of_undecodable_images_is_no_dataset(tmp_path: Path) -> None:
         pack(str(tmp_path / "source"), out=tmp_path / "out", config=CONFIG)
 
 
+def test_what_is_no_file_is_left_out_and_listed(tmp_path: Path) -> None:
+    """Reading a named pipe would wait for ever, and a device may never end."""
+    source = write_folder(tmp_path / "source", images=12)
+    os.mkfifo(source / "n0001" / "pipe.png")
+    (source / "n0001" / "device.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(source / "n0002" / "socket.png"))
+        assert pack(str(source), out=tmp_path / "out", config=CONFIG) == 3
+    lines = (tmp_path / "out" / LEFT_OUT).read_text().splitlines()
+    names = ["n0001/device.png", "n0001/pipe.png", "n0002/socket.png"]
+    assert sorted(lines) == [
+        f"{name}: it is a named pipe, a socket or a device, not a file" for name in names
+    ]
+    assert open_shards(tmp_path / "out").count == 12
+
+
 def test_names_of_any_bytes_are_packed_and_listed(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=20)
     latin = os.fsencode(source / "n0001") + b"/caf\xe9.png"
@@ -179,9 +202,11 @@ def test_a_killed_packing_leaves_no_process_and_is_continued(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     source = write_folder(tmp_path / "source", images=40)
-    image = (source / "n0001" / "img_0.JPEG").read_bytes()
-    (source / "n0001" / "img_0.JPEG").unlink()
-    os.mkfifo(source / "n0001" / "img_0.JPEG")  # whoever reads it waits for ever
+    slow = source / "n0001" / "img_0.JPEG"
+    image = slow.read_bytes()
+    # Pillow decodes QOI in Python, pixel by pixel: this one takes far longer than the other shards.
+    slow.write_bytes(b"qoif" + struct.pack(">II2B", 6000, 6000, 3, 0))
+    os.truncate(slow, 14 + 6000 * 6000 + 8)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "data.pack", str(source), str(out)]
     process = subprocess.Popen(
@@ -209,8 +234,7 @@ def test_a_killed_packing_leaves_no_process_and_is_continued(
             f"packing stopped by {number.name}; rerun the same command to continue; "
             "finished shards are kept"
         ]
-    (source / "n0001" / "img_0.JPEG").unlink()
-    (source / "n0001" / "img_0.JPEG").write_bytes(image)
+    slow.write_bytes(image)
     assert pack(str(source), out=out, config=CONFIG) == 1, "it was changed"
     assert pack(str(source), out=out, config=CONFIG, again=True) == 0
     assert verify(out, full=True) == [] and not list(out.glob("*partial*"))

@@ -123,6 +123,7 @@ def class_tars(root: Path, *, names: tuple[str, ...], member: str) -> Path:
     [
         (("n01440764", "n01443537"), "{name}_{i}.JPEG", ("n01440764", "n01443537")),
         (("cat", "dog"), "{i}.jpg", ("cat", "dog")),
+        (("00000", "00001"), "{name}000{i}.jpg", ("",)),  # of img2dataset
         (("cats-000", "cats-001"), "{i}.jpg", ("",)),
         (("000", "001"), "{i}.jpg", ("",)),
         (("s-0", "s-1"), "ant/{i}{name}.jpg", ("",)),

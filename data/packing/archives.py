@@ -131,8 +131,8 @@ def classes_of_tars(tars: list[Path], members: list[list[str]]) -> Listing | Non
 
 def _are_classes(stems: list[str], members: list[list[str]]) -> bool:
     """Whether tars are a class each, as those of ILSVRC: n01440764.tar and so on."""
-    if len(stems) < 2:
-        return False
+    if len(stems) < 2 or all(_SHARD.fullmatch(stem) for stem in stems):
+        return False  # the names of img2dataset begin with the shard's number, too
     if all(
         name.startswith(stem) for stem, each in zip(stems, members, strict=True) for name in each
     ):

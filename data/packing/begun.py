@@ -30,6 +30,8 @@ BEGUN = "begun.json"
 # Concurrent requests for sizes and times: on a network file system each one waits.
 _REQUESTS = 16
 _PART = 256
+# Options that a request has and a manifest has not.
+_NOT_IN_MANIFESTS = {"SOURCE", "--class-from", "--class-map", "--classes-of"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,23 @@ def load(out: Path) -> Begun | None:
         raise ValueError(
             f"{path} is damaged ({error}): remove OUT = {out}, or restore it"
         ) from None
+
+
+def options_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a `PackConfig`, as a manifest has them, by the names of their options."""
+    values = {name: value for name, value in settings.items() if name != "plan"}
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+
+
+def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between the request of a packing and another one, for a message."""
+    told = []
+    for name in {**wanted, **before}:
+        is_recorded = name in before or name not in _NOT_IN_MANIFESTS
+        if is_recorded and (was := before.get(name)) != (now := wanted.get(name)):
+            is_digest = name in ("--class-map", "--classes-of")
+            told.append(f"another {name}" if is_digest else f"{name} was {was}, is {now}")
+    return "; ".join(told) or "other images or classes"
 
 
 def _digest(content: bytes) -> str:

@@ -47,19 +47,24 @@ def dry_run(wanted: Request, *, out: Path, workers: int) -> int:
 def _estimate(source: Source, names: list[str], config: PackConfig, workers: int) -> str:
     """How large the shards would be and how long they would take, from some images."""
     chosen = np.linspace(0, len(names) - 1, min(_TRIED, len(names)), dtype=int)
-    begin, sizes, bad = time.monotonic(), [], 0
+    begin, sizes, bad, small = time.monotonic(), [], 0, 0
     for i in chosen:
         try:
-            sizes.append(len(encode(source.read(names[i]), config=config).content))
+            made = encode(source.read(names[i]), config=config)
         except UNDECODABLE:
             bad += 1
+            continue
+        sizes.append(len(made.content))
+        small += made.is_enlarged
     if not sizes:
         return "their size is not known before the source is unpacked"
     seconds = (time.monotonic() - begin) / len(chosen) * len(names) / workers
     # In a tar each image has a label, and both have a header and are filled up to 512 bytes.
     stored = (np.mean(sizes) + 3.5 * 512) * len(names)
-    damaged = f"; {bad} of {len(chosen)} that were tried cannot be decoded" if bad else ""
+    tried = f"of {len(chosen)} that were tried"
+    damaged = f"; {bad} {tried} cannot be decoded" if bad else ""
+    enlarged = f"; {small} {tried} are smaller than {config.size} pixels" if small else ""
     return (
         f"about {stored / 2**20:.1f} MiB, about {duration(seconds)} with {workers} "
-        f"process{'es' if workers > 1 else ''}{damaged}"
+        f"process{'es' if workers > 1 else ''}{damaged}{enlarged}"
     )

@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,7 @@ _OF_A_FILE = {
     errno.ENAMETOOLONG,
     errno.ENOENT,
     errno.ENOTDIR,
+    errno.ENXIO,
     errno.EPERM,
     errno.ESTALE,
 }
@@ -51,7 +53,7 @@ class Made:
 
     `missed` are the names of those images, and `unreadable` counts those that could not be read or
     were changed. `transparent` counts the images that are transparent somewhere, `turned` those
-    whose EXIF says that they are.
+    whose EXIF says that they are, `enlarged` those smaller than they are trained.
     """
 
     shard: Shard
@@ -60,6 +62,7 @@ class Made:
     unreadable: int = 0
     transparent: int = 0
     turned: int = 0
+    enlarged: int = 0
 
 
 class Encoded(NamedTuple):
@@ -69,6 +72,7 @@ class Encoded(NamedTuple):
     suffix: str
     is_transparent: bool
     is_turned: bool
+    is_enlarged: bool
 
 
 class TooManyLeftOut(ValueError):
@@ -91,7 +95,7 @@ def make_shard(job: PackJob) -> Made:
         return found
     tar, ours = out / f"{job.name}.tar", claim.writer()
     with files.whole(tar, writer=ours) as file:
-        index, missed, transparent, turned = _write(job, file)
+        index, missed, counted = _write(job, file)
     content = index_bytes(index)
     files.write(out / f"{job.name}.idx.npy", content, writer=ours)
     made = Made(
@@ -99,8 +103,7 @@ def make_shard(job: PackJob) -> Made:
         left_out=tuple(f"{one.name}: {one.why}" for one in missed),
         missed=tuple(one.name for one in missed),
         unreadable=sum(one.is_unreadable for one in missed),
-        transparent=transparent,
-        turned=turned,
+        **counted,
     )
     files.write(record, json.dumps(asdict(made)), writer=ours)
     return made
@@ -122,7 +125,7 @@ def encode(content: bytes, *, config: PackConfig) -> Encoded:
         one of `UNDECODABLE`.
     """
     image, is_transparent, turn = open_over(content, config.background)
-    counted = (is_transparent, turn is not None)
+    counted = (is_transparent, turn is not None, min(image.size) < config.size)
     turned = config.exif_transpose and turn is not None
     if turned and turn is not None:
         image = image.transpose(turn)
@@ -152,10 +155,10 @@ class _Missed(NamedTuple):
     is_unreadable: bool
 
 
-def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], int, int]:
-    """Write the tar; its index, the images left out, how many are transparent and turned."""
+def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], Counter[str]]:
+    """Write the tar; its index, the images left out, and what `Made` counts of the others."""
     source = _source(job.source, job.out)
-    missed, transparent, turned = [], 0, 0
+    missed, counted = [], Counter[str](transparent=0, turned=0, enlarged=0)
     writer = ShardWriter(file)
     for number, (name, label) in enumerate(job.images, start=job.first):
         try:
@@ -166,11 +169,12 @@ def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], int, int
             if job.most_left_out is not None and len(missed) > job.most_left_out:
                 raise TooManyLeftOut(*(f"{one.name}: {one.why}" for one in missed)) from None
             continue
-        transparent += image.is_transparent
-        turned += image.is_turned
+        counted["transparent"] += image.is_transparent
+        counted["turned"] += image.is_turned
+        counted["enlarged"] += image.is_enlarged
         key = _key(number, name)
         writer.add(key, image=image.content, suffix=image.suffix, label=label)
-    return writer.close(), missed, transparent, turned
+    return writer.close(), missed, counted
 
 
 class _UnreadableError(Exception):
@@ -215,6 +219,7 @@ def _finished(out: Path, record: Path) -> Made | None:
         unreadable=saved.get("unreadable", 0),
         transparent=saved.get("transparent", 0),
         turned=saved.get("turned", 0),
+        enlarged=saved.get("enlarged", 0),
     )
     if made.unreadable:
         return None

@@ -103,7 +103,11 @@ def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     number = _numbers(classes, of_numbers=are_numbers)
     unknown = [name for name in used if _key(name, are_numbers) not in number]
     if unknown:
-        raise ValueError(f"--classes-of has no class {unknown[0]!r} ({len(unknown)} are unknown)")
+        shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+        raise ValueError(
+            f"--classes-of has no class {unknown[0]!r} ({len(unknown)} are unknown): must be a "
+            f"name or label of its classes, which are {shown} (0 to {len(classes) - 1})"
+        )
     labels = [number[_key(listing.classes[label], are_numbers)] for label in listing.labels]
     return replace(listing, labels=labels, classes=classes)
 

@@ -129,7 +129,10 @@ def _image_column(file: Path, table: Any) -> str:
     found = [name for name, kind in fields.items() if _holds_bytes(kind)]
     known = [name for name in _IMAGE_KEYS if name in found]
     if not found:
-        raise ValueError(f"{file} has no column of images among {list(fields)}")
+        raise ValueError(
+            f"{file} has no column of images among {list(fields)}: must hold the bytes of image "
+            "files; where it has addresses, download them first, for example with img2dataset"
+        )
     if len(found) > 1 and not known:
         raise ValueError(
             f"{file} has several columns of bytes, {found}: name that of the images `image`"

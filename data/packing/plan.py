@@ -15,6 +15,19 @@ from data.packing.listing import Listing
 from data.packing.sources import Stamp
 from data.packing.splits import VAL_SHARE, Split
 
+_FILES = "give the directory or pattern of the {} files"
+_STORED = "write the images of this {} dataset to a folder, or to tars, and pack those"
+# What to do about a source without images that has files of these kinds.
+_WAYS_OUT = {
+    **{kind: _FILES.format(kind) for kind in (".parquet", ".tar", ".zip")},
+    ".arrow": "write this dataset to parquet (`to_parquet` of `datasets`) and pack that",
+    ".mds": _STORED.format("MosaicML Streaming"),
+    ".tfrecord": _STORED.format("TensorFlow"),
+    ".bin": _STORED.format("LitData or other binary"),
+    ".heic": "convert them to .jpg or .png",
+    "without a suffix": "names of images must end in a suffix, such as .jpg",
+}
+
 
 def _is_colour(text: str) -> bool:
     """Whether Pillow knows an opaque colour of that name."""
@@ -123,8 +136,8 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pac
     """
     count = len(listing.names)
     if not count:
-        kinds = [kind for kind in (".parquet", ".tar", ".zip") if kind in listing.skipped]
-        hint = f": give the directory or pattern of the {kinds[0]} files" if kinds else ""
+        kinds = [kind for kind in _WAYS_OUT if kind in listing.skipped]
+        hint = f": {_WAYS_OUT[kinds[0]]}" if kinds else ""
         raise ValueError(f"SOURCE = {source} holds no images; {listing.skipped_by_kind}{hint}")
     if (least := min(listing.labels)) < 0:
         name = listing.names[listing.labels.index(least)]

@@ -29,15 +29,17 @@ def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> st
     """What was packed and what was not, in one line."""
     left_out = sum(len(one.left_out) for one in made)
     transparent, turned = sum(m.transparent for m in made), sum(m.turned for m in made)
+    small = sum(m.enlarged for m in made)
     names = [name or "(none)" for name in listing.classes]
     shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
     alpha = f", {transparent} with transparency (now on {config.background})" if transparent else ""
     how = "applied" if config.exif_transpose else "ignored as in ADM; --exif-transpose applies it"
     exif = f", {turned} with an EXIF orientation ({how})" if turned else ""
+    enlarged = f", {small} smaller than {config.size} pixels (enlarged)" if small else ""
     return (
         f"{len(listing.names) - left_out} images in {len(names)} "
         f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
-        f"{listing.skipped_by_kind}{alpha}{exif}"
+        f"{listing.skipped_by_kind}{alpha}{exif}{enlarged}"
     )
 
 

@@ -99,7 +99,10 @@ class Folder(Source):
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
-        return (self.root / name).read_bytes()
+        path = self.root / name
+        if not path.is_file() and path.exists() and not path.is_dir():
+            raise ValueError("it is a named pipe, a socket or a device, not a file")
+        return path.read_bytes()
 
     def holder(self, name: str) -> str:
         """As `Source.holder`: itself."""
