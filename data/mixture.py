@@ -98,8 +98,8 @@ Dataset = Shards | Mixture
 def open_dataset(
     root: str,
     *,
-    mix: tuple[str, ...] = (),
-    shares: tuple[float, ...] = (),
+    mix: tuple[str, ...],
+    shares: tuple[float, ...],
     fetch: FetchConfig | None = None,
     check_files: bool = True,
 ) -> Dataset:

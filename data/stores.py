@@ -13,10 +13,11 @@ import signal
 import urllib.error
 import urllib.parse
 import urllib.request
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from data import descriptors
 from data.config import is_local, shown
@@ -29,36 +30,31 @@ _RANGE = 1 << 20
 FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
-class Store(Protocol):
+class Store(ABC):
     """Files that can be read by ranges of bytes."""
 
-    @property
-    def seekable(self) -> bool:
-        """Whether a read from the middle of a file costs no more than that range."""
-        ...
+    #: Whether a read from the middle of a file costs no more than that range.
+    seekable = True
 
+    @abstractmethod
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """The bytes [first, last) of a file, in pieces as they arrive."""
-        ...
 
+    @abstractmethod
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where that is unknown."""
-        ...
 
-    def close(self) -> None:
-        """Close what is open; a later read opens it again."""
-        ...
+    def close(self) -> None:  # noqa: B027 (most keep nothing open)
+        """Close what is open, if anything is kept open; a later read opens it again."""
 
 
-class LocalStore:
+class LocalStore(Store):
     """Files of a directory. The most recently used ones are kept open.
 
     `sharers` is how many stores share the files that a process may have open.
     """
 
-    seekable = True
-
-    def __init__(self, root: str, *, sharers: int = 1) -> None:
+    def __init__(self, root: str, *, sharers: int) -> None:
         self._root, self._most = root, max(descriptors.share() // sharers, 1)
         self._files: OrderedDict[str, int] = OrderedDict()
 
@@ -105,10 +101,8 @@ class _SameMethod(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_SameMethod)
 
 
-class HttpStore:
+class HttpStore(Store):
     """Files below an http(s) URL, read by range requests."""
-
-    seekable = True
 
     def __init__(self, root: str, timeout_s: float) -> None:
         parts = urllib.parse.urlsplit(root.rstrip("/"))
@@ -141,9 +135,6 @@ class HttpStore:
                 raise OSError("the server does not give the size")
             return int(length)
 
-    def close(self) -> None:
-        """Nothing is kept open."""
-
     def _open(self, name: str, *, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         url = f"{self._root}/{urllib.parse.quote(name)}"
         request = urllib.request.Request(url, method=method, headers=headers)
@@ -161,10 +152,8 @@ class HttpStore:
         return response
 
 
-class FsspecStore:
+class FsspecStore(Store):
     """Files of any file system for which fsspec has a driver: s3://, gs://, ..."""
-
-    seekable = True
 
     def __init__(self, root: str, timeout_s: float) -> None:
         from fsspec.asyn import sync  # slow to import, and only such roots need it
@@ -189,9 +178,6 @@ class FsspecStore:
     def size(self, name: str) -> int:
         """As `Store.size`."""
         return int(self._call("info", f"{self._root}/{name}")["size"])
-
-    def close(self) -> None:
-        """Nothing is kept open."""
 
     def _call(self, what: str, path: str, **arguments: int) -> Any:
         """Call the driver, with a time limit where it is asynchronous: most have none of their own.
@@ -221,7 +207,7 @@ def _as_oserror(path: str) -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-class PipeStore:
+class PipeStore(Store):
     """Output of a shell command that contains {name}, and ideally {first} and {last} (inclusive).
 
     Without the latter two, a read starts at the beginning of the file and drops what it skips.
@@ -264,9 +250,6 @@ class PipeStore:
         """As `Store.size`: unknown."""
         return None
 
-    def close(self) -> None:
-        """Nothing is kept open."""
-
     def _read(self, descriptor: int, size: int) -> bytes:
         ready = select.poll()  # `select` fails for descriptors from 1024 on
         ready.register(descriptor, select.POLLIN)
@@ -275,7 +258,7 @@ class PipeStore:
         return os.read(descriptor, min(size, _PIECE))
 
 
-def open_store(root: str, timeout_s: float, *, sharers: int = 1) -> Store:
+def open_store(root: str, timeout_s: float, *, sharers: int) -> Store:
     """The store for `root`: a directory, an http(s) or fsspec URL, or `pipe:COMMAND`.
 
     `sharers` is that of `LocalStore`.

@@ -83,6 +83,18 @@ def read(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def faults_of(path: Path) -> list[str]:
+    """What is wrong with a committed checkpoint directory. Reads every byte.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
+    try:
+        return read(path).faults()
+    except ValueError as error:
+        return [str(error)]
+
+
 def sealed(state: TrainState, *, files: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of state.json, with a checksum of themselves."""
     entries = {**state.to_json(), "files": files}

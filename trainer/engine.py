@@ -68,8 +68,10 @@ class Engine:
         self.averages = averages.kept(training)
         self.kinds = kinds(training)
         self.updates = 0
-        # The clock at the last update, and after the step that is under way.
-        self._updated_at = self._now = 0
+        #: The clock at the last update of the weights; 0 before the first.
+        self.updated_at = 0
+        # The clock after the step that is under way.
+        self._now = 0
         self.skipped = 0
         self._shapes = {name: p.shape for name, p in net.named_parameters()}
         materialize(net.to(DTYPES[training.precision]), start, device=device)
@@ -90,7 +92,7 @@ class Engine:
         self._partition = Partition(parameters, shapes=self._shapes)
         self._copies = Copies(self._optimizer, parameters)
         averages.attach(
-            self._base, averages=self.averages, clock=lambda: (self._updated_at, self._now)
+            self._base, averages=self.averages, clock=lambda: (self.updated_at, self._now)
         )
         # DeepSpeed made the masters from the network's own copy, which may have 16 bits.
         self._partition.spread(start, keys=(None, *self.averages))
@@ -99,11 +101,6 @@ class Engine:
         """The output of the network for inputs on its device, through DeepSpeed."""
         output: Tensor = self._ds(*inputs, **named)
         return output
-
-    @property
-    def updated_at(self) -> int:
-        """The clock at the last update of the weights; 0 before the first."""
-        return self._updated_at
 
     @property
     def parameter_count(self) -> int:
@@ -155,7 +152,7 @@ class Engine:
         skipped = bool(self._optimizer.overflow)
         if not skipped:
             self._scaling.update()
-            self._updated_at = images_seen
+            self.updated_at = images_seen
         self.updates += not skipped
         self.skipped += skipped
         return StepReport(
@@ -214,13 +211,13 @@ class Engine:
     def renew(self, *, images_seen: int) -> None:
         """Compute from masters that `scatter` has changed; the averages count from this clock."""
         self._copies.make(self._masters())
-        self._updated_at = images_seen
+        self.updated_at = images_seen
 
     def scalars(self) -> dict[str, Any]:
         """The state that is not a tensor, for a checkpoint."""
         return {
             "updates": self.updates,
-            "updated_at": self._updated_at,
+            "updated_at": self.updated_at,
             "skipped": self.skipped,
             "scaler": self._scaling.state(),
         }
@@ -229,7 +226,7 @@ class Engine:
         """Put back what `scalars` gave."""
         self.updates, self.skipped = state["updates"], state["skipped"]
         # Runs of version 0.1 have averages per step alone, which need no clock.
-        self._updated_at = state.get("updated_at", 0)
+        self.updated_at = state.get("updated_at", 0)
         for moments in self._base.state.values():
             moments["step"].fill_(float(self.updates))
         self._scaling.load(state["scaler"])

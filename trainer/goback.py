@@ -31,11 +31,7 @@ def go_back(run: Run, wanted: str) -> None:
             f"delete {_record(run)}"
         )
         return
-    try:
-        faults = checkpoints.read(target).faults()
-    except ValueError as error:
-        faults = [str(error)]
-    if faults:
+    if faults := checkpoints.faults_of(target):
         raise ValueError(f"--from {wanted}: the checkpoint is damaged: {faults[0]}")
     run.check_lease()
     later = [path for path in checkpoints.committed(run.checkpoints) if path.name > target.name]

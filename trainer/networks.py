@@ -128,12 +128,8 @@ def _newest(path: Path) -> checkpoints.Checkpoint:
     """A checkpoint, or a run's newest valid one."""
     is_checkpoint = (path / checkpoints.STATE).is_file()
     for one in [path] if is_checkpoint else checkpoints.committed(path / "checkpoints"):
-        try:
-            found = checkpoints.read(one)
-            if not (faults := found.faults()):
-                return found
-        except ValueError as error:
-            faults = [str(error)]
+        if not (faults := checkpoints.faults_of(one)):
+            return checkpoints.read(one)
         print(f"skipped {one}: {faults[0]}", file=sys.stderr)
     raise ValueError(f"{path} has no valid checkpoint")
 

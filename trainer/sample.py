@@ -25,8 +25,8 @@ from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
-from trainer.sampling.drawing import Drawing
-from trainer.sampling.drawjob import noted
+from trainer.sampling.drawing import Drawing, DrawJob
+from trainer.sampling.jobstate import noted
 from trainer.sampling.labels import BALANCED
 from trainer.sampling.parts import Pixels
 from trainer.sampling.requests import (
@@ -37,7 +37,6 @@ from trainer.sampling.requests import (
     with_low_res,
 )
 from trainer.sampling.samplefile import open_samples
-from trainer.sampling.samplejob import DrawJob
 
 
 def sample(

@@ -13,7 +13,6 @@ from torch import Tensor
 from data.progress import Progress
 from trainer import compute
 from trainer.adm.config import UNetConfig
-from trainer.adm.diffusion import Diffusion
 from trainer.adm.objective import low_resolution, to_range
 from trainer.config import Config
 from trainer.copies import network_of
@@ -154,9 +153,4 @@ class Drawer:
 def sampler_of(config: Config) -> SamplerConfig:
     """The sampler that `[evaluation]` asks for."""
     asked = config.evaluation
-    return SamplerConfig(
-        diffusion=Diffusion(config.diffusion, respacing=asked.steps),
-        seed=_SEED,
-        eta=0.0 if asked.steps.startswith("ddim") else None,
-        cfg=asked.cfg,
-    )
+    return SamplerConfig.of(config, steps=asked.steps, seed=_SEED, cfg=asked.cfg)

@@ -1,7 +1,7 @@
 """The ranks compute features of images together, of samples and of what they are compared with."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ class Evaluator:
         if images is None:
             return content
         features = self.extract(images, kept=range(images.count))
-        return None if features is None else references.with_features(content, features)
+        return None if features is None else replace(content, features=features.features)
 
     def _open(
         self, path: Path, *, size: tuple[int, int]

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.evaluation.features import Features
 from trainer.evaluation.figures import Moments, Statistics, merged
+from trainer.evaluation.inception import Features
 from trainer.ranks.group import gather, gather_to_main
 
 # Every figure's spread is that over as many interleaved parts of the images.

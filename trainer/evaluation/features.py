@@ -12,7 +12,6 @@ features (B, D).
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from trainer import weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import to_range
 from trainer.compute import use_tf32
-from trainer.evaluation.inception import SOURCE, WEIGHTS, Inception
+from trainer.evaluation.inception import SOURCE, WEIGHTS, Features, Inception
 from trainer.networks import TrainedNetwork
 from trainer.ranks.group import agreed, from_main
 
@@ -33,14 +32,6 @@ _DINO_SIDE = 224
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The first hex digits of the published Inception weights' sha256.
 _PUBLISHED = WEIGHTS.rpartition("-")[2].removesuffix(".pth")
-
-
-class Features(NamedTuple):
-    """Features of B images; `spatial` and `logits` where the network has them."""
-
-    pool: Tensor
-    spatial: Tensor | None = None
-    logits: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +99,7 @@ def _inception(path: Path, *, device: torch.device) -> FeatureNetwork:
         name="inception-2015-12-05",
         sha256=checksum,
         net=net,
-        compute=lambda images: Features(*net(images)),
+        compute=net,
         is_inception=True,
         warning=f"{path} is not the published {WEIGHTS}" if foreign else None,
     )

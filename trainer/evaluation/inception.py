@@ -18,15 +18,15 @@ SOURCE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 _SIDE, _SPATIAL, _CLASSES = 299, 7, 1008
 
 
-class InceptionFeatures(NamedTuple):
-    """What FID, sFID and the inception score are computed from, of B images."""
+class Features(NamedTuple):
+    """What a network says of B images; Inception: FID, sFID and the inception score follow."""
 
-    #: Means of the last feature map, (B, 2048).
+    #: Inception: means of the last feature map, (B, 2048).
     pool: Tensor
-    #: The first channels of a 17 x 17 map, (B, 2023).
-    spatial: Tensor
-    #: Class scores without a bias, (B, 1008).
-    logits: Tensor
+    #: None where the network has none. Inception: the first channels of a 17 x 17 map, (B, 2023).
+    spatial: Tensor | None = None
+    #: Class scores, None where there are none. Inception: without a bias, (B, 1008).
+    logits: Tensor | None = None
 
 
 class Unit(nn.Module):
@@ -208,7 +208,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, _CLASSES)
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor) -> InceptionFeatures:
+    def forward(self, images: Tensor) -> Features:
         """Pixels 0..255 (B, 3, H, W) -> features."""
         x = (resize(images.to(self.fc.weight.dtype)) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
@@ -218,7 +218,7 @@ class Inception(nn.Module):
         spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :_SPATIAL].flatten(1)
         x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))
         pool = self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))
-        return InceptionFeatures(pool, spatial, F.linear(pool, self.fc.weight))
+        return Features(pool, spatial, F.linear(pool, self.fc.weight))
 
 
 def resize(images: Tensor) -> Tensor:

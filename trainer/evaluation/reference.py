@@ -7,7 +7,7 @@ network and dataset they are.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +127,6 @@ def load(
         features=features,
     )
     return reference, images if features is None else None
-
-
-def with_features(reference: Reference, found: Extracted) -> Reference:
-    """The reference of a file whose images' features have been computed."""
-    return replace(reference, features=found.features)
 
 
 def save(path: Path, reference: Reference, *, samples: Samples, network: FeatureNetwork) -> None:

@@ -6,10 +6,10 @@ import math
 import statistics as numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer.evaluation import figures
 from trainer.evaluation.extraction import PARTS, Extracted
@@ -113,16 +113,13 @@ def _distances(found: Extracted, reference: Reference, *, n: str) -> Iterator[tu
     few = found.count <= found.features.shape[1]
     if few and all_kept and whole is not None:
         # Exact where covariances are singular.
-        parts = [_few(whole, found.features[i::PARTS]) for i in range(PARTS)]
-        yield f"fid_{n}", Figure(_few(whole, found.features), _error(parts))
+        exact = partial(figures.frechet_of_features, whole)
+        parts = [exact(found.features[i::PARTS]) for i in range(PARTS)]
+        yield f"fid_{n}", Figure(exact(found.features), _error(parts))
     else:
         yield f"fid_{n}", _distance(reference.pool, found.pool)
     if found.spatial and reference.spatial is not None:
         yield f"sfid_{n}", _distance(reference.spatial, found.spatial)
-
-
-def _few(reference: Tensor, rows: Tensor) -> float:
-    return figures.frechet_of_features(reference, rows)
 
 
 def _distance(reference: Statistics, samples: Sequence[Statistics]) -> Figure:

@@ -1,14 +1,18 @@
-"""How a rank's process ends: with a status, and with one report of what went wrong."""
+"""How a rank's process ends: with a status, and with one report of what went wrong.
+
+Neither a terminal that was closed nor a full disk under its output ends it.
+"""
 
 import atexit
+import io
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from data.exits import FAILED, REFUSED, is_ours
-from trainer.ranks import terminal
 from trainer.ranks.faults import Broken, Refused
 from trainer.ranks.world import is_main_process, leave_mpi, process_name
 
@@ -21,7 +25,7 @@ def run_as_rank(main: Callable[[], int]) -> None:
     without the shutdown of MPI and torch, which would wait for peers that are stuck in a
     collective it will never join.
     """
-    terminal.tolerate_loss()
+    _tolerate_loss()
     try:
         _leave(main())
     except (Refused, Broken) as error:
@@ -65,3 +69,28 @@ def _exit(status: int) -> None:
 def is_held_up() -> bool:
     """Whether a thread still waits for the network, as for a peer that is gone: leaving may too."""
     return any(thread.daemon for thread in threading.enumerate())
+
+
+class _Lossy(io.FileIO):
+    """A file descriptor that accepts everything; what cannot be written is dropped.
+
+    The terminal of a run is closed, its ssh connection drops, the disk of its output is full: what
+    a rank prints may get lost; it never ends training.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(memoryview(data))
+
+
+def _tolerate_loss() -> None:
+    """Let stdout and stderr of this process drop what they cannot write."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        before.flush()
+        raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
+        stream = io.TextIOWrapper(raw, encoding=before.encoding, errors=before.errors)
+        stream.reconfigure(line_buffering=number == 2 or before.line_buffering)
+        setattr(sys, name, stream)

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 from data.exits import is_ours
 from trainer.ranks.ending import is_held_up
 from trainer.ranks.faults import Broken, Fault, Refused
-from trainer.ranks.world import World, set_environment
+from trainer.ranks.world import World
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def connected(
     Raises:
         Refused: on every rank, if one has no device.
     """
-    set_environment(world)
+    os.environ.update(world.environment())
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED))
     timeout = timedelta(seconds=patience + 60)
     store = _store(world, timeout=timeout)

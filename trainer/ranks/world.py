@@ -95,11 +95,6 @@ def _check_alone(env: Mapping[str, str]) -> None:
         )
 
 
-def set_environment(world: World) -> None:
-    """Let torch.distributed and DeepSpeed find the world in this process's environment."""
-    os.environ.update(world.environment())
-
-
 def is_main_process(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is rank 0, also where joining the world has failed."""
     return env.get("RANK", "0") == "0"

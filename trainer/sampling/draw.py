@@ -46,6 +46,23 @@ class SamplerConfig:
     #: Where a classifier's gradient is taken.
     guide_at: GuideAt = "x_t"
 
+    @classmethod
+    def of(
+        cls, config: Config, *, steps: str, seed: int, cfg: float | None = None
+    ) -> "SamplerConfig":
+        """By default: `steps` such as "ddim25" are DDIM's, without noise, all others ancestral."""
+        return cls(
+            diffusion=Diffusion(config.diffusion, respacing=steps),
+            seed=seed,
+            eta=default_eta(steps),
+            cfg=cfg,
+        )
+
+
+def default_eta(steps: str) -> float | None:
+    """The eta of steps that are given without one; None for the ancestral sampler."""
+    return 0.0 if steps.startswith("ddim") else None
+
 
 def draw(
     net: nn.Module,
@@ -143,11 +160,7 @@ def draw_grid(
         x0 = to_range(shown.images.to(device))
         low_res = low_resolution(x0, config.model.small_size)
         labels = None if labels is None else shown.labels
-    sampler = SamplerConfig(
-        diffusion=Diffusion(config.diffusion, respacing=every.samples_steps),
-        seed=config.training.seed,
-        eta=0.0 if every.samples_steps.startswith("ddim") else None,
-    )
+    sampler = SamplerConfig.of(config, steps=every.samples_steps, seed=config.training.seed)
     with torch.no_grad():
         # The training's state stays where it is, so a grid may take no more room than a step.
         mine = [

@@ -148,8 +148,7 @@ class Output(ABC):
         """
         own = self.work if share == (0, 1) else self.work / f"share-{share[0]}-of-{share[1]}"
         # A share that is being drawn is in the way of the whole, unless that has only to be joined.
-        parts = -(-self.request["images"] // self.request["batch"])
-        draws_all = own == self.work and len(self.listed()) < parts
+        draws_all = own == self.work and len(self.listed()) < self.parts
         shares = self.work.glob("share-*") if draws_all else ()
         for place in {self.work, own, *shares}:
             if (busy := leases.live_holder(place)) is not None:

@@ -19,12 +19,13 @@ from trainer.adm.config import UNetConfig
 from trainer.adm.respacing import kept_timesteps
 from trainer.config import Config
 from trainer.networks import SampleInputs, TrainedNetwork
+from trainer.sampling.draw import default_eta
+from trainer.sampling.drawing import DrawJob
 from trainer.sampling.labels import LOW_RES, Labels, choose
 from trainer.sampling.npz_output import NpzOutput
 from trainer.sampling.output import Output, gib
 from trainer.sampling.parts import SampleRequest
 from trainer.sampling.samplefile import Samples, open_samples
-from trainer.sampling.samplejob import DrawJob
 from trainer.sampling.shard_output import ShardOutput
 
 # How many images are drawn where nothing says how many.
@@ -72,7 +73,7 @@ def base_jobs(
         batch=arguments.batch,
         seed=arguments.seed,
         steps=arguments.steps,
-        eta=_eta(arguments.eta, arguments.steps),
+        eta=default_eta(arguments.steps) if arguments.eta is None else arguments.eta,
         scale=0.0,
         guide_at=arguments.guide_at,
         cfg=None,
@@ -132,7 +133,7 @@ def enlarging_job(
         base.request,
         batch=arguments.upsampler_batch or arguments.batch,
         steps=steps,
-        eta=_eta(arguments.eta, steps),
+        eta=default_eta(steps) if arguments.eta is None else arguments.eta,
         scale=0.0,
         guide_at="x_t",
         cfg=None,
@@ -218,10 +219,6 @@ def _check_steps(source: TrainedNetwork, steps: str, *, option: str) -> None:
         kept_timesteps(source.config.diffusion.steps, steps)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
-
-
-def _eta(eta: float | None, steps: str) -> float | None:
-    return 0.0 if eta is None and steps.startswith("ddim") else eta
 
 
 def _output(
