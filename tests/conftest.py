@@ -15,7 +15,7 @@ from tests.support import golden
 from tests.support.cluster import Cluster, missing
 from tests.support.data_fixtures import pack_folder
 from tests.support.data_streams import IMAGES, SIZE
-from tests.support.runs import EVERY, GRIDS, HALF, STAGES, WORLDS, Place
+from tests.support.runs import WORLDS, Place
 from tests.support.site import Site
 from trainer import config as configs
 from trainer.adm.unet import build
@@ -104,26 +104,14 @@ def site(cluster: Cluster, digits: Path) -> Site:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
-    """Every number of ranks has trained 6 steps in every ZeRO stage, keeping every checkpoint.
+    """Each of `WORLDS` has trained 6 steps in every ZeRO stage, keeping every checkpoint.
 
     The run of 3 ranks in stage 2, say, is "3x2"; "3x2-again" is the same, forked at its third
     step and resumed, and "3x2-offload" with the optimizer's state on the host.
     """
     here = Place(tmp_path_factory.mktemp("runs"), tiny)
     for world in WORLDS:
-        names = [f"{world}x{stage}" for stage in STAGES]
-        runs = [
-            here.arguments(name, stage=stage, sets=(*EVERY, *GRIDS))
-            for stage, name in zip(STAGES, names, strict=True)
-        ]
-        assert here.train(*runs, world=world) == [0] * len(runs)
-        again = []
-        for stage, name in zip(STAGES, names, strict=True):
-            for suffix in ("again", "offload"):
-                here.fork(name, f"{name}-{suffix}", images=HALF)
-                offload = suffix == "offload"
-                again.append(here.arguments(f"{name}-{suffix}", stage=stage, offload=offload))
-        assert here.train(*again, world=world) == [0] * len(again)
+        here.train_all(world)
     return here
 
 

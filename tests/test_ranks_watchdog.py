@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def go_on_among_strangers() -> int:
         return 0 if all(thread.is_alive() for thread in watchdog._threads) else 1
 
 
-def test_the_watch_believes_nobody_but_its_ranks(tmp_path: Path) -> None:
-    job = ranks.fork(tmp_path, go_on_among_strangers, ranks=2)
+def test_the_watch_believes_nobody_but_its_ranks(jobs: dict[str, ranks.Job]) -> None:
+    job = jobs["strangers"]
     job.wait()
     assert [process.exitcode for process in job.ranks] == [0, 0], job.text
 
@@ -67,13 +68,11 @@ def stop_in_mid_run(number: signal.Signals) -> int:
     return 0
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["killed", "stopped"])
 def test_the_lowest_rank_that_lives_names_the_main_rank_before_any_other_error(
-    tmp_path: Path, number: signal.Signals
+    jobs: dict[str, ranks.Job], name: str
 ) -> None:
-    job = ranks.fork(tmp_path, partial(stop_in_mid_run, number), ranks=3)
+    job = jobs[name]
     for process in job.ranks[1:]:
         process.join(ranks.LIMIT)
     job.kill()
@@ -96,16 +95,33 @@ def stand_still(directory: Path) -> int:
     return 0
 
 
-def test_a_hung_rank_is_named_by_all(tmp_path: Path) -> None:
-    job = ranks.fork(tmp_path, partial(stand_still, tmp_path), ranks=2)
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ranks.Job]]:
+    """Jobs that mostly wait, so they run beside each other."""
+    root = tmp_path_factory.mktemp("jobs")
+    tasks: dict[str, tuple[int, Callable[[], int]]] = {
+        "hung": (2, partial(stand_still, root / "hung")),
+        "killed": (3, partial(stop_in_mid_run, signal.SIGKILL)),
+        "stopped": (3, partial(stop_in_mid_run, signal.SIGSTOP)),
+        "strangers": (2, go_on_among_strangers),
+        "refused": (1, refuse),
+    }
+    started = {name: ranks.fork(root / name, task, ranks=n) for name, (n, task) in tasks.items()}
+    yield started
+    for job in started.values():
+        job.kill()
+
+
+def test_a_hung_rank_is_named_by_all(jobs: dict[str, ranks.Job]) -> None:
+    job = jobs["hung"]
     job.wait()
     assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
     said = rf"hung: \S+ \(rank 1; waiting for data\): no rank made progress for {PATIENCE:g} s"
     assert re.search(said, job.text), job.text
     # Where each of them stood, and that rank 1 has not come to the last barrier.
-    assert "in stand_still" in (tmp_path / "stacks_rank_1").read_text()
-    assert "in barrier" in (tmp_path / "stacks_rank_0").read_text()
-    traces = [(tmp_path / f"fr_trace_rank_{rank}").read_bytes() for rank in (0, 1)]
+    assert "in stand_still" in (job.directory / "stacks_rank_1").read_text()
+    assert "in barrier" in (job.directory / "stacks_rank_0").read_text()
+    traces = [(job.directory / f"fr_trace_rank_{rank}").read_bytes() for rank in (0, 1)]
     barriers = [
         sum(entry["profiling_name"] == "gloo:barrier" for entry in pickle.loads(trace)["entries"])
         for trace in traces
@@ -168,8 +184,8 @@ def refuse() -> int:
             return len(set(threading.enumerate()) - set(before))
 
 
-def test_no_thread_is_in_the_store_when_a_refused_run_exits(tmp_path: Path) -> None:
-    job = ranks.fork(tmp_path, refuse, ranks=1)
+def test_no_thread_is_in_the_store_when_a_refused_run_exits(jobs: dict[str, ranks.Job]) -> None:
+    job = jobs["refused"]
     job.wait()
     assert [process.exitcode for process in job.ranks] == [0], job.text
 

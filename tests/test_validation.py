@@ -30,7 +30,7 @@ from trainer.validation import ValidationSet, means
 IMAGES = 50  # no multiple of a part on any number of ranks
 END = 4 * STEP
 #: Stage and precision of each run.
-KINDS = {"one": (1, "fp32"), "two": (2, "bf16"), "three": (3, "fp16")}
+KINDS = {"one": (1, "fp32"), "three": (3, "fp16")}
 
 
 def sets(digits: Path) -> tuple[str, ...]:
