@@ -43,6 +43,22 @@ def test_a_faulty_machine_is_named_and_ends_the_job(
     assert state["state"] == "failed" and HOST in state["why"] and state["lost"] == HOST
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_the_losses_of_a_compiled_step_accuse_no_machine(
+    tmp_path: Path, tiny: Path, is_compiled: bool
+) -> None:
+    """Its replay is not compiled: it has other dropout, and rounds otherwise."""
+    place = Place(tmp_path, tiny)
+    fault = partial(faults.spoil_the_first, [STEP + 1], is_compiled=is_compiled)
+    run = place.arguments("run")
+    task = partial(faults.work_on_a_faulty_machine, tmp_path / "job", [run], fault, 0)
+    job = ranks.fork(tmp_path / "job", task, ranks=1)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [0 if is_compiled else FAILED], job.text
+    (row,) = map(json.loads, (place.run("run") / "incidents.jsonl").open())
+    assert ("other losses in the step" in row["replay"]) == (not is_compiled), row
+
+
 @pytest.mark.slow
 def test_sound_machines_pass_every_audit_and_train_on_as_without_it(
     tmp_path: Path, tiny: Path

@@ -72,6 +72,11 @@ def use_tf32(is_wanted: bool) -> None:
     torch.backends.cudnn.allow_tf32 = is_wanted
 
 
+def is_compiled(training: TrainingConfig, *, device: torch.device, stage: int) -> bool:
+    """Whether the steps of a run there are compiled; its replays, grids and validation are not."""
+    return device.type == "cuda" and training.compile and stage != 3
+
+
 def prepare(
     net: nn.Module,
     *,
@@ -91,7 +96,7 @@ def prepare(
         os.environ.setdefault("TRITON_CACHE_DIR", str(own))
         use_tf32(training.tf32)
     use_kernels(net, training.kernels if fast else "plain")
-    if fast and training.compile and stage != 3 and say is not None:
+    if say is not None and is_compiled(training, device=device, stage=stage):
         compile_forward(net, say=say)
     return net
 

@@ -1,7 +1,7 @@
 """Faults that a test puts into real ranks: spoiled losses, and a flipped bit."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,27 @@ def spoil(factors: Mapping[int, float]) -> None:
         terms = call(self, net, images, labels, indices)
         factor = torch.tensor([factors.get(i, 1.0) for i in indices.tolist()]).to(terms["loss"])
         return terms | {"loss": terms["loss"] * factor}
+
+    Denoise.__call__ = spoiled  # type: ignore[method-assign]
+
+
+def spoil_the_first(images: Sequence[int], *, is_compiled: bool) -> None:
+    """Let the first losses of these images not be numbers: those of the step, not of its replay.
+
+    With `is_compiled` as if the step's network were a compiled one.
+    """
+    from trainer import compute
+    from trainer.adm.objective import Denoise
+
+    compute.is_compiled = lambda *_, **__: is_compiled  # type: ignore[assignment]
+    compute.compile_forward = lambda *_, **__: None  # type: ignore[assignment]
+    call, left = Denoise.__call__, set(images)
+
+    def spoiled(self: Denoise, net: Any, images: Any, labels: Any, indices: Any) -> Any:
+        terms = call(self, net, images, labels, indices)
+        bad = torch.tensor([i in left for i in indices.tolist()])
+        left.difference_update(indices.tolist())
+        return terms | {"loss": terms["loss"].masked_fill(bad, float("nan"))}
 
     Denoise.__call__ = spoiled  # type: ignore[method-assign]
 
