@@ -71,21 +71,21 @@ class LossSecondMoment:
         self.steps, self.seed = steps, seed
         self.history, self.uniform_share = history, uniform_share
         self._losses: list[deque[float]] = [deque(maxlen=history) for _ in range(steps)]
-        self._probabilities = self._weigh()
+        # Running sums of the probabilities, and these: float64 (2, steps), by device.
+        self._placed: dict[torch.device, Tensor] = {}
 
     def draw(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """As `TimestepSampler.draw`."""
         u = keyed.uniform(indices, seed=self.seed, stream=keyed.TIMESTEP)
-        # The running sum is made on the CPU, so that no device's summation order moves a draw.
-        below = self._probabilities.cumsum(0).to(u.device)
+        below, probabilities = self._on(u.device)
         t = torch.searchsorted(below, u.double(), right=True).clamp(max=self.steps - 1)
-        return t, (1 / (self.steps * self._probabilities.to(u.device)[t])).float()
+        return t, (1 / (self.steps * probabilities[t])).float()
 
     def update(self, t: Tensor, loss: Tensor) -> None:
         """As `TimestepSampler.update`."""
         for step, value in zip(t.tolist(), loss.tolist(), strict=True):
             self._losses[step].append(value)
-        self._probabilities = self._weigh()
+        self._placed = {}
 
     def state(self) -> dict[str, Any]:
         """The latest losses of every timestep."""
@@ -95,7 +95,15 @@ class LossSecondMoment:
         """As `TimestepSampler.load`."""
         assert len(state["losses"]) == self.steps, "the history of another number of timesteps"
         self._losses = [deque(losses, maxlen=self.history) for losses in state["losses"]]
-        self._probabilities = self._weigh()
+        self._placed = {}
+
+    def _on(self, device: torch.device) -> Tensor:
+        if device not in self._placed:
+            probabilities = self._weigh()
+            # The running sum is made on the CPU, so that no device's summation order moves a draw.
+            table = torch.stack((probabilities.cumsum(0), probabilities))
+            self._placed[device] = table.to(device, non_blocking=True)
+        return self._placed[device]
 
     def _weigh(self) -> Tensor:
         """The probability of every timestep, float64 (steps,)."""
