@@ -133,8 +133,8 @@ def norm_backward(
     bias: Tensor,
     film: Tensor | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `norm`'s x, weight, bias and film (empty where there is none)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `norm`'s x, of weight and bias by image, and of film (empty without one)."""
     x, dy = (v.contiguous(memory_format=LAYOUT) for v in (x, dy))
     cut, (full, F) = _cut(x, mean.shape[1]), _precision(x)
     film, given = _rows(film), film is not None
@@ -156,8 +156,7 @@ def norm_backward(
         x, dy, dx, mean, rstd, means, weight, bias, shift, L, D=cut.width, **cut.block,
         FILM=given, SILU=silu, F=F, num_warps=WARPS,
     )  # fmt: skip
-    dweight, dbias = parameters.sum(0).to(weight.dtype).unbind(0)
-    return dx, dweight.clone(), dbias.clone(), dfilm
+    return dx, parameters, dfilm
 
 
 @norm_backward.register_fake
@@ -170,10 +169,10 @@ def _(
     bias: Tensor,
     film: Tensor | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=LAYOUT)
-    dfilm = x.new_empty(0 if film is None else tuple(film.shape))
-    return dx, torch.empty_like(weight), torch.empty_like(bias), dfilm
+    parameters = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=_precision(x)[0])
+    return dx, parameters, x.new_empty(0 if film is None else tuple(film.shape))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -183,7 +182,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, film = ctx.saved_tensors
-    dx, dweight, dbias, dfilm = norm_backward(dy, x, mean, rstd, weight, bias, film, ctx.silu)
+    dx, parameters, dfilm = norm_backward(dy, x, mean, rstd, weight, bias, film, ctx.silu)
+    # Outside of the operation, so that the compiler makes one kernel of it.
+    dweight, dbias = parameters.sum(0).to(weight.dtype).unbind(0)
     return dx, dweight, dbias, None if film is None else dfilm, None, None, None
 
 
