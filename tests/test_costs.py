@@ -165,7 +165,6 @@ def test_the_memory_of_a_rank_is_what_a_step_holds(observed: Any) -> None:
             ranks=world,
             micro_batch=MICRO_BATCH,
             accumulation=accumulation,
-            fused=False,
         )
         assert sum(parts.values()) == pytest.approx(peak, rel=0.10), (
             stage,

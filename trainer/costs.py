@@ -127,13 +127,12 @@ def memory(
     ranks: int,
     micro_batch: int,
     accumulation: int,
-    fused: bool = True,
 ) -> dict[str, int]:
     """Bytes of a rank by part, at the fullest moment of a step.
 
-    `averages` is the number of EMA decays, `zero` the section of ds_config.json, `fused` whether
-    the optimizer steps without temporaries, as on a GPU. The state is always there; beside it
-    stand either the backward pass or the optimizer's step, of which the larger counts.
+    `averages` is the number of EMA decays, `zero` the section of ds_config.json. The state is
+    always there; beside it stand either the backward pass or the optimizer's step, of which the
+    larger counts.
     """
     stage, element = zero["stage"], net.element
     whole, share = net.parameters, net.parameters / ranks
@@ -158,8 +157,7 @@ def memory(
         gradients = whole if stage == 1 and accumulation > 1 else copies * share
         buckets = bucket * (2 if zero.get("overlap_comm") else 1)
         backward = {**activations, "gradients": element * gradients, "buckets": buckets}
-    temporary = 0 if fused else 2 * _FULL
-    step = {"optimizer's step": (_FULL + (element if fused else 0) + temporary) * share}
+    step = {"optimizer's step": (_FULL + element) * share}
     if offloaded:
         step = {"optimizer's step": element * share}
     fullest = max(backward, step, key=lambda parts: sum(parts.values()))

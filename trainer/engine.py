@@ -80,7 +80,7 @@ class Engine:
             lr=training.lr,
             betas=training.betas,
             weight_decay=training.weight_decay,
-            fused=device.type == "cuda",
+            fused=True,
         )
         self._ds, self._optimizer = _initialize(net, self._base, ds_config, device=device)
         norms.hasten(self._optimizer, stage=self.stage)
@@ -244,10 +244,9 @@ class Engine:
     def _fill_states(self) -> None:
         """Make the optimizer's states now, as AdamW would at its first step, and the averages."""
         for partition in self._masters():
-            # A fused AdamW counts its steps on the device.
-            at = partition.device if self._base.defaults["fused"] else None
             self._base.state[partition] = {
-                "step": torch.zeros((), dtype=torch.float32, device=at),
+                # A fused AdamW counts its steps on the device.
+                "step": torch.zeros((), dtype=torch.float32, device=partition.device),
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
                 **{name: partition.detach().clone() for name in self.averages},

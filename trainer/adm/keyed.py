@@ -45,10 +45,15 @@ def normal(indices: Tensor, *, seed: int, stream: int, shape: tuple[int, ...]) -
 
 def hash64(indices: Tensor, *, seed: int, stream: int, count: int) -> Tensor:
     """`count` hashed 64-bit words per image, int64: `indices` (B,) -> (B, count)."""
-    start = _mix(_mix(torch.tensor(seed, dtype=torch.int64)) + stream).item()
-    keys = _mix(indices + start)
+    keys = _mix(indices + _start(seed, stream))
     counters = torch.arange(1, count + 1, device=indices.device) * _GAMMA
     return _mix(keys[:, None] + counters)
+
+
+@lru_cache
+def _start(seed: int, stream: int) -> int:
+    """The key of a stream, which the images' indices are added to."""
+    return int(_mix(_mix(torch.tensor(seed, dtype=torch.int64)) + stream))
 
 
 def _mix(x: Tensor) -> Tensor:
