@@ -29,6 +29,7 @@ def export(root: str, out: Path) -> Shards:
         )
     if out.suffix != ".npz" or out.exists():
         raise ValueError(f"OUT = {out}: must be a new file with the suffix .npz")
+    files.make_parent(out, option="OUT")
     labels = np.empty(shards.count, dtype=np.int64)
 
     def said(step: Step) -> str:

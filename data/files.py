@@ -43,6 +43,20 @@ def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
         file.write(content)
 
 
+def make_parent(path: Path, *, option: str) -> None:
+    """Make the directory of an output that a command was given by `option`.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{option} = {str(path)!r}: its directory cannot be made ({error.strerror})"
+        ) from None
+
+
 def append(path: Path, text: str) -> None:
     """Append to a file, made if it is missing, all of the text or none of it."""
     with _named(path), path.open("ab", buffering=0) as file:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import descriptors
+from data import descriptors, files
 from data.config import FetchConfig, is_local, shown
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
@@ -69,6 +69,7 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
         print(f"  ... and {len(counts) - listed} more (--classes lists all)")
     print(f"fingerprint {shards.fingerprint}")
     if sheet:
+        files.make_parent(sheet, option="--sheet")
         _contact_sheet(_stored(shards, _THUMBNAILS, reader)).save(sheet)
         print(f"thumbnails: {sheet}")
     return 0

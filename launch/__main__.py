@@ -7,7 +7,8 @@
   python -m launch sample RUN --out FILE.npz ...    draw images, by trainer.sample on every launcher
   python -m launch check                       preflight check, on every rank of an allocation
 
-Rerun the same command to resume a run. `--dry-run` prints what would be submitted.
+Rerun the same command to resume a run. `--dry-run` prints what would be submitted. A run's log is
+DIR/log.txt, its ranks' output is in DIR/launch/.
 Exit status: 78 for a user error (an option, a setting, a file).
 """
 
@@ -23,14 +24,18 @@ if sys.version_info < (3, 11):  # noqa: UP036
     )
     sys.exit(78)
 
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data.exits import REFUSED, CommandParser, exit_status
 from launch import begin, display, queue, records, status
 from launch.signs import Signs
+from trainer import settings
+from trainer.config import PRESETS
 from trainer.ranks import lease
+from trainer.runstate import RunState
 
 
 def stop(argv: Sequence[str]) -> int:
@@ -43,9 +48,14 @@ def stop(argv: Sequence[str]) -> int:
     run = parser.parse_args(argv).run.absolute()
     if not (run / "launch").is_dir():
         raise ValueError(f"{run} is not a run directory")
-    lease.request_stop(run)
     job_id = records.job_id(run)
     state = queue.state(job_id) if job_id else None
+    recorded = RunState.read(run)
+    is_finished = recorded is not None and recorded.state == "finished"
+    if is_finished and not state and not lease.live_holder(run):
+        print(f"{run} is finished: there is nothing to stop")
+        return 0
+    lease.request_stop(run)
     if job_id and state and state.startswith("PENDING"):
         queue.cancel(job_id)
         print(f"job {job_id} was {state}; removed from the queue")
@@ -77,7 +87,8 @@ def show(argv: Sequence[str]) -> int:
         print(display.as_json(found), end="")
     else:
         shown = {run: each for run, each in found.items() if not isinstance(each, str)}
-        print(display.text(shown), end="")
+        width = shutil.get_terminal_size().columns
+        print(display.text(shown, width=width), end="")
     faults = [each for each in found.values() if isinstance(each, str)]
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
@@ -91,6 +102,14 @@ def check(argv: Sequence[str]) -> int:
     return allocation.main(argv)
 
 
+def _check_preset(word: str, verbs: Iterable[str]) -> None:
+    """Check the first word before the options, which argparse would find missing."""
+    try:
+        settings.find(word, directory=PRESETS)
+    except ValueError as error:
+        raise ValueError(f"{error}; verbs are {', '.join(verbs)}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -98,7 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = {**ours, "sweep": begin.sweep, "sample": begin.sample}
     verb = verbs.get(words[0]) if words else None
     try:
-        return verb(words[1:]) if verb else begin.start(words, description=__doc__)
+        if verb:
+            return verb(words[1:])
+        if words and not words[0].startswith("-"):
+            _check_preset(words[0], verbs)
+        return begin.start(words, description=__doc__)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)

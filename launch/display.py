@@ -35,7 +35,11 @@ def render(found: Status, *, width: int = 80) -> str:
         rows.append(_row("time", str(found.goodput)))
     if found.event:
         rows.append(_row("event", found.event))
-    return "\n".join(row[: width - 1] for row in rows) + "\n"
+    return "\n".join(_cut(row, width=width) for row in rows) + "\n"
+
+
+def _cut(row: str, *, width: int) -> str:
+    return row if len(row) < width else f"{row[: width - 4]}..."
 
 
 def _name(name: str, *, width: int) -> str:

@@ -29,6 +29,7 @@ def text(job: Job) -> str:
             refused=REFUSED,
             preamble=preamble(job),
             modes=modes,
+            before=_before(job),
             stop=quoted([stop_file(job.run)]),
             start=start,
         )
@@ -40,6 +41,19 @@ def _rank_modes(job: Job) -> str:
     words = {"check": job.check_words} if job.check else {}
     modes = {**words, "rank": job.rank_words}
     return "\n".join(f"  {m}) exec {command(job.cluster.python, *w)} ;;" for m, w in modes.items())
+
+
+def _before(job: Job) -> str:
+    """What the script checks before it starts anything: its programs, and that ssh reaches all."""
+    options, launcher = job.cluster.options, job.cluster.launcher
+    if launcher == "mpirun":
+        return "need mpiexec" if job.cluster.mpi == "mpich" else "need mpirun"
+    hosts, reach = f"hosts=({quoted(job.cluster.hosts)})", fill("reach.sh").rstrip()
+    if launcher == "torchrun":
+        return f"{hosts}\nneed ssh\n{reach}"
+    if "--launcher" in options or "--no_ssh_check" in options:
+        return ""  # by other means than ssh and pdsh, perhaps
+    return f"{hosts}\nneed ssh pdsh\n{reach}"
 
 
 def _mpirun(job: Job) -> tuple[str, str]:
@@ -114,7 +128,7 @@ def _torchrun(job: Job) -> tuple[str, str]:
     again = quoted([quoted(["bash", job.script, "node"])])
     return (
         node.rstrip(),
-        f'for host in {quoted(hosts)}; do\n  begin ssh "$host" {again}" $host"\ndone\nfinish',
+        f'for host in "${{hosts[@]}}"; do\n  begin ssh "$host" {again}" $host"\ndone\nfinish',
     )
 
 

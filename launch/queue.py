@@ -145,6 +145,10 @@ def cancel(job_id: str) -> None:
 def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    except FileNotFoundError:
+        submit = ": use a login node of Slurm, or another `launcher` in the --cluster file"
+        way_out = submit if command[0] == "sbatch" else ""
+        raise ValueError(f"there is no {command[0]} on this machine{way_out}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{command[0]} did not respond: {error}") from None
     if done.returncode:

@@ -84,7 +84,9 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         OSError: it cannot be read.
     """
     if not (run / "launch").is_dir() and not (run / "config.toml").is_file():
-        raise ValueError(f"{run} is not a run directory")
+        inside = sorted(run.glob("*/config.toml"))
+        hint = f"; it holds {len(inside)}: give {run}/*" if inside else ""
+        raise ValueError(f"{run} is not a run directory{hint}")
     if signs is None:
         signs = Signs()
         signs.look([run])

@@ -1,5 +1,6 @@
 """Weights out and back: a diffusers folder draws our images, and other files load as they were."""
 
+import re
 from pathlib import Path
 
 import diffusers
@@ -13,7 +14,7 @@ from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.sampler import ancestral
 from trainer.adm.unet import UNet, build
-from trainer.export import main
+from trainer.export import _card, main
 from trainer.networks import TrainedNetwork
 
 SMALL = {
@@ -142,13 +143,22 @@ def test_what_diffusers_cannot_express_is_refused_by_its_setting(preset: str, se
         diffusers_format.options(configs.load(preset).model)
 
 
+@pytest.mark.parametrize("count", [2, 10])
+def test_the_model_card_draws_classes_that_the_network_has(count: int) -> None:
+    config = configs.load("digits", [f"model.num_classes = {count}"])
+    found = TrainedNetwork(config, Path("none.pt"), "0", "none")
+    card = _card(Path("digits"), {}, found=found)
+    labels = re.search(r"class_labels=\[([\d, ]+)\]", card)
+    assert labels and all(int(label) < count for label in labels[1].split(", "))
+
+
 def test_a_name_that_is_taken_or_means_nothing_is_refused(
     weights_file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for to, said in [
         (f"{folder}/", "does not exist yet"),
         (str(tmp_path / "weights.bin"), "FILE.safetensors, FILE.pt, or a directory"),
-        (str(tmp_path / "no" / "a.pt"), "in a directory that exists"),
+        (str(weights_file / "a.pt"), "its directory cannot be made (File exists)"),
     ]:
         assert main([str(weights_file), "--preset", "digits", "--to", to]) == 78
         assert said in capsys.readouterr().err

@@ -29,6 +29,7 @@ def refused(*words: object) -> None:
     ("text", "message"),
     [
         ("lancher = 'slurm'", r"unknown setting 'lancher' \(nearest: 'launcher'\)"),
+        ("partition = 'gpu'", r"'partition' \(nearest: 'slurm.partition', in \[slurm\]\)"),
         ("launcher = 'pbs'", 'launcher = \'pbs\': must be one of "slurm", "mpirun"'),
         ("[slurm]\ntime = 5", "slurm.time = 5: must be a string"),
         ("[slurm]\ntime = '1 day'", "slurm.time = '1 day': must be such as"),
@@ -145,6 +146,7 @@ def test_a_time_limit_of_a_minute_is_enough_where_little_is_kept_to_save() -> No
     ("words", "message"),
     [
         (["digitz", "--run", "r"], "unknown preset 'digitz' (nearest: 'digits')"),
+        (["logs", "runs/a"], "a file of your own ends in .toml; verbs are status, stop, check, "),
         (["digits", "--run", "r", "--nodes", "2"], "--nodes = 2: must be 1 on this machine"),
         (["digits", "--run", "r", "--nodes", "0"], "--nodes = 0: must be at least 1"),
         (["digits", "--run", "r", "--set", "lr"], "--set 'lr' is not TOML"),
@@ -246,6 +248,14 @@ def test_hosts_must_be_as_many_as_nodes() -> None:
     message = "--nodes = 64: must be the number of `hosts` in the cluster file, 1"
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(big_job("slurm"), cluster=one, check=False)
+
+
+def test_a_machine_without_slurm_is_told_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused("digits", "--run", tmp_path / "run", "--cluster", SLURM)
+    assert "error: there is no sbatch on this machine: use a login node" in capsys.readouterr().err
 
 
 OLD = """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,37 @@ def test_a_detached_run_outlives_the_terminal_and_says_how_to_watch_it(tmp_path:
     assert output.read_text() == "drawn\n"
     for command in (f"tail -F {output}", f"launch status {output.parents[1]}", "launch stop"):
         assert command in said
+
+
+@pytest.mark.parametrize(
+    ("launcher", "host", "setup", "message"),
+    [
+        ("torchrun", "nowhere.invalid", "true", "ssh to nowhere.invalid failed, see above: "),
+        ("deepspeed", "nowhere.invalid", "true", "ssh to nowhere.invalid failed, see above: "),
+        ("torchrun", "n1", "PATH=bin", "there is no ssh here: "),
+        ("deepspeed", "n1", "PATH=bin", "there is no ssh here: "),
+        ("mpirun", "n1", "PATH=bin", "there is no mpirun here: "),
+    ],
+)
+def test_what_a_launcher_lacks_is_refused_before_it_starts(
+    launcher: str, host: str, setup: str, message: str, tmp_path: Path
+) -> None:
+    if host != "n1" and not all(map(shutil.which, ("ssh", "pdsh"))):
+        pytest.skip("needs ssh and pdsh")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "hostname").symlink_to(shutil.which("hostname") or "/bin/hostname")
+    (tmp_path / "site.toml").write_text(
+        f'launcher = "{launcher}"\npython = "python3"\nhosts = ["{host}"]\nsetup = ["{setup}"]\n'
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "digits", "--run", "run", "--cluster", "site.toml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == REFUSED
+    assert message in done.stderr.splitlines()[-1]
 
 
 def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from launch import display, queue, status
+from launch.__main__ import main
 from launch.signs import Signs
 from tests.support.cluster import wait_until
 from tests.support.site import Site
-from trainer.ranks.lease import Holder
+from trainer.ranks.lease import Holder, stop_file
 from trainer.runstate import RunState, file
 
 STATE_FILES = (
@@ -52,6 +53,21 @@ def make_run(path: Path, *, images: int) -> Path:
 def note(run: Path, **entries: object) -> None:
     """Write the run's state."""
     RunState(**entries).write(run, writer="test")  # type: ignore[arg-type]
+
+
+def test_a_finished_run_is_not_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It could not be trained further by the trainer alone: a file `stop` forbids that."""
+    run = make_run(tmp_path / "run", images=1000)
+    note(run, state="finished", images_seen=1000)
+    assert main(["stop", str(run)]) == 0
+    assert "is finished: there is nothing to stop" in capsys.readouterr().out
+    assert not stop_file(run).exists()
+
+
+def test_a_directory_of_runs_is_told_from_none(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", images=1000)
+    with pytest.raises(ValueError, match=r"is not a run directory; it holds 1: give .*/\*"):
+        status.read(tmp_path)
 
 
 def slurm(queued: dict[str, str], *, ended: dict[str, str], calls: list | None = None) -> Callable:
@@ -164,7 +180,7 @@ def test_a_run_is_alive_by_its_lease_where_slurm_does_not_respond(
     (run / "launch" / "job").write_text("7\n")
     make_writer(run)
     monkeypatch.setenv("PATH", "")
-    assert status.read(run).job.startswith("job 7: unknown (squeue")
+    assert status.read(run).job.startswith("job 7: unknown (there is no squeue")
     assert status.read(run).is_running
     monkeypatch.setattr(queue, "_slurm", slurm({}, ended={"7": "CANCELLED by 0"}))
     assert status.read(run).job == "job 7: gone (CANCELLED by 0)"

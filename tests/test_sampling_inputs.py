@@ -38,7 +38,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         "10 is not among the classes 0 to 9",
         "2000",
         "is no upsampler: leave out --low-res",
-        "name its preset too",
+        "add --preset",
         "is a classifier; give it as --classifier",
         "does not fit the network of this preset",
         "weights file",

@@ -69,6 +69,7 @@ def test_labels_come_from_a_file_of_any_kind(tmp_path: Path) -> None:
         ({"classes": "3-1"}, "--classes 3-1: must be a span"),
         ({"classes": "0-999999999999"}, "must be a span"),
         ({"classes": "goldfisch"}, r"'goldfisch' is not a class \(nearest: 'goldfish'\)"),
+        ({"classes": "rose"}, "'rose' is not a class; the classes are n01440764, n01443537, "),
         ({"classes": " ,"}, "must name a class"),
         ({"classes": "1" * 300}, "is not among the classes"),
         ({"classes": "1", "count": None}, "--classes: the network has no classes"),

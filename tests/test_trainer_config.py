@@ -65,6 +65,8 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("training.lrr = 1e-4", "unknown setting 'training.lrr' (nearest: 'lr')"),
+        ("lr = 1e-4", "unknown setting 'lr' (nearest: 'training.lr', in [training])"),
+        ("intervals.x = 1", "unknown setting 'intervals.x'; there are: log, checkpoint, "),
         ("modell.channels = 3", "unknown setting 'modell' (nearest: 'model')"),
         ('training.lr = "fast"', "training.lr = 'fast': must be a number"),
         ("training.lr = 0", "training.lr = 0.0: must be a number above 0"),

@@ -157,8 +157,8 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 def _check_output(out: Path, *, suffix: str) -> None:
     check(out.suffix == suffix, "--out", str(out), f"a file that ends in {suffix}")
-    check(out.parent.is_dir(), "--out", str(out), "in a directory that exists")
     check(not out.is_dir(), "--out", str(out), "no directory")
+    files.make_parent(out, option="--out")
 
 
 def parser() -> argparse.ArgumentParser:

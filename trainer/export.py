@@ -57,7 +57,7 @@ from diffusers import ConsistencyModelPipeline, DDPMScheduler, UNet2DModel
 unet = UNet2DModel.from_pretrained("THIS_DIRECTORY", subfolder="unet")
 scheduler = DDPMScheduler.from_pretrained("THIS_DIRECTORY", subfolder="scheduler")
 pipeline = ConsistencyModelPipeline(unet, scheduler)
-images = pipeline(batch_size=4, class_labels=[0, 1, 2, 3], num_inference_steps=250).images
+images = pipeline(batch_size=4, class_labels={labels}, num_inference_steps=250).images
 ```"""
 _UNCONDITIONAL = """\
 ```python
@@ -81,9 +81,9 @@ def export(arguments: argparse.Namespace) -> int:
     found = TrainedNetwork.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
     to = Path(target)
     check(not to.exists(), "--to", target, "a name that does not exist yet")
-    check(to.parent.is_dir(), "--to", target, "in a directory that exists")
     kinds = target.endswith("/") or to.suffix in (".safetensors", ".pt")
     check(kinds, "--to", target, "FILE.safetensors, FILE.pt, or a directory, which ends in /")
+    files.make_parent(to, option="--to")
     if target.endswith("/"):
         diffusers_format.assert_expressible(found.config.model)
     dtype = DTYPES[arguments.precision]
@@ -140,7 +140,10 @@ def _index(config: Config) -> dict[str, Any]:
 def _card(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> str:
     model = found.config.model
     assert isinstance(model, UNetConfig)
-    usage = _UNCONDITIONAL if model.num_classes is None else _CONDITIONAL
+    usage = _UNCONDITIONAL
+    if model.num_classes is not None:
+        labels = [i % model.num_classes for i in range(4)]
+        usage = _CONDITIONAL.replace("{labels}", str(labels))
     classes = "no classes" if model.num_classes is None else f"{model.num_classes} classes"
     return _CARD.format(
         name=to.name,

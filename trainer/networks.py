@@ -57,7 +57,7 @@ class TrainedNetwork:
                 raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
             return cls(config, file, found.files[file.name]["sha256"], name)
         if preset is None and path.suffix != ".safetensors":
-            raise ValueError(f"{path} is no run directory; for a weights file, name its preset too")
+            raise ValueError(f"{path} is no run directory; for a weights file, add --preset")
         if not path.is_file():
             raise ValueError(f"no such weights file: {path}")
         config = _written_config(path) if preset is None else configs.load(preset)
@@ -117,7 +117,7 @@ def _written_config(path: Path) -> Config:
     """
     text = weights.metadata(path).get("config")
     if text is None:
-        raise ValueError(f"{path} does not say which network it is for: name its preset too")
+        raise ValueError(f"{path} does not say which network it is for: add --preset")
     try:
         return configs.from_table(tomllib.loads(text))
     except ValueError as error:

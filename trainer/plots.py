@@ -28,12 +28,12 @@ def check_plot(path: Path | None, *, named: str) -> None:
     """Return if a plot can be written to that path, where one is wanted.
 
     Raises:
-        ValueError: matplotlib is missing, or the path is no picture's in a directory that exists.
+        ValueError: matplotlib is missing, or the path is no picture's or cannot be made.
     """
     if path is None:
         return
     check(path.suffix in _SUFFIXES, named, str(path), f"a file in {', '.join(_SUFFIXES)}")
-    check(path.parent.is_dir(), named, str(path), "in a directory that exists")
+    files.make_parent(path, option=named)
     if not is_possible():
         raise ValueError(f"{named}: needs matplotlib: pip install matplotlib")
 

@@ -48,9 +48,11 @@ def find(name: str | Path, *, directory: Path) -> Path:
         return path
     names = sorted(p.stem for p in directory.glob("*.toml"))
     if str(name) not in names:
+        own = path.with_name(f"{path.name}.toml")
+        hint = f" (nearest: {str(own)!r})" if own.is_file() else nearest(str(name), names)
         raise ValueError(
-            f"unknown preset {str(name)!r}{nearest(str(name), names)}; "
-            f"there are: {', '.join(names)}"
+            f"unknown preset {str(name)!r}{hint}; there are: {', '.join(names)}; a file of your "
+            "own ends in .toml"
         )
     return directory / f"{name}.toml"
 
@@ -88,7 +90,9 @@ def build(kind: Any, table: Mapping[str, Any], *, name: str = "") -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in table:
         if key not in fields:
-            raise ValueError(f"unknown setting {join(name, key)!r}{nearest(key, fields)}")
+            hint = _in_section(kind, key) or nearest(key, fields)
+            hint = hint or f"; there are: {', '.join(fields)}"
+            raise ValueError(f"unknown setting {join(name, key)!r}{hint}")
     for key, field in fields.items():
         if key not in table and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"setting {join(name, key)!r} is missing")
@@ -104,6 +108,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A hint at the known word that is most like `word`, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (nearest: {close[0]!r})" if close else ""
+
+
+def _in_section(kind: Any, key: str) -> str:
+    """A hint at the section of `kind` that has a setting of this name, or nothing."""
+    for section, hint in typing.get_type_hints(kind).items():
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner) and key in {
+                f.name for f in dataclasses.fields(inner)
+            }:
+                return f" (nearest: {join(section, key)!r}, in [{section}])"
+    return ""
 
 
 def _convert(hint: Any, value: Any, *, name: str) -> Any:

@@ -24,6 +24,15 @@ case $1 in
   --set 'training.precision = "bf16"' ;;
 esac
 
+need() {
+  for program; do
+    command -v "$program" > /dev/null ||
+      refuse "there is no $program here: install it, or add its directory to PATH in setup"
+  done
+}
+
+need mpirun
+
 # Ctrl-C, TERM and a closed terminal ask the ranks by a file to save and leave. The launcher has a
 # session of its own, which the terminal's signals do not reach; what it prints passes a process that
 # outlives the terminal.

@@ -23,7 +23,6 @@ case $1 in
     [ "$2" != n1 ] || first=1
     meeting=(--local-addr="$2" --rdzv-conf="join_timeout=600,last_call_timeout=5,is_host=$first")
     exec /home/me/adm/.venv/bin/python -m torch.distributed.run "${meeting[@]}" \
-   \
   --nnodes=64 \
   --nproc-per-node=8 \
   --rdzv-backend=c10d \
@@ -38,6 +37,25 @@ case $1 in
   --set 'training.lr = 1e-4' \
   --set 'training.precision = "bf16"' ;;
 esac
+
+need() {
+  for program; do
+    command -v "$program" > /dev/null ||
+      refuse "there is no $program here: install it, or add its directory to PATH in setup"
+  done
+}
+
+hosts=(n1 n2 n3 n4 n5 n6 n7 n8 n9 n10 n11 n12 n13 n14 n15 n16 n17 n18 n19 n20 n21 n22 n23 n24 n25 n26 n27 n28 n29 n30 n31 n32 n33 n34 n35 n36 n37 n38 n39 n40 n41 n42 n43 n44 n45 n46 n47 n48 n49 n50 n51 n52 n53 n54 n55 n56 n57 n58 n59 n60 n61 n62 n63 n64)
+need ssh
+# A host that ssh does not reach would keep the others waiting: all are tried before any is started.
+tries=() far=()
+for host in "${hosts[@]}"; do
+  ssh -o BatchMode=yes -o ConnectTimeout=60 -o LogLevel=ERROR "$host" true < /dev/null &
+  tries+=($!)
+done
+for i in "${!hosts[@]}"; do wait "${tries[i]}" || far+=("${hosts[i]}"); done
+[ ${#far[@]} = 0 ] ||
+  refuse "ssh to ${far[*]} failed, see above: every machine of hosts must accept ssh without a password"
 
 # Ctrl-C, TERM and a closed terminal ask the ranks by a file to save and leave. The launcher has a
 # session of its own, which the terminal's signals do not reach; what it prints passes a process that
@@ -68,7 +86,7 @@ finish() {
   return $failure
 }
 
-for host in n1 n2 n3 n4 n5 n6 n7 n8 n9 n10 n11 n12 n13 n14 n15 n16 n17 n18 n19 n20 n21 n22 n23 n24 n25 n26 n27 n28 n29 n30 n31 n32 n33 n34 n35 n36 n37 n38 n39 n40 n41 n42 n43 n44 n45 n46 n47 n48 n49 n50 n51 n52 n53 n54 n55 n56 n57 n58 n59 n60 n61 n62 n63 n64; do
+for host in "${hosts[@]}"; do
   begin ssh "$host" 'bash /runs/imagenet64/launch/job.sh node'" $host"
 done
 finish

@@ -9,6 +9,7 @@ share, and the result is the same.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -99,7 +100,8 @@ def likelihood(held_out: HeldOut, *, steps: str | None) -> dict[str, Any]:
     diffusion = Diffusion(config.diffusion, respacing=steps)
     parts = -(-held_out.images.images // (held_out.part * held_out.world.size))
     shown = held_out.world.is_main
-    progress = Progress(total=parts * diffusion.steps, done=0, unit="passes", shown=shown)
+    total = parts * diffusion.steps
+    progress = Progress(total=total, done=0, unit="passes", shown=shown, say=_say)
     sums = torch.zeros(2, diffusion.steps, dtype=torch.float64, device=held_out.device)
 
     def terms(batch: Batch) -> dict[str, Tensor]:
@@ -139,7 +141,7 @@ def accuracy(held_out: HeldOut) -> dict[str, Any]:
     config = held_out.network.config
     objective = Classify(config.diffusion, seed=SEED)
     shown = held_out.world.is_main
-    progress = Progress(total=held_out.images.images, done=0, shown=shown)
+    progress = Progress(total=held_out.images.images, done=0, shown=shown, say=_say)
     table = held_out.table(
         lambda batch: objective(held_out.net, batch.images, batch.labels, batch.indices),
         progress=progress.advance,
@@ -168,6 +170,10 @@ def measure(arguments: argparse.Namespace, *, world: World, device: torch.device
     return 0
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _lines(found: dict[str, Any], *, images: int) -> list[str]:
     """The result as a person reads it."""
     if "bits_per_dimension" in found:
@@ -191,7 +197,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
     check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1")
     images, out = arguments.images, arguments.out
     check(images is None or images >= 1, "--images", images, "at least 1")
-    check(out is None or out.parent.is_dir(), "--out", str(out), "in a directory that exists")
+    if out is not None:
+        files.make_parent(out, option="--out")
 
 
 def _check_kind(network: TrainedNetwork, *, command: str) -> TrainedNetwork:

@@ -164,7 +164,9 @@ def _number(word: str, *, option: str, names: Names) -> int:
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
     if word not in known:
-        raise ValueError(f"{option}: {word!r} is not a class{nearest(word, known)}")
+        first = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+        hint = nearest(word, known) or f"; the classes are {first}"
+        raise ValueError(f"{option}: {word!r} is not a class{hint}")
     return known.index(word)
 
 
