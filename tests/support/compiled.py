@@ -43,8 +43,7 @@ def cost(name: str, *, channels: int, length: int) -> dict[str, object]:
         n: "constexpr" if n in constants else POINTERS[name].get(n, "i32")
         for n in kernel.arg_names
     }  # fmt: skip
-    at = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=at)
+    source = ASTSource(kernel, signature, constants)
     options = {"num_warps": fused.WARPS}
     target = GPUTarget("cuda", 90, 32)
     ptx = triton.compile(source, target=target, options=options).asm["ptx"]

@@ -84,7 +84,7 @@ def _is_close(a: float, b: float, *, size: float, bound: float) -> bool:
 def dropout_seed(seed: int, images_seen: int, rank: int) -> int:
     """Dropout is keyed by (seed, clock, rank): exact on resume, not across numbers of ranks."""
     key = np.random.SeedSequence([seed, images_seen, rank])
-    return int(key.generate_state(1, np.uint64)[0] >> 1)
+    return int(key.generate_state(1, np.uint64)[0]) >> 1
 
 
 def bound_on(device: torch.device, dtype: torch.dtype) -> float:
