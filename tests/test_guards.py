@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support import faults
@@ -16,7 +17,7 @@ from trainer.checkpoint import STATE, committed, read, sealed
 from trainer.guards.policy import Guards, Running
 
 BAD = 2 * STEP + 1  # an image of the third step
-GUARDS = (*EVERY, "guards.window = 2", "guards.spike = 100", "guards.in_a_row = 2")
+GUARDS = (*EVERY, "guards.window = 2", "guards.spike = 20", "guards.in_a_row = 2")
 #: Name -> ranks, stage, precision.
 RUNS = {
     "one": (1, 2, "fp32"),
@@ -170,15 +171,35 @@ def test_a_rollback_that_did_not_help_is_followed_by_one_to_an_older_checkpoint(
 
 def test_the_running_deviation_is_exact_at_first_and_then_forgets() -> None:
     running = Running()
-    values = [1.0, 3.0, 2.0, 4.0]
-    for value in values:
-        assert running.limit(2.0, window=4) == math.inf
-        running.add(value, window=4)
+    for value in (1.0, 3.0, 2.0, 4.0):
+        assert running.deviations(1e9, window=4) == 0
+        running.add(math.exp(value), window=4)
     assert running.mean == pytest.approx(2.5) and running.variance == pytest.approx(1.25)
-    assert running.limit(2.0, window=4) == pytest.approx(2.5 + 2 * 1.25**0.5)
+    assert running.deviations(math.exp(4.0), window=4) == pytest.approx(1.5 / 1.25**0.5)
     for _ in range(100):
         running.add(7.0, window=4)
-    assert running.limit(10.0, window=4) == pytest.approx(7.0 * 1.5)
+    assert running.deviations(7.0 * math.exp(0.5), window=4) == pytest.approx(10)
+    running.add(0.0, window=4)
+    assert math.isfinite(running.deviations(0.0, window=4))
+
+
+def test_a_heavy_tail_of_the_loss_is_no_spike_and_a_spike_is_one() -> None:
+    """As in 1300 steps at batch 8: where t is near 0 the loss is up to 100 times larger."""
+    guards, rng = Guards(configs.load("digits")), np.random.default_rng(0)
+    losses = 0.12 * np.exp(rng.normal(0.0, 0.3, 20_000))
+    tail = rng.random(20_000) < 0.01
+    losses[tail] *= np.exp(rng.uniform(1.0, 4.6, tail.sum()))
+    norms = 0.7 * np.exp(rng.normal(0.0, 0.45, 20_000))
+    steps = zip(losses.tolist(), norms.tolist(), strict=True)
+    assert not [said for loss, norm in steps if (said := guards.judge(loss, norm))]
+    assert "the norm of the gradient is 200, " in str(guards.judge(0.12, 200.0))
+    assert "the loss is 1e+04, " in str(guards.judge(1e4, 0.7 * math.exp(5 * 0.45)))
+    kept = guards.state()
+    earlier = {"batch": 64, "running": [{"mean": 0.2, "variance": 0.01, "count": 128}] * 2}
+    for state, norm in ((kept, 200.0), (earlier, 40.0)):
+        guards = Guards(configs.load("digits"))
+        guards.load(state)
+        assert guards.judge(0.15, 0.3) is None and guards.judge(0.12, norm) is not None
 
 
 @pytest.mark.parametrize("setting", ["spike = 0", "window = 1", "in_a_row = 0", "rollbacks = -1"])

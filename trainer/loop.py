@@ -132,11 +132,12 @@ class Loop:
             progress.advance(self.config.training.batch)
             stop = self._saving.agree(stop=self.stop_requested(), images_seen=self.images_seen)
             ends = stop or self.images_seen >= total
+            norm = None
             if ends or self._due(every.log):
-                self._report(progress, since=reported)
+                norm = self._report(progress, since=reported)
                 reported = self.images_seen
             if ends or self._saving.is_late or self._due(every.checkpoint):
-                self._saving.save(self.images_seen, ends=ends)
+                self._saving.save(self.images_seen, ends=ends, norm=norm)
             if self._due(every.averages):
                 self._keep_averages()
             if not stop and not self._measures.take(self.images_seen):
@@ -192,7 +193,8 @@ class Loop:
         if not report.skipped:
             self.metrics.note("grad_norm", report.grad_norm)
 
-    def _report(self, progress: Progress, *, since: int) -> None:
+    def _report(self, progress: Progress, *, since: int) -> float:
+        """Show the means of the images since `since`; returns the norm of the weights."""
         images = self.images_seen - since
         norm = self.engine.parameter_norm()
         means = self.metrics.reduce(images=images)
@@ -212,6 +214,7 @@ class Loop:
         )
         self._incidents.flush()
         self.guards.check_damaged(means, images=images)
+        return norm
 
     def _keep_averages(self) -> None:
         self.mark("keeping averages")

@@ -61,8 +61,11 @@ class Saving:
         self.is_late = self._waits or (late and is_new)
         return stop
 
-    def save(self, images_seen: int, *, ends: bool) -> None:
-        """Save, unless that waits for a good step; `ends` says that no step follows."""
+    def save(self, images_seen: int, *, ends: bool, norm: float | None = None) -> None:
+        """Save, unless that waits for a good step; `ends` says that no step follows.
+
+        `norm` is that of the weights, where it is known already.
+        """
         self._waits = bool(self.guards.row) and not self.guards.may_finish(images_seen)
         if self._waits:
             if ends:
@@ -78,7 +81,8 @@ class Saving:
         self._saved_at, self.saved_images = time.monotonic(), images_seen
         if self.engine.updates == self._saved_updates and self._passes_over(images_seen):
             return
-        self.guards.check_weights(self.engine.parameter_norm(), images_seen=images_seen)
+        norm = self.engine.parameter_norm() if norm is None else norm
+        self.guards.check_weights(norm, images_seen=images_seen)
         state = TrainState.capture(
             images_seen=images_seen,
             engine=self.engine,

@@ -69,6 +69,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("images", "batch", "micro_batch"):
             self._check(getattr(self, name) >= 1, name, "at least 1")
+        self._check(self.images < 10**12, "images", "below 10^12, which has more than 12 digits")
         divides = self.images % self.batch == 0
         self._check(divides, "images", f"a multiple of training.batch = {self.batch}")
         self._check(0 < self.lr < math.inf, "lr", "a number above 0")
@@ -235,8 +236,8 @@ class BoardConfig:
 class GuardConfig:
     """What is done about a step whose loss or gradient is not finite or far too large: skip it."""
 
-    #: Above so many deviations over its running mean a loss or a gradient's norm is a spike; inf:
-    #: none is.
+    #: More deviations than this above its running mean, of logarithms, is a spike: of a gradient's
+    #: norm, or of the loss with an unusual norm. inf: none is.
     spike: float = 10.0
     #: Steps that the running means cover; none is a spike before so many were taken.
     window: int = 128

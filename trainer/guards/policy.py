@@ -3,9 +3,14 @@
 Every rank judges the same numbers, and so decides the same at the same step. A step whose loss or
 gradient is not finite, or is far above its running mean, is skipped before anything moves. After
 too many in a row the run goes back to a checkpoint, and after too many of those it stops.
+
+Means and deviations are of logarithms. In a batch of 8, the bound's term of one image with t near 0
+can make the loss 30 times its mean, ten deviations, with an ordinary gradient, about once in 1000
+steps; so a loss is a spike only where the gradient is unusual too.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -15,32 +20,51 @@ from trainer.ranks.group import Refused
 
 # Images before `data.max_bad` counts as a share: a few early ones say little.
 _SEEN_AT_LEAST = 10_000
-# The least deviation that is believed, as a share of the mean: no spike is smaller than `spike`
-# times this.
+# The least deviation of a logarithm that is believed, about a share of the mean.
 _LEAST_DEVIATION = 0.05
+# Values below this share of the mean count as so much: 0 has no logarithm.
+_LEAST_SHARE = 1e-3
+# Deviations above its mean from which a gradient's norm is unusual.
+_UNUSUAL = 4.0
+# What is judged, in words.
+_LOSS, _NORM = "loss", "norm of the gradient"
 
 
 @dataclass
 class Running:
-    """Mean and variance of a quantity over about the last `window` steps that were taken."""
+    """Mean and variance of a quantity's logarithm over about the last `window` steps taken."""
 
     mean: float = 0.0
     variance: float = 0.0
     count: int = 0
 
-    def limit(self, factor: float, *, window: int) -> float:
-        """The largest value that is no spike; infinite before a window of steps was seen."""
+    @classmethod
+    def of(cls, mean: float, variance: float, count: int, *, is_log: bool) -> "Running":
+        """From a checkpoint; those of earlier releases have moments of the quantity itself."""
+        if is_log:
+            return cls(mean, variance, count)
+        if mean <= 0:
+            return cls()
+        spread = math.log1p(variance / mean**2)
+        return cls(math.log(mean) - spread / 2, spread, count)
+
+    def deviations(self, value: float, *, window: int) -> float:
+        """How far a value is above the mean; 0 before a window of steps was seen."""
         if self.count < window:
-            return math.inf
-        deviation = max(math.sqrt(self.variance), _LEAST_DEVIATION * abs(self.mean))
-        return self.mean + factor * deviation if deviation else math.inf
+            return 0.0
+        return (self._log(value) - self.mean) / max(math.sqrt(self.variance), _LEAST_DEVIATION)
 
     def add(self, value: float, *, window: int) -> None:
         """Take in the value of a step: exact at first, then with weights that decay."""
+        log = self._log(value)
         self.count = min(self.count + 1, window)
-        share, delta = 1 / self.count, value - self.mean
+        share, delta = 1 / self.count, log - self.mean
         self.mean += share * delta
         self.variance = (1 - share) * (self.variance + share * delta**2)
+
+    def _log(self, value: float) -> float:
+        least = _LEAST_SHARE * math.exp(self.mean) if self.count else sys.float_info.min
+        return math.log(max(value, least, sys.float_info.min))
 
 
 class Guards:
@@ -57,7 +81,7 @@ class Guards:
         #: Receives the count of damaged images.
         self.log: Callable[[str], None] = lambda _: None
         self._seen = self._bad = 0
-        self._running = {"loss": Running(), "norm of the gradient": Running()}
+        self._running = {_LOSS: Running(), _NORM: Running()}
         self.row = self.since = self.incidents = self.rollbacks = 0
         #: The checkpoint of the last rollback of this start, and the clock of the run then.
         self.went_back_to = self.went_back_at = 0
@@ -70,11 +94,13 @@ class Guards:
             return "the gradients are not finite"
         factor, window = self._limits.spike, self._limits.window
         values = dict(zip(self._running, (loss, grad_norm), strict=True))
+        far = {n: r.deviations(values[n], window=window) for n, r in self._running.items()}
+        is_unusual = far[_NORM] > min(_UNUSUAL, factor)
         for name, running in self._running.items():
-            if values[name] > (limit := running.limit(factor, window=window)):
+            if far[name] > factor and is_unusual:
                 return (
-                    f"the {name} is {values[name]:.4g}, above {limit:.4g}, its mean of "
-                    f"{running.mean:.4g} and {factor:g} deviations"
+                    f"the {name} is {values[name]:.4g}, {far[name]:.0f} deviations above its mean "
+                    f"of {math.exp(running.mean):.4g} on a logarithmic scale"
                 )
         for name, running in self._running.items():
             running.add(values[name], window=window)
@@ -115,7 +141,7 @@ class Guards:
         """What a checkpoint keeps."""
         return {
             "batch": self._batch,
-            "running": [asdict(running) for running in self._running.values()],
+            "log_running": [asdict(running) for running in self._running.values()],
             "row": self.row,
             "since": self.since,
             "incidents": self.incidents,
@@ -127,8 +153,11 @@ class Guards:
 
         With another batch the running means start afresh: its deviations are others.
         """
-        saved = state.get("running", []) if state.get("batch") == self._batch else []
-        found = [Running(**entries) for entries in saved] or [Running() for _ in self._running]
+        is_log = "log_running" in state
+        saved = state.get("log_running" if is_log else "running", [])
+        found = [Running.of(**entries, is_log=is_log) for entries in saved]
+        if not found or state.get("batch") != self._batch:
+            found = [Running() for _ in self._running]
         self._running = dict(zip(self._running, found, strict=True))
         self.row, self.since = state.get("row", 0), state.get("since", 0)
         self.incidents, self.rollbacks = state.get("incidents", 0), state.get("rollbacks", 0)
