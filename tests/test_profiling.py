@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from trainer import profiling
 from trainer.run import Run
@@ -43,3 +45,22 @@ def test_the_table_is_by_kind_with_what_is_idle() -> None:
     rows = profiling.table(times, seconds=5.0, steps=10).splitlines()
     assert [row.split()[0] for row in rows[1:]] == ["convolution", "communication", "norm", "idle"]
     assert rows[1].endswith("40.0%") and rows[-1].endswith("20.0%")
+
+
+def test_annotations_of_a_device_are_not_counted_beside_their_kernels() -> None:
+    kinds = {"triton_poi_fused_convolution_7": False, "sm90_xmma_fprop_implicit_gemm": False}
+    kinds |= {"Optimizer.step#AdamW.step": True, "## Call CompiledFxGraph ##": True}
+    on_device = [
+        FunctionEvent(
+            n, name, n, 0, 2_000_000, stack=[], use_device="cuda",
+            device_type=DeviceType.CUDA, is_user_annotation=named,
+        )
+        for n, (name, named) in enumerate(kinds.items())
+    ]  # fmt: skip
+    host = FunctionEvent(9, "aten::conv2d", 1, 0, 9_000_000, device_type=DeviceType.CPU, stack=[])
+    events = EventList([*on_device, host], use_device="cuda")
+    events._build_tree()
+    times = profiling._times(events.key_averages(), of_device=True)
+    assert {(profiling.kind(name), seconds) for name, seconds in times} == {
+        ("elementwise, compiled", 2.0), ("convolution", 2.0)
+    }  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from trainer.run import Run
@@ -20,12 +21,13 @@ _WAIT, _WARM_UP = 3, 2
 # Kinds of work by parts of the names of kernels and operations; the first that fits counts.
 _KINDS = {
     "communication": "nccl|c10d|gloo|allreduce|all_gather|reduce_scatter",
+    "elementwise, compiled": "^triton_",
     "norm": "moments|group_gradients|channel_gradients|apply_gradient|group_norm|^apply$",
     "attention": "flash|fmha|attention|sdpa",
     "convolution": "conv|fprop|dgrad|wgrad",
     "optimizer": "adam|lerp|multi_tensor|foreach",
     "matrix products": "gemm|cutlass|nvjet|addmm|bmm|::mm|linear",
-    "copies": "copy|memcpy|memset|::cat|clone|::to$",
+    "copies": "copy|memcpy|memset|::cat|clone|::to$|nchwToNhwc|nhwcToNchw",
 }
 
 
@@ -44,8 +46,8 @@ def table(times: Iterable[tuple[str, float]], *, seconds: float, steps: int) -> 
         sums[kind(name)] = sums.get(kind(name), 0.0) + spent
     sums["idle"] = max(0.0, seconds - sum(sums.values()))
     rows = sorted(sums.items(), key=lambda row: -row[1])
-    lines = [f"{'kind':16} {'ms per step':>12} {'share':>7}"]
-    lines += [f"{k:16} {1e3 * s / steps:12.2f} {s / seconds:7.1%}" for k, s in rows]
+    lines = [f"{'kind':22} {'ms per step':>12} {'share':>7}"]
+    lines += [f"{k:22} {1e3 * s / steps:12.2f} {s / seconds:7.1%}" for k, s in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -95,13 +97,19 @@ class StepProfiler:
         seconds = time.monotonic() - self._began
         self._directory.mkdir(parents=True, exist_ok=True)
         self._trace(found)
-        text = table(_times(found.key_averages()), seconds=seconds, steps=self._steps)
+        times = _times(found.key_averages(), of_device=torch.cuda.is_available())
+        text = table(times, seconds=seconds, steps=self._steps)
         (self._directory / "table.txt").write_text(text)
         self._run.log(f"profiled {self._steps} steps: {self._directory}")
 
 
-def _times(averages: Any) -> list[tuple[str, float]]:
-    """Names and seconds of all kernels of the device, or of operations where there is no GPU."""
-    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    kernels = [a for a in averages if not torch.cuda.is_available() or a.self_cpu_time_total == 0]
-    return [(a.key, getattr(a, own) / 1e6) for a in kernels if "ProfilerStep" not in a.key]
+def _times(averages: Any, *, of_device: bool) -> list[tuple[str, float]]:
+    """Names and seconds of all kernels of the device, or of operations where there is no GPU.
+
+    Not of what is annotated: on a device it is the time of kernels, which are there themselves.
+    """
+    if not of_device:
+        operations = [a for a in averages if "ProfilerStep" not in a.key]
+        return [(a.key, a.self_cpu_time_total / 1e6) for a in operations]
+    kernels = [a for a in averages if a.device_type != DeviceType.CPU and not a.is_user_annotation]
+    return [(a.key, a.self_device_time_total / 1e6) for a in kernels]
