@@ -137,6 +137,23 @@ def test_a_cpu_says_that_it_computes_otherwise(stage: int) -> None:
     assert not compute.remarks(configs.load("digits").training, stage=stage)
 
 
+def test_what_is_said_of_compiling_is_also_of_the_backward_pass() -> None:
+    order: list[str] = []
+
+    def note(name: str, graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        order.append(name)
+        return graph
+
+    passes = {f"{name}_compiler": partial(note, name) for name in ("fw", "bw")}
+    net, x = nn.Linear(3, 3), torch.ones(2, 3)
+    compute.compile_forward(net, say=order.append, backend=aot_autograd(**passes))
+    loss = net(x).sum()
+    assert order[1:3] == ["fw", "bw"] and order[3].startswith("compiled the network in")
+    loss.backward()
+    net(x).sum().backward()
+    assert len(order) == 4 and net.weight.grad is not None
+
+
 def test_a_compiled_gradient_of_a_doubled_map_is_no_scattered_addition() -> None:
     operations: list[str] = []
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from trainer.adm.norm import use_kernels
@@ -102,7 +103,7 @@ def prepare(
 
 
 def compile_forward(
-    net: nn.Module, *, say: Callable[[str], None], backend: str = "inductor"
+    net: nn.Module, *, say: Callable[[str], None], backend: str | Callable[..., Any] = "inductor"
 ) -> None:
     """Let a network compile its forward pass at its first call, and the backward pass with it.
 
@@ -119,7 +120,11 @@ class _Compiled:
     """
 
     def __init__(
-        self, forward: Callable[..., Tensor], *, say: Callable[[str], None], backend: str
+        self,
+        forward: Callable[..., Tensor],
+        *,
+        say: Callable[[str], None],
+        backend: str | Callable[..., Any],
     ) -> None:
         self._forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
         self._say, self._images = say, 0
@@ -139,7 +144,9 @@ class _Compiled:
     def _first(self, count: int, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         self._say("compiling the network, which takes minutes")
         began = time.monotonic()
-        out: Tensor = self._forward(*inputs, **named)
+        # The backward pass too, which would be compiled at its first call, after this is said.
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            out: Tensor = self._forward(*inputs, **named)
         self._images = count
         self._say(f"compiled the network in {time.monotonic() - began:.0f} s")
         return out
