@@ -76,18 +76,21 @@ def system(cell: Figures) -> Net:
     """The network of a cell's system, on the device, in its precision."""
     name, model, half = cell["system"], config(cell), cell["precision"]
     if name == "guided-diffusion":
-        net = nets.guided_diffusion(model, path=Path(cell["path"]), fp16=half == "fp16")
+        with DEVICE:
+            net = nets.guided_diffusion(model, path=Path(cell["path"]), fp16=half == "fp16")
         net.module.to(DEVICE)
         return net
     if name.startswith("diffusers"):
-        net = nets.diffusers(model)
+        with DEVICE:
+            net = nets.diffusers(model)
         layout = torch.channels_last if "channels last" in name else torch.contiguous_format
         module: Any = net.module  # the stubs of `Module.to` lack memory_format
         module.to(DEVICE, DTYPES[half], memory_format=layout)
         return net
     layout = torch.contiguous_format if "channels first" in name else torch.channels_last
     kernels: Kernels = "fused" if "fused" in name and GPU else "plain"
-    net = nets.ours(model, kernels=kernels, layout=layout)
+    with DEVICE:
+        net = nets.ours(model, kernels=kernels, layout=layout)
     net.module.to(DEVICE, DTYPES[half])
     return net
 
