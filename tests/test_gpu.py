@@ -1,52 +1,162 @@
-"""On a CUDA device: `pytest -m gpu`. The same properties as elsewhere, where the device matters."""
+"""On a CUDA device: `pytest -m gpu`, under two minutes.
+
+The same properties as elsewhere, where the device matters. Four processes, started together, do
+all the training; what a process does not report fails the tests that need it.
+"""
 
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data.exits import FAILED
 from tests.support import golden, ranks
+from trainer import compute
 from trainer.adm import keyed
-from trainer.adm.config import UNetConfig
+from trainer.adm.config import Kernels, UNetConfig
+from trainer.adm.norm import GroupNorm, use_kernels
 from trainer.adm.unet import UNet
 from trainer.watch import forensics
 from trainer.watch.pace import Stopwatch
 
 pytestmark = pytest.mark.gpu
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 FUSED = 'training.kernels = "fused"'
+#: Runs that are cut in two halves and are not, by name.
+DETERMINISTIC = {
+    "fp32": ('training.precision = "fp32"',),
+    "bf16": ('training.precision = "bf16"',),
+    "compiled": ('training.precision = "fp16"', FUSED, "training.compile = true"),
+    "classify": ('training.precision = "bf16"', FUSED),
+}
 NET = UNetConfig(
     image_size=32, channels=64, channel_mult=(1, 2), blocks=1, attention=(16,), head_channels=32,
     num_classes=10,
 )  # fmt: skip
 
 
-def train(run: Path, tiny: Path, *sets: str, first: str = "pass", status: int = 0) -> str:
-    """Train in a process of its own, which does `first`; what it prints."""
-    words = [str(tiny), "--run", str(run)]
-    for change in sets:
-        words += ["--set", change]
-    return python(f"{first}; from trainer import train; sys.exit(train.main({words}))", status)
+def of(precision: str) -> str:
+    return f'training.precision = "{precision}"'
 
 
-def python(code: str, status: int = 0) -> str:
-    """Run code in a process of its own that ends with `status`; what it prints."""
-    main = f"from trainer.ranks.ending import run_as_rank; run_as_rank(lambda: exec({code!r}))"
-    command = [sys.executable, "-c", f"import sys; {main}"]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
-    done = subprocess.run(
-        command, cwd=ranks.ROOT, env=env, text=True, timeout=ranks.LIMIT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+class Processes:
+    """Processes that each train runs one after the other, in `root`, all at the same time."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._started: dict[str, subprocess.Popen] = {}
+        self._ended: dict[str, tuple[int, str]] = {}
+
+    def start(self, name: str, *runs: list[str], first: str = "pass") -> None:
+        """Train `runs`, arguments of `trainer.train` each, in a process that does `first`."""
+        where = self.root / f"job-{name}"
+        where.mkdir()
+        words = [["train", *run] for run in runs]
+        code = f"{first}; ranks.work(Path({str(where)!r}), {words!r}, False)"
+        self._started[name] = start(f"from tests.support import faults, ranks; {code}")
+
+    def arguments(self, run: str, preset: Path, *sets: str) -> list[str]:
+        return [
+            str(preset), "--run", str(self.root / run), *(w for s in sets for w in ("--set", s))
+        ]  # fmt: skip
+
+    def end(self, name: str) -> tuple[int, str]:
+        """The status of a process and what it printed, once it has ended."""
+        if name not in self._ended:
+            text, _ = self._started[name].communicate(timeout=ranks.LIMIT)
+            self._ended[name] = (self._started[name].returncode, text)
+        return self._ended[name]
+
+    def check(self, name: str) -> None:
+        """Wait for a process, all of whose runs must have gone well."""
+        status, text = self.end(name)
+        report = self.root / f"job-{name}" / "report.json"
+        assert status == 0 and report.exists(), text
+        assert set(json.loads(report.read_text())) == {0}, text
+
+
+def start(code: str) -> subprocess.Popen:
+    """Run code as a rank that sees the device, in a process of its own."""
+    main = f"from trainer.ranks.ending import run_as_rank; run_as_rank(lambda: exec({code!r}) or 0)"
+    command = [sys.executable, "-c", f"from pathlib import Path; {main}"]
+    own = ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")
+    env = {k: v for k, v in os.environ.items() if k not in own}
+    return subprocess.Popen(
+        command, cwd=ranks.ROOT, env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )  # fmt: skip
-    assert done.returncode == status, done.stdout
-    return done.stdout
+
+
+def note_waits(at: int) -> None:
+    """Write how often the step at a clock waits for the device, to RUN/waits.json, in each run."""
+    from trainer.loop import Loop
+
+    step: Callable[..., None] = Loop._step
+    whole, said = torch.cuda.synchronize, list[str]()
+    torch.cuda.synchronize = lambda *given: (said.append("synchronize"), whole(*given))
+
+    def noted(self: Loop, batches: Any) -> None:
+        if self.images_seen != at:
+            return step(self, batches)
+        said.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            step(self, batches)
+            torch.cuda.set_sync_debug_mode("default")
+        said.extend(text for each in caught if "synchroniz" in (text := str(each.message)))
+        (self.run.path / "waits.json").write_text(json.dumps(said))
+        return None
+
+    Loop._step = noted  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) -> Processes:
+    root = tmp_path_factory.mktemp("gpu")
+    done, audited = Processes(root), ("intervals.audit = 8", "model.dropout = 0.2")
+    runs = []
+    for precision in PRECISIONS:
+        for name, kernels in (("plain", ()), ("fused", (FUSED,))):
+            runs.append(
+                done.arguments(f"{name}-{precision}", tiny, *audited, of(precision), *kernels)
+            )
+        more = ("training.images = 128", of(precision), *audited)
+        runs.append(done.arguments(f"plain-{precision}", tiny, *more))
+    measured = (
+        f'data.validation = "{digits}"', "intervals.validate = 64", "data.validation_images = 50",
+        "training.ema_widths = [0.1]", "intervals.averages = 64",
+    )  # fmt: skip
+    runs.append(done.arguments("measured", tiny, *measured))
+    done.start("plain", *runs, first="from tests import test_gpu; test_gpu.note_waits(16)")
+    classifier = root / "classifier.toml"
+    classifier.write_text(tiny.read_text().replace('"denoise"', '"classify"'))
+    runs = []
+    for name, sets in DETERMINISTIC.items():
+        preset, sets = tiny if name != "classify" else classifier, (*sets, _DETERMINISTIC)
+        runs.append(done.arguments(f"{name}-whole", preset, *sets))
+        for half in ("training.images = 32",), ():
+            runs.append(done.arguments(f"{name}-again", preset, *sets, *half))
+    # cuBLAS reads its settings once.
+    first = "from trainer import determinism; determinism.prepare({!r}, [{!r}], unset=())"
+    done.start("deterministic", *runs, first=first.format(str(tiny), _DETERMINISTIC))
+    spoiled = [done.arguments(f"spoiled-{p}", tiny, of(p)) for p in ("fp32", "bf16")]
+    done.start("spoiled", *spoiled, first="faults.spoil({17: float('nan')})")
+    flipped = done.arguments("flipped", tiny, "intervals.audit = 8")
+    done.start("flipped", flipped, first="faults.flip_a_bit(at=16)")
+    return done
+
+
+_DETERMINISTIC = "training.deterministic = true"
 
 
 def test_draws_have_the_same_bits_as_on_the_cpu() -> None:
@@ -57,87 +167,89 @@ def test_draws_have_the_same_bits_as_on_the_cpu() -> None:
         assert torch.equal(here, there.cpu())
 
 
+@pytest.mark.parametrize("kernels", ["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_net_says_the_same_in_every_precision(dtype: torch.dtype) -> None:
+def test_the_net_says_the_same_in_every_precision(dtype: torch.dtype, kernels: Kernels) -> None:
     net = UNet(NET)
     golden.set_formula_weights(net)
     x, t, y = golden.wave("x", (2, 3, 32, 32), 1.0), torch.tensor([7, 803]), torch.tensor([1, 8])
+    compute.use_tf32(False)
     with torch.no_grad():
         expected = net(x, t, y)
+        use_kernels(net, kernels)
         found = net.to("cuda", dtype)(x.cuda(), t.cuda(), y.cuda()).cpu()
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
     golden.assert_close(found, expected, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_same_command_trains_and_resumes(tmp_path: Path, tiny: Path, precision: str) -> None:
-    change = f'training.precision = "{precision}"'
-    assert "finished" in train(tmp_path / "run", tiny, change)
-    text = train(tmp_path / "run", tiny, change, "training.images = 128")
-    assert "resumes from checkpoint" in text and "finished" in text
+@pytest.mark.parametrize(("channels", "size"), [(192, 32), (1152, 8)])
+def test_the_fused_norm_is_no_worse_than_the_plain_one(channels: int, size: int) -> None:
+    torch.manual_seed(0)
+    norm = GroupNorm(channels)
+    x = torch.randn(3, channels, size, size).to(memory_format=torch.channels_last) + 2
+    others = [torch.randn(shape) for shape in ((3, 2 * channels), (channels,), (channels,))]
+    rounded = [value.half() for value in (x, *others)]
+    found = []
+    for kernels, dtype in (("plain", torch.float64), ("plain", torch.half), ("fused", torch.half)):
+        use_kernels(norm, kernels)
+        inputs = [v.to("cuda", dtype).requires_grad_() for v in rounded]
+        x, film, weight, bias = inputs
+        parameters = {"weight": weight, "bias": bias}
+        out = torch.func.functional_call(norm, parameters, (x, film), {"silu": True})
+        found.append([out, *torch.autograd.grad(out.double().square().sum(), inputs)])
+    for exact, plain, fused in zip(*found, strict=True):
+        errors = [float((v.double() - exact).norm() / exact.norm()) for v in (plain, fused)]
+        assert errors[1] < 1.5 * errors[0] + 1e-4, errors
 
 
-@pytest.mark.parametrize(
-    ("objective", "sets"),
-    [
-        ("denoise", ('training.precision = "fp32"',)),
-        ("denoise", ('training.precision = "bf16"',)),
-        ("denoise", ('training.precision = "fp16"', FUSED, "training.compile = true")),
-        ("classify", ('training.precision = "bf16"', FUSED)),
-    ],
-)
-def test_a_deterministic_run_resumes_bit_for_bit(
-    tmp_path: Path, tiny: Path, objective: str, sets: tuple[str, ...]
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_trains_and_resumes_and_passes_every_audit(
+    trained: Processes, precision: str
 ) -> None:
-    preset = tmp_path / "preset.toml"
-    preset.write_text(tiny.read_text().replace('"denoise"', f'"{objective}"'))
-    sets = (*sets, "training.deterministic = true")
-    train(tmp_path / "whole", preset, *sets)
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / f"{64:012d}")
-    train(tmp_path / "again", preset, *sets)
-    for file in (tmp_path / "whole" / "checkpoints" / f"{64:012d}").glob("*.safetensors"):
-        other = tmp_path / "again" / "checkpoints" / f"{64:012d}" / file.name
-        assert file.read_bytes() == other.read_bytes(), file.name
+    trained.check("plain")
+    for run, images in ((f"plain-{precision}", 128), (f"fused-{precision}", 64)):
+        state = json.loads((trained.root / run / "launch/state.json").read_text())
+        assert (state["state"], state["images_seen"]) == ("finished", images)
+        assert not (trained.root / run / "incidents.jsonl").exists()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_sound_gpu_passes_every_audit(tmp_path: Path, tiny: Path, precision: str) -> None:
-    sets = ("intervals.audit = 8", "model.dropout = 0.2", f'training.precision = "{precision}"')
-    for kernels in ((), (FUSED,)):
-        run = tmp_path / f"run-{len(kernels)}"
-        assert "finished" in train(run, tiny, *sets, *kernels)
-        assert not (run / "incidents.jsonl").exists()
+@pytest.mark.parametrize("run", ["plain-fp32", "plain-fp16", "fused-fp16", "fused-bf16"])
+def test_a_step_waits_for_the_device_once(trained: Processes, run: str) -> None:
+    trained.check("plain")
+    assert len(json.loads((trained.root / run / "waits.json").read_text())) == 1
 
 
-def test_a_flipped_bit_on_a_gpu_is_named(tmp_path: Path, tiny: Path) -> None:
-    flip = "from tests.support import faults; faults.flip_a_bit(at=16)"
-    text = train(tmp_path / "run", tiny, "intervals.audit = 8", first=flip, status=FAILED)
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_deterministic_run_resumes_bit_for_bit(trained: Processes, name: str) -> None:
+    trained.check("deterministic")
+    ends = [trained.root / f"{name}-{how}/checkpoints/{64:012d}" for how in ("whole", "again")]
+    whole, again = ({f.name: f.read_bytes() for f in e.glob("*.safetensors")} for e in ends)
+    assert whole and not [name for name in whole if whole[name] != again.get(name)]
+
+
+def test_a_flipped_bit_on_a_gpu_is_named(trained: Processes) -> None:
+    status, text = trained.end("flipped")
+    assert status == FAILED, text
     assert "hardware fault: rank 0 on " in text and "has other weights than the masters" in text
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_of_a_gpu_is_refused_and_its_image_named(
-    tmp_path: Path, tiny: Path, precision: str
-) -> None:
-    spoil = "from tests.support import faults; faults.spoil({17: float('nan')})"
-    train(tmp_path / "run", tiny, f'training.precision = "{precision}"', first=spoil)
-    (row,) = map(json.loads, (tmp_path / "run" / "incidents.jsonl").open())
+def test_a_step_of_a_gpu_is_refused_and_its_image_named(trained: Processes, precision: str) -> None:
+    trained.check("spoiled")
+    run = trained.root / f"spoiled-{precision}"
+    (row,) = map(json.loads, (run / "incidents.jsonl").open())
     assert (row["images"], row["worst"][0]["image"]) == (16, 17)
     assert row["replay"] == "the same on two ranks"
 
 
-def test_a_run_on_a_gpu_shows_what_is_measured_there(
-    tmp_path: Path, tiny: Path, digits: Path
-) -> None:
-    validation = (f'data.validation = "{digits}"', "intervals.validate = 64")
-    averages = ("training.ema_widths = [0.1]", "intervals.averages = 64")
-    train(tmp_path / "run", tiny, *validation, "data.validation_images = 50", *averages)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+def test_a_run_on_a_gpu_shows_what_is_measured_there(trained: Processes) -> None:
+    trained.check("plain")
+    run = trained.root / "measured"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     for name in ("memory_gib", "forward_seconds", "mfu_measured", "loss/q0"):
         assert any(row.get(name, 0) > 0 for row in rows), name
     assert any("validation/raw/loss" in row for row in rows)
-    assert list((tmp_path / "run" / "averages").glob("*/power-0.1.safetensors"))
+    assert list((run / "averages").glob("*/power-0.1.safetensors"))
 
 
 def test_forward_times_are_the_device_s(tmp_path: Path) -> None:
@@ -176,7 +288,9 @@ def test_the_last_collectives_of_nccl_are_written(tmp_path: Path) -> None:
         "    torch.cuda.synchronize()",
         f"    forensics.dump(pathlib.Path({str(tmp_path)!r}), rank=0)",
     )
-    python("\n".join(lines))
+    process = start("\n".join(lines))
+    text, _ = process.communicate(timeout=ranks.LIMIT)
+    assert process.returncode == 0, text
     entries = pickle.loads((tmp_path / "nccl_trace_rank_0").read_bytes())["entries"]
     assert any("all_reduce" in entry["profiling_name"] for entry in entries)
-    assert "Thread" in (tmp_path / "stacks_rank_0").read_text()
+    assert "in dump" in (tmp_path / "stacks_rank_0").read_text()
