@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import lcm
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ class MixedOrder:
         self._orders, self._counts, self._seed = orders, np.array(counts), seed
         self._period = int(self._counts.sum())
         self._first = np.cumsum([0, *(len(order.sizes) for order in orders)])
-        self._periods: dict[int, _Period] = {}
+        self._at = lru_cache(maxsize=8)(self._draw)
 
     def locate(self, indices: ArrayLike) -> Place:
         """As `Order.locate`; the epoch is that of the image's dataset."""
@@ -178,17 +179,13 @@ class MixedOrder:
             turn[here] = p * self._counts[part[here]] + at.before[place[here]]
         return part, turn
 
-    def _at(self, period: int) -> _Period:
-        if period not in self._periods:
-            if len(self._periods) >= 8:
-                del self._periods[next(iter(self._periods))]
-            drawn = permutation(self._period, self._seed, _MIX, period)
-            part = np.searchsorted(np.cumsum(self._counts), drawn, side="right")
-            before = np.empty_like(part)
-            for j in range(len(self._counts)):
-                before[part == j] = np.arange(self._counts[j])
-            self._periods[period] = _Period(part, before)
-        return self._periods[period]
+    def _draw(self, period: int) -> _Period:
+        drawn = permutation(self._period, self._seed, _MIX, period)
+        part = np.searchsorted(np.cumsum(self._counts), drawn, side="right")
+        before = np.empty_like(part)
+        for j in range(len(self._counts)):
+            before[part == j] = np.arange(self._counts[j])
+        return _Period(part, before)
 
 
 def _counts(shares: tuple[float, ...]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ by its own length every epoch.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -99,8 +100,10 @@ class Order:
             )
         self.length = self.images // streams
         self._borders = np.concatenate([[0], np.cumsum(self.sizes)])
-        self._tapes: dict[int, _Tape] = {}
-        self._blocks: dict[int, Ints] = {}
+        # Those of some epochs, and the current block of each stream and some around it: older ones
+        # are not needed again.
+        self._tape = lru_cache(maxsize=4)(self._lay)
+        self._permutation = lru_cache(maxsize=4 * streams)(permutation)
 
     @property
     def left_out(self) -> int:
@@ -146,21 +149,11 @@ class Order:
         if not len(unique):
             return first
         perms = [
-            self._block_permutation(
-                int(key), int(epoch[i]), int(stream[i]), int(block[i]), int(size[i])
-            )
-            for key, i in zip(unique, sample, strict=True)
+            self._permutation(int(size[i]), self.seed, int(epoch[i]), int(stream[i]), int(block[i]))
+            for i in sample
         ]
         starts = np.cumsum([0, *map(len, perms)])
         return first + np.concatenate(perms)[starts[which] + position - first]
-
-    def _block_permutation(self, key: int, epoch: int, stream: int, block: int, size: int) -> Ints:
-        if key not in self._blocks:
-            # The current block of each stream, and some around it: older ones are not needed again.
-            while len(self._blocks) >= 4 * self.streams:
-                del self._blocks[next(iter(self._blocks))]
-            self._blocks[key] = permutation(size, self.seed, epoch, stream, block)
-        return self._blocks[key]
 
     def _on_tape(self, epoch: int, position: Ints) -> tuple[Ints, Ints]:
         """Shard and row at each position of an epoch's tape."""
@@ -170,13 +163,6 @@ class Order:
         begin = np.where(at > 0, tape.ends[at - 1], 0)
         kept = tape.starts[at] + position - begin
         return shard, kept + self.left_out * (kept >= tape.window) - self._borders[shard]
-
-    def _tape(self, epoch: int) -> _Tape:
-        if epoch not in self._tapes:
-            if len(self._tapes) >= 4:
-                del self._tapes[next(iter(self._tapes))]
-            self._tapes[epoch] = self._lay(epoch)
-        return self._tapes[epoch]
 
     def _lay(self, epoch: int) -> _Tape:
         """Put the shards of an epoch end to end, without its window of left-out images."""

@@ -26,10 +26,10 @@ def bash(tmp_path: Path) -> Bash:
     ids=["killed", "75", "0", "1", "stays", "TERM"],
 )
 def test_a_job_that_is_told_to_leave_at_every_start_goes_on(bash: Bash, ranks: str) -> None:
-    for number in range(3):
+    for number in range(2):  # a fault would end it at the second
         bash.start(number, ranks=ranks)
         assert bash.requeued, bash.events
-    assert bash.events.count("requeued, resumes from checkpoint none") == 3
+    assert bash.events.count("requeued, resumes from checkpoint none") == 2
     assert "failed" not in bash.events and not bash.text("run/launch/failed-at")
 
 

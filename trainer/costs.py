@@ -7,7 +7,7 @@ bytes of a number in the training precision.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class NetCosts:
         return sum(self.sizes)
 
 
+@cache
 def count(config: Config) -> NetCosts:
     """The costs of a preset's network."""
     dtype = DTYPES[config.training.precision]

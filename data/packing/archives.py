@@ -15,7 +15,7 @@ from data.packing.layout import class_directories
 from data.packing.listing import Listing, by_directory_name, by_label_if_any
 from data.packing.names import is_image, litter
 from data.packing.parquet import Parquet
-from data.packing.sources import Archives, Digits, Folder, Source, Stamp, Zip, read_extent, stamp_of
+from data.packing.sources import Archives, Digits, Folder, OneFile, Source, Zip, read_extent
 from data.tars import scan_tar
 
 
@@ -141,17 +141,17 @@ def _are_classes(stems: list[str], members: list[list[str]]) -> bool:
     return not any(_SHARD.fullmatch(stem) for stem in stems) and not any(parts)
 
 
-class Lmdb(Source):
+class Lmdb(OneFile):
     """LSUN's layout: a database of one category, image files by key."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory / "data.mdb")
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
         with self._database.begin() as transaction:
             keys = [key.decode("latin-1") for key in transaction.cursor().iternext(values=False)]
-        return Listing(names=keys, labels=[0] * len(keys), classes=(self._path.name,))
+        return Listing(names=keys, labels=[0] * len(keys), classes=(self._path.parent.name,))
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
@@ -161,17 +161,9 @@ class Lmdb(Source):
             raise ValueError("it is no longer there")
         return bytes(found)
 
-    def holder(self, name: str) -> str:
-        """As `Source.holder`: the database."""
-        return "data.mdb"
-
-    def stamp(self, holder: str) -> Stamp:
-        """As `Source.stamp`."""
-        return stamp_of(self._path / holder)
-
     @property
     def _database(self) -> Any:
-        return _database(self._path)
+        return _database(self._path.parent)
 
 
 @cache

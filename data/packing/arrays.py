@@ -25,7 +25,7 @@ from PIL import Image
 from data import files, npz
 from data.manifest import NO_CLASS
 from data.packing.listing import Listing, by_number
-from data.packing.sources import Archives, Source, Stamp, stamp_of
+from data.packing.sources import Archives, OneFile
 
 _Images = NDArray[np.uint8]
 
@@ -40,11 +40,12 @@ _CIFAR_TYPES = {
 _CIFAR_ROW = 3 * 32 * 32
 
 
-class SampleFile(Source):
+class SampleFile(OneFile):
     """Images uint8 (N, H, W, 3) in `arr_0` of an `.npz`, and perhaps labels (N,) in `arr_1`."""
 
     def __init__(self, path: Path, *, staging: Path) -> None:
-        self._path, self._staging = path, staging
+        super().__init__(path)
+        self._staging = staging
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
@@ -81,14 +82,6 @@ class SampleFile(Source):
         print(f"unpacking {self._path.name}", file=sys.stderr)
         with _members(self._path) as archive, files.whole(self._unpacked()) as unpacked:
             shutil.copyfileobj(npz.member(archive, "arr_0"), unpacked, 1 << 20)
-
-    def holder(self, name: str) -> str:
-        """As `Source.holder`: the sample file."""
-        return self._path.name
-
-    def stamp(self, holder: str) -> Stamp:
-        """As `Source.stamp`."""
-        return stamp_of(self._path)
 
     def _unpacked(self) -> Path:
         identity = f"{self._path.resolve()} {self.stamp('')}"

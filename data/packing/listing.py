@@ -45,9 +45,7 @@ def by_class_name(names: list[str], classes: list[str]) -> Listing:
     """
     if classes and all(name.isdecimal() and int(name) < _MOST_CLASSES for name in classes):
         return by_number(names, [int(name) for name in classes])
-    known = tuple(sorted(set(classes)))
-    label = {name: i for i, name in enumerate(known)}
-    return Listing(names=names, labels=[label[c] for c in classes], classes=known)
+    return _in_order(names, classes, sorted(set(classes)))
 
 
 def by_directory_name(names: list[str], classes: list[str]) -> Listing:
@@ -60,9 +58,13 @@ def by_directory_name(names: list[str], classes: list[str]) -> Listing:
         return by_class_name(names, classes)
     if {int(name) for name in known} == {*range(len(known))}:
         return by_number(names, [int(name) for name in classes])
-    ordered = tuple(sorted(known, key=int))
+    return _in_order(names, classes, sorted(known, key=int))
+
+
+def _in_order(names: list[str], classes: list[str], ordered: list[str]) -> Listing:
+    """A listing whose labels count the class names in that order."""
     label = {name: i for i, name in enumerate(ordered)}
-    return Listing(names=names, labels=[label[c] for c in classes], classes=ordered)
+    return Listing(names=names, labels=[label[c] for c in classes], classes=tuple(ordered))
 
 
 def by_number(names: list[str], labels: list[int]) -> Listing:

@@ -135,13 +135,25 @@ class Folder(Source):
         ) from None
 
 
-class Zip(Source):
-    """Image files in a zip archive; the class is the first directory's name."""
-
-    has_names = True
+class OneFile(Source):
+    """Images that one file holds all of."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    def holder(self, name: str) -> str:
+        """As `Source.holder`: the file."""
+        return self._path.name
+
+    def stamp(self, holder: str) -> Stamp:
+        """As `Source.stamp`."""
+        return stamp_of(self._path)
+
+
+class Zip(OneFile):
+    """Image files in a zip archive; the class is the first directory's name."""
+
+    has_names = True
 
     @cached_property
     def _archive(self) -> zipfile.ZipFile:
@@ -166,14 +178,6 @@ class Zip(Source):
         except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             # Missing, encrypted or compressed by an unknown method, damaged.
             raise ValueError(str(error)) from None
-
-    def holder(self, name: str) -> str:
-        """As `Source.holder`: the archive."""
-        return self._path.name
-
-    def stamp(self, holder: str) -> Stamp:
-        """As `Source.stamp`."""
-        return stamp_of(self._path)
 
 
 class Archives(Source):
