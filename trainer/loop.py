@@ -13,104 +13,59 @@ import torch
 
 from data.exits import TO_BE_CONTINUED
 from data.progress import Progress, duration
-from data.stream import Batch, Stream
-from trainer.adm.objective import Classify, Denoise
-from trainer.config import Config
-from trainer.engine import Engine
+from data.stream import Batch
 from trainer.evaluation.in_training import Evaluation
 from trainer.guards.audit import Audit
 from trainer.guards.incidents import Incidents
-from trainer.guards.policy import Guards
 from trainer.guards.replay import dropout_seed
 from trainer.measures import Measures, due
-from trainer.ranks.world import World
-from trainer.run import Run
 from trainer.saver import Saver
 from trainer.saving import Saving
 from trainer.seen import learn_timesteps, mean_loss
 from trainer.snapshots import Snapshots
+from trainer.start import Parts
 from trainer.validation import Validation, ValidationSet
 from trainer.watch.board import Board
-from trainer.watch.metrics import Metrics
 
 
 @dataclass(kw_only=True)
-class Loop:
-    """The parts of a run, and the clock that they all follow."""
+class Loop(Parts):
+    """The parts of a run, the clock that they all follow, and what is done beside the steps."""
 
-    config: Config
-    run: Run
-    world: World
-    engine: Engine
-    objective: Denoise | Classify
+    images_seen: int
     saver: Saver
-    metrics: Metrics
     #: Of the main rank alone, as are the log and the progress line.
     board: Board | None
-    images_seen: int
-    guards: Guards
-    #: Its identity makes the order of the data; kept in checkpoints, and checked on resume.
-    stream: Stream
     #: Whether this rank was told to save and leave, by a signal or by `launch stop`.
     stop_requested: Callable[[], bool]
-    #: Tells the watchdog that this rank has made progress, and what it does next.
-    mark: Callable[[str], None]
     #: For how many seconds this rank was suspended since the last call.
     suspended: Callable[[], float]
     #: The images of data.validation, if the config names some.
     validation_set: ValidationSet | None
     #: The figures of samples, if the config asks for them.
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation | None
     #: The images that an upsampler enlarges in its grids.
-    shown: Batch | None = None
+    shown: Batch | None
     #: Hears that a step has ended.
-    after_step: Callable[[], None] = lambda: None
+    after_step: Callable[[], None]
     _saving: Saving = field(init=False)
     _incidents: Incidents = field(init=False)
     _snapshots: Snapshots = field(init=False)
     _measures: Measures = field(init=False)
 
     def __post_init__(self) -> None:
-        self.guards.log = self._log
-        audit = Audit(
-            self.config,
-            world=self.world,
-            engine=self.engine,
-            objective=self.objective,
-            stream=self.stream,
-            mark=self.mark,
-        )
-        self._incidents = Incidents(
-            run=self.run, guards=self.guards, audit=audit, saver=self.saver, log=self._log
-        )
-        self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self._log)
-        self._saving = Saving(
-            config=self.config,
-            world=self.world,
-            saver=self.saver,
-            engine=self.engine,
-            guards=self.guards,
-            metrics=self.metrics,
-            timesteps=self.objective.timesteps,
-            order=self.stream.identity,
-            mark=self.mark,
-            log=self._log,
-            saved_images=self.images_seen,
-        )
+        self.guards.log = self.log
+        self._saving = Saving(parts=self, saver=self.saver, saved_images=self.images_seen)
+        self._incidents = Incidents(parts=self, audit=Audit(self), saver=self.saver)
+        self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self.log)
         validation = None
         if self.validation_set is not None:
             validation = Validation(self.validation_set, config=self.config, world=self.world)
         self._measures = Measures(
-            config=self.config,
-            run=self.run,
-            world=self.world,
-            engine=self.engine,
-            board=self.board,
-            metrics=self.metrics,
+            parts=self,
             saving=self._saving,
-            mark=self.mark,
+            board=self.board,
             stop_requested=self.stop_requested,
-            log=self._log,
             validation=validation,
             evaluation=self.evaluation,
             shown=self.shown,
@@ -201,13 +156,13 @@ class Loop:
         values = {**means, "param_norm": norm, "skipped_total": float(self.engine.skipped)}
         if paused := self.suspended():
             values["suspended_seconds"] = paused
-            self._log(f"the job was suspended for {duration(paused)}")
+            self.log(f"the job was suspended for {duration(paused)}")
         if self.board is not None:
             self.run.note(images_seen=self.images_seen)
             self.board.report(values, images_seen=self.images_seen, slow=self.metrics.slow.text)
         if self.metrics.slow.is_news:
-            self._log(f"slow ranks: {self.metrics.slow.text or 'none any more'}")
-        self._log(
+            self.log(f"slow ranks: {self.metrics.slow.text or 'none any more'}")
+        self.log(
             f"images {self.images_seen:,} of {self.config.training.images:,}  "
             f"loss {means.get('loss', math.nan):.4f}  {means['images_per_second']:.1f} images/s  "
             f"{progress.left()} left"
@@ -233,10 +188,6 @@ class Loop:
         if stopped:
             why = "by `python -m launch stop`" if self.run.stop_requested else "by a signal"
         self.run.note(state="stopped" if stopped else "finished", why=why)
-        self._log(f"stopped {why}; rerun the same command to resume" if stopped else "finished")
+        self.log(f"stopped {why}; rerun the same command to resume" if stopped else "finished")
         for line in self.board.closing():
-            self._log(line)
-
-    def _log(self, text: str) -> None:
-        if self.board is not None:
-            self.run.log(text)
+            self.log(line)

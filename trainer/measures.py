@@ -14,18 +14,16 @@ import torch
 from data.stream import Batch
 from trainer import averages
 from trainer.config import Config
-from trainer.engine import Engine
 from trainer.evaluation import in_training
 from trainer.evaluation.in_training import Evaluation
 from trainer.ranks.group import from_main
-from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.sampling.draw import draw_grid
 from trainer.saving import Saving
+from trainer.start import Parts
 from trainer.validation import Validation
 from trainer.watch import board as boards
 from trainer.watch.board import Board
-from trainer.watch.metrics import Metrics
 
 
 def due(every: int | None, *, images_seen: int, batch_size: int) -> bool:
@@ -48,17 +46,11 @@ def missing(run: Run, config: Config, *, images_seen: int) -> set[str]:
 class Measures:
     """Takes them. All ranks make each call together."""
 
-    config: Config
-    run: Run
-    world: World
-    engine: Engine
+    parts: Parts
+    saving: Saving
     #: Of the main rank alone.
     board: Board | None
-    metrics: Metrics
-    saving: Saving
-    mark: Callable[[str], None]
     stop_requested: Callable[[], bool]
-    log: Callable[[str], None]
     validation: Validation | None
     evaluation: Evaluation | None
     #: The images that an upsampler enlarges in its grids.
@@ -68,11 +60,11 @@ class Measures:
         """Log what they cost."""
         for each in (self.validation, self.evaluation):
             if each is not None:
-                self.log(each.cost())
+                self.parts.log(each.cost())
 
     def take(self, images_seen: int) -> bool:
         """Take what is due; whether all is done. If not, a stop interrupted it."""
-        every, batch_size = self.config.intervals, self.config.training.batch
+        every, batch_size = self.parts.config.intervals, self.parts.config.training.batch
         is_due = partial(due, images_seen=images_seen, batch_size=batch_size)
         return (
             (not is_due(every.validate) or self._validate(images_seen))
@@ -82,62 +74,65 @@ class Measures:
 
     def catch_up(self, images_seen: int) -> bool:
         """Take what an earlier start left out here; whether all is done."""
-        left = missing(self.run, self.config, images_seen=images_seen)
+        left = missing(self.parts.run, self.parts.config, images_seen=images_seen)
         return ("validation" not in left or self._validate(images_seen)) and (
             in_training.GROUP not in left or self._evaluate(images_seen)
         )
 
     def _validate(self, images_seen: int) -> bool:
         """The loss over data.validation, from the first EMA and from the weights themselves."""
+        parts = self.parts
         assert self.validation is not None
         self.saving.protect()
         began = time.monotonic()
-        found = self.validation.measure(self.engine, mark=self.mark, stopped=self.stop_requested)
+        found = self.validation.measure(parts.engine, mark=parts.mark, stopped=self.stop_requested)
         seconds = time.monotonic() - began
         if self.board is not None and found is not None:
-            self.validation.note(found, self.run, images_seen=images_seen)
+            self.validation.note(found, parts.run, images_seen=images_seen)
             self.board.values(found, images_seen=images_seen)
-        self.log(self.validation.describe(found, seconds=seconds))
-        self.metrics.pause(seconds, on="validating")
+        parts.log(self.validation.describe(found, seconds=seconds))
+        parts.metrics.pause(seconds, on="validating")
         return found is not None
 
     def _draw_grid(self, images_seen: int) -> bool:
         """A grid from the first EMA; every rank draws its share of the images."""
+        parts = self.parts
         self.saving.protect()
         began = time.monotonic()
-        with self.engine.weights(averages.exponential(self.config.training.ema[0])) as averaged:
+        with parts.engine.weights(averages.exponential(parts.config.training.ema[0])) as averaged:
             picture = draw_grid(
                 averaged,
-                config=self.config,
-                world=self.world,
+                config=parts.config,
+                world=parts.world,
                 shown=self.shown,
-                on_step=lambda: self.mark("drawing samples"),
+                on_step=lambda: parts.mark("drawing samples"),
             )
         if self.board is not None and picture is not None:
             self.board.picture("samples", torch.from_numpy(picture), images_seen=images_seen)
-            self.run.picture(f"{images_seen:012d}", picture)
-        self.metrics.pause(time.monotonic() - began, on="drawing")
+            parts.run.picture(f"{images_seen:012d}", picture)
+        parts.metrics.pause(time.monotonic() - began, on="drawing")
         return True
 
     def _evaluate(self, images_seen: int) -> bool:
         """FID and the other figures of samples from the first EMA."""
+        parts = self.parts
         assert self.evaluation is not None
         self.saving.protect()
         began = time.monotonic()
-        self.log(f"evaluation: drawing {self.config.evaluation.images:,} samples")
+        parts.log(f"evaluation: drawing {parts.config.evaluation.images:,} samples")
         found = self.evaluation.measure(
-            self.engine,
-            mark=self.mark,
+            parts.engine,
+            mark=parts.mark,
             stopped=self.stop_requested,
-            about={"run": str(self.run.path), "images_seen": images_seen},
+            about={"run": str(parts.run.path), "images_seen": images_seen},
         )
         seconds = time.monotonic() - began
         if self.board is not None and found is not None:
             values = {f"{in_training.GROUP}/{n}": f.value for n, f in found.figures.items()}
             self.board.values(values, images_seen=images_seen)
-            self.run.evaluation(f"{images_seen:012d}", found.to_json())
-        count = self.config.evaluation.images
+            parts.run.evaluation(f"{images_seen:012d}", found.to_json())
+        count = parts.config.evaluation.images
         for line in in_training.describe(found, count=count, seconds=seconds):
-            self.log(line)
-        self.metrics.pause(seconds, on="evaluating")
+            parts.log(line)
+        parts.metrics.pause(seconds, on="evaluating")
         return found is not None

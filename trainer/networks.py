@@ -1,4 +1,4 @@
-"""The networks of a sampling request: which weights the command line names, found and filled."""
+"""Trained networks by path: which weights a command line names, found, checked and filled."""
 
 import argparse
 import json

@@ -4,36 +4,20 @@
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from trainer.adm.timesteps import TimestepSampler
-from trainer.config import Config
-from trainer.engine import Engine
-from trainer.guards.policy import Guards
 from trainer.ranks.group import Agreement
-from trainer.ranks.world import World
 from trainer.saver import Saver
+from trainer.start import Parts
 from trainer.state import TrainState
-from trainer.watch.metrics import Metrics
 
 
 @dataclass(kw_only=True)
 class Saving:
     """What is saved, and when that was done last. All ranks make each call together."""
 
-    config: Config
-    world: World
+    parts: Parts
     saver: Saver
-    engine: Engine
-    guards: Guards
-    metrics: Metrics
-    timesteps: TimestepSampler
-    #: What makes the order of the data; kept in checkpoints, and checked on resume.
-    order: dict[str, Any]
-    mark: Callable[[str], None]
-    log: Callable[[str], None]
     #: The clock at the last checkpoint, or at this start.
     saved_images: int
     #: Whether a checkpoint is late by `intervals.checkpoint_minutes`, or waits for a good step.
@@ -45,19 +29,19 @@ class Saving:
     _agreement: Agreement = field(init=False, default_factory=lambda: Agreement(3))
 
     def __post_init__(self) -> None:
-        self._saved_updates = self.engine.updates
+        self._saved_updates = self.parts.engine.updates
 
     def agree(self, *, stop: bool, images_seen: int) -> bool:
         """Whether any rank wanted to `stop` at the last step, or found a checkpoint late.
 
         Commits a checkpoint that is whole.
         """
-        minutes = self.config.intervals.checkpoint_minutes
+        minutes = self.parts.config.intervals.checkpoint_minutes
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         stop, writing, late = self._agreement.exchange(stop, self.saver.flag(), late)
-        self.saver.poll(writing=writing, failing_since=self.guards.failing_since)
+        self.saver.poll(writing=writing, failing_since=self.parts.guards.failing_since)
         # A rank that raised it ahead of the last save is known after it.
-        is_new = images_seen > self.saved_images + self.config.training.batch
+        is_new = images_seen > self.saved_images + self.parts.config.training.batch
         self.is_late = self._waits or (late and is_new)
         return stop
 
@@ -66,46 +50,47 @@ class Saving:
 
         `norm` is that of the weights, where it is known already.
         """
-        self._waits = bool(self.guards.row) and not self.guards.may_finish(images_seen)
+        parts, engine, guards = self.parts, self.parts.engine, self.parts.guards
+        self._waits = bool(guards.row) and not guards.may_finish(images_seen)
         if self._waits:
             if ends:
-                self.saver.flush(failing_since=self.guards.failing_since)
+                self.saver.flush(failing_since=guards.failing_since)
             return
-        is_saved = self.engine.updates == self._saved_updates
+        is_saved = engine.updates == self._saved_updates
         if is_saved and images_seen == self.saved_images:
             self.saver.flush()
             return
         began = time.monotonic()
-        self.mark("saving")
+        parts.mark("saving")
         self.saver.flush()
         self._saved_at, self.saved_images = time.monotonic(), images_seen
-        if self.engine.updates == self._saved_updates and self._passes_over(images_seen):
+        if engine.updates == self._saved_updates and self._passes_over(images_seen):
             return
-        norm = self.engine.parameter_norm() if norm is None else norm
-        self.guards.check_weights(norm, images_seen=images_seen)
+        norm = engine.parameter_norm() if norm is None else norm
+        guards.check_weights(norm, images_seen=images_seen)
         state = TrainState.capture(
             images_seen=images_seen,
-            engine=self.engine,
-            timesteps=self.timesteps,
-            guards=self.guards,
-            order=self.order,
-            ranks=self.world.size,
+            engine=engine,
+            timesteps=parts.objective.timesteps,
+            guards=guards,
+            order=parts.stream.identity,
+            ranks=parts.world.size,
         )
-        if self.saver.save(self.engine, state=state):
-            self._saved_updates = self.engine.updates
-        self.metrics.pause(time.monotonic() - began, on="saving")
+        if self.saver.save(engine, state=state):
+            self._saved_updates = engine.updates
+        parts.metrics.pause(time.monotonic() - began, on="saving")
 
     def protect(self) -> None:
         """Commit what is being written, ahead of work that may fail; nothing while steps fail."""
-        if not self.guards.row:
+        if not self.parts.guards.row:
             began = time.monotonic()
-            self.mark("saving")
+            self.parts.mark("saving")
             self.saver.flush()
-            self.metrics.pause(time.monotonic() - began, on="saving")
+            self.parts.metrics.pause(time.monotonic() - began, on="saving")
 
     def went_back(self) -> None:
         """The guards may have taken updates back, to the last checkpoint at most."""
-        self._saved_updates = min(self._saved_updates, self.engine.updates)
+        self._saved_updates = min(self._saved_updates, self.parts.engine.updates)
 
     def finish(self) -> None:
         """End the exchange with the other ranks, and commit what is still being written."""
@@ -119,9 +104,9 @@ class Saving:
         been skipped for the loss scale alone.
         """
         why = "every step since the last checkpoint was skipped"
-        if images_seen < self.config.training.images:
-            self.log(f"{why}: none is written")
+        if images_seen < self.parts.config.training.images:
+            self.parts.log(f"{why}: none is written")
             return True
-        if not self.engine.updates:
-            self.guards.refuse(why, images_seen=images_seen)
+        if not self.parts.engine.updates:
+            self.parts.guards.refuse(why, images_seen=images_seen)
         return False

@@ -1,6 +1,7 @@
 """Where a run begins: its newest valid checkpoint, the weights of `--init`, or its seed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,29 @@ from trainer.ranks.group import Refused, agreed
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.runstate import RunState
+from trainer.watch.metrics import Metrics
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a run trains with on this rank; the loop and all that belongs to it share these."""
+
+    config: Config
+    run: Run
+    world: World
+    engine: Engine
+    objective: Denoise | Classify
+    guards: Guards
+    #: Its identity makes the order of the data; kept in checkpoints, and checked on resume.
+    stream: Stream
+    metrics: Metrics
+    #: Tells the watchdog that this rank has made progress, and what it does next.
+    mark: Callable[[str], None]
+
+    def log(self, text: str) -> None:
+        """A line in the run's log, from the main rank alone."""
+        if self.world.is_main:
+            self.run.log(text)
 
 
 def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> Checkpoint | None:
@@ -126,15 +150,7 @@ def _restore(
     found.state.restore(engine=engine, timesteps=objective.timesteps)
 
 
-def roll_back(
-    run: Run,
-    *,
-    world: World,
-    engine: Engine,
-    objective: Denoise | Classify,
-    guards: Guards,
-    images_seen: int,
-) -> Checkpoint:
+def roll_back(parts: Parts, *, images_seen: int) -> Checkpoint:
     """Take the state of the last checkpoint from before the refused steps; the clock goes on.
 
     The run steps over the images since that checkpoint: with them it would come to the same steps
@@ -144,32 +160,34 @@ def roll_back(
     Raises:
         Refused: there is no such checkpoint, or the run has gone back too often.
     """
-    found = None
+    engine, guards, found = parts.engine, parts.guards, None
     if guards.may_roll_back():
-        found = _before(guards, run=run, kinds=engine.kinds, world=world)
+        found = _before(parts)
     if found is None:
         why = "no checkpoint is older" if guards.may_roll_back() else "no rollback is left"
         guards.refuse(
             f"{guards.row} steps in a row were skipped and {why}", images_seen=images_seen
         )
     skipped = engine.skipped
-    _restore(found, engine.kinds, engine=engine, objective=objective)
+    _restore(found, engine.kinds, engine=engine, objective=parts.objective)
     engine.renew(images_seen=images_seen)
     engine.skipped = skipped
     guards.roll_back(found.state.guards, to=found.images_seen, now=images_seen)
-    if world.is_main:
-        run.log(
-            f"rolled back to checkpoint {found.path.name}; the run goes on at image "
-            f"{images_seen:,}, past the images since"
-        )
+    parts.log(
+        f"rolled back to checkpoint {found.path.name}; the run goes on at image "
+        f"{images_seen:,}, past the images since"
+    )
     return found
 
 
-def _before(guards: Guards, *, run: Run, kinds: tuple[str, ...], world: World) -> Checkpoint | None:
+def _before(parts: Parts) -> Checkpoint | None:
     """The checkpoint that a rollback takes."""
+    guards = parts.guards
 
     def newest(until: int) -> Checkpoint | None:
-        valid, _ = checkpoints.latest_valid(run.checkpoints, kinds=kinds, world=world, until=until)
+        valid, _ = checkpoints.latest_valid(
+            parts.run.checkpoints, kinds=parts.engine.kinds, world=parts.world, until=until
+        )
         return valid
 
     found = newest(guards.since - 1)

@@ -72,7 +72,7 @@ def flip_a_bit(*, at: int) -> None:
 
     def flipped(self: Audit, images_seen: int, **named: Any) -> Any:
         if images_seen == at:
-            parameter: Any = list(self.engine._ds.module.parameters())[4]
+            parameter: Any = list(self.parts.engine._ds.module.parameters())[4]
             parts = hasattr(parameter, "ds_id")
             weights = parameter.ds_tensor if parts else parameter.data
             weights.view(-1)[:1].view(torch.int32).bitwise_xor_(1)

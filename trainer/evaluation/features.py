@@ -1,4 +1,4 @@
-"""Networks that turn images into features, and the features of many images on all ranks.
+"""Networks that turn images into features.
 
     --network FILE.pth       the Inception weights of FID (the ADM evaluator's network)
     --network RUN            a noisy classifier's run or checkpoint, at t = 0

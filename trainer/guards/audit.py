@@ -6,23 +6,20 @@ differ, all ranks replay that batch and the minority is named.
 """
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from data.order import share
-from data.stream import Batch, Stream, to_device
+from data.stream import Batch, to_device
 from trainer import compute
-from trainer.adm.objective import Classify, Denoise
 from trainer.compute import DTYPES
-from trainer.config import Config
 from trainer.copies import network_of
-from trainer.engine import Engine
 from trainer.guards.replay import Replay, bound_on, dropout_seed, replay
 from trainer.ranks.group import gather
-from trainer.ranks.world import World
+from trainer.start import Parts
 
 
 @dataclass(frozen=True)
@@ -44,28 +41,11 @@ class Finding:
 class Audit:
     """Replays micro-batches of a step on their ranks and on neighbours. All ranks call it."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        world: World,
-        engine: Engine,
-        objective: Denoise | Classify,
-        stream: Stream,
-        mark: Callable[[str], None],
-    ) -> None:
-        self._config = config
-        self.world = world
-        self.engine = engine
-        self.objective = objective
-        self.stream = stream
-        self._mark = mark
-        self._bound = bound_on(engine.device, DTYPES[config.training.precision])
-        self._is_compiled = compute.is_compiled(
-            config.training, device=engine.device, stage=engine.stage
-        )
-        #: The network's parameters, in the order of a replay's gradients.
-        self.names = engine.names
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        training, engine = parts.config.training, parts.engine
+        self._bound = bound_on(engine.device, DTYPES[training.precision])
+        self._is_compiled = compute.is_compiled(training, device=engine.device, stage=engine.stage)
 
     def check(
         self, images_seen: int, *, micro_batches: int, losses: Tensor | None = None
@@ -75,8 +55,8 @@ class Audit:
         `losses` (images,), fp32 on the host, are what this rank found in the step itself. Those
         of a compiled step are not compared: it rounds otherwise and has other dropout.
         """
-        rank, size = self.world.rank, self.world.size
-        faults = blame_weights(gather(self.engine.wrong_weights()))
+        rank, size = self.parts.world.rank, self.parts.world.size
+        faults = blame_weights(gather(self.parts.engine.wrong_weights()))
         own = self._replay(rank, images_seen, micro_batches)
         other = self._replay((rank - 1) % size, images_seen, micro_batches)
         bound = self._bound
@@ -101,27 +81,27 @@ class Audit:
         if outvoted:
             return dict.fromkeys(outvoted, "computes other gradients than most ranks")
         itself = before.is_same(votes[rank], bound=self._bound)
-        who = (rank + 1) % self.world.size if itself else rank
+        who = (rank + 1) % self.parts.world.size if itself else rank
         return {who: "computed other gradients than in a second replay"}
 
     def _replay(self, rank: int, images_seen: int, micro_batches: int) -> Replay:
-        training, engine = self._config.training, self.engine
-        self._mark("replaying a step")
+        training, engine = self.parts.config.training, self.parts.engine
+        self.parts.mark("replaying a step")
         torch.manual_seed(dropout_seed(training.seed, images_seen, rank))
         with engine.weights() as weights:
-            net = network_of(self._config.model, weights)
+            net = network_of(self.parts.config.model, weights)
             return replay(
                 compute.prepare(net, training=training, device=engine.device),
-                self.objective,
+                self.parts.objective,
                 to_device(self._batches(rank, images_seen, micro_batches), device=engine.device),
                 loss_scale=engine.loss_scale / engine.accumulation,
             )
 
     def _batches(self, rank: int, images_seen: int, count: int) -> Iterator[Batch]:
-        batch, size = self._config.training.batch, self.engine.micro_batch
-        mine = share(images_seen, batch_size=batch, rank=rank, ranks=self.world.size)
+        batch, size = self.parts.config.training.batch, self.parts.engine.micro_batch
+        mine = share(images_seen, batch_size=batch, rank=rank, ranks=self.parts.world.size)
         for first in range(0, count * size, size):
-            yield self.stream.load(mine[first : first + size])
+            yield self.parts.stream.load(mine[first : first + size])
 
 
 def minority(votes: Sequence[Replay], *, bound: float) -> list[int]:

@@ -7,7 +7,7 @@ machine; else the step stays skipped, and after too many in a row the run goes b
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from data import files
-from trainer import start
 from trainer.guards.audit import Audit, Finding
 from trainer.guards.gate import StepReport
-from trainer.guards.policy import Guards
 from trainer.ranks.group import Broken, gather
-from trainer.run import Run
 from trainer.saver import Saver
 from trainer.seen import Seen
+from trainer.start import Parts, roll_back
 
 # Images and gradients that an incident names.
 _NAMED = 8
@@ -32,11 +30,9 @@ _NAMED = 8
 class Incidents:
     """Handles refused steps. All ranks call each method together."""
 
-    run: Run
-    guards: Guards
+    parts: Parts
     audit: Audit
     saver: Saver
-    log: Callable[[str], None]
     #: Rows of `incidents.jsonl` that had no room.
     _unwritten: list[str] = field(default_factory=list)
 
@@ -51,33 +47,25 @@ class Incidents:
         """
         losses = torch.cat([terms["loss"].detach().float() for _, terms in seen]).cpu()
         finding = self.audit.check(images_seen, micro_batches=len(seen), losses=losses)
-        too_many = self.guards.count(images_seen=images_seen)
+        too_many = self.parts.guards.count(images_seen=images_seen)
         entry = {
             "images": images_seen,
             "fault": report.fault,
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "loss_scale": report.loss_scale,
-            "in_a_row": self.guards.row,
+            "in_a_row": self.parts.guards.row,
             "replay": self._replayed(report, finding),
             "worst": self._worst_images(seen, losses, finding.hosts),
             "gradients": self._gradients(seen, finding),
         }
         self._keep(entry)
-        self.log(f"step at image {images_seen:,} skipped: {report.fault}; {_named(entry)}")
+        self.parts.log(f"step at image {images_seen:,} skipped: {report.fault}; {_named(entry)}")
         self._end_if_faulty(finding)
         if not too_many:
             return None
-        self.saver.flush(failing_since=self.guards.failing_since)
-        found = start.roll_back(
-            self.run,
-            world=self.audit.world,
-            engine=self.audit.engine,
-            objective=self.audit.objective,
-            guards=self.guards,
-            images_seen=now,
-        )
-        return found.images_seen
+        self.saver.flush(failing_since=self.parts.guards.failing_since)
+        return roll_back(self.parts, images_seen=now).images_seen
 
     def check(self, images_seen: int) -> None:
         """Audit a micro-batch of the step that begins at `images_seen`, ahead of it.
@@ -95,11 +83,12 @@ class Incidents:
         if not finding.faults:
             return
         hosts = sorted({finding.hosts[rank].partition(".")[0] for rank in finding.faults})
-        if self.audit.world.is_main:
+        if self.parts.world.is_main:
             # The job script excludes the hosts of `lost` that are listed already.
-            listed, text = self.run.path / "launch" / "lost-hosts", "".join(f"{h}\n" for h in hosts)
-            self.run.attempt("launch/lost-hosts", lambda: files.append(listed, text))
-            self.run.note(lost=",".join(hosts))
+            run, text = self.parts.run, "".join(f"{host}\n" for host in hosts)
+            listed = run.path / "launch" / "lost-hosts"
+            run.attempt("launch/lost-hosts", lambda: files.append(listed, text))
+            run.note(lost=",".join(hosts))
         raise Broken(
             f"hardware fault: {finding.stated()}; its checkpoints are intact: exclude "
             f"{', '.join(hosts)} from the job (Slurm jobs of `launch` do so) and rerun the same "
@@ -108,17 +97,17 @@ class Incidents:
 
     def _keep(self, entry: Mapping[str, Any]) -> None:
         """Append a row to `incidents.jsonl`."""
-        if self.audit.world.is_main:
+        if self.parts.world.is_main:
             self._unwritten.append(json.dumps({"time": time.time(), **_plain(entry)}) + "\n")
             self.flush()
 
     def flush(self) -> None:
         """Write the rows, those too that had no room before."""
         if self._unwritten:
-            self.run.attempt("incidents.jsonl", self._write)
+            self.parts.run.attempt("incidents.jsonl", self._write)
 
     def _write(self) -> None:
-        files.append(self.run.path / "incidents.jsonl", "".join(self._unwritten))
+        files.append(self.parts.run.path / "incidents.jsonl", "".join(self._unwritten))
         self._unwritten.clear()
 
     @staticmethod
@@ -140,7 +129,7 @@ class Incidents:
         t = torch.cat([terms["t"] for _, terms in seen]).tolist()
         mine = zip(losses.tolist(), indices, t, strict=True)
         ranked = sorted((_order(loss), index, step, loss) for loss, index, step in mine)[:_NAMED]
-        rank, host = self.audit.world.rank, hosts[self.audit.world.rank]
+        rank, host = self.parts.world.rank, hosts[self.parts.world.rank]
         rows = [
             (order, {"rank": rank, "host": host, "image": index, "t": step, "loss": loss})
             for order, index, step, loss in ranked
@@ -148,7 +137,7 @@ class Incidents:
         everyone = [row for rows in gather(rows) for row in rows]
         worst = [row for _, row in sorted(everyone, key=lambda row: row[0])[:_NAMED]]
         for row in worst:
-            row["key"] = self.audit.stream.key(row["image"]) if self.audit.world.is_main else ""
+            row["key"] = self.parts.stream.key(row["image"]) if self.parts.world.is_main else ""
         return worst
 
     def _gradients(self, seen: Seen, finding: Finding) -> list[dict[str, Any]]:
@@ -161,7 +150,7 @@ class Incidents:
             row = {
                 "rank": rank,
                 "host": finding.hosts[rank],
-                "parameter": self.audit.names[number],
+                "parameter": self.parts.engine.names[number],
                 "norm": norm,
                 "micro_batch": indices[rank][micro],
                 "micro_batch_norm": replay.micro_norms[micro],
