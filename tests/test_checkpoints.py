@@ -14,7 +14,7 @@ import pytest
 from data.exits import FAILED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, equal
-from trainer.checkpoint import superseded
+from trainer.checkpoint import faults_of, superseded
 
 
 def names(run: Path) -> list[int]:
@@ -27,6 +27,29 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     state = json.loads((path / "state.json").read_text())
     change(state)
     (path / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def test_a_checkpoint_of_a_later_release_is_not_taken_for_damaged(place: Place) -> None:
+    place.fork("2x2", "later", images=HALF)
+    newest = place.run("later") / "checkpoints" / f"{HALF:012d}"
+    edit(newest, lambda state: state.update(format="checkpoint-9") or state.pop("sha256"))
+    (said,) = place.train(place.arguments("later", sets=EVERY), world=2)
+    assert said == f"{newest} is of a later release (format = 'checkpoint-9'): resume with that one"
+    assert newest.is_dir()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(place: Place) -> None:
+    place.fork("2x2", "others", images=HALF)
+    newest = place.run("others") / "checkpoints" / f"{HALF:012d}"
+    (newest / "state.json").chmod(0)
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError):
+            faults_of(newest)
+    finally:
+        os.seteuid(own)
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_harms_nothing(

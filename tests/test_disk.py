@@ -214,3 +214,36 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     files.append(file, "third\n")
     assert file.read_text() == "first\nthird\n"
+
+
+def without_lease(directory: Path, arguments: list, at: int) -> int:
+    """Train, while the file of the lease cannot be read as averages are stored at a clock."""
+    from trainer.snapshots import Snapshots
+
+    take: Callable[..., float] = Snapshots.take
+
+    def taken(self: Snapshots, source: object, *, images_seen: int, **named: object) -> float:
+        file = self._run.path / "launch" / "writer.json"
+        aside = file.with_suffix(".aside")
+        if fails := self._world.is_main and images_seen == at:
+            file.rename(aside)
+            file.mkdir()
+        seconds = take(self, source, images_seen=images_seen, **named)
+        if fails:
+            file.rmdir()
+            aside.rename(file)
+        return seconds
+
+    Snapshots.take = taken  # type: ignore[method-assign,assignment]
+    return ranks.work(directory, [arguments], fp16=False)
+
+
+def test_a_disk_that_fails_for_a_moment_costs_the_averages_of_that_moment(bare: Place) -> None:
+    sets = ("training.ema_widths = [0.1]", f"intervals.averages = {2 * STEP}")
+    task = partial(without_lease, bare.root / "moment-job", bare.arguments("moment", sets=sets))
+    job = ranks.fork(bare.root / "moment-job", partial(task, 4 * STEP), ranks=2)
+    job.wait()
+    assert job.statuses == [0]
+    assert f"averages of image {4 * STEP} are not kept: " in job.text
+    kept = sorted(path.name for path in (bare.run("moment") / "averages").iterdir())
+    assert kept == [f"{2 * STEP:012d}", f"{6 * STEP:012d}"]

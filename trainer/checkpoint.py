@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from data.stores import FINAL
 from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
 from trainer.state import TrainState
@@ -30,6 +29,12 @@ STATE = "state.json"
 # The checksum of the rest of state.json. Checkpoints of version 0.1 have none.
 _SELF = "sha256"
 _NAME = re.compile(r"\d{12}")
+# Of state.json; checkpoints of version 0.1 do not name it.
+_FORMAT = "checkpoint-1"
+
+
+class Newer(ValueError):
+    """A checkpoint of a later release: it is not damaged, and nothing older takes its place."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +71,24 @@ def read(path: Path) -> Checkpoint:
     """Open one committed checkpoint directory.
 
     Raises:
+        Newer: a later release has written it.
         ValueError: its state.json is missing, damaged, or that of another checkpoint.
-        OSError: it cannot be read now.
+        OSError: it cannot be read now, or not by this user.
     """
     try:
         entries = json.loads((path / STATE).read_text())
         _check_seal(entries)
+        if (found := entries.get("format", _FORMAT)) != _FORMAT:
+            raise Newer(f"{path} is of a later release (format = {found!r}): resume with that one")
         checkpoint = Checkpoint(path, TrainState.from_json(entries), entries["files"])
         if _NAME.fullmatch(path.name) and checkpoint.images_seen != int(path.name):
             raise ValueError(
                 f"images = {checkpoint.images_seen}: must be {int(path.name)}, as the directory is "
                 "named"
             )
-    except (*FINAL, ValueError) as error:
+    except Newer:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise ValueError(f"{path / STATE}: {error}") from None
     return checkpoint
 
@@ -87,17 +97,19 @@ def faults_of(path: Path) -> list[str]:
     """What is wrong with a committed checkpoint directory. Reads every byte.
 
     Raises:
-        OSError: it cannot be read now.
+        Newer, OSError: as `read`.
     """
     try:
         return read(path).faults()
+    except Newer:
+        raise
     except ValueError as error:
         return [str(error)]
 
 
 def sealed(state: TrainState, *, files: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of state.json, with a checksum of themselves."""
-    entries = {**state.to_json(), "files": files}
+    entries = {"format": _FORMAT, **state.to_json(), "files": files}
     return {**entries, _SELF: _checksum(entries)}
 
 
@@ -124,6 +136,7 @@ def latest_valid(
 
     Raises:
         Broken: a file cannot be read now.
+        Refused: one is of a later release, or may not be read.
     """
     skipped: dict[Path, str] = {}
     for path in from_main(lambda: committed(checkpoints)):
@@ -143,6 +156,8 @@ def _own_fault(path: Path, *, kinds: Sequence[str], world: World) -> str | None:
     """The first thing that is wrong with this rank's share of a checkpoint."""
     try:
         checkpoint = read(path)
+    except Newer:
+        raise
     except ValueError as error:
         return str(error)
     missing = [kind for kind in kinds if checkpoint.file(kind).name not in checkpoint.files]

@@ -251,9 +251,10 @@ class Run:
         """A dated line about a lost rank, and the state "failed". Any rank may call it."""
         with suppress(OSError):  # it has been printed
             self._append(_dated(text))
-        holder = leases.holder(self.path)
-        if holder is not None and holder.token == self.token:
-            self._note(state="failed", why=text, lost=",".join(named_hosts(text)) or None)
+        with suppress(OSError):
+            holder = leases.holder(self.path)
+            if holder is not None and holder.token == self.token:
+                self._note(state="failed", why=text, lost=",".join(named_hosts(text)) or None)
 
     def _append(self, line: str) -> None:
         files.append(self.path / "log.txt", line + "\n")

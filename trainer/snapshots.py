@@ -24,6 +24,7 @@ from trainer.checkpoint import STATE, committed, file_facts
 from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.ranks.group import gather
+from trainer.ranks.lease import LeaseLost
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.saver import owner_of
@@ -120,13 +121,15 @@ class Snapshots:
         if self._world.is_main:
             listed = {name: entry for some, _ in everyone for name, entry in some.items()}
             fault = next((why for _, why in everyone if why), None)
-            self._run.check_lease()
             try:
+                self._run.check_lease()
                 if fault is not None:
                     raise ValueError(fault)
                 self._commit(partial, {"updated_at": updated_at, "files": listed})
                 seconds = time.monotonic() - began
                 self._log(f"averages of image {images_seen:,} kept in {seconds:.1f} s")
+            except LeaseLost:
+                raise
             except (OSError, ValueError) as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 self._log(f"averages of image {images_seen:,} are not kept: {error}")

@@ -6,6 +6,7 @@ append or commit that the token is still its own. The holder touches the file ev
 Clocks of machines are not compared: only a change of the file's time counts.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -95,11 +96,19 @@ _TYPES: dict[str, type | UnionType] = {
 
 
 def holder(run: Path) -> Holder | None:
-    """The process that holds the run; None if there is none, or the file is damaged or copied."""
+    """The process that holds the run; None if there is none, or the file is damaged or copied.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
     try:
         found = Holder(**json.loads(_file(run).read_text()))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # its server has begun anew: it shows as if it were missing
+            return None
+        raise
     if not all(isinstance(value, _TYPES[name]) for name, value in vars(found).items()):
         return None
     return found if found.writes(run) else None
