@@ -15,7 +15,7 @@ from launch.status import Status
 
 
 def render(found: Status, *, width: int = 80) -> str:
-    """A run in six to eight lines of at most `width` characters."""
+    """A run in six to eight lines, or drawing in three to five, of at most `width` characters."""
     seen = f"{found.images_seen:,}"
     if found.total:
         seen += f" of {found.total:,} ({100 * found.images_seen / found.total:.1f} %)"
@@ -23,11 +23,14 @@ def render(found: Status, *, width: int = 80) -> str:
     scale = "" if found.loss_scale in (None, 1.0) else f"loss scale {found.loss_scale:g}"
     age = "" if found.age is None else f"{duration(found.age)} ago"
     restarts = "" if found.restarts is None else f"{found.restarts} restarts"
-    rows = [
-        _name(found.name, width=width),
+    training = [
         _row("images", seen, rate, found.left),
         _row("loss", _loss(found.loss), scale, age),
         _row("saved", found.checkpoint or "nothing yet", restarts),
+    ]
+    rows = [
+        _name(found.name, width=width),
+        *([] if found.is_sampling else training),
         _row("job", found.job),
         _row("health", found.health),
     ]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -24,10 +25,17 @@ def submit(script: Path) -> str:
     """Submit a batch script; returns the job id.
 
     Raises:
-        ValueError: Slurm rejects it.
+        ValueError: Slurm rejects it, or says no job id.
     """
     env = environment(os.environ, text=script.read_text())
-    return _slurm("sbatch", "--parsable", str(script), env=env).strip().partition(";")[0]
+    said = _slurm("sbatch", "--parsable", str(script), env=env)
+    # Sites whose sbatch is a script of their own print a greeting before, on stdout.
+    found = re.findall(r"^(\d+)(?:;\S*)?$", said, re.MULTILINE)
+    if not found:
+        raise ValueError(
+            f"sbatch printed no job id: {said.strip()!r}; see in `squeue --me` whether it is queued"
+        )
+    return str(found[-1])
 
 
 def environment(env: Mapping[str, str], *, text: str) -> dict[str, str]:

@@ -38,6 +38,8 @@ class Status:
     """A run as its directory and the queue show it."""
 
     name: str
+    #: Whether it is a job of `python -m launch sample`, whose images are counted in its output.
+    is_sampling: bool
     images_seen: int
     total: int | None
     rate: float | None
@@ -98,6 +100,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
     now = signs.now(run)
     return Status(
         name=str(run),
+        is_sampling=not any((run / f).exists() for f in ("config.toml", "launch/preset.toml")),
         images_seen=(state.images_seen if state else 0) or (rows[-1]["images"] if rows else saved),
         total=total,
         rate=_number(last, "images_per_second"),

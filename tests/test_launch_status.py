@@ -64,6 +64,13 @@ def test_a_finished_run_is_not_stopped(tmp_path: Path, capsys: pytest.CaptureFix
     assert not stop_file(run).exists()
 
 
+def test_a_drawing_job_shows_no_loss_and_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "samples.job" / "launch").mkdir(parents=True)
+    note(tmp_path / "samples.job", state="finished")
+    shown = text(tmp_path / "samples.job").splitlines()
+    assert [line.split()[0] for line in shown[1:]] == ["job", "health"]
+
+
 def test_a_directory_of_runs_is_told_from_none(tmp_path: Path) -> None:
     make_run(tmp_path / "run", images=1000)
     with pytest.raises(ValueError, match=r"is not a run directory; it holds 1: give .*/\*"):

@@ -67,6 +67,27 @@ def test_an_account_in_the_shell_counts_unless_the_cluster_file_names_one(
     assert ("SBATCH_ACCOUNT=shell" in Path("env.txt").read_text()) == (not lines)
 
 
+def test_the_job_id_is_found_behind_what_a_site_prints_before(
+    sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch(
+        "echo '--- Welcome to the cluster ---'; echo '--> Verifying 2 quotas...OK'; echo '47;east'"
+    )
+    assert submit('time = "1:00:00"') == 0
+    assert "job.sh as job 47; output: " in capsys.readouterr().out
+    assert Path("run/launch/job").read_text() == "47\n"
+
+
+def test_an_answer_without_a_job_id_is_shown(
+    sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch("echo maintenance")
+    assert submit('time = "1:00:00"') == REFUSED
+    assert (
+        "sbatch printed no job id: 'maintenance'; see in `squeue --me`" in capsys.readouterr().err
+    )
+
+
 def test_a_sweep_over_settings_has_a_run_for_each_combination(sbatch: Sbatch) -> None:
     sbatch("echo 7")
     Path("site.toml").write_text("")

@@ -13,7 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data import pack
 from data.dataset import open_shards
+from data.packing.plan import PackConfig
+from data.packing.splits import Split
 from tests.support import golden, ranks
+from tests.support.data_fixtures import write_folder
 from tests.support.runs import EVERY, STEP, Place, equal
 from trainer import config as configs
 from trainer import evaluate
@@ -280,3 +283,18 @@ def test_a_network_of_the_other_kind_is_refused(runs: Place, digits: Path) -> No
     job = ranks.fork(runs.root / "other-kind", partial(evaluate.main, argv), ranks=1)
     job.wait()
     assert "is a classifier: use `classifier` instead of `nll`" in job.text
+
+
+def test_it_is_told_where_the_run_may_train_on_what_was_held_out(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", images=45)
+    packings: tuple[Split | None, ...] = (None, "train", "val")
+    for part in packings:
+        config = PackConfig(size=8, split=part)
+        pack.pack(str(source), out=tmp_path / str(part), config=config)
+    held_out = f'data.validation = "{tmp_path}/val"'
+    sets = (held_out, "model.num_classes = 3", "intervals.validate = 256")
+    for part, told in (("None", True), ("train", False)):
+        found = ValidationSet.of(
+            configs.load("digits", sets), training=open_shards(tmp_path / part)
+        )
+        assert found is not None and found.is_in_training is told

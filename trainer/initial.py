@@ -92,6 +92,10 @@ class Initial:
         return f"{self.file} (sha256 {self.sha256[:12]}{seeded})"
 
 
+# The entry of `RUN/init.json` that is null in a run that was started from its seed.
+_SEED = "init"
+
+
 def choose(arguments: argparse.Namespace, *, run: Run, config: Config) -> Initial | None:
     """The weights that a run starts from; None if it has a checkpoint, or starts from its seed.
 
@@ -126,16 +130,26 @@ def record(initial: Initial | None, *, run: Run) -> None:
 
     None is the seed.
     """
-    if initial is None:
-        _file(run).unlink(missing_ok=True)
-    else:
-        text = json.dumps({"format": "run-init-1", **asdict(initial)}, indent=1)
-        files.write(_file(run), text + "\n")
+    entries = {_SEED: None} if initial is None else asdict(initial)
+    files.write(_file(run), json.dumps({"format": "run-init-1", **entries}, indent=1) + "\n")
+
+
+def _is_from_seed(run: Run) -> bool:
+    """Whether a run has a record that it was started from its seed."""
+    try:
+        return json.loads(_file(run).read_text()).get(_SEED, "") is None
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
     """Compare with the record; runs of version 0.1 have none."""
     before = recorded(run)
+    if before is None and _is_from_seed(run):
+        raise ValueError(
+            f"--init {path}: {run.path} was started from its seed and has a checkpoint: leave "
+            "--init out to resume it, or name another --run directory to start from these weights"
+        )
     if before is None:
         print(f"--init {path} is not used: {run.path} resumes from its checkpoint", flush=True)
         return

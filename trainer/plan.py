@@ -19,6 +19,7 @@ from typing import Any
 
 from data.dataset import open_shards
 from data.exits import CommandParser, reported
+from data.progress import duration
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer import costs, ds_config, settings
@@ -161,9 +162,11 @@ def _data_lines(config: Config, now: Step) -> Iterable[str]:
     else:
         mean = sum(shard.bytes for shard in shards.shards) / max(shards.count, 1)
         yield f"{line}: {rate * mean / 1e6:,.1f} MB/s at {mean / 1e3:.1f} kB per image"
-    days = config.training.images / rate / 86400
+    seconds = config.training.images / rate
+    days = seconds / 86400
+    time = f"{days:,.1f} days" if days >= 1 else duration(seconds)
     yield (
-        f"Time: {days:,.1f} days on {now.gpus} GPUs, {days * now.gpus:,.0f} GPU days, for "
+        f"Time: {time} on {now.gpus} GPUs, {days * now.gpus:,.0f} GPU days, for "
         f"{config.training.images:,} images ({config.training.images // now.batch:,} steps)"
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data import files
 from data.dataset import Shards, open_shards
-from data.mixture import Dataset
+from data.mixture import Dataset, Mixture
 from data.progress import Progress
 from data.stream import Batch, Stream, to_device
 from trainer import averages, classes, compute
@@ -45,6 +45,8 @@ class ValidationSet:
     images: int
     #: Whether these are the images that the run learns from.
     is_training: bool = False
+    #: Whether they were held out of a source that the run's shards may have in full.
+    is_in_training: bool = False
 
     @classmethod
     def open(
@@ -83,7 +85,14 @@ class ValidationSet:
         )
         classes.check_held_out(config, shards, training=training.classes, named="data.validation")
         found = cls.open(shards, config, images=images)
-        return replace(found, is_training=shards.fingerprint == training.fingerprint)
+        held_out = shards.made_by.get("split") == "val"
+        parts = training.parts if isinstance(training, Mixture) else (training,)
+        in_full = all(part.made_by.get("split") != "train" for part in parts)
+        return replace(
+            found,
+            is_training=shards.fingerprint == training.fingerprint,
+            is_in_training=held_out and in_full,
+        )
 
     def table(
         self,
@@ -227,6 +236,8 @@ class Validation:
         # An image of training costs three forward passes, of validation one for each of two nets.
         share = 2 * self._set.images / (3 * every)
         own = ", which is the training set itself" if self._set.is_training else ""
+        if self._set.is_in_training:
+            own = " (--split val), which the training shards may hold too (no --split train),"
         where = self._set.stream.shards.where
         return (
             f"validation: {self._set.images:,} images of {where}{own} every "

@@ -24,6 +24,7 @@ _WAYS_OUT = {
     ".mds": _STORED.format("MosaicML Streaming"),
     ".tfrecord": _STORED.format("TensorFlow"),
     ".bin": _STORED.format("LitData or other binary"),
+    ".npy": "arrays, such as latents, are no images: pack the images that they were made of",
     ".heic": "convert them to .jpg or .png",
     "without a suffix": "names of images must end in a suffix, such as .jpg",
 }
