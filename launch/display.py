@@ -101,14 +101,14 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def watch(runs: Sequence[Path], *, seconds: float = 2.0) -> None:
-    """Show the status every few seconds, until Ctrl-C."""
+def watch(runs: Sequence[Path]) -> None:
+    """Show the status every 2 seconds, until Ctrl-C."""
     signs = Signs()
     try:
         while True:
             width = shutil.get_terminal_size().columns
             shown = text(look(runs, signs=signs), width=width)
             print(f"\x1b[H\x1b[2J{time.strftime('%H:%M:%S')}\n{shown}", end="", flush=True)
-            time.sleep(seconds)
+            time.sleep(2.0)
     except KeyboardInterrupt:
         print()

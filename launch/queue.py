@@ -20,6 +20,9 @@ _ENDED = (
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 )
 
+# Seconds between two questions about the same jobs.
+_EVERY = 30.0
+
 
 def submit(script: Path) -> str:
     """Submit a batch script; returns the job id.
@@ -84,17 +87,16 @@ class Job:
 class Jobs:
     """What Slurm knows of many jobs: asked with one command for all, and seldom."""
 
-    def __init__(self, *, every: float = 30.0) -> None:
-        self._every = every
+    def __init__(self) -> None:
         self._known: dict[str, Job] = {}
         self._asked: frozenset[str] = frozenset()
         self._at = -math.inf
         self._fault: ValueError | None = None
 
     def look(self, job_ids: Iterable[str]) -> None:
-        """Ask for these jobs, unless they were asked for within the last `every` seconds."""
+        """Ask for these jobs, unless they were asked for within the last `_EVERY` seconds."""
         wanted = frozenset(job_ids)
-        if not wanted or (wanted <= self._asked and time.monotonic() < self._at + self._every):
+        if not wanted or (wanted <= self._asked and time.monotonic() < self._at + _EVERY):
             return
         self._asked, self._at, self._fault = wanted, time.monotonic(), None
         try:

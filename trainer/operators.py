@@ -32,18 +32,18 @@ def find_ninja() -> None:
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(beside)])
 
 
-def locks(*, stale: float = 3600.0) -> list[str]:
+def locks() -> list[str]:
     """What is to be said of locks of operators that torch compiles; DeepSpeed waits for them.
 
     Raises:
-        ValueError: one is older than `stale` seconds, so that nothing is compiling there.
+        ValueError: one is older than an hour, so that nothing is compiling there.
     """
     said = []
     for lock in _compiled("*/lock"):
         with suppress(FileNotFoundError):  # it was released just now
             age = time.time() - lock.stat().st_mtime
             made = f"{lock} was made {duration(age)} ago by a process that compiles"
-            if age > stale:
+            if age > 3600.0:
                 raise ValueError(f"{made}, and was killed meanwhile: delete it")
             said.append(f"{made}; this start waits for it. If nothing compiles there, delete it")
     return said

@@ -7,7 +7,6 @@ a collective. The training loop folds `stop_requested` into what all ranks agree
 import os
 import signal
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -24,13 +23,13 @@ PATIENCE = 3.0
 class Preemption:
     """While entered, a stop signal only sets `stop_requested`; a later Ctrl-C interrupts."""
 
-    def __init__(self, signals: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
+    def __init__(self) -> None:
         self._stop_requested = False
         # torchrun starts the ranks itself; those of one that was killed would train on unseen.
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # nohup has HUP ignored, and that is what its user wants.
         is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        self._signals = tuple(n for n in signals if not (is_nohup and n == signal.SIGHUP))
+        self._signals = tuple(n for n in STOP_SIGNALS if not (is_nohup and n == signal.SIGHUP))
         self._since = 0.0
         self._before: dict[int, Any] = {}
 

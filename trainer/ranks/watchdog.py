@@ -205,24 +205,24 @@ class Watchdog:
         line = f"{self._processes[self._world.rank].host}: {what}"
         print(line, file=sys.stderr, flush=True)
         if self._world.rank // self._world.local_size < 2:
-            self._within(2.0, lambda: self.tell(line))
+            self._briefly(lambda: self.tell(line))
 
     def _end(self) -> None:
         """Say the verdict and exit."""
         self._say(self._verdict)
-        self._within(2.0, self.dump)
+        self._briefly(self.dump)
         if self._world.is_main:
-            self._within(2.0, lambda: self._mailbox.put(_VERDICT, self._verdict))
+            self._briefly(lambda: self._mailbox.put(_VERDICT, self._verdict))
         # The others need the store, which may be in this process, and to see that this one lives.
         time.sleep(4 * _BEAT)
         os._exit(FAILED)
 
     @staticmethod
-    def _within(seconds: float, act: Callable[[], None]) -> None:
-        """Do what may block, for so long at most."""
+    def _briefly(act: Callable[[], None]) -> None:
+        """Do what may block, for 2 seconds at most."""
         thread = threading.Thread(target=act, daemon=True)
         thread.start()
-        thread.join(seconds)
+        thread.join(2.0)
 
     def _name_the_gone(self) -> None:
         """Name the ranks that have ended, before any rank prints its error."""

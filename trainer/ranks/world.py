@@ -95,14 +95,14 @@ def _check_alone(env: Mapping[str, str]) -> None:
         )
 
 
-def is_main_process(env: Mapping[str, str] = os.environ) -> bool:
+def is_main_process() -> bool:
     """Whether this process is rank 0, also where joining the world has failed."""
-    return env.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0"
 
 
-def process_name(env: Mapping[str, str] = os.environ) -> str:
+def process_name() -> str:
     """Such as "rank 3 on gpu07"."""
-    return f"rank {env.get('RANK', '0')} on {socket.gethostname()}"
+    return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,15 @@ class SchedulerJob:
     start: int
 
 
-def step_hosts(env: Mapping[str, str] = os.environ) -> list[str]:
+def step_hosts() -> list[str]:
     """The hosts of this Slurm step; none under another launcher."""
-    return hosts(env.get("SLURM_STEP_NODELIST", ""))
+    return hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
 
 
-def scheduler_job(env: Mapping[str, str] = os.environ) -> SchedulerJob:
+def scheduler_job() -> SchedulerJob:
     """What Slurm tells this process, under whichever launcher."""
-    return SchedulerJob(env.get("SLURM_JOB_ID"), int(env.get("SLURM_RESTART_COUNT") or 0))
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return SchedulerJob(os.environ.get("SLURM_JOB_ID"), restarts)
 
 
 def _from_torch(env: Mapping[str, str]) -> World:
