@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 from tests.support import golden
 from trainer.adm.ema import Average, Exponential, PowerFunction, Profile, combine, gamma, products
@@ -95,3 +96,23 @@ def test_a_weight_averaged_along_the_way_is_rebuilt_afterwards() -> None:
         assert rebuilt == pytest.approx(target["reconstructed"], abs=1e-7)
         tracked = average(PowerFunction(width=target["sigma"]), weights)
         assert tracked == pytest.approx(target["tracked"], abs=1e-7)
+
+
+def test_after_a_rollback_the_error_counts_what_was_passed_over() -> None:
+    """A run of 1000 updates went back from 800 to 600: its averages, weight by weight."""
+    gaps, width, wanted = ((600.0, 800.0),), 0.1, Profile(1000, 0.075)
+    times = [time for time in range(50, 1001, 50) if not 600 < time <= 800]
+    stored = [Profile(time, width, gaps if time > 800 else ()) for time in times]
+    path = [*range(1, 601), *range(801, 1001)]
+    share, shares = torch.zeros(1001, dtype=torch.float64), {}
+    for before, now in pairwise([0, *path]):
+        beta = PowerFunction(width=width).beta(since=800 if now == 801 else before, now=now)
+        share = beta * share
+        share[now] += 1 - beta
+        shares[now] = share
+    ideal = torch.arange(1001, dtype=torch.float64) ** gamma(wanted.width)
+    ideal = ideal / ideal.sum()
+    found = combine(stored, wanted=wanted)
+    made = sum(c * shares[time] for c, time in zip(found.coefficients, times, strict=True))
+    assert found.error == pytest.approx(float((made - ideal).norm() / ideal.norm()), rel=0.05)
+    assert found.error > 1.5 * combine([Profile(t, width) for t in times], wanted=wanted).error

@@ -15,7 +15,9 @@ from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.checkpoint import STATE, committed, read, sealed
 from trainer.guards.policy import Guards, Running
+from trainer.snapshots import Snapshot
 
+PASSED = ((4 * STEP, 7 * STEP),)
 BAD = 2 * STEP + 1  # an image of the third step
 GUARDS = (*EVERY, "guards.window = 2", "guards.spike = 20", "guards.in_a_row = 2")
 #: Name -> ranks, stage, precision.
@@ -119,6 +121,9 @@ def test_after_too_many_in_a_row_the_run_goes_back_and_steps_over_the_images_sin
     kept = sorted(path.name for path in (here.run("back") / "averages").iterdir())
     aside = [f"{n * STEP:012d}.superseded" for n in (5, 6)]
     assert kept == sorted([*(f"{n * STEP:012d}" for n in (1, 2, 3, 4, 7, 8, 9)), *aside])
+    for name, clock, gaps in (("back", 4, ()), ("back", 9, PASSED), ("again", 9, PASSED)):
+        snapshot = here.run(name) / "averages" / f"{clock * STEP:012d}"
+        assert Snapshot.read(snapshot).gaps == gaps
 
 
 def test_a_run_stops_when_no_rollback_is_left(here: Place) -> None:

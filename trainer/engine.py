@@ -70,6 +70,8 @@ class Engine:
         self.updates = 0
         #: The clock at the last update of the weights; 0 before the first.
         self.updated_at = 0
+        #: Spans of the clock that rollbacks passed over, from the last update that counts.
+        self.gaps: list[tuple[int, int]] = []
         # The clock after the step that is under way.
         self._now = 0
         self.skipped = 0
@@ -211,6 +213,7 @@ class Engine:
     def renew(self, *, images_seen: int) -> None:
         """Compute from masters that `scatter` has changed; the averages count from this clock."""
         self._copies.make(self._masters())
+        self.gaps.append((self.updated_at, images_seen))
         self.updated_at = images_seen
 
     def scalars(self) -> dict[str, Any]:
@@ -218,6 +221,7 @@ class Engine:
         return {
             "updates": self.updates,
             "updated_at": self.updated_at,
+            "gaps": self.gaps,
             "skipped": self.skipped,
             "scaler": self._scaling.state(),
         }
@@ -227,6 +231,7 @@ class Engine:
         self.updates, self.skipped = state["updates"], state["skipped"]
         # Runs of version 0.1 have averages per step alone, which need no clock.
         self.updated_at = state.get("updated_at", 0)
+        self.gaps = [(before, after) for before, after in state.get("gaps", [])]
         for moments in self._base.state.values():
             moments["step"].fill_(float(self.updates))
         self._scaling.load(state["scaler"])

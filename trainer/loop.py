@@ -174,7 +174,8 @@ class Loop(Parts):
     def _keep_averages(self) -> None:
         self.mark("keeping averages")
         clocks = {"images_seen": self.images_seen, "updated_at": self.engine.updated_at}
-        self.metrics.pause(self._snapshots.take(self.engine, **clocks), on="averaging")
+        seconds = self._snapshots.take(self.engine, **clocks, gaps=self.engine.gaps)
+        self.metrics.pause(seconds, on="averaging")
 
     def _audit(self) -> None:
         began = time.monotonic()

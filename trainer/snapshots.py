@@ -8,7 +8,7 @@ other widths of them, for which it needs all, back to the first.
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ class Snapshot:
     path: Path
     #: The clock at the last update of the weights, which is the time of the averages.
     updated_at: int
+    #: As `Profile` has them.
+    gaps: tuple[tuple[float, float], ...]
     #: Size and sha256 of each file, by its name.
     files: Mapping[str, Any]
 
@@ -51,7 +53,8 @@ class Snapshot:
 
     def profile(self, file: str) -> Profile:
         """The profile of the average in a file."""
-        return Profile(self.updated_at, float(file.removesuffix(".safetensors").partition("-")[2]))
+        width = float(file.removesuffix(".safetensors").partition("-")[2])
+        return Profile(self.updated_at, width, self.gaps)
 
     @classmethod
     def read(cls, path: Path) -> "Snapshot":
@@ -62,7 +65,8 @@ class Snapshot:
         """
         try:
             entries = json.loads((path / STATE).read_text())
-            found = cls(path, entries["updated_at"], entries["files"])
+            gaps = tuple((before, after) for before, after in entries.get("gaps", []))
+            found = cls(path, entries["updated_at"], gaps, entries["files"])
             for name, facts in found.files.items():
                 found.profile(name), facts["bytes"], facts["sha256"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -101,7 +105,14 @@ class Snapshots:
         lack = f", of which the disk has {_gib(free)}" if free < need else ""
         self._log(f"averages: {left} snapshots in {self._precision} to come, {_gib(need)}{lack}")
 
-    def take(self, source: Gathered, *, images_seen: int, updated_at: int) -> float:
+    def take(
+        self,
+        source: Gathered,
+        *,
+        images_seen: int,
+        updated_at: int,
+        gaps: Sequence[tuple[int, int]] = (),
+    ) -> float:
         """Write a snapshot; the seconds that it took."""
         began = time.monotonic()
         if updated_at == 0:  # all steps were skipped
@@ -125,7 +136,7 @@ class Snapshots:
                 self._run.check_lease()
                 if fault is not None:
                     raise ValueError(fault)
-                self._commit(partial, {"updated_at": updated_at, "files": listed})
+                self._commit(partial, {"updated_at": updated_at, "gaps": gaps, "files": listed})
                 seconds = time.monotonic() - began
                 self._log(f"averages of image {images_seen:,} kept in {seconds:.1f} s")
             except LeaseLost:

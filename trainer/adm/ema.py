@@ -8,6 +8,7 @@ section 3 and appendix C). Time is counted in images.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -80,14 +81,38 @@ def gamma(width: float) -> float:
 
 @dataclass(frozen=True)
 class Profile:
-    """A power-function average at a time: after so many images, of so much relative width."""
+    """A power-function average at a time: after so many images, of so much relative width.
+
+    In each of the `gaps` (c, n) the run went back from n to the weights of c: what was averaged up
+    to c counts for all time up to n.
+    """
 
     images: float
     width: float
+    gaps: tuple[tuple[float, float], ...] = ()
+
+    def in_units_of(self, time: float) -> "Profile":
+        """The same with times as shares of `time`."""
+        gaps = tuple((before / time, after / time) for before, after in self.gaps)
+        return Profile(self.images / time, self.width, gaps)
+
+    def log_factor(self, begin: float) -> float:
+        """Its logarithm at t >= `begin`, up to the next end of a gap, less gamma log t."""
+        exponent = gamma(self.width) + 1
+        found = math.log(exponent) - exponent * math.log(self.images)
+        for before, after in self.gaps:
+            if before <= begin < after:
+                return -math.inf
+            if begin < before:
+                found += exponent * math.log(after / before)
+        return found
 
 
 def products(some: Sequence[Profile], others: Sequence[Profile]) -> Tensor:
     """The integrals over time of the products of profiles, float64 (len(some), len(others))."""
+    edges = sorted({edge for p in (*some, *others) for gap in p.gaps for edge in gap})
+    if edges:
+        return _products_between([0.0, *edges, math.inf], some, others)
     time, exponent = _columns(some)
     other_time, other_exponent = (column[None] for column in _columns(others))
     time, exponent = time[:, None], exponent[:, None]
@@ -96,6 +121,24 @@ def products(some: Sequence[Profile], others: Sequence[Profile]) -> Tensor:
     share = (earlier / later) ** torch.where(time > other_time, exponent, other_exponent)
     scale = (exponent + 1) * (other_exponent + 1) / (exponent + other_exponent + 1)
     return scale * share / later
+
+
+def _products_between(
+    edges: Sequence[float], some: Sequence[Profile], others: Sequence[Profile]
+) -> Tensor:
+    """As `products`, where no profile has a gap that begins or ends between two `edges`."""
+    time, exponent = (column[:, None] for column in _columns(some))
+    other_time, other_exponent = (column[None] for column in _columns(others))
+    power = exponent + other_exponent + 1
+    total = torch.zeros(len(some), len(others), dtype=torch.float64)
+    for begin, end in pairwise(edges):
+        until = torch.minimum(time, other_time).clamp(begin, end)
+        mine = torch.tensor([[p.log_factor(begin)] for p in some], dtype=torch.float64)
+        theirs = torch.tensor([[p.log_factor(begin) for p in others]], dtype=torch.float64)
+        # In logarithms: the powers of short times are beyond float64.
+        whole = (mine + theirs + power * until.clamp(min=1e-300).log()).exp()
+        total += whole * (1 - (begin / until.clamp(min=1e-300)) ** power) / power
+    return total
 
 
 def _columns(profiles: Sequence[Profile]) -> tuple[Tensor, Tensor]:
@@ -122,7 +165,7 @@ def combine(stored: Sequence[Profile], *, wanted: Profile) -> Combination:
     """
     used = [i for i, profile in enumerate(stored) if profile.images <= wanted.images]
     # In units of the wanted time, so that the numbers are of one size.
-    unit = [Profile(stored[i].images / wanted.images, stored[i].width) for i in used]
+    unit = [stored[i].in_units_of(wanted.images) for i in used]
     target = [Profile(1.0, wanted.width)]
     among, towards = products(unit, unit), products(unit, target)[:, 0]
     x = torch.linalg.solve(among, towards)
