@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from data.version import VERSION
 
@@ -41,10 +43,17 @@ def copied(name: str) -> list[str]:
     return [line.split()[0] for line in inside]
 
 
-def pinned(requirement: Requirement, pins: dict[str, str]) -> bool:
+@cache
+def pins() -> dict[str, str]:
+    """The versions of constraints.txt."""
+    text = (ROOT / "constraints.txt").read_text()
+    return {n.lower().replace("_", "-"): v for n, v in re.findall(r"^([\w.-]+)==(\S+)", text, re.M)}
+
+
+def pinned(requirement: Requirement) -> bool:
     """Whether constraints.txt has a version of a requirement that satisfies it."""
     name = requirement.name.lower().replace("_", "-")
-    return name in pins and requirement.specifier.contains(pins[name])
+    return name in pins() and requirement.specifier.contains(pins()[name])
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "adm.def"])
@@ -65,8 +74,6 @@ def test_the_builder_gets_exactly_what_is_copied() -> None:
 @pytest.mark.parametrize("name", ["Dockerfile", "adm.def"])
 def test_an_image_installs_the_pinned_versions_of_this_project(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    text = (ROOT / "constraints.txt").read_text()
-    pins = {n.lower().replace("_", "-"): v for n, v in re.findall(r"^([\w.-]+)==(\S+)", text, re.M)}
     pips = [words for words in commands(name) if words[0] == "pip"]
     assert [words[-1] for words in pips] == ["torch", ".[parquet,lmdb,s3,plots,wandb]"]
     for words in pips:
@@ -74,7 +81,25 @@ def test_an_image_installs_the_pinned_versions_of_this_project(name: str) -> Non
     extras = re.findall(r"\w+", pips[1][-1])
     optional = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(each for extra in extras for each in optional[extra])]
-    assert [text for text in wanted if not pinned(Requirement(text), pins)] == []
+    assert [text for text in wanted if not pinned(Requirement(text))] == []
+
+
+def test_the_tested_versions_are_those_of_the_bounds_and_the_pins() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    bounds = {each.name: each.specifier for each in map(Requirement, wanted)}
+    table = re.findall(
+        r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (ROOT / "docs" / "install.md").read_text(),
+        re.M,
+    )
+    bounds["Python"] = SpecifierSet(project["requires-python"])
+    for name, lowest, *others in table:
+        (bound,) = (each.version for each in bounds[name] if each.operator == ">=")
+        assert Version(lowest) == Version(bound), name
+        assert all(version in bounds[name] for version in others), name
+        assert name == "Python" or others[1] == pins()[name], name
+    assert [row[0] for row in table] == ["Python", "torch", "triton", "numpy", "pillow"]
 
 
 def test_both_images_are_the_same() -> None:
