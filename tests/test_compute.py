@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import aot_eager
 
 from tests.support import golden, ranks
-from tests.support.runs import UNJUDGED
+from tests.support.runs import GRIDS, HALF, STEP, UNJUDGED, Place
 from trainer import compute
 from trainer import config as configs
 from trainer import ds_config as ds_configs
@@ -131,6 +132,36 @@ def test_training_goes_on_compiled_and_uncompiled_alike(tmp_path: Path) -> None:
     assert (tmp_path / "found.json").exists(), job.text
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found) == 2 * 5 and max(found.values()) < 1e-5, found
+
+
+def compile_as_on_a_gpu(directory: Path, runs: list[list]) -> int:
+    """As `ranks.work`, with compiled networks; how many graphs that took."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    plain = compute.compile_forward
+    compute.is_compiled = lambda *_, **__: True  # type: ignore[assignment]
+    compute.compile_forward = lambda net, *, say: plain(net, say=say, backend=backend)  # type: ignore[assignment]
+    ranks.work(directory, runs, False)
+    (directory / "graphs").write_text(str(len(graphs)))
+    return 0
+
+
+@pytest.mark.slow
+def test_a_run_compiles_its_network_once(tmp_path: Path, tiny: Path, digits: Path) -> None:
+    """With dropout, dropped labels, averages, grids, validation and audits, over all its steps."""
+    dropped = ("model.dropout = 0.1", "training.label_dropout = 0.2", f"intervals.audit = {STEP}")
+    validated = (f'data.validation = "{digits}"', f"intervals.validate = {HALF}")
+    sets = (*GRIDS, *dropped, *validated, "data.validation_images = 50")
+    run = Place(tmp_path, tiny).arguments("run", sets=sets)
+    task = partial(compile_as_on_a_gpu, tmp_path / "job", [run])
+    job = ranks.fork(tmp_path / "job", task, ranks=1)
+    job.wait()
+    assert job.statuses == [0] and job.text.count("compiled the network in") == 1, job.text
+    assert (tmp_path / "job" / "graphs").read_text() == "1"
 
 
 @pytest.mark.parametrize("stage", [2, 3])
