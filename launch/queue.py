@@ -14,6 +14,8 @@ _REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS"
 # Options whose variables users set once in their shell, such as SBATCH_ACCOUNT. They count where
 # the script has no such option; for Slurm alone a variable would outrank the script.
 _DEFAULTS = ("account", "partition", "qos", "reservation")
+# What sbatch answers, with --parsable and where a site's script leaves that out.
+_ANSWER = r"^(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?$"
 # States of jobs that have ended, which squeue shows for some minutes more.
 _ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
@@ -32,8 +34,8 @@ def submit(script: Path) -> str:
     """
     env = environment(os.environ, text=script.read_text())
     said = _slurm("sbatch", "--parsable", str(script), env=env)
-    # Sites whose sbatch is a script of their own print a greeting before, on stdout.
-    found = re.findall(r"^(\d+)(?:;\S*)?$", said, re.MULTILINE)
+    # Some sites' sbatch is a script of their own: it prints a greeting before, or a sentence.
+    found = re.findall(_ANSWER, said, re.MULTILINE)
     if not found:
         raise ValueError(
             f"sbatch printed no job id: {said.strip()!r}; see in `squeue --me` whether it is queued"

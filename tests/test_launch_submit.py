@@ -67,12 +67,11 @@ def test_an_account_in_the_shell_counts_unless_the_cluster_file_names_one(
     assert ("SBATCH_ACCOUNT=shell" in Path("env.txt").read_text()) == (not lines)
 
 
+@pytest.mark.parametrize("said", ["47;east", "Submitted batch job 47 on cluster east"])
 def test_the_job_id_is_found_behind_what_a_site_prints_before(
-    sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
+    said: str, sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sbatch(
-        "echo '--- Welcome to the cluster ---'; echo '--> Verifying 2 quotas...OK'; echo '47;east'"
-    )
+    sbatch(f"echo '--- Welcome to cluster 3'; echo '--> Verifying 2 quotas...OK'; echo '{said}'")
     assert submit('time = "1:00:00"') == 0
     assert "job.sh as job 47; output: " in capsys.readouterr().out
     assert Path("run/launch/job").read_text() == "47\n"

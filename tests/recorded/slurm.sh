@@ -124,9 +124,10 @@ follow_up() {
   done
   if ask env "${forget[@]}" sbatch --parsable --dependency="afterany:$job" "${@:3}" \
     "$run/launch/job.sh"; then
-    next=${answer##*$'\n'}  # sbatch may print warnings before
-    echo "${next%%;*}" > "$run/launch/job"
-    say "$1; $2; submitted job ${next%%;*}, which resumes from checkpoint $(newest)"
+    # sbatch may print warnings or a site's greeting around the job id.
+    next=$(sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*| on cluster .*)?$/\2/p' <<< "$answer" | tail -n 1)
+    echo "$next" > "$run/launch/job"
+    say "$1; $2; submitted job $next, which resumes from checkpoint $(newest)"
   else
     say "$1; $2; no job was submitted to follow: $answer: rerun the same command to resume"
   fi
