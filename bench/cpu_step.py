@@ -33,13 +33,7 @@ def systems(guided_diffusion: Path | None) -> dict[str, Net]:
     """The networks to compare, ours first."""
     found = {"ours": nets.ours(CONFIG)}
     found["ours, channels first"] = nets.ours(CONFIG, layout=torch.contiguous_format)
-    if guided_diffusion is not None:
-        found["guided-diffusion"] = nets.guided_diffusion(CONFIG, path=guided_diffusion)
-    try:
-        found["diffusers"] = nets.diffusers(CONFIG)
-    except ModuleNotFoundError as error:
-        print(f"diffusers is left out: {error}")
-    return found
+    return found | nets.others(CONFIG, path=guided_diffusion)
 
 
 def step(net: Net, *, images: int) -> float:

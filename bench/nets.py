@@ -132,6 +132,18 @@ def diffusers(config: UNetConfig) -> Net:
     return Net(net, lambda x, t, y: net(x, t, y).sample)
 
 
+def others(config: UNetConfig, *, path: Path | None) -> dict[str, Net]:
+    """Those of guided-diffusion, where a checkout is given, and of diffusers, where installed."""
+    found = {}
+    if path is not None:
+        found["guided-diffusion"] = guided_diffusion(config, path=path)
+    try:
+        found["diffusers"] = diffusers(config)
+    except ModuleNotFoundError as error:
+        print(f"diffusers is left out: {error}")
+    return found
+
+
 def inputs(config: UNetConfig, *, images: int, device: torch.device) -> tuple[Tensor, ...]:
     """Noised images (B, 3, H, W), timesteps (B,) and labels (B,)."""
     x = torch.randn(images, 3, config.image_size, config.image_size, device=device)

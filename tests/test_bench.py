@@ -1,6 +1,8 @@
 """The benchmarks of the training step run themselves small on a CPU."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,14 @@ def test_scaling_is_predicted_and_measured(
     assert {"data", "job", "extrapolated"} <= set(kinds) and kinds.count("job") == 2
     assert all(value > 0 for row in rows if row["kind"] == "job" for value in [row["start_s"]])
     assert "predicted, 8 x 400 Gb/s per node" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_the_host_does_is_measured_by_part() -> None:
+    # DeepSpeed stays in a process of its own.
+    words = (sys.executable, "-m", "bench.host", "digits", "--rounds", "2")
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    around, ours = rows[0], next(row for row in rows if row["part"] == "network, ours")
+    assert around["step ms"] > 0 and ours["operations backward"] > ours["operations forward"] > 0
+    assert "ms of the host, a step" in done.stdout

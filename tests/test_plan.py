@@ -66,12 +66,13 @@ def test_at_a_fixed_batch_more_gpus_are_used_less_well_and_the_limit_is_named() 
 
 
 def test_what_is_exposed_of_the_network_follows_ds_config() -> None:
-    config = configs.load("imagenet64")
+    compiled = configs.load("imagenet64")
+    config = configs.load("imagenet64", ("training.compile = false",))
     net = costs.count(config)
 
-    def communication(gpus: int, *, latency: float = 0.0, **changes: Any) -> float:
-        there, zero = machine(latency=latency, overlap=1.0), {**ZERO, **changes}
-        return step(config, net, machine=there, gpus=gpus, zero=zero).communication
+    def communication(gpus: int, *, latency: float = 0.0, of: Config = config, **own: Any) -> float:
+        there, zero = machine(latency=latency, overlap=1.0), {**ZERO, **own}
+        return step(of, net, machine=there, gpus=gpus, zero=zero).communication
 
     whole = 2 * 63 / 64 * 2 * net.parameters / 40e9  # an all-reduce of 16-bit gradients
     gather = whole / 2
@@ -80,6 +81,7 @@ def test_what_is_exposed_of_the_network_follows_ds_config() -> None:
         exposed = communication(64, reduce_bucket_size=size)
         assert exposed == pytest.approx(gather + whole * last)
     assert communication(64, overlap_comm=False) == pytest.approx(gather + whole)
+    assert communication(64, of=compiled) == pytest.approx(gather + whole)
     # To each rank on its own: fewer bytes, and a message for each of so many ranks.
     own = {"use_multi_rank_bucket_allreduce": False, "overlap_comm": False}
     assert communication(64, **own) == pytest.approx(gather + whole / 2)

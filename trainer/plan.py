@@ -31,6 +31,7 @@ from trainer.prediction import (
     GIB,
     Machine,
     Step,
+    hidable,
     largest_micro_batch,
     memory,
     operations,
@@ -73,13 +74,14 @@ def report(
     """The lines of the plan."""
     net = costs.count(config)
     training = config.training
+    hidden = hidable(config, machine=machine, zero=zero)
     yield (
         f"{name}: {net.parameters:,} parameters, {net.forward_flops / 1e9:,.1f} GFLOP per image "
         f"forward, {net.saved_bytes / 1e6:,.0f} MB of activations per image, {training.precision}"
     )
     yield (
         f"assumed: {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s per GPU, {machine.bandwidth:g} "
-        f"GB/s and {machine.latency:g} us between ranks, {machine.overlap:.0%} of reductions "
+        f"GB/s and {machine.latency:g} us between ranks, {hidden:.0%} of reductions "
         f"hidden, {machine.host_ms:g} ms of the host per micro-batch, {machine.reserve:g} GiB of "
         f"{machine.gpu_memory:g} reserved"
     )
@@ -231,7 +233,7 @@ def add_rates(parser: argparse.ArgumentParser) -> None:
         ("bandwidth", 40.0, "GB/s that each rank sends in a collective"),
         ("latency", 5.0, "microseconds that a message takes from a rank to the next"),
         ("overlap", 0.8, "share of the gradients' reduction that computing may hide"),
-        ("host-ms", 60.0, "milliseconds of the host to launch a micro-batch"),
+        ("host-ms", 38.0, "milliseconds of the host for a micro-batch (bench.host)"),
     )
     for name, default, text in rates:
         parser.add_argument(

@@ -113,9 +113,7 @@ def step(
     # Backward passes hide reductions: in stage 1 those of the last micro-batch alone, and never
     # that of the last bucket, which is full when the pass ends.
     filled = costs.buckets(net, zero=zero)
-    hidden = min(machine.overlap, 1 - filled[-1] / sum(filled))
-    if not zero.get("overlap_comm", zero["stage"] == 3):
-        hidden = 0.0
+    hidden = min(hidable(config, machine=machine, zero=zero), 1 - filled[-1] / sum(filled))
     backward = compute * (passes - 1) / passes / (pieces if zero["stage"] == 1 else 1)
     exposed = reduce - min(reduce * hidden, backward)
     if zero["stage"] == 3:  # gathers its weights ahead of the layers that need them
@@ -131,6 +129,17 @@ def step(
         communication=exposed,
         host=host,
     )
+
+
+def hidable(config: Config, *, machine: Machine, zero: Mapping[str, Any]) -> float:
+    """The share of reductions that computing may hide.
+
+    None where a compiled backward pass hands over its gradients only when it has ended.
+    """
+    compiled = config.training.compile and zero["stage"] != 3
+    if compiled or not zero.get("overlap_comm", zero["stage"] == 3):
+        return 0.0
+    return machine.overlap
 
 
 def _collectives(
