@@ -33,9 +33,8 @@ from tests.support.runs import (
     equal,
 )
 
-on_every_world = pytest.mark.parametrize(
-    "world", [*WORLDS, pytest.param(4, marks=pytest.mark.slow)]
-)
+four = pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
+on_every_world = pytest.mark.parametrize("world", [*WORLDS, four])
 in_every_stage = pytest.mark.parametrize("stage", STAGES)
 
 
