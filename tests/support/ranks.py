@@ -124,13 +124,20 @@ def forks() -> ForkServerContext:
     os.environ.clear()
     os.environ.update(own, PYTHONPATH=str(ROOT))
     try:
-        process = context.Process(target=int)
+        process = context.Process(target=compile_operator)
         process.start()
         process.join()
     finally:
         os.environ.clear()
         os.environ.update(before)
     return context
+
+
+def compile_operator() -> None:
+    """In a new environment DeepSpeed takes minutes for it, which are no rank's that hangs."""
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
 
 
 def wait_for(path: Path) -> None:
