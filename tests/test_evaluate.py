@@ -128,7 +128,13 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     text.write_text("no archive")
     cases = [
         (samples, large, network, "samples are 8 x 8, the images of .* 16 x 16"),
-        (few, digits, network, "15 samples: must be at least 16"),
+        # Before the network and the reference are read.
+        (
+            few,
+            tmp_path / "none",
+            tmp_path / "none",
+            r"few\.npz has 15 samples: must be at least 16",
+        ),
         (samples, plain, network, "give the Inception weights as the network"),
         (samples, other, network, "make it again with this network"),
         (samples, text, network, "not a readable .npz"),

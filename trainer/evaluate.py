@@ -33,6 +33,7 @@ from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.world import World, join
 from trainer.sampling.samplefile import Samples, open_samples
+from trainer.sections import FEWEST_SAMPLES
 
 
 def _evaluator(arguments: argparse.Namespace, *, world: World, device: torch.device) -> Evaluator:
@@ -75,8 +76,13 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
 
 
 def _open_all(paths: Sequence[Path]) -> list[Samples]:
-    """All samples, of one size."""
+    """All samples, of one size, and enough of each."""
     every = [open_samples(path) for path in paths]
+    for one in every:
+        if one.count < FEWEST_SAMPLES:
+            raise ValueError(
+                f"{one.path} has {one.count} samples: must be at least {FEWEST_SAMPLES}"
+            )
     for other in every[1:]:
         if other.size != every[0].size:
             raise ValueError(f"{every[0].path} and {other.path} have images of different sizes")
