@@ -86,5 +86,7 @@ def test_what_the_host_does_is_measured_by_part() -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     around, ours = rows[0], next(row for row in rows if row["part"] == "network, ours")
-    assert around["step ms"] > 0 and ours["operations backward"] > ours["operations forward"] > 0
+    assert (
+        around["step ms"] > 0 and min(ours["operations forward"], ours["operations backward"]) > 0
+    )
     assert "ms of the host, a step" in done.stdout
