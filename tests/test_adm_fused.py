@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from tests.support import ranks
 
@@ -28,6 +30,8 @@ def measured(module: str) -> Any:
 
 @pytest.fixture(scope="module")
 def interpreted() -> Any:
+    if Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"):
+        pytest.skip("the interpreter of Triton before 3.7 fails with numpy 2.4")
     return measured("interpreted")
 
 
