@@ -1,6 +1,8 @@
 """Where the time of a run went, from its timeline alone; and ranks that hold the others up."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,12 +16,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ranks
+from trainer.ranks import process
 from trainer.ranks.group import connected
+from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.watch import goodput, pace
 from trainer.watch.metrics import Metrics, _host_memory
 from trainer.watch.mfu import datasheet
 from trainer.watch.pace import SlowRanks
+
+#: Seconds for which a rank is suspended.
+STOPPED = 2.5
 
 
 def start(began: float, **facts: object) -> dict:
@@ -155,7 +162,7 @@ def add_steps(counts: tuple[int, ...]) -> int:
     """Intervals of so many steps on two ranks; prints their means and the operations of a step."""
     world = join()
     with connected(world, patience=ranks.LIMIT) as device:
-        metrics = Metrics(world=world, device=device, timesteps=100)
+        metrics = Metrics(world=world, device=device, timesteps=100, clock=process.RunningClock())
         for count in counts:
             given = [[terms(2 * step + n, world.rank) for n in range(2)] for step in range(count)]
             with Counted() as counted:
@@ -191,12 +198,14 @@ def work() -> int:
     """Two ranks of which the second computes slowly."""
     world, pace.SECONDS = join(), 0.0
     with connected(world, patience=ranks.LIMIT) as device:
-        metrics = Metrics(world=world, device=device, timesteps=10)
+        metrics = Metrics(world=world, device=device, timesteps=10, clock=process.RunningClock())
         for _ in range(pace.REPORTS + 1):
             with metrics.forward.running():
                 time.sleep(0.8 if world.rank else 0.2)
             metrics.note("data_wait_seconds", 0.001)
-            metrics.pause(0.25, on="saving")
+            began = metrics.clock()
+            time.sleep(0.25)
+            metrics.pause(began, on="saving")
             values = metrics.reduce(images=2)
         print(json.dumps({**values, "slow": metrics.slow.text}))
     return 0
@@ -209,9 +218,43 @@ def test_the_slow_rank_is_named_with_its_host_by_every_rank(tmp_path: Path) -> N
         values = json.loads(text.splitlines()[-1])
         assert "rank 1 on " in values["slow"] and "rank 0" not in values["slow"]
         assert values["slowest_rank"] > pace.SLOW
-        assert values["saving_seconds"] == 0.25
+        assert values["saving_seconds"] >= 0.25
         assert 0 < values["data_wait_share"] < 0.1
         assert values["host_memory_gib"] > 0.01
+
+
+def be_suspended_twice() -> int:
+    """A rank that is stopped as it waits for data, and again as it saves."""
+    world, process.STOPPED_FOR = join(), STOPPED / 2
+    with (
+        connected(world, patience=ranks.LIMIT) as device,
+        Watchdog(world, patience=ranks.LIMIT) as watchdog,
+    ):
+        metrics = Metrics(world=world, device=device, timesteps=10, clock=watchdog.clock)
+        for work in ("waiting", "saving"):
+            began = metrics.clock()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            if work == "saving":
+                metrics.pause(began, on=work)
+            else:
+                metrics.note("data_wait_seconds", metrics.clock() - began)
+            print(json.dumps(metrics.reduce(images=1)))
+    return 0
+
+
+def test_time_in_which_the_job_was_suspended_is_in_no_rate_and_counted_once(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, be_suspended_twice, ranks=1)
+    (rank,) = job.ranks
+    for _ in range(2):
+        while "(stopped)" not in Path(f"/proc/{rank.pid}/status").read_text():
+            time.sleep(0.1)
+        time.sleep(STOPPED)
+        job.signal(0, signal.SIGCONT)
+    waiting, saving = map(json.loads, job.wait().splitlines()[-2:])
+    assert waiting["suspended_seconds"] >= STOPPED and saving["suspended_seconds"] >= STOPPED
+    assert waiting["interval_seconds"] < STOPPED and waiting["images_per_second"] > 1 / STOPPED
+    assert waiting["data_wait_share"] <= 1
+    assert saving["saving_seconds"] + saving["interval_seconds"] < STOPPED
 
 
 def test_names_of_devices_have_their_own_peak() -> None:

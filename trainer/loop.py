@@ -5,7 +5,6 @@ beside the weights is only what is not.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -38,8 +37,6 @@ class Loop(Parts):
     board: Board | None
     #: Whether this rank was told to save and leave, by a signal or by `launch stop`.
     stop_requested: Callable[[], bool]
-    #: For how many seconds this rank was suspended since the last call.
-    suspended: Callable[[], float]
     #: The images of data.validation, if the config names some.
     validation_set: ValidationSet | None
     #: The figures of samples, if the config asks for them.
@@ -118,10 +115,10 @@ class Loop(Parts):
         torch.manual_seed(dropout_seed(training.seed, self.images_seen, self.world.rank))
         seen, waited = [], 0.0
         for _ in range(self.engine.accumulation):
-            began = time.monotonic()
+            began = self.metrics.clock()
             self.mark("waiting for data")
             batch = next(batches)
-            waited += time.monotonic() - began
+            waited += self.metrics.clock() - began
             self.mark("computing")
             with self.metrics.forward.running():
                 terms = self.objective(self.engine, batch.images, batch.labels, batch.indices)
@@ -154,9 +151,8 @@ class Loop(Parts):
         norm = self.engine.parameter_norm()
         means = self.metrics.reduce(images=images)
         values = {**means, "param_norm": norm, "skipped_total": float(self.engine.skipped)}
-        if paused := self.suspended():
-            values["suspended_seconds"] = paused
-            self.log(f"the job was suspended for {duration(paused)}")
+        if "suspended_seconds" in means:
+            self.log(f"the job was suspended for {duration(means['suspended_seconds'])}")
         if self.board is not None:
             self.run.note(images_seen=self.images_seen)
             self.board.report(values, images_seen=self.images_seen, slow=self.metrics.slow.text)
@@ -172,15 +168,16 @@ class Loop(Parts):
         return norm
 
     def _keep_averages(self) -> None:
+        began = self.metrics.clock()
         self.mark("keeping averages")
         clocks = {"images_seen": self.images_seen, "updated_at": self.engine.updated_at}
-        seconds = self._snapshots.take(self.engine, **clocks, gaps=self.engine.gaps)
-        self.metrics.pause(seconds, on="averaging")
+        self._snapshots.take(self.engine, **clocks, gaps=self.engine.gaps)
+        self.metrics.pause(began, on="averaging")
 
     def _audit(self) -> None:
-        began = time.monotonic()
+        began = self.metrics.clock()
         self._incidents.check(self.images_seen)
-        self.metrics.pause(time.monotonic() - began, on="auditing")
+        self.metrics.pause(began, on="auditing")
 
     def _end(self, *, stopped: bool) -> None:
         if self.board is None:

@@ -4,7 +4,6 @@ Each is taken when the clock crosses a multiple of its interval. A stop interrup
 then saved where it is, and the next start begins with what is missing there.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -84,21 +83,21 @@ class Measures:
         parts = self.parts
         assert self.validation is not None
         self.saving.protect()
-        began = time.monotonic()
+        began = parts.metrics.clock()
         found = self.validation.measure(parts.engine, mark=parts.mark, stopped=self.stop_requested)
-        seconds = time.monotonic() - began
+        seconds = parts.metrics.clock() - began
         if self.board is not None and found is not None:
             self.validation.note(found, parts.run, images_seen=images_seen)
             self.board.values(found, images_seen=images_seen)
         parts.log(self.validation.describe(found, seconds=seconds))
-        parts.metrics.pause(seconds, on="validating")
+        parts.metrics.pause(began, on="validating")
         return found is not None
 
     def _draw_grid(self, images_seen: int) -> bool:
         """A grid from the first EMA; every rank draws its share of the images."""
         parts = self.parts
         self.saving.protect()
-        began = time.monotonic()
+        began = parts.metrics.clock()
         with parts.engine.weights(averages.exponential(parts.config.training.ema[0])) as averaged:
             picture = draw_grid(
                 averaged,
@@ -110,7 +109,7 @@ class Measures:
         if self.board is not None and picture is not None:
             self.board.picture("samples", torch.from_numpy(picture), images_seen=images_seen)
             parts.run.picture(f"{images_seen:012d}", picture)
-        parts.metrics.pause(time.monotonic() - began, on="drawing")
+        parts.metrics.pause(began, on="drawing")
         return True
 
     def _evaluate(self, images_seen: int) -> bool:
@@ -118,7 +117,7 @@ class Measures:
         parts = self.parts
         assert self.evaluation is not None
         self.saving.protect()
-        began = time.monotonic()
+        began = parts.metrics.clock()
         parts.log(f"evaluation: drawing {parts.config.evaluation.images:,} samples")
         found = self.evaluation.measure(
             parts.engine,
@@ -126,7 +125,7 @@ class Measures:
             stopped=self.stop_requested,
             about={"run": str(parts.run.path), "images_seen": images_seen},
         )
-        seconds = time.monotonic() - began
+        seconds = parts.metrics.clock() - began
         if self.board is not None and found is not None:
             values = {f"{in_training.GROUP}/{n}": f.value for n, f in found.figures.items()}
             self.board.values(values, images_seen=images_seen)
@@ -134,5 +133,5 @@ class Measures:
         count = parts.config.evaluation.images
         for line in in_training.describe(found, count=count, seconds=seconds):
             parts.log(line)
-        parts.metrics.pause(seconds, on="evaluating")
+        parts.metrics.pause(began, on="evaluating")
         return found is not None

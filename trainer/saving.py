@@ -60,7 +60,7 @@ class Saving:
         if is_saved and images_seen == self.saved_images:
             self.saver.flush()
             return
-        began = time.monotonic()
+        began = parts.metrics.clock()
         parts.mark("saving")
         self.saver.flush()
         self._saved_at, self.saved_images = time.monotonic(), images_seen
@@ -78,15 +78,15 @@ class Saving:
         )
         if self.saver.save(engine, state=state):
             self._saved_updates = engine.updates
-        parts.metrics.pause(time.monotonic() - began, on="saving")
+        parts.metrics.pause(began, on="saving")
 
     def protect(self) -> None:
         """Commit what is being written, ahead of work that may fail; nothing while steps fail."""
         if not self.parts.guards.row:
-            began = time.monotonic()
+            began = self.parts.metrics.clock()
             self.parts.mark("saving")
             self.saver.flush()
-            self.parts.metrics.pause(time.monotonic() - began, on="saving")
+            self.parts.metrics.pause(began, on="saving")
 
     def went_back(self) -> None:
         """The guards may have taken updates back, to the last checkpoint at most."""

@@ -112,11 +112,11 @@ class Snapshots:
         images_seen: int,
         updated_at: int,
         gaps: Sequence[tuple[int, int]] = (),
-    ) -> float:
-        """Write a snapshot; the seconds that it took."""
+    ) -> None:
+        """Write a snapshot."""
         began = time.monotonic()
         if updated_at == 0:  # all steps were skipped
-            return 0.0
+            return
         partial = directory(self._run.path) / f".{images_seen:012d}.partial"
         facts, fault = {}, None
         for number, name in enumerate(self._names):
@@ -144,7 +144,6 @@ class Snapshots:
             except (OSError, ValueError) as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 self._log(f"averages of image {images_seen:,} are not kept: {error}")
-        return time.monotonic() - began
 
     def _write(self, partial: Path, name: str, whole: Mapping[str, Tensor]) -> Path:
         """Write one file to disk.

@@ -224,6 +224,7 @@ def _loop(
                 world=world,
                 device=context.device,
                 timesteps=config.diffusion.steps,
+                clock=context.watchdog.clock,
                 is_own_time=engine.stage < 3,
             ),
             validation_set=plan.validation,
@@ -235,7 +236,6 @@ def _loop(
             shown=shown(config, plan.stream, world=world),
             stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
             mark=mark,
-            suspended=context.watchdog.suspended,
             after_step=profiling.start(plan.profile, run=run, is_main=world.is_main),
         )
         batches = stream.batches(

@@ -1,10 +1,44 @@
-"""A process, as others on its machine see it: whether it still runs, is stopped, or has ended."""
+"""A process, as others on its machine see it: whether it still runs, is stopped, or has ended.
+
+And its own clock, which does not go on while it is stopped.
+"""
 
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+# Seconds between two readings of a clock after which its process was stopped meanwhile.
+STOPPED_FOR = 15.0
+
+
+class RunningClock:
+    """Seconds in which this process ran, without those in which it was stopped, as with its job.
+
+    A thread must read it each second: that is how a stop shows.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._read = _boot_time()
+        #: For how many seconds the process was stopped so far.
+        self.stopped = 0.0
+
+    def __call__(self) -> float:
+        """The time now."""
+        with self._lock:
+            now = _boot_time()
+            if now - self._read > STOPPED_FOR:
+                self.stopped += now - self._read
+            self._read = now
+            return now - self.stopped
+
+
+def _boot_time() -> float:
+    """Seconds, those too in which the machine slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True)
@@ -43,7 +77,7 @@ def has_ended(pid: int, *, on: str, began: str | None = None) -> bool:
 def began_at() -> float:
     """When this process was started, in seconds since 1970."""
     ticks = int(_facts(os.getpid())[1])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    age = _boot_time() - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age
 
 

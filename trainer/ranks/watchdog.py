@@ -26,12 +26,10 @@ import torch.distributed as dist
 from data.exits import FAILED
 from trainer.ranks.group import gather
 from trainer.ranks.mailbox import Mailbox
-from trainer.ranks.process import Process
+from trainer.ranks.process import Process, RunningClock
 from trainer.ranks.world import World
 
 _BEAT = 1.0
-# Seconds without a beat of its own after which a process says that it was suspended.
-_SUSPENDED = 15.0
 # What the main rank has found; empty while all is well.
 _VERDICT = "verdict"
 
@@ -60,7 +58,7 @@ class Watchdog:
 
     `mark` says what the rank does next. When a rank is lost, or none makes progress, for `patience`
     seconds, every rank's process ends with status 1 and `tell` receives what happened; before that,
-    `dump` writes where this rank stands.
+    `dump` writes where this rank stands. `clock` leaves out what the job was suspended for.
     """
 
     def __init__(self, world: World, *, patience: float) -> None:
@@ -71,7 +69,6 @@ class Watchdog:
         self._heard = [_Rank() for _ in range(world.size if world.is_main else 1)]
         self._moved = 0.0
         self._verdict = ""
-        self._suspended = self._told = 0.0
         self._lost: set[int] = set()
         self._threads: list[threading.Thread] = []
         self.tell: Callable[[str], None] = lambda _: None
@@ -89,6 +86,7 @@ class Watchdog:
         self._say_alive()
         dist.barrier()
         self._moved = time.monotonic()
+        self.clock = RunningClock()
         for rank in self._heard:
             rank.heard = self._moved
         self._threads = [
@@ -135,19 +133,13 @@ class Watchdog:
         if any(further):
             self._moved = now
 
-    def suspended(self) -> float:
-        """For how many seconds this process was stopped, as with its job, since the last call."""
-        before, self._told = self._told, self._suspended
-        return self._suspended - before
-
     def _judge(self) -> None:
-        last, last_awake = _boot_time(), time.monotonic()
+        last = time.monotonic()
         while not self._done.wait(_BEAT):
-            now, awake = _boot_time(), time.monotonic()
-            self._leave_out(awake - last_awake - _BEAT)
-            if now - last > _SUSPENDED:
-                self._suspended += now - last
-            last, last_awake = now, awake
+            self.clock()
+            now = time.monotonic()
+            self._leave_out(now - last - _BEAT)
+            last = now
             self._verdict = self._verdict or self._find()
             if self._verdict and not self._done.is_set():
                 self._end()
@@ -239,11 +231,6 @@ class Watchdog:
         silent = time.monotonic() - 4 * _BEAT
         ended = {n for n, process in enumerate(self._processes) if process.has_ended()}
         return ended | {n for n, rank in enumerate(self._heard) if rank.heard < silent}
-
-
-def _boot_time() -> float:
-    """Seconds, those too in which the machine slept."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def named_hosts(verdict: str) -> list[str]:

@@ -9,7 +9,6 @@ import re
 import resource
 import socket
 import statistics
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.ranks.group import gather
+from trainer.ranks.process import RunningClock
 from trainer.ranks.world import World
 from trainer.watch.pace import SlowRanks, Stopwatch
 
@@ -32,7 +32,13 @@ class Metrics:
     """Sums since the last `reduce`."""
 
     def __init__(
-        self, *, world: World, device: torch.device, timesteps: int, is_own_time: bool = True
+        self,
+        *,
+        world: World,
+        device: torch.device,
+        timesteps: int,
+        clock: RunningClock,
+        is_own_time: bool = True,
     ) -> None:
         self._world = world
         self._device = device
@@ -43,7 +49,9 @@ class Metrics:
         # the first row counts the images.
         self._kept: list[Mapping[str, Tensor]] = []
         self._terms: dict[str, Tensor] = {}
-        self._since = time.monotonic()
+        #: By this all times are measured: it stands still while the job is suspended.
+        self.clock = clock
+        self._since, self._stopped = clock(), clock.stopped
         self._spent: dict[str, float] = {}
         self._reports = 0
         self._host_at_start = torch.zeros(world.size, dtype=torch.float64)
@@ -78,13 +86,16 @@ class Metrics:
         sums, terms = self._reduced()
         means = {name: total / count for name, (total, count) in sums.items() if count}
         means |= _means(terms)
-        now = time.monotonic()
+        now = self.clock()
         seconds = now - self._since
         ranks = self._by_rank(_peak_memory(self._device), _host_memory(), self.forward.read())
         if "data_wait_seconds" in sums:
             waited, _ = sums["data_wait_seconds"]
             means["data_wait_share"] = waited / (self._world.size * seconds)
         means |= {f"{what}_seconds": spent for what, spent in self._spent.items()}
+        if stopped := self.clock.stopped - self._stopped:
+            means["suspended_seconds"] = stopped
+            self._stopped += stopped
         self._sums, self._terms, self._since, self._spent = {}, {}, now, {}
         rates = {"images_per_second": images / seconds, "interval_seconds": seconds}
         return {**means, **rates, **self._memory(ranks), **self._pace(ranks, now=now)}
@@ -115,10 +126,14 @@ class Metrics:
         }
         return sums, dict(zip(self._terms, rows, strict=True))
 
-    def pause(self, seconds: float, *, on: str) -> None:
-        """Leave `seconds` spent `on` something else (saving, drawing, ...) out of the rate."""
+    def pause(self, since: float, *, on: str) -> float:
+        """Leave the time since a reading of `clock`, spent `on` something else (saving, drawing,
+        ...), out of the rate; returns its seconds.
+        """
+        seconds = self.clock() - since
         self._since += seconds
         self._spent[on] = self._spent.get(on, 0.0) + seconds
+        return seconds
 
     @property
     def spent(self) -> Mapping[str, float]:
