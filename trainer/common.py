@@ -1,7 +1,7 @@
 """What all ranks must have in common, compared before anything is claimed or computed.
 
-A node with an older checkout, another package, preset or copy of the shards would train along
-without a word, and spoil the weights of all ranks.
+A node with an older checkout, another package, preset or copy of the shards would train, draw or
+evaluate along without a word, and spoil the result of all ranks.
 """
 
 import argparse
@@ -23,6 +23,8 @@ _PLACES = (
     *("data.shards", "data.mix", "data.validation", "data.cache"),
     *("evaluation.reference", "evaluation.network"),
 )
+# Options that each rank may have of its own.
+_OWN = ("local_rank", "job")
 # Packages whose versions change numbers or pixels.
 _PACKAGES = ("torch", "deepspeed", "numpy", "pillow", "safetensors", "webdataset")
 _OPTIONS = ("from", "init", "init_skip", "profile", "patience")
@@ -40,13 +42,23 @@ def facts(
     """By name what this rank has; credentials are left out. `datasets` are by their settings."""
     flat = configs.flatten(configs.public(config))
     return {
-        "code (sha256)": digest(),
-        **{package: version_of(package) for package in _PACKAGES},
+        **software(),
         **{name: str(value) for name, value in flat.items() if name not in _PLACES},
         **dict(_leaves("ds_config", ds_config)),
         **{f"images of {name}": data.fingerprint for name, data in datasets.items() if data},
         **{f"--{name.replace('_', '-')}": str(vars(options).get(name)) for name in _OPTIONS},
     }
+
+
+def software() -> dict[str, str]:
+    """The code and the packages that this rank has, by name."""
+    return {"code (sha256)": digest(), **{package: version_of(package) for package in _PACKAGES}}
+
+
+def command_facts(arguments: argparse.Namespace) -> dict[str, str]:
+    """What this rank has where its command line says all: software and arguments, by name."""
+    given = {name: value for name, value in vars(arguments).items() if name not in _OWN}
+    return {**software(), **{name: str(value) for name, value in given.items()}}
 
 
 def check(mine: Mapping[str, str]) -> None:
@@ -58,7 +70,7 @@ def check(mine: Mapping[str, str]) -> None:
     if len(set(gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest()))) > 1:
         raise Refused(
             f"the ranks differ: {_differences(gather((socket.gethostname(), mine)))}; start all "
-            "with the same code, packages, preset, options and shards"
+            "with the same code, packages, preset, options and files"
         )
 
 

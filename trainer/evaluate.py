@@ -20,7 +20,7 @@ import torch
 
 from data import files
 from data.exits import CommandParser
-from trainer import plots
+from trainer import common, plots
 from trainer.adm.config import check
 from trainer.evaluation import held_out, sweeps
 from trainer.evaluation import reference as references
@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = join()
     # Ranks wait while the main one computes the figures.
     with connected(world, patience=4 * 3600) as device:
+        common.check(common.command_facts(arguments))
         work = make_reference if makes else evaluate
         return work(arguments, world=world, device=device)
 

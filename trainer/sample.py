@@ -17,6 +17,7 @@ from typing import get_args
 import torch
 
 from data.exits import CommandParser
+from trainer import common
 from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
 from trainer.compute import DTYPES
@@ -33,6 +34,7 @@ from trainer.sampling.requests import (
     base_jobs,
     check_room,
     enlarging_job,
+    facts,
     low_res_checksum,
     with_low_res,
 )
@@ -44,6 +46,7 @@ def sample(
 ) -> int:
     """Draw what was asked for; returns the exit status."""
     agreed(lambda: check_options(arguments))
+    common.check(common.software())
     inputs = from_main(lambda: SampleInputs.find(arguments))
     checksum = from_main(lambda: low_res_checksum(arguments.low_res, inputs=inputs))
     jobs = agreed(lambda: base_jobs(arguments, inputs, low_res_checksum=checksum, device=device))
@@ -51,10 +54,11 @@ def sample(
     if (upsampler := inputs.upsampler) is not None:
         enlarge = partial(enlarging_job, upsampler=upsampler, arguments=arguments)
         later = agreed(lambda: [enlarge(job) for job in jobs])
+    share = arguments.share
+    common.check({"share": str(share), **facts(jobs + later)})
     room = from_main(lambda: _check_outputs(jobs, later))
     if world.is_main:
         print(f"{len(jobs + later)} x {jobs[0].request.images:,} images: {room}", flush=True)
-    share = arguments.share
     draw = Drawing(world=world, device=device, preemption=preemption, share=share)
     status = draw.all(jobs)
     if status or not later:

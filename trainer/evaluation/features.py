@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import files
-from trainer import weights
+from trainer import common, weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import to_range
 from trainer.compute import use_tf32
@@ -53,12 +53,13 @@ def open_network(text: str, *, device: torch.device) -> FeatureNetwork:
     """The network that `--network` names. All ranks must call it.
 
     Raises:
-        Refused, Broken: there is none, or it is of another kind.
+        Refused, Broken: there is none, it is of another kind, or another on some ranks.
     """
     path = Path(text.removeprefix(_DINO))
     found = from_main(lambda: _run(text, path))
     if found is None:
         network = agreed(lambda: _file(text, path, device=device))
+        common.check({"network (sha256)": network.sha256})
     else:
         network = _classifier(found, path, device=device)
     use_tf32(False)  # torch lets cuDNN use it otherwise, and figures would depend on the GPU

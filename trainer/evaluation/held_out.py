@@ -25,7 +25,7 @@ from data.dataset import class_names, open_shards
 from data.exits import CommandParser
 from data.progress import Progress
 from data.stream import Batch
-from trainer import classes
+from trainer import classes, common
 from trainer.adm import keyed
 from trainer.adm.config import UNetConfig, check
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
@@ -70,6 +70,7 @@ class HeldOut:
                 arguments, network, check_files=world.local_rank == 0, told=world.is_main
             )
         )
+        common.check({"images of --data": images.stream.shards.fingerprint})
         net = network.net(device=device, precision=arguments.precision)
         return cls(network, images, net, arguments.batch, world, device)
 
@@ -256,4 +257,5 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     world = join()
     with connected(world, patience=4 * 3600) as device:
+        common.check(common.command_facts(arguments))
         return measure(arguments, world=world, device=device)

@@ -155,6 +155,12 @@ def enlarging_job(
     )
 
 
+def facts(jobs: Sequence[DrawJob]) -> dict[str, str]:
+    """What must be the same on all ranks that draw these jobs, by name."""
+    each = [{"out": job.output.path, **vars(job.request)} for job in jobs]
+    return {name: ", ".join(dict.fromkeys(str(one[name]) for one in each)) for name in each[0]}
+
+
 def with_low_res(job: DrawJob, *, base: DrawJob, checksum: str) -> DrawJob:
     """An `enlarging_job` whose low-resolution images are there now."""
     request = replace(job.request, low_res=checksum)
