@@ -17,6 +17,8 @@ from data.dataset import open_shards
 from data.enlarge import enlarged_part
 from data.pack import LEFT_OUT, main, pack
 from data.packing import pool
+from data.packing.begun import Request
+from data.packing.dry_run import dry_run
 from data.packing.plan import PackConfig
 from data.samples import crop_remark
 from data.tars import scan_tar
@@ -144,6 +146,23 @@ def test_white_shows_through_transparent_pixels(
     arguments = [str(tmp_path / "P"), str(tmp_path / "oP"), "--size", "16", "--workers", "1"]
     assert main(arguments) == 0
     assert "0 skipped, 1 with transparency (now on white)" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_image_of_very_many_pixels_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow warns of one above its limit, without a name, and refuses twice as many pixels."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    for name, side in {"small": 20, "huge": 30, "too_huge": 40}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(image_file(0, width=side, height=side))
+    request = Request(source=str(tmp_path), config=PackConfig(size=16))
+    assert dry_run(request, out=tmp_path / "out", workers=1) == 0
+    for _ in range(2):  # the shard is kept, and so is its record
+        assert pack(str(tmp_path), out=tmp_path / "out", config=request.config) == 1
+        assert capsys.readouterr().err.endswith(", 1 of more than 600 pixels (huge.jpg)\n")
+        assert "too_huge.jpg: " in (tmp_path / "out" / "left-out.txt").read_text()
+        (tmp_path / "out" / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "RGB", "1", "CMYK"])

@@ -8,12 +8,14 @@ attempt keeps what is finished.
 import errno
 import io
 import json
+import math
 import re
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -53,7 +55,8 @@ class Made:
 
     `missed` are the names of those images, and `unreadable` counts those that could not be read or
     were changed. `transparent` counts the images that are transparent somewhere, `turned` those
-    whose EXIF says that they are, `enlarged` those smaller than they are trained.
+    whose EXIF says that they are, `enlarged` those smaller than they are trained; `huge` names
+    those of which Pillow warns.
     """
 
     shard: Shard
@@ -63,6 +66,7 @@ class Made:
     transparent: int = 0
     turned: int = 0
     enlarged: int = 0
+    huge: tuple[str, ...] = ()
 
 
 class Encoded(NamedTuple):
@@ -73,6 +77,7 @@ class Encoded(NamedTuple):
     is_transparent: bool
     is_turned: bool
     is_enlarged: bool
+    is_huge: bool
 
 
 class TooManyLeftOut(ValueError):
@@ -95,7 +100,7 @@ def make_shard(job: PackJob) -> Made:
         return found
     tar, ours = out / f"{job.name}.tar", claim.writer()
     with files.whole(tar, writer=ours) as file:
-        index, missed, counted = _write(job, file)
+        index, missed, noted = _write(job, file)
     content = index_bytes(index)
     files.write(out / f"{job.name}.idx.npy", content, writer=ours)
     made = Made(
@@ -103,7 +108,7 @@ def make_shard(job: PackJob) -> Made:
         left_out=tuple(f"{one.name}: {one.why}" for one in missed),
         missed=tuple(one.name for one in missed),
         unreadable=sum(one.is_unreadable for one in missed),
-        **counted,
+        **noted,
     )
     files.write(record, json.dumps(asdict(made)), writer=ours)
     return made
@@ -124,8 +129,16 @@ def encode(content: bytes, *, config: PackConfig) -> Encoded:
     Raises:
         one of `UNDECODABLE`.
     """
+    with warnings.catch_warnings():
+        # Of images of so many pixels that they may be an attack; the summary names them.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return _encode(content, config)
+
+
+def _encode(content: bytes, config: PackConfig) -> Encoded:
     image, is_transparent, turn = open_over(content, config.background)
-    counted = (is_transparent, turn is not None, min(image.size) < config.size)
+    is_huge = image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf)
+    counted = (is_transparent, turn is not None, min(image.size) < config.size, is_huge)
     turned = config.exif_transpose and turn is not None
     if turned and turn is not None:
         image = image.transpose(turn)
@@ -155,10 +168,10 @@ class _Missed(NamedTuple):
     is_unreadable: bool
 
 
-def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], Counter[str]]:
-    """Write the tar; its index, the images left out, and what `Made` counts of the others."""
+def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], dict[str, Any]]:
+    """Write the tar; its index, the images left out, and what `Made` tells of the others."""
     source = _source(job.source, job.out)
-    missed, counted = [], Counter[str](transparent=0, turned=0, enlarged=0)
+    missed, huge, counted = [], [], Counter[str](transparent=0, turned=0, enlarged=0)
     writer = ShardWriter(file)
     for number, (name, label) in enumerate(job.images, start=job.first):
         try:
@@ -172,9 +185,10 @@ def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], Counter[
         counted["transparent"] += image.is_transparent
         counted["turned"] += image.is_turned
         counted["enlarged"] += image.is_enlarged
+        huge += [name] * image.is_huge
         key = _key(number, name)
         writer.add(key, image=image.content, suffix=image.suffix, label=label)
-    return writer.close(), missed, counted
+    return writer.close(), missed, {**counted, "huge": tuple(huge)}
 
 
 class _UnreadableError(Exception):
@@ -220,6 +234,7 @@ def _finished(out: Path, record: Path) -> Made | None:
         transparent=saved.get("transparent", 0),
         turned=saved.get("turned", 0),
         enlarged=saved.get("enlarged", 0),
+        huge=tuple(saved.get("huge", ())),
     )
     if made.unreadable:
         return None

@@ -3,13 +3,15 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+from PIL import Image
+
 from data import progress
 from data.manifest import NO_CLASS
 from data.packing.jobs import Made
 from data.packing.listing import Listing
 from data.packing.plan import PackConfig, PackJob
 
-# Classes that the closing line names.
+# Classes, and huge images, that the closing line names.
 _LISTED = 5
 
 
@@ -30,16 +32,19 @@ def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> st
     left_out = sum(len(one.left_out) for one in made)
     transparent, turned = sum(m.transparent for m in made), sum(m.turned for m in made)
     small = sum(m.enlarged for m in made)
+    huge = [name for m in made for name in m.huge]
     names = [name or "(none)" for name in listing.classes]
     shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
     alpha = f", {transparent} with transparency (now on {config.background})" if transparent else ""
     how = "applied" if config.exif_transpose else "ignored as in ADM; --exif-transpose applies it"
     exif = f", {turned} with an EXIF orientation ({how})" if turned else ""
     enlarged = f", {small} smaller than {config.size} pixels (enlarged)" if small else ""
+    of = f"{Image.MAX_IMAGE_PIXELS or 0:,} pixels ({', '.join(huge[:_LISTED])}"
+    large = f", {len(huge)} of more than {of}{', ...' * (len(huge) > _LISTED)})" if huge else ""
     return (
         f"{len(listing.names) - left_out} images in {len(names)} "
         f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
-        f"{listing.skipped_by_kind}{alpha}{exif}{enlarged}"
+        f"{listing.skipped_by_kind}{alpha}{exif}{enlarged}{large}"
     )
 
 
