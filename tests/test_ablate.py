@@ -54,6 +54,27 @@ def test_a_wrong_set_is_refused_in_one_line(change: str, said: str) -> None:
         load("digits", (change,), unset=())
 
 
+def test_what_no_row_could_do_without_is_said_once_before_the_first(
+    tmp_path: Path,
+    digits: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The set is that of the quickstart, which has not run here."""
+    monkeypatch.chdir(tmp_path)
+    shards = ["--set", f"set = ['data.shards = \"{digits}\"']"]
+    reference = ["--set", f'samples.reference = "{digits}"']
+    for given, said in {
+        (): "no dataset at runs/quickstart/shards: ",
+        (*shards,): "samples.reference = 'runs/quickstart/shards': must be ",
+        (*shards, *reference): "samples.network = 'runs/quickstart/classifier': must be ",
+    }.items():
+        assert main(["digits", "--runs", "ablation", *given]) == 78
+        out, err = capfd.readouterr()
+        assert not out and err.startswith(f"error: {said}") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_set_is_trained_drawn_evaluated_and_tabulated_and_resumes(
     tiny: Path, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture

@@ -20,10 +20,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import files
+from data.dataset import open_shards
 from data.exits import TO_BE_CONTINUED, CommandParser, reported
+from data.stream import open_stream
 from trainer import ablation_results, costs, settings
 from trainer.ablations import AblationSet, Row, load
 from trainer.adm.config import check
+from trainer.evaluation.features import DINO
 from trainer.prediction import operations
 from trainer.runstate import RunState
 
@@ -63,6 +66,24 @@ def run_all(found: AblationSet, runs: Path, *, ranks: int) -> int:
         ablation_results.write(found, runs=runs, say=print)
     print((runs / "table.md").read_text(), end="")
     return next((status for status in statuses if status), 0)
+
+
+def _check_inputs(found: AblationSet, *, runs: Path) -> None:
+    """Return if the data and files are here that the rows need which are left.
+
+    Raises:
+        ValueError: one is not; each row would fail for it, the last days after the first.
+    """
+    left = [row for row in found.rows if any(_left(found, row, runs=runs))]
+    trained = [row for row in left if _state(runs / row.directory / "run") is None]
+    for data in dict.fromkeys(found.config(row).data for row in trained):
+        open_stream(data, seed=0, check_files=False)
+        if data.validation is not None:
+            open_shards(data.validation, fetch=data, check_files=False, named="data.validation")
+    for name in ("reference", "network") if left else ():
+        path = getattr(found.samples, name)
+        is_there = Path(path.removeprefix(DINO)).exists()
+        check(is_there, f"samples.{name}", path, "a file or directory that is there")
 
 
 def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int) -> int:
@@ -186,6 +207,7 @@ def _do(arguments: argparse.Namespace, options: Sequence[str]) -> int:
         return submit(found, arguments, options, runs=arguments.runs)
     for row in found.rows:
         found.config(row).training.micro_batch_on(arguments.ranks)
+    _check_inputs(found, runs=arguments.runs)
     return run_all(found, arguments.runs, ranks=arguments.ranks)
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from data.exits import REFUSED, REPORTED, CommandParser, exit_status
+from data.exits import CommandParser, reported
 from data.progress import duration
 from trainer import averages, snapshots
 from trainer.adm.config import check
@@ -140,8 +140,8 @@ def _add(
             total[name] = value.float() * factor
 
 
-def make(arguments: argparse.Namespace) -> None:
-    """Do what the command line asks for.
+def make(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; returns the exit status.
 
     Raises:
         ValueError: an option or a snapshot is wrong.
@@ -159,7 +159,7 @@ def make(arguments: argparse.Namespace) -> None:
     for width, combination in combinations.items():
         print(f"width {width:g}: expected error {combination.error:.2%} of its profile")
     if not arguments.sigma:
-        return
+        return 0
     config = (run / "config.toml").read_text()
     sums = build(found, {width: each.coefficients for width, each in combinations.items()})
     for width, tensors in sums.items():
@@ -169,6 +169,7 @@ def make(arguments: argparse.Namespace) -> None:
         kind = averages.power(width)
         write_tensors(file, tensors, metadata={"kind": kind, "images": images, "config": config})
         print(f"wrote {file}")
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -187,15 +188,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    try:
-        make(parser().parse_args(argv))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except REPORTED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
-    return 0
+    arguments = parser().parse_args(argv)
+    return reported(lambda: make(arguments))
 
 
 if __name__ == "__main__":

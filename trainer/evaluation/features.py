@@ -26,7 +26,8 @@ from trainer.evaluation.inception import SOURCE, WEIGHTS, Features, Inception
 from trainer.networks import TrainedNetwork
 from trainer.ranks.group import agreed, from_main
 
-_DINO = "dinov2:"
+# Ahead of an exported network's path: it takes DINOv2's input.
+DINO = "dinov2:"
 _DINO_SIDE = 224
 # Of ImageNet, in units of 0..1.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,7 +56,7 @@ def open_network(text: str, *, device: torch.device) -> FeatureNetwork:
     Raises:
         Refused, Broken: there is none, it is of another kind, or another on some ranks.
     """
-    path = Path(text.removeprefix(_DINO))
+    path = Path(text.removeprefix(DINO))
     found = from_main(lambda: _run(text, path))
     if found is None:
         network = agreed(lambda: _file(text, path, device=device))
@@ -83,7 +84,7 @@ def _run(text: str, path: Path) -> TrainedNetwork | None:
 
 def _file(text: str, path: Path, *, device: torch.device) -> FeatureNetwork:
     if path.suffix == ".pt2":
-        return _exported(path, dino=text.startswith(_DINO), device=device)
+        return _exported(path, dino=text.startswith(DINO), device=device)
     return _inception(path, device=device)
 
 
