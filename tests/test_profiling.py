@@ -12,13 +12,15 @@ from trainer import profiling
 from trainer.run import Run
 
 
-def profile(run: Path) -> None:
-    """Profile two steps of a run."""
+def profile(run: Path, *, steps: int = 9) -> None:
+    """Profile two steps of a run of so many."""
     x = torch.randn(1, 8, 16, 16)
     conv = torch.nn.Conv2d(8, 8, 3)
-    with Run(run).claimed() as claimed:
-        step = profiling.start(2, run=claimed, is_main=True)
-        for _ in range(9):
+    with (
+        Run(run).claimed() as claimed,
+        profiling.profiled(2, run=claimed, is_main=True) as step,
+    ):
+        for _ in range(steps):
             conv(x).sum().backward()
             step()
 
@@ -30,6 +32,17 @@ def test_steps_are_profiled_into_a_trace_and_a_table(tmp_path: Path) -> None:
     rows = (tmp_path / "profile" / "table.txt").read_text().splitlines()[1:]
     assert any(row.startswith("convolution") for row in rows)
     assert (tmp_path / "log.txt").read_text().count("profiled 2 steps") == 1
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6])
+def test_a_run_that_ends_before_its_profile_says_so_and_writes_what_there_is(
+    tmp_path: Path, steps: int
+) -> None:
+    profile(tmp_path, steps=steps)
+    said = f"--profile 2: {max(steps - 5, 0)} steps were profiled: this start ended after {steps}"
+    assert (tmp_path / "log.txt").read_text().count(said) == 1
+    written = [*tmp_path.glob("profile/*.pt.trace.json"), *tmp_path.glob("profile/table.txt")]
+    assert len(written) == (2 if steps > 5 else 0)
 
 
 def test_a_profile_that_cannot_be_written_does_not_end_the_run(

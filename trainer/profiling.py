@@ -7,7 +7,8 @@ Perfetto and TensorBoard's profiler plugin read, and `table.txt`.
 import argparse
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,15 +60,19 @@ def steps(text: str) -> int:
     return count
 
 
-def start(count: int, *, run: Run, is_main: bool) -> Callable[[], None]:
-    """Profile so many steps of a run, none for 0; what is returned is called after each step."""
+@contextmanager
+def profiled(count: int, *, run: Run, is_main: bool) -> Iterator[Callable[[], None]]:
+    """Profile so many steps of a run, none for 0; what is yielded is called after each step."""
     if not count or not is_main:
-        return lambda: None
-    return StepProfiler(count, run=run).step
+        yield lambda: None
+        return
+    profiler = StepProfiler(count, run=run)
+    yield profiler.step
+    profiler.close()
 
 
 class StepProfiler:
-    """Profiles some steps of a run; `step` is called after each."""
+    """Profiles some steps of a run; `step` is called after each, and `close` after the last."""
 
     def __init__(self, steps: int, *, run: Run) -> None:
         self._steps, self._run, self._directory = steps, run, run.path / "profile"
@@ -93,7 +98,21 @@ class StepProfiler:
         if self._count == _WAIT + _WARM_UP + self._steps:
             self._profile.stop()
 
+    def close(self) -> None:
+        """Where the run ended before, write what there is, and say how much that is."""
+        done, wanted = self._count - _WAIT - _WARM_UP, self._steps
+        if done >= wanted:
+            return
+        self._steps = done
+        self._profile.stop()
+        self._run.log(
+            f"--profile {wanted}: {max(done, 0)} steps were profiled: this start ended after "
+            f"{self._count}, of which the first {_WAIT + _WARM_UP} are not"
+        )
+
     def _write(self, found: Any) -> None:
+        if self._steps < 1:
+            return
         seconds = time.monotonic() - self._began
         self._directory.mkdir(parents=True, exist_ok=True)
         self._trace(found)

@@ -210,6 +210,7 @@ def _loop(
     with ExitStack() as stack:
         stack.enter_context(forensics.out_of_memory_kept(run.path / "launch", rank=world.rank))
         stream = stack.enter_context(plan.stream)
+        profiler = profiling.profiled(plan.profile, run=run, is_main=world.is_main)
         mfu = Mfu.measure(config, device=context.device)
         board = agreed(lambda: _board(plan, images_seen, mfu=mfu) if world.is_main else None)
         stack.enter_context(board or nullcontext())
@@ -236,7 +237,7 @@ def _loop(
             shown=shown(config, plan.stream, world=world),
             stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
             mark=mark,
-            after_step=profiling.start(plan.profile, run=run, is_main=world.is_main),
+            after_step=stack.enter_context(profiler),
         )
         batches = stream.batches(
             images_seen=images_seen,
