@@ -46,6 +46,16 @@ def test_a_run_that_is_told_to_leave_and_stays_is_followed_by_one_job(bash: Bash
     assert bash.events.count("submitted") == 1
 
 
+def test_a_run_that_leaves_while_the_job_that_follows_is_submitted_gets_no_second(
+    bash: Bash,
+) -> None:
+    for name in ("fixed", "busy"):
+        (bash.directory / name).touch()
+    bash.start(ranks="trap '' USR1; tell USR1; until [ -e submitted ]; do sleep 0.1; done")
+    assert bash.text("submitted").count("--dependency=afterany:7") == 1
+    assert bash.events.count("submitted job 8") == 1
+
+
 def test_scontrol_and_sbatch_that_refuse_are_quoted(bash: Bash) -> None:
     (bash.directory / "denial").write_text(f"{DENIAL}\n")
     (bash.directory / "refusal").write_text("sbatch: error: not from a node\n")

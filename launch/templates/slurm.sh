@@ -132,6 +132,13 @@ leave() {
   timer=$!
 }
 
+# End the timer of `leave`. While it hands the job on, it ignores this: then it is awaited, since a
+# second follower would be submitted beside its own.
+end_timer() {
+  [ -n "$timer" ] || return 0
+  while kill "$timer" 2> /dev/null; do sleep 0.1; done
+}
+
 # Run a command in the background, where a trap of this shell need not wait for it, and return its
 # status. The status goes through a file of this start's own, and there is no `wait`: when a trap comes
 # in a `wait`, bash loses the status, or waits for the timer of `leave` instead.
@@ -159,13 +166,13 @@ add its directory to PATH in setup"
 done
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
 @check@if [ -n "$told" ]; then
-  [ -z "$timer" ] || kill "$timer"
+  end_timer
   again "told to leave before the ranks were started"
   exit @more@
 fi
 attend @srun@
 status=$?
-[ -z "$timer" ] || kill "$timer" 2> /dev/null
+end_timer
 
 case $status in
   0)  # also what srun says when Slurm has given the job's node up

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch import cluster as clusters
 from launch import slurm
 from launch.job import Job
-from tests.support.cluster import ROOT
+from tests.support.cluster import LIMIT, ROOT
 
 # Ahead of what a test's own lines do, a stand-in notes its process for the others.
 _PROGRAMS = {
@@ -39,7 +39,8 @@ case "$1 $2" in
     (trap '' TERM; for try in {1..20}; do kill -TERM 0; sleep 0.01; done) & ;;
 esac""",
     "sbatch": """\
-echo "$*" > submitted
+echo "$*" >> submitted
+[ ! -e busy ] || sleep 1
 env > env.txt
 [ ! -e refusal ] || { cat refusal >&2; exit 1; }
 echo "sbatch: a warning" >&2
@@ -109,7 +110,7 @@ class Bash:
             input=slurm.text(job),
             text=True,
             env=env,
-            timeout=120,
+            timeout=LIMIT,
             start_new_session=True,
             stdout=subprocess.PIPE,  # to its end, which is that of all processes
         )
