@@ -12,6 +12,7 @@ import pytest
 from data.dataset import Shards
 from tests.support.data_fixtures import pack_folder
 from tests.support.data_trainer import BATCH, main
+from tests.support.ranks import LIMIT
 
 END = 120 * BATCH
 
@@ -42,13 +43,13 @@ def live(
         for process in processes:
             process.kill()
     for process in processes:
-        status = process.wait(timeout=100)
+        status = process.wait(timeout=LIMIT)
         assert kill is not None or status == 0
     return min(int(file.read_text()) for file in life.glob("position-*"))
 
 
 def wait_until_all_are_past(life: Path, images_seen: int) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + LIMIT
     while min(int(file.read_text()) for file in life.glob("position-*")) <= images_seen:
         assert time.monotonic() < deadline, "no rank has come further"
         time.sleep(0.01)

@@ -53,7 +53,7 @@ def few_files(command: list[str]) -> subprocess.CompletedProcess[str]:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=ranks.LIMIT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
     )
 

@@ -27,7 +27,7 @@ from trainer.saver import Saver
 from trainer.sections import IntervalConfig
 from trainer.weights import compare
 
-ENDLESS = (f"training.images = {10000 * STEP}", "intervals.keep = 10000")
+ENDLESS = (f"training.images = {10**7 * STEP}", "intervals.keep = 10000000")
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +89,27 @@ def test_training_goes_on_while_the_disk_is_full(bare: Place) -> None:
     assert equal(bare.checkpoint("filled", last), bare.checkpoint("longer", last))
 
 
+def without_room(directory: Path, arguments: list, bad: int, file: Path) -> int:
+    """Train with a bad image; a directory stands where the row of it is to be written."""
+    from trainer.guards.incidents import Incidents
+
+    keep: Callable[..., None] = Incidents._keep
+
+    def kept(self: Incidents, entry: object) -> None:
+        if self.parts.world.is_main:
+            file.mkdir()
+        keep(self, entry)
+
+    Incidents._keep = kept  # type: ignore[method-assign,assignment]
+    return faults.work(directory, [arguments], {bad: math.nan}, False)
+
+
 def test_what_is_kept_of_a_refused_step_waits_for_room(bare: Place) -> None:
-    """A directory stands where the row is to be written."""
-    bad = 60 * STEP
+    bad, file = 60 * STEP, bare.run("incident") / "incidents.jsonl"
     sets = (*ENDLESS, f"intervals.checkpoint = {400 * STEP}")
-    task = partial(
-        faults.work,
-        bare.root / "incident-job",
-        [bare.arguments("incident", sets=sets)],
-        {bad: math.nan},
-        False,
-    )
+    arguments = bare.arguments("incident", sets=sets)
+    task = partial(without_room, bare.root / "incident-job", arguments, bad, file)
     job = ranks.fork(bare.root / "incident-job", task, ranks=2)
-    file = bare.run("incident") / "incidents.jsonl"
-    ranks.wait_for(bare.run("incident") / "metrics.jsonl")
-    file.mkdir()
     until(lambda: f"cannot write incidents.jsonl of {bare.run('incident')}" in job.texts[0])
     file.rmdir()
     ranks.wait_for(file)

@@ -31,7 +31,7 @@ COMMANDS = [
     if not command.text.startswith(tuple(ELSEWHERE))
 ]
 
-pytestmark = [pytest.mark.docs, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.docs
 
 
 @pytest.fixture(scope="session")

@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import LIMIT, wait_until
-from tests.support.site import Site
+from tests.support.site import ENDLESS, Site
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(4 * LIMIT)
 LAUNCHERS = ("mpirun", "deepspeed", "torchrun")
 # Seconds that a rank may be silent in these tests.
 PATIENCE = 15
-LONG = "training.images = 800000"
 
 
 def start(
@@ -54,7 +53,7 @@ def test_every_launcher_trains_the_same_run(site: Site) -> None:
         reached = site.cluster.home / f"reached-{launcher}"
         with renamed(site, prefix):
             job = start(site, launcher, launcher, setup=[f"hostname >> {reached}"])
-            output = job.communicate(timeout=2 * LIMIT)[0]
+            output = job.communicate(timeout=LIMIT)[0]
         assert job.returncode == 0, output[-4000:]
         assert "4 ranks" in site.log(launcher)
         assert set(reached.read_text().split()) == {f"{prefix}n1", f"{prefix}n2"}
@@ -70,7 +69,7 @@ def last_word(pid: int) -> str:
 @pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
 def test_a_closed_terminal_saves_the_run(site: Site, launcher: str) -> None:
     name = f"hung-up-{launcher}"
-    job = start(site, name, launcher, LONG)
+    job = start(site, name, launcher, ENDLESS)
     site.wait_start(name, 0)
     script = str(site.run(name) / "launch" / "job.sh")
     shell = next(p for p in site.cluster.pids("n1", ["bash", script]) if last_word(p) == script)
@@ -93,7 +92,7 @@ def start_bare(site: Site, name: str) -> "list[subprocess.Popen[str]]":
         meeting = {"MASTER_ADDR": "n1", "MASTER_PORT": 29511, "GLOO_SOCKET_IFNAME": "eth0"}
         env = [f"{key}={value}" for key, value in {**world, **meeting}.items()]
         train = [sys.executable, "-m", "trainer.train", site.preset, "--run", site.run(name)]
-        words = ["env", *env, *train, "--patience", PATIENCE, "--set", LONG]
+        words = ["env", *env, *train, "--patience", PATIENCE, "--set", ENDLESS]
         jobs.append(site.cluster.start(f"n{1 + rank // 2}", *words))
     site.wait_start(name, 0)
     return jobs
@@ -136,18 +135,19 @@ def test_a_main_rank_that_says_nothing_ends_the_job_and_is_named(site: Site) -> 
 
 
 def test_check_names_the_bad_node(site: Site) -> None:
-    words = ["srun", "-N2", "--ntasks-per-node=2", sys.executable, "-m", "launch", "check"]
-    good = site.cluster.run("ctl", *words, "--data", site.preset.parent / "digits", "--free", 0)
+    srun = ["srun", "-N2", "--ntasks-per-node=2", sys.executable, "-m", "launch", "check"]
+    words = [*srun, "--free", "0", "--seconds", f"{LIMIT:g}"]
+    good = site.cluster.run("ctl", *words, "--data", site.preset.parent / "digits")
     assert "all nodes are ready" in good and "all-reduce of 4 ranks" in good
     # Here n1 keeps its shards on its own disk, and n2 has none.
     own = "/tmp/own-digits"
     site.cluster.run("n1", "cp", "-r", site.preset.parent / "digits", own)
-    bad = site.cluster.run("ctl", *words, "--data", own, "--free", 0, check=False)
+    bad = site.cluster.run("ctl", *words, "--data", own, check=False)
     assert "bad nodes: n2" in bad and "No such file" in bad
 
 
 def test_two_steps_of_one_allocation_do_not_meet(site: Site) -> None:
-    check = f"{sys.executable} -m launch check --ranks 2 --free 0 --seconds 60"
+    check = f"{sys.executable} -m launch check --ranks 2 --free 0 --seconds {LIMIT:g}"
     steps = f"for step in 1 2; do srun --overlap -N2 -n2 {check} & done; wait"
     said = site.cluster.run("ctl", "salloc", "-N2", "-n4", "bash", "-c", steps)
     assert said.count("all nodes are ready") == 2, said
@@ -159,20 +159,20 @@ def test_ranks_meet_in_the_order_of_a_host_file(site: Site) -> None:
     order.write_text("n2\nn2\nn1\nn1\n")
     env = ["env", f"SLURM_HOSTFILE={order}"]
     words = [*env, "srun", "-N2", "-n4", "-m", "arbitrary", sys.executable, "-m", "launch", "check"]
-    said = site.cluster.run("ctl", *words, "--free", 0, "--seconds", 60, check=False)
+    said = site.cluster.run("ctl", *words, "--free", 0, "--seconds", LIMIT, check=False)
     assert "all nodes are ready" in said, said
     assert said.index("n2") < said.index("n1")
 
 
 def test_a_second_job_on_the_same_run_is_refused(site: Site) -> None:
-    job = site.submit("once", site.settings("slurm"), LONG, nodes=1)
+    job = site.submit("once", site.settings("slurm"), ENDLESS, nodes=1)
     wait_until(lambda: site.state(job) == "RUNNING", "the job")
-    again = site.start("once", site.settings("slurm"), LONG, nodes=1)
+    again = site.start("once", site.settings("slurm"), ENDLESS, nodes=1)
     said = site.cluster.run("ctl", *again, check=False)
     assert f"job {job} of" in said and "RUNNING" in said
     site.wait_start("once", 0)
     alone = [sys.executable, "-m", "trainer.train", site.preset, "--run", site.run("once")]
-    said = site.cluster.run("ctl", *alone, "--set", LONG, check=False)
+    said = site.cluster.run("ctl", *alone, "--set", ENDLESS, check=False)
     assert re.search(rf"error: job {job} on n\d is writing", said)
     site.cluster.run("ctl", *site.words("stop", site.run("once")))
     assert "stopped as requested" in site.events("once")

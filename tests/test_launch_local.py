@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
-from tests.support.cluster import ROOT, wait_until
+from tests.support.cluster import LIMIT, ROOT, wait_until
 
 SAVES_ON_A_SIGNAL = """\
 trap 'sleep 1; touch saved; exit 75' INT HUP TERM
@@ -40,7 +40,7 @@ def start(directory: Path, *options: str, ranks: str, **variables: str) -> "subp
 
 @pytest.mark.parametrize("status", [0, 1, 75, 78])
 def test_the_exit_status_is_that_of_the_run(status: int, tmp_path: Path) -> None:
-    assert start(tmp_path, ranks=f"exit {status}").wait(timeout=60) == status
+    assert start(tmp_path, ranks=f"exit {status}").wait(timeout=LIMIT) == status
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
@@ -48,27 +48,27 @@ def test_ctrl_c_and_a_closed_terminal_let_the_ranks_save(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     job = start(tmp_path, ranks=SAVES_ON_A_SIGNAL)
-    wait_until((tmp_path / "started").exists, "the ranks", limit=60)
+    wait_until((tmp_path / "started").exists, "the ranks")
     os.killpg(job.pid, number)  # as a terminal does
-    assert job.wait(timeout=60) == 75
+    assert job.wait(timeout=LIMIT) == 75
     assert (tmp_path / "saved").exists()
 
 
 def test_a_rank_in_the_shell_is_not_believed(tmp_path: Path) -> None:
     shell = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere"}
-    assert start(tmp_path, ranks='exit "${WORLD_SIZE:-0}"', **shell).wait(timeout=60) == 0
+    assert start(tmp_path, ranks='exit "${WORLD_SIZE:-0}"', **shell).wait(timeout=LIMIT) == 0
 
 
 def test_a_detached_run_outlives_the_terminal_and_says_how_to_watch_it(tmp_path: Path) -> None:
     ranks = "trap 'exit 75' HUP; touch started; until [ -e go ]; do sleep 0.1; done; echo drawn"
     job = start(tmp_path, "--detach", ranks=f"{ranks}; touch ended")
-    said = job.communicate(timeout=60)[0]
+    said = job.communicate(timeout=LIMIT)[0]
     assert job.returncode == 0
-    wait_until((tmp_path / "started").exists, "the ranks", limit=60)
+    wait_until((tmp_path / "started").exists, "the ranks")
     with pytest.raises(ProcessLookupError):  # its process group is empty
         os.killpg(job.pid, signal.SIGHUP)
     (tmp_path / "go").touch()
-    wait_until((tmp_path / "ended").exists, "the end of the run", limit=60)
+    wait_until((tmp_path / "ended").exists, "the end of the run")
     output = tmp_path / "run" / "launch" / "output.txt"
     assert output.read_text() == "drawn\n"
     for command in (f"tail -F {output}", f"launch status {output.parents[1]}", "launch stop"):

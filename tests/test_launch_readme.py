@@ -31,7 +31,7 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * LIMIT)
 def test_every_command_of_the_page_runs_as_written(site: Site) -> None:
     here = site.cluster.home / "checkout"
     for part in ("trainer", "data", "launch"):

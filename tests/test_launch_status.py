@@ -13,8 +13,8 @@ import pytest
 from launch import display, queue, status
 from launch.__main__ import main
 from launch.signs import Signs
-from tests.support.cluster import wait_until
-from tests.support.site import Site
+from tests.support.cluster import LIMIT, wait_until
+from tests.support.site import ENDLESS, Site
 from trainer.ranks.lease import Holder, stop_file
 from trainer.runstate import RunState, file
 
@@ -173,10 +173,10 @@ def test_a_live_run_without_metrics_for_long_is_not_healthy(tmp_path: Path) -> N
     (run / "metrics.jsonl").write_text("".join(late))
     note(run, state="running", images_seen=500, starts=2, began=time.time())
     assert status.read(run).health == "starting for 0 s: no metrics yet"
-    note(run, state="running", images_seen=500, starts=2, began=time.time() - 3600)
+    note(run, state="running", images_seen=500, starts=2, began=time.time() - 3630)
     assert status.read(run).health.startswith("no metrics since it started 1 h 0 min ago")
     note(run, state="running", images_seen=500, starts=1)
-    os.utime(file(run), (time.time() - 3600, time.time() - 3600))
+    os.utime(file(run), (time.time() - 3630, time.time() - 3630))
     assert status.read(run).health == "no metrics for 1 h 0 min (usually every 10 s)"
 
 
@@ -223,29 +223,35 @@ def test_a_line_that_is_being_written_or_was_torn_is_left_out(tmp_path: Path) ->
     assert status.read(run).images_seen == 800
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4 * LIMIT)
 def test_watched_in_a_terminal_while_the_job_comes_and_goes(site: Site) -> None:
     name, run = "watched", site.run("watched")
-    job = site.submit(name, site.settings("slurm"), "training.images = 800000", nodes=1)
+    job = site.submit(name, site.settings("slurm"), ENDLESS, nodes=1)
     terminal = ("tmux", "-L", "tests", "-f", "/dev/null")
     watch = shlex.join(map(str, site.words("status", run, "--watch")))
     site.cluster.run("ctl", *terminal, "new-session", "-d", "-x", "80", "-y", "24", watch)
 
-    def screen() -> str:
-        return site.cluster.run("ctl", *terminal, "capture-pane", "-p")
+    def shown_with(words: str) -> str:
+        """The screen once it shows these words, and is whole: the last event is its last line."""
+        found: list[str] = []
+
+        def is_shown() -> bool:
+            found[:] = [site.cluster.run("ctl", *terminal, "capture-pane", "-p")]
+            return words in found[0] and site.events(name).strip()[-20:] in found[0]
+
+        wait_until(is_shown, f"{words!r} on the screen")
+        return found[0]
 
     try:
         site.wait_start(name, 0)
-        wait_until(lambda: "images/s" in screen(), "the rate on the screen")
-        shown = screen()
+        shown = shown_with("images/s")
         assert f"job {job}, 1 x 2: RUNNING" in shown and "health  ok" in shown
-        assert "of 800,000" in shown and " left" in shown
+        assert "of 80,000,000" in shown and " left" in shown
         assert len(shown.strip().splitlines()) == 9  # no line was wrapped
         site.cluster.run("ctl", *site.words("stop", run))
-        wait_until(lambda: "gone (" in screen(), "the end on the screen")
-        shown = screen()
+        shown = shown_with("gone (")
         assert "stopped as requested" in shown and "images/s" not in shown
-        assert f"{site.rows(name)[-1]['images']:,} of 800,000" in shown
+        assert f"{site.rows(name)[-1]['images']:,} of 80,000,000" in shown
         assert f"{site.rows(name)[-1]['images']:012d}" in shown
     finally:
         site.cluster.run("ctl", *terminal, "kill-server", check=False)

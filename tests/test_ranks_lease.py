@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import LIMIT
 from trainer.ranks import lease
 from trainer.run import Run
 
@@ -59,7 +60,7 @@ def test_a_dead_writer_is_followed_at_once(tmp_path: Path) -> None:
 def test_the_same_job_started_again_takes_over_and_the_old_start_loses(tmp_path: Path) -> None:
     old = hold(tmp_path, job="7", start=0)
     new = hold(tmp_path, job="7", start=1)
-    said = old.communicate(timeout=60)[1]
+    said = old.communicate(timeout=LIMIT)[1]
     assert (
         f"LeaseLost: job 7 on {lease.Holder.here(tmp_path).host} has taken over {tmp_path}" in said
     )

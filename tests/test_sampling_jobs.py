@@ -55,7 +55,7 @@ def start(directory: Path, *words: object) -> "subprocess.Popen[str]":
 
 
 def test_a_job_that_draws_stops_on_request(tmp_path: Path, weights: dict) -> None:
-    words = [*weights["unet"], "--batch", 2, "--images", 10, "--out", "x.npz"]
+    words = [*weights["unet"], "--batch", 2, "--images", 50_000, "--out", "x.npz"]
     job, drawing = tmp_path / "x.job", start(tmp_path, *words, "--steps", 1000)
     end = time.monotonic() + ranks.LIMIT
     while (state := RunState.read(job)) is None or state.state != "running":

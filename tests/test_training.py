@@ -33,7 +33,7 @@ from tests.support.runs import (
     equal,
 )
 
-four = pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
+four = pytest.param(4, marks=pytest.mark.slow)
 on_every_world = pytest.mark.parametrize("world", [*WORLDS, four])
 in_every_stage = pytest.mark.parametrize("stage", STAGES)
 

@@ -1,7 +1,6 @@
 """A user on the test cluster's login node: starts runs there and reads what they left on disk."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ TORCH_EXTENSIONS_DIR = "{extensions}"
 [slurm]
 {slurm}
 """
+#: A run of this length is over on no machine before a test ends it.
+ENDLESS = "training.images = 80000000"
 # Images of a step of the tiny preset, which reports after each.
 _BATCH = 8
 # The pretended GPUs are requested as real ones are.
@@ -82,7 +83,7 @@ class Site:
         return "" if "Invalid" in said else said.strip()
 
     def wait_gone(self, job: str) -> None:
-        wait_until(lambda: not self.state(job), f"the end of job {job}", limit=600)
+        wait_until(lambda: not self.state(job), f"the end of job {job}")
 
     def events(self, name: str) -> str:
         """What the batch script said."""
@@ -104,6 +105,12 @@ class Site:
         """The metrics, line by line."""
         text = _text(self.run(name) / "metrics.jsonl")
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def imports_torch(self, name: str) -> bool:
+        """Whether a rank of the run imports torch, or has done so."""
+        words = ["-m trainer.train", name]
+        pids = [pid for node in self.cluster.names for pid in self.cluster.pids(node, words)]
+        return any("libtorch" in _text(Path(f"/proc/{pid}/maps")) for pid in pids)
 
     def losses(self, name: str) -> dict[int, float]:
         """The loss by images of steps that were taken; of one done again, the last one."""
@@ -127,4 +134,7 @@ class Site:
 
 
 def _text(file: Path) -> str:
-    return file.read_text() if os.path.exists(file) else ""
+    try:
+        return file.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
