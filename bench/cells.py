@@ -17,10 +17,11 @@ from torch import Tensor
 
 from bench import nets
 from bench.nets import Net
+from trainer import compute
 from trainer import config as configs
 from trainer.adm.config import Kernels, UNetConfig
 from trainer.adm.norm import GroupNorm, use_kernels
-from trainer.adm.unet import build, flops
+from trainer.adm.unet import UNet, build, flops
 from trainer.compute import DTYPES
 
 GPU = torch.cuda.is_available()
@@ -121,9 +122,13 @@ def _step(cell: Figures, *, images: int) -> Figures:
     forward = net.forward
     if "compiled" in cell["system"]:
         backend = "inductor" if GPU else "aot_eager"
-        # CUDA graphs of the forward and of the backward pass.
-        mode = "reduce-overhead" if GPU and "graphs" in cell["system"] else None
-        forward = torch.compile(forward, backend=backend, dynamic=False, mode=mode)
+        if "graphs" in cell["system"]:  # CUDA graphs of the forward and of the backward pass
+            mode = "reduce-overhead" if GPU else None
+            forward = torch.compile(forward, backend=backend, dynamic=False, mode=mode)
+        elif isinstance(net.module, UNet):  # as in training
+            compute.compile_forward(net.module, say=lambda _: None, backend=backend)
+        else:
+            forward = torch.compile(forward, backend=backend, dynamic=False)
     optimizer = torch.optim.AdamW(net.module.parameters(), lr=1e-6, fused=GPU)
     x, t, y = nets.inputs(model, images=images, device=DEVICE)
     x = x.to(half) if cell["system"].startswith("diffusers") else x

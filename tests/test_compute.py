@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
+from torch._functorch.aot_autograd import make_boxed_func
 
 from tests.support import golden, ranks
 from tests.support.runs import GRIDS, HALF, STEP, UNJUDGED, Place
@@ -18,7 +19,7 @@ from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.blocks import resize
 from trainer.adm.config import ClassifierConfig, UNetConfig
-from trainer.adm.unet import build
+from trainer.adm.unet import UNet, build
 
 SIZES: dict[str, Any] = {
     "image_size": 4, "channels": 32, "channel_mult": (1,), "blocks": 1, "attention": (4,),
@@ -161,7 +162,7 @@ def test_a_run_compiles_its_network_once(tmp_path: Path, tiny: Path, digits: Pat
     job = ranks.fork(tmp_path / "job", task, ranks=1)
     job.wait()
     assert job.statuses == [0] and job.text.count("compiled the network in") == 1, job.text
-    assert (tmp_path / "job" / "graphs").read_text() == "1"
+    assert (tmp_path / "job" / "graphs").read_text() == str(len(UNet.parts))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -180,13 +181,41 @@ def test_what_is_said_of_compiling_is_also_of_the_backward_pass() -> None:
         return graph
 
     passes = {f"{name}_compiler": partial(note, name) for name in ("fw", "bw")}
-    net, x = nn.Linear(3, 3), torch.ones(2, 3)
+    net = filled(ClassifierConfig(**SIZES))
+    x, t, _ = inputs(2)
     compute.compile_forward(net, say=order.append, backend=aot_autograd(**passes))
-    loss = net(x).sum()
-    assert order[1:3] == ["fw", "bw"] and order[3].startswith("compiled the network in")
+    loss = net(x, t).sum()
+    assert order[1:-1] == ["fw", "bw"] * len(net.parts)
+    assert order[-1].startswith("compiled the network in")
+    said = len(order)
     loss.backward()
-    net(x).sum().backward()
-    assert len(order) == 4 and net.weight.grad is not None
+    net(x, t).sum().backward()
+    assert len(order) == said and all(p.grad is not None for p in net.parameters())
+
+
+def test_gradients_of_a_part_are_handed_over_before_the_next_is_computed() -> None:
+    net = filled(UNetConfig(**{**SIZES, "channel_mult": (1, 2)}))
+    there, views = list[int](), list[Tensor]()
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        def run(*args: Any) -> Any:
+            there.append(sum(p.grad is not None for p in net.parameters()))
+            out = graph(*args)
+            maps = [g for g in out if g is not None and g.dim() == 4 and len(g) == 2]
+            views.extend(g for g in maps if g.untyped_storage().nbytes() != g.nbytes)
+            return out
+
+        return make_boxed_func(run)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=count)
+    compute.compile_forward(net, say=lambda _: None, backend=backend)
+    net(*inputs(2)).sum().backward()
+    first = [net.time_embed, net.label_emb, *list(net.input_blocks)[: net.upper]]
+    late = sum(len(list(module.parameters())) for module in first)
+    last = len(list(net.out.parameters()))
+    assert len(there) == len(net.parts) and there[0] == 0
+    assert not views  # autograd copies those
+    assert there[1] > last and there[2] == len(list(net.parameters())) - late
 
 
 def test_a_compiled_gradient_of_a_doubled_map_is_no_scattered_addition() -> None:

@@ -9,10 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -96,30 +93,6 @@ def start(code: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def note_waits(at: int) -> None:
-    """Write how often the step at a clock waits for the device, to RUN/waits.json, in each run."""
-    from trainer.loop import Loop
-
-    step: Callable[..., None] = Loop._step
-    whole, said = torch.cuda.synchronize, list[str]()
-    torch.cuda.synchronize = lambda *given: (said.append("synchronize"), whole(*given))
-
-    def noted(self: Loop, batches: Any) -> None:
-        if self.images_seen != at:
-            return step(self, batches)
-        said.clear()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            step(self, batches)
-            torch.cuda.set_sync_debug_mode("default")
-        said.extend(text for each in caught if "synchroniz" in (text := str(each.message)))
-        (self.run.path / "waits.json").write_text(json.dumps(said))
-        return None
-
-    Loop._step = noted  # type: ignore[method-assign]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) -> Processes:
     root = tmp_path_factory.mktemp("gpu")
@@ -137,7 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) 
         "training.ema_widths = [0.1]", "intervals.averages = 64",
     )  # fmt: skip
     runs.append(done.arguments("measured", tiny, *measured))
-    done.start("plain", *runs, first="from tests import test_gpu; test_gpu.note_waits(16)")
+    done.start("plain", *runs, first="faults.note_waits(16)")
     classifier = root / "classifier.toml"
     classifier.write_text(tiny.read_text().replace('"denoise"', '"classify"'))
     runs = []
@@ -146,6 +119,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) 
         runs.append(done.arguments(f"{name}-whole", preset, *sets))
         for half in ("training.images = 32",), ():
             runs.append(done.arguments(f"{name}-again", preset, *sets, *half))
+    table = json.loads((ranks.ROOT / "ds_config.json").read_text())
+    for stage in (1, 2):  # with many buckets, and parameters that fit into none
+        own = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 60_000}
+        (root / f"{stage}.json").write_text(
+            json.dumps(table | {"zero_optimization": {**table["zero_optimization"], **own}})
+        )
+        sets = (*DETERMINISTIC["compiled"], _DETERMINISTIC)
+        aside = done.arguments(f"compiled-aside-{stage}", tiny, *sets)
+        runs.append([*aside, "--ds-config", str(root / f"{stage}.json")])
     # cuBLAS reads its settings once.
     first = "from trainer import determinism; determinism.prepare({!r}, [{!r}], unset=())"
     done.start("deterministic", *runs, first=first.format(str(tiny), _DETERMINISTIC))
@@ -219,12 +201,26 @@ def test_a_step_waits_for_the_device_once(trained: Processes, run: str) -> None:
     assert len(json.loads((trained.root / run / "waits.json").read_text())) == 1
 
 
+def state(trained: Processes, run: str) -> dict[str, bytes]:
+    """The tensors of a run's last checkpoint, by file."""
+    end = trained.root / f"{run}/checkpoints/{64:012d}"
+    return {file.name: file.read_bytes() for file in end.glob("*.safetensors")}
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_a_deterministic_run_resumes_bit_for_bit(trained: Processes, name: str) -> None:
     trained.check("deterministic")
-    ends = [trained.root / f"{name}-{how}/checkpoints/{64:012d}" for how in ("whole", "again")]
-    whole, again = ({f.name: f.read_bytes() for f in e.glob("*.safetensors")} for e in ends)
-    assert whole and not [name for name in whole if whole[name] != again.get(name)]
+    whole, again = (state(trained, f"{name}-{how}") for how in ("whole", "again"))
+    assert whole and not [file for file in whole if whole[file] != again.get(file)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_reduced_beside_the_backward_pass_are_the_same(
+    trained: Processes, stage: int
+) -> None:
+    trained.check("deterministic")
+    whole, aside = state(trained, "compiled-whole"), state(trained, f"compiled-aside-{stage}")
+    assert whole and not [file for file in whole if whole[file] != aside.get(file)]
 
 
 def test_a_flipped_bit_on_a_gpu_is_named(trained: Processes) -> None:

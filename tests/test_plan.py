@@ -70,22 +70,37 @@ def test_what_is_exposed_of_the_network_follows_ds_config() -> None:
     config = configs.load("imagenet64", ("training.compile = false",))
     net = costs.count(config)
 
-    def communication(gpus: int, *, latency: float = 0.0, of: Config = config, **own: Any) -> float:
-        there, zero = machine(latency=latency, overlap=1.0), {**ZERO, **own}
+    def communication(
+        gpus: int, *, latency: float = 0.0, mfu: float = 0.4, of: Config = config, **own: Any
+    ) -> float:
+        there = machine(latency=latency, mfu=mfu, overlap=1.0)
+        zero = {**ZERO, **own}
         return step(of, net, machine=there, gpus=gpus, zero=zero).communication
 
     whole = 2 * 63 / 64 * 2 * net.parameters / 40e9  # an all-reduce of 16-bit gradients
     gather = whole / 2
     for size in (50_000_000, 200_000_000, 10**9):
         last = costs.buckets(net, zero={"reduce_bucket_size": size})[-1] / net.parameters
-        exposed = communication(64, reduce_bucket_size=size)
+        exposed = communication(64, mfu=0.01, reduce_bucket_size=size)
         assert exposed == pytest.approx(gather + whole * last)
     assert communication(64, overlap_comm=False) == pytest.approx(gather + whole)
-    assert communication(64, of=compiled) == pytest.approx(gather + whole)
+    # Beside the compiled upper half of the encoder the lower half's buckets are reduced.
+    (_, late), *_ = net.parts
+    late += ZERO["reduce_bucket_size"] / net.parameters
+    assert communication(64, of=compiled, mfu=0.01) < gather + whole * late
+    assert communication(64) < communication(64, of=compiled) < gather + 0.8 * whole
     # To each rank on its own: fewer bytes, and a message for each of so many ranks.
     own = {"use_multi_rank_bucket_allreduce": False, "overlap_comm": False}
     assert communication(64, **own) == pytest.approx(gather + whole / 2)
     assert communication(512, latency=5.0, **own) > 10 * communication(512, latency=5.0)
+
+
+@pytest.mark.parametrize("preset", GPU_PRESETS)
+def test_little_is_left_to_reduce_when_the_last_compiled_part_is_done(preset: str) -> None:
+    net = costs.count(configs.load(preset))
+    assert [round(sum(shares), 9) for shares in zip(*net.parts, strict=True)] == [1, 1]
+    (operations, parameters), *_ = net.parts
+    assert parameters < 0.15 < operations
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

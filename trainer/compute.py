@@ -15,6 +15,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
+from trainer.adm.encoder import Encoder
 from trainer.adm.norm import use_kernels
 from trainer.sections import TrainingConfig
 
@@ -107,10 +108,15 @@ def compile_forward(
 ) -> None:
     """Let a network compile its forward pass at its first call, and the backward pass with it.
 
-    DeepSpeed's hooks around the forward pass cannot be compiled, so the network itself is not
-    replaced.
+    Each part by itself: what is compiled hands over its gradients when all of them are there, and
+    ranks reduce those of one part while they compute the next. DeepSpeed's hooks around the forward
+    pass cannot be compiled, so the network itself is not replaced.
     """
-    net.forward = _Compiled(net.forward, say=say, backend=backend)
+    assert isinstance(net, Encoder)
+    for name in net.parts:
+        part = getattr(net, name)
+        setattr(net, name, torch.compile(part, backend=backend, fullgraph=True, dynamic=False))
+    net.forward = _Compiled(net.forward, say=say)
 
 
 class _Compiled:
@@ -119,15 +125,8 @@ class _Compiled:
     Fewer images, as in the last batch, are filled up to it.
     """
 
-    def __init__(
-        self,
-        forward: Callable[..., Tensor],
-        *,
-        say: Callable[[str], None],
-        backend: str | Callable[..., Any],
-    ) -> None:
-        self._forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
-        self._say, self._images = say, 0
+    def __init__(self, forward: Callable[..., Tensor], *, say: Callable[[str], None]) -> None:
+        self._forward, self._say, self._images = forward, say, 0
 
     def __call__(self, *inputs: Tensor | None, **named: Tensor | None) -> Tensor:
         """The output for inputs (B, ...)."""

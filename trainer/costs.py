@@ -5,7 +5,7 @@ is built on torch's meta device. `P` below is the number of parameters, `R` that
 bytes of a number in the training precision.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.adm.config import GROUPS
+from trainer.adm.encoder import Encoder
 from trainer.adm.norm import GroupNorm
-from trainer.adm.unet import build, example_inputs, flops
+from trainer.adm.unet import build, example_inputs
 from trainer.compute import DTYPES
 from trainer.config import Config
 
@@ -39,6 +41,9 @@ class NetCosts:
     sizes: tuple[int, ...]
     #: Operations of one image's forward pass, two per multiply-add; a step takes three times that.
     forward_flops: int
+    #: Of each part that is compiled by itself, first to last: its share of the operations, and of
+    #: the parameters.
+    parts: tuple[tuple[float, float], ...]
     #: Bytes that the forward pass of one image keeps for the backward pass.
     saved_bytes: int
     #: Bytes of a number in the training precision.
@@ -60,9 +65,12 @@ def count(config: Config) -> NetCosts:
             _fuse_norms(net)
         sizes = tuple(p.numel() for p in net.parameters())
         kept = [_saved_bytes(net, example_inputs(config.model, images=n)) for n in (1, 2)]
+        parts = _parts(net, example_inputs(config.model, images=1))
+    operations = sum(done for done, _ in parts)
     return NetCosts(
         sizes=sizes,
-        forward_flops=flops(config.model),
+        forward_flops=operations,
+        parts=tuple((done / operations, held / sum(sizes)) for done, held in parts),
         saved_bytes=kept[1] - kept[0],
         element=dtype.itemsize,
     )
@@ -120,6 +128,31 @@ def _saved_bytes(net: torch.nn.Module, inputs: Mapping[str, Tensor]) -> int:
     return sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
 
 
+def _parts(net: Encoder, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Operations and numbers of the parameters of each part of a network's forward pass.
+
+    Of the network nothing else can be asked afterwards.
+    """
+    found, used = [], dict[Tensor, None]()
+
+    def use(module: torch.nn.Module, _: object) -> None:
+        used.update(dict.fromkeys(module.parameters(recurse=False)))
+
+    def counted(part: Callable[..., Any], *args: Any) -> Any:
+        used.clear()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            out = part(*args)
+        found.append((int(counter.get_total_flops()), sum(p.numel() for p in used)))
+        return out
+
+    for module in net.modules():
+        module.register_forward_pre_hook(use)
+    for name in net.parts:
+        setattr(net, name, partial(counted, getattr(net, name)))
+    net(**inputs)
+    return found
+
+
 def memory(
     net: NetCosts,
     *,
@@ -156,8 +189,9 @@ def memory(
         # Stage 1 keeps whole gradients until the last micro-batch; stage 2 adds shares of two.
         copies = 1 if accumulation == 1 else 2
         gradients = whole if stage == 1 and accumulation > 1 else copies * share
-        buckets = bucket * (2 if zero.get("overlap_comm") else 1)
-        backward = {**activations, "gradients": element * gradients, "buckets": buckets}
+        # Reduced beside the backward pass, each bucket has a buffer of its own.
+        buffers = bucket * (max(len(buckets(net, zero=zero)), 2) if zero.get("overlap_comm") else 1)
+        backward = {**activations, "gradients": element * gradients, "buckets": buffers}
     step = {"optimizer's step": (_FULL + element) * share}
     if offloaded:
         step = {"optimizer's step": element * share}

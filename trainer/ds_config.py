@@ -105,8 +105,5 @@ def resolve(ds_config: dict[str, Any], *, config: Config, ranks: int) -> dict[st
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
     zero = resolved["zero_optimization"]
     if zero.get("overlap_comm") == "auto":
-        # Every micro-batch would wait for the device, with nothing to overlap at one rank, nor
-        # where a compiled backward pass hands over its gradients when it has ended.
-        compiled = config.training.compile and zero["stage"] != 3
-        zero["overlap_comm"] = ranks > 1 and not compiled
+        zero["overlap_comm"] = ranks > 1
     return resolved

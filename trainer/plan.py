@@ -31,10 +31,10 @@ from trainer.prediction import (
     GIB,
     Machine,
     Step,
-    hidable,
     largest_micro_batch,
     memory,
     operations,
+    overlaps,
     scaled,
     step,
 )
@@ -74,16 +74,16 @@ def report(
     """The lines of the plan."""
     net = costs.count(config)
     training = config.training
-    hidden = hidable(config, machine=machine, zero=zero)
+    hidden = machine.overlap if overlaps(zero) else 0.0
     yield (
         f"{name}: {net.parameters:,} parameters, {net.forward_flops / 1e9:,.1f} GFLOP per image "
         f"forward, {net.saved_bytes / 1e6:,.0f} MB of activations per image, {training.precision}"
     )
     yield (
         f"assumed: {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s per GPU, {machine.bandwidth:g} "
-        f"GB/s and {machine.latency:g} us between ranks, {hidden:.0%} of reductions "
-        f"hidden, {machine.host_ms:g} ms of the host per micro-batch, {machine.reserve:g} GiB of "
-        f"{machine.gpu_memory:g} reserved"
+        f"GB/s and {machine.latency:g} us between ranks, at most {hidden:.0%} of "
+        f"reductions hidden, {machine.host_ms:g} ms of the host per micro-batch, "
+        f"{machine.reserve:g} GiB of {machine.gpu_memory:g} reserved"
     )
     yield from _memory_lines(config, net, machine=machine, zero=zero)
     now = step(config, net, machine=machine, gpus=machine.gpus, zero=zero)

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from trainer import costs
@@ -110,12 +111,11 @@ def step(
     rate = machine.mfu * machine.tflops * 1e12
     compute = training.batch / gpus * passes * net.forward_flops / rate
     gather, reduce = _collectives(net, machine=machine, gpus=gpus, zero=zero, pieces=pieces)
-    # Backward passes hide reductions: in stage 1 those of the last micro-batch alone, and never
-    # that of the last bucket, which is full when the pass ends.
-    filled = costs.buckets(net, zero=zero)
-    hidden = min(hidable(config, machine=machine, zero=zero), 1 - filled[-1] / sum(filled))
+    # In stage 1 the backward pass of the last micro-batch alone hides reductions.
     backward = compute * (passes - 1) / passes / (pieces if zero["stage"] == 1 else 1)
-    exposed = reduce - min(reduce * hidden, backward)
+    compiled = config.training.compile and zero["stage"] != 3
+    ended = _reduced(net, zero=zero, compiled=compiled, reduce=reduce, backward=backward)
+    exposed = max(ended - backward, reduce * (1 - machine.overlap)) if overlaps(zero) else reduce
     if zero["stage"] == 3:  # gathers its weights ahead of the layers that need them
         exposed += gather - min(gather * machine.overlap, compute)
     else:
@@ -131,15 +131,27 @@ def step(
     )
 
 
-def hidable(config: Config, *, machine: Machine, zero: Mapping[str, Any]) -> float:
-    """The share of reductions that computing may hide.
+def overlaps(zero: Mapping[str, Any]) -> bool:
+    """Whether gradients are reduced while a backward pass computes others."""
+    return bool(zero.get("overlap_comm", zero["stage"] == 3))
 
-    None where a compiled backward pass hands over its gradients only when it has ended.
+
+def _reduced(
+    net: NetCosts, *, zero: Mapping[str, Any], compiled: bool, reduce: float, backward: float
+) -> float:
+    """Seconds from the beginning of a backward pass until its gradients are reduced beside it.
+
+    A bucket is reduced when its last gradient is there, and a compiled part hands over all of its
+    gradients when it has computed them.
     """
-    compiled = config.training.compile and zero["stage"] != 3
-    if compiled or not zero.get("overlap_comm", zero["stage"] == 3):
-        return 0.0
-    return machine.overlap
+    filled = [size / net.parameters for size in costs.buckets(net, zero=zero)]
+    steps = reversed(net.parts) if compiled else [(share, share) for share in filled]
+    computed, there = (list(accumulate(shares)) for shares in zip(*steps, strict=True))
+    ended = 0.0
+    for share, least in zip(filled, accumulate(filled), strict=True):
+        at = min(bisect.bisect_left(there, least - 1e-9), len(there) - 1)
+        ended = max(ended, backward * computed[at]) + reduce * share
+    return ended
 
 
 def _collectives(

@@ -26,38 +26,95 @@ def take(optimizer: Any, *, stage: int) -> None:
         # A bucket goes to all ranks in one piece either way, here without a copy of it.
         optimizer.reduce_scatter = optimizer.postscale_gradients = False
     if optimizer.contiguous_gradients and not optimizer.cpu_offload:
-        _fill_buckets_at_once(optimizer)
+        aside = (
+            optimizer.overlap_comm and not optimizer.reduce_scatter and torch.cuda.is_available()
+        )
+        _Buckets(optimizer, aside=aside).take()
+        if aside:
+            _reduce_aside(optimizer)
 
 
-def _fill_buckets_at_once(optimizer: Any) -> None:
-    """Copy gradients into a bucket when it is full, instead of one after the other."""
-    most, reduce = optimizer.reduce_bucket_size, optimizer.reduce_ipg_grads
-    add = optimizer.reduce_independent_p_g_buckets_and_remove_grads
+def _reduce_aside(optimizer: Any) -> None:
+    """Reduce full buckets on a stream of their own, beside the rest of the backward pass.
 
-    def keep(param: Any, group: int) -> None:
-        size, dtype = param.numel(), optimizer.get_param_comm_dtype(param)
+    DeepSpeed, which has two buffers for all buckets, lets the backward pass wait for a bucket when
+    the next is full, and the host for the device when the pass has ended. A compiled pass fills
+    many buckets at once: here each has a buffer, and the device alone waits, when it has ended.
+    """
+    side, finish = optimizer.reduction_stream, optimizer.independent_gradient_partition_epilogue
+
+    def average(flat: Tensor, comm_dtype: torch.dtype) -> None:
+        stream = side if optimizer.overlap_comm else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer.gradient_reduction_w_predivide(flat, comm_dtype)
+
+    def end() -> None:
+        torch.cuda.current_stream().wait_stream(side)
+        optimizer.overlap_comm = False  # nothing is left beside which to reduce the last bucket
+        finish()
+        optimizer.overlap_comm = True
+
+    optimizer.average_tensor, optimizer.independent_gradient_partition_epilogue = average, end
+
+
+class _Buckets:
+    """Gradients are copied into a bucket when it is full, instead of one after the other.
+
+    Buckets that are reduced `aside` have a buffer each.
+    """
+
+    def __init__(self, optimizer: Any, *, aside: bool) -> None:
+        self._optimizer, self._aside, self._most = optimizer, aside, optimizer.reduce_bucket_size
+        self._reduce = optimizer.reduce_ipg_grads
+        self._add = optimizer.reduce_independent_p_g_buckets_and_remove_grads
+
+    def take(self) -> None:
+        """Do for the optimizer what it does by itself."""
+        self._optimizer.reduce_independent_p_g_buckets_and_remove_grads = self._keep
+        self._optimizer.reduce_ipg_grads = self._fill_and_reduce
+
+    def _keep(self, param: Any, group: int) -> None:
+        """Take up the gradient of a parameter."""
+        optimizer, size = self._optimizer, param.numel()
+        dtype = optimizer.get_param_comm_dtype(param)
         bucket = optimizer.ipg_buckets[dtype]
-        if size > most:
-            add(param, group)  # it is reduced where it is
+        if bucket.elements and bucket.elements + size > self._most:
+            self._empty(bucket, dtype)
+        if size > self._most:
+            self._keep_large(bucket, param, group)
             return
-        if bucket.elements + size > most:
-            optimizer.reduce_ipg_grads(comm_dtype=dtype)
-            if optimizer.overlap_comm:
-                bucket.index = 1 - bucket.index
         if param.is_cuda:
             bucket.copy_streams.add(torch.cuda.current_stream())
         bucket.elements += size
         bucket.grads.append(optimizer.get_gradient_for_reduction(param))
         bucket.params.append((group, param.param_idx_in_group, optimizer.get_param_id(param)))
 
-    def fill_and_reduce(comm_dtype: torch.dtype | None = None) -> None:
-        for dtype, bucket in optimizer.ipg_buckets.items():
-            if comm_dtype in (None, dtype) and 0 < bucket.elements <= most:
-                _fill(bucket, unflatten=optimizer.unflatten)
-        reduce(comm_dtype=comm_dtype)
+    def _keep_large(self, bucket: Any, param: Any, group: int) -> None:
+        """Let a gradient that fits in no bucket be reduced where it is."""
+        index = bucket.index
+        self._add(param, group)
+        bucket.index = index  # which `_add` has changed
+        if self._aside:
+            gradient = self._optimizer.get_gradient_for_reduction(param)
+            gradient.record_stream(self._optimizer.reduction_stream)
 
-    optimizer.reduce_independent_p_g_buckets_and_remove_grads = keep
-    optimizer.reduce_ipg_grads = fill_and_reduce
+    def _empty(self, bucket: Any, dtype: torch.dtype) -> None:
+        """Reduce a bucket, and go on in a buffer from which nothing is being reduced."""
+        in_buffer = bucket.elements <= self._most
+        self._fill_and_reduce(dtype)
+        if in_buffer and self._aside:
+            bucket.index += 1
+            if bucket.index == len(bucket.buffer):
+                bucket.buffer.append(torch.empty_like(bucket.buffer[0]))
+        elif in_buffer and self._optimizer.overlap_comm:
+            bucket.index = 1 - bucket.index
+
+    def _fill_and_reduce(self, comm_dtype: torch.dtype | None = None) -> None:
+        for dtype, bucket in self._optimizer.ipg_buckets.items():
+            if comm_dtype in (None, dtype) and 0 < bucket.elements <= self._most:
+                _fill(bucket, unflatten=self._optimizer.unflatten)
+        self._reduce(comm_dtype=comm_dtype)
 
 
 def _fill(bucket: Any, *, unflatten: Callable[..., tuple[Tensor, ...]]) -> None:

@@ -1,6 +1,8 @@
-"""Faults that a test puts into real ranks: spoiled losses, and a flipped bit."""
+"""What a test puts into real ranks: spoiled losses, a flipped bit, and a count of waits."""
 
+import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,3 +90,27 @@ def work_on_a_faulty_machine(
     if os.environ["RANK"] == str(rank):
         fault()
     return ranks.work(directory, runs, False)
+
+
+def note_waits(at: int) -> None:
+    """Write how often the step at a clock waits for the device, to RUN/waits.json, in each run."""
+    from trainer.loop import Loop
+
+    step: Callable[..., None] = Loop._step
+    whole, said = torch.cuda.synchronize, list[str]()
+    torch.cuda.synchronize = lambda *given: (said.append("synchronize"), whole(*given))
+
+    def noted(self: Loop, batches: Any) -> None:
+        if self.images_seen != at:
+            return step(self, batches)
+        said.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            step(self, batches)
+            torch.cuda.set_sync_debug_mode("default")
+        said.extend(text for each in caught if "synchroniz" in (text := str(each.message)))
+        (self.run.path / "waits.json").write_text(json.dumps(said))
+        return None
+
+    Loop._step = noted  # type: ignore[method-assign]

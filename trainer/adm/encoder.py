@@ -4,6 +4,7 @@ Paper, section 3: levels of residual blocks, attention at some resolutions, resa
 levels. What comes out of every stage is kept, for the skip connections or the pooling head.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,10 +23,17 @@ from trainer.adm.config import EncoderConfig
 
 
 class Encoder(nn.Module):
-    """The half that both nets share: embedding of t, downward stages, bottom."""
+    """The half that both nets share: embedding of t, downward stages, bottom.
+
+    The upper half of the levels, with the large maps, has most of the computing; the lower half has
+    most of the weights.
+    """
 
     #: How maps lie in memory, from the first convolution on.
     layout = torch.channels_last
+    #: The methods that make up the forward pass, in their order. Compiled each by itself, the
+    #: backward pass hands over the gradients of one before it computes those of the next.
+    parts: tuple[str, ...]
 
     def __init__(self, config: EncoderConfig, *, in_channels: int) -> None:
         super().__init__()
@@ -36,6 +44,7 @@ class Encoder(nn.Module):
         )
         stages, self.feature_channels = input_stages(config, in_channels=in_channels)
         self.input_blocks = nn.ModuleList(stages)
+        self.upper = len(config.level_channels) // 2 * (config.blocks + 1)
         bottom = config.level_channels[-1]
         self.middle_block = Stage(
             [
@@ -55,14 +64,25 @@ class Encoder(nn.Module):
         emb: Tensor = self.time_embed(timestep_embedding(t, width=self.channels).to(self.dtype))
         return emb
 
-    def encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Outputs (B, C, H, W) of every downward stage, first to last, and that of the bottom."""
+    def upper_down(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """From an image (B, C, H, W) to the lower half, and what came of each stage."""
         # The parameters stay contiguous: DeepSpeed broadcasts and flattens them.
-        x, features = x.to(self.dtype, memory_format=self.layout), []
-        for stage in self.input_blocks:
-            x = stage(x, emb)
-            features.append(x)
-        return features, self.middle_block(x, emb)
+        x = x.to(self.dtype, memory_format=self.layout)
+        return run(list(self.input_blocks)[: self.upper], x, emb)
+
+    def lower_down(self, h: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """From there to the bottom's map, and what came of each stage above it."""
+        h, features = run(list(self.input_blocks)[self.upper :], h, emb)
+        return self.middle_block(h, emb), features
+
+
+def run(stages: Sequence[nn.Module], h: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output (B, C, H, W) of the last stage, and that of each."""
+    features = []
+    for stage in stages:
+        h = stage(h, emb)
+        features.append(h)
+    return h, features
 
 
 def input_stages(config: EncoderConfig, *, in_channels: int) -> tuple[list[Stage], list[int]]:

@@ -5,6 +5,9 @@ with `small_size` takes a low-resolution image beside its input (the upsamplers)
 adds a pooling head (section 4). State-dict keys are those of the published checkpoints.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,12 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.adm.blocks import AttentionPool, Stage, zeroed
 from trainer.adm.config import NO_LABEL, ClassifierConfig, UNetConfig
-from trainer.adm.encoder import (
-    Encoder,
-    attention,
-    resampler,
-    residual,
-)
+from trainer.adm.encoder import Encoder, attention, resampler, residual
 from trainer.adm.norm import GroupNorm, full
 
 _SPATIAL_WIDTH = 2048
@@ -25,6 +23,8 @@ _SPATIAL_WIDTH = 2048
 
 class UNet(Encoder):
     """Predicts the noise (and with `learn_sigma` the variance) of a noised image."""
+
+    parts = ("_enter", "_turn", "_leave")
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config, in_channels=config.in_channels)
@@ -48,21 +48,36 @@ class UNet(Encoder):
         """
         assert (y is not None) == (self.config.num_classes is not None), "labels: all or none"
         assert (low_res is not None) == (self.config.small_size is not None), "low_res: all or none"
+        h, emb, skips = self._enter(x, t, y, low_res)
+        return self._leave(self._turn(h, emb), emb, skips)
+
+    def _enter(
+        self, x: Tensor, t: Tensor, y: Tensor | None, low_res: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         emb = self.embed(t)
         if y is not None:
             known = (y != NO_LABEL).to(emb.dtype)[:, None]
             emb = emb + self.label_emb(y.clamp(min=0)) * known
         if low_res is not None:
             x = torch.cat((x, F.interpolate(low_res, x.shape[2:], mode="bilinear")), dim=1)
-        skips, h = self.encode(x, emb)
-        for stage in self.output_blocks:
-            h = stage(torch.cat((h, skips.pop()), dim=1), emb)
+        h, skips = self.upper_down(x, emb)
+        return h, emb, skips
+
+    def _turn(self, h: Tensor, emb: Tensor) -> Tensor:
+        h, skips = self.lower_down(h, emb)
+        return join(list(self.output_blocks)[: len(skips)], h, emb, skips)
+
+    def _leave(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+        stages = list(self.output_blocks)[len(self.output_blocks) - len(skips) :]
+        h = join(stages, h, emb, skips)
         norm, _, conv = self.out
         return full(conv(norm(h, silu=True)))
 
 
 class Classifier(Encoder):
     """Class logits of a noised image, p(y | x_t)."""
+
+    parts = ("_enter", "_leave")
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config, in_channels=3)
@@ -72,11 +87,48 @@ class Classifier(Encoder):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, 3, H, W), t (B,) original timesteps -> fp32 logits (B, num_classes)."""
-        features, h = self.encode(x, self.embed(t))
+        return self._leave(*self._enter(x, t))
+
+    def _enter(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        emb = self.embed(t)
+        h, features = self.upper_down(x, emb)
+        return h, emb, features
+
+    def _leave(self, h: Tensor, emb: Tensor, features: list[Tensor]) -> Tensor:
+        h, lower = self.lower_down(h, emb)
         if self.config.pool.startswith("spatial"):
-            h = torch.cat([part.mean(dim=(2, 3)) for part in (*features, h)], dim=1)
+            h = torch.cat([part.mean(dim=(2, 3)) for part in (*features, *lower, h)], dim=1)
         out: Tensor = self.out(h)
         return full(out)
+
+
+def join(stages: Sequence[nn.Module], h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    """The output (B, C, H, W) of upward stages, each of which takes the last skip that is left."""
+    for stage, skip in zip(stages, reversed(skips), strict=True):
+        h = stage(_Joined.apply(h, skip), emb)
+    return h
+
+
+class _Joined(torch.autograd.Function):
+    """Two maps as one of the channels of both.
+
+    A compiled part of the network would hand over the gradients of torch's own function as views
+    of one tensor, and autograd copy them for the next part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, skip: Tensor) -> Tensor:
+        """h (B, C, H, W), skip (B, D, H, W) -> (B, C + D, H, W)."""
+        ctx.channels = h.shape[1]
+        return torch.cat((h, skip), dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of both maps."""
+        h, skip = gradient[:, : ctx.channels], gradient[:, ctx.channels :]
+        if torch.compiler.is_compiling():
+            h, skip = (part.clone(memory_format=torch.channels_last) for part in (h, skip))
+        return h, skip
 
 
 def build(config: UNetConfig | ClassifierConfig) -> UNet | Classifier:
