@@ -13,6 +13,8 @@ from data.exits import FAILED, REFUSED, is_ours
 from data.manifest import parse_manifest
 from tests.support import ranks
 from trainer import settings
+from trainer.ranks.ending import no_exit
+from trainer.run import Run
 
 DEEP = "x = " + "[" * 100_000
 
@@ -72,6 +74,17 @@ def test_the_status_of_a_trainer_tells_a_user_error_from_a_library_s(
     done = subprocess.run(command, cwd=ranks.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert ("Traceback" in done.stderr) == (status == FAILED)
+
+
+def test_a_library_that_ends_the_process_has_not_finished_the_run(tmp_path: Path) -> None:
+    """DeepSpeed's autotuning does so in the fifth step, with status 0."""
+    with (
+        pytest.raises(RuntimeError, match=r"a library ended this process \(status 0\)"),
+        Run(tmp_path).claimed(),
+        no_exit(),
+    ):
+        sys.exit()
+    assert json.loads((tmp_path / "launch" / "state.json").read_text())["state"] == "failed"
 
 
 def test_ranks_whose_torchrun_was_killed_save_and_leave(tmp_path: Path, tiny: Path) -> None:

@@ -40,7 +40,7 @@ from trainer.options import parser
 from trainer.ranks import lease as leases
 from trainer.ranks import process
 from trainer.ranks.context import RankContext
-from trainer.ranks.ending import run_as_rank
+from trainer.ranks.ending import no_exit, run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.lease import stop_file
 from trainer.ranks.watchdog import Watchdog
@@ -138,6 +138,7 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
     )
     with ExitStack() as stack:
         run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
+        stack.enter_context(no_exit())
         run = replace(run, token=from_main(lambda: run.token))
         machine = from_main(process.machine)
         agreed(lambda: leases.check_seen(run.path, token=run.token, machine=machine))

@@ -9,7 +9,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from data.exits import FAILED, REFUSED, is_ours
@@ -43,6 +44,20 @@ def run_as_rank(main: Callable[[], int]) -> None:
             traceback.print_exc()
             status = FAILED
     _exit(status)
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """Within, a library that ends the process, as DeepSpeed's autotuning does, is an error.
+
+    It could pass for work that is done: its status is 0.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(
+            f"a library ended this process (status {error.code or 0}) before its work was done"
+        ) from error
 
 
 def _leave(status: int) -> None:
