@@ -4,6 +4,7 @@ What training asks for. The position is the integer `images_seen`; everything el
 the seed, the shards and the configuration, so there is no loader state to save.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,10 +15,14 @@ from data.batches import Batch, batch_of, to_device
 from data.config import DataConfig
 from data.mixture import Dataset, open_dataset
 from data.order import share
+from data.packing.pool import cpus
 from data.samples import BatchRequest, Samples
 from data.workers import Filled, Setup, Workers
 
 __all__ = ["Batch", "DataConfig", "Stream", "open_stream", "to_device"]
+
+# Variables by which OpenMP binds a process, and all that it starts, to a CPU as torch is imported.
+_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
 class Stream:
@@ -221,6 +226,16 @@ def open_stream(config: DataConfig, *, seed: int, check_files: bool = True) -> S
         check_files=check_files,
     )
     return Stream(shards, config=config, seed=seed)
+
+
+def cpu_remark(workers: int) -> str | None:
+    """What a log says where this process and its workers are bound to too few of several CPUs."""
+    own, there = cpus(), os.cpu_count() or 1
+    bound = [f"{name} = {os.environ[name]!r}" for name in _BINDING if os.environ.get(name)]
+    if not workers or own == there or own > (workers if bound else 1):
+        return None
+    way_out = f"unset {bound[0]}" if bound else "under Slurm, raise cpus_per_task"
+    return f"data.workers = {workers}: all share {own} of {there} CPUs with this rank: {way_out}"
 
 
 def _training_requests(

@@ -1,5 +1,6 @@
 """Worker processes end with the trainer, and a killed one is one clear error."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,24 @@ def test_a_killed_worker_is_one_clear_error(whole: Shards) -> None:
             for _ in islice(batches, 1000):
                 pass
     assert not workers_of(psutil.Process())
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="there is one CPU")
+@pytest.mark.parametrize("bound", [{"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}, {}])
+def test_workers_that_are_bound_to_one_cpu_are_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, bound: dict[str, str]
+) -> None:
+    """OpenMP binds a process as torch is imported, and its workers with it."""
+    for name, value in bound.items():
+        monkeypatch.setenv(name, value)
+    bind = "import torch" if bound else "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
+    script = f"import os; {bind}; from data.stream import cpu_remark; "
+    script += "print(cpu_remark(2), cpu_remark(0))"
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=True)
+    way_out = "unset OMP_PROC_BIND = 'true'" if bound else "under Slurm, raise cpus_per_task"
+    there = f"all share 1 of {os.cpu_count()} CPUs with this rank: {way_out}"
+    assert said.stdout == f"data.workers = 2: {there} None\n"
 
 
 def test_workers_outlive_signals_but_not_the_trainer(whole: Shards) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from data import files
 from data.mixture import Dataset
 from data.samples import crop_remark
-from data.stream import Stream
+from data.stream import Stream, cpu_remark
 from trainer import averages, classes, compute, determinism, prediction, weights
 from trainer import checkpoint as checkpoints
 from trainer.adm.config import ClassifierConfig
@@ -214,6 +214,7 @@ def remarks(
         classes.untrained(config, shards),
         crop_remark(shards, config=config.data),
         config.training.badly_cut_on(ranks),
+        cpu_remark(config.data.workers),
     ]
     zero = ds_config["zero_optimization"]
     said = compute.remarks(config.training, stage=zero["stage"])
