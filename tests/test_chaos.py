@@ -15,8 +15,8 @@ def chaos(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Chaos:
     # All kinds but those that wait for the watchdog or for torchrun.
     kinds = tuple(kind for kind in EVENTS if kind not in ("a stopped rank", LAUNCHER))
     found = Chaos(Place(tmp_path_factory.mktemp("chaos"), tiny), events=len(kinds))
-    found.calm()
     found.disturb(kinds)
+    found.calm()
     return found
 
 

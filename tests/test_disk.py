@@ -19,15 +19,13 @@ from safetensors.torch import save_file
 from data import files
 from data.exits import FAILED
 from tests.support import faults, ranks
-from tests.support.runs import END, EVERY, STEP, Place, equal
+from tests.support.runs import END, ENDLESS, EVERY, STEP, Place, equal
 from trainer import checkpoint as checkpoints
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.saver import Saver
 from trainer.sections import IntervalConfig
 from trainer.weights import compare
-
-ENDLESS = (f"training.images = {10**7 * STEP}", "intervals.keep = 10000000")
 
 
 @pytest.fixture(scope="module")

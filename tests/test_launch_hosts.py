@@ -19,8 +19,8 @@ from tests.support.site import ENDLESS, Site
 
 pytestmark = pytest.mark.timeout(4 * LIMIT)
 LAUNCHERS = ("mpirun", "deepspeed", "torchrun")
-# Seconds that a rank may be silent in these tests.
-PATIENCE = 15
+# Seconds that a rank may be silent in these tests: the first ones in which this machine can start.
+PATIENCES = (15, 60, 240)
 
 
 def start(
@@ -84,17 +84,37 @@ def test_a_closed_terminal_saves_the_run(site: Site, launcher: str) -> None:
         assert not site.cluster.pids(host, ["-m trainer.train", name])
 
 
-def start_bare(site: Site, name: str) -> "list[subprocess.Popen[str]]":
-    """Four ranks on two machines with no launcher at all: nothing but themselves ends them."""
+def start_bare(site: Site, name: str) -> "tuple[list[subprocess.Popen[str]], int]":
+    """Four ranks on two machines that train with no launcher at all, and how patient they are.
+
+    Nothing but themselves ends them.
+    """
+    for patience in PATIENCES:
+        jobs = ranks_of(site, name, patience)
+        wait_until(
+            lambda jobs=jobs: site.recorded(name).images_seen >= 40 or has_ended(jobs),
+            f"steps of {name}",
+        )
+        if not has_ended(jobs):
+            return jobs, patience
+        texts = "\n".join(end(jobs))
+        assert "no rank made progress" in texts, texts
+    raise AssertionError(f"no step in {PATIENCES[-1]} s\n{site.log(name)}")
+
+
+def has_ended(jobs: "list[subprocess.Popen[str]]") -> bool:
+    return any(job.poll() is not None for job in jobs)
+
+
+def ranks_of(site: Site, name: str, patience: int) -> "list[subprocess.Popen[str]]":
     jobs = []
     for rank in range(4):
         world = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2}
         meeting = {"MASTER_ADDR": "n1", "MASTER_PORT": 29511, "GLOO_SOCKET_IFNAME": "eth0"}
         env = [f"{key}={value}" for key, value in {**world, **meeting}.items()]
         train = [sys.executable, "-m", "trainer.train", site.preset, "--run", site.run(name)]
-        words = ["env", *env, *train, "--patience", PATIENCE, "--set", ENDLESS]
+        words = ["env", *env, *train, "--patience", patience, "--set", ENDLESS]
         jobs.append(site.cluster.start(f"n{1 + rank // 2}", *words))
-    site.wait_start(name, 0)
     return jobs
 
 
@@ -106,13 +126,13 @@ def end(jobs: "list[subprocess.Popen[str]]") -> list[str]:
 
 
 def test_a_cut_off_machine_ends_the_job_and_is_named(site: Site) -> None:
-    jobs = start_bare(site, "cut")
+    jobs, patience = start_bare(site, "cut")
     site.cluster.cut("n2")
     try:
         texts = end(jobs)
     finally:
         site.cluster.heal("n2")
-    lost = rf"n1: lost: n2 \(ranks 2, 3; .*\): not heard from for {PATIENCE} s"
+    lost = rf"n1: lost: n2 \(ranks 2, 3; .*\): not heard from for {patience} s"
     assert re.search(lost, texts[0])
     assert re.search(lost, site.log("cut"))
     assert site.recorded("cut").state == "failed"
@@ -120,7 +140,7 @@ def test_a_cut_off_machine_ends_the_job_and_is_named(site: Site) -> None:
 
 
 def test_a_main_rank_that_says_nothing_ends_the_job_and_is_named(site: Site) -> None:
-    main, *others = start_bare(site, "silent")
+    (main, *others), _ = start_bare(site, "silent")
     for pid in site.cluster.pids("n1", [str(site.run("silent"))]):
         if "\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_text():
             os.kill(pid, signal.SIGSTOP)

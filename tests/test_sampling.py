@@ -23,13 +23,14 @@ def interrupt(root: Path, run: list[str], *, drawn: Path) -> None:
     job.kill()
 
 
-def draw_until(directory: Path, run: list[str], drawn: Path) -> int:
+def draw_until(directory: Path, run: list[str], drawn: Path, then: Path | None = None) -> int:
+    """Draw; wait once a part is drawn until a file is there, or for ever."""
     write = NpzOutput.write
 
     def write_and_wait(output: NpzOutput, part: int, *content: Any) -> None:
         write(output, part, *content)
         if drawn.exists():
-            signal.pause()
+            ranks.wait_for(then) if then is not None else signal.pause()
 
     NpzOutput.write = write_and_wait  # type: ignore[method-assign]
     return ranks.work(directory, [run], False)
@@ -153,8 +154,9 @@ def test_samples_that_appear_while_drawing_are_not_overwritten(
     tmp_path: Path, weights: dict[str, list[str]]
 ) -> None:
     out, first = tmp_path / "a.npz", tmp_path / "a.parts" / "000000.npz"
-    ask = [*weights["unet"], "--images", "40", "--batch", "2", "--steps", "3", "--out", str(out)]
-    job = ranks.start(tmp_path / "job", ranks=1, runs=[["sample", *ask]])
+    ask = [*weights["unet"], "--images", "4", "--batch", "2", "--steps", "3", "--out", str(out)]
+    task = partial(draw_until, tmp_path / "job", ["sample", *ask], first, out)
+    job = ranks.fork(tmp_path / "job", task, ranks=1)
     ranks.wait_for(first)
     out.write_bytes(b"another's")
     job.wait()
@@ -176,7 +178,7 @@ def test_a_signal_stops_drawing_and_the_same_command_resumes(
     tmp_path: Path, weights: dict[str, list[str]]
 ) -> None:
     out = tmp_path / "a.npz"
-    ask = [*weights["unet"], "--images", "400", "--batch", "2", "--steps", "50", "--out", out]
+    ask = [*weights["unet"], "--images", "40000", "--batch", "2", "--steps", "50", "--out", out]
     job = ranks.start(tmp_path / "stopped", ranks=2, runs=[["sample", *map(str, ask)]])
     ranks.wait_for(tmp_path / "a.parts" / "000000.npz")
     job.signal(1, signal.SIGTERM)
@@ -187,7 +189,7 @@ def test_a_signal_stops_drawing_and_the_same_command_resumes(
     assert not out.exists()
     few = [*weights["unet"], "--images", "8", "--batch", "2", "--steps", "5"]
     (refused,) = ranks.sample(tmp_path, [*few, "--out", out])
-    assert "(images was 400, is 8; steps was '50', is '5')" in str(refused)
+    assert "(images was 40000, is 8; steps was '50', is '5')" in str(refused)
 
 
 def test_a_second_job_on_one_file_is_refused_while_the_first_draws(

@@ -20,6 +20,7 @@ from data.order import Order
 from tests.support import ranks
 from tests.support.runs import (
     END,
+    ENDLESS,
     EVERY,
     GRIDS,
     HALF,
@@ -63,12 +64,11 @@ def test_offload_to_the_host_learns_alike(place: Place, stage: int) -> None:
 
 
 def test_a_killed_run_resumes_bit_for_bit(place: Place) -> None:
-    endless = (f"training.images = {10000 * STEP}", "intervals.keep = 10000")
     jobs = [
         ranks.start(
             place.root / f"kill-{stage}",
             ranks=2,
-            runs=[place.arguments(f"killed{stage}", stage=stage, sets=endless)],
+            runs=[place.arguments(f"killed{stage}", stage=stage, sets=ENDLESS)],
         )
         for stage in STAGES
     ]
@@ -196,8 +196,7 @@ def test_damaged_images_are_counted_on_all_ranks_and_stop_the_run_beyond_their_s
 
 
 def test_a_signal_to_one_rank_stops_all_and_saves(place: Place) -> None:
-    endless = (f"training.images = {10000 * STEP}", "intervals.keep = 10000")
-    run = place.arguments("stopped", sets=endless)
+    run = place.arguments("stopped", sets=ENDLESS)
     job = ranks.start(place.root / "stop", ranks=2, runs=[run])
     ranks.wait_for(place.run("stopped") / "checkpoints" / f"{HALF:012d}")
     job.signal(1, signal.SIGTERM)

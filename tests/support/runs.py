@@ -29,6 +29,8 @@ SIZES = (
     f"intervals.checkpoint = {HALF}",
 )
 EVERY = (f"intervals.checkpoint = {STEP}",)
+#: A run that is over on no machine before a test ends it.
+ENDLESS = (f"training.images = {10**7 * STEP}", "intervals.keep = 10000000")
 GRIDS = (
     f"intervals.samples = {END}",
     "intervals.samples_count = 3",
