@@ -153,6 +153,17 @@ def table(rows: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
+def check(options: argparse.Namespace, *, parser: argparse.ArgumentParser) -> None:
+    """End with an error where a cell would, after the time of others."""
+    path = options.guided_diffusion
+    if path is not None and not (path / "guided_diffusion" / "unet.py").is_file():
+        parser.error(f"--guided-diffusion {path}: it has no guided_diffusion/unet.py")
+    try:
+        options.out.open("a").close()
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m bench.gpu`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
@@ -160,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--guided-diffusion", type=Path, help="a checkout of it (default: left out)")
     add("--out", type=Path, default=Path("bench-gpu.jsonl"), help="default: %(default)s")
     add("--seconds", type=float, default=540.0, help="the whole time (default: %(default)g)")
-    add("--sizes", type=int, nargs="+", default=[64, 256, 128], help="default: %(default)s")
+    known_sizes, default = list(EQUAL), [64, 256, 128]
+    help_text = "default: %(default)s"
+    add("--sizes", type=int, nargs="+", choices=known_sizes, default=default, help=help_text)
     add("--most", type=int, help="only so many cells (default: all)")
     add("--cell", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -169,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(json.dumps(KINDS[options.cell["kind"]](options.cell)))
         return 0
+    check(options, parser=parser)
     end, own = time.monotonic() + options.seconds, origin()
     gpu, rows = own["device"] != "cpu", known(options.out, own)
     todo = list(cells(sizes=options.sizes, guided_diffusion=options.guided_diffusion, gpu=gpu))

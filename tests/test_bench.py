@@ -20,6 +20,20 @@ def test_every_cell_is_a_process_and_a_line_of_figures(tmp_path: Path) -> None:
     assert "took more than" in gpu.measure({"kind": "ceilings"}, limit=0.01)["error"]
 
 
+def test_what_a_cell_could_not_do_is_refused_before_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "figures.jsonl"), "--most", "0"]
+    for words, said in {
+        (*out, "--guided-diffusion", str(tmp_path)): "has no guided_diffusion/unet.py",
+        ("--out", str(tmp_path / "none" / "figures.jsonl")): "none/figures.jsonl: No such file",
+        (*out, "--sizes", "32"): "invalid choice: 32",
+    }.items():
+        with pytest.raises(SystemExit):
+            gpu.main(words)
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["norm", "attention", "guided"])
 def test_every_kind_of_cell_gives_figures(kind: str) -> None:
     cell = {"system": "ours", "size": 64, "precision": "fp32", "images": 2, "kernels": "plain"}

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from data.dataset import Shards
-from data.stream import Stream
+from data.stream import Stream, cpu_remark
 from tests.support import ranks
 from tests.support.data_streams import config_for
 
@@ -31,21 +31,20 @@ def test_a_killed_worker_is_one_clear_error(whole: Shards) -> None:
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="there is one CPU")
-@pytest.mark.parametrize("bound", [{"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}, {}])
-def test_workers_that_are_bound_to_one_cpu_are_named_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, bound: dict[str, str]
-) -> None:
-    """OpenMP binds a process as torch is imported, and its workers with it."""
-    for name, value in bound.items():
-        monkeypatch.setenv(name, value)
-    bind = "import torch" if bound else "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
-    script = f"import os; {bind}; from data.stream import cpu_remark; "
-    script += "print(cpu_remark(2), cpu_remark(0))"
+def test_workers_that_are_bound_to_the_trainers_cpu_are_named_in_the_log() -> None:
+    """By OpenMP as torch is imported, or by a job that has one CPU for each task."""
+    script = "import torch; from data.stream import cpu_remark; print(cpu_remark(2), cpu_remark(0))"
+    bound = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
     command = [sys.executable, "-c", script]
-    said = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=True)
-    way_out = "unset OMP_PROC_BIND = 'true'" if bound else "under Slurm, raise cpus_per_task"
-    there = f"all share 1 of {os.cpu_count()} CPUs with this rank: {way_out}"
-    assert said.stdout == f"data.workers = 2: {there} None\n"
+    done = subprocess.run(command, cwd=ranks.ROOT, env=bound, capture_output=True, text=True)
+    there = f"data.workers = 2: all share 1 of {os.cpu_count()} CPUs with this rank: "
+    assert done.stdout == f"{there}unset OMP_PROC_BIND = 'true' None\n"
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert cpu_remark(2) == f"{there}under Slurm, raise cpus_per_task"
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_workers_outlive_signals_but_not_the_trainer(whole: Shards) -> None:

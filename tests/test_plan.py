@@ -164,6 +164,8 @@ def test_a_run_tells_the_planner_the_speed_of_each_rank(
     rates = [json.loads(line)["images_per_second"] for line in lines]
     there = plan.measured(machine(), config=config, run=run)
     assert there.mfu * 989e12 == pytest.approx(median(rates) / 3 * operations(config))
+    with pytest.raises(ValueError, match=r"MFU = [\d.]+: must be at most 1: .* --tflops"):
+        plan.measured(machine(tflops=1e-9), config=config, run=run)
     assert plan.main(["imagenet64", "--gpus", "8", "--from", str(run)]) == 78
     assert "trains another network" in capsys.readouterr().err
 

@@ -23,6 +23,7 @@ from data.progress import duration
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer import costs, ds_config, settings
+from trainer.adm.config import check
 from trainer.averages import kept
 from trainer.config import Config
 from trainer.costs import NetCosts
@@ -65,6 +66,7 @@ def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
             f"--from {run}: no speed in its metrics.jsonl and newest checkpoint ({error!r})"
         ) from None
     mfu = rate / ranks * operations(config) / (machine.tflops * 1e12)
+    check(mfu <= 1, f"--from {run}: MFU", round(mfu, 2), "at most 1: give its GPUs' peak, --tflops")
     return dataclasses.replace(machine, mfu=mfu)
 
 
