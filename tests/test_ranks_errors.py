@@ -88,7 +88,7 @@ def test_a_library_that_ends_the_process_has_not_finished_the_run(tmp_path: Path
 
 
 def test_ranks_whose_torchrun_was_killed_save_and_leave(tmp_path: Path, tiny: Path) -> None:
-    sets = ("training.images = 8000000", "intervals.keep = 2")
+    sets = ("training.images = 80000000", "intervals.keep = 2")
     command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", "trainer.train"]
     words = [str(tiny), "--run", str(tmp_path / "run"), *(w for s in sets for w in ("--set", s))]
     with (tmp_path / "out.txt").open("w") as out:

@@ -30,7 +30,7 @@ class Stop:
 sys.meta_path.insert(0, Stop())
 """
 
-LONG = ["--set", "training.images = 800000", "--set", "intervals.checkpoint = 800000"]
+LONG = ["--set", "training.images = 80000000", "--set", "intervals.checkpoint = 80000000"]
 
 
 def start(run: Path, preset: Path, *, pause: Path | None = None) -> "subprocess.Popen[str]":

@@ -1,6 +1,7 @@
 """What may keep a start from beginning, outside of its run directory."""
 
 import os
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_a_lock_that_may_be_in_use_is_named_and_waited_for(
     assert [said.startswith("DeepSpeed compiles") for said in operators.notice()] == [True]
     lock = lock_of(tmp_path, age=90)
     (said,) = operators.locks()
-    assert said.startswith(f"{lock} was made 1 min 30 s ago") and "waits for it" in said
+    assert re.match(rf"{lock} was made 1 min 3\d s ago", said) and "waits for it" in said
     (lock.parent / "deepspeed_shm_comm.so").touch()
     assert operators.notice() == []
 

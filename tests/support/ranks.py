@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
@@ -23,6 +24,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 # Seconds after which a process counts as hung, on the slowest machine.
 LIMIT = 600.0
+# Ports below those that the system gives away, from another one on in each process.
+_PORTS = (20000 + (37 * os.getpid() + n) % 10000 for n in range(10000))
 _LAST = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
@@ -163,9 +166,12 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that no process has, nor gets by asking for any, and that no job before was given."""
+    for port in _PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError("no port is free")
 
 
 def live(directory: Path, env: dict[str, str], task: Callable[[], int]) -> None:
