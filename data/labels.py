@@ -9,6 +9,8 @@ Label = int | str
 # The keys and columns that hold a label, in the order in which they are preferred.
 LABEL_KEYS = ("label", "cls", "class_id", "class")
 
+# A number of a class, also as pandas writes it where another one is missing.
+_WHOLE = re.compile(r"(-?\d+)(\.0*)?")
 _NUMBERS = re.compile(r"[-+\d.,\s]+")
 _WORD = re.compile(r"[\w-]+")
 
@@ -71,6 +73,29 @@ def word_label(content: bytes) -> Label | None:
     if not _WORD.fullmatch(word):
         return None
     return int(word) if re.fullmatch(r"-?\d+", word) else word
+
+
+def checked_classes(classes: list[str], where: str) -> list[str]:
+    """The classes of a table as they are; where all are numbers, 3.0 is 3.
+
+    Raises:
+        ValueError: one is missing, or stands for that, or is a list.
+    """
+    for word in ("", "nan"):
+        if missing := sum(name.lower() == word for name in classes):
+            raise ValueError(
+                f"{where}: {missing} images have the class {word!r}: give them one, or move them "
+                "out of SOURCE"
+            )
+    if wrong := next((name for name in classes if name[0] in "[{"), None):
+        raise ValueError(f"{where}: {wrong!r:.40}: must be a class number or a class name")
+    numbers = [found[1] for name in classes if (found := _WHOLE.fullmatch(name))]
+    if {*numbers} >= {"-1", "0"}:
+        raise ValueError(
+            f"{where}: {numbers.count('-1')} images have the class -1 beside 0: if it means that "
+            "they have none, move them out of SOURCE; otherwise name it"
+        )
+    return numbers if len(numbers) == len(classes) else classes
 
 
 def all_or_no_labels(names: Sequence[str], labels: Sequence[Label | None]) -> list[Label] | None:

@@ -37,6 +37,9 @@ _TURNS = {
 # Pixels of a scaled image above which only the crop is computed.
 _LARGE = 1 << 26
 
+# Grey values of 16 bits without one as large are those of a device of 12 bits.
+_DIM = 1 << 12
+
 _CROP_DRAWS = 0x43524F50
 _FLIP_DRAWS = 0x464C4950
 
@@ -105,6 +108,8 @@ class Opened(NamedTuple):
     image: Image.Image
     #: Whether it is transparent somewhere: a background shows through.
     is_transparent: bool = False
+    #: Whether it has 16 bits and uses 12 of them at most, which makes it nearly black in 8.
+    is_dim: bool = False
     #: How it must be turned to be upright, by its EXIF; None if it is, or has none.
     turn: Image.Transpose | None = None
 
@@ -120,7 +125,8 @@ def open_over(content: bytes | memoryview, background: str = "white") -> Opened:
         if image.mode == "F":
             raise ValueError("its values are floating-point numbers: convert it to 8 or 16 bits")
         if image.mode.startswith("I"):
-            return Opened(_from_16_bits(image), turn=turn)
+            pixels, most = _from_16_bits(image)
+            return Opened(pixels, is_dim=0 < most < _DIM, turn=turn)
         if image.has_transparency_data:
             layers = image.convert("RGBA")
             if layers.getchannel("A").getextrema() != (255, 255):
@@ -153,14 +159,17 @@ def _opened(content: bytes | memoryview) -> Image.Image:
     return image
 
 
-def _from_16_bits(grey: Image.Image) -> Image.Image:
-    """An RGB image of 8 bits from a grey one of 16 bits, which Pillow would clip at 255."""
+def _from_16_bits(grey: Image.Image) -> tuple[Image.Image, int]:
+    """An RGB image of 8 bits from a grey one of 16 bits, which Pillow would clip at 255.
+
+    And the largest value of the 16 bits.
+    """
     values = np.asarray(grey)
     least, most = int(values.min()), int(values.max())
     if least < 0 or most > 65535:
         raise ValueError(f"its grey values are from {least} to {most}: must be from 0 to 65535")
     scaled = (values.astype(np.uint32) + 128) // 257
-    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB"), most
 
 
 def halve_and_scale(image: Image.Image, *, side: int) -> Image.Image:

@@ -9,45 +9,17 @@ from pathlib import Path
 import pytest
 
 from data.dataset import Shards, open_shards
-from data.exits import REFUSED
 from data.pack import main
+from tests.support.classes import NAMES, folder, labels, refusal
 from tests.support.data_fixtures import image_file
 
-NAMES = ("a.png", "b.png", "c.png", "d.png")
 CLASSES = ("cat", "dog", "dog", "cat")
-
-
-def folder(root: Path, names: tuple[str, ...] = NAMES) -> Path:
-    for i, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image_file(i, width=16, height=16, kind="PNG"))
-    return root
 
 
 def packed(source: Path, *options: str) -> Shards:
     out = source.parent / f"o{source.name}"
     assert main([str(source), str(out), "--size", "16", "--workers", "1", *options]) == 0
     return open_shards(out)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], source: Path, *options: str) -> str:
-    capsys.readouterr()
-    out = source.parent / "refused"
-    arguments = [str(source), str(out), "--size", "16", "--workers", "1", *options]
-    assert main(arguments) == REFUSED and not out.exists()
-    return capsys.readouterr().err
-
-
-def labels(shards: Shards) -> dict[str, str]:
-    """The class of each image, by its name in the source."""
-    found = {}
-    for number, shard in enumerate(shards.shards):
-        with tarfile.open(Path(shards.root, shard.tar)) as tar:
-            keys = [name for name in tar.getnames() if name.endswith("png")]
-        for key, label in zip(keys, shards.index(number)["label"], strict=True):
-            found[key.split("-", 1)[1]] = shards.classes[label]
-    return found
 
 
 WANTED = dict(zip(NAMES, CLASSES, strict=True))

@@ -266,3 +266,14 @@ def test_a_tiff_that_pillow_turns_as_it_loads_is_not_turned_again(tmp_path: Path
     pack(str(tmp_path / "P"), out=tmp_path / "out", config=config)
     ((found, _),) = content(open_shards(tmp_path / "out"))
     assert found == np.rot90(pixels, -1).transpose(2, 0, 1).tobytes()
+
+
+def test_16_bits_of_which_12_are_used_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "P").mkdir()
+    for most in (0, 255, 4095, 4096, 65535):
+        image = Image.fromarray(np.full((16, 16), most, np.uint16))
+        (tmp_path / "P" / f"{most}.png").write_bytes(file_of(image, "PNG"))
+    pack(str(tmp_path / "P"), out=tmp_path / "o", config=PackConfig(size=16))
+    assert ", 2 of 16 bits with values below 4,096 (nearly black" in capsys.readouterr().err

@@ -9,11 +9,13 @@ import csv
 import json
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from data.labels import checked_classes
 from data.manifest import NO_CLASS
 from data.packing.layout import class_directories
 from data.packing.listing import Listing, by_directory_name, by_number
@@ -45,8 +47,9 @@ def relabel(listing: Listing, *, class_map: Path) -> Listing:
             del labels[0]
         if len(labels) != len(listing.names):
             raise ValueError(f"{where} has {len(labels)} labels for {len(listing.names)} images")
-        return _relabelled(listing, labels)
-    return _relabelled(listing, _classes(listing, _pairs(listing, rows, where), where))
+        return _relabelled(listing, checked_classes(labels, where))
+    classes = _classes(listing, _pairs(listing, rows, where), where)
+    return _relabelled(listing, checked_classes(classes, where))
 
 
 def by_prefix(listing: Listing) -> Listing:
@@ -90,17 +93,18 @@ def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
         labels, classes = [0] * count, (NO_CLASS,)
         return Listing(names=listing.names, labels=labels, classes=classes, skipped=skipped)
     try:
-        label_of = dict(found["labels"])
+        label_of = {_composed(name): label for name, label in dict(found["labels"]).items()}
     except (TypeError, ValueError):
         raise ValueError(f"{where}: labels must be a list of [NAME, LABEL]") from None
+    labels = []
     for name in listing.names:
-        if name not in label_of:
+        if (key := _composed(name)) not in label_of:
             raise ValueError(f"{where} has no label for {name}: add it, or give --class-map")
-        if type(label_of[name]) is not int:
-            raise ValueError(
-                f"{where}: the label of {name} = {label_of[name]!r:.40}: must be a number"
-            )
-    listed = by_number(listing.names, [label_of[name] for name in listing.names])
+        if type(label := label_of[key]) is not int:
+            raise ValueError(f"{where}: the label of {name} = {label!r:.40}: must be a number")
+        labels.append(label)
+    _say_unused(len(label_of) - len({*map(_composed, listing.names)}), "labels", where)
+    listed = by_number(listing.names, labels)
     return replace(listed, skipped=skipped, is_numbered=True)
 
 
@@ -118,7 +122,7 @@ def map_content(path: Path) -> bytes:
 
 def _rows(path: Path) -> _Rows:
     """The cells of each line that is neither empty nor a comment; a line of words is one cell."""
-    text = map_content(path).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    text = _composed(map_content(path).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     marks = [mark for mark in "\t,;" if all(mark in line for line in lines)]
     rows = csv.reader(lines, delimiter=marks[0] if marks else "\x1f", skipinitialspace=True)
@@ -138,10 +142,7 @@ def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
     for row in rows:
         if len(row) != width:
             raise ValueError(f"{where}: {' '.join(row)!r}: must be NAME CLASS, as the other lines")
-    hits = [sum(row[column] in known for row in rows) for column in range(width)]
-    name = hits.index(max(hits))
-    if not hits[name]:
-        raise ValueError(f"{where} has no column of names of images, such as {listing.names[0]}")
+    name = _name_column([*zip(*rows, strict=True)], listing, known, where)
     header = rows[0] if rows[0][name] not in known and not _is_file(rows[0][name]) else None
     rows = rows[1:] if header else rows
     others = [column for column in range(width) if column != name]
@@ -154,6 +155,43 @@ def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
     return [(row[name], _without_boxes(row[label], where)) for row in rows]
 
 
+def _name_column(
+    columns: Sequence[tuple[str, ...]], listing: Listing, known: set[str], where: str
+) -> int:
+    """The number of the column that names images: the one with most names, suffixes included.
+
+    Numbers may be the names of images without their suffix, classes, or count the lines.
+
+    Raises:
+        ValueError: none, or it cannot be told which.
+    """
+    names = {_composed(_member(name)) for name in listing.names}
+    files = names | {name.rpartition("/")[2] for name in names}
+    hits = [(sum(c in files for c in cells), sum(c in known for c in cells)) for cells in columns]
+    if max(hits) == (0, 0):
+        raise ValueError(f"{where} has no column of names of images, such as {listing.names[0]}")
+    best = [i for i, found in enumerate(hits) if found == max(hits)]
+    best = [i for i in best if len({*columns[i]}) == len(columns[i])] or best
+    best = [i for i in best if columns[i][0].lower() not in _CLASS_COLUMNS] or best
+    if len(columns) > 2:  # one names, one has the class, and another may count
+        best = [i for i in best if not _counts_lines(columns[i])] or best
+    if len(best) > 1 and all(cell.isdecimal() for i in best for cell in columns[i][1:]):
+        raise ValueError(
+            f"{where}: columns {best[0] + 1} and {best[1] + 1} may both be names of images: give "
+            f"the names with their suffix, such as {listing.names[0]}"
+        )
+    return best[0]
+
+
+def _counts_lines(cells: Sequence[str]) -> bool:
+    """Whether a column counts the lines, below a header or without one."""
+    return any(
+        [*left] == [str(i + first) for i in range(len(left))]
+        for left in (cells, cells[1:])
+        for first in (0, 1)
+    )
+
+
 def _class_column(
     columns: Sequence[list[str]], numbers: list[int], header: list[str] | None
 ) -> int | None:
@@ -164,8 +202,7 @@ def _class_column(
     for title in _CLASS_COLUMNS:
         if title in titles:
             return titles.index(title)
-    counted = [[str(i + first) for i in range(len(columns[0]))] for first in (0, 1)]
-    left = [n for n, cells in zip(numbers, columns, strict=True) if cells not in counted]
+    left = [n for n, cells in zip(numbers, columns, strict=True) if not _counts_lines(cells)]
     return left[0] if len(left) == 1 else None
 
 
@@ -190,9 +227,13 @@ def _classes(listing: Listing, pairs: list[tuple[str, str]], where: str) -> list
             )
         used.add(key)
         classes.append(found[key])
-    if unused := len(found) - len(used):
-        print(f"{where}: {unused} lines are of no image in SOURCE", file=sys.stderr)
+    _say_unused(len(found) - len(used), "lines", where)
     return classes
+
+
+def _say_unused(count: int, what: str, where: str) -> None:
+    if count:
+        print(f"{where}: {count} {what} are of no image in SOURCE", file=sys.stderr)
 
 
 def _keys(listing: Listing) -> set[str]:
@@ -201,8 +242,14 @@ def _keys(listing: Listing) -> set[str]:
 
 def _names_of(member: str) -> list[str]:
     """How a file may name an image: with and without directories, with and without suffix."""
+    member = _composed(member)
     path = PurePosixPath(member)
     return list(dict.fromkeys((member, str(path), path.name, str(path.with_suffix("")), path.stem)))
+
+
+def _composed(text: str) -> str:
+    """A text as most systems write it; macOS stores letters and their accents apart."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _member(name: str) -> str:

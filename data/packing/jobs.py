@@ -54,9 +54,9 @@ class Made:
     """A finished shard, and a line for each image that is not in it.
 
     `missed` are the names of those images, and `unreadable` counts those that could not be read or
-    were changed. `transparent` counts the images that are transparent somewhere, `turned` those
-    whose EXIF says that they are, `enlarged` those smaller than they are trained; `huge` names
-    those of which Pillow warns.
+    were changed. `transparent` counts the images that are transparent somewhere, `dim` those of 16
+    bits that use 12 at most, `turned` those whose EXIF says that they are, `enlarged` those smaller
+    than they are trained; `huge` names those of which Pillow warns.
     """
 
     shard: Shard
@@ -64,6 +64,7 @@ class Made:
     missed: tuple[str, ...] = ()
     unreadable: int = 0
     transparent: int = 0
+    dim: int = 0
     turned: int = 0
     enlarged: int = 0
     huge: tuple[str, ...] = ()
@@ -75,6 +76,7 @@ class Encoded(NamedTuple):
     content: bytes
     suffix: str
     is_transparent: bool
+    is_dim: bool
     is_turned: bool
     is_enlarged: bool
     is_huge: bool
@@ -136,9 +138,10 @@ def encode(content: bytes, *, config: PackConfig) -> Encoded:
 
 
 def _encode(content: bytes, config: PackConfig) -> Encoded:
-    image, is_transparent, turn = open_over(content, config.background)
+    image, is_transparent, is_dim, turn = open_over(content, config.background)
     is_huge = image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf)
-    counted = (is_transparent, turn is not None, min(image.size) < config.size, is_huge)
+    is_enlarged = min(image.size) < config.size
+    counted = (is_transparent, is_dim, turn is not None, is_enlarged, is_huge)
     turned = config.exif_transpose and turn is not None
     if turned and turn is not None:
         image = image.transpose(turn)
@@ -171,7 +174,7 @@ class _Missed(NamedTuple):
 def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], dict[str, Any]]:
     """Write the tar; its index, the images left out, and what `Made` tells of the others."""
     source = _source(job.source, job.out)
-    missed, huge, counted = [], [], Counter[str](transparent=0, turned=0, enlarged=0)
+    missed, huge, counted = [], [], Counter[str](transparent=0, dim=0, turned=0, enlarged=0)
     writer = ShardWriter(file)
     for number, (name, label) in enumerate(job.images, start=job.first):
         try:
@@ -183,6 +186,7 @@ def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], dict[str
                 raise TooManyLeftOut(*(f"{one.name}: {one.why}" for one in missed)) from None
             continue
         counted["transparent"] += image.is_transparent
+        counted["dim"] += image.is_dim
         counted["turned"] += image.is_turned
         counted["enlarged"] += image.is_enlarged
         huge += [name] * image.is_huge

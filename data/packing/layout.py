@@ -1,6 +1,7 @@
 """Which directories of a source are its classes."""
 
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -40,7 +41,7 @@ def class_directories(
     fault = (
         _loose_images(images, classes, root)
         or _splits(classes, root)
-        or _same_numbers(classes, root)
+        or _same_names(classes, root)
         or _empty(classes, _names_at(parts[0][:above] if parts else [], directories), root)
         or _loose_in_only_directory(images, parts, where)
     )
@@ -105,13 +106,19 @@ def _empty(classes: list[str], directories: set[str], root: str) -> str:
     )
 
 
-def _same_numbers(classes: list[str], root: str) -> str:
-    """Whether all names are numbers, and two of them the same one, such as 1 and 01."""
-    spelled: dict[int, str] = {}
+def _same_names(classes: list[str], root: str) -> str:
+    """Whether two names are one: in two forms of Unicode, or as numbers, such as 1 and 01."""
+    are_numbers = all(name.isdecimal() for name in classes)
+    spelled: dict[int | str, str] = {}
     for name in sorted({*classes}):
-        if not name.isdecimal():
-            return ""
-        if (other := spelled.setdefault(int(name), name)) != name:
+        key = int(name) if are_numbers else unicodedata.normalize("NFC", name)
+        other = spelled.setdefault(key, name)
+        if other != name and not are_numbers:
+            return (
+                f"SOURCE = {root}: the class folders {other!a} and {name!a} have the "
+                "same name in two forms of Unicode: merge or rename them"
+            )
+        if other != name:
             return (
                 f"SOURCE = {root}: the class folders {other} and {name} are the same number: "
                 "merge or rename them"

@@ -1,5 +1,7 @@
 """What a source contains: the names of its images, their labels, and the names of the labels."""
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -8,6 +10,7 @@ from data.manifest import NO_CLASS
 
 # Classes named by numbers below this have these labels; larger numbers are dates and the like.
 _MOST_CLASSES = 65536
+_NUMBER = re.compile(r"-?\d+")
 # Kinds of skipped files that are named.
 _KINDS = 12
 
@@ -54,7 +57,7 @@ def by_directory_name(names: list[str], classes: list[str]) -> Listing:
     Other numbers are names, such as years; labels count them in the order of the numbers.
     """
     known = {*classes}
-    if not all(name.isdecimal() and int(name) < _MOST_CLASSES for name in known):
+    if not all(_NUMBER.fullmatch(name) and int(name) < _MOST_CLASSES for name in known):
         return by_class_name(names, classes)
     if {int(name) for name in known} == {*range(len(known))}:
         return by_number(names, [int(name) for name in classes])
@@ -125,4 +128,4 @@ def _numbers(classes: tuple[str, ...], *, of_numbers: bool) -> dict[str, int]:
 
 
 def _key(name: str, is_number: bool) -> str:
-    return str(int(name)) if is_number else name
+    return str(int(name)) if is_number else unicodedata.normalize("NFC", name)

@@ -20,6 +20,7 @@ _STORED = "write the images of this {} dataset to a folder, or to tars, and pack
 # What to do about a source without images that has files of these kinds.
 _WAYS_OUT = {
     **{kind: _FILES.format(kind) for kind in (".parquet", ".tar", ".zip")},
+    **dict.fromkeys((".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz"), "unpack it, and pack that"),
     ".arrow": "write this dataset to parquet (`to_parquet` of `datasets`) and pack that",
     ".mds": _STORED.format("MosaicML Streaming"),
     ".tfrecord": _STORED.format("TensorFlow"),

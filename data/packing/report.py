@@ -31,11 +31,12 @@ def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> st
     """What was packed and what was not, in one line."""
     left_out = sum(len(one.left_out) for one in made)
     transparent, turned = sum(m.transparent for m in made), sum(m.turned for m in made)
-    small = sum(m.enlarged for m in made)
+    small, dim = sum(m.enlarged for m in made), sum(m.dim for m in made)
     huge = [name for m in made for name in m.huge]
     names = [name or "(none)" for name in listing.classes]
     shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
     alpha = f", {transparent} with transparency (now on {config.background})" if transparent else ""
+    dark = f", {dim} of 16 bits with values below 4,096 (nearly black: scale them to 65,535 first)"
     how = "applied" if config.exif_transpose else "ignored as in ADM; --exif-transpose applies it"
     exif = f", {turned} with an EXIF orientation ({how})" if turned else ""
     enlarged = f", {small} smaller than {config.size} pixels (enlarged)" if small else ""
@@ -44,7 +45,7 @@ def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> st
     return (
         f"{len(listing.names) - left_out} images in {len(names)} "
         f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
-        f"{listing.skipped_by_kind}{alpha}{exif}{enlarged}{large}"
+        f"{listing.skipped_by_kind}{alpha}{dark if dim else ''}{exif}{enlarged}{large}"
     )
 
 

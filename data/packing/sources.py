@@ -9,7 +9,9 @@ import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -162,19 +164,29 @@ class Zip(OneFile):
         except zipfile.BadZipFile as error:
             raise ValueError(f"SOURCE = {self._path} is damaged: {error}") from None
 
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Each path, and as the zip names it: some programs on Windows write backslashes."""
+        names = self._archive.namelist()
+        if any("/" in name for name in names):
+            return {name: name for name in names}
+        return {name.replace("\\", "/"): name for name in names}
+
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        names = self._archive.namelist()
-        listing = by_directory(names, where=str(self._path))
-        if DATASET_JSON in names:
+        listing = by_directory(self._names, where=str(self._path))
+        if DATASET_JSON in self._names:
             content = self._archive.read(DATASET_JSON)
             listing = by_dataset_json(listing, content, where=str(self._path))
+        if replaced := len(self._archive.infolist()) - len(self._names):
+            skipped = Counter(listing.skipped) + Counter({"replaced in the zip": replaced})
+            listing = replace(listing, skipped=skipped)
         return listing
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
         try:
-            return self._archive.read(name)
+            return self._archive.read(self._names.get(name, name))
         except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             # Missing, encrypted or compressed by an unknown method, damaged.
             raise ValueError(str(error)) from None
