@@ -8,6 +8,7 @@ Only `norm.use_kernels` imports this module, since Triton is not everywhere.
 """
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -36,20 +37,20 @@ class Cut:
     length: int
     groups: int
 
-    @property
+    @cached_property
     def block(self) -> dict[str, int]:
         """The tile of a program: channels that divide them all, and rows to fill it."""
         BC = min(_BLOCK, self.channels & -self.channels)
         BL = min(ELEMENTS // BC, triton.next_power_of_2(self.length))
         return {"C": self.channels, "BL": BL, "BC": BC}
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of a part: whole tiles."""
         BL = self.block["BL"]
         return int(BL * triton.cdiv(triton.cdiv(self.length, BL), _PARTS))
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """Parts of a map."""
         return int(triton.cdiv(self.length, self.rows))
@@ -59,19 +60,32 @@ class Cut:
         """Channels of a group."""
         return self.channels // self.groups
 
-    @property
+    @cached_property
     def group(self) -> dict[str, int]:
         """The sizes with which one program joins all parts of a group."""
         BP, BD = triton.next_power_of_2(self.parts), triton.next_power_of_2(self.width)
         return {"C": self.channels, "D": self.width, "BP": BP, "BD": BD}
 
-    def grid(self, rows: int) -> tuple[int, int, int]:
-        """The programs that take so many rows each."""
+    @cached_property
+    def by_part(self) -> tuple[int, int, int]:
+        """The programs that take a part's rows each."""
+        return self._grid(self.rows)
+
+    @cached_property
+    def by_tile(self) -> tuple[int, int, int]:
+        """The programs that take a tile's rows each."""
+        return self._grid(self.block["BL"])
+
+    def _grid(self, rows: int) -> tuple[int, int, int]:
         return (self.images, triton.cdiv(self.length, rows), self.channels // self.block["BC"])
 
 
+# The host calls this for every norm of every micro-batch.
+_cut_of = cache(Cut)
+
+
 def _cut(x: Tensor, groups: int) -> Cut:
-    return Cut(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups)
+    return _cut_of(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups)
 
 
 def _precision(x: Tensor) -> tuple[torch.dtype, Any]:
@@ -95,14 +109,14 @@ def norm(
     L, B, C = cut.length, cut.images, cut.channels
     means, squares = x.new_empty((2, B, cut.parts, C), dtype=full)
     mean, rstd = (x.new_empty((B, groups), dtype=full) for _ in range(2))
-    kernels.channel_moments[cut.grid(cut.rows)](
+    kernels.channel_moments[cut.by_part](
         x, means, squares, L, cut.rows, **cut.block, F=F, num_warps=WARPS
     )
     kernels.group_moments[(B, groups)](
         means, squares, mean, rstd, L, cut.rows, cut.parts, eps, **cut.group, F=F, num_warps=WARPS
     )
     y = torch.empty_like(x, memory_format=LAYOUT)
-    kernels.apply[cut.grid(cut.block["BL"])](
+    kernels.apply[cut.by_tile](
         x, y, mean, rstd, weight, bias, weight if film is None else film, L, D=cut.width,
         **cut.block, FILM=film is not None, SILU=silu, F=F, num_warps=WARPS,
     )  # fmt: skip
@@ -143,7 +157,7 @@ def norm_backward(
     means = x.new_empty((B, cut.groups, 2), dtype=full)
     parameters = x.new_empty((B, 2, C), dtype=full)
     dfilm = x.new_empty((B, 2 * C) if given else 0)
-    kernels.channel_gradients[cut.grid(cut.rows)](
+    kernels.channel_gradients[cut.by_part](
         x, dy, mean, rstd, weight, bias, shift, sums, L, cut.rows, D=cut.width, **cut.block,
         FILM=given, SILU=silu, F=F, num_warps=WARPS,
     )  # fmt: skip
@@ -152,7 +166,7 @@ def norm_backward(
         FILM=given, F=F, num_warps=WARPS,
     )  # fmt: skip
     dx = torch.empty_like(x, memory_format=LAYOUT)
-    kernels.apply_gradient[cut.grid(cut.block["BL"])](
+    kernels.apply_gradient[cut.by_tile](
         x, dy, dx, mean, rstd, means, weight, bias, shift, L, D=cut.width, **cut.block,
         FILM=given, SILU=silu, F=F, num_warps=WARPS,
     )  # fmt: skip
