@@ -2,10 +2,13 @@
 
 import os
 import socket
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
@@ -30,6 +33,15 @@ def test_in_enroot_which_tells_no_local_size_it_is_that_of_slurm() -> None:
     world = join({**STEP, **ENROOT})
     assert (world.rank, world.local_rank, world.local_size) == (5, 1, 2)
     assert join({**ENROOT, "LOCAL_SIZE": "3"}).local_size == 3  # `deepspeed`
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", ""), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"), ("MASTER_PORT", "99999")],
+)
+def test_a_variable_that_holds_no_number_is_named(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} = '{value}', a variable of the environment: "):
+        join({**ENROOT, "LOCAL_WORLD_SIZE": "2", name: value})
 
 
 def test_two_steps_of_one_allocation_meet_at_ports_of_their_own() -> None:
@@ -93,3 +105,28 @@ def test_a_port_that_another_run_uses_is_named_in_one_line(tmp_path: Path) -> No
         assert statuses(job) == [FAILED]
     lines = [line for line in job.texts[0].splitlines() if "error:" in line]
     assert lines == [line for line in lines if f"port {port} of " in line] and len(lines) == 1
+
+
+def meet_at_a_store_that_stays(port: int) -> int:
+    """Connect as ranks of torchrun do, and end as a killed process does."""
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    with connected(join(), patience=60.0) as device:
+        if os.environ["RANK"] == "0":  # it reads weights meanwhile
+            time.sleep(0.5)
+        group = dist.new_group([0, 1])
+        total = torch.ones(1, device=device)
+        dist.all_reduce(total, group=group)
+        print(f"{total.item():g} ranks", flush=True)
+        os._exit(3)
+
+
+def test_ranks_that_torchrun_starts_again_meet_each_other_and_not_those_that_ended(
+    tmp_path: Path,
+) -> None:
+    """Its store has the addresses of the ranks before; with `--max-restarts` none got through."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for start in range(2):
+        task = partial(meet_at_a_store_that_stays, store.port)
+        job = ranks.fork(tmp_path / str(start), task, ranks=2)
+        assert statuses(job) == [3, 3], job.text
+        assert job.texts == ["2 ranks\n"] * 2

@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from data.exits import is_ours
 from trainer.ranks.ending import is_held_up
 from trainer.ranks.faults import Broken, Fault, Refused
+from trainer.ranks.meeting import meeting_store
 from trainer.ranks.world import World
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def connected(
     os.environ.update(world.environment())
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED))
     timeout = timedelta(seconds=patience + 60)
-    store = _store(world, timeout=timeout)
+    store = meeting_store(world, timeout=timeout)
     device = _agreed_device(world, store=store, gpus=gpus)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -93,26 +94,6 @@ def connected(
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-
-
-def _store(world: World, *, timeout: timedelta) -> dist.Store:
-    """The store on the main rank's host at which the ranks meet.
-
-    Raises:
-        Broken: its port is taken.
-    """
-    try:
-        meet = dist.rendezvous("env://", world.rank, world.size, timeout=timeout)
-        store: dist.Store = next(iter(meet))[0]
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise Broken(
-            f"port {world.port} of {socket.gethostname()} is in use, perhaps by another run: set "
-            "MASTER_PORT, or the launcher's option, as in `deepspeed --master_port 29511 ...`"
-        ) from None
-    store.set_timeout(timeout)
-    return store
 
 
 def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torch.device:

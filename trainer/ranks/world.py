@@ -126,21 +126,41 @@ def scheduler_job() -> SchedulerJob:
 
 def _from_torch(env: Mapping[str, str]) -> World:
     return World(
-        rank=int(env["RANK"]),
-        size=int(env["WORLD_SIZE"]),
-        local_rank=int(env.get("LOCAL_RANK", "0")),
+        rank=_number(env, "RANK"),
+        size=_number(env, "WORLD_SIZE", least=1),
+        local_rank=_number(env, "LOCAL_RANK"),
         local_size=_ranks_here(env),
         address=env.get("MASTER_ADDR", "127.0.0.1"),
-        port=int(env.get("MASTER_PORT", DEFAULT_PORT)),
+        port=_port(env) or DEFAULT_PORT,
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
     )
+
+
+def _number(env: Mapping[str, str], name: str, *, least: int = 0, most: int = 2**31) -> int:
+    """The number that a variable holds; `least` where it is not set.
+
+    Raises:
+        ValueError: it holds something else, as one that a shell has left empty.
+    """
+    found = env.get(name, str(least))
+    if not found.isdecimal() or not least <= int(found) <= most:
+        raise ValueError(
+            f"{name} = {found!r}, a variable of the environment: must be an integer from {least}"
+            f"{'' if most == 2**31 else f' to {most}'}; launchers set it: `unset` your own"
+        )
+    return int(found)
+
+
+def _port(env: Mapping[str, str]) -> int | None:
+    """The port that MASTER_PORT names, if it names one."""
+    return _number(env, "MASTER_PORT", least=1, most=65535) if env.get("MASTER_PORT") else None
 
 
 def _ranks_here(env: Mapping[str, str]) -> int:
     """The ranks on this machine: torchrun and `deepspeed` tell, enroot leaves it to Slurm."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if name in env:
-            return int(env[name])
+            return _number(env, name, least=1)
     return _tasks_here(env)
 
 
@@ -153,7 +173,7 @@ def _from_slurm(env: Mapping[str, str]) -> World:
         local_rank=int(env["SLURM_LOCALID"]),
         local_size=_tasks_here(env),
         address=env.get("MASTER_ADDR") or _host_file(env) or hosts(nodes)[0],
-        port=int(env.get("MASTER_PORT") or _slurm_port(env)),
+        port=_port(env) or _slurm_port(env),
         launcher="slurm",
     )
 
@@ -217,7 +237,7 @@ def _from_mpi(env: Mapping[str, str]) -> World:
         local_size=here.size,
         address=env.get("MASTER_ADDR")
         or ("127.0.0.1" if here.size == everyone.size else meeting[0]),
-        port=int(env.get("MASTER_PORT") or meeting[1]),
+        port=_port(env) or meeting[1],
         launcher="mpi",
     )
 

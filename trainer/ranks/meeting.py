@@ -1,0 +1,83 @@
+"""Where the ranks meet: the store that their process group, and all that they exchange, begin from.
+
+torchrun's own store outlives the ranks: those that it starts again (`--max-restarts`) find in it
+what the ones before have left, such as addresses at which nobody answers any more, and torchrun's
+count of restarts may differ from node to node. So every start uses a part of its own.
+"""
+
+import os
+import secrets
+import socket
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from trainer.ranks.faults import Broken
+from trainer.ranks.world import World
+
+# Seconds between two looks at the store.
+_LOOK = 0.05
+
+
+def meeting_store(world: World, *, timeout: timedelta) -> dist.Store:
+    """The store on the main rank's host, or torchrun's, as if it were empty. All ranks call it.
+
+    Raises:
+        Broken: its port is taken, or a rank did not come.
+    """
+    try:
+        meet = dist.rendezvous("env://", world.rank, world.size, timeout=timeout)
+        store: dist.Store = next(iter(meet))[0]
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise Broken(
+            f"port {world.port} of {socket.gethostname()} is in use, perhaps by another run: set "
+            "MASTER_PORT, or the launcher's option, as in `deepspeed --master_port 29511 ...`"
+        ) from None
+    store.set_timeout(timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    end = time.monotonic() + timeout.total_seconds()
+    name = _answer_all(store, world, end=end) if world.is_main else _ask(store, world, end=end)
+    return dist.PrefixStore(name, store)
+
+
+def _answer_all(store: dist.Store, world: World, *, end: float) -> str:
+    """Tell every other rank the name of this start's part, until all have heard it.
+
+    Each asks with a word of its own. An answer to the word of a process that has ended does no
+    harm: nobody waits for it.
+    """
+    name = secrets.token_hex(8)
+    missing = set(range(1, world.size))
+    while missing:
+        for rank in sorted(missing):
+            if _read(store, f"heard {rank}") == name:
+                missing.remove(rank)
+            elif (word := _read(store, f"word {rank}")) is not None:
+                store.set(f"answer {rank}", f"{word} {name}")
+        if missing and time.monotonic() > end:
+            raise Broken(f"ranks {', '.join(map(str, sorted(missing)))} did not come in time")
+        time.sleep(_LOOK if missing else 0)
+    return name
+
+
+def _ask(store: dist.Store, world: World, *, end: float) -> str:
+    """The name of this start's part, from the main rank."""
+    word = secrets.token_hex(8)
+    store.set(f"word {world.rank}", word)
+    while True:
+        asked, _, name = (_read(store, f"answer {world.rank}") or "").partition(" ")
+        if asked == word:
+            store.set(f"heard {world.rank}", name)
+            return name
+        if time.monotonic() > end:
+            raise Broken("the main rank did not come in time")
+        time.sleep(_LOOK)
+
+
+def _read(store: dist.Store, key: str) -> str | None:
+    """What is there under a key; to get what is not would wait for it."""
+    return store.get(key).decode() if store.check([key]) else None
