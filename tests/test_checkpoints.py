@@ -14,7 +14,9 @@ import pytest
 from data.exits import FAILED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, equal
+from trainer import config as configs
 from trainer.checkpoint import faults_of, superseded
+from trainer.run import Run
 
 
 def names(run: Path) -> list[int]:
@@ -130,6 +132,23 @@ def test_a_state_of_version_0_1_resumes_but_not_if_it_lacks_something(place: Pla
     assert "state.json lists no adam-v" in log
     assert f"resumes from checkpoint {STEP:012d}" in log
     assert equal(place.checkpoint("older", END), place.checkpoint("2x2", END))
+
+
+def test_a_config_that_was_edited_in_the_run_is_compared_with_what_was_trained(
+    place: Place,
+) -> None:
+    """As the preset of the next start it would be compared with itself."""
+    place.fork("2x2", "resettled", images=HALF)
+    run = Run(place.run("resettled"))
+    text = run.config_file.read_text()
+    edited = text.replace('schedule = "cosine"', 'schedule = "linear"')
+    run.config_file.write_text(edited.replace("ema = [0.5, 0.9]", "ema = [0.5, 0.7]"))
+    with pytest.raises(
+        ValueError, match=r"config: diffusion\.schedule = 'cosine' .*, training\.ema"
+    ):
+        run.check(configs.load(run.config_file))
+    run.config_file.write_text(text.replace("lr = 0.001", "lr = 0.002"))
+    assert run.check(configs.load(run.config_file)) == {"training.lr": (0.001, 0.002)}
 
 
 def test_a_checkpoint_under_the_name_of_another_is_skipped(place: Place) -> None:

@@ -93,6 +93,14 @@ def read(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def config_of(checkpoints: Path) -> str | None:
+    """The config, as TOML, that the newest readable checkpoint was trained with, if it tells."""
+    for path in committed(checkpoints):
+        with suppress(ValueError, OSError):  # who resumes from it hears of that
+            return read(path).state.config or None
+    return None
+
+
 def faults_of(path: Path) -> list[str]:
     """What is wrong with a committed checkpoint directory. Reads every byte.
 

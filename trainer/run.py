@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from data import files
 from data.config import shown
 from data.version import version
 from trainer import config as configs
-from trainer.checkpoint import committed
+from trainer.checkpoint import committed, config_of
 from trainer.config import Config
 from trainer.ranks import lease as leases
 from trainer.ranks.lease import Lease, LeaseLost
@@ -171,9 +172,11 @@ class Run:
                 f"{self.path} exists and is no run directory (it has no config.toml): "
                 "name a new directory with --run"
             )
+        # config.toml may have been edited since; a checkpoint says what it was trained with.
+        text = config_of(self.checkpoints)
+        before = configs.from_table(tomllib.loads(text)) if text else configs.load(self.config_file)
         # Credentials of an address may change, and are not written.
-        before = configs.public(configs.load(self.config_file))
-        changes = changes_between(before, configs.public(config))
+        changes = changes_between(configs.public(before), configs.public(config))
         # Before the first checkpoint there is nothing that another config could not continue.
         if fixed := fixed_among(changes) if committed(self.checkpoints) else []:
             raise ValueError(

@@ -6,6 +6,7 @@
 import time
 from dataclasses import dataclass, field
 
+from trainer import config as configs
 from trainer.ranks.group import Agreement
 from trainer.saver import Saver
 from trainer.start import Parts
@@ -74,6 +75,7 @@ class Saving:
             timesteps=parts.objective.timesteps,
             guards=guards,
             order=parts.stream.identity,
+            config=configs.to_toml(configs.public(parts.config)),
             ranks=parts.world.size,
         )
         if self.saver.save(engine, state=state):

@@ -49,6 +49,8 @@ class TrainState:
     guards: dict[str, Any]
     #: What makes the order of the data, compared on resume.
     order: dict[str, Any]
+    #: The config that it was trained with, as TOML; empty in checkpoints of earlier releases.
+    config: str
     #: For people: where it was written.
     ranks: int
     torch: str
@@ -62,6 +64,7 @@ class TrainState:
         timesteps: _Stateful,
         guards: _Stateful,
         order: dict[str, Any],
+        config: str,
         ranks: int,
     ) -> "TrainState":
         """The state of the parts of a run."""
@@ -71,6 +74,7 @@ class TrainState:
             timesteps=timesteps.state(),
             guards=guards.state(),
             order=order,
+            config=config,
             ranks=ranks,
             torch=torch.__version__,
         )
@@ -103,6 +107,7 @@ class TrainState:
             timesteps=entries["timesteps"],
             guards=entries.get("guards", {}),
             order=entries["order"],
+            config=entries.get("config", ""),
             ranks=entries.get("ranks", 0),
             torch=entries.get("torch", ""),
         )
