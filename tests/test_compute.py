@@ -19,11 +19,14 @@ from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.blocks import resize
 from trainer.adm.config import ClassifierConfig, UNetConfig
-from trainer.adm.unet import UNet, build
+from trainer.adm.unet import UNet, build, example_inputs
 
 SIZES: dict[str, Any] = {
     "image_size": 4, "channels": 32, "channel_mult": (1,), "blocks": 1, "attention": (4,),
     "heads": 2, "num_classes": 5,
+}  # fmt: skip
+LEVELS = {
+    **SIZES, "image_size": 8, "channel_mult": (1, 2, 2), "attention": (4,), "num_classes": 3,
 }  # fmt: skip
 SETS = (
     "model.image_size = 4", "model.channels = 32", "model.channel_mult = [1]", "model.blocks = 1",
@@ -191,6 +194,34 @@ def test_what_is_said_of_compiling_is_also_of_the_backward_pass() -> None:
     loss.backward()
     net(x, t).sum().backward()
     assert len(order) == said and all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(**{**LEVELS, "small_size": 4}),
+        UNetConfig(**{**LEVELS, "channel_mult": (1,), "attention": (8,), "checkpoint": True}),
+        ClassifierConfig(**LEVELS, pool="spatial"),
+    ],
+    ids=["upsampler", "one level, recomputed", "spatial classifier"],
+)
+def test_a_net_compiled_in_parts_is_the_same_in_double_precision(config: Any) -> None:
+    net = filled(config).double()
+    given = {name: torch.ones(v.shape) for name, v in example_inputs(config, images=2).items()}
+    x, t = golden.wave("x", (2, 3, 8, 8), 1.0).double().requires_grad_(), torch.tensor([3, 700])
+    others = {name: v.to(torch.long if name == "y" else torch.double) for name, v in given.items()}
+    others = {name: v for name, v in others.items() if name not in "xt"}
+
+    def found() -> list[Tensor]:
+        out = net(x, t, **others)
+        gradients = torch.autograd.grad(out.square().sum(), [x, *net.parameters()])
+        return [out, *gradients]
+
+    plain = found()
+    compute.compile_forward(net, say=lambda _: None, backend="aot_eager")
+    for one, other in zip(plain, found(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_a_part_are_handed_over_before_the_next_is_computed() -> None:
