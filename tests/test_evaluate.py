@@ -72,6 +72,19 @@ def test_figures_say_what_is_wrong_with_samples(
     assert found["three"]["recall"] < 0.6 < found["real"]["recall"]
 
 
+def test_copies_among_samples_are_counted(
+    network: Path,
+    digits: Path,
+    real: tuple[np.ndarray, np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    against = ("--reference", digits, "--network", network)
+    images = np.concatenate([real[0][:40], real[0][20:40], real[0][30:40]])
+    figures(write(tmp_path / "twice.npz", images), *against)
+    assert "warning: 30 of 70 samples equal an earlier one" in capsys.readouterr().err
+
+
 def test_any_number_of_ranks_and_a_reference_file_give_the_same_figures(
     network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:

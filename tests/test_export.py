@@ -1,6 +1,7 @@
 """Weights out and back: a diffusers folder draws our images, and other files load as they were."""
 
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -150,6 +151,29 @@ def test_the_model_card_draws_classes_that_the_network_has(count: int) -> None:
     card = _card(Path("digits"), {}, found=found)
     labels = re.search(r"class_labels=\[([\d, ]+)\]", card)
     assert labels and all(int(label) < count for label in labels[1].split(", "))
+
+
+def test_weights_that_are_not_finite_are_not_written(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    state = weights.load(weights_file)
+    said = {"fp32": "has values that are not finite\n", "fp16": "in fp16: give --precision bf16"}
+    for value, (precision, message) in zip((torch.inf, 1e5), said.items(), strict=True):
+        torch.save({**state, "out.2.bias": state["out.2.bias"] * 0 + value}, tmp_path / "a.pt")
+        words = [str(tmp_path / "a.pt"), "--preset", "digits", "--precision", precision]
+        assert main([*words, "--to", str(tmp_path / "b.pt")]) != 0
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "b.pt").exists()
+
+
+def test_a_folder_of_diffusers_is_given_whole_and_with_its_network(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"a part of a folder of diffusers: give {folder}"):
+        TrainedNetwork.find(folder / "unet", preset=None, decay=None)
+    theirs = Path(shutil.copytree(folder / "unet", tmp_path / "theirs" / "unet")).parent
+    with pytest.raises(ValueError, match=r"has no config.toml.*: add --preset"):
+        TrainedNetwork.find(theirs, preset=None, decay=None)
 
 
 def test_a_name_that_is_taken_or_means_nothing_is_refused(

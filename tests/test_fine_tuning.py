@@ -28,7 +28,7 @@ def find(file: Path, tiny: Path, *skip: str, sets: tuple[str, ...] = ()) -> Init
     return Initial.find(file, skip=skip, config=configs.load(tiny, sets))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.net."])
 def test_wrappers_around_a_network_leave_no_trace(
     tmp_path: Path, formula: dict[str, Tensor], prefix: str
 ) -> None:
@@ -50,12 +50,14 @@ def test_files_that_no_run_can_start_from_are_one_line(
     broken = {**formula, "out.2.bias": torch.full((6,), float("nan"))}
     torch.save(broken, tmp_path / "nan.pt")
     torch.save({"out.2.bias": torch.zeros(6)}, tmp_path / "short.pt")
+    torch.save({"model": formula, "ema": formula, "args": 3}, tmp_path / "several.pt")
     said = {
         "none.pt": "no such weights file",
         "empty.pt": "it is empty",
         "empty.safetensors": "it is empty",
         "text.pt": "is no",
         "other.pt": "not a dict of tensors",
+        "several.pt": r"holds \['model', 'ema', 'args'\] \(.*several.pt'\)\['ema'\], 'w.pt'\)\)",
         "nan.pt": "out.2.bias has values that are not finite",
         "short.pt": "does not fit the network of this preset",
     }

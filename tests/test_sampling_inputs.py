@@ -118,12 +118,21 @@ def test_images_that_are_not_finite_are_refused(
     tmp_path: Path, weights: dict[str, list[str]]
 ) -> None:
     state = torch.load(weights["unet"][0], weights_only=True)
-    state["out.2.bias"].fill_(torch.nan)
-    torch.save(state, tmp_path / "nan.pt")
-    ask = [tmp_path / "nan.pt", *weights["unet"][1:], "--images", "2", "--steps", "2"]
-    (status,) = ranks.sample(tmp_path, [*ask, "--out", tmp_path / "nan.npz"])
-    assert "images [0, 1]... are not finite" in str(status)
-    assert not (tmp_path / "nan.npz").exists()
+    asks, said = [], []
+    for name, value, precision in (
+        ("nan", torch.nan, "fp32"),
+        ("big", 1e38, "fp32"),
+        ("half", 1e5, "fp16"),
+    ):
+        state["out.2.bias"].fill_(value)
+        torch.save(state, tmp_path / f"{name}.pt")
+        ask = [tmp_path / f"{name}.pt", *weights["unet"][1:], "--images", "2", "--steps", "2"]
+        asks.append([*ask, "--precision", precision, "--out", tmp_path / f"{name}.npz"])
+    said = [str(status) for status in ranks.sample(tmp_path, *asks)]
+    assert "nan.pt: out.2.bias has values that are not finite" in said[0]
+    assert "images [0, 1]... are not finite" in said[1]
+    assert "half.pt: out.2.bias has values that are not finite in torch.float16: give" in said[2]
+    assert not [*tmp_path.glob("*.npz")]
 
 
 def test_an_upsampler_refuses_a_torn_low_res_file_and_labels_it_does_not_know(
@@ -185,3 +194,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_drawing(
     out = tmp_path / "file" / "a.npz"
     (status,) = ranks.sample(tmp_path, [*weights["unet"], "--images", "2", "--out", out])
     assert "cannot write" in str(status) and "name another --out" in str(status)
+    (tmp_path / "b.npz").mkdir()
+    (status,) = ranks.sample(tmp_path, [*weights["unet"], "--out", tmp_path / "b.npz"])
+    assert "b.npz exists: name another --out" in str(status)

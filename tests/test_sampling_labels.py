@@ -34,6 +34,17 @@ def test_classes_are_numbers_spans_names_or_a_file(tmp_path: Path) -> None:
     assert labels(count=None) is None
 
 
+def test_a_name_may_have_a_comma_and_a_line_may_not_be_empty(tmp_path: Path) -> None:
+    names = ["tench, Tinca tinca", "goldfish", "3"]
+    assert drawn(classes="tench, Tinca tinca", names=lambda: names, count=3)[:2] == [0, 0]
+    assert drawn(classes="goldfish, 2", names=lambda: names, count=3)[:2] == [1, 2]
+    (tmp_path / "some.txt").write_text("goldfish\ntench, Tinca tinca\n2\n")
+    assert drawn(classes=f"{tmp_path}/some.txt", names=lambda: names, count=3)[:3] == [1, 0, 2]
+    (tmp_path / "labels.txt").write_text("1\n\n2\n\n")
+    with pytest.raises(ValueError, match=r"labels.txt: line 2 is empty"):
+        labels(rule=str(tmp_path / "labels.txt"))
+
+
 def test_random_classes_depend_on_seed_and_index_alone() -> None:
     many = torch.arange(50_000)
     chosen = labels(rule="random", count=5)

@@ -21,7 +21,7 @@ from torch import Tensor
 from data import files
 from data.exits import CommandParser, reported
 from trainer import config as configs
-from trainer import diffusers_format
+from trainer import diffusers_format, weights
 from trainer.adm.config import UNetConfig, check
 from trainer.compute import DTYPES
 from trainer.config import Config
@@ -87,7 +87,11 @@ def export(arguments: argparse.Namespace) -> int:
     if target.endswith("/"):
         diffusers_format.assert_expressible(found.config.model)
     dtype = DTYPES[arguments.precision]
-    named = {n: value.to(dtype).contiguous() for n, value in found.check_weights().items()}
+    read = found.check_weights()
+    weights.check_finite(read, source=found.file)
+    named = {n: value.to(dtype).contiguous() for n, value in read.items()}
+    hint = f" in {arguments.precision}: give --precision bf16 or fp32"
+    weights.check_finite(named, source=found.file, hint=hint)
     if to.suffix == ".safetensors":
         metadata = {"kind": found.file.stem, "config": configs.to_toml(found.config)}
         with files.whole(to) as stream:

@@ -53,9 +53,7 @@ class Initial:
         initial = cls(
             init=str(path.absolute()), file=str(file.absolute()), sha256=checksum, skip=tuple(skip)
         )
-        for name, value in initial._read(config).items():
-            if not value.isfinite().all():
-                raise ValueError(f"--init {file}: {name} has values that are not finite")
+        weights.check_finite(initial._read(config), source=f"--init {file}")
         return initial
 
     @property

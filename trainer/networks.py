@@ -44,8 +44,14 @@ class TrainedNetwork:
         """
         name = str(path) if preset is None else f"{path} (preset {preset})"
         if (path / FILE).is_file():
+            if preset is None and not (path / "config.toml").is_file():
+                raise ValueError(
+                    f"{path} has no config.toml, which trainer.export writes: add --preset"
+                )
             config = configs.load(path / "config.toml" if preset is None else preset)
             return cls(config, path / FILE, files.sha256(path / FILE), name)
+        if (path / Path(FILE).name).is_file():
+            raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
         if path.is_dir():
             found = _newest(path)
             run = found.path.parent.parent

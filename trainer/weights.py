@@ -10,9 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# What wrappers of a network put before the names of its parameters: data-parallel ones, compilers.
-_PREFIXES = ("module.", "_orig_mod.")
-
 
 class NotWeightsError(ValueError):
     """A checkpoint's file of another kind."""
@@ -48,9 +45,22 @@ def load(path: str | Path) -> dict[str, Tensor]:
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        kinds = sorted(found)[:5] if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path} holds {kinds}, not a dict of tensors")
+        raise ValueError(f"{path} holds {_kinds(found, path)}, not a dict of tensors")
     return _named(found)
+
+
+def _kinds(found: Any, path: Path) -> str:
+    """What a file holds instead of weights, and where the weights may be in it."""
+    if not isinstance(found, dict):
+        return type(found).__name__
+    inside = [
+        name
+        for name, value in found.items()
+        if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values())
+    ]
+    best = next((name for name in inside if "ema" in str(name)), inside[0] if inside else None)
+    hint = f" (write the weights alone: torch.save(torch.load({str(path)!r})[{best!r}], 'w.pt'))"
+    return f"{[*map(str, found)][:5]}{hint if inside else ''}"
 
 
 def _unpickle(path: Path) -> Any:
@@ -60,10 +70,15 @@ def _unpickle(path: Path) -> Any:
 
 
 def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without the prefixes of wrappers, which stand before every name."""
-    for prefix in _PREFIXES * 2:
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    """The weights without the prefixes of wrappers, which stand before every name.
+
+    Such as module, _orig_mod, model: no network here has one part alone.
+    """
+    while len({name.partition(".")[0] for name in weights}) == 1 and len(weights) > 1:
+        shorter = {name.partition(".")[2]: value for name, value in weights.items()}
+        if "" in shorter:
+            break
+        weights = shorter
     return dict(weights)
 
 
@@ -98,10 +113,24 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -
     """Load `weights` into `net`, strictly.
 
     Raises:
-        ValueError: as `check_fit`.
+        ValueError: as `check_fit` and `check_finite`.
     """
     check_fit(net.state_dict(), weights, source=source)
+    check_finite(weights, source=source)
     net.load_state_dict(dict(weights))
+    hint = f" in {next(net.parameters()).dtype}: give another --precision"
+    check_finite(net.state_dict(), source=source, hint=hint)
+
+
+def check_finite(weights: Mapping[str, Tensor], *, source: str | Path, hint: str = "") -> None:
+    """Return if all values are finite.
+
+    Raises:
+        ValueError: some are not; names the first tensor, with the hint.
+    """
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{source}: {name} has values that are not finite{hint}")
 
 
 def compare(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -97,7 +97,7 @@ class Evaluator:
             if not finite.all():
                 bad = first + int((~finite).nonzero()[0])
                 raise ValueError(f"{samples.path}: the features of image {bad} are not finite")
-            own.add(first, found)
+            own.add(first, found, images=pixels)
             self.on_images(len(pixels))
             progress.advance(min(batch * world.size, samples.count - first))
         return own

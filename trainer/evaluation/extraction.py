@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.evaluation.figures import Moments, Statistics, merged
@@ -30,6 +33,8 @@ class Extracted:
     #: Features (M, D), and class scores where there are any, of the images that were kept.
     features: Tensor
     logits: Tensor | None
+    #: How many images equal an earlier one.
+    copies: int = 0
 
 
 def joined(
@@ -46,6 +51,7 @@ def joined(
             [mine.places[row] for row in chosen],
             torch.cat(mine.pool)[chosen] if mine.pool else None,
             torch.cat(mine.logits)[chosen] if mine.logits else None,
+            mine.digests,
         )
     )
     pool = _statistics(_reduced(mine.moments, device=device))
@@ -53,14 +59,16 @@ def joined(
     if everyone is None:
         return None
     order = torch.tensor([place for places, *_ in everyone for place in places]).argsort()
-    features = torch.cat([part for _, part, _ in everyone if part is not None])
-    logits = [part for _, _, part in everyone if part is not None]
+    features = torch.cat([part for _, part, *_ in everyone if part is not None])
+    logits = [part for _, _, part, _ in everyone if part is not None]
+    digests = [digest for *_, some in everyone for digest in some]
     return Extracted(
         count=count,
         pool=pool,
         spatial=spatial,
         features=features[order],
         logits=torch.cat(logits)[order] if logits else None,
+        copies=len(digests) - len({*digests}),
     )
 
 
@@ -69,14 +77,20 @@ class Share:
 
     def __init__(self) -> None:
         self.places: list[int] = []
+        self.digests: list[bytes] = []
         self.pool: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.moments: list[Moments] = []
         self.spatial_moments: list[Moments] = []
 
-    def add(self, first: int, found: Features) -> None:
-        """The features of the images from the place `first` on."""
+    def add(self, first: int, found: Features, *, images: NDArray[np.uint8] | None = None) -> None:
+        """The features of images from the place `first` on.
+
+        Among `images` (n, H, W, 3), where they are given, copies are counted.
+        """
         pool, spatial, logits = found
+        given = () if images is None else images
+        self.digests += [blake2b(image.tobytes(), digest_size=8).digest() for image in given]
         self.places += range(first, first + len(pool))
         self.pool.append(pool.cpu())
         if logits is not None:

@@ -154,6 +154,11 @@ def _warnings(
             f"{found.count:,} samples: FID depends on their number; compare it only with figures "
             "of as many"
         )
+    if 1000 * found.copies >= found.count:
+        yield (
+            f"{found.copies:,} of {found.count:,} samples equal an earlier one, as where ranks "
+            "draw with the same seed"
+        )
     if found.count < SPLIT and found.logits is not None:
         yield f"the inception score is over {found.count:,} samples instead of splits of {SPLIT:,}"
     order = torch.tensor(labels) if labels is not None and len(labels) else None

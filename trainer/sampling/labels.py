@@ -102,12 +102,14 @@ def choose(
 def class_numbers(text: str, *, count: int, names: Names) -> Sequence[int]:
     """The classes in "0-9,207,n01440764", or in a file of such lines, among `count`.
 
+    A line that is the name of a class is that class, also with a comma in it.
+
     Raises:
         ValueError: a word is neither a number, nor a span of numbers, nor the name of a class.
     """
-    if is_file := os.path.isfile(text):  # Path.is_file raises an error where a name is long
+    if os.path.isfile(text):  # Path.is_file raises an error where a name is long
         text = _text(Path(text), option="--classes")
-    words = [word.strip() for word in re.split(r"[\n,]" if is_file else ",", text)]
+    words = [word for line in text.splitlines() for word in _words(line.strip(), names)]
     numbers: list[int] = []
     for word in filter(None, words):
         if span := re.fullmatch(r"(\d+)-(\d+)", word):
@@ -133,7 +135,9 @@ def read_labels(path: Path, *, names: Names) -> NDArray[np.int64]:
     if not path.is_file():
         raise ValueError(f"--labels {path}: must be balanced, random or a file of labels")
     if path.suffix not in (".npy", ".npz"):
-        lines = _text(path, option="--labels").splitlines()
+        lines = _text(path, option="--labels").rstrip().splitlines()
+        if "" in (stripped := [line.strip() for line in lines]):
+            raise ValueError(f"--labels {path}: line {stripped.index('') + 1} is empty")
         numbers = [_number(line.strip(), option=f"--labels {path}", names=names) for line in lines]
         return np.array(numbers, np.int64)
     try:
@@ -154,6 +158,16 @@ def columns(labels: NDArray[np.int64] | None) -> int | None:
         return None
     fitting = (n for n in range(2, min(21, len(labels))) if (labels[n:] == labels[:-n]).all())
     return next(fitting, None)
+
+
+def _words(line: str, names: Names) -> list[str]:
+    if "," in line and re.search(r"[^\d,\s-]", line):
+        try:
+            if line in names():
+                return [line]
+        except ValueError:
+            pass  # a word that is no number says so
+    return [word.strip() for word in line.split(",")]
 
 
 def _number(word: str, *, option: str, names: Names) -> int:

@@ -35,6 +35,9 @@ class NpzOutput(Output):
         with files.whole(self._file(part), writer=self.writer) as stream:
             np.savez(stream, images=images, labels=labels)
 
+    def _is_taken(self) -> bool:
+        return self.path.exists()  # a file cannot replace a directory
+
     def listed(self) -> list[int]:
         """As `Output.listed`."""
         return sorted({*numbered(self.work, ".npz"), *self._moved()})
