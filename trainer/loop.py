@@ -13,6 +13,7 @@ import torch
 from data.exits import TO_BE_CONTINUED
 from data.progress import Progress, duration
 from data.stream import Batch
+from trainer import compute
 from trainer.evaluation.in_training import Evaluation
 from trainer.guards.audit import Audit
 from trainer.guards.incidents import Incidents
@@ -45,6 +46,8 @@ class Loop(Parts):
     shown: Batch | None
     #: Hears that a step has ended.
     after_step: Callable[[], None]
+    # Whether the next pass compiles the network, for minutes.
+    _compiles: bool = field(init=False)
     _saving: Saving = field(init=False)
     _incidents: Incidents = field(init=False)
     _snapshots: Snapshots = field(init=False)
@@ -52,6 +55,8 @@ class Loop(Parts):
 
     def __post_init__(self) -> None:
         self.guards.log = self.log
+        training, engine = self.config.training, self.engine
+        self._compiles = compute.is_compiled(training, device=engine.device, stage=engine.stage)
         self._saving = Saving(parts=self, saver=self.saver, saved_images=self.images_seen)
         self._incidents = Incidents(parts=self, audit=Audit(self), saver=self.saver)
         self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self.log)
@@ -120,8 +125,12 @@ class Loop(Parts):
             batch = next(batches)
             waited += self.metrics.clock() - began
             self.mark("computing")
+            began = self.metrics.clock()
             with self.metrics.forward.running():
                 terms = self.objective(self.engine, batch.images, batch.labels, batch.indices)
+            if self._compiles:
+                self.metrics.pause(began, on="compiling")
+                self._compiles = False
             self.engine.backward(terms["loss"].mean())
             self.metrics.note("bad_share", batch.bad, count=len(batch.indices))
             seen.append((batch.indices, terms))

@@ -24,6 +24,7 @@ Row = Mapping[str, Any]
 # What a report says the interval spent beside training, in seconds: entry -> kind.
 SPENT = {
     "suspended": "suspended",
+    "compiling": "compiling",
     "waiting": "waiting for data",
     "saving": "saving",
     "averaging": "storing averages",

@@ -19,7 +19,7 @@ _GROUPS = {
         *("images_per_second", "mfu_measured", "mfu_datasheet", "interval_seconds"),
         *("data_wait_seconds", "data_wait_share", "forward_seconds", "slowest_rank"),
         *("saving_seconds", "averaging_seconds", "drawing_seconds", "validating_seconds"),
-        *("evaluating_seconds", "auditing_seconds", "suspended_seconds"),
+        *("evaluating_seconds", "auditing_seconds", "suspended_seconds", "compiling_seconds"),
     ),
     "memory": ("memory_gib", "host_memory_gib", "host_memory_growth_gib"),
 }
