@@ -51,3 +51,14 @@ def test_a_thread_of_torch_that_works_until_the_end_does_not_abort_the_process()
             [sys.executable, "-c", ENDS], cwd=ranks.ROOT, capture_output=True, text=True
         )
         assert (ended.returncode, ended.stderr) == (75, "")
+
+
+def test_a_letter_that_the_terminal_has_no_code_for_does_not_end_a_rank() -> None:
+    script = (
+        "from trainer.ranks.ending import run_as_rank; run_as_rank(lambda: print('läuft') or 75)"
+    )
+    env = {**ranks.environment(), "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", script], cwd=ranks.ROOT, env=env, capture_output=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (75, b"l\\xe4uft\n", b"")

@@ -1,7 +1,9 @@
 """What is wrong is said in one line that names it, before anything is started or written."""
 
 import importlib
-import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -11,7 +13,6 @@ import torch
 from data.exits import REFUSED
 from tests.support import golden
 from trainer import config as configs
-from trainer import ds_config as ds_configs
 from trainer import initial
 from trainer.adm.unet import build
 from trainer.train import TrainingPlan, parser
@@ -67,6 +68,9 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ("training.lrr = 1e-4", "unknown setting 'training.lrr' (nearest: 'lr')"),
         ("lr = 1e-4", "unknown setting 'lr' (nearest: 'training.lr', in [training])"),
         ("intervals.x = 1", "unknown setting 'intervals.x'; there are: log, checkpoint, "),
+        ("training.LR = 1e-4", "unknown setting 'training.LR' (nearest: 'lr')"),
+        ("training.clip = None", "is not TOML; "),
+        ("training.clip = None", "to leave a setting out: --unset NAME"),
         ("modell.channels = 3", "unknown setting 'modell' (nearest: 'model')"),
         ('training.lr = "fast"', "training.lr = 'fast': must be a number"),
         ("training.lr = 0", "training.lr = 0.0: must be a number above 0"),
@@ -112,6 +116,23 @@ def test_a_setting_can_be_left_out() -> None:
         configs.load("digits", unset=["model.head_chanels"])
 
 
+def test_a_setting_of_a_section_is_found_without_it() -> None:
+    with pytest.raises(ValueError, match=r"--unset betas: .* .nearest: 'training\.betas'"):
+        configs.load("imagenet64", unset=["betas"])
+
+
+def test_a_preset_is_utf_8_whatever_the_locale_and_with_the_mark_of_windows(tmp_path: Path) -> None:
+    file = tmp_path / "größe.toml"
+    text = (configs.PRESETS / "digits.toml").read_text().replace('shards = "', 'shards = "größe/')
+    file.write_text(text, encoding="utf-8-sig")
+    posix = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    posix["PYTHONIOENCODING"] = "utf-8"
+    command = [sys.executable, "-m", "trainer.config", os.fsencode(file)]
+    done = subprocess.run(command, env={**os.environ, **posix}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert 'shards = "größe/' in done.stdout.decode()
+
+
 def test_an_unknown_preset_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown preset 'imagnet64' \(nearest: 'imagenet64'\)"):
         configs.load("imagnet64")
@@ -142,49 +163,6 @@ def test_a_batch_is_cut_evenly(ranks: int) -> None:
     micro = training.micro_batch_on(ranks)
     assert micro <= training.micro_batch
     assert training.batch % (ranks * micro) == 0
-
-
-def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "ds.json"
-    file.write_text(
-        json.dumps(
-            {
-                "train_batch_size": 4,
-                "fp16": {"enabled": True},
-                "optimizer": {},
-                "zero_optimization": {"stage": 2},
-            }
-        )
-    )
-    with pytest.raises(ValueError, match=r"train_batch_size, fp16\.enabled, optimizer, which the"):
-        ds_configs.load(file)
-    file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    with pytest.raises(ValueError, match="stage = 0: must be 1, 2 or 3"):
-        ds_configs.load(file)
-    file.write_text("{")
-    with pytest.raises(ValueError, match="cannot read the DeepSpeed config"):
-        ds_configs.load(file)
-
-
-@pytest.mark.parametrize(
-    ("section", "setting"),
-    [
-        ("zero_optimization", "round_robin_gradients"),
-        ("bf16", "bf16_master_weights_and_grads"),
-        ("bf16", "bf16_optimizer_states"),
-        ("fp16", "fp16_master_weights_and_grads"),
-        ("torch_autocast", "enabled"),
-    ],
-)
-def test_deepspeed_settings_that_would_train_something_else_are_refused(
-    tmp_path: Path, section: str, setting: str
-) -> None:
-    ds_config = json.loads(Path("ds_config.json").read_text())
-    ds_config.setdefault(section, {})[setting] = True
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps(ds_config))
-    with pytest.raises(ValueError, match=rf"{section}\.{setting} = True: must be absent: "):
-        ds_configs.load(file)
 
 
 @pytest.mark.parametrize(
@@ -233,15 +211,6 @@ def test_a_wrong_option_ends_every_command_alike(command: str) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--no-such-option"])
     assert end.value.code == REFUSED
-
-
-def test_every_auto_is_filled_from_the_preset() -> None:
-    config = configs.load("digits")
-    resolved = ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=2)
-    assert "auto" not in json.dumps(resolved)
-    assert resolved["train_batch_size"] == config.training.batch
-    with pytest.raises(ValueError, match=r"training\.batch = 64 does not divide among 3 ranks"):
-        ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=3)
 
 
 def make(run: Path, preset: Path | str, *changes: str) -> TrainingPlan:

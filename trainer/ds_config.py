@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
+from trainer.settings import nearest
 
 # Keys that the preset decides.
 _PRESET_OWNS = (
@@ -19,6 +20,24 @@ _PRESET_OWNS = (
     "fp16.enabled",
 )
 _NOT_HERE = ("optimizer", "scheduler")
+# All that DeepSpeed 0.19 reads. What it does not know it leaves unused in silence.
+_KNOWN = frozenset((
+    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "bfloat16", "checkpoint",
+    "comet", "comms_logger", "communication_data_type", "compile", "compression_training",
+    "csv_monitor", "curriculum_learning", "data_efficiency", "data_types",
+    "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "disable_python_gc",
+    "dump_state", "eigenvalue", "elasticity", "expert_parallel", "flops_profiler", "fp16",
+    "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "log_level",
+    "managed_gradient_accumulation", "memory_breakdown", "nebula", "optimizer", "pipeline",
+    "prescale_gradients", "progressive_layer_drop", "quantize_training", "scheduler",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention",
+    "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard", "timers",
+    "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb",
+    "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+))  # fmt: skip
 _MASTERS = "weights, averages and moments are kept in fp32 here"
 # Settings that DeepSpeed takes, and why a run under them would go wrong.
 _WRONG = {
@@ -27,6 +46,7 @@ _WRONG = {
     "bf16.bf16_master_weights_and_grads": _MASTERS,
     "bf16.bf16_optimizer_states": _MASTERS,
     "fp16.fp16_master_weights_and_grads": _MASTERS,
+    "activation_checkpointing": "model.checkpoint decides what is computed again",
     "torch_autocast.enabled": "training.precision decides in what the network computes",
 }
 
@@ -35,12 +55,19 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read ds_config.json.
 
     Raises:
-        ValueError: it is unreadable, or sets what the preset owns (all such keys are named).
+        ValueError: it is unreadable, has a key that DeepSpeed does not know, or sets what the
+            preset owns (all such keys are named).
     """
     try:
-        ds_config: dict[str, Any] = json.loads(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8")
+        ds_config: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the DeepSpeed config {path}: {error}") from None
+    if not isinstance(ds_config, dict):
+        raise ValueError(f"cannot read the DeepSpeed config {path}: must be a table, as in {{...}}")
+    for key in ds_config:
+        if key not in _KNOWN:
+            raise ValueError(f"{path}: DeepSpeed has no setting {key!r}{nearest(key, _KNOWN)}")
     claimed = [name for name in _PRESET_OWNS if _lookup(ds_config, name) not in (None, "auto")]
     claimed += [name for name in _NOT_HERE if name in ds_config]
     if claimed:
@@ -53,6 +80,15 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3")
     _check_numerics(ds_config, path=path)
     return ds_config
+
+
+def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of the file; of a key that is there twice, JSON would take the last in silence."""
+    table = dict(entries)
+    if len(table) < len(entries):
+        keys = [key for key, _ in entries]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return table
 
 
 def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:

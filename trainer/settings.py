@@ -64,7 +64,8 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
         ValueError: the file or a change is unreadable, or a setting to leave out is not there.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        # TOML is UTF-8 whatever the locale; editors on Windows put a mark before it.
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -106,8 +107,9 @@ def join(section: str, key: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint at the known word that is most like `word`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (nearest: {close[0]!r})" if close else ""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f" (nearest: {by_lower[close[0]]!r})" if close else ""
 
 
 def _in_section(kind: Any, key: str) -> str:
@@ -170,7 +172,7 @@ def _parse_change(text: str) -> Table:
     except (tomllib.TOMLDecodeError, RecursionError):
         raise ValueError(
             f"--set {text!r:.80} is not TOML; write it as in the file: --set 'training.lr = 1e-4', "
-            """--set 'training.precision = "bf16"'"""
+            """--set 'training.precision = "bf16"'; to leave a setting out: --unset NAME"""
         ) from None
 
 
@@ -192,5 +194,7 @@ def _remove(table: Table, name: str) -> None:
         table = inner if isinstance(inner, dict) else {}
     if key not in table:
         known = [".".join([*sections, k]) for k in table]
-        raise ValueError(f"--unset {name}: the preset has no such setting{nearest(name, known)}")
+        inside = [join(s, key) for s, v in table.items() if isinstance(v, dict) and key in v]
+        hint = f" (nearest: {inside[0]!r})" if inside else nearest(name, known)
+        raise ValueError(f"--unset {name}: the preset has no such setting{hint}")
     del table[key]

@@ -106,6 +106,8 @@ def _tolerate_loss() -> None:
         before = getattr(sys, name)
         before.flush()
         raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
-        stream = io.TextIOWrapper(raw, encoding=before.encoding, errors=before.errors)
+        # Nor a letter that the locale has no code for, such as one in the name of a directory.
+        errors = "backslashreplace" if before.errors == "strict" else before.errors
+        stream = io.TextIOWrapper(raw, encoding=before.encoding, errors=errors)
         stream.reconfigure(line_buffering=number == 2 or before.line_buffering)
         setattr(sys, name, stream)

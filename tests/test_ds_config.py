@@ -1,0 +1,112 @@
+"""ds_config.json: what the preset owns, what would train something else, what nobody reads."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from trainer import config as configs
+from trainer import ds_config as ds_configs
+
+
+def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(
+        json.dumps(
+            {
+                "train_batch_size": 4,
+                "fp16": {"enabled": True},
+                "optimizer": {},
+                "zero_optimization": {"stage": 2},
+            }
+        )
+    )
+    with pytest.raises(ValueError, match=r"train_batch_size, fp16\.enabled, optimizer, which the"):
+        ds_configs.load(file)
+    file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    with pytest.raises(ValueError, match="stage = 0: must be 1, 2 or 3"):
+        ds_configs.load(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="cannot read the DeepSpeed config"):
+        ds_configs.load(file)
+
+
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [
+        ("zero_optimization", "round_robin_gradients"),
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+        ("fp16", "fp16_master_weights_and_grads"),
+        ("torch_autocast", "enabled"),
+    ],
+)
+def test_deepspeed_settings_that_would_train_something_else_are_refused(
+    tmp_path: Path, section: str, setting: str
+) -> None:
+    ds_config = json.loads(Path("ds_config.json").read_text())
+    ds_config.setdefault(section, {})[setting] = True
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(ds_config))
+    with pytest.raises(ValueError, match=rf"{section}\.{setting} = True: must be absent: "):
+        ds_configs.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"prescale_gradient": true', r"no setting 'prescale_gradient' .nearest: 'prescale_grad"),
+        ('"zero_optimizaton": {"stage": 3}', "no setting 'zero_optimizaton' .nearest: 'zero_opt"),
+        ('"zero_optimization": {"stage": 3}', "'zero_optimization' is there twice"),
+        ('"activation_checkpointing": {"cpu_checkpointing": true}', "model.checkpoint decides"),
+    ],
+)
+def test_what_deepspeed_would_leave_unused_in_silence_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(Path("ds_config.json").read_text().rstrip().removesuffix("}") + f", {text}}}")
+    with pytest.raises(ValueError, match=message):
+        ds_configs.load(file)
+
+
+class Asked(dict):
+    """A table that remembers which keys it was asked for."""
+
+    keys_asked: ClassVar[set[str]] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> object:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: object = None) -> object:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> "Asked":  # type: ignore[override]
+        return self
+
+    def __copy__(self) -> "Asked":
+        return self
+
+
+def test_every_key_that_deepspeed_reads_is_known() -> None:
+    owned = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+    DeepSpeedConfig(Asked(owned))
+    assert len(Asked.keys_asked) > 50
+    assert Asked.keys_asked <= ds_configs._KNOWN
+
+
+def test_every_auto_is_filled_from_the_preset() -> None:
+    config = configs.load("digits")
+    resolved = ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=2)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == config.training.batch
+    with pytest.raises(ValueError, match=r"training\.batch = 64 does not divide among 3 ranks"):
+        ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=3)
