@@ -100,7 +100,7 @@ class Chaos:
             last = max([0, *self._rows(self.run)]) // STEP
             seconds = time.monotonic() - began
             self.say(f"{len(self.done):3} {kind}: step {last} ({seconds:.0f} s)")
-        self.steps = last + EVERY
+        self.steps = max(REACH * self.events, last) + EVERY
         assert self.place.train(self._words(), world=2) == [0]
 
     def check(self) -> None:

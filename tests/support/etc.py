@@ -80,7 +80,7 @@ Host *
   StrictHostKeyChecking no
   UserKnownHostsFile /dev/null
   LogLevel ERROR
-  ConnectTimeout 5
+  ConnectTimeout 60
 """
 
 
