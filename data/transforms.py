@@ -12,12 +12,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from data.enlarge import enlarged_part
 from data.order import Ints, uniform
 
 Pixels = NDArray[np.uint8]
+
+# Texts of programs in a PNG, such as a workflow, are no reason to refuse its pixels: each may be as
+# large as Pillow lets all be together (64 MiB; by default 1).
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # What Pillow and simplejpeg raise for damaged input; anything else is our own bug.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)

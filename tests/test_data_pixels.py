@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from data.config import DataConfig
 from data.dataset import open_shards
@@ -277,3 +278,11 @@ def test_16_bits_of_which_12_are_used_are_counted(
         (tmp_path / "P" / f"{most}.png").write_bytes(file_of(image, "PNG"))
     pack(str(tmp_path / "P"), out=tmp_path / "o", config=PackConfig(size=16))
     assert ", 2 of 16 bits with values below 4,096 (nearly black" in capsys.readouterr().err
+
+
+def test_a_long_text_in_a_png_is_no_reason_to_leave_it_out() -> None:
+    texts = PngInfo()
+    texts.add_text("workflow", "x" * 3_000_000, zip=True)
+    buffer = io.BytesIO()
+    Image.fromarray(RAMP.astype("u1")).save(buffer, format="PNG", pnginfo=texts)
+    assert (np.asarray(open_rgb(buffer.getvalue()))[..., 0] == RAMP.astype("u1")).all()

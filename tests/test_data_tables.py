@@ -103,3 +103,13 @@ def test_a_zip_with_backslashes_and_replaced_files(
     shards = packed_here(tmp_path / "P.zip", "o")
     assert shards.classes == ("cat", "dog") and shards.count == 3
     assert "1 skipped (replaced in the zip 1)" in capsys.readouterr().err
+
+
+def test_two_labels_of_one_image_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder(tmp_path / "P")
+    listed = [[name, 0] for name in NAMES]
+    for twice, message in (([NAMES[1], 0], ""), ([NAMES[1], 2], "b.png twice, with different")):
+        (source / "dataset.json").write_text(json.dumps({"labels": [*listed, twice]}))
+        assert (message in refusal(capsys, source)) if message else packed_here(source, "o")

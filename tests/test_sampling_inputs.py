@@ -1,6 +1,8 @@
 """What a sampling request may not be given: each is refused in one line before drawing."""
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data.pack import pack
+from data.packing.plan import PackConfig
 from tests.support import ranks
+from tests.support.data_fixtures import image_file
 from trainer import config as configs
 from trainer import sample
 from trainer.adm.unet import build
+from trainer.networks import TrainedNetwork, check_names
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -112,6 +118,27 @@ def test_a_classifier_run_of_another_schedule_is_refused_by_its_directory(
     assert trained == 0
     assert f"--classifier {run} cannot guide the network {weights['unet'][0]}" in str(refused)
     assert 'trained with diffusion.schedule = "linear" instead of "cosine";' in str(refused)
+
+
+def test_a_classifier_of_other_names_is_refused_where_the_shards_tell(tmp_path: Path) -> None:
+    found = {}
+    for name, folders in (("a", "xyz"), ("b", "xwz"), ("c", "xyz")):
+        for folder in folders:
+            path = tmp_path / name / folder / f"{folder}.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(image_file(0, width=8, height=8, kind="PNG"))
+        pack(str(tmp_path / name), out=tmp_path / f"s{name}", config=PackConfig(size=8))
+        changes = [f"data.shards = '{tmp_path / f's{name}'}'", "model.num_classes = 3"]
+        found[name] = TrainedNetwork(configs.load("digits", changes), Path("w.pt"), "0", name, True)
+    check_names(found["c"], network=found["a"], option="--classifier")
+    with pytest.raises(
+        ValueError, match=r"--classifier b: its class 0 is 'w'.*that of a 'x': train"
+    ):
+        check_names(found["b"], network=found["a"], option="--classifier")
+    as_preset = replace(found["b"], has_own_config=False)
+    check_names(as_preset, network=found["a"], option="--classifier")
+    shutil.rmtree(tmp_path / "sb")
+    check_names(found["b"], network=found["a"], option="--classifier")
 
 
 def test_images_that_are_not_finite_are_refused(

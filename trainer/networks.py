@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data import files
+from data.config import is_local
+from data.dataset import class_names
 from trainer import averages, compute, diffusers_format, weights
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
@@ -32,6 +34,8 @@ class TrainedNetwork:
     sha256: str
     #: As messages name it.
     name: str
+    #: Whether the config is that of its training, and not a preset's.
+    has_own_config: bool = False
 
     @classmethod
     def find(cls, path: Path, *, preset: str | None, decay: float | None) -> "TrainedNetwork":
@@ -43,13 +47,14 @@ class TrainedNetwork:
             ValueError: there is nothing of that kind at `path`.
         """
         name = str(path) if preset is None else f"{path} (preset {preset})"
+        own = preset is None
         if (path / FILE).is_file():
             if preset is None and not (path / "config.toml").is_file():
                 raise ValueError(
                     f"{path} has no config.toml, which trainer.export writes: add --preset"
                 )
             config = configs.load(path / "config.toml" if preset is None else preset)
-            return cls(config, path / FILE, files.sha256(path / FILE), name)
+            return cls(config, path / FILE, files.sha256(path / FILE), name, own)
         if (path / Path(FILE).name).is_file():
             raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
         if path.is_dir():
@@ -61,13 +66,13 @@ class TrainedNetwork:
             if file.name not in found.files:
                 kinds = ", ".join(sorted(n.removesuffix(".safetensors") for n in found.files))
                 raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
-            return cls(config, file, found.files[file.name]["sha256"], name)
+            return cls(config, file, found.files[file.name]["sha256"], name, own)
         if preset is None and path.suffix != ".safetensors":
             raise ValueError(f"{path} is no run directory; for a weights file, add --preset")
         if not path.is_file():
             raise ValueError(f"no such weights file: {path}")
         config = _written_config(path) if preset is None else configs.load(preset)
-        return cls(config, path, files.sha256(path), name)
+        return cls(config, path, files.sha256(path), name, own)
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the file, by our names.
@@ -167,6 +172,37 @@ def check_guide(classifier: TrainedNetwork, *, network: TrainedNetwork) -> None:
         )
 
 
+def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) -> None:
+    """Return if both number the same classes alike, as far as their shards are there to tell.
+
+    Raises:
+        ValueError: a number means one class to one of them and another class to the other.
+    """
+    own, theirs = _class_names(network), _class_names(other)
+    if own is None or theirs is None or own == theirs:
+        return
+    first = next((i for i, name in enumerate(own) if theirs[i : i + 1] != (name,)), len(own))
+    here, there = (names[first] if first < len(names) else "missing" for names in (own, theirs))
+    raise ValueError(
+        f"{option} {other.name}: its class {first} is {there!r} (data.shards = "
+        f"{other.config.data.shards}), that of {network.name} {here!r}: train it on shards that "
+        "were packed with --classes-of; if those shards were packed anew since, give the "
+        "checkpoint's file and a preset"
+    )
+
+
+def _class_names(network: TrainedNetwork) -> tuple[str, ...] | None:
+    """The names of the classes that it was trained on, from its shards if they are there."""
+    config = network.config
+    shards = config.data.shards
+    if not network.has_own_config or config.model.num_classes is None or not is_local(shards):
+        return None
+    try:
+        return class_names(shards)
+    except ValueError:
+        return None
+
+
 def check_upsampler(
     upsampler: TrainedNetwork, *, base: TrainedNetwork, classes: int | None
 ) -> None:
@@ -237,7 +273,9 @@ class SampleInputs:
             raise ValueError(f"{source.file} is a classifier; give it as --classifier")
         if self.classifier is not None:
             check_guide(self.classifier, network=source)
+            check_names(self.classifier, network=source, option="--classifier")
         if self.upsampler is not None:
             check_upsampler(self.upsampler, base=source, classes=self.classes)
+            check_names(self.upsampler, network=self.classifier or source, option="--upsampler")
             # Its turn comes when all images are drawn.
             self.upsampler.check_weights()

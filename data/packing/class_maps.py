@@ -11,9 +11,10 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data.labels import checked_classes
 from data.manifest import NO_CLASS
@@ -93,9 +94,12 @@ def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
         labels, classes = [0] * count, (NO_CLASS,)
         return Listing(names=listing.names, labels=labels, classes=classes, skipped=skipped)
     try:
-        label_of = {_composed(name): label for name, label in dict(found["labels"]).items()}
+        pairs = [(_composed(name), label) for name, label in _items(found["labels"])]
     except (TypeError, ValueError):
         raise ValueError(f"{where}: labels must be a list of [NAME, LABEL]") from None
+    label_of = dict(pairs)
+    if wrong := next((name for name, label in pairs if label_of[name] != label), None):
+        raise ValueError(f"{where} has {wrong} twice, with different labels: keep one of them")
     labels = []
     for name in listing.names:
         if (key := _composed(name)) not in label_of:
@@ -106,6 +110,10 @@ def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
     _say_unused(len(label_of) - len({*map(_composed, listing.names)}), "labels", where)
     listed = by_number(listing.names, labels)
     return replace(listed, skipped=skipped, is_numbered=True)
+
+
+def _items(labels: Any) -> Iterable[tuple[Any, Any]]:
+    return labels.items() if isinstance(labels, dict) else labels
 
 
 def map_content(path: Path) -> bytes:
