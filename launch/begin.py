@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def _begin(job: Job, *, preset: Path | None, arguments: argparse.Namespace) -> i
     if arguments.dry_run:
         print(text, end="")
         return 0
-    records.check_free(job.run)
-    return _submit(job, records.prepare(job, preset=preset), detach=arguments.detach)
+    with records.claimed(job.run):
+        records.check_free(job.run)
+        return _submit(job, records.prepare(job, preset=preset), detach=arguments.detach)
 
 
 def sweep(argv: Sequence[str]) -> int:
@@ -132,15 +134,17 @@ def _begin_array(
     if arguments.dry_run:
         print(text, end="")
         return 0
-    for job in jobs:
-        records.check_free(job.run)
-    for job, preset in zip(jobs, presets, strict=True):
-        records.prepare(job, preset=preset)
-    script = slurm.directory_of(jobs) / "sweep.sh"
-    files.write(script, text)
-    array = queue.submit(script)
-    for index, job in enumerate(jobs):
-        records.keep_job_id(job, f"{array}_{index}")
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(records.claimed(job.run))
+            records.check_free(job.run)
+        for job, preset in zip(jobs, presets, strict=True):
+            records.prepare(job, preset=preset)
+        script = slurm.directory_of(jobs) / "sweep.sh"
+        files.write(script, text)
+        array = queue.submit(script)
+        for index, job in enumerate(jobs):
+            records.keep_job_id(job, f"{array}_{index}")
     print(f"submitted {script} as job array {array}: {len(jobs)} jobs, {at_most} at once")
     return 0
 

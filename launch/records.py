@@ -3,12 +3,14 @@
 The checkout may change while a job waits in a queue or between its starts; the run does not.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +85,28 @@ def script(job: Job) -> Path:
     """The file of that text."""
     is_manifest = job.cluster.launcher == "kubernetes"
     return job.records / "job.yaml" if is_manifest else job.script
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """While entered, no other `python -m launch` prepares a job of this run.
+
+    Raises:
+        ValueError: one does.
+    """
+    directory = run / "launch"
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another `python -m launch` is starting {run}: look at it with "
+                f"`python -m launch status {run}`"
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
 
 
 def check_free(run: Path) -> None:

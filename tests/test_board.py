@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,6 +156,13 @@ def test_weights_and_biases_shows_the_same_offline(
         assert list(file.parent.glob("files/media/images/samples*.png"))
     assert len(events(tmp_path).Scalars("train/loss")) == 2
     said: list[str] = []
+    copy = Path(shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-copy"))
+    wandb.WandB(copy, project="adm", config="", log=said.append).close()
+    library.teardown()
+    own = (copy / "wandb" / "id").read_text()
+    assert own not in run_id and list(copy.glob(f"wandb/offline-run-*/run-{own}.wandb"))
+    assert said == [f"wandb: {copy} is a copy of {tmp_path}, and is shown as a run of its own"]
+    said.clear()
     broken = wandb.WandB(tmp_path, project="adm", config="", log=said.append)
     library.teardown()  # its service is killed
     broken.scalars({"loss": 1.0}, images_seen=256)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
+from launch import records
 from tests.support.cluster import LIMIT, ROOT, wait_until
 
 SAVES_ON_A_SIGNAL = """\
@@ -52,6 +53,17 @@ def test_ctrl_c_and_a_closed_terminal_let_the_ranks_save(
     os.killpg(job.pid, number)  # as a terminal does
     assert job.wait(timeout=LIMIT) == 75
     assert (tmp_path / "saved").exists()
+
+
+def test_two_launches_of_a_run_at_once_do_not_write_into_each_others_files(tmp_path: Path) -> None:
+    with records.claimed(tmp_path / "run"):  # as the first does while it copies the code
+        assert start(tmp_path, ranks="exit 0").wait(timeout=LIMIT) == REFUSED
+    assert not list((tmp_path / "run").glob("*code*"))
+    job = start(tmp_path, ranks=SAVES_ON_A_SIGNAL)
+    wait_until((tmp_path / "started").exists, "the ranks")
+    with records.claimed(tmp_path / "run"):  # the ranks do not hold it
+        os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(timeout=LIMIT) == 75
 
 
 def test_a_rank_in_the_shell_is_not_believed(tmp_path: Path) -> None:

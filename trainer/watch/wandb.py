@@ -4,6 +4,7 @@ Its own variables apply; with `WANDB_MODE=offline` it needs no network, and `wan
 later what lies in `RUN/wandb/`.
 """
 
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -44,13 +45,16 @@ class WandB:
         import wandb  # no dependency of this project
 
         file = run / "wandb" / "id"
-        if not file.exists():
+        if copied := _copied(run):
+            log(f"wandb: {run} is a copy of {copied}, and is shown as a run of its own")
+        if copied or not file.exists():
             file.parent.mkdir(exist_ok=True)
             files.write(file, secrets.token_hex(4))
+        files.write(_owner(run), f"{run.absolute()}")
         try:
             self._run: Any = wandb.init(
                 project=project,
-                name=run.name,
+                name=_name(run),
                 id=file.read_text(),
                 resume="allow",
                 dir=run,
@@ -88,3 +92,26 @@ class WandB:
             self._log(
                 f"wandb shows nothing any more of this start: {error or type(error).__name__}"
             )
+
+
+def _name(run: Path) -> str:
+    """What a run is called there; those of an ablation are all directories `run`, of a row each."""
+    path = run.absolute()
+    return f"{path.parent.name}/{path.name}" if path.name == "run" else path.name
+
+
+def _owner(run: Path) -> Path:
+    """The file that names the directory whose id the file beside it is."""
+    return run / "wandb" / "of"
+
+
+def _copied(run: Path) -> str | None:
+    """The run directory that this one was copied from, with its id; None where it has its own.
+
+    A directory that is gone was renamed.
+    """
+    try:
+        owner = _owner(run).read_text()
+        return None if os.path.samefile(owner, run) else owner
+    except OSError:
+        return None
