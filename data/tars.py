@@ -1,7 +1,7 @@
 """Tar files in WebDataset's conventions: writing ours, and finding the samples in others'.
 
 A sample is the files with one name up to the first dot: `KEY.jpg`, `KEY.png` or another image, and
-`KEY.cls`, `KEY.json` or `KEY.txt` for its label.
+`KEY.cls` (or `.label`, `.class`), `KEY.json` or `KEY.txt` for its label.
 """
 
 import posixpath
@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data.labels import Label, all_or_no_labels, json_label, text_label, word_label
+from data.labels import LABEL_KEYS, Label, all_or_no_labels, json_label, text_label, word_label
 from data.packing.names import IMAGE_SUFFIXES, USUAL_SUFFIXES, kind, litter
 
 # Bytes of a tar header; the payload follows it.
@@ -136,8 +136,8 @@ def scan_tar(path: Path, *, skipped: Counter[str] | None = None) -> list[TarSamp
         for by_suffix in members.values():
             if sample := _sample(path, file, by_suffix):
                 samples.append(sample)
-                if "txt" in by_suffix:
-                    texts[sample.name] = by_suffix["txt"]
+                if text := _only(by_suffix, "txt"):
+                    texts[sample.name] = text
             else:
                 skipped.update(kind(info.name) for info in by_suffix.values())
         return _with_word_labels(file, samples, texts)
@@ -245,8 +245,9 @@ def _sample(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -
 
 
 def _label(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> Label | None:
-    if found := _only(by_suffix, "cls"):
-        return text_label(_payload(file, found), where=f"{path}: {found.name}")
+    for suffix in ("cls", *LABEL_KEYS):
+        if found := _only(by_suffix, suffix):
+            return text_label(_payload(file, found), where=f"{path}: {found.name}")
     if found := _only(by_suffix, "json"):
         return json_label(_payload(file, found), where=f"{path}: {found.name}")
     return None

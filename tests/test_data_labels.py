@@ -138,7 +138,10 @@ def test_a_column_of_neither_is_refused(tmp_path: Path, value: object) -> None:
         packed(tmp_path / "a.parquet", tmp_path)
 
 
-@pytest.mark.parametrize("suffix", ["jpg.json", "info.json", "JSON", "jpg.cls", "CLS"])
+@pytest.mark.parametrize(
+    "suffix",
+    ["jpg.json", "info.json", "JSON", "jpg.cls", "CLS", "label", "output.class", "outputs.txt"],
+)
 def test_labels_beside_the_image_under_longer_names_are_read(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:

@@ -17,7 +17,7 @@ _LISTED = 5
 
 def warn_of_missing_labels(listing: Listing, source: str) -> None:
     """Say how many images cannot train a network with classes."""
-    if NO_CLASS in listing.classes:
+    if NO_CLASS in listing.classes and listing.names:
         count = listing.labels.count(listing.classes.index(NO_CLASS))
         print(
             f"SOURCE = {source}: {count} of {len(listing.names)} images have no label; "
