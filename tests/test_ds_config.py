@@ -41,6 +41,10 @@ def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path:
         ("bf16", "bf16_optimizer_states"),
         ("fp16", "fp16_master_weights_and_grads"),
         ("torch_autocast", "enabled"),
+        ("autotuning", "enabled"),
+        ("compile", "deepcompile"),
+        ("data_efficiency", "enabled"),
+        ("hybrid_engine", "enabled"),
     ],
 )
 def test_deepspeed_settings_that_would_train_something_else_are_refused(
@@ -61,6 +65,9 @@ def test_deepspeed_settings_that_would_train_something_else_are_refused(
         ('"zero_optimizaton": {"stage": 3}', "no setting 'zero_optimizaton' .nearest: 'zero_opt"),
         ('"zero_optimization": {"stage": 3}', "'zero_optimization' is there twice"),
         ('"activation_checkpointing": {"cpu_checkpointing": true}', "model.checkpoint decides"),
+        ('"sequence_parallel_size": 2', "each rank computes whole images"),
+        ('"tensor_parallel": {"autotp_size": 2}', "each rank computes with whole weights"),
+        ('"managed_gradient_accumulation": false', "= False: must be true, or absent: a step is"),
     ],
 )
 def test_what_deepspeed_would_leave_unused_in_silence_is_refused(

@@ -48,6 +48,20 @@ _WRONG = {
     "fp16.fp16_master_weights_and_grads": _MASTERS,
     "activation_checkpointing": "model.checkpoint decides what is computed again",
     "torch_autocast.enabled": "training.precision decides in what the network computes",
+    "autotuning.enabled": "DeepSpeed ends the process after some steps; `python -m trainer.plan` "
+    "says which micro-batches fit",
+    "compile.deepcompile": "training.compile decides whether the network is compiled",
+    "data_efficiency.enabled": "the seed alone decides which image comes when",
+    "hybrid_engine.enabled": "it is for networks that generate text",
+    "sequence_parallel_size": "each rank computes whole images",
+    "tensor_parallel": "each rank computes with whole weights; ZeRO divides what they take",
+}
+_UNCHECKED = "gradients that are not finite would enter the weights"
+# Settings that may not be turned off.
+_NEEDED = {
+    "bf16.check_grad_overflow": _UNCHECKED,
+    "zero_optimization.compute_grad_norm": _UNCHECKED,
+    "managed_gradient_accumulation": "a step is made of the micro-batches that the preset says",
 }
 
 
@@ -98,12 +112,9 @@ def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:
             raise ValueError(
                 f"{path}: {name} = {_lookup(ds_config, name)!r}: must be absent: {why}"
             )
-    for name in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+    for name, why in _NEEDED.items():
         if _lookup(ds_config, name) is False:
-            raise ValueError(
-                f"{path}: {name} = False: must be true, or absent: gradients that are not finite "
-                "would enter the weights"
-            )
+            raise ValueError(f"{path}: {name} = False: must be true, or absent: {why}")
     floor = _lookup(ds_config, "fp16.min_loss_scale")
     if floor is not None and not (isinstance(floor, int) and floor >= 1):
         raise ValueError(
