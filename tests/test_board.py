@@ -171,6 +171,32 @@ def test_weights_and_biases_shows_the_same_offline(
     assert len(said) == 1  # and the run goes on
 
 
+def test_a_run_that_weights_and_biases_has_shown_resumes_where_it_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("wandb")  # no dependency of this project
+
+    def fail(**_: object) -> None:
+        raise library.errors.CommError("context deadline\nexceeded")
+
+    said: list[str] = []
+    with monkeypatch.context() as down:
+        down.setattr(library, "init", fail)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"^board.wandb = 'adm': context deadline exceede"):
+                wandb.WandB(tmp_path, project="adm", config="", log=said.append)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.WandB(tmp_path, project="adm", config="", log=said.append).close()
+    monkeypatch.setattr(library, "init", fail)
+    board = wandb.WandB(tmp_path, project="adm", config="", log=said.append)
+    board.scalars({"loss": 1.0}, images_seen=64)
+    board.picture("samples", torch.zeros(3, 8, 8, dtype=torch.uint8), images_seen=64)
+    board.close()
+    library.teardown()
+    why = "context deadline exceeded"
+    assert said == [f"wandb does not start, and shows nothing of this start: {why}"]
+
+
 def test_a_board_that_is_not_installed_is_refused() -> None:
     wandb.check(None)
     if find_spec("wandb") is None:

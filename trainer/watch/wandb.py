@@ -35,10 +35,11 @@ class WandB:
     The steps of wandb only grow, so the curves are drawn over `images`: what a resumed start does
     again is there twice.
 
-    What it refuses later is logged once, and ends the board, not the run.
+    What it refuses later is logged once, and ends the board, not the run: a start in the night does
+    not fail for a server that is down.
 
     Raises:
-        ValueError: wandb refuses to start.
+        ValueError: wandb refuses to start, and has not shown this run before.
     """
 
     def __init__(self, run: Path, *, project: str, config: str, log: Callable[[str], None]) -> None:
@@ -50,9 +51,11 @@ class WandB:
         if copied or not file.exists():
             file.parent.mkdir(exist_ok=True)
             files.write(file, secrets.token_hex(4))
-        files.write(_owner(run), f"{run.absolute()}")
+        is_known = not copied and _owner(run).exists()
+        self._run: Any = None
+        self._image, self._log = wandb.Image, log
         try:
-            self._run: Any = wandb.init(
+            self._run = wandb.init(
                 project=project,
                 name=_name(run),
                 id=file.read_text(),
@@ -63,8 +66,11 @@ class WandB:
             )
         except Exception as error:  # of many kinds: no login, no network, a wrong project
             said = " ".join(str(error).split())
-            raise ValueError(f"board.wandb = {project!r}: {said}") from error
-        self._image, self._log = wandb.Image, log
+            if not is_known:
+                raise ValueError(f"board.wandb = {project!r}: {said}") from error
+            log(f"wandb does not start, and shows nothing of this start: {said}")
+            return
+        files.write(_owner(run), f"{run.absolute()}")
         self._attempt(lambda: self._run.define_metric("images"))
         self._attempt(lambda: self._run.define_metric("*", step_metric="images"))
 
