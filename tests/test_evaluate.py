@@ -85,6 +85,16 @@ def test_copies_among_samples_are_counted(
     assert "warning: 30 of 70 samples equal an earlier one" in capsys.readouterr().err
 
 
+def test_a_reference_of_few_images_is_refused(
+    network: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    few = write(tmp_path / "few.npz", real[0][:15])
+    words = ["reference", str(few), "--out", str(tmp_path / "r.npz"), "--network", str(network)]
+    with pytest.raises(ValueError, match="has 15 images: must be at least 16"):
+        main(words)
+    assert not (tmp_path / "r.npz").exists()
+
+
 def test_any_number_of_ranks_and_a_reference_file_give_the_same_figures(
     network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:

@@ -141,6 +141,15 @@ def test_a_classifier_of_other_names_is_refused_where_the_shards_tell(tmp_path: 
     check_names(found["b"], network=found["a"], option="--classifier")
 
 
+def test_a_place_beside_a_network_says_which_one_is_meant(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run and no checkpoint: give a directory with"):
+        TrainedNetwork.find(tmp_path, preset=None, decay=None)
+    (tmp_path / "state.json").touch()
+    save_file({"w": torch.zeros(1)}, tmp_path / "ema-0.5.safetensors")
+    with pytest.raises(ValueError, match=f"give its checkpoint {tmp_path}, or add --preset"):
+        TrainedNetwork.find(tmp_path / "ema-0.5.safetensors", preset=None, decay=None)
+
+
 def test_images_that_are_not_finite_are_refused(
     tmp_path: Path, weights: dict[str, list[str]]
 ) -> None:

@@ -141,6 +141,7 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
     """Write the reference file of a dataset; returns the exit status."""
     agreed(lambda: _check_output(arguments.out, suffix=".npz"))
     samples = agreed(lambda: open_samples(arguments.shards, size=arguments.size))
+    agreed(lambda: references.check_images(samples, size=samples.size))
     evaluation = _evaluator(arguments, world=world, device=device)
     found = evaluation.of_images(samples)
 

@@ -128,7 +128,9 @@ def _written_config(path: Path) -> Config:
     """
     text = weights.metadata(path).get("config")
     if text is None:
-        raise ValueError(f"{path} does not say which network it is for: add --preset")
+        of = path.parent
+        hint = f"give its checkpoint {of}, or add" if (of / checkpoints.STATE).is_file() else "add"
+        raise ValueError(f"{path} does not say which network it is for: {hint} --preset")
     try:
         return configs.from_table(tomllib.loads(text))
     except ValueError as error:
@@ -138,6 +140,11 @@ def _written_config(path: Path) -> Config:
 def _newest(path: Path) -> checkpoints.Checkpoint:
     """A checkpoint, or a run's newest valid one."""
     is_checkpoint = (path / checkpoints.STATE).is_file()
+    if not is_checkpoint and not (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is no run and no checkpoint: give a directory with checkpoints/ in it, one of "
+            "those in there, or a weights file"
+        )
     for one in [path] if is_checkpoint else checkpoints.committed(path / "checkpoints"):
         if not (faults := checkpoints.faults_of(one)):
             return checkpoints.read(one)
