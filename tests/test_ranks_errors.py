@@ -65,12 +65,12 @@ def test_a_malformed_manifest_is_one_line(content: bytes) -> None:
 def test_the_status_of_a_trainer_tells_a_user_error_from_a_library_s(
     tmp_path: Path, tiny: Path, preset: str, status: int
 ) -> None:
-    """A variable of the launcher's that is no number is nothing that a preset could correct."""
-    env = ranks.environment() | {"RANK": "0", "WORLD_SIZE": "one"}
+    """A variable of DeepSpeed's that it cannot read is nothing that a preset could correct."""
+    env = ranks.environment() | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env["MASTER_PORT"] = str(ranks.free_port())
     command = [sys.executable, "-m", "trainer.train", preset.format(tiny=tiny), "--run", "run"]
-    if preset == "nothing":
-        env["WORLD_SIZE"] = "1"
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
+    if preset != "nothing":
+        env["DS_ACCELERATOR"] = "nothing"
     done = subprocess.run(command, cwd=ranks.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert ("Traceback" in done.stderr) == (status == FAILED)

@@ -74,7 +74,11 @@ def _check_inputs(found: AblationSet, *, runs: Path) -> None:
     Raises:
         ValueError: one is not; each row would fail for it, the last days after the first.
     """
-    left = [row for row in found.rows if any(_left(found, row, runs=runs))]
+    left = [
+        row
+        for row in found.rows
+        if not _is_of_a_job(runs / row.directory / "run") and any(_left(found, row, runs=runs))
+    ]
     trained = [row for row in left if _state(runs / row.directory / "run") is None]
     for data in dict.fromkeys(found.config(row).data for row in trained):
         open_stream(data, seed=0, check_files=False)
@@ -89,9 +93,9 @@ def _check_inputs(found: AblationSet, *, runs: Path) -> None:
 def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int) -> int:
     """Do what is left of a row; returns the exit status."""
     run = runs / row.directory / "run"
-    state = _state(run)
-    if state != "finished" and (run / "launch" / "job.json").exists():
-        print(f"row {row.name!r}: its job is {state or 'not started'}; rerun this when it is done")
+    if _is_of_a_job(run):
+        state = _state(run) or "not started"
+        print(f"row {row.name!r}: its job is {state}; rerun this when it is done")
         return TO_BE_CONTINUED
     for command in _left(found, row, runs=runs):
         if status := subprocess.run(_on_ranks(command, ranks=ranks), check=False).returncode:
@@ -114,6 +118,11 @@ def submit(
     words += ["--dry-run"] * arguments.dry_run
     command = [sys.executable, "-m", "launch", "sweep", *words, *options]
     return subprocess.run(command, check=False).returncode
+
+
+def _is_of_a_job(run: Path) -> bool:
+    """Whether a job trains this run, or will."""
+    return _state(run) != "finished" and (run / "launch" / "job.json").exists()
 
 
 def _state(run: Path) -> str | None:

@@ -83,7 +83,9 @@ def _exit(status: int) -> None:
 
 def is_held_up() -> bool:
     """Whether a thread still waits for the network, as for a peer that is gone: leaving may too."""
-    return any(thread.daemon for thread in threading.enumerate())
+    # Not one of a library's own kind, as tqdm's monitor, which torch's compiler starts.
+    ours = (thread for thread in threading.enumerate() if type(thread) is threading.Thread)
+    return any(thread.daemon for thread in ours)
 
 
 class _Lossy(io.FileIO):
