@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support import ranks
 from tests.support.runs import STAGES, UNJUDGED
 from trainer import config as configs
-from trainer import costs, ds_config
+from trainer import costs, ds_config, shortcuts
 from trainer.adm.unet import build, example_inputs
 from trainer.config import Config
 
@@ -84,12 +84,20 @@ def zero(stage: int, to_all: bool) -> dict[str, Any]:
     return {**section, "stage": stage, **own}
 
 
+class _AsOnAGpu(shortcuts.Buckets):
+    """Buckets that have a buffer each, where they have on a GPU."""
+
+    def __init__(self, optimizer: Any, *, aside: bool) -> None:
+        super().__init__(optimizer, aside=not optimizer.reduce_scatter)
+
+
 def measure(directory: Path) -> int:
     """Two steps of each case; what the second one sent, and the most that it held."""
     from trainer.engine import Engine
     from trainer.ranks.group import connected
     from trainer.ranks.world import join
 
+    shortcuts.Buckets = _AsOnAGpu  # type: ignore[misc]
     world = join()
     found = []
     with connected(world, patience=ranks.LIMIT) as device:

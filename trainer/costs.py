@@ -188,15 +188,25 @@ def memory(
     else:
         # Stage 1 keeps whole gradients until the last micro-batch; stage 2 adds shares of two.
         copies = 1 if accumulation == 1 else 2
-        gradients = whole if stage == 1 and accumulation > 1 else copies * share
-        # Reduced beside the backward pass, each bucket has a buffer of its own.
-        buffers = bucket * (max(len(buckets(net, zero=zero)), 2) if zero.get("overlap_comm") else 1)
+        keeps_all = stage == 1 and accumulation > 1
+        gradients = whole if keeps_all else copies * share
+        many = not (keeps_all or offloaded)  # else buckets take the place of what they hold
+        buffers = bucket * _buffers(net, zero=zero, many=many)
         backward = {**activations, "gradients": element * gradients, "buckets": buffers}
     step = {"optimizer's step": (_FULL + element) * share}
     if offloaded:
         step = {"optimizer's step": element * share}
     fullest = max(backward, step, key=lambda parts: sum(parts.values()))
     return {name: int(size) for name, size in {**state, **fullest}.items()}
+
+
+def _buffers(net: NetCosts, *, zero: Mapping[str, Any], many: bool) -> int:
+    """How many buckets of gradients are in memory at once, on a GPU; see `shortcuts`."""
+    if not zero.get("overlap_comm"):
+        return 1
+    if not many or not zero.get("use_multi_rank_bucket_allreduce", True):
+        return 2
+    return max(len(buckets(net, zero=zero)), 2)
 
 
 def traffic(

@@ -26,10 +26,9 @@ def take(optimizer: Any, *, stage: int) -> None:
         # A bucket goes to all ranks in one piece either way, here without a copy of it.
         optimizer.reduce_scatter = optimizer.postscale_gradients = False
     if optimizer.contiguous_gradients and not optimizer.cpu_offload:
-        aside = (
-            optimizer.overlap_comm and not optimizer.reduce_scatter and torch.cuda.is_available()
-        )
-        _Buckets(optimizer, aside=aside).take()
+        whole = not optimizer.reduce_scatter
+        aside = optimizer.overlap_comm and whole and torch.cuda.is_available()
+        Buckets(optimizer, aside=aside).take()
         if aside:
             _reduce_aside(optimizer)
 
@@ -58,7 +57,7 @@ def _reduce_aside(optimizer: Any) -> None:
     optimizer.average_tensor, optimizer.independent_gradient_partition_epilogue = average, end
 
 
-class _Buckets:
+class Buckets:
     """Gradients are copied into a bucket when it is full, instead of one after the other.
 
     Buckets that are reduced `aside` have a buffer each.
@@ -95,7 +94,7 @@ class _Buckets:
         index = bucket.index
         self._add(param, group)
         bucket.index = index  # which `_add` has changed
-        if self._aside:
+        if self._aside and param.is_cuda:
             gradient = self._optimizer.get_gradient_for_reduction(param)
             gradient.record_stream(self._optimizer.reduction_stream)
 

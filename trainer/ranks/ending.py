@@ -17,6 +17,9 @@ from data.exits import FAILED, REFUSED, is_ours
 from trainer.ranks.faults import Broken, Refused
 from trainer.ranks.world import is_main_process, leave_mpi, process_name
 
+# How the names of threads begin that may wait for the network.
+NETWORK = "network: "
+
 
 def run_as_rank(main: Callable[[], int]) -> None:
     """End this process with the status of `main`; at an error report it and exit at once.
@@ -83,9 +86,7 @@ def _exit(status: int) -> None:
 
 def is_held_up() -> bool:
     """Whether a thread still waits for the network, as for a peer that is gone: leaving may too."""
-    # Not one of a library's own kind, as tqdm's monitor, which torch's compiler starts.
-    ours = (thread for thread in threading.enumerate() if type(thread) is threading.Thread)
-    return any(thread.daemon for thread in ours)
+    return any(thread.name.startswith(NETWORK) for thread in threading.enumerate())
 
 
 class _Lossy(io.FileIO):

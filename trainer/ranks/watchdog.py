@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.exits import FAILED
+from trainer.ranks.ending import NETWORK
 from trainer.ranks.group import gather
 from trainer.ranks.mailbox import Mailbox
 from trainer.ranks.process import Process, RunningClock
@@ -90,7 +91,8 @@ class Watchdog:
         for rank in self._heard:
             rank.heard = self._moved
         self._threads = [
-            threading.Thread(target=work, daemon=True) for work in (self._talk, self._judge)
+            threading.Thread(target=work, daemon=True, name=f"{NETWORK}{work.__name__}")
+            for work in (self._talk, self._judge)
         ]
         for thread in self._threads:
             thread.start()
@@ -212,7 +214,7 @@ class Watchdog:
     @staticmethod
     def _briefly(act: Callable[[], None]) -> None:
         """Do what may block, for 2 seconds at most."""
-        thread = threading.Thread(target=act, daemon=True)
+        thread = threading.Thread(target=act, daemon=True, name=f"{NETWORK}briefly")
         thread.start()
         thread.join(2.0)
 
