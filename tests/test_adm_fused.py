@@ -65,3 +65,12 @@ def test_kernels_for_an_h100_spill_no_registers_and_fill_it() -> None:
         assert each["spilled"] == 0, each
         # A multiprocessor has 65,536 registers: four programs of 4 warps must fit.
         assert each["registers"] <= 65_536 // (4 * 4 * 32), each
+
+
+@pytest.mark.parametrize("channels", [128, 192, 256, 1024])
+def test_maps_of_2048_pixels_fit_a_gpu_s_grid(channels: int) -> None:
+    from trainer.adm.fused import Cut
+
+    cut = Cut(16, channels, 2048**2, 32)
+    for first, *others in (cut.by_tile, cut.by_part):
+        assert first < 2**31 and max(others) < 2**16

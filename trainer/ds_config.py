@@ -106,7 +106,7 @@ def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:
-    """Refuse the settings under which a run would silently learn something else."""
+    """Refuse the settings that a run would learn something else under, ignore, or fall over."""
     for name, why in _WRONG.items():
         if _lookup(ds_config, name) not in (None, False):
             raise ValueError(

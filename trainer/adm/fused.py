@@ -69,15 +69,13 @@ class Cut:
     @cached_property
     def by_part(self) -> tuple[int, int, int]:
         """The programs that take a part's rows each."""
-        return self._grid(self.rows)
+        return (self.images, self.parts, self.channels // self.block["BC"])
 
     @cached_property
     def by_tile(self) -> tuple[int, int, int]:
-        """The programs that take a tile's rows each."""
-        return self._grid(self.block["BL"])
-
-    def _grid(self, rows: int) -> tuple[int, int, int]:
-        return (self.images, triton.cdiv(self.length, rows), self.channels // self.block["BC"])
+        """The programs that take a tile's rows each; CUDA has room for many on the first axis."""
+        tiles = int(triton.cdiv(self.length, self.block["BL"]))
+        return (tiles, self.images, self.channels // self.block["BC"])
 
 
 # The host calls this for every norm of every micro-batch.

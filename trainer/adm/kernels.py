@@ -86,7 +86,7 @@ def apply(
     BC: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """y = SiLU(a (x - mean) rstd + o), with a and o of `_coefficients`."""
-    image, rows = tl.program_id(0), tl.program_id(1) * BL + tl.arange(0, BL)
+    rows, image = tl.program_id(0) * BL + tl.arange(0, BL), tl.program_id(1)
     c = tl.program_id(2) * BC + tl.arange(0, BC)
     group = image * (C // D) + c // D
     a, o = _coefficients(weight, bias, film, image, c, C, FILM, F)
@@ -168,7 +168,7 @@ def apply_gradient(
     BL: tl.constexpr, BC: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (a dh - mean(a dh) - xhat mean(a dh xhat)), the means over a group."""
-    image, rows = tl.program_id(0), tl.program_id(1) * BL + tl.arange(0, BL)
+    rows, image = tl.program_id(0) * BL + tl.arange(0, BL), tl.program_id(1)
     c = tl.program_id(2) * BC + tl.arange(0, BC)
     group = image * (C // D) + c // D
     a, o = _coefficients(weight, bias, film, image, c, C, FILM, F)
