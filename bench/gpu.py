@@ -31,6 +31,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.version import commit
+
 #: Images at once: the most that should fit 80 GB, and those at which all systems are compared.
 LARGEST, EQUAL = {64: 256, 128: 128, 256: 32}, {64: 64, 128: 32, 256: 8}
 #: 16-bit TFLOP/s of the datasheet (H100 and H200 SXM).
@@ -118,10 +120,9 @@ def origin() -> Cell:
     """Which code ran on what."""
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     gpu = torch.cuda.is_available()
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "torch": torch.__version__,

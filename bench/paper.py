@@ -23,6 +23,7 @@ from bench.paper_plan import Plan, Step
 from data import files
 from data.exits import REFUSED
 from data.progress import duration
+from data.version import commit
 
 
 def run(plan: Plan, *, ranks: int) -> int:
@@ -67,11 +68,8 @@ def _do(step: Step, *, plan: Plan, ranks: int) -> int:
 
 def _about(plan: Plan) -> dict[str, object]:
     """The commit and the machine's seconds, for the saved table."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     times = json.loads((plan.out / "times.json").read_text())
-    return {"commit": commit, "cpu_seconds": sum(each["cpu"] for each in times), "times": times}
+    return {"commit": commit(), "cpu_seconds": sum(each["cpu"] for each in times), "times": times}
 
 
 def parser() -> argparse.ArgumentParser:
