@@ -152,15 +152,19 @@ def test_draws_have_the_same_bits_as_on_the_cpu() -> None:
 @pytest.mark.parametrize("kernels", ["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_net_says_the_same_in_every_precision(dtype: torch.dtype, kernels: Kernels) -> None:
+    torch.manual_seed(0)
     net = UNet(NET)
-    golden.set_formula_weights(net)
+    for parameter in net.parameters():
+        if not parameter.any():  # what starts at zero would hide the rest
+            torch.nn.init.normal_(parameter, std=0.02)
     x, t, y = golden.wave("x", (2, 3, 32, 32), 1.0), torch.tensor([7, 803]), torch.tensor([1, 8])
     compute.use_tf32(False)
     with torch.no_grad():
         expected = net(x, t, y)
         use_kernels(net, kernels)
         found = net.to("cuda", dtype)(x.cuda(), t.cuda(), y.cuda()).cpu()
-    tolerance = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+    # On a CPU the three are off by 2e-6, 2e-2 and 3e-3.
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}[dtype]
     golden.assert_close(found, expected, tolerance=tolerance)
 
 
@@ -178,7 +182,7 @@ def test_the_fused_norm_is_no_worse_than_the_plain_one(channels: int, size: int)
         x, film, weight, bias = inputs
         parameters = {"weight": weight, "bias": bias}
         out = torch.func.functional_call(norm, parameters, (x, film), {"silu": True})
-        found.append([out, *torch.autograd.grad(out.double().square().sum(), inputs)])
+        found.append([out, *torch.autograd.grad(out.double().square().sum() / size, inputs)])
     for exact, plain, fused in zip(*found, strict=True):
         errors = [float((v.double() - exact).norm() / exact.norm()) for v in (plain, fused)]
         assert errors[1] < 1.5 * errors[0] + 1e-4, errors

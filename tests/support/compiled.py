@@ -36,7 +36,8 @@ PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 def cost(name: str, *, channels: int, length: int) -> dict[str, object]:
     """Registers and spilled bytes of a kernel for maps of so many channels and positions."""
     cut = fused.Cut(8, channels, length, 32)
-    values = {**cut.block, **cut.group, "eps": 1e-5, "FILM": True, "SILU": True, "F": tl.float32}
+    block = cut.sums if name.startswith("channel_") else cut.block
+    values = {**block, **cut.group, "eps": 1e-5, "FILM": True, "SILU": True, "F": tl.float32}
     kernel = getattr(kernels, name)
     constants = {n: values[n] for n in kernel.arg_names if n in values}
     signature = {

@@ -109,7 +109,8 @@ def note_waits(at: int) -> None:
             torch.cuda.set_sync_debug_mode("warn")
             step(self, batches)
             torch.cuda.set_sync_debug_mode("default")
-        said.extend(text for each in caught if "synchroniz" in (text := str(each.message)))
+        texts = (str(each.message) for each in caught)
+        said.extend(text for text in texts if "called a synchronizing" in text)
         (self.run.path / "waits.json").write_text(json.dumps(said))
         return None
 

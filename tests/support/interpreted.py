@@ -26,6 +26,7 @@ CASES = (
     (2, 256, 12, "float16", True, True, 2.0),
     (1, 384, 8, "bfloat16", False, True, 1.0),
     (2, 64, 5, "float32", False, False, 0.0),
+    (2, 64, 20, "float16", True, True, 1.0),
     (1, 1536, 4, "float16", True, True, 0.0),
     (1, 64, 1, "float32", True, True, 0.0),
     (1, 32, 70, "float32", True, True, 1000.0),

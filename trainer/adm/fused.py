@@ -18,12 +18,13 @@ from torch import Tensor
 
 from trainer.adm import kernels
 
-# Elements that a program holds at once, and its warps. No kernel takes more than 88 registers then
-# on an H100, so that 20 warps run at once; with 4096 elements it is up to 208, and 8192 spill.
+# Elements that a program holds at once, and its warps: the fastest of some on an H200 (see
+# `bench/RESULTS.md`). No kernel spills a register there.
 ELEMENTS, WARPS = 2048, 4
-# A map's rows are summed in at most so many parts, which one program can add up.
-_PARTS = 64
-_BLOCK = 256
+# Channels of a program that takes one tile, and of one that sums many.
+_BLOCK, _SUM_BLOCK = 256, 64
+# Rows that a program sums, unless a map had more parts then than one program can add up.
+_ROWS, _PARTS = 256, 256
 
 LAYOUT = torch.channels_last
 
@@ -37,18 +38,27 @@ class Cut:
     length: int
     groups: int
 
-    @cached_property
-    def block(self) -> dict[str, int]:
-        """The tile of a program: channels that divide them all, and rows to fill it."""
-        BC = min(_BLOCK, self.channels & -self.channels)
+    def tile(self, channels: int) -> dict[str, int]:
+        """A tile: channels that divide them all, at most so many, and rows to fill it."""
+        BC = min(channels, self.channels & -self.channels)
         BL = min(ELEMENTS // BC, triton.next_power_of_2(self.length))
         return {"C": self.channels, "BL": BL, "BC": BC}
 
     @cached_property
+    def block(self) -> dict[str, int]:
+        """The tile of a program that takes one."""
+        return self.tile(_BLOCK)
+
+    @cached_property
+    def sums(self) -> dict[str, int]:
+        """The tile of a program that sums the rows of a part, tile by tile."""
+        return self.tile(_SUM_BLOCK)
+
+    @cached_property
     def rows(self) -> int:
         """Rows of a part: whole tiles."""
-        BL = self.block["BL"]
-        return int(BL * triton.cdiv(triton.cdiv(self.length, BL), _PARTS))
+        BL = self.sums["BL"]
+        return int(BL * triton.cdiv(max(_ROWS, triton.cdiv(self.length, _PARTS)), BL))
 
     @cached_property
     def parts(self) -> int:
@@ -69,7 +79,7 @@ class Cut:
     @cached_property
     def by_part(self) -> tuple[int, int, int]:
         """The programs that take a part's rows each."""
-        return (self.images, self.parts, self.channels // self.block["BC"])
+        return (self.images, self.parts, self.channels // self.sums["BC"])
 
     @cached_property
     def by_tile(self) -> tuple[int, int, int]:
@@ -108,7 +118,7 @@ def norm(
     means, squares = x.new_empty((2, B, cut.parts, C), dtype=full)
     mean, rstd = (x.new_empty((B, groups), dtype=full) for _ in range(2))
     kernels.channel_moments[cut.by_part](
-        x, means, squares, L, cut.rows, **cut.block, F=F, num_warps=WARPS
+        x, means, squares, L, cut.rows, **cut.sums, F=F, num_warps=WARPS
     )
     kernels.group_moments[(B, groups)](
         means, squares, mean, rstd, L, cut.rows, cut.parts, eps, **cut.group, F=F, num_warps=WARPS
@@ -156,7 +166,7 @@ def norm_backward(
     parameters = x.new_empty((B, 2, C), dtype=full)
     dfilm = x.new_empty((B, 2 * C) if given else 0)
     kernels.channel_gradients[cut.by_part](
-        x, dy, mean, rstd, weight, bias, shift, sums, L, cut.rows, D=cut.width, **cut.block,
+        x, dy, mean, rstd, weight, bias, shift, sums, L, cut.rows, D=cut.width, **cut.sums,
         FILM=given, SILU=silu, F=F, num_warps=WARPS,
     )  # fmt: skip
     kernels.group_gradients[(B, cut.groups)](

@@ -37,25 +37,25 @@ def channel_moments(
 ):  # fmt: skip
     """Mean, and sum of squares around it, of every channel of a part: (B, parts, C) each.
 
-    Tiles are joined by Chan's formula: no large mean cancels the variance.
+    Every place of a tile keeps both over all tiles by Welford's update, and all places are joined
+    at the end: no large mean cancels the variance, and threads wait for each other once.
     """
     image, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    c, place = tl.program_id(2) * BC + tl.arange(0, BC), tl.arange(0, BL)
     first, last = part * ROWS, tl.minimum(part * ROWS + ROWS, L)
-    mean, square = tl.zeros((BC,), F), tl.zeros((BC,), F)
+    mean, square = tl.zeros((BL, BC), F), tl.zeros((BL, BC), F)
     for start in range(first, last, BL):
-        rows = start + tl.arange(0, BL)
+        rows = start + place
         v = _load(x, image, rows, c, last, L, C, F)
-        before = (start - first).to(F)
-        count = tl.minimum(last - start, BL).to(F)
-        tile_mean = tl.sum(v, 0) / count
-        off = tl.where((rows < last)[:, None], v - tile_mean[None, :], 0)
-        delta = tile_mean - mean
-        mean += delta * (count / (before + count))
-        square += tl.sum(off * off, 0) + delta * delta * (before * count / (before + count))
+        off = tl.where((rows < last)[:, None], v - mean, 0)
+        mean += off * (1 / ((start - first) // BL + 1).to(F))
+        square += off * (v - mean)
+    counts = tl.maximum((last - first - place + BL - 1) // BL, 0).to(F)[:, None]
+    whole = tl.sum(mean * counts, 0) / (last - first).to(F)
+    off = mean - whole[None, :]
     at = (image * parts + part) * C + c
-    tl.store(means + at, mean)
-    tl.store(squares + at, square)
+    tl.store(means + at, whole)
+    tl.store(squares + at, tl.sum(square + counts * off * off, 0))
 
 
 @_kernel
@@ -100,9 +100,9 @@ def apply(
 
 
 @triton.jit
-def _inner(x, dy, mean, rstd, a, o, group, SILU: tl.constexpr):
+def _inner(x, dy, mean, rstd, a, o, SILU: tl.constexpr):
     """The normalised values, and the gradient of a xhat + o."""
-    xhat = (x - tl.load(mean + group)[None, :]) * tl.load(rstd + group)[None, :]
+    xhat = (x - mean[None, :]) * rstd[None, :]
     if SILU:
         h = xhat * a[None, :] + o[None, :]
         s = 1 / (1 + tl.exp(-h))
@@ -119,18 +119,19 @@ def channel_gradients(
     image, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * BC + tl.arange(0, BC)
     group = image * (C // D) + c // D
+    mu, r = tl.load(mean + group), tl.load(rstd + group)
     a, o = _coefficients(weight, bias, film, image, c, C, FILM, F)
     first, last = part * ROWS, tl.minimum(part * ROWS + ROWS, L)
-    total, product = tl.zeros((BC,), F), tl.zeros((BC,), F)
+    total, product = tl.zeros((BL, BC), F), tl.zeros((BL, BC), F)
     for start in range(first, last, BL):
         rows = start + tl.arange(0, BL)
         v, g = _load(x, image, rows, c, last, L, C, F), _load(dy, image, rows, c, last, L, C, F)
-        xhat, dh = _inner(v, g, mean, rstd, a, o, group, SILU)
-        total += tl.sum(dh, 0)
-        product += tl.sum(dh * xhat, 0)
+        xhat, dh = _inner(v, g, mu, r, a, o, SILU)
+        total += dh
+        product += dh * xhat
     at = sums + (image * parts + part) * 2 * C + c
-    tl.store(at, total)
-    tl.store(at + C, product)
+    tl.store(at, tl.sum(total, 0))
+    tl.store(at + C, tl.sum(product, 0))
 
 
 @_kernel
@@ -173,8 +174,9 @@ def apply_gradient(
     group = image * (C // D) + c // D
     a, o = _coefficients(weight, bias, film, image, c, C, FILM, F)
     v, g = _load(x, image, rows, c, L, L, C, F), _load(dy, image, rows, c, L, L, C, F)
-    xhat, dh = _inner(v, g, mean, rstd, a, o, group, SILU)
+    r = tl.load(rstd + group)
+    xhat, dh = _inner(v, g, tl.load(mean + group), r, a, o, SILU)
     k, q = tl.load(means + 2 * group)[None, :], tl.load(means + 2 * group + 1)[None, :]
-    d = (dh * a[None, :] - k - xhat * q) * tl.load(rstd + group)[None, :]
+    d = (dh * a[None, :] - k - xhat * q) * r[None, :]
     at = image.to(tl.int64) * L * C + rows[:, None] * C + c[None, :]
     tl.store(dx + at, d.to(dx.dtype.element_ty), mask=(rows < L)[:, None])
