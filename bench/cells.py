@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from bench import nets
 from bench.nets import Net
@@ -122,10 +123,9 @@ def _step(cell: Figures, *, images: int) -> Figures:
     forward = net.forward
     if "compiled" in cell["system"]:
         backend = "inductor" if GPU else "aot_eager"
-        if "graphs" in cell["system"]:  # CUDA graphs of the forward and of the backward pass
-            mode = "reduce-overhead" if GPU else None
-            forward = torch.compile(forward, backend=backend, dynamic=False, mode=mode)
-        elif isinstance(net.module, UNet):  # as in training
+        # CUDA graphs of the forward and of the backward pass of every part.
+        inductor.triton.cudagraphs = "graphs" in cell["system"]
+        if isinstance(net.module, UNet):  # as in training
             compute.compile_forward(net.module, say=lambda _: None, backend=backend)
         else:
             forward = torch.compile(forward, backend=backend, dynamic=False)
@@ -134,6 +134,7 @@ def _step(cell: Figures, *, images: int) -> Figures:
     x = x.to(half) if cell["system"].startswith("diffusers") else x
 
     def once() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         forward(x, t, y).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -61,7 +61,7 @@ def forks() -> ForkServerContext:
     """What processes are forked from: a process that has imported everything."""
     context = get_context("forkserver")
     # The last one is what DeepSpeed imports as it makes an optimizer.
-    context.set_forkserver_preload(["bench.scale", "deepspeed.runtime.zero.muon.muon_optimizer"])
+    context.set_forkserver_preload(["bench.jobs", "deepspeed.runtime.zero.muon.muon_optimizer"])
     return context
 
 

@@ -116,6 +116,12 @@ def test_a_setting_can_be_left_out() -> None:
         configs.load("digits", unset=["model.head_chanels"])
 
 
+@pytest.mark.parametrize("name", ["training.lr", "training"])
+def test_a_setting_is_not_set_and_left_out_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"--unset {name}: --set sets it, too; give one"):
+        configs.load("digits", ["training.lr = 1e-4"], unset=[name])
+
+
 def test_a_setting_of_a_section_is_found_without_it() -> None:
     with pytest.raises(ValueError, match=r"--unset betas: .* .nearest: 'training\.betas'"):
         configs.load("imagenet64", unset=["betas"])

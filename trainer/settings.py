@@ -61,7 +61,8 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
     """The table of a TOML file, with the changes of `--set` and `--unset`.
 
     Raises:
-        ValueError: the file or a change is unreadable, or a setting to leave out is not there.
+        ValueError: the file or a change is unreadable, or a setting to leave out is not there or
+            is set by a change.
     """
     try:
         # TOML is UTF-8 whatever the locale; editors on Windows put a mark before it.
@@ -72,9 +73,12 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
         raise ValueError(f"cannot read {path}: {error}") from None
     except RecursionError:
         raise ValueError(f"{path} is not valid: its values are nested too deeply") from None
-    for change in overrides:
-        _merge(table, _parse_change(change), path=())
+    changes = [_parse_change(change) for change in overrides]
+    for change in changes:
+        _merge(table, change, path=())
     for name in unset:
+        if any(_names(change, name.split(".")) for change in changes):
+            raise ValueError(f"--unset {name}: --set sets it, too; give one of them")
         _remove(table, name)
     return table
 
@@ -185,6 +189,15 @@ def _merge(table: Table, change: Mapping[str, Any], *, path: tuple[str, ...]) ->
             _merge(inner, value, path=(*path, key))
         else:
             table[key] = value
+
+
+def _names(change: object, path: list[str]) -> bool:
+    """Whether a change sets something at the path."""
+    for key in path:
+        if not isinstance(change, Mapping) or key not in change:
+            return False
+        change = change[key]
+    return True
 
 
 def _remove(table: Table, name: str) -> None:
