@@ -173,15 +173,15 @@ def test_the_fused_norm_is_no_worse_than_the_plain_one(channels: int, size: int)
     torch.manual_seed(0)
     norm = GroupNorm(channels)
     x = torch.randn(3, channels, size, size).to(memory_format=torch.channels_last) + 2
-    others = [torch.randn(shape) for shape in ((3, 2 * channels), (channels,), (channels,))]
+    others = [torch.randn(shape) for shape in ((3, 2 * channels), *[(channels,)] * 3)]
     rounded = [value.half() for value in (x, *others)]
     found = []
     for kernels, dtype in (("plain", torch.float64), ("plain", torch.half), ("fused", torch.half)):
         use_kernels(norm, kernels)
         inputs = [v.to("cuda", dtype).requires_grad_() for v in rounded]
-        x, film, weight, bias = inputs
-        parameters = {"weight": weight, "bias": bias}
-        out = torch.func.functional_call(norm, parameters, (x, film), {"silu": True})
+        x, film, shift, weight, bias = inputs
+        parameters, given = {"weight": weight, "bias": bias}, {"silu": True, "shift": shift}
+        out = torch.func.functional_call(norm, parameters, (x, film), given)
         found.append([out, *torch.autograd.grad(out.double().square().sum() / size, inputs)])
     for exact, plain, fused in zip(*found, strict=True):
         errors = [float((v.double() - exact).norm() / exact.norm()) for v in (plain, fused)]

@@ -19,14 +19,20 @@ from triton.compiler import ASTSource
 from trainer.adm import fused, kernels
 
 HALF, FULL = "*fp16", "*fp32"
-COEFFICIENTS = {"weight": HALF, "bias": HALF, "film": HALF}
+COEFFICIENTS = {"weight": HALF, "bias": HALF, "film": HALF, "shift": HALF}
 SAVED = {"x": HALF, "mean": FULL, "rstd": FULL, **COEFFICIENTS}
 POINTERS = {
     "channel_moments": {"x": HALF, "means": FULL, "squares": FULL},
-    "group_moments": {"means": FULL, "squares": FULL, "mean": FULL, "rstd": FULL},
+    "group_moments": {"means": FULL, "squares": FULL, "shift": HALF, "mean": FULL, "rstd": FULL},
     "apply": {"y": HALF, **SAVED},
     "channel_gradients": {"dy": HALF, "sums": FULL, **SAVED},
-    "group_gradients": {"sums": FULL, "means": FULL, "dfilm": HALF, "dparameters": FULL}
+    "group_gradients": {
+        "sums": FULL,
+        "means": FULL,
+        "rstd": FULL,
+        "dfilm": HALF,
+        "dparameters": FULL,
+    }
     | COEFFICIENTS,
     "apply_gradient": {"dy": HALF, "dx": HALF, "means": FULL, **SAVED},
 }
@@ -37,7 +43,15 @@ def cost(name: str, *, channels: int, length: int) -> dict[str, object]:
     """Registers and spilled bytes of a kernel for maps of so many channels and positions."""
     cut = fused.Cut(8, channels, length, 32)
     block = cut.sums if name.startswith("channel_") else cut.block
-    values = {**block, **cut.group, "eps": 1e-5, "FILM": True, "SILU": True, "F": tl.float32}
+    values = {
+        **block,
+        **cut.group,
+        "eps": 1e-5,
+        "FILM": True,
+        "SHIFT": True,
+        "SILU": True,
+        "F": tl.float32,
+    }
     kernel = getattr(kernels, name)
     constants = {n: values[n] for n in kernel.arg_names if n in values}
     signature = {

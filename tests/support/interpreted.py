@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.support import golden
 from trainer.adm import fused
-from trainer.adm.config import UNetConfig
+from trainer.adm.config import GROUPS, UNetConfig
 from trainer.adm.norm import GroupNorm, use_kernels
 from trainer.adm.unet import UNet
 
@@ -44,12 +44,12 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return off.item()
 
 
-def gradients(norm: GroupNorm, x: Tensor, film: Tensor | None, dy: Tensor, *, silu: bool) -> dict:
-    """The output and every gradient."""
-    leaves = {"x": x.clone().requires_grad_()}
-    if film is not None:
-        leaves["film"] = film.clone().requires_grad_()
-    y = norm(leaves["x"], leaves.get("film"), silu=silu)
+def gradients(
+    norm: GroupNorm, x: Tensor, given: dict[str, Tensor], dy: Tensor, *, silu: bool
+) -> dict:
+    """The output and every gradient; film and shift may be given."""
+    leaves = {name: value.clone().requires_grad_() for name, value in {"x": x, **given}.items()}
+    y = norm(leaves["x"], leaves.get("film"), silu=silu, shift=leaves.get("shift"))
     inputs = {**leaves, **dict(norm.named_parameters())}
     found = torch.autograd.grad(y, list(inputs.values()), dy)
     return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
@@ -66,15 +66,18 @@ def case(
     torch.nn.init.normal_(norm.bias, 0, 0.3)
     norm.to(kind)
     x = (2 * torch.randn(batch, channels, size, size) + mean).to(kind, memory_format=fused.LAYOUT)
-    film = 0.3 * torch.randn(batch, 2 * channels) if given else None
-    film, dy = None if film is None else film.to(kind), torch.randn_like(x)
+    film, shift = 0.3 * torch.randn(batch, 2 * channels), torch.randn(channels)
+    also = {"film": film.to(kind), "shift": shift.to(kind)} if given else {}
+    if channels == GROUPS:  # a group of one channel takes no notice of it
+        also.pop("shift", None)
+    dy = torch.randn_like(x)
     results = {}
     for kernels in ("fused", "plain"):
         use_kernels(norm, kernels)
-        results[kernels] = gradients(norm, x, film, dy, silu=silu)
+        results[kernels] = gradients(norm, x, also, dy, silu=silu)
     assert results["fused"]["y"].is_contiguous(memory_format=fused.LAYOUT)
-    again = norm.double(), x.double(), None if film is None else film.double(), dy.double()
-    wanted = gradients(*again, silu=silu)
+    exact = {name: value.double() for name, value in also.items()}
+    wanted = gradients(norm.double(), x.double(), exact, dy.double(), silu=silu)
     errors = {k: {n: distance(v[n], wanted[n]) for n in wanted} for k, v in results.items()}
     return {"case": [batch, channels, size, dtype, given, silu, mean], **errors}
 
@@ -120,7 +123,8 @@ def check_operation() -> dict[str, str]:
     x = torch.randn(2, 64, 4, 4).to(memory_format=fused.LAYOUT).requires_grad_()
     weight, bias = (torch.randn(64, requires_grad=True) for _ in range(2))
     film = torch.randn(2, 128, requires_grad=True)
-    inputs = (x, weight, bias, film, 32, 1e-5, True)
+    shift = torch.randn(64, requires_grad=True)
+    inputs = (x, weight, bias, film, shift, 32, 1e-5, True)
     return dict(torch.library.opcheck(fused.norm, inputs, raise_exception=False))
 
 

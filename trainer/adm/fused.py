@@ -107,6 +107,7 @@ def norm(
     weight: Tensor,
     bias: Tensor,
     film: Tensor | None,
+    shift: Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
@@ -120,13 +121,15 @@ def norm(
     kernels.channel_moments[cut.by_part](
         x, means, squares, L, cut.rows, **cut.sums, F=F, num_warps=WARPS
     )
+    given = {"SHIFT": shift is not None, "F": F, "num_warps": WARPS}
+    film_or, shift_or = (weight if value is None else value for value in (film, shift))
     kernels.group_moments[(B, groups)](
-        means, squares, mean, rstd, L, cut.rows, cut.parts, eps, **cut.group, F=F, num_warps=WARPS
+        means, squares, shift_or, mean, rstd, L, cut.rows, cut.parts, eps, **cut.group, **given
     )
     y = torch.empty_like(x, memory_format=LAYOUT)
     kernels.apply[cut.by_tile](
-        x, y, mean, rstd, weight, bias, weight if film is None else film, L, D=cut.width,
-        **cut.block, FILM=film is not None, SILU=silu, F=F, num_warps=WARPS,
+        x, y, mean, rstd, weight, bias, film_or, shift_or, L, D=cut.width, **cut.block,
+        FILM=film is not None, SILU=silu, **given,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -137,6 +140,7 @@ def _(
     weight: Tensor,
     bias: Tensor,
     film: Tensor | None,
+    shift: Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
@@ -154,29 +158,34 @@ def norm_backward(
     weight: Tensor,
     bias: Tensor,
     film: Tensor | None,
+    shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `norm`'s x, of weight and bias by image, and of film (empty without one)."""
+    """Gradients of `norm`'s x, of weight, bias and shift by image, and of film (empty without)."""
     x, dy = (v.contiguous(memory_format=LAYOUT) for v in (x, dy))
     cut, (full, F) = _cut(x, mean.shape[1]), _precision(x)
-    film, given = _rows(film), film is not None
-    L, B, C, shift = cut.length, cut.images, cut.channels, weight if film is None else film
-    sums = x.new_empty((B, cut.parts, 2, C), dtype=full)
+    film, count = _rows(film), 2 if shift is None else 3
+    L, B, C = cut.length, cut.images, cut.channels
+    film_or, shift_or = (weight if value is None else value for value in (film, shift))
+    given = {
+        "FILM": film is not None, "SHIFT": shift is not None, "F": F, "num_warps": WARPS,
+    }  # fmt: skip
+    sums = x.new_empty((B, cut.parts, count, C), dtype=full)
     means = x.new_empty((B, cut.groups, 2), dtype=full)
-    parameters = x.new_empty((B, 2, C), dtype=full)
-    dfilm = x.new_empty((B, 2 * C) if given else 0)
+    parameters = x.new_empty((B, count, C), dtype=full)
+    dfilm = x.new_empty((B, 2 * C) if film is not None else 0)
     kernels.channel_gradients[cut.by_part](
-        x, dy, mean, rstd, weight, bias, shift, sums, L, cut.rows, D=cut.width, **cut.sums,
-        FILM=given, SILU=silu, F=F, num_warps=WARPS,
+        x, dy, mean, rstd, weight, bias, film_or, shift_or, sums, L, cut.rows, D=cut.width,
+        **cut.sums, SILU=silu, **given,
     )  # fmt: skip
     kernels.group_gradients[(B, cut.groups)](
-        sums, means, weight, bias, shift, dfilm, parameters, L, cut.parts, **cut.group,
-        FILM=given, F=F, num_warps=WARPS,
+        sums, means, rstd, weight, bias, film_or, dfilm, parameters, L, cut.parts, **cut.group,
+        **given,
     )  # fmt: skip
     dx = torch.empty_like(x, memory_format=LAYOUT)
     kernels.apply_gradient[cut.by_tile](
-        x, dy, dx, mean, rstd, means, weight, bias, shift, L, D=cut.width, **cut.block,
-        FILM=given, SILU=silu, F=F, num_warps=WARPS,
+        x, dy, dx, mean, rstd, means, weight, bias, film_or, shift_or, L, D=cut.width, **cut.block,
+        SILU=silu, **given,
     )  # fmt: skip
     return dx, parameters, dfilm
 
@@ -190,24 +199,27 @@ def _(
     weight: Tensor,
     bias: Tensor,
     film: Tensor | None,
+    shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=LAYOUT)
-    parameters = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=_precision(x)[0])
+    count = 2 if shift is None else 3
+    parameters = x.new_empty((x.shape[0], count, x.shape[1]), dtype=_precision(x)[0])
     return dx, parameters, x.new_empty(0 if film is None else tuple(film.shape))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, film, _, _, ctx.silu = inputs
-    ctx.save_for_backward(x, output[1], output[2], weight, bias, film)
+    x, weight, bias, film, shift, _, _, ctx.silu = inputs
+    ctx.save_for_backward(x, output[1], output[2], weight, bias, film, shift)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, weight, bias, film = ctx.saved_tensors
-    dx, parameters, dfilm = norm_backward(dy, x, mean, rstd, weight, bias, film, ctx.silu)
+    x, mean, rstd, weight, bias, film, shift = ctx.saved_tensors
+    dx, parameters, dfilm = norm_backward(dy, x, mean, rstd, weight, bias, film, shift, ctx.silu)
     # Outside of the operation, so that the compiler makes one kernel of it.
-    dweight, dbias = parameters.sum(0).to(weight.dtype).unbind(0)
-    return dx, dweight, dbias, None if film is None else dfilm, None, None, None
+    dweight, dbias, *dshift = parameters.sum(0).to(weight.dtype).unbind(0)
+    dfilm = None if film is None else dfilm
+    return dx, dweight, dbias, dfilm, dshift[0] if dshift else None, None, None, None
 
 
 norm.register_autograd(_backward, setup_context=_keep)

@@ -20,18 +20,27 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels)
 
-    def forward(self, x: Tensor, film: Tensor | None = None, *, silu: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        film: Tensor | None = None,
+        *,
+        silu: bool = False,
+        shift: Tensor | None = None,
+    ) -> Tensor:
         """x (B, C, ...) -> the same shape and dtype: GroupNorm(x), or SiLU of it with `silu`.
 
         With `film` (B, 2 C), the scale s and the shift b of every channel one after the other, it
-        is GroupNorm(x) (1 + s) + b (paper, section 3).
+        is GroupNorm(x) (1 + s) + b (paper, section 3). `shift` (C,) is added to x before.
         """
         if self.kernels == "fused" and x.dim() == 4:
             y, _, _ = torch.ops.adm.norm(
-                x, self.weight, self.bias, film, self.num_groups, self.eps, silu
+                x, self.weight, self.bias, film, shift, self.num_groups, self.eps, silu
             )
             out: Tensor = y
             return out
+        if shift is not None:
+            x = x + shift.unflatten(0, (-1, *[1] * (x.dim() - 2)))
         return self._plain(x, film, silu=silu)
 
     def _plain(self, x: Tensor, film: Tensor | None, *, silu: bool) -> Tensor:
