@@ -15,12 +15,7 @@ import pytest
 import torch
 
 from data.exits import FAILED
-from tests.support import golden, ranks
-from trainer import compute
-from trainer.adm import keyed
-from trainer.adm.config import Kernels, UNetConfig
-from trainer.adm.norm import GroupNorm, use_kernels
-from trainer.adm.unet import UNet
+from tests.support import ranks
 from trainer.watch import forensics
 from trainer.watch.pace import Stopwatch
 
@@ -35,10 +30,6 @@ DETERMINISTIC = {
     "compiled": ('training.precision = "fp16"', FUSED, "training.compile = true"),
     "classify": ('training.precision = "bf16"', FUSED),
 }
-NET = UNetConfig(
-    image_size=32, channels=64, channel_mult=(1, 2), blocks=1, attention=(16,), head_channels=32,
-    num_classes=10,
-)  # fmt: skip
 
 
 def of(precision: str) -> str:
@@ -139,53 +130,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) 
 
 
 _DETERMINISTIC = "training.deterministic = true"
-
-
-def test_draws_have_the_same_bits_as_on_the_cpu() -> None:
-    numbers = torch.arange(5) + 10**9
-    for stream in (keyed.NOISE, keyed.SAMPLE_STEP + 7):
-        here = keyed.normal(numbers, seed=3, stream=stream, shape=(3, 8, 8))
-        there = keyed.normal(numbers.cuda(), seed=3, stream=stream, shape=(3, 8, 8))
-        assert torch.equal(here, there.cpu())
-
-
-@pytest.mark.parametrize("kernels", ["plain", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_net_says_the_same_in_every_precision(dtype: torch.dtype, kernels: Kernels) -> None:
-    torch.manual_seed(0)
-    net = UNet(NET)
-    for parameter in net.parameters():
-        if not parameter.any():  # what starts at zero would hide the rest
-            torch.nn.init.normal_(parameter, std=0.02)
-    x, t, y = golden.wave("x", (2, 3, 32, 32), 1.0), torch.tensor([7, 803]), torch.tensor([1, 8])
-    compute.use_tf32(False)
-    with torch.no_grad():
-        expected = net(x, t, y)
-        use_kernels(net, kernels)
-        found = net.to("cuda", dtype)(x.cuda(), t.cuda(), y.cuda()).cpu()
-    # On a CPU the three are off by 2e-6, 2e-2 and 3e-3.
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}[dtype]
-    golden.assert_close(found, expected, tolerance=tolerance)
-
-
-@pytest.mark.parametrize(("channels", "size"), [(192, 32), (1152, 8)])
-def test_the_fused_norm_is_no_worse_than_the_plain_one(channels: int, size: int) -> None:
-    torch.manual_seed(0)
-    norm = GroupNorm(channels)
-    x = torch.randn(3, channels, size, size).to(memory_format=torch.channels_last) + 2
-    others = [torch.randn(shape) for shape in ((3, 2 * channels), *[(channels,)] * 3)]
-    rounded = [value.half() for value in (x, *others)]
-    found = []
-    for kernels, dtype in (("plain", torch.float64), ("plain", torch.half), ("fused", torch.half)):
-        use_kernels(norm, kernels)
-        inputs = [v.to("cuda", dtype).requires_grad_() for v in rounded]
-        x, film, shift, weight, bias = inputs
-        parameters, given = {"weight": weight, "bias": bias}, {"silu": True, "shift": shift}
-        out = torch.func.functional_call(norm, parameters, (x, film), given)
-        found.append([out, *torch.autograd.grad(out.double().square().sum() / size, inputs)])
-    for exact, plain, fused in zip(*found, strict=True):
-        errors = [float((v.double() - exact).norm() / exact.norm()) for v in (plain, fused)]
-        assert errors[1] < 1.5 * errors[0] + 1e-4, errors
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

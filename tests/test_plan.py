@@ -44,14 +44,6 @@ def test_presets_of_every_kind_are_planned(preset: str, capsys: pytest.CaptureFi
     assert "does not fit" not in said.split("At 32 images")[0].split("At the preset")[1]
 
 
-def test_the_preset_that_does_not_divide_among_the_gpus_is_named(
-    capsys: pytest.CaptureFixture,
-) -> None:
-    assert plan.main(["all", "--gpus", "7"]) == 78
-    out, error = capsys.readouterr()
-    assert not out and error.startswith("error: classifier128: training.batch = 256 does not")
-
-
 def test_without_a_network_or_a_host_a_step_takes_what_its_operations_take() -> None:
     config = configs.load("imagenet64")
     net = costs.count(config)

@@ -113,9 +113,13 @@ def compile_forward(
     pass cannot be compiled, so the network itself is not replaced.
     """
     assert isinstance(net, Encoder)
+    # A kind of kernel that has returned wrong gradients in silence (pytorch#190796, #193061).
+    options: Any = {"triton.mix_order_reduction": False} if backend == "inductor" else None
     for name in net.parts:
-        part = getattr(net, name)
-        setattr(net, name, torch.compile(part, backend=backend, fullgraph=True, dynamic=False))
+        part = torch.compile(
+            getattr(net, name), backend=backend, fullgraph=True, dynamic=False, options=options
+        )
+        setattr(net, name, part)
     net.forward = _Compiled(net.forward, say=say)
 
 

@@ -95,26 +95,17 @@ def report(
 
 
 def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
-    """A Markdown table of all presets of ImageNet and LSUN on this machine.
-
-    Raises:
-        ValueError: the batch of one does not divide among the GPUs.
-    """
-    presets = []
-    for path in sorted(configs.PRESETS.glob("*[0-9]*.toml")):
-        config = configs.load(path)
-        try:
-            presets.append((config, path, config.training.micro_batch_on(machine.gpus)))
-        except ValueError as error:
-            raise ValueError(f"{path.stem}: {error}") from None
-    presets.sort(key=lambda each: (each[0].objective == "classify", each[1].stem))
+    """A Markdown table of all presets of ImageNet and LSUN on this machine."""
     yield (
         "| preset | parameters | batch | steps | published | micro-batch | GiB per GPU | GPU days |"
     )
     yield f"|{'---|' * 8}"
-    for config, path, micro in presets:
+    presets = [(configs.load(path), path) for path in configs.PRESETS.glob("*[0-9]*.toml")]
+    presets.sort(key=lambda each: (each[0].objective == "classify", each[1].stem))
+    for config, path in presets:
         training, net = config.training, costs.count(config)
         published = re.findall(r"(FID .*)\.\n", path.read_text())
+        micro = training.micro_batch_on(machine.gpus)
         needed = memory(config, net, zero=zero, ranks=machine.gpus, micro_batch=micro)
         now = step(config, net, machine=machine, gpus=machine.gpus, zero=zero)
         days = training.images / now.batch * now.seconds / 86400 * machine.gpus

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 
 from trainer.adm.config import Conditioning, QkvOrder
@@ -22,6 +23,10 @@ Resampling = Literal["same", "up", "down"]
 ConvT = TypeVar("ConvT", nn.Conv1d, nn.Conv2d)
 
 _HALF_SQRT = 1 / math.sqrt(2)
+# Without cuDNN's attention, whose backward pass may return NaN where positions do not fill its
+# tiles (pytorch#196678); it is no faster there.
+_TILE = 128
+_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def timestep_embedding(t: Tensor, *, width: int) -> Tensor:
@@ -223,7 +228,12 @@ def attend(qkv: Tensor, *, heads: int, order: QkvOrder) -> Tensor:
     else:
         parts = qkv.unflatten(2, (3, heads, -1)).unbind(2)
     q, k, v = (part.transpose(1, 2) for part in parts)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    if qkv.shape[1] % _TILE:
+        with sdpa_kernel(_ANY_LENGTH):
+            out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
 
 
 def split_windows(x: Tensor, *, size: int) -> Tensor:
