@@ -2,9 +2,10 @@
 
     python -m bench.gpu [--guided-diffusion PATH] [--out FILE] [--seconds 540] [--sizes 64 256 128]
 
-Every cell is a process of its own with a deadline; its figures are appended to the file as one
-line of JSON, so that a run that is cut off reports what it has. The same command goes on with the
-cells that the file does not have from this code on this device.
+Every cell is a process of its own with a deadline, which imports what it needs while the one before
+is measured; its figures are appended to the file as one line of JSON, so that a run that is cut off
+reports what it has. The same command goes on with the cells that the file does not have from this
+code on this device.
 
 The two ceilings come first, a large matrix product and a copy; then what is claimed, at the same
 images for all systems, size by size; then the rest. A network of 300 to 550 million parameters
@@ -41,6 +42,7 @@ BEST = "ours, fused, compiled"
 #: Images of a GPU where the paper's batch at 64 px is cut among 512: there the host may limit.
 SHARE = 4
 Cell = dict[str, Any]
+Process = subprocess.Popen[str]
 # What the table does not repeat.
 _UNTOLD = ("limit", "asked", "commit", "date", "device", "torch", "path")
 
@@ -103,16 +105,25 @@ def known(file: Path, own: Cell) -> list[Cell]:
     return [row for row in rows if "error" not in row and all(row[k] == own[k] for k in same)]
 
 
-def measure(cell: Cell, *, limit: float) -> Cell:
-    """A cell's figures, or its error."""
-    command = [sys.executable, "-m", "bench.gpu", "--cell", json.dumps(cell)]
+def waiting() -> Process:
+    """A process that imports what cells need and waits for its own, while another is measured."""
+    command = [sys.executable, "-m", "bench.gpu", "--cell"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def measure(process: Process, cell: Cell, *, limit: float) -> Cell:
+    """A cell's figures, or its error, by a process that waits."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        out, said = process.communicate(json.dumps(cell), timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {limit:.0f} s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["?"])[-1][:300]}
-    found: Cell = json.loads(done.stdout.splitlines()[-1])
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        return {"error": (said.strip().splitlines() or ["?"])[-1][:300]}
+    found: Cell = json.loads(out.splitlines()[-1])
     return found
 
 
@@ -176,29 +187,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     help_text = "default: %(default)s"
     add("--sizes", type=int, nargs="+", choices=known_sizes, default=default, help=help_text)
     add("--most", type=int, help="only so many cells (default: all)")
-    add("--cell", type=json.loads, help=argparse.SUPPRESS)
+    add("--cell", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.cell is not None:
+    if options.cell:
         from bench.cells import KINDS
 
-        print(json.dumps(KINDS[options.cell["kind"]](options.cell)))
+        cell = json.load(sys.stdin)
+        print(json.dumps(KINDS[cell["kind"]](cell)))
         return 0
     check(options, parser=parser)
     end, own = time.monotonic() + options.seconds, origin()
     gpu, rows = own["device"] != "cpu", known(options.out, own)
     todo = list(cells(sizes=options.sizes, guided_diffusion=options.guided_diffusion, gpu=gpu))
     todo = [cell for cell in todo if all(row["asked"] != cell for row in rows)][: options.most]
-    left_out = 0
+    left_out, process = 0, waiting()
     for cell in todo:
         left = end - time.monotonic()
         if left < needed(cell, gpu=gpu):
             left_out += 1
             continue
-        found = measure(cell, limit=min(cell["limit"], left))
+        now, process = process, waiting()
+        found = measure(now, cell, limit=min(cell["limit"], left))
         rows.append({**own, "asked": cell, **cell, **found})
         with options.out.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps({k: v for k, v in rows[-1].items() if k not in _UNTOLD}), flush=True)
+    process.kill()
+    process.wait()
     if left_out:
         print(f"the time is over: {left_out} of {len(todo)} cells are left to the next command")
     print(table(rows))

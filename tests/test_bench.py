@@ -17,7 +17,10 @@ def test_every_cell_is_a_process_and_a_line_of_figures(tmp_path: Path) -> None:
     assert gpu.main(["--out", str(out), "--sizes", "64", "--most", "1"]) == 0
     (row,) = (json.loads(line) for line in out.read_text().splitlines())
     assert row["kind"] == "ceilings" and row["device"] and row["commit"] and row["copy GB/s"] > 0
-    assert "took more than" in gpu.measure({"kind": "ceilings"}, limit=0.01)["error"]
+    late = gpu.measure(gpu.waiting(), {"kind": "ceilings"}, limit=0.01)
+    assert "took more than" in late["error"]
+    wrong = gpu.measure(gpu.waiting(), {"kind": "nothing"}, limit=60)
+    assert wrong == {"error": "KeyError: 'nothing'"}
 
 
 def test_what_a_cell_could_not_do_is_refused_before_the_first(
