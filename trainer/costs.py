@@ -106,9 +106,9 @@ def _fuse_norms(net: torch.nn.Module) -> None:
             norm.forward = partial(_fused, norm)  # type: ignore[method-assign]
 
 
-def _fused(norm: GroupNorm, x: Tensor, film: Tensor | None = None, *, silu: bool = False) -> Tensor:
+def _fused(norm: GroupNorm, x: Tensor, film: Tensor | None = None, **given: Any) -> Tensor:
     if x.dim() != 4:
-        return GroupNorm.forward(norm, x, film, silu=silu)
+        return GroupNorm.forward(norm, x, film, **given)
     out: Tensor = _FusedNorm.apply(x, film, norm.weight)
     return out
 

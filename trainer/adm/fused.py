@@ -1,4 +1,4 @@
-"""GroupNorm, its conditioning and its activation as one operation on a GPU.
+"""GroupNorm, what is added before it, its conditioning and its activation: one operation on a GPU.
 
 A map passes through memory twice forward (its moments, its result) and twice backward, and only
 the map itself and two numbers per group are kept in between. The operations are
