@@ -40,6 +40,9 @@ PAIRS = list(WANTED.items())
         "ImageId,PredictionString\n"
         + "".join(f"{n[:-4]},{c} 1 2 3 4 {c} 5 6 7 8\n" for n, c in PAIRS),
         "label\n" + "".join(f"{c}\n" for c in CLASSES),
+        "".join(
+            json.dumps({"file_name": n, "text": f"a {c}, 1", "label": c}) + "\n" for n, c in PAIRS
+        ),
     ],
 )
 def test_a_class_map_is_understood(tmp_path: Path, text: str) -> None:

@@ -11,10 +11,9 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from data.labels import checked_classes
 from data.manifest import NO_CLASS
@@ -25,6 +24,7 @@ from data.packing.listing import Listing, by_directory_name, by_number
 _CLASS_COLUMNS = ("label", "class", "class_id", "category", "target", "cls", "wnid", "y")
 # Kaggle's list of boxes, each a class and four numbers.
 _BOXES = re.compile(r"(\S+(?: -?\d+){4} *)+")
+_FILE = re.compile(r"/|\.\w{2,5}$")
 _TAR = re.compile(r"[^/]*@\d+\+\d+/")
 DATASET_JSON = "dataset.json"
 
@@ -34,7 +34,8 @@ _Rows = list[list[str]]
 def relabel(listing: Listing, *, class_map: Path) -> Listing:
     """Take classes from a file of `NAME CLASS`, or of one `CLASS` for each image in their order.
 
-    It may be a table with a header, separated by commas, semicolons, tabs or spaces.
+    It may be a table with a header, separated by commas, semicolons, tabs or spaces, or lines of
+    JSON, as Hugging Face's `metadata.jsonl`.
 
     Raises:
         ValueError: the file cannot be read or understood, or an image is not in it.
@@ -89,12 +90,12 @@ def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
     if not isinstance(found, dict) or "labels" not in found:
         return listing  # another program's
     skipped = Counter(listing.skipped) - Counter([".json"])
-    count = len(listing.names)
     if not found["labels"]:
-        labels, classes = [0] * count, (NO_CLASS,)
+        labels, classes = [0] * len(listing.names), (NO_CLASS,)
         return Listing(names=listing.names, labels=labels, classes=classes, skipped=skipped)
     try:
-        pairs = [(_composed(name), label) for name, label in _items(found["labels"])]
+        items = found["labels"].items() if isinstance(found["labels"], dict) else found["labels"]
+        pairs = [(_composed(name), label) for name, label in items]
     except (TypeError, ValueError):
         raise ValueError(f"{where}: labels must be a list of [NAME, LABEL]") from None
     label_of = dict(pairs)
@@ -110,10 +111,6 @@ def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
     _say_unused(len(label_of) - len({*map(_composed, listing.names)}), "labels", where)
     listed = by_number(listing.names, labels)
     return replace(listed, skipped=skipped, is_numbered=True)
-
-
-def _items(labels: Any) -> Iterable[tuple[Any, Any]]:
-    return labels.items() if isinstance(labels, dict) else labels
 
 
 def map_content(path: Path) -> bytes:
@@ -132,9 +129,21 @@ def _rows(path: Path) -> _Rows:
     """The cells of each line that is neither empty nor a comment; a line of words is one cell."""
     text = _composed(map_content(path).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if objects := _objects(lines):
+        return objects
     marks = [mark for mark in "\t,;" if all(mark in line for line in lines)]
     rows = csv.reader(lines, delimiter=marks[0] if marks else "\x1f", skipinitialspace=True)
     return [[cell.strip().removeprefix("./") for cell in row] for row in rows]
+
+
+def _objects(lines: list[str]) -> _Rows:
+    """A table of lines of JSON with their names as its header; empty if they are none."""
+    try:
+        found = [dict(json.loads(line).items()) for line in lines]
+    except (ValueError, AttributeError):
+        return []
+    names = [*{name: None for each in found for name in each}]
+    return [names, *([str(each.get(n, "")) for n in names] for each in found)] if names else []
 
 
 def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
@@ -151,7 +160,7 @@ def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
         if len(row) != width:
             raise ValueError(f"{where}: {' '.join(row)!r}: must be NAME CLASS, as the other lines")
     name = _name_column([*zip(*rows, strict=True)], listing, known, where)
-    header = rows[0] if rows[0][name] not in known and not _is_file(rows[0][name]) else None
+    header = rows[0] if rows[0][name] not in known and not _FILE.search(rows[0][name]) else None
     rows = rows[1:] if header else rows
     others = [column for column in range(width) if column != name]
     label = _class_column([[row[i] for row in rows] for i in others], others, header)
@@ -275,10 +284,6 @@ def _split(line: str, known: set[str]) -> list[str]:
         if left in known or right in known:
             return [left, right]
     return words
-
-
-def _is_file(cell: str) -> bool:
-    return "/" in cell or bool(re.search(r"\.\w{2,5}$", cell))
 
 
 def _without_boxes(cell: str, where: str) -> str:
