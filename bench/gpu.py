@@ -4,8 +4,8 @@
 
 Every cell is a process of its own with a deadline, which imports what it needs while the one before
 is measured; its figures are appended to the file as one line of JSON, so that a run that is cut off
-reports what it has. The same command goes on with the cells that the file does not have from this
-code on this device.
+reports what it has. The same command measures the cells that the file lacks from this code on this
+device.
 
 The two ceilings come first, a large matrix product and a copy; then what is claimed, at the same
 images for all systems, size by size; then the rest. A network of 300 to 550 million parameters

@@ -70,6 +70,11 @@ def test_names_and_classes_may_have_spaces(tmp_path: Path) -> None:
         ("a.png,1,2\nb.png,1,3\nc.png,4,4\nd.png,2,2\n", "one of 2 columns beside the names"),
         ("a.png,n1 1 2 3 4 n2 1 2 3 4\nb.png,n1\nc.png,n1\nd.png,n1\n", "boxes of several classes"),
         ("cat\ndog\n", "has 2 labels for 4 images"),
+        (
+            "".join(f'{{"file_name": "{n}", "label": null}}\n' for n in NAMES[:1])
+            + "".join(f'{{"file_name": "{n}", "label": 0}}\n' for n in NAMES[1:]),
+            "1 images have the class ''",
+        ),
         ("a.png,cat\nb.png,dog,x\nc.png,dog\nd.png,cat\n", "'b.png dog x': must be NAME CLASS"),
     ],
 )

@@ -139,7 +139,7 @@ def _rows(path: Path) -> _Rows:
 def _objects(lines: list[str]) -> _Rows:
     """A table of lines of JSON with their names as its header; empty if they are none."""
     try:
-        found = [dict(json.loads(line).items()) for line in lines]
+        found = [{k: v for k, v in json.loads(row).items() if v is not None} for row in lines]
     except (ValueError, AttributeError):
         return []
     names = [*{name: None for each in found for name in each}]

@@ -8,6 +8,7 @@ Parameters may be bf16, fp16, fp32 or fp64. Statistics (GroupNorm) and softmax a
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -88,7 +89,8 @@ class ResidualBlock(nn.Module):
         assert isinstance(conv, nn.Conv2d)
         h, shift = resize(norm(x, silu=True), self.resample), None
         if torch.compiler.is_compiling() and self.conditioning != "add":
-            # The norm that follows adds the bias: a map is read and written once less.
+            # The norm that follows adds the bias: a map is read and written once less. (ZeRO-3,
+            # which gathers the weights of one module at a time, is not compiled.)
             h, shift = F.conv2d(h, conv.weight, padding=1), conv.bias
         else:
             h = conv(h)
@@ -228,10 +230,7 @@ def attend(qkv: Tensor, *, heads: int, order: QkvOrder) -> Tensor:
     else:
         parts = qkv.unflatten(2, (3, heads, -1)).unbind(2)
     q, k, v = (part.transpose(1, 2) for part in parts)
-    if qkv.shape[1] % _TILE:
-        with sdpa_kernel(_ANY_LENGTH):
-            out = F.scaled_dot_product_attention(q, k, v)
-    else:
+    with sdpa_kernel(_ANY_LENGTH) if qkv.shape[1] % _TILE else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
