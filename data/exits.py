@@ -6,6 +6,9 @@ launchers use small numbers for themselves (srun ends with 2 where a node has no
 
 import argparse
 import dis
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
@@ -80,9 +83,27 @@ def exit_status(error: BaseException) -> int:
 
 
 def reported(command: Callable[[], int]) -> int:
-    """The exit status of a command; an error of `REPORTED` is printed in one line."""
+    """The exit status of a command; an error of `REPORTED` is printed in one line.
+
+    Where the reader of its output has left, such as `head`, that of a program that SIGPIPE ended.
+    """
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()
     except REPORTED as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return 128 + signal.SIGPIPE
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
+    return status
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads what is printed any more; the rest of it is then dropped."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    is_unread = any(events & select.POLLERR for _, events in poll.poll(0))
+    if is_unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return is_unread

@@ -20,7 +20,7 @@ from PIL import Image
 from data import descriptors, files
 from data.config import FetchConfig, is_local, shown
 from data.dataset import Shards, open_shards, verify
-from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, CommandParser, exit_status
+from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, reported
 from data.export import export
 from data.packing.indexing import index_directory, merge
 from data.packing.pool import interrupted_by_signals
@@ -184,14 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
     run = options.pop("run")
     try:
         with interrupted_by_signals():
-            status: int = run(**options)
+            return reported(lambda: run(**options))
     except KeyboardInterrupt as signal:
         print(f"stopped by {signal or 'Ctrl-C'}; run the same command again", file=sys.stderr)
         return TO_BE_CONTINUED
-    except REPORTED as error:
-        print(error, file=sys.stderr)
-        return exit_status(error)
-    return status
 
 
 if __name__ == "__main__":

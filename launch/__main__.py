@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data.exits import REFUSED, CommandParser, exit_status
+from data.exits import REFUSED, CommandParser, reported
 from launch import begin, display, queue, records, status
 from launch.signs import Signs
 from trainer import settings
@@ -116,15 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours = {"status": show, "stop": stop, "check": check}
     verbs = {**ours, "sweep": begin.sweep, "sample": begin.sample}
     verb = verbs.get(words[0]) if words else None
-    try:
-        if verb:
-            return verb(words[1:])
-        if words and not words[0].startswith("-"):
-            _check_preset(words[0], verbs)
-        return begin.start(words, description=__doc__)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
+    if verb:
+        return reported(lambda: verb(words[1:]))
+    return reported(lambda: _start(words, verbs))
+
+
+def _start(words: Sequence[str], verbs: Iterable[str]) -> int:
+    if words and not words[0].startswith("-"):
+        _check_preset(words[0], verbs)
+    return begin.start(words, description=__doc__)
 
 
 if __name__ == "__main__":

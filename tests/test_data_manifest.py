@@ -98,7 +98,7 @@ def test_opening_a_damaged_manifest_names_the_entry(
         open_shards(shards.root)
     assert len(str(raised.value).splitlines()) == 1
     assert shards_main(["verify", shards.root]) == REFUSED
-    assert capsys.readouterr().err == f"{raised.value}\n"
+    assert capsys.readouterr().err == f"error: {raised.value}\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 10**5, b'{"format": 1}'])

@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -272,3 +274,18 @@ def test_an_old_python_on_the_login_node_is_told_which_one_is_needed() -> None:
     assert done.returncode == REFUSED
     assert "Python 3.9.18 (" in done.stderr and "must be Python 3.11 or newer" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_the_output_may_leave(tmp_path: Path, unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "launch", "digits", "--run", str(tmp_path / "run")]
+    ended = subprocess.run(
+        [*command, "--cluster", SLURM, "--dry-run"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
