@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.support import ranks
@@ -40,7 +41,9 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray | None = None) -> P
 def figures(samples: Path, *words: Any) -> dict[str, float]:
     """The figures by their names without the number of samples."""
     assert main([str(samples), *map(str, words)]) == 0
-    found = json.loads(samples.with_suffix(".evaluation.json").read_text())["figures"]
+    out = samples.with_suffix(".evaluation.json")
+    found = json.loads(out.read_text())["figures"]
+    out.rename(out.with_suffix(".last.json"))
     return {name.rpartition("_")[0]: figure["value"] for name, figure in found.items()}
 
 
@@ -122,7 +125,7 @@ def test_results_say_what_was_compared(
     order = real[1][:DRAWN].argsort(kind="stable")
     samples = write(tmp_path / "sorted.npz", real[0][:DRAWN][order], real[1][:DRAWN][order])
     figures(samples, "--reference", digits, "--network", network)
-    found = json.loads(samples.with_suffix(".evaluation.json").read_text())
+    found = json.loads(samples.with_suffix(".evaluation.last.json").read_text())
     assert set(found["figures"]) == {"fid_600", "precision_600", "recall_600", "kid_600"}
     assert found["figures"]["fid_600"]["error"] > 0
     assert found["about"]["samples"]["checksum"] == open_samples(samples).checksum()
@@ -131,6 +134,44 @@ def test_results_say_what_was_compared(
     assert "| fid_600 |" in said.out
     assert "sorted by class" in said.err
     assert "600 samples: FID depends on their number" in said.err
+
+
+def test_an_output_replaces_nothing_but_the_same_result(
+    network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    samples = write(tmp_path / "samples.npz", real[0][:50])
+    half, other = write(tmp_path / "half.npz", real[0][::2]), tmp_path / "other.pt2"
+    torch.export.save(torch.export.load(network), other)
+    own, mine, made = (tmp_path / name for name in ("own.json", "mine.json", "R.npz"))
+    mine.write_text('{"rows": [1, 2]}')
+    with_network = ["--network", str(network)]
+    make = ["reference", str(half), "--out", str(made), *with_network]
+    draw = [str(samples), "--reference", str(made), "--out", str(own), *with_network]
+    for again in (make, make, draw, draw):
+        assert main(again) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def but(words: list[str], option: str, value: Path) -> list[str]:
+        place = words.index(option) + 1
+        return [*words[:place], str(value), *words[place + 1 :]]
+
+    measure = ["nll", "run", "--data", "shards", "--out"]
+    for words, said in (
+        (but(make, "--out", samples), r"samples\.npz exists and is no reference file"),
+        (["reference", str(samples), *make[2:]], r"R\.npz exists with other results \(images"),
+        (but(make, "--network", other), r"R\.npz exists with other results \(network"),
+        (but(draw, "--out", mine), r"mine\.json exists and is no evaluation: name another"),
+        (but(draw, "--reference", half), r"own\.json exists with other results \(reference"),
+        (but(draw, "--network", other), "holds features of"),
+        ([*measure, str(samples)], "must be a file that ends in .json"),
+        ([*measure, str(own)], r"own\.json exists and is no result of `nll`"),
+        ([*measure, str(tmp_path)], "must be a file that ends in .json"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            main(words)
+        if dist.is_initialized():  # left open where a thread of another test still runs
+            dist.destroy_process_group()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(
@@ -186,3 +227,10 @@ def test_a_classifier_run_gives_features_and_an_inception_score(
     found = figures(samples, "--reference", digits, "--network", run)
     assert 1 <= found["is"] <= 10
     assert found["precision"] == 1.0
+    out = tmp_path / "held-out.json"
+    measure = ["classifier", str(run), "--data", str(digits), "--out", str(out), "--images"]
+    assert main([*measure, "16"]) == main([*measure, "16"]) == 0
+    before = out.read_text()
+    with pytest.raises(ValueError, match=r"exists with other results \(images was 16, is 17\)"):
+        main([*measure, "17"])
+    assert out.read_text() == before

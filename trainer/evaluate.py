@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from data import files
 from data.exits import CommandParser
 from trainer import common, plots
 from trainer.adm.config import check
-from trainer.evaluation import held_out, sweeps
+from trainer.evaluation import held_out, outputs, sweeps
 from trainer.evaluation import reference as references
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted
@@ -60,6 +61,7 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
     if arguments.plot is not None:
         option, scales = agreed(lambda: sweeps.scales_of(every))
     evaluator = _evaluator(arguments, world=world, device=device)
+    _check_earlier(arguments, evaluator, size=every[0].size)
     reference = evaluator.reference(arguments.reference, size=every[0].size)
     results = []
     for samples in every:
@@ -139,16 +141,26 @@ def _finish(
 
 def make_reference(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
     """Write the reference file of a dataset; returns the exit status."""
-    agreed(lambda: _check_output(arguments.out, suffix=".npz"))
+    out = arguments.out
+    place = partial(outputs.check_place, suffix=".npz", kind="reference file that was made here")
+    agreed(lambda: place(out, earlier=references.earlier(out)))
     samples = agreed(lambda: open_samples(arguments.shards, size=arguments.size))
     agreed(lambda: references.check_images(samples, size=samples.size))
     evaluation = _evaluator(arguments, world=world, device=device)
+
+    def check_same() -> None:
+        if (earlier := references.earlier(out)) is not None:
+            network = evaluation.network.sha256
+            wanted = {"images_checksum": samples.checksum(), "network_sha256": network}
+            outputs.check_same(out, earlier, wanted)
+
+    from_main(check_same)
     found = evaluation.of_images(samples)
 
     def write() -> None:
         assert found is not None
-        references.save(arguments.out, found, samples=samples, network=evaluation.network)
-        print(f"written: {arguments.out}: {found.count:,} images, {evaluation.network.name}")
+        references.save(out, found, samples=samples, network=evaluation.network)
+        print(f"written: {out}: {found.count:,} images, {evaluation.network.name}")
 
     from_main(write)
     return 0
@@ -158,14 +170,44 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     count, out = len(arguments.samples), arguments.out
     check(out is None or count == 1, "--out", str(out), f"absent with {count} samples")
     plots.check_plot(arguments.plot, named="--plot")
-    for path in [out] if out is not None else map(_out, arguments.samples):
-        _check_output(path, suffix=".json")
+    for path in _outs(arguments):
+        outputs.check_place(path, suffix=".json", kind="evaluation", earlier=_earlier(path))
 
 
-def _check_output(out: Path, *, suffix: str) -> None:
-    check(out.suffix == suffix, "--out", str(out), f"a file that ends in {suffix}")
-    check(not out.is_dir(), "--out", str(out), "no directory")
-    files.make_parent(out, option="--out")
+def _check_earlier(
+    arguments: argparse.Namespace, evaluator: Evaluator, *, size: tuple[int, int]
+) -> None:
+    """Return if what figures there are already are of the same reference and network.
+
+    Raises:
+        Refused: they are of others.
+    """
+    there = from_main(lambda: [path for path in _outs(arguments) if path.exists()])
+    if not there:
+        return
+    found = evaluator.check(arguments.reference, size=size)
+    checksum = found.checksum if isinstance(found, Reference) else found.checksum()
+    wanted = {"reference": checksum, "network": evaluator.network.sha256}
+
+    def check_same() -> None:
+        for path in there:
+            outputs.check_same(path, _earlier(path), wanted)
+
+    from_main(check_same)
+
+
+def _earlier(path: Path) -> dict[str, Any] | None:
+    """The checksums of what the figures in a file are of; None where it has none."""
+    about = (outputs.stored_json(path) or {}).get("about") or {}
+    try:
+        return {"reference": about["reference"]["checksum"], "network": about["network"]["sha256"]}
+    except (KeyError, TypeError):
+        return None
+
+
+def _outs(arguments: argparse.Namespace) -> list[Path]:
+    """Where the figures are written."""
+    return [arguments.out] if arguments.out is not None else [*map(_out, arguments.samples)]
 
 
 def parser() -> argparse.ArgumentParser:

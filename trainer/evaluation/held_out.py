@@ -30,13 +30,16 @@ from trainer.adm import keyed
 from trainer.adm.config import UNetConfig, check
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Classify, low_resolution, to_range
+from trainer.evaluation import outputs
 from trainer.networks import TrainedNetwork
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.world import World, join
 from trainer.validation import SEED, Terms, ValidationSet, means
 from trainer.watch.metrics import QUARTERS
 
-COMMANDS = ("nll", "classifier")
+# The commands, and the value that each one's results have.
+_OF = {"nll": "bits_per_dimension", "classifier": "loss"}
+COMMANDS = tuple(_OF)
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,6 @@ def measure(arguments: argparse.Namespace, *, world: World, device: torch.device
     """Do what the command line asks for; returns the exit status."""
     agreed(lambda: _check_options(arguments))
     held_out = HeldOut.open(arguments, world=world, device=device)
-    is_nll = arguments.command == "nll"
-    found = likelihood(held_out, steps=arguments.steps) if is_nll else accuracy(held_out)
     facts = {
         "network": str(held_out.network.file),
         "sha256": held_out.network.sha256,
@@ -163,6 +164,11 @@ def measure(arguments: argparse.Namespace, *, world: World, device: torch.device
         "fingerprint": held_out.images.stream.shards.fingerprint,
         "images": held_out.images.images,
     }
+    if arguments.out is not None:
+        same = {name: facts[name] for name in ("sha256", "fingerprint", "images")}
+        agreed(lambda: outputs.check_same(arguments.out, outputs.stored_json(arguments.out), same))
+    is_nll = arguments.command == "nll"
+    found = likelihood(held_out, steps=arguments.steps) if is_nll else accuracy(held_out)
     if world.is_main:
         print("\n".join(_lines(found, images=held_out.images.images)))
     if arguments.out is not None:
@@ -199,7 +205,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
     images, out = arguments.images, arguments.out
     check(images is None or images >= 1, "--images", images, "at least 1")
     if out is not None:
-        files.make_parent(out, option="--out")
+        earlier = outputs.stored_json(out)
+        if earlier is not None and not {"fingerprint", _OF[arguments.command]} <= earlier.keys():
+            earlier = None
+        kind = f"result of `{arguments.command}`"
+        outputs.check_place(out, suffix=".json", kind=kind, earlier=earlier)
 
 
 def _check_kind(network: TrainedNetwork, *, command: str) -> TrainedNetwork:

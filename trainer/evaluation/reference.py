@@ -129,6 +129,16 @@ def load(
     return reference, images if features is None else None
 
 
+def earlier(path: Path) -> dict[str, Any] | None:
+    """What a file that was made here says of itself; None where there is no such file."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            found = json.loads(str(stored[_ABOUT]))
+    except Exception:  # numpy and zipfile raise errors of many types for other files
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def save(path: Path, reference: Reference, *, samples: Samples, network: FeatureNetwork) -> None:
     """Write a reference file, with the images that precision and recall are computed from."""
     assert reference.features is not None
