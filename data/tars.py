@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +27,7 @@ HEADER = 512
 # One row of an index; offset, size and crc32 are those of the image's payload.
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
 Index = NDArray[np.void]
+_PIECE = 1 << 20
 _LARGEST_LABEL = int(np.iinfo(INDEX_DTYPE["label"]).max)
 
 
@@ -198,6 +199,11 @@ def _members(path: Path, file: BinaryIO, skipped: Counter[str]) -> Iterator[tarf
     file.seek(end)
     if file.read(HEADER).strip(b"\0") or end > path.stat().st_size:
         raise ValueError(f"{path} is damaged or truncated at byte {end}")
+    if any(rest.strip(b"\0") for rest in iter(partial(file.read, _PIECE), b"")):
+        raise ValueError(
+            f"{path} ends at byte {end}, and another tar or something else follows: where tars "
+            "were joined by `cat`, give them one by one"
+        )
 
 
 def _second_names(

@@ -161,12 +161,12 @@ def test_what_pillow_opens_is_packed_and_the_rest_is_counted(
         picture.convert("L" if suffix == "pgm" else "RGB").save(
             source / "n02" / f"other {i}.{suffix}", format=kind
         )
-    for name in ("n01/a.txt", "n01/b.txt", "c.TXT", "n02/d.mat", "n02/LICENSE"):
+    for name in ("n01/a.txt", "n01/b.txt", "c.TXT", "n02/d.mat", "n02/LICENSE", "n02/e.mtga"):
         (source / name).write_text("two words")
     assert packed_16(form(source)).count == 16
     text = capsys.readouterr().err
-    assert "16 images in 2 classes (n01, n02), 0 left out, 5 skipped" in text
-    assert "(.txt 3, .mat 1, without a suffix 1)" in text
+    assert "16 images in 2 classes (n01, n02), 0 left out, 6 skipped" in text
+    assert "(.txt 3, .mat 1, .mtga 1, without a suffix 1)" in text
 
 
 def test_a_folder_of_unknown_files_is_refused_with_their_count(

@@ -75,6 +75,14 @@ def test_a_tar_that_others_end_silently_is_an_error(folder: Path, tmp_path: Path
             scan_tar(tar)
 
 
+def test_tars_joined_by_cat_are_an_error(folder: Path, tmp_path: Path) -> None:
+    first, second = sorted(write_tars(folder, tmp_path / "tars").glob("*.tar"))[:2]
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    for read in (lambda: packed(first.parent, tmp_path), lambda: index_directory(first.parent)):
+        with pytest.raises(ValueError, match=r"other-000\.tar ends at byte \d+, and another tar"):
+            read()
+
+
 def one_tar(path: Path, members: dict[str, bytes]) -> Path:
     """A tar of these files, in this order; names may repeat but for a trailing slash."""
     with tarfile.open(path, "w") as tar:

@@ -14,6 +14,8 @@ IMAGE_SUFFIXES = (
     *("qoi", "tga", "tif", "tiff"),
 )
 
+_ENDS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+
 # The names of splits, also with a year.
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([_-]?\d+)?", re.I)
 
@@ -36,7 +38,7 @@ _LITTER = {
 
 def is_image(name: str) -> bool:
     """Whether a name is that of an image file."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+    return name.lower().endswith(_ENDS)
 
 
 def litter(name: str) -> str | None:
