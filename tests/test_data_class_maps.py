@@ -146,8 +146,17 @@ def test_a_flat_folder_says_that_it_has_no_labels(
     assert packed(source).classes == ("",)
     text = capsys.readouterr().err
     assert "4 of 4 images have no label" in text and "--class-map or --class-from" in text
-    text = refusal(capsys, source, "--classes-of", train.root)
-    assert "some images have no label; add --class-map" in text
+    for unlabelled in (source, tmp_path / "oP"):  # the folder, and what it was packed to
+        text = refusal(capsys, unlabelled, "--classes-of", train.root)
+        assert "some images have no label; add --class-map" in text
+
+
+def test_a_dataset_packed_again_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
+    first = packed(folder(tmp_path / "P", ("zebra/a.png", "cat/b.png", "7/c.png")))
+    assert packed(Path(first.root)).classes == first.classes == ("7", "cat", "zebra")
+    (Path(first.root) / "manifest.json").write_text('{"name": "of another program"}')
+    (tmp_path / "ooP").rename(tmp_path / "before")
+    assert packed(Path(first.root)).classes == ("0", "1", "2")
 
 
 def test_directories_in_a_tar_may_be_preferred_to_its_labels(tmp_path: Path) -> None:

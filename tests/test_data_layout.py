@@ -139,6 +139,28 @@ def test_out_within_source_is_no_class(tmp_path: Path) -> None:
     assert main(arguments) == 0
 
 
+@pytest.mark.parametrize("beside", ["a.png", "n01/a.png", "train/n01/a.png", "sub/more.tar"])
+@pytest.mark.parametrize("name", ["left.tar", "left.parquet", "data.mdb"])
+def test_images_and_archives_beside_those_of_the_source_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, beside: str
+) -> None:
+    source = tree(tmp_path / "P", beside)
+    (source / name).write_bytes(b"")
+    assert f"holds {name} and {beside}: move one of them" in refusal(source, capsys)
+
+
+def test_what_is_no_image_may_lie_beside_tars(tmp_path: Path) -> None:
+    """Metadata, notes, litter, and another packed dataset."""
+    tar = tarred(class_folders(tmp_path / "Q"))
+    (tmp_path / "P").mkdir()
+    tar.rename(tmp_path / "P" / "0.tar")
+    for name in ("0.parquet", "0.json", ".sheet.png", "notes.mtga"):
+        (tmp_path / "P" / name).write_bytes(b"")
+    packed_16(tmp_path / "Q")
+    (tmp_path / "oQ").rename(tmp_path / "P" / "packed")
+    assert packed_16(tmp_path / "P").count == 8
+
+
 def test_a_class_folder_without_images_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

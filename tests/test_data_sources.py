@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -161,13 +160,6 @@ def test_what_is_no_source_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a folder, zip"):
         open_source(str(tmp_path / "nothing"), staging=tmp_path)
     assert main([str(tmp_path), str(tmp_path / "out"), "--size", "8"]) == REFUSED
-
-
-def test_a_folder_of_two_kinds_is_refused(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "both")
-    (tmp_path / "both" / "left.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds left\.tar and directories"):
-        packed(tmp_path / "both", tmp_path / "out")
 
 
 def test_numbered_classes_keep_their_numbers(tmp_path: Path) -> None:

@@ -1,15 +1,15 @@
 """Sources that are datasets already: WebDataset tars, LSUN's lmdb; and which kind a path is."""
 
-import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from data.labels import Label
-from data.manifest import NO_CLASS
+from data.manifest import FORMAT, MANIFEST, NO_CLASS, parse_manifest
 from data.packing.arrays import Cifar, SampleFile, cifar_files
 from data.packing.layout import class_directories
 from data.packing.listing import Listing, by_directory_name, by_label_if_any
@@ -38,11 +38,6 @@ def open_source(text: str, *, staging: Path) -> Source:
         return Cifar(batches, staging=staging)
     for suffix, kind in ((".parquet", Parquet), (".tar", Tars)):
         found, pattern = _files(path, suffix)
-        if found and path.is_dir() and any(_holds_images(child) for child in path.iterdir()):
-            raise ValueError(
-                f"SOURCE = {text} holds {found[0].name} and directories of images: move "
-                "one of them to another directory"
-            )
         if found:
             return kind(found, pattern=pattern, staging=staging)
     if path.is_dir():
@@ -51,6 +46,29 @@ def open_source(text: str, *, staging: Path) -> Source:
         f"SOURCE = {text}: must be a folder, zip, tar, parquet or lmdb of images, an .npz "
         "of samples, the files of CIFAR, or `digits`"
     )
+
+
+def check_alone(text: str, source: Source) -> None:
+    """Return if the files of a source are all that a directory has to pack.
+
+    Raises:
+        ValueError: an image or another archive lies beside or below them.
+    """
+    root = Path(text)
+    if not source.files or not root.is_dir():
+        return
+    known = {file.relative_to(root).as_posix() for file in source.files}
+    for name in Folder(root).paths():
+        if name not in known and not litter(name) and (is_image(name) or _is_archive(root / name)):
+            raise ValueError(
+                f"SOURCE = {text} holds {source.files[0].name} and {name}: move one of them to "
+                "another directory, or give a file or a pattern of files"
+            )
+
+
+def _is_archive(file: Path) -> bool:
+    suffix = file.suffix.lower()
+    return suffix in (".tar", ".parquet") and not _is_metadata(file) and file.is_file()
 
 
 class Tars(Archives):
@@ -68,15 +86,33 @@ class Tars(Archives):
         labels: list[Label | None] = []
         members: list[list[str]] = []
         skipped = Counter[str]()
-        for file in self._files:
+        for file in self.files:
             samples = scan_tar(file, skipped=skipped)
             names += [f"{file.name}@{s.offset}+{s.size}/{s.name}" for s in samples]
             members.append([sample.name for sample in samples])
             labels += [sample.label for sample in samples]
         listing = by_label_if_any(names, labels)
-        if listing.classes == (NO_CLASS,) and (found := classes_of_tars(self._files, members)):
+        if listing.is_numbered and (classes := self._classes_of_manifest()):
+            # Numbers that others wrote mean no names, so those are labels.
+            are_numbers = classes == tuple(map(str, range(len(classes))))
+            listing = replace(listing, classes=classes, is_numbered=are_numbers)
+        elif listing.classes == (NO_CLASS,) and (found := classes_of_tars(self.files, members)):
             listing = replace(found, names=names)
         return replace(listing, skipped=skipped)
+
+    def _classes_of_manifest(self) -> tuple[str, ...]:
+        """The classes of the packed dataset that these tars are the shards of, or ().
+
+        Raises:
+            ValueError: its manifest is damaged.
+        """
+        path = self._root / MANIFEST
+        content = path.read_bytes() if path.is_file() else b""
+        if FORMAT.encode() not in content:
+            return ()  # there is none, or it is another program's
+        manifest = parse_manifest(str(path), content)
+        are_its = {file.name for file in self.files} <= {shard.tar for shard in manifest.shards}
+        return manifest.classes if are_its else ()
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
@@ -111,7 +147,7 @@ _SHARD = re.compile(r"(.*(shard|part|chunk).*)?[\d_-]+", re.IGNORECASE)
 _NUMBER = re.compile(r"(.*?)(\d+)")
 
 
-def classes_of_tars(tars: list[Path], members: list[list[str]]) -> Listing | None:
+def classes_of_tars(tars: Sequence[Path], members: list[list[str]]) -> Listing | None:
     """The classes of tars without labels, from the names of the images in each; None without any.
 
     They are several directories within the tars, unless these are named after shards; or, where
@@ -172,9 +208,3 @@ def _database(path: Path) -> Any:
     import lmdb  # optional: only this source needs it
 
     return lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-
-
-def _holds_images(directory: Path) -> bool:
-    if litter(directory.name) or not directory.is_dir():
-        return False
-    return any(is_image(name) for name in os.listdir(directory))

@@ -94,13 +94,13 @@ class Cifar(Archives):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        if {_is_test(file) for file in self._files} == {True, False}:
+        if {_is_test(file) for file in self.files} == {True, False}:
             raise ValueError(
                 f"SOURCE = {self._root} holds the splits train and test: give one, such as "
                 f"'{self._root}/data_batch_*' or {self._root}/test_batch*"
             )
         names, labels = [], []
-        for file in self._files:
+        for file in self.files:
             found = _cifar(file)[1]
             names += [f"{file.name}@{row}" for row in range(len(found))]
             labels += found

@@ -16,6 +16,7 @@ from typing import Any
 from data import files
 from data.dataset import class_names
 from data.manifest import MANIFEST
+from data.packing.archives import check_alone
 from data.packing.claim import WORK
 from data.packing.class_maps import by_directories, by_prefix, map_content, relabel
 from data.packing.jobs import left_out_of
@@ -66,6 +67,7 @@ class Request:
         Raises:
             ValueError: its images have no classes that can be used.
         """
+        check_alone(self.source, source)
         listing = source.listing()
         if self.class_map:
             listing = relabel(listing, class_map=self.class_map)

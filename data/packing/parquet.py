@@ -38,13 +38,13 @@ class Parquet(Archives):
         self.check_files()
         names: list[str] = []
         labels: list[Label | None] = []
-        for file in self._files:
+        for file in self.files:
             for row, label in enumerate(_labels(file)):
                 names.append(f"{file.name}@{row}")
                 labels.append(label)
         listing = by_label_if_any(names, labels)
         are_numbers = all(isinstance(label, int) for label in labels)
-        classes = _class_names(self._files[0]) if are_numbers else None
+        classes = _class_names(self.files[0]) if are_numbers else None
         return replace(listing, classes=classes or listing.classes)
 
     def read(self, name: str) -> bytes:
@@ -56,11 +56,11 @@ class Parquet(Archives):
 
     def stage(self) -> None:
         """As `Source.stage`: unpack the images of each file, if they are not yet."""
-        for number, file in enumerate(self._files, start=1):
+        for number, file in enumerate(self.files, start=1):
             ends, blob = self._unpacked(file)
             if ends.exists():
                 continue
-            print(f"unpacking {file.name} ({number} of {len(self._files)})", file=sys.stderr)
+            print(f"unpacking {file.name} ({number} of {len(self.files)})", file=sys.stderr)
             at = [0]
             with files.whole(blob) as unpacked:
                 for image in _images(file):

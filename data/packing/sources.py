@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -34,11 +34,12 @@ class Source(ABC):
     """A place that images can be listed and read from.
 
     `holds_many` is whether a file there holds many images, `has_names` whether the images have
-    names of files.
+    names of files. `files` are those that hold all images, where that is known beforehand.
     """
 
     holds_many = True
     has_names = False
+    files: Sequence[Path] = ()
 
     @abstractmethod
     def listing(self) -> Listing:
@@ -94,7 +95,7 @@ class Folder(Source):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        listing = by_directory(self._names(), where=str(self.root))
+        listing = by_directory(self.paths(), where=str(self.root))
         if (labels := self.root / DATASET_JSON).is_file():
             listing = by_dataset_json(listing, labels.read_bytes(), where=str(self.root))
         return listing
@@ -114,7 +115,12 @@ class Folder(Source):
         """As `Source.stamp`."""
         return stamp_of(self.root / holder)
 
-    def _names(self) -> Iterator[str]:
+    def paths(self) -> Iterator[str]:
+        """Paths below the root, those of directories with a slash; none within packed datasets.
+
+        Raises:
+            ValueError: a directory cannot be listed.
+        """
         walk = os.walk(self.root, followlinks=True, onerror=self._refuse)
         for directory, directories, names in walk:
             inside = Path(directory).relative_to(self.root)
@@ -141,7 +147,7 @@ class OneFile(Source):
     """Images that one file holds all of."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self.files = path, (path,)
 
     def holder(self, name: str) -> str:
         """As `Source.holder`: the file."""
@@ -196,7 +202,7 @@ class Archives(Source):
     """Files of one directory that hold many images each; a name begins with `FILE@`."""
 
     def __init__(self, files: list[Path], *, pattern: str = "*", staging: Path) -> None:
-        self._files, self._pattern, self._staging = files, pattern, staging
+        self.files, self._pattern, self._staging = files, pattern, staging
         self._root = files[0].parent
 
     def holder(self, name: str) -> str:
@@ -209,7 +215,7 @@ class Archives(Source):
 
     def check_files(self) -> None:
         """Raise ValueError if files of several splits are there, or not all files of a set."""
-        check_files(self._files, pattern=self._pattern)
+        check_files(self.files, pattern=self._pattern)
 
 
 class Digits(Source):

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,7 +18,7 @@ VAL_SHARE = 0.1
 _PART = re.compile(r"(?P<head>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<tail>.*)")
 
 
-def check_files(files: list[Path], *, pattern: str) -> None:
+def check_files(files: Sequence[Path], *, pattern: str) -> None:
     """Check that the files that match a pattern are of one split and none is missing.
 
     Raises:
