@@ -170,10 +170,10 @@ def test_a_run_compiles_its_network_once(tmp_path: Path, tiny: Path, digits: Pat
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_cpu_says_that_it_computes_otherwise(stage: int) -> None:
-    said = compute.remarks(configs.load("imagenet64").training, stage=stage)
+    said = compute.remarks(configs.load("imagenet64").training, stage=stage, ranks=8)
     settings = [line.split()[0] for line in said]
     assert settings == ["training.kernels", "training.precision", "training.compile"]
-    assert not compute.remarks(configs.load("digits").training, stage=stage)
+    assert not compute.remarks(configs.load("digits").training, stage=stage, ranks=8)
 
 
 def test_what_is_said_of_compiling_is_also_of_the_backward_pass() -> None:

@@ -67,6 +67,7 @@ def test_deepspeed_settings_that_would_train_something_else_are_refused(
         ('"activation_checkpointing": {"cpu_checkpointing": true}', "model.checkpoint decides"),
         ('"sequence_parallel_size": 2', "each rank computes whole images"),
         ('"tensor_parallel": {"autotp_size": 2}', "each rank computes with whole weights"),
+        ('"gradient_allreduce_op": "sum"', 'must be "average", or absent: the gradient'),
         ('"managed_gradient_accumulation": false', "= False: must be true, or absent: a step is"),
     ],
 )
@@ -114,6 +115,21 @@ def test_every_auto_is_filled_from_the_preset() -> None:
     config = configs.load("digits")
     resolved = ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=2)
     assert "auto" not in json.dumps(resolved)
+    bare = ds_configs.resolve({"zero_optimization": {"stage": 2}}, config=config, ranks=2)
+    assert bare["zero_force_ds_cpu_optimizer"] is False  # or it would refuse ours beside an offload
     assert resolved["train_batch_size"] == config.training.batch
     with pytest.raises(ValueError, match=r"training\.batch = 64 does not divide among 3 ranks"):
         ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_micro_batches_are_added_up_in_fp32_in_bf16(stage: int) -> None:
+    raw = {"zero_optimization": {"stage": stage}}
+    small = ('training.precision = "bf16"', "training.micro_batch = 16")
+    for sets, is_stated in ((small, stage > 1), (small[:1], False), (small[1:], False)):
+        resolved = ds_configs.resolve(raw, config=configs.load("digits", sets), ranks=1)
+        expected = {"grad_accum_dtype": "fp32"} if is_stated else None
+        assert resolved.get("data_types") == expected, sets
+    own = raw | {"data_types": {"grad_accum_dtype": "bf16"}}
+    resolved = ds_configs.resolve(own, config=configs.load("digits", small), ranks=1)
+    assert resolved["data_types"] == own["data_types"]

@@ -4,8 +4,10 @@ And no step of it waits for the device by name, which must be the rank's own.
 """
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +39,24 @@ class Count(TorchDispatchMode):
         if all(alias is None or alias.is_write for alias in results):
             self.total += 1
         return func(*args, **(kwargs or {}))
+
+
+class Stream:
+    """As a GPU's, where there is only one order."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        assert isinstance(other, Stream)
+
+
+class WithStreams:
+    """Torch as `shortcuts` sees it on a GPU."""
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True, current_stream=Stream, stream=lambda _: nullcontext()
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 class Quadratic(torch.nn.Module):
@@ -111,11 +131,34 @@ def compare(directory: Path) -> int:
                     name = "count_used_parameters_in_backward"
                     patched.setattr(module, name, getattr(module, name))
                 ours, own, fast = train(case, world=world, device=device)
-            same = all(torch.equal(a, b) for a, b in zip(states, own, strict=True))
+                beside = _reduced_beside(patched, case, world=world, device=device)
+            others = (own, beside) if case[0] < 3 else (own,)
+            same = all(torch.equal(a, b) for o in others for a, b in zip(states, o, strict=True))
             found.append([theirs, ours, same, slow, fast])
+        resolve = ds_config.resolve
+        with pytest.MonkeyPatch.context() as patched:
+            in_fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+            patched.setattr(ds_config, "resolve", lambda *a, **k: resolve(*a, **k) | in_fp32)
+            with pytest.raises(ValueError, match="grad_accum_dtype needs ZeRO stage 2 or 3"):
+                train((1, "bf16", None), world=world, device=device)
     (directory / f"{world.rank}.json").write_text(json.dumps(found))
     (directory / f"device-{world.rank}.json").write_text(json.dumps([len(waits), list(devices)]))
     return 0
+
+
+def _reduced_beside(patched: pytest.MonkeyPatch, case: tuple, **where: Any) -> list[Tensor]:
+    """The final states where buckets are reduced as on a GPU, beside the backward pass."""
+    from trainer import shortcuts
+
+    aside = shortcuts._reduce_aside
+
+    def reduce_aside(optimizer: Any) -> None:
+        optimizer.reduction_stream = Stream()
+        aside(optimizer)
+
+    patched.setattr(shortcuts, "torch", WithStreams())
+    patched.setattr(shortcuts, "_reduce_aside", reduce_aside)
+    return train(case, **where)[1]
 
 
 @pytest.fixture(scope="module")

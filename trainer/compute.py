@@ -45,7 +45,7 @@ def _needing_triton(training: TrainingConfig) -> list[str]:
     return [name for name, is_set in settings.items() if is_set]
 
 
-def remarks(training: TrainingConfig, *, stage: int) -> list[str]:
+def remarks(training: TrainingConfig, *, stage: int, ranks: int) -> list[str]:
     """What the log says where this machine or ZeRO stage computes otherwise than set."""
     said = []
     if training.kernels == "fused" and not torch.cuda.is_available():
@@ -54,6 +54,12 @@ def remarks(training: TrainingConfig, *, stage: int) -> list[str]:
         said.append(
             'training.precision = "fp16" is some 50 times slower on a CPU than "fp32": '
             "--set 'training.precision = \"fp32\"'"
+        )
+    several = training.batch > ranks * training.micro_batch_on(ranks)
+    if training.precision == "bf16" and stage == 1 and several:
+        said.append(
+            "ZeRO-1 adds up the gradients of micro-batches in bf16, which loses digits; ZeRO-2 and "
+            "3 add them up in fp32"
         )
     if training.compile and not torch.cuda.is_available():
         said.append("training.compile needs a GPU: this run computes uncompiled")

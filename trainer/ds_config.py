@@ -52,6 +52,7 @@ _WRONG = {
     "says which micro-batches fit",
     "compile.deepcompile": "training.compile decides whether the network is compiled",
     "data_efficiency.enabled": "the seed alone decides which image comes when",
+    "zero_force_ds_cpu_optimizer": "its own optimizer keeps no averages of the weights",
     "hybrid_engine.enabled": "it is for networks that generate text",
     "sequence_parallel_size": "each rank computes whole images",
     "tensor_parallel": "each rank computes with whole weights; ZeRO divides what they take",
@@ -115,6 +116,12 @@ def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:
     for name, why in _NEEDED.items():
         if _lookup(ds_config, name) is False:
             raise ValueError(f"{path}: {name} = False: must be true, or absent: {why}")
+    operation = ds_config.get("gradient_allreduce_op", "average")
+    if operation != "average":
+        raise ValueError(
+            f'{path}: gradient_allreduce_op = {operation!r}: must be "average", or absent: the '
+            "gradient, its clipping and what counts as unusual would grow with the number of ranks"
+        )
     floor = _lookup(ds_config, "fp16.min_loss_scale")
     if floor is not None and not (isinstance(floor, int) and floor >= 1):
         raise ValueError(
@@ -150,7 +157,13 @@ def resolve(ds_config: dict[str, Any], *, config: Config, ranks: int) -> dict[st
             resolved[head] = value
     # DeepSpeed's timer would make the host wait for the device twice in every micro-batch.
     resolved.setdefault("timers", {"throughput": {"enabled": False}})
+    # DeepSpeed has optimizers of its own for offloaded states, and refuses others unless told.
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     zero = resolved["zero_optimization"]
+    several = resolved["gradient_accumulation_steps"] > 1
+    if training.precision == "bf16" and several and zero["stage"] > 1:
+        # In bf16 a sum of many micro-batches loses most of each; stage 1 has no other.
+        resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if zero.get("overlap_comm") == "auto":
         zero["overlap_comm"] = ranks > 1
     return resolved

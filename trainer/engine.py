@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 
 from trainer import averages, norms, shortcuts
@@ -32,6 +33,7 @@ from trainer.partition import Partition
 from trainer.sections import TrainingConfig
 from trainer.weights import materialize
 
+_REFUSALS = (ValueError, AssertionError, ImportError, DeepSpeedConfigError, ZeRORuntimeException)
 # The kinds of state: weights and Adam's two moments; one more for each average.
 WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "model", "adam-m", "adam-v"
 # Their keys in the optimizer; the averages' are the kinds themselves.
@@ -85,6 +87,7 @@ class Engine:
             fused=True,
         )
         self._ds, self._optimizer = _initialize(net, self._base, ds_config, device=device)
+        self._masters()  # or DeepSpeed chose an optimizer without
         norms.hasten(self._optimizer, stage=self.stage)
         shortcuts.take(self._optimizer, stage=self.stage)
         self._scaling = LossScale(self._optimizer.loss_scaler)
@@ -241,10 +244,7 @@ class Engine:
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             if hasattr(self._optimizer, name):
                 return list(getattr(self._optimizer, name))
-        raise ValueError(
-            f"DeepSpeed chose {type(self._optimizer).__name__} for this ds_config.json; "
-            "remove data_types.grad_accum_dtype, or use ZeRO stage 2 or 3"
-        )
+        raise ValueError("data_types.grad_accum_dtype needs ZeRO stage 2 or 3 (--ds-config)")
 
     def _fill_states(self) -> None:
         """Make the optimizer's states now, as AdamW would at its first step, and the averages."""
@@ -274,7 +274,7 @@ def _initialize(
         engine, wrapped, _, _ = deepspeed.initialize(
             where, model=net, optimizer=optimizer, config=ds, dist_init_required=False
         )
-    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+    except _REFUSALS as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"DeepSpeed refuses its settings (--ds-config): {said}") from error
     return engine, wrapped

@@ -46,7 +46,9 @@ def _reduce_aside(optimizer: Any) -> None:
         stream = side if optimizer.overlap_comm else torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            optimizer.gradient_reduction_w_predivide(flat, comm_dtype)
+            reduced = optimizer.gradient_reduction_w_predivide(flat, comm_dtype)
+            # Where gradients are added up in fp32; else it does nothing.
+            optimizer._add_full_reduction_to_compact_grad_partition(reduced, comm_dtype)
 
     def end() -> None:
         torch.cuda.current_stream().wait_stream(side)

@@ -217,7 +217,7 @@ def remarks(
         cpu_remark(config.data.workers),
     ]
     zero = ds_config["zero_optimization"]
-    said = compute.remarks(config.training, stage=zero["stage"])
+    said = compute.remarks(config.training, stage=zero["stage"], ranks=ranks)
     if torch.cuda.is_available():
         room = torch.cuda.get_device_properties().total_memory
         odd.append(prediction.memory_remark(config, zero=zero, ranks=ranks, room=room))
