@@ -5,13 +5,16 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support import ranks
+from data.exits import FAILED
+from tests.support import faults, ranks
 from tests.support.exported import save
 from tests.support.runs import EVERY, STEP, Place, equal
 from trainer import evaluate
@@ -41,8 +44,45 @@ def sets(digits: Path, network: Path) -> tuple[str, ...]:
     )
 
 
+#: What one rank cannot do -> the function in which it runs out of memory, and the ZeRO stage.
+LACKS = {
+    "a grid": ("trainer.sampling.draw:draw", 3),
+    "an evaluation": ("trainer.evaluation.drawn:draw", 2),
+    "a validation": ("trainer.validation:Validation:_terms", 3),
+}
+#: One rank has one turn more than the other.
+GRID = ("intervals.samples_count = 9", 'intervals.samples_steps = "ddim50"')
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sets: tuple) -> Place:
+def disturbed(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path, sets: tuple
+) -> Iterator[dict[str, ranks.Job]]:
+    """Jobs that wait for a rank that fails; they run beside the others. And one that is stopped."""
+    place, jobs = Place(tmp_path_factory.mktemp("disturbed"), tiny), {}
+    due = (*GRID, f"intervals.samples = {STEP}", f"intervals.evaluate = {STEP}")
+    validated = (f'data.validation = "{digits}"', f"intervals.validate = {STEP}")
+    kinds = {"a grid": due[:-1], "an evaluation": (*sets, due[-1]), "a validation": validated}
+    for name, (function, stage) in LACKS.items():
+        words = place.arguments(name, stage=stage, sets=(*COMMON, *kinds[name]))
+        fault = partial(faults.run_out_of_memory_in, function)
+        jobs[name] = _with_a_fault(place.run(f"{name}-job"), words, fault)
+    words = place.arguments("stopped", sets=(*COMMON, *due[:-1]))
+    jobs["stopped"] = _with_a_fault(place.run("stopped-job"), words, faults.stop_in_a_grid)
+    yield jobs
+    for job in jobs.values():
+        job.kill()
+
+
+def _with_a_fault(directory: Path, words: list, fault: Callable[[], None]) -> ranks.Job:
+    task = partial(faults.work_on_a_faulty_machine, directory, [words], fault, 1)
+    return ranks.fork(directory, task, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Path, sets: tuple, disturbed: object
+) -> Place:
     """Runs with and without evaluation."""
     place = Place(tmp_path_factory.mktemp("evaluation"), tiny)
     words = []
@@ -139,6 +179,34 @@ def test_a_stop_interrupts_it_and_the_next_start_begins_with_it(runs: Place, set
         key = f"evaluation/{figure}_{IMAGES}"
         assert place.values("run", key) == runs.values("two-evaluated", key)
     assert equal(place.checkpoint("run", END), runs.checkpoint("two", END))
+
+
+@pytest.mark.parametrize("name", LACKS)
+def test_a_rank_that_fails_beside_the_steps_is_reported_and_ends_the_job(
+    disturbed: dict[str, ranks.Job], name: str
+) -> None:
+    """It waits for no other rank, whatever those wait for."""
+    job = disturbed[name]
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
+    assert re.search(r"lost: \S+ \(rank 1; [^)]*\): ended", job.texts[0]), job.text
+    assert "rank 1 is out of memory, see " in job.texts[1] and "lost: " not in job.texts[1]
+    assert f"OutOfMemoryError: in {LACKS[name][0]}" in job.texts[1]
+
+
+def test_a_stop_interrupts_a_grid_and_another_is_drawn_later(
+    disturbed: dict[str, ranks.Job], tiny: Path
+) -> None:
+    job = disturbed["stopped"]
+    job.wait()
+    assert job.statuses == [75]
+    place = Place(job.directory.parent, tiny)
+    assert f"the grid of image {STEP} was interrupted and is left out" in place.log("stopped")
+    again = (*COMMON, *GRID, f"intervals.samples = {2 * STEP}", f"training.images = {2 * STEP}")
+    assert place.train(place.arguments("stopped", sets=again), world=2) == [0]
+    assert f"resumes from checkpoint {STEP:012d}" in place.log("stopped")
+    (drawn,) = (place.run("stopped") / "samples").iterdir()
+    assert drawn.name == f"{2 * STEP:012d}.png"
 
 
 def test_what_cannot_be_evaluated_is_refused_before_the_run_is_there(

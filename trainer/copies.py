@@ -51,17 +51,18 @@ class Copies:
 
     @contextmanager
     def whole(self) -> Iterator[dict[str, Tensor]]:
-        """The copies, whole and on the device, by parameter name, while entered."""
+        """The copies, whole and on the device, by parameter name, while entered.
+
+        An error that leaves it ends the run: they stay whole.
+        """
         parameters = list(self._parameters.values())
         # In stage 3 each rank has a part of most of them.
         parts = [p for p in parameters if hasattr(p, "ds_id") and p.data.numel() != p.ds_numel]
         if parts:
             parts[0].all_gather(parts)
-        try:
-            yield {name: p.data for name, p in self._parameters.items()}
-        finally:
-            if parts:
-                parts[0].partition(parts, has_been_updated=False)
+        yield {name: p.data for name, p in self._parameters.items()}
+        if parts:
+            parts[0].partition(parts, has_been_updated=False)
 
 
 def network_of(config: UNetConfig | ClassifierConfig, weights: Mapping[str, Tensor]) -> nn.Module:

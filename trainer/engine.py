@@ -195,18 +195,17 @@ class Engine:
         """Weights or an average while entered: whole, on the device, in the training's precision.
 
         They take the place of the network's own, and no memory but for the gathered parts of stage
-        3; nothing is trained meanwhile. All ranks must enter and leave together.
+        3; nothing is trained meanwhile. All ranks must enter and leave together. An error ends the
+        run: a rank that leaves by one waits for no other, and the network keeps what it has.
         """
         masters = self._masters()
-        try:
-            if kind != WEIGHTS:
-                states = [self._base.state[master][kind] for master in masters]
-                self._copies.make_from(masters, states)
-            with self._copies.whole() as whole:
-                yield whole
-        finally:
-            if kind != WEIGHTS:
-                self._copies.make(masters)
+        if kind != WEIGHTS:
+            states = [self._base.state[master][kind] for master in masters]
+            self._copies.make_from(masters, states)
+        with self._copies.whole() as whole:
+            yield whole
+        if kind != WEIGHTS:
+            self._copies.make(masters)
 
     def wrong_weights(self) -> dict[int, str]:
         """As `Partition.differing`, of the weights that the network computes with."""

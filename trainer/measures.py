@@ -1,7 +1,7 @@
 """What is measured of a run beside its steps: validation, grids, and the figures of samples.
 
 Each is taken when the clock crosses a multiple of its interval. A stop interrupts them: the run is
-then saved where it is, and the next start begins with what is missing there.
+then saved where it is, and the next start begins with what is missing there, but for a grid.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from trainer import averages
 from trainer.config import Config
 from trainer.evaluation import in_training
 from trainer.evaluation.in_training import Evaluation
-from trainer.ranks.group import from_main
+from trainer.ranks.group import from_main, interruptible
 from trainer.run import Run
 from trainer.sampling.draw import draw_grid
 from trainer.saving import Saving
@@ -97,20 +97,25 @@ class Measures:
         """A grid from the first EMA; every rank draws its share of the images."""
         parts = self.parts
         self.saving.protect()
-        began = parts.metrics.clock()
-        with parts.engine.weights(averages.exponential(parts.config.training.ema[0])) as averaged:
+        began, picture, is_done = parts.metrics.clock(), None, False
+        kind = averages.exponential(parts.config.training.ema[0])
+        with parts.engine.weights(kind) as averaged, interruptible(self.stop_requested) as check:
+
+            def on_step() -> None:
+                parts.mark("drawing samples")
+                check()
+
             picture = draw_grid(
-                averaged,
-                config=parts.config,
-                world=parts.world,
-                shown=self.shown,
-                on_step=lambda: parts.mark("drawing samples"),
+                averaged, config=parts.config, world=parts.world, shown=self.shown, on_step=on_step
             )
+            is_done = True
+        if not is_done:
+            parts.log(f"the grid of image {images_seen:,} was interrupted and is left out")
         if self.board is not None and picture is not None:
             self.board.picture("samples", torch.from_numpy(picture), images_seen=images_seen)
             parts.run.picture(f"{images_seen:012d}", picture)
         parts.metrics.pause(began, on="drawing")
-        return True
+        return is_done
 
     def _evaluate(self, images_seen: int) -> bool:
         """FID and the other figures of samples from the first EMA."""

@@ -24,7 +24,6 @@ from trainer.checkpoint import VALIDATION
 from trainer.config import Config
 from trainer.copies import network_of
 from trainer.engine import WEIGHTS, Engine
-from trainer.ranks.faults import Broken
 from trainer.ranks.group import Agreement, agreed, gather
 from trainer.ranks.world import World
 from trainer.run import Run
@@ -110,7 +109,7 @@ class ValidationSet:
         call it and get the same; None if one of them was `stopped`.
 
         Raises:
-            Refused, Broken: a rank could not compute its share.
+            Refused, Broken: a file is damaged or cannot be read.
         """
         parts = self.stream.parts(
             images=self.images,
@@ -132,30 +131,16 @@ class ValidationSet:
                     found = {"index": batch.indices, **terms(batch)}
                     mine.append({name: v.double().cpu() for name, v in found.items()})
                     on_images(len(batch.indices) * world.size)
-            except Exception as error:  # other ranks must not wait for this one
+            except (ValueError, OSError) as error:  # a damaged image; the others must not wait
                 fault = error
         agreement.close()
-        _raise_alike(fault)
+        agreed(lambda: _raise(fault))
         return None if leave else _in_order(gather(mine))
 
 
-def _raise_alike(fault: Exception | None) -> None:
-    """Raise on all ranks if one has a fault.
-
-    Raises:
-        Refused, Broken: a file is damaged or cannot be read; or another rank failed.
-    """
-
-    def check_files() -> None:
-        if isinstance(fault, ValueError | OSError):
-            raise fault
-
-    agreed(check_files)
-    failed = gather(fault is not None)
+def _raise(fault: Exception | None) -> None:
     if fault is not None:
         raise fault
-    if any(failed):
-        raise Broken(f"the validation failed on rank {failed.index(True)}")
 
 
 def _in_order(everyone: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pkgutil
+import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +66,29 @@ def train(
     job = ranks.fork(directory, partial(work, directory, list(runs), factors, fp16), ranks=world)
     job.wait()
     return job.statuses
+
+
+def run_out_of_memory_in(name: str) -> None:
+    """Let a function, as in "trainer.sampling.draw:draw", run out of memory in this process."""
+    where, _, function = name.rpartition(":")
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(f"in {name}")
+
+    setattr(pkgutil.resolve_name(where), function, fail)
+
+
+def stop_in_a_grid() -> None:
+    """Send this process TERM as it begins to draw."""
+    from trainer.sampling import draw as module
+
+    draw: Callable[..., Any] = module.draw
+
+    def stopped(*given: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*given, **named)
+
+    module.draw = stopped
 
 
 def flip_a_bit(*, at: int) -> None:

@@ -18,17 +18,13 @@ from trainer.config import Config
 from trainer.copies import network_of
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Share
-from trainer.ranks.group import Agreement, agreed
+from trainer.ranks.group import agreed
 from trainer.sampling.draw import SamplerConfig, draw, to_pixels
 from trainer.sampling.labels import Labels
 from trainer.validation import ValidationSet
 
 # Of labels and noise.
 _SEED = 0
-
-
-class StoppedError(Exception):
-    """All ranks leave the drawing between two denoising steps, because one was stopped."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ class Drawer:
     #: The images that an upsampler enlarges.
     enlarged: ValidationSet | None
     mark: Callable[[str], None]
-    #: Whether this rank was told to save and leave.
-    stopped: Callable[[], bool]
+    #: Called after every denoising step, equally often on all ranks.
+    check: Callable[[], None]
 
     def conditions(self) -> list[Conditions]:
         """What is told of each of this rank's parts, on the host.
@@ -86,7 +82,6 @@ class Drawer:
         Also how many samples were not finite; these are black.
 
         Raises:
-            StoppedError: on all ranks, if one was stopped.
             Refused: as `conditions`.
         """
         config, device = self.config, self.evaluator.device
@@ -95,34 +90,30 @@ class Drawer:
         compute.prepare(net, training=config.training, device=device)
         sampler, parts = sampler_of(config), self._parts()
         steps, share, black = sampler.diffusion.steps, Share(), 0
-        agreement, progress = Agreement(1), self._progress(len(parts) * steps)
+        progress = self._progress(len(parts) * steps)
 
         def on_step() -> None:
             self.mark("drawing samples to evaluate")
             progress.advance()
-            if agreement.exchange(self.stopped())[0]:
-                raise StoppedError
+            self.check()
 
-        try:
-            for turn, indices in enumerate(parts):
-                if not len(indices):  # the others have a part in the last turn
-                    for _ in range(steps):
-                        on_step()
-                    continue
-                told = conditions[turn] if conditions else Conditions()
-                images = draw(
-                    net,
-                    indices.to(device),
-                    config=self._model,
-                    sampler=sampler,
-                    labels=None if told.labels is None else told.labels.to(device),
-                    low_res=None if told.low_res is None else told.low_res.to(device),
-                    on_step=on_step,
-                )
-                black += int((~images.isfinite().flatten(1).all(dim=1)).sum())
-                share.add(int(indices[0]), self.evaluator.network.compute(to_pixels(images)))
-        finally:
-            agreement.close()
+        for turn, indices in enumerate(parts):
+            if not len(indices):  # the others have a part in the last turn
+                for _ in range(steps):
+                    on_step()
+                continue
+            told = conditions[turn] if conditions else Conditions()
+            images = draw(
+                net,
+                indices.to(device),
+                config=self._model,
+                sampler=sampler,
+                labels=None if told.labels is None else told.labels.to(device),
+                low_res=None if told.low_res is None else told.low_res.to(device),
+                on_step=on_step,
+            )
+            black += int((~images.isfinite().flatten(1).all(dim=1)).sum())
+            share.add(int(indices[0]), self.evaluator.network.compute(to_pixels(images)))
         return share, black
 
     @property

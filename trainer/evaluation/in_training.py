@@ -15,14 +15,14 @@ from data.dataset import Shards
 from trainer import averages
 from trainer.config import Config
 from trainer.engine import Engine
-from trainer.evaluation.drawn import Drawer, StoppedError, sampler_of
+from trainer.evaluation.drawn import Drawer, sampler_of
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted, joined
 from trainer.evaluation.features import open_network
 from trainer.evaluation.reference import MANIFOLD, Reference
 from trainer.evaluation.results import Figure, Results, check_comparable, compare, short
 from trainer.ranks.faults import Refused
-from trainer.ranks.group import agreed, from_main, gather
+from trainer.ranks.group import agreed, from_main, gather, interruptible
 from trainer.ranks.world import World
 from trainer.validation import ValidationSet
 
@@ -141,22 +141,21 @@ class Evaluation:
             Refused: an image that an upsampler enlarges is damaged.
         """
         network, device = self.evaluator.network, self.evaluator.device
-        drawer = Drawer(
-            config=self.config,
-            evaluator=self.evaluator,
-            enlarged=self.enlarged,
-            mark=mark,
-            stopped=stopped,
-        )
+        drawn = None
         network.net.to(device)
         kind = averages.exponential(self.config.training.ema[0])
-        try:
-            with engine.weights(kind) as tensors, torch.no_grad():
-                share, black = drawer.draw(tensors)
-        except StoppedError:
+        with engine.weights(kind) as tensors, torch.no_grad(), interruptible(stopped) as check:
+            drawn = Drawer(
+                config=self.config,
+                evaluator=self.evaluator,
+                enlarged=self.enlarged,
+                mark=mark,
+                check=check,
+            ).draw(tensors)
+        network.net.to("cpu")
+        if drawn is None:
             return None
-        finally:
-            network.net.to("cpu")
+        share, black = drawn
         mark("figures of samples")
         black = sum(gather(black))
         found = joined(share, count=self._count, kept=range(self._count), device=device)

@@ -13,6 +13,10 @@ class Broken(Exception):
     """A failure that every rank raises alike, such as a full disk: another start may succeed."""
 
 
+class StoppedError(Exception):
+    """All ranks leave their work between two of its steps, because one was stopped."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """Why a rank cannot go on: an error that all ranks are to raise alike."""

@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 
 from data.exits import is_ours
 from trainer.ranks.ending import is_held_up
-from trainer.ranks.faults import Broken, Fault, Refused
+from trainer.ranks.faults import Broken, Fault, Refused, StoppedError
 from trainer.ranks.meeting import meeting_store
 from trainer.ranks.world import World
 
@@ -231,3 +231,21 @@ class Agreement:
         """Finish the exchange that is under way, so that the group can be left."""
         if self._work is not None:
             self._work.wait()
+
+
+@contextmanager
+def interruptible(stopped: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    """Work that all ranks leave together, without an error, where one was `stopped` in it.
+
+    What is yielded must be called between the steps of the work, equally often on all ranks.
+    """
+    agreement = Agreement(1)
+
+    def check() -> None:
+        if agreement.exchange(stopped())[0]:
+            raise StoppedError
+
+    with suppress(StoppedError):
+        yield check
+    # Another error is this rank's alone: it waits for nobody.
+    agreement.close()

@@ -146,7 +146,7 @@ def draw_grid(
 
     The network computes with `weights` themselves, where and in what precision they are.
     An upsampler enlarges the images of `shown`, of which each rank has the share that
-    `grid_indices` names.
+    `grid_indices` names. `on_step` is called equally often on all ranks.
     """
     assert isinstance(config.model, UNetConfig)
     net = network_of(config.model, weights).eval()
@@ -161,8 +161,10 @@ def draw_grid(
         low_res = low_resolution(x0, config.model.small_size)
         labels = None if labels is None else shown.labels
     sampler = SamplerConfig.of(config, steps=every.samples_steps, seed=config.training.seed)
+    steps = sampler.diffusion.steps
+    # The training's state stays where it is, so a grid may take no more room than a step.
+    size = config.training.micro_batch
     with torch.no_grad():
-        # The training's state stays where it is, so a grid may take no more room than a step.
         mine = [
             draw(
                 net,
@@ -173,8 +175,11 @@ def draw_grid(
                 low_res=None if low_res is None else low_res[part],
                 on_step=on_step,
             ).cpu()
-            for part in torch.arange(len(indices)).split(config.training.micro_batch)
+            for part in torch.arange(len(indices)).split(size)
         ]
+    # The main rank has the most images.
+    for _ in range((-(-every.samples_count // (size * world.size)) - len(mine)) * steps):
+        on_step()
     return _collect(to_pixels(torch.cat(mine)).numpy(), count=every.samples_count, world=world)
 
 
