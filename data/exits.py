@@ -33,12 +33,13 @@ REPORTED = (ValueError, ImportError, OSError, BrokenExecutor)
 
 class CommandParser(argparse.ArgumentParser):
     """The parser of all commands: a wrong option is a user error, and `--version` prints which code
-    this is. Descriptions keep their line breaks.
+    this is. Descriptions keep their line breaks. A path is not empty, as an unset variable is.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         help_text = "print the version, and the commit of a git checkout, and exit"
+        self.register("type", Path, _path)
         none = argparse.SUPPRESS  # it is no value of the command line
         self.add_argument(
             "--version", action=_Version, nargs=0, dest=none, default=none, help=help_text
@@ -48,6 +49,22 @@ class CommandParser(argparse.ArgumentParser):
         """Print usage and message, and exit with `REFUSED`."""
         self.print_usage(sys.stderr)
         self.exit(REFUSED, f"{self.prog}: error: {message}\n")
+
+
+def _path(text: str) -> Path:
+    """The path that an option names.
+
+    Raises:
+        argparse.ArgumentTypeError: an empty variable, or a ~ that the shell did not replace.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: is a variable empty?")
+    if text.partition("/")[0].startswith("~") and not Path(text).exists():
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: the shell replaces ~ only at the beginning of a word: write a space in "
+            "place of =, or the whole path"
+        )
+    return Path(text)
 
 
 class _Version(argparse.Action):

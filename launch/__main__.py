@@ -61,7 +61,7 @@ def stop(argv: Sequence[str]) -> int:
         print(f"job {job_id} was {state}; removed from the queue")
         return 0
     print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
-    while (job_id and queue.state(job_id)) or lease.live_holder(run):
+    while (job_id and queue.state(job_id)) or lease.live_holder(run) or records.is_claimed(run):
         time.sleep(2)
     print(f"stopped; last checkpoint: {status.last_checkpoint(run) or 'none'}")
     return 0

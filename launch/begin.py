@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data import files
 from launch import options, queue, records, slurm
@@ -40,6 +40,12 @@ def sample(argv: Sequence[str]) -> int:
     """`python -m launch sample ...`: submit trainer.sample, or start it from here."""
     arguments, words = options.sample().parse_known_args(argv)
     out = Path(arguments.out)
+    check(
+        out.name not in ("", ".."),
+        "--out",
+        arguments.out,
+        "a file FILE.npz, or a directory with a name",
+    )
     directory = out.with_suffix("") if out.suffix == ".npz" else out
     words = [*words, "--out", arguments.out]
     run = directory.with_name(f"{directory.name}.job").absolute()
@@ -58,12 +64,14 @@ def _begin(job: Job, *, preset: Path | None, arguments: argparse.Namespace) -> i
     if arguments.detach and job.cluster.launcher in ("slurm", "kubernetes"):
         raise ValueError(f"--detach: launcher = {job.cluster.launcher!r} does not need it")
     text = records.text(job)
+    records.check_directory(job.run)
     if arguments.dry_run:
         print(text, end="")
         return 0
-    with records.claimed(job.run):
+    with records.claimed(job.run) as lock:
         records.check_free(job.run)
-        return _submit(job, records.prepare(job, preset=preset), detach=arguments.detach)
+        script = records.prepare(job, preset=preset)
+        return _submit(job, script, lock=lock, detach=arguments.detach)
 
 
 def sweep(argv: Sequence[str]) -> int:
@@ -131,6 +139,8 @@ def _begin_array(
     check(at_most >= 1, "--at-most", at_most, "at least 1")
     check(launcher == "slurm", "launcher", launcher, '"slurm" for an array')
     text = slurm.array_text(jobs, at_most=at_most)
+    for job in jobs:
+        records.check_directory(job.run)
     if arguments.dry_run:
         print(text, end="")
         return 0
@@ -213,8 +223,11 @@ def _job(
     return job
 
 
-def _submit(job: Job, script: Path, *, detach: bool) -> int:
-    """Submit the script, start it in the background, or become the shell that runs it."""
+def _submit(job: Job, script: Path, *, lock: TextIO, detach: bool) -> int:
+    """Submit the script, start it in the background, or become the shell that runs it.
+
+    Such a shell has the run's lock until it ends.
+    """
     if job.cluster.launcher == "kubernetes":
         print(f"wrote {script}; to start it, run: kubectl apply -f {script}")
         return 0
@@ -224,14 +237,15 @@ def _submit(job: Job, script: Path, *, detach: bool) -> int:
         print(f"submitted {script} as job {job_id}; output: {job.records}/slurm-{job_id}.out")
         return 0
     if detach:
-        return _detach(job, script)
+        return _detach(job, script, lock=lock)
     # On Ctrl-C the ranks save, and a Python parent would kill this shell meanwhile.
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and bash could not undo it
         signal.signal(ignored, signal.SIG_DFL)
+    os.set_inheritable(lock.fileno(), True)
     os.execvp("bash", ["bash", str(script)])
 
 
-def _detach(job: Job, script: Path) -> int:
+def _detach(job: Job, script: Path, *, lock: TextIO) -> int:
     """Start the script in a session of its own, which outlives the terminal."""
     output = job.records / "output.txt"
     with output.open("ab") as file:
@@ -241,6 +255,7 @@ def _detach(job: Job, script: Path) -> int:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=(lock.fileno(),),
         )
     verb = "python -m launch"
     print(f"started {script} in the background, process {process.pid} of {socket.gethostname()}")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from data import files, version
 from launch import hosts, kubernetes, queue, slurm
@@ -22,6 +23,12 @@ from trainer.ranks import lease
 
 ROOT = Path(__file__).parent.parent
 _CODE = ("trainer", "data", "launch")
+_LOCK = "lock"
+_PRESET = "preset.toml"
+# Entries of `code/`; copies of earlier releases lack some.
+_COPIED = {*_CODE, "ds_config.json", version.COMMIT}
+# Entries of `launch/`, of which every run or job has one.
+_OURS = {_LOCK, "job.json", "state.json", "writer.json", "timeline.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -87,26 +94,70 @@ def script(job: Job) -> Path:
     return job.records / "job.yaml" if is_manifest else job.script
 
 
-@contextmanager
-def claimed(run: Path) -> Iterator[None]:
-    """While entered, no other `python -m launch` prepares a job of this run.
+def check_directory(run: Path) -> None:
+    """Return if a job may write here: nothing, or a run or job is there. Touches nothing.
 
     Raises:
-        ValueError: one does.
+        ValueError: the directory holds something else.
+        OSError: it is none, or cannot be read.
+    """
+    inside, launch, code = _entries(run), _entries(run / "launch"), _entries(run / "code")
+    new = "name a new directory"
+    if (run / "code").exists() and not ("trainer" in code and code <= _COPIED):
+        raise ValueError(
+            f"{run}/code is not the copy of this program that a job runs, and would be replaced: "
+            f"move it away, or {new}"
+        )
+    is_job = not launch.isdisjoint(_OURS | ({_PRESET} if code else set()))
+    if launch and not is_job:
+        raise ValueError(f"{run}/launch exists and is of no job: {new}")
+    if inside and not is_job and not (run / "config.toml").is_file():
+        raise ValueError(f"{run} exists and is no run directory (it has no config.toml): {new}")
+
+
+def _entries(directory: Path) -> set[str]:
+    """The names in a directory; none where it is not there."""
+    return {path.name for path in directory.iterdir()} if directory.exists() else set()
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[TextIO]:
+    """The lock of a run: while it is open, no other `python -m launch` prepares a job of it.
+
+    A job without a scheduler inherits it: a second launch could come before the ranks claim it.
+
+    Raises:
+        ValueError: another has it.
     """
     directory = run / "launch"
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with (directory / _LOCK).open("a") as file:
+        if not _lock(file):
+            check_free(run)
             raise ValueError(
-                f"another `python -m launch` is starting {run}: look at it with "
-                f"`python -m launch status {run}`"
-            ) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
+                f"another `python -m launch` of {run} is starting it, or its job has not ended: "
+                f"look at it with `python -m launch status {run}`"
+            )
+        yield file
+
+
+def is_claimed(run: Path) -> bool:
+    """Whether another process prepares a job of this run, or is that job, without a scheduler."""
+    try:
+        with (run / "launch" / _LOCK).open("a") as file:
+            return not _lock(file)
+    except OSError:
+        return False
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network file systems have no locks
+    return True
 
 
 def check_free(run: Path) -> None:
@@ -133,7 +184,7 @@ def prepare(job: Job, *, preset: Path | None) -> Path:
     job.records.mkdir(parents=True, exist_ok=True)
     _copy_code(job.code)
     if preset is not None:
-        shutil.copyfile(preset, job.records / "preset.toml")
+        shutil.copyfile(preset, job.records / _PRESET)
     for earlier in ("stop", "failed-at", "lost-hosts", "job"):
         (job.records / earlier).unlink(missing_ok=True)
     facts: Mapping[str, object] = {
@@ -150,13 +201,26 @@ def prepare(job: Job, *, preset: Path | None) -> Path:
 def _copy_code(to: Path) -> None:
     partial = to.with_name(".code.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for package in _CODE:
-        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(ROOT / package, partial / package, ignore=ignored)
-    shutil.copyfile(ROOT / "ds_config.json", partial / "ds_config.json")
-    files.write(partial / version.COMMIT, version.commit(ROOT) + "\n")
+    try:
+        for path in _sources():
+            copy = partial / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        files.write(partial / version.COMMIT, version.commit(ROOT) + "\n")
+    except OSError:  # a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if to.exists():
         to.rename(to.with_name(f".code.{time.time_ns()}"))
     partial.rename(to)
-    for old in to.parent.glob(".code.*"):
+    for old in to.parent.glob(".code.[0-9]*"):
         shutil.rmtree(old)
+
+
+def _sources() -> Iterator[Path]:
+    """The files of the code."""
+    yield ROOT / "ds_config.json"
+    for package in _CODE:
+        for path in (ROOT / package).rglob("*"):
+            if path.is_file() and path.suffix != ".pyc":
+                yield path

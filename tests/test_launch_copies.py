@@ -1,15 +1,20 @@
-"""A copy of a run directory is a run of its own: it does not act on the original's job."""
+"""Run directories: what is none is not touched, and a copy is a run of its own."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from data.exits import FAILED
 from launch import queue, records, status
 from launch.__main__ import main
 from launch.cluster import Cluster
 from launch.job import Job
+from tests.test_launch_errors import DRY_RUNS, SLURM, refused
 from tests.test_launch_texts import ROOT
 
 
@@ -64,3 +69,48 @@ def test_a_run_of_the_last_release_keeps_its_job(copied: tuple[Path, Path]) -> N
     assert records.job_id(original) == "7"
     file.unlink()
     assert records.job_id(original) == "7"
+
+
+@DRY_RUNS
+@pytest.mark.parametrize("verb", ["", "sweep", "sample"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        "code/a.py",
+        "code/trainer/a.py code/.git/HEAD launch/job.json launch/lock",
+        "config.toml code/a.py",
+        "launch/job.sh",
+        "config.toml launch/preset.toml",
+        "notes.txt",
+    ],
+)
+def test_a_directory_that_is_no_run_is_left_as_it_is(
+    verb: str,
+    own: str,
+    options: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = tmp_path / ("digits" if verb != "sample" else "digits.job")
+    for name in own.split():
+        file = directory / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    where = {"": "--run", "sweep": "--runs", "sample": "--out"}[verb]
+    target = tmp_path if verb == "sweep" else tmp_path / "digits"
+    what = "none" if verb == "sample" else "digits"
+    refused(*filter(None, [verb]), what, where, target, "--cluster", SLURM, *options)
+    said = capsys.readouterr()
+    assert str(directory) in said.err and "name a new directory" in said.err
+    assert said.out == "" and said.err.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_a_full_disk_is_named_in_one_line_and_leaves_no_half_copy(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "launch", "digits", "--run", str(tmp_path / "run")]
+    full = ["bash", "-c", 'ulimit -f 8; exec "$@"', "", *words]  # the error of a quota
+    done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == FAILED
+    assert re.fullmatch(r"error: \[Errno 27\] File too large: '[^'\n]+'.*\n", done.stderr)
+    assert len(done.stderr) < 400 and not list((tmp_path / "run").glob("*code*"))

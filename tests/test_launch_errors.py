@@ -165,6 +165,7 @@ def test_a_time_limit_of_a_minute_is_enough_where_little_is_kept_to_save() -> No
             "--over = 'training.lr = 1'",
         ),
         (["sweep", "digits", "--runs", "r", "--over", "training.lr = [1, 1]"], "different values"),
+        (["sample", "r", "--out", "."], "--out = '.': must be a file FILE.npz, or a directory"),
         (["sample", "r", "--out", "o.npz", "--at-most", "2"], "must be absent without --array"),
         (["sample", "r", "--out", "o.npz", "--array", "0"], "--array = 0: must be at least 1"),
         (["sweep", "digits", "digits", "--runs", "r"], "must be presets of different names"),
@@ -189,6 +190,10 @@ def test_a_wrong_command_is_refused_in_one_line(
         ["sweep", "digits"],
         ["sample", "runs/a"],
         ["check", "--rank", "x"],
+        ["digits", "--run", ""],
+        ["digits", "--run=~/x"],
+        ["sweep", "digits", "--runs", ""],
+        ["digits", "--run", "r", "--cluster", ""],
     ],
     ids=" ".join,
 )

@@ -61,9 +61,12 @@ def test_two_launches_of_a_run_at_once_do_not_write_into_each_others_files(tmp_p
     assert not list((tmp_path / "run").glob("*code*"))
     job = start(tmp_path, ranks=SAVES_ON_A_SIGNAL)
     wait_until((tmp_path / "started").exists, "the ranks")
-    with records.claimed(tmp_path / "run"):  # the ranks do not hold it
-        os.killpg(job.pid, signal.SIGINT)
+    again = start(tmp_path, "--detach", ranks=SAVES_ON_A_SIGNAL)  # before they claim the run
+    assert again.wait(timeout=LIMIT) == REFUSED
+    os.killpg(job.pid, signal.SIGINT)
     assert job.wait(timeout=LIMIT) == 75
+    with records.claimed(tmp_path / "run"):  # it ended with the ranks
+        pass
 
 
 def test_a_rank_in_the_shell_is_not_believed(tmp_path: Path) -> None:
@@ -77,6 +80,7 @@ def test_a_detached_run_outlives_the_terminal_and_says_how_to_watch_it(tmp_path:
     said = job.communicate(timeout=LIMIT)[0]
     assert job.returncode == 0
     wait_until((tmp_path / "started").exists, "the ranks")
+    assert records.is_claimed(tmp_path / "run")
     with pytest.raises(ProcessLookupError):  # its process group is empty
         os.killpg(job.pid, signal.SIGHUP)
     (tmp_path / "go").touch()
