@@ -9,6 +9,9 @@ Label = int | str
 # The keys and columns that hold a label, in the order in which they are preferred.
 LABEL_KEYS = ("label", "cls", "class_id", "class")
 
+# Labels below this are numbers of classes; larger numbers are ids, dates and the like.
+MOST_CLASSES = 1 << 20
+
 # A number of a class, also as pandas writes it where another one is missing.
 _WHOLE = re.compile(r"(-?\d+)(\.0*)?")
 _NUMBERS = re.compile(r"[-+\d.,\s]+")
@@ -81,13 +84,12 @@ def checked_classes(classes: list[str], where: str) -> list[str]:
     Raises:
         ValueError: one is missing, or stands for that, or is a list.
     """
-    for word in ("", "nan"):
-        if missing := sum(name.lower() == word for name in classes):
-            raise ValueError(
-                f"{where}: {missing} images have the class {word!r}: give them one, or move them "
-                "out of SOURCE"
-            )
-    if wrong := next((name for name in classes if name[0] in "[{"), None):
+    if missing := [name for name in classes if _is_none(name)]:
+        raise ValueError(
+            f"{where}: {len(missing)} images have the class {missing[0]!r}: give them one, or move "
+            "them out of SOURCE"
+        )
+    if wrong := next(filter(_is_list, classes), None):
         raise ValueError(f"{where}: {wrong!r:.40}: must be a class number or a class name")
     numbers = [found[1] for name in classes if (found := _WHOLE.fullmatch(name))]
     if {*numbers} >= {"-1", "0"}:
@@ -102,9 +104,15 @@ def all_or_no_labels(names: Sequence[str], labels: Sequence[Label | None]) -> li
     """The labels, or None where no image has one.
 
     Raises:
-        ValueError: only some have one, or some have numbers and some names.
+        ValueError: only some have one, some have numbers and some names, or one is a list or
+            stands for none, such as `nan`.
     """
     known = [label for label in labels if label is not None]
+    for name, label in zip(names, labels, strict=True):
+        if isinstance(label, str) and (_is_list(label) or _is_none(label)):
+            raise ValueError(
+                f"{name} has the label {label!r:.40}: must be a class number or a class name"
+            )
     if 0 < len(known) < len(labels):
         without = [name for name, label in zip(names, labels, strict=True) if label is None]
         more = len(without) - 1
@@ -116,6 +124,15 @@ def all_or_no_labels(names: Sequence[str], labels: Sequence[Label | None]) -> li
             "have a number: must be all numbers or all names"
         )
     return known or None
+
+
+def _is_none(text: str) -> bool:
+    """Whether a text stands for no class, as pandas and Python write it."""
+    return text in ("", "None") or text.lower() == "nan"
+
+
+def _is_list(text: str) -> bool:
+    return text[0] in "[{"
 
 
 def _is_name(text: str) -> bool:

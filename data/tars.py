@@ -18,7 +18,15 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data.labels import LABEL_KEYS, Label, all_or_no_labels, json_label, text_label, word_label
+from data.labels import (
+    LABEL_KEYS,
+    MOST_CLASSES,
+    Label,
+    all_or_no_labels,
+    json_label,
+    text_label,
+    word_label,
+)
 from data.packing.names import IMAGE_SUFFIXES, USUAL_SUFFIXES, kind, litter
 
 # Bytes of a tar header; the payload follows it.
@@ -28,7 +36,6 @@ HEADER = 512
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
 Index = NDArray[np.void]
 _PIECE = 1 << 20
-_LARGEST_LABEL = int(np.iinfo(INDEX_DTYPE["label"]).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +171,10 @@ def index_tar(path: Path) -> tuple[Index, list[str], bool | None]:
                     f"{path}: {sample.name} has the label {label!r}: must be a class number; "
                     "pack tars with class names by `python -m data.pack`"
                 )
-            if not 0 <= label <= _LARGEST_LABEL:
+            if not 0 <= label < MOST_CLASSES:
                 raise ValueError(
-                    f"{path}: {sample.name} has the label {label}: must be from 0 to "
-                    f"{_LARGEST_LABEL}"
+                    f"{path}: {sample.name} has the label {label}: must be the number of a class, "
+                    f"from 0 to {MOST_CLASSES - 1}"
                 )
             file.seek(sample.offset)
             crc32 = zlib.crc32(file.read(sample.size))

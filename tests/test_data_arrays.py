@@ -120,9 +120,46 @@ def test_a_pickle_that_could_run_something_is_refused(
     file = tmp_path / "cifar" / "data_batch_3"
     file.write_bytes(pickle.dumps({b"data": print, b"labels": [1]}))
     assert pack_at(tmp_path / "cifar" / "data_batch_*", tmp_path / "out", 32) == REFUSED
-    assert (
-        "data_batch_3 is no batch of CIFAR: it contains builtins.print" in capsys.readouterr().err
-    )
+    assert "data_batch_3 is no file of CIFAR: it contains builtins.print" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("batches.meta", b"torn", "batches.meta is no file of CIFAR: "),
+        ("batches.meta", pickle.dumps([b"a"]), "batches.meta is no file of CIFAR: it holds a list"),
+        ("batches.meta", pickle.dumps({b"label_names": 3}), "batches.meta has no list of class"),
+        (
+            "batches.meta",
+            pickle.dumps({b"label_names": [b"a"]}),
+            "has the label 2: must be below 1",
+        ),
+        ("data_batch_2", pickle.dumps([1]), "data_batch_2 is no file of CIFAR: it holds a list"),
+        ("data_batch_2", pickle.dumps({b"data": 1, b"labels": 1}), "it has no `data` and `labels`"),
+        ("data_batch_2", b"", "data_batch_2 is no file of CIFAR: Ran out of input"),
+    ],
+)
+def test_damaged_files_of_cifar_are_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
+    cifar(tmp_path / "cifar", binary=False)
+    (tmp_path / "cifar" / name).write_bytes(content)
+    assert pack_at(tmp_path / "cifar" / "data_batch_*", tmp_path / "out", 32) == REFUSED
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_of_cifar_100_asks_for_a_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cifar(tmp_path / "cifar", binary=False)
+    for was, name in (("data_batch_1", "train"), ("test_batch", "test"), ("batches.meta", "meta")):
+        (tmp_path / "cifar" / was).rename(tmp_path / "cifar" / name)
+    for left in (tmp_path / "cifar").glob("data_batch_*"):
+        left.unlink()
+    assert pack_at(tmp_path / "cifar", tmp_path / "out", 32) == REFUSED
+    train = tmp_path / "cifar" / "train"
+    assert f"give one: {train} or {tmp_path}/cifar/test" in capsys.readouterr().err
+    assert pack_at(train, tmp_path / "out", 32) == 0
 
 
 def test_a_dry_run_says_what_would_be_packed_and_writes_nothing(

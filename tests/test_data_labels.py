@@ -10,7 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from data.dataset import Shards
+from data.pack import pack
 from data.packing.indexing import index_directory
+from data.packing.plan import PackConfig
 from tests.support.data_fixtures import content, image_file, packed
 
 
@@ -75,6 +77,12 @@ def test_names_in_tars_are_labels(tmp_path: Path, suffix: str, stored: list[byte
         ("cls", b"1.5", r"0\.cls = b'1\.5': must be"),
         ("cls", b"", r"0\.cls = b'': must be"),
         ("cls", b"\xff\xd8", r"0\.cls = .*: must be"),
+        ("cls", b"[0, 1]", r"0\.jpg has the label '\[0, 1\]': must be"),
+        ("cls", b"NaN", r"0\.jpg has the label 'NaN': must be"),
+        ("txt", b"None", r"0\.jpg has the label 'None': must be"),
+        ("json", b'{"label": "nan"}', r"0\.jpg has the label 'nan': must be"),
+        ("cls", b"3000000000", r"0\.jpg has the label 3000000000: must be the number of a class"),
+        ("json", b"20000000", r"0\.jpg has the label 20000000: must be the number of a class"),
     ],
 )
 def test_a_label_that_is_no_number_or_name_is_refused(
@@ -136,6 +144,49 @@ def test_a_column_of_neither_is_refused(tmp_path: Path, value: object) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=rf"a\.parquet: class_id = '{value}': must be"):
         packed(tmp_path / "a.parquet", tmp_path)
+
+
+def hugging_face(file: Path, *, labels: tuple[int, ...], metadata: str) -> None:
+    """A parquet file with that metadata; NAMES is its list of features."""
+    file.parent.mkdir(exist_ok=True)
+    images = [{"bytes": picture(label), "path": ""} for label in labels]
+    table = pa.table({"image": images, "label": labels})
+    parquet.write_table(table.replace_schema_metadata({b"huggingface": metadata}), file)
+
+
+def names(*of: object) -> str:
+    return json.dumps({"info": {"features": {"label": {"names": of}}}})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (names("cat", "dog"), names("dog", "cat"), "has the class names dog, cat, .* cat, dog: "),
+        (names("cat", "dog"), "{}", r"b\.parquet has the class names \(none\), .* cat, dog: "),
+        (names("cat"), names("cat"), "has the label 1: must be below 1, which is all class names"),
+        (names("cat", 7), "{}", r"a\.parquet: names = \['cat', 7\] in its metadata: must be"),
+        ("torn", "{}", r"a\.parquet: its metadata `huggingface` is damaged"),
+        ('{"info": null}', '{"info": {"features": "label"}}', ""),
+        (names("cat", "dog", "ant"), names("cat", "dog", "ant"), ""),
+    ],
+)
+def test_class_names_of_parquet_fit_all_labels_of_all_files(
+    tmp_path: Path, first: str, second: str, message: str
+) -> None:
+    for name, metadata in (("a", first), ("b", second)):
+        hugging_face(tmp_path / "P" / f"{name}.parquet", labels=(0, 1), metadata=metadata)
+    if not message:
+        assert labels_of(packed(tmp_path / "P", tmp_path)) == [0, 1]
+        return
+    of = packed(labelled_tar(tmp_path, b"cat", b"dog", suffix="cls"), tmp_path)
+    for classes_of in (None, Path(of.root)):
+        with pytest.raises(ValueError, match=message):
+            pack(
+                str(tmp_path / "P"),
+                out=tmp_path / "out",
+                config=PackConfig(size=16),
+                classes_of=classes_of,
+            )
 
 
 @pytest.mark.parametrize(

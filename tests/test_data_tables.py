@@ -44,6 +44,7 @@ def test_numbers_are_classes_by_their_value(tmp_path: Path, text: str) -> None:
     [
         (("0", "1", "", "1"), "1 images have the class ''"),
         (("0.0", "1.0", "nan", "1.0"), "1 images have the class 'nan'"),
+        (("a", "b", "None", "b"), "1 images have the class 'None'"),
         (("0", "1", "-1", "-1"), "2 images have the class -1 beside 0"),
         (('"[0, 1]"', '"[1, 0]"', '"[1, 0]"', '"[0, 1]"'), "'[0, 1]': must be a class number"),
     ],

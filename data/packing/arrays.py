@@ -95,9 +95,11 @@ class Cifar(Archives):
     def listing(self) -> Listing:
         """As `Source.listing`."""
         if {_is_test(file) for file in self.files} == {True, False}:
+            is_100 = self.files[0].name == "test"
+            train, test = ("train", "test") if is_100 else ("'data_batch_*'", "'test_batch*'")
             raise ValueError(
-                f"SOURCE = {self._root} holds the splits train and test: give one, such as "
-                f"'{self._root}/data_batch_*' or {self._root}/test_batch*"
+                f"SOURCE = {self._root} holds the splits train and test: give one: "
+                f"{self._root}/{train} or {self._root}/{test}"
             )
         names, labels = [], []
         for file in self.files:
@@ -118,6 +120,7 @@ def cifar_files(path: Path) -> list[Path]:
     """The batches of CIFAR that a path means: a file, their directory, or a pattern."""
     if path.is_dir():
         found = [*path.glob("data_batch_*"), *path.glob("test_batch*")]
+        found = found or [path / "test", path / "train"]  # of CIFAR-100
     else:
         found = [path] if path.is_file() else list(path.parent.glob(path.name))
     names = ("batches.meta", "batches.meta.txt", "meta")
@@ -140,20 +143,22 @@ def _is_test(file: Path) -> bool:
 @cache
 def _cifar(file: Path) -> tuple[_Images, list[int]]:
     """Images uint8 (N, 32, 32, 3) and labels of a batch."""
-    content = file.read_bytes()
-    try:
-        if file.suffix == ".bin":
-            rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + _CIFAR_ROW)
-            pixels, labels = rows[:, 1:], rows[:, 0].tolist()
-        else:
-            batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-            pixels, labels = batch[b"data"], batch.get(b"labels") or batch[b"fine_labels"]
-        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    except (ValueError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"SOURCE: {file} is no batch of CIFAR: {error}") from None
-    if len(images) != len(labels):
-        raise ValueError(f"SOURCE: {file} has {len(labels)} labels for {len(images)} images")
-    return images, labels
+    pixels: Any
+    if file.suffix == ".bin":
+        try:
+            rows = np.fromfile(file, np.uint8).reshape(-1, 1 + _CIFAR_ROW)
+        except ValueError as error:
+            raise ValueError(f"SOURCE: {file} is no batch of CIFAR: {error}") from None
+        pixels, labels = rows[:, 1:], rows[:, 0].tolist()
+    else:
+        batch = _unpickled(file)
+        pixels, labels = batch.get(b"data"), batch.get(b"labels") or batch.get(b"fine_labels")
+    is_array = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
+    if not is_array or pixels.shape[1:] != (_CIFAR_ROW,) or not _all_of(int, labels):
+        raise ValueError(f"SOURCE: {file} is no batch of CIFAR: it has no `data` and `labels`")
+    if len(pixels) != len(labels):
+        raise ValueError(f"SOURCE: {file} has {len(labels)} labels for {len(pixels)} images")
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
 def _cifar_classes(root: Path) -> tuple[str, ...]:
@@ -163,9 +168,32 @@ def _cifar_classes(root: Path) -> tuple[str, ...]:
     meta = next((m for m in (root / "batches.meta", root / "meta") if m.is_file()), None)
     if meta is None:
         return ()
-    found = _Unpickler(io.BytesIO(meta.read_bytes()), encoding="bytes").load()
-    names = found.get(b"label_names") or found.get(b"fine_label_names") or ()
-    return tuple(name.decode() for name in names)
+    found = _unpickled(meta)
+    names = found.get(b"label_names") or found.get(b"fine_label_names") or []
+    if not _all_of(bytes, names):
+        raise ValueError(f"SOURCE: {meta} has no list of class names: copy it again")
+    return tuple(name.decode("utf-8", "replace") for name in names)
+
+
+def _unpickled(file: Path) -> dict[bytes, Any]:
+    """What a pickle of CIFAR holds.
+
+    Raises:
+        ValueError: it is damaged, of another kind, or contains what could run.
+    """
+    try:
+        found = _Unpickler(io.BytesIO(file.read_bytes()), encoding="bytes").load()
+    except OSError:
+        raise
+    except Exception as error:  # unpickling meets damage with errors of any type
+        raise ValueError(f"SOURCE: {file} is no file of CIFAR: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"SOURCE: {file} is no file of CIFAR: it holds a {type(found).__name__}")
+    return found
+
+
+def _all_of(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -79,6 +79,7 @@ class Request:
             listing = by_directories(listing, where=self.source)
         if listing.fault:
             raise ValueError(listing.fault)
+        listing.check_labels(f"SOURCE = {self.source}")
         warn_of_missing_labels(listing, self.source)
         if self.classes_of:
             listing = renumber(listing, classes=class_names(self.classes_of))

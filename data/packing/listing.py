@@ -5,11 +5,11 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from data.labels import Label, all_or_no_labels
+from data.labels import MOST_CLASSES, Label, all_or_no_labels
 from data.manifest import NO_CLASS
 
-# Classes named by numbers below this have these labels; larger numbers are dates and the like.
-_MOST_CLASSES = 65536
+# Classes that names of numbers below this mean; larger numbers are dates and the like.
+_MOST_NUMBERED = 65536
 _NUMBER = re.compile(r"-?\d+")
 # Kinds of skipped files that are named.
 _KINDS = 12
@@ -40,13 +40,26 @@ class Listing:
         text = f" ({', '.join([*listed, *more])})" if kinds else ""
         return f"{sum(self.skipped.values())} skipped{text}"
 
+    def check_labels(self, where: str) -> None:
+        """Return if each label is the number of a class.
+
+        Raises:
+            ValueError: one is not; names the first image that has the least or the largest.
+        """
+        count = len(self.classes)
+        for label in (min(self.labels), max(self.labels)) if self.labels else ():
+            if not 0 <= label < count:
+                wanted = "at least 0" if label < 0 else f"below {count}, which is all class names"
+                name = self.names[self.labels.index(label)]
+                raise ValueError(f"{where}: {name} has the label {label}: must be {wanted}")
+
 
 def by_class_name(names: list[str], classes: list[str]) -> Listing:
     """A listing from the name of each image's class; labels count the names in sorted order.
 
     Where all names are numbers, they are the labels.
     """
-    if classes and all(name.isdecimal() and int(name) < _MOST_CLASSES for name in classes):
+    if classes and all(name.isdecimal() and int(name) < _MOST_NUMBERED for name in classes):
         return by_number(names, [int(name) for name in classes])
     return _in_order(names, classes, sorted(set(classes)))
 
@@ -57,7 +70,7 @@ def by_directory_name(names: list[str], classes: list[str]) -> Listing:
     Other numbers are names, such as years; labels count them in the order of the numbers.
     """
     known = {*classes}
-    if not all(_NUMBER.fullmatch(name) and int(name) < _MOST_CLASSES for name in known):
+    if not all(_NUMBER.fullmatch(name) and int(name) < _MOST_NUMBERED for name in known):
         return by_class_name(names, classes)
     if {int(name) for name in known} == {*range(len(known))}:
         return by_number(names, [int(name) for name in classes])
@@ -71,7 +84,16 @@ def _in_order(names: list[str], classes: list[str], ordered: list[str]) -> Listi
 
 
 def by_number(names: list[str], labels: list[int]) -> Listing:
-    """A listing whose labels are numbers already: they stay as they are."""
+    """A listing whose labels are numbers already: they stay as they are.
+
+    Raises:
+        ValueError: one is too large for the number of a class.
+    """
+    if (most := max(labels, default=0)) >= MOST_CLASSES:
+        raise ValueError(
+            f"{names[labels.index(most)]} has the label {most}: must be the number of a class, "
+            f"below {MOST_CLASSES}"
+        )
     classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
     return Listing(names=names, labels=labels, classes=classes)
 

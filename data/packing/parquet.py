@@ -38,14 +38,26 @@ class Parquet(Archives):
         self.check_files()
         names: list[str] = []
         labels: list[Label | None] = []
+        # The first file with each list of classes.
+        of_classes: dict[tuple[str, ...], Path] = {}
         for file in self.files:
-            for row, label in enumerate(_labels(file)):
+            table = _open(file)
+            for row, label in enumerate(_labels(file, table)):
                 names.append(f"{file.name}@{row}")
                 labels.append(label)
+            of_classes.setdefault(_class_names(file, table), file)
         listing = by_label_if_any(names, labels)
-        are_numbers = all(isinstance(label, int) for label in labels)
-        classes = _class_names(self.files[0]) if are_numbers else None
-        return replace(listing, classes=classes or listing.classes)
+        if not listing.is_numbered:
+            return listing
+        (classes, first), *others = of_classes.items()
+        if not others:
+            return replace(listing, classes=classes or listing.classes)
+        theirs, other = others[0]
+        fault = (
+            f"SOURCE: {other} has the class names {_shown(theirs)}, {first} {_shown(classes)}: "
+            "pack one by itself and the other with --classes-of, or give --class-map"
+        )
+        return replace(listing, fault=fault)
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
@@ -77,12 +89,11 @@ class Parquet(Archives):
         return self._staging / f"{key}.ends.npy", self._staging / f"{key}.blob"
 
 
-def _labels(file: Path) -> Iterator[Label | None]:
+def _labels(file: Path, table: Any) -> Iterator[Label | None]:
     """The label of each row: -1 where it is missing, None where the file has no column of labels.
 
     Packing refuses a label of -1.
     """
-    table = _open(file)
     names = table.schema_arrow.names
     label = next((key for key in LABEL_KEYS if key in names), None)
     if label is None and (others := [name for name in names if "label" in name]):
@@ -154,10 +165,28 @@ def _is_bytes(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _class_names(file: Path) -> tuple[str, ...] | None:
-    """The names of the labels in the metadata that Hugging Face adds to a file."""
-    metadata = _open(file).schema_arrow.metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    label = next((features[key] for key in LABEL_KEYS if key in features), None)
-    names = label.get("names") if isinstance(label, dict) else None
-    return tuple(names) if names else None
+def _class_names(file: Path, table: Any) -> tuple[str, ...]:
+    """The names of the labels in the metadata that Hugging Face adds to a file, or ().
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    found = (table.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = _entry(_entry(json.loads(found), "info"), "features")
+    except ValueError as error:
+        raise ValueError(f"{file}: its metadata `huggingface` is damaged: {error}") from None
+    label = next((found for key in LABEL_KEYS if (found := _entry(features, key))), None)
+    names = _entry(label, "names") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: names = {names!r:.80} in its metadata: must be a list of names")
+    return tuple(names)
+
+
+def _entry(found: object, name: str) -> Any:
+    """What a JSON object has under a name; None where it has nothing, or is none."""
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "(none)"

@@ -141,9 +141,7 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pac
         kinds = [kind for kind in _WAYS_OUT if kind in listing.skipped]
         hint = f": {_WAYS_OUT[kinds[0]]}" if kinds else ""
         raise ValueError(f"SOURCE = {source} holds no images; {listing.skipped_by_kind}{hint}")
-    if (least := min(listing.labels)) < 0:
-        name = listing.names[listing.labels.index(least)]
-        raise ValueError(f"SOURCE = {source}: {name} has the label {least}: must be at least 0")
+    listing.check_labels(f"SOURCE = {source}")
     mixed = [(listing.names[i], listing.labels[i]) for i in permutation(count, config.seed)]
     # At least 8 shards, even for small sets: epochs differ by the order of shards, too.
     per_shard = min(config.per_shard, -(-count // 8))
