@@ -1,5 +1,6 @@
 """A part of a sample file is whole, or its fault is found."""
 
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from data import files
 from trainer.sampling import npz_output
 from trainer.sampling.npz_output import NpzOutput, part_fault
+from trainer.sampling.output import Output
 from trainer.sampling.samplefile import open_samples
+from trainer.sampling.shard_output import ShardOutput
 
 
 def test_a_part_that_is_cut_or_has_another_bit_is_found(tmp_path: Path) -> None:
@@ -37,6 +40,42 @@ def test_a_part_that_is_cut_or_has_another_bit_is_found(tmp_path: Path) -> None:
         if fault() is None:  # a bit that says nothing of the content, such as the time of writing
             with np.load(file) as part:
                 assert np.array_equal(part["images"], images.transpose(0, 2, 3, 1)), place
+
+
+@pytest.mark.parametrize(("begun", "other"), [("npz", "shards"), ("shards", "npz")])
+def test_a_file_and_a_directory_of_one_name_leave_each_other_s_parts(
+    tmp_path: Path, begun: str, other: str
+) -> None:
+    images, labels = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
+
+    given = {"images": 4, "batch": 2, "noise": 1, "classes": [0, 1], "labels": "balanced"}
+    given |= {"pixels": "round", "cfg": None, "guide_at": "x_t"}
+
+    def output(kind: str, **changed: int) -> Output:
+        request = {**given, **changed}
+        if kind == "npz":
+            return NpzOutput(tmp_path / "a.npz", size=4, request=request)
+        return ShardOutput(tmp_path / "a", size=4, request=request, classes="xy")
+
+    done = output(other)
+    done.open()
+    for part in range(2):
+        done.write(part, images, labels)
+    done.publish(done.assemble(np.tile(labels, 2)))
+    assert done.is_drawn() and not done.work.exists()
+    for seed in (dict[str, int](), {"seed": 1}):
+        half = output(begun, **seed)
+        half.open()
+        half.write(0, images, labels)
+        assert done.is_drawn() and half.listed() == [0]
+        with pytest.raises(ValueError, match="holds parts of a"):
+            output(other, **seed).is_begun()
+        assert half.is_begun()
+        shutil.rmtree(half.work)
+    # What a job leaves that is killed as it removes its parts goes with the next start.
+    done.work.mkdir()
+    (done.work / "000001.json.partial").touch()
+    assert done.is_drawn() and not done.work.exists()
 
 
 def test_parts_are_moved_a_few_at_a_time_and_what_that_needs_is_known(

@@ -106,9 +106,8 @@ def test_parts_that_a_crash_damaged_are_drawn_again(
     np.savez(parts[3], images=two, labels=np.array([7, 6]))
     np.savez(parts[4], images=two / 255, labels=np.array([8, 9]))
     np.savez(parts[5], images=two, labels=np.array([0, 1]))
-    for left_behind in (parts[0], tmp_path / "a.npz"):
+    for left_behind in (parts[0], tmp_path / "a.npz", tmp_path / "a.png"):
         left_behind.with_name(f"{left_behind.name}.partial").write_bytes(b"torn")
-    (tmp_path / "a.png").write_bytes(b"torn")
 
     job = ranks.start(
         tmp_path / "again",
@@ -162,6 +161,26 @@ def test_samples_that_appear_while_drawing_are_not_overwritten(
     job.wait()
     assert f"{out} exists" in str(job.statuses[0])
     assert out.read_bytes() == b"another's" and first.exists()
+
+
+def test_a_picture_of_something_else_is_not_overwritten(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    picture, out = tmp_path / "cat.png", tmp_path / "cat.npz"
+    ask = [*weights["unet"], "--images", "2", "--steps", "2", "--out"]
+    picture.write_bytes(b"a cat")
+    assert f"{picture} exists" in str(ranks.sample(tmp_path, [*ask, out])[0])
+    assert [path.name for path in tmp_path.glob("cat*")] == ["cat.png"]
+    picture.unlink()
+    (drawn,) = ranks.sample(tmp_path, [*ask, out])
+    grid = picture.read_bytes()
+    out.rename(tmp_path / "moved.npz")
+    again, other, seed = ranks.sample(
+        tmp_path, [*ask, out], [*ask, f"{tmp_path}/cat/", "--seed", "1"], [*ask, out, "--seed", "1"]
+    )
+    assert drawn == again == 0 and picture.read_bytes() == grid
+    assert f"{picture} exists, where the grid of {tmp_path}/cat would go" in str(other)
+    assert "seed was 0, is 1" in str(seed)
 
 
 def test_a_grid_holds_every_image_once() -> None:

@@ -80,6 +80,7 @@ def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
         undrawn = [job for job in some if not job.output.is_drawn(unknown=unknown)]
         for job in undrawn:
             job.output.is_begun(unknown=unknown)
+            job.output.check_picture(unknown=unknown)
         left += undrawn
     return check_room(left) if left else "all are drawn already"
 

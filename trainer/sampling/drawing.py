@@ -1,5 +1,6 @@
 """One output, and the ranks that draw it: each takes the next part that is missing."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from data import files
@@ -25,7 +27,7 @@ from trainer.sampling.draw import tile, to_pixels
 from trainer.sampling.labels import Labels, columns
 from trainer.sampling.output import Output
 from trainer.sampling.parts import PartSampler, SampleRequest, conditions, recorded
-from trainer.sampling.samplefile import Samples, open_samples
+from trainer.sampling.samplefile import RECORD, Samples, open_samples
 
 # The most images in the PNG.
 GRID = 100
@@ -235,8 +237,11 @@ def _publish(job: DrawJob, lease: Lease | None) -> str:
     lease.check()
     job.output.check_free()
     whole = job.output.assemble(job.all_labels())
+    about = PngInfo()
+    about.add_text(RECORD, json.dumps(vars(job.request)))
     with files.whole(job.output.picture) as stream:
-        Image.fromarray(job.grid(whole).transpose(1, 2, 0)).save(stream, format="png")
+        grid = Image.fromarray(job.grid(whole).transpose(1, 2, 0))
+        grid.save(stream, format="png", pnginfo=about)
     job.output.publish(whole)
     return ""
 

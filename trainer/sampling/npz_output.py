@@ -18,6 +18,8 @@ from data import files, npz
 from trainer.sampling.output import Output, numbered
 from trainer.sampling.samplefile import RECORD
 
+# What the file is called while parts are moved into it.
+WHOLE = "whole.npz"
 # Bytes of parts that are moved between two entries of the journal.
 _MOVED = 2**26
 
@@ -25,9 +27,11 @@ _MOVED = 2**26
 class NpzOutput(Output):
     """An `.npz` file."""
 
+    is_directory = False
+
     def __init__(self, path: Path, *, size: int, request: Mapping[str, Any]) -> None:
         super().__init__(path, work=path.with_suffix(".parts"), size=size, request=request)
-        self._whole, self._journal = self.work / "whole.npz", self.work / "whole.json"
+        self._whole, self._journal = self.work / WHOLE, self.work / "whole.json"
         self._header = npz.image_header((self.images, size, size, 3))
 
     def write(self, part: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
@@ -51,6 +55,10 @@ class NpzOutput(Output):
         if zlib.crc32(content) != self._moved()[part]:
             return f"its bytes in {self._whole.name} have another checksum"
         return None
+
+    def has_foreign(self) -> bool:
+        """As `Output.has_foreign`."""
+        return bool(numbered(self.work, ".json"))
 
     def needed(self) -> int:
         """As `Output.needed`."""

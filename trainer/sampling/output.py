@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data import files
 from trainer.ranks import lease as leases
-from trainer.sampling.samplefile import open_samples
+from trainer.sampling.samplefile import open_samples, picture_record
 
 # The file beside the parts that has their request.
 REQUEST = "request.json"
@@ -30,6 +30,9 @@ _EARLIER = {"noise": 1, "labels": "balanced", "pixels": "round", "cfg": None, "g
 
 class Output(ABC):
     """Where the images of one request go."""
+
+    #: Whether it is a directory; a file of that name has the same directory of parts.
+    is_directory: bool
 
     def __init__(self, path: Path, *, work: Path, size: int, request: Mapping[str, Any]) -> None:
         #: The file or directory that it becomes, and the directory of its parts.
@@ -50,6 +53,10 @@ class Output(ABC):
     @abstractmethod
     def fault(self, part: int, labels: NDArray[np.int64]) -> str | None:
         """What is wrong with a listed part that must have these labels (B,); reads every byte."""
+
+    @abstractmethod
+    def has_foreign(self) -> bool:
+        """Whether parts are there of an output of the other kind, whose directory is the same."""
 
     @abstractmethod
     def needed(self) -> int:
@@ -96,9 +103,29 @@ class Output(ABC):
         if found != wanted:
             other = f" with other images ({_differing(found, wanted)})" if found else ""
             raise ValueError(f"{self.path} exists{other}: name another --out, or remove it")
-        if self.work.exists() and leases.live_holder(self.work) is None:
-            shutil.rmtree(self.work)  # the last thing that a job does
+        if self._is_left(wanted):
+            self._remove_work()  # the last thing that a job does
         return True
+
+    def _is_left(self, request: Mapping[str, Any]) -> bool:
+        """Whether the directory of the parts is what is left of an output of this request."""
+        if (
+            not self.work.exists()
+            or self.has_foreign()
+            or leases.live_holder(self.work) is not None
+        ):
+            return False
+        recorded = _recorded(self.work / REQUEST)
+        if recorded is None:
+            return all(name == REQUEST or name.endswith(".partial") for name in _names(self.work))
+        return recorded == request
+
+    def _remove_work(self) -> None:
+        """Remove the directory of the parts, its request last: it says whose the others are."""
+        for name in set(_names(self.work)) - {REQUEST}:
+            path = self.work / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(self.work)
 
     def is_begun(self, *, unknown: Sequence[str] = ()) -> bool:
         """Whether the directory of the parts is there, of this request but for unknown entries.
@@ -117,7 +144,27 @@ class Output(ABC):
                 f"{self.work} holds parts of another request ({_differing(recorded, wanted)}): "
                 "give the same options, remove it, or name another --out"
             )
+        if self.has_foreign():
+            raise ValueError(
+                f"{self.work} holds parts of a {'file' if self.is_directory else 'directory'} of "
+                f"this name: draw that --out to its end, remove {self.work}, or name another --out"
+            )
         return True
+
+    def check_picture(self, *, unknown: Sequence[str] = ()) -> None:
+        """Return if the grid may be written: none is there, or one of this request.
+
+        Raises:
+            ValueError: the picture that is there is of something else.
+        """
+        if not self.picture.exists():
+            return
+        found, wanted = picture_record(self.picture), _plain(self.request)
+        if found is None or found != wanted | {name: found.get(name) for name in unknown}:
+            raise ValueError(
+                f"{self.picture} exists, where the grid of {self.path} would go: name another "
+                "--out, or remove it"
+            )
 
     def open(self) -> None:
         """Make the directory of the parts, unless it is there.
@@ -160,13 +207,14 @@ class Output(ABC):
             lease.release()
 
     def check_free(self) -> None:
-        """Return if nothing has the output's name.
+        """Return if nothing has the output's name, nor that of its grid.
 
         Raises:
             ValueError: another process has written something there.
         """
         if self._is_taken():
             raise ValueError(f"{self.path} exists: name another --out, or remove it")
+        self.check_picture()
 
     def publish(self, whole: Path) -> None:
         """Give `whole` the output's name, and remove what was left of its parts.
@@ -177,7 +225,7 @@ class Output(ABC):
         self.check_free()
         whole.rename(self.path)
         files.sync(self.path.parent)
-        shutil.rmtree(self.work)
+        self._remove_work()
 
     def _is_taken(self) -> bool:
         """Whether something has the output's name; an empty directory may be filled."""
@@ -186,7 +234,7 @@ class Output(ABC):
     def _check_left(self) -> None:
         """Return if a directory without a request holds nothing of value."""
         parts = self.work
-        left = sorted(path.name for path in parts.iterdir()) if parts.exists() else []
+        left = _names(parts) if parts.exists() else []
         known = (REQUEST, "launch")
         if any(name[:6].isdigit() and not name.endswith(".partial") for name in left):
             raise ValueError(
@@ -202,6 +250,10 @@ def numbered(directory: Path, suffix: str) -> list[int]:
     names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
     stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
     return sorted(int(stem) for stem in stems if stem.isdigit())
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def gib(size: int) -> str:

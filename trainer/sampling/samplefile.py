@@ -18,7 +18,8 @@ from data.dataset import Shards, open_shards
 from data.stored_images import BadSampleError, StoredImages
 from data.transforms import UNDECODABLE, center_crop, decode
 
-# The member of an `.npz`, and the key of a manifest's `made_by`, that hold how images were drawn.
+# The member of an `.npz`, the key of a manifest's `made_by` and the text of a grid's PNG that hold
+# how images were drawn.
 RECORD = "request"
 
 
@@ -60,6 +61,16 @@ def open_samples(path: Path, *, size: int | None = None) -> Samples:
     if not path.is_file():
         raise ValueError(f"no such file of samples: {path}")
     return NpzSamples(path)
+
+
+def picture_record(picture: Path) -> dict[str, Any] | None:
+    """The request that a grid is of; None for other pictures."""
+    try:
+        with Image.open(picture) as image:
+            found = json.loads(image.info[RECORD])
+    except Exception:  # files that are no pictures make it raise errors of many types
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class NpzSamples:

@@ -21,6 +21,7 @@ from data.dataset import describe
 from data.index import index_bytes, parse_index
 from data.manifest import MANIFEST, NO_CLASS, Shard, manifest_text
 from data.tars import ShardWriter
+from trainer.sampling.npz_output import WHOLE
 from trainer.sampling.output import Output, numbered
 from trainer.sampling.samplefile import RECORD
 
@@ -30,6 +31,8 @@ class ShardOutput(Output):
 
     `classes` are the names of the classes by number; none where there are no classes.
     """
+
+    is_directory = True
 
     def __init__(
         self, path: Path, *, size: int, request: Mapping[str, Any], classes: Sequence[str]
@@ -72,6 +75,10 @@ class ShardOutput(Output):
         except (OSError, ValueError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
+
+    def has_foreign(self) -> bool:
+        """As `Output.has_foreign`."""
+        return bool(numbered(self.work, ".npz")) or (self.work / WHOLE).exists()
 
     def needed(self) -> int:
         """As `Output.needed`: as if nothing were compressed."""
