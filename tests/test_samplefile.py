@@ -40,8 +40,10 @@ def test_what_is_no_sample_file_is_refused_by_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3), np.float32))
     np.savez(tmp_path / "short.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.ones(1, int))
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
+    labels = np.array([0, 2**63 + 3], np.uint64)
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=labels)
     (tmp_path / "torn.npz").touch()
-    for name in ("float", "short", "other", "torn", "absent"):
+    for name in ("float", "large", "short", "other", "torn", "absent"):
         with pytest.raises(ValueError, match=f"{name}.npz"):
             open_samples(tmp_path / f"{name}.npz")
     with pytest.raises(ValueError, match=r"manifest\.json is missing"):

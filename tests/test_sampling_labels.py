@@ -1,5 +1,6 @@
 """The classes of drawn images: by number, span, name and file, in turn or at random."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ def test_classes_are_numbers_spans_names_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("goldfish\n0-1,4\n\n")
     assert drawn(classes=str(tmp_path / "some.txt")) == [3, 0, 1, 4, 3, 0]
     assert labels(count=None) is None
+
+
+def test_a_number_that_is_another_class_s_name_is_refused(tmp_path: Path) -> None:
+    """Folders 1, 2, 10 and 3 are packed in this order."""
+    names = ["1", "10", "2", "3"]
+    numbered = partial(drawn, names=lambda: names, count=4)
+    assert numbered(classes="10, 3, 0")[:3] == [1, 3, 0]
+    assert numbered(classes="2-2,1-1")[:2] == [2, 1]
+    (tmp_path / "a.txt").write_text("10\n1\n")
+    for given in ({"classes": "10,1"}, {"rule": str(tmp_path / "a.txt")}):
+        with pytest.raises(
+            ValueError, match=r"1 is the number of one class and the name of class 0"
+        ):
+            numbered(**given)
+    assert drawn(classes="3,1", names=lambda: list("01234"))[:2] == [3, 1]
 
 
 def test_a_name_may_have_a_comma_and_a_line_may_not_be_empty(tmp_path: Path) -> None:
@@ -72,9 +88,34 @@ def test_labels_come_from_a_file_of_any_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "has no labels; it must have one for each image"),
+        ("a.npy", np.zeros(0, int), "has no labels"),
+        ("a.txt", "1\n" + "9" * 20, f"a.txt: {'9' * 20} is not among the classes 0 to 4"),
+        ("a.txt", "1" * 5000, "is not among the classes 0 to 4"),
+        ("a.npy", np.array([0, 2**63 + 3], np.uint64), f"{2**63 + 3} is not among the classes"),
+        ("a.npy", np.zeros(2), "labels are float64"),
+        ("a.npz", np.zeros(2, int), "is not readable"),
+    ],
+)
+def test_a_file_of_no_labels_is_refused_by_name(
+    name: str, content: str | np.ndarray, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        with path.open("wb") as file:
+            np.save(file, content)
+    with pytest.raises(ValueError, match=rf"^--labels.*{message}"):
+        labels(rule=str(path))
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"classes": "5"}, "--classes: 5 is not among the classes 0 to 4"),
+        ({"classes": "6"}, "--classes: 6 is not among the classes 0 to 4"),
         ({"classes": "-1"}, "--classes: -1 is not among"),
         ({"classes": "2-9"}, "--classes 2-9: must be a span of the classes 0 to 4"),
         ({"classes": "3-1"}, "--classes 3-1: must be a span"),

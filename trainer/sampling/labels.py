@@ -6,9 +6,11 @@ Labels are a pure function of the image's index, so they do not depend on ranks 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,9 @@ BALANCED, RANDOM = "balanced", "random"
 LOW_RES = "low-res"
 
 Names = Callable[[], Sequence[str]]
-"""The names of the classes, by number; asked for only where a name is given."""
+"""The names of the classes, by number; asked for once, where classes are given."""
+Numbers = Callable[[], Mapping[str, int]]
+"""The numbers of the classes, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,22 +94,44 @@ def choose(
     if rule not in (BALANCED, RANDOM):
         if classes is not None:
             raise ValueError("--classes: must be absent where --labels is a file")
-        given = _checked(read_labels(Path(rule), names=names), count, option="--labels")
+        found = read_labels(Path(rule), count=count, names=_numbers(names))
+        given = _checked(found, count, option="--labels")
         return Labels(rule=f"sha256:{hashlib.sha256(given.tobytes()).hexdigest()}", given=given)
     numbers: Sequence[int] = range(count)
     if classes is not None:
-        numbers = class_numbers(classes, count=count, names=names)
+        numbers = class_numbers(classes, count=count, names=_numbers(names))
     known = _checked(np.array(numbers), count, option="--classes")
     return Labels(rule=rule, classes=tuple(known.tolist()), seed=seed)
 
 
-def class_numbers(text: str, *, count: int, names: Names) -> Sequence[int]:
+def _numbers(names: Names) -> Numbers:
+    """The numbers by name, or the error of the names, found once: a file may have many labels."""
+
+    @cache
+    def found() -> Mapping[str, int] | ValueError:
+        try:
+            known = names()
+        except ValueError as error:
+            return error
+        return {name: i for i, name in enumerate(known)}
+
+    def numbers() -> Mapping[str, int]:
+        if isinstance(each := found(), ValueError):
+            raise each
+        return each
+
+    return numbers
+
+
+def class_numbers(text: str, *, count: int, names: Numbers) -> Sequence[int]:
     """The classes in "0-9,207,n01440764", or in a file of such lines, among `count`.
 
-    A line that is the name of a class is that class, also with a comma in it.
+    A line that is the name of a class is that class, also with a comma in it; a span is one of
+    numbers, also "3-3".
 
     Raises:
-        ValueError: a word is neither a number, nor a span of numbers, nor the name of a class.
+        ValueError: a word is neither a number, nor a span of numbers, nor the name of a class, or
+            it is the number of one class and the name of another.
     """
     if os.path.isfile(text):  # Path.is_file raises an error where a name is long
         text = _text(Path(text), option="--classes")
@@ -120,36 +146,47 @@ def class_numbers(text: str, *, count: int, names: Names) -> Sequence[int]:
                 )
             numbers += range(first, last + 1)
         else:
-            numbers.append(_number(word, option="--classes", names=names))
+            numbers.append(_number(word, option="--classes", count=count, names=names))
     if not numbers:
         raise ValueError(f"--classes {text[:40]!r}: must name a class, as in --classes 0-9,207")
     return numbers
 
 
-def read_labels(path: Path, *, names: Names) -> NDArray[np.int64]:
+def read_labels(path: Path, *, count: int, names: Numbers) -> NDArray[Any]:
     """The labels (N,) in a file: a class on each line, an `.npy`, or `arr_1` of an `.npz`.
 
+    They are integers of any type; whether they are classes is still to be checked.
+
     Raises:
-        ValueError: it is missing, or something else.
+        ValueError: it is missing, empty, or something else.
     """
     if not path.is_file():
         raise ValueError(f"--labels {path}: must be balanced, random or a file of labels")
-    if path.suffix not in (".npy", ".npz"):
+    labels: NDArray[Any]
+    if path.suffix in (".npy", ".npz"):
+        labels = _array(path)
+    else:
         lines = _text(path, option="--labels").rstrip().splitlines()
         if "" in (stripped := [line.strip() for line in lines]):
             raise ValueError(f"--labels {path}: line {stripped.index('') + 1} is empty")
-        numbers = [_number(line.strip(), option=f"--labels {path}", names=names) for line in lines]
-        return np.array(numbers, np.int64)
+        number = partial(_number, option=f"--labels {path}", count=count, names=names)
+        labels = np.array([number(line) for line in stripped], np.int64)
+    if not len(labels):
+        raise ValueError(f"--labels {path}: has no labels; it must have one for each image")
+    return labels
+
+
+def _array(path: Path) -> NDArray[Any]:
     try:
         loaded = np.load(path, allow_pickle=False)
-        labels: NDArray[np.int64] = loaded if path.suffix == ".npy" else loaded["arr_1"]
+        labels = np.asarray(loaded if path.suffix == ".npy" else loaded["arr_1"])
     except Exception as error:  # numpy and zipfile raise errors of many types for other files
         raise ValueError(f"--labels {path} is not readable: {error}") from None
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
             f"--labels {path}: labels are {labels.dtype} {labels.shape}, not integers (N,)"
         )
-    return labels.astype(np.int64)
+    return labels
 
 
 def columns(labels: NDArray[np.int64] | None) -> int | None:
@@ -160,7 +197,7 @@ def columns(labels: NDArray[np.int64] | None) -> int | None:
     return next(fitting, None)
 
 
-def _words(line: str, names: Names) -> list[str]:
+def _words(line: str, names: Numbers) -> list[str]:
     if "," in line and re.search(r"[^\d,\s-]", line):
         try:
             if line in names():
@@ -170,25 +207,40 @@ def _words(line: str, names: Names) -> list[str]:
     return [word.strip() for word in line.split(",")]
 
 
-def _number(word: str, *, option: str, names: Names) -> int:
-    if re.fullmatch(r"-?\d+", word):
-        return int(word)
+def _number(word: str, *, option: str, count: int, names: Numbers) -> int:
+    """The class that a word is the number or the name of, among `count`."""
+    is_number = bool(re.fullmatch(r"-?\d+", word))
+    # Longer ones are in no range, and Python refuses to convert very long ones.
+    number = int(word) if is_number and len(word) < 20 else -1
+    in_range = 0 <= number < count
     try:
-        known = list(names())
+        known = names()
     except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
-    if word not in known:
-        first = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
-        hint = nearest(word, known) or f"; the classes are {first}"
-        raise ValueError(f"{option}: {word!r} is not a class{hint}")
-    return known.index(word)
+        if not is_number:
+            raise ValueError(f"{option}: {error}") from None
+        known = {}
+    named = known.get(word, number)
+    if not in_range and word in known:
+        return named
+    if named != number:
+        raise ValueError(
+            f"{option}: {word} is the number of one class and the name of class {named}: write "
+            f"{number}-{number} or {named}-{named} in --classes, and a file of --labels as an .npy"
+        )
+    if in_range:
+        return number
+    if is_number:
+        raise ValueError(f"{option}: {word} is not among the classes 0 to {count - 1}")
+    first = ", ".join([*known][:5]) + (", ..." if len(known) > 5 else "")
+    hint = nearest(word, [*known]) or f"; the classes are {first}"
+    raise ValueError(f"{option}: {word!r} is not a class{hint}")
 
 
-def _checked(labels: NDArray[np.int64], count: int | None, *, option: str) -> NDArray[np.int64]:
+def _checked(labels: NDArray[Any], count: int | None, *, option: str) -> NDArray[np.int64]:
     wrong = labels[(labels < 0) | (labels >= count)] if count is not None else labels[:0]
     if len(wrong):
         raise ValueError(f"{option}: {wrong[0]} is not among the classes 0 to {(count or 0) - 1}")
-    return labels
+    return labels.astype(np.int64)
 
 
 def _text(path: Path, *, option: str) -> str:

@@ -108,6 +108,8 @@ class NpzSamples:
                 f"{self.path}: labels are {labels.dtype} {labels.shape} instead of "
                 f"integers {(self.count,)}"
             )
+        if labels.dtype.kind == "u" and labels.size and labels.max() >= 2**63:
+            raise ValueError(f"{self.path}: {labels.max()} is no class")
         # Version 0.1 wrote zeros where there are no classes.
         return labels.astype(np.int64) if self.record or labels.any() else None
 
