@@ -1,6 +1,7 @@
 """Packing that is killed, met by unreadable files or by a changing source: nothing is lost."""
 
 import os
+import re
 import signal
 import socket
 import struct
@@ -10,8 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from data.dataset import Shards, open_shards, verify
@@ -132,6 +135,24 @@ def test_what_cannot_be_read_is_left_out_and_tried_again(tmp_path: Path) -> None
     assert not (out / LEFT_OUT).exists() and not (out / WORK).exists()
     untouched = before.items() & times(out).items()
     assert 8 - 3 <= len(untouched) < 8
+
+
+def test_a_continued_packing_counts_what_it_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, exif = write_folder(tmp_path / "source", images=40), Image.Exif()
+    exif[0x0112] = 6
+    grey = np.full((10, 10), 90, np.uint16)
+    grey[0] = 80
+    for path, _ in image_files(source):
+        Image.fromarray(grey).save(path, format="PNG", transparency=80, exif=exif)
+    half_packed(source, tmp_path / "out")
+    for out in ("out", "whole"):
+        capsys.readouterr()
+        pack(str(source), out=tmp_path / out, config=CONFIG)
+        line = capsys.readouterr().err.splitlines()[-1]
+        for counted in ("transparency", "of 16 bits", "an EXIF", "smaller than 16 pixels"):
+            assert re.search(f", 40 (with )?{counted}", line), line
 
 
 def test_an_image_edited_meanwhile_is_noticed(tmp_path: Path) -> None:

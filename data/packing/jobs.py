@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -230,16 +230,10 @@ def _finished(out: Path, record: Path) -> Made | None:
     if not record.exists():
         return None
     saved = json.loads(record.read_text())
-    made = Made(
-        shard=Shard(**saved["shard"]),
-        left_out=tuple(saved["left_out"]),
-        missed=tuple(saved.get("missed", ())),  # records of version 0.1 do not have these
-        unreadable=saved.get("unreadable", 0),
-        transparent=saved.get("transparent", 0),
-        turned=saved.get("turned", 0),
-        enlarged=saved.get("enlarged", 0),
-        huge=tuple(saved.get("huge", ())),
-    )
+    # Records of version 0.1 do not have all of them.
+    saved = {each.name: saved[each.name] for each in fields(Made) if each.name in saved}
+    lists = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+    made = Made(**{**saved, **lists, "shard": Shard(**saved["shard"])})
     if made.unreadable:
         return None
     for name, sha256 in (
