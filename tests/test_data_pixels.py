@@ -20,6 +20,7 @@ from data.pack import LEFT_OUT, main, pack
 from data.packing import pool
 from data.packing.begun import Request
 from data.packing.dry_run import dry_run
+from data.packing.indexing import merge
 from data.packing.plan import PackConfig
 from data.samples import crop_remark
 from data.tars import scan_tar
@@ -90,6 +91,9 @@ def transparent(mode: str) -> bytes:
         palette.putpalette([0, 0, 0, 90, 90, 90])
         palette.paste(0, (0, 0, 10, 20))
         return file_of(palette, "PNG", transparency=0)
+    if mode == "I;16":
+        grey = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        return file_of(grey, "PNG", transparency=0)
     if mode == "RGB":
         return file_of(image.convert("RGB"), "PNG", transparency=(0, 0, 0))
     return file_of(image.convert(mode), "PNG")
@@ -135,7 +139,7 @@ def test_there_is_a_worker_for_each_cpu_that_a_process_may_use() -> None:
         os.sched_setaffinity(0, allowed)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
 def test_white_shows_through_transparent_pixels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
 ) -> None:
@@ -220,7 +224,11 @@ def test_crops_that_were_not_meant_are_remarked(tmp_path: Path) -> None:
     assert "was cropped to 16 pixels when it was packed" in remark("cropped", 16, "random")
     assert "--size 16: its images are enlarged to 17 pixels" in remark("kept", 17, "random")
     assert "enlarged to 17 pixels" in remark("kept", 17, "center")
-    assert remark("kept", 16, "random") == remark("cropped", 16, "center") == ""
+    pack(str(source), out=tmp_path / "more", config=PackConfig(size=18, keep_original=True))
+    merge(tmp_path / "both", [str(tmp_path / "more"), str(tmp_path / "kept")])
+    assert "--size 16: its images are enlarged to 17 pixels" in remark("both", 17, "random")
+    assert remark("both", 16, "random") == remark("kept", 16, "random") == ""
+    assert remark("cropped", 16, "center") == ""
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])

@@ -4,6 +4,7 @@ manifest over the shards of several datasets.
 
 import os
 from pathlib import Path
+from typing import Any
 
 from data import files
 from data.config import is_local, shown
@@ -86,12 +87,18 @@ def merge(out: Path, roots: list[str]) -> Shards:
             for suffix in (".tar", ".idx.npy"):
                 _link(Path(part.root, shard.name + suffix), out / (name + suffix))
             shards.append(Shard(**{**vars(shard), "name": name}))
-    made_by = {"merge": [part.fingerprint for part in parts]}
     text = manifest_text(
-        tuple(shards), classes=first.classes, image_size=first.image_size, made_by=made_by
+        tuple(shards), classes=first.classes, image_size=first.image_size, made_by=_merged(parts)
     )
     files.write(out / MANIFEST, text)
     return open_shards(out)
+
+
+def _merged(parts: list[Shards]) -> dict[str, Any]:
+    """What a dataset of several was made by; of the sides that originals were kept to the least."""
+    sides = [part.kept_side for part in parts if part.kept_side is not None]
+    kept = {"keep_original": True, "size": min(sides)} if sides else {}
+    return {"merge": [part.fingerprint for part in parts], **kept}
 
 
 def _indexes(tars: list[Path]) -> tuple[list[Index], tuple[str, ...]]:
