@@ -69,6 +69,12 @@ def test_names_and_classes_may_have_spaces(tmp_path: Path) -> None:
         ("x.png cat\ny.png dog\n", "has no column of names of images, such as a.png"),
         ("a.png,1,2\nb.png,1,3\nc.png,4,4\nd.png,2,2\n", "one of 2 columns beside the names"),
         ("a.png,n1 1 2 3 4 n2 1 2 3 4\nb.png,n1\nc.png,n1\nd.png,n1\n", "boxes of several classes"),
+        *(
+            ("".join(f"{n}{mark}{c}\n" for n, c in PAIRS), f"'a.png{mark}cat' begins with the name")
+            for mark in (":", "|", "=")
+        ),
+        ("a:cat\nb:dog\nc:dog\nd:cat\n", "'a:cat' begins with the name of an image"),
+        ("".join(f"{n}\n" for n in NAMES), "'a.png' begins with the name of an image"),
         ("cat\ndog\n", "has 2 labels for 4 images"),
         (
             "".join(f'{{"file_name": "{n}", "label": null}}\n' for n in NAMES[:1])

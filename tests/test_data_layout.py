@@ -200,6 +200,17 @@ def test_a_folder_of_unknown_files_is_refused_with_their_count(
     assert "holds no images; 3 skipped (.heic 3)" in refusal(tmp_path / "P", capsys)
 
 
+@pytest.mark.parametrize("form", [zipped, tarred])
+def test_an_archive_of_archives_is_to_be_unpacked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object
+) -> None:
+    """As ILSVRC2012_img_train.tar, which holds a tar of each class."""
+    assert callable(form)
+    tree(tmp_path / "P", "n01.tar", "n02.tar")
+    text = "2 skipped (.tar 2): unpack it, and give the directory or pattern of the .tar files in"
+    assert text in refusal(form(tmp_path / "P"), capsys)
+
+
 def test_a_mask_beside_a_photo_in_a_tar_stays_a_mask(tmp_path: Path) -> None:
     source = tree(tmp_path / "P", "a.jpg", "a.gif", "b.jpg", "b.seg.tif")
     assert packed_16(tarred(source)).count == 2

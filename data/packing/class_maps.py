@@ -1,5 +1,4 @@
-"""Classes from elsewhere than directories: files of NAME and CLASS, prefixes of names, and the
-`dataset.json` of StyleGAN.
+"""Classes from elsewhere than directories: files of NAME and CLASS, and prefixes of names.
 
 People's files have headers, quotes, an index column, the class first, names without suffix.
 The column of names is the one that has the images' names; what cannot be told is refused.
@@ -9,7 +8,6 @@ import csv
 import json
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,15 +16,17 @@ from pathlib import Path, PurePosixPath
 from data.labels import checked_classes
 from data.manifest import NO_CLASS
 from data.packing.layout import class_directories
-from data.packing.listing import Listing, by_directory_name, by_number
+from data.packing.listing import Listing, by_directory_name
+from data.packing.names import composed
 
 # The names of columns that hold a class, in the order in which they are preferred.
 _CLASS_COLUMNS = ("label", "class", "class_id", "category", "target", "cls", "wnid", "y")
 # Kaggle's list of boxes, each a class and four numbers.
 _BOXES = re.compile(r"(\S+(?: -?\d+){4} *)+")
 _FILE = re.compile(r"/|\.\w{2,5}$")
+# Stand between names and classes in formats that are not read here.
+_MARK = re.compile(r"[:|=]")
 _TAR = re.compile(r"[^/]*@\d+\+\d+/")
-DATASET_JSON = "dataset.json"
 
 _Rows = list[list[str]]
 
@@ -49,9 +49,21 @@ def relabel(listing: Listing, *, class_map: Path) -> Listing:
             del labels[0]
         if len(labels) != len(listing.names):
             raise ValueError(f"{where} has {len(labels)} labels for {len(listing.names)} images")
+        _check_without_names(labels, _keys(listing), where)
         return _relabelled(listing, checked_classes(labels, where))
     classes = _classes(listing, _pairs(listing, rows, where), where)
     return _relabelled(listing, checked_classes(classes, where))
+
+
+def _check_without_names(labels: list[str], known: set[str], where: str) -> None:
+    """Return if no label of a file of labels alone is the name of an image, or begins with one."""
+    for label in labels:
+        name = _MARK.split(label, maxsplit=1)[0].strip()
+        if name in known and (name != label or _FILE.search(label)):
+            raise ValueError(
+                f"{where}: {label!r} begins with the name of an image: must be NAME CLASS, with a "
+                "space, a tab, a comma or a semicolon between them"
+            )
 
 
 def by_prefix(listing: Listing) -> Listing:
@@ -76,43 +88,6 @@ def by_directories(listing: Listing, *, where: str) -> Listing:
     return replace(_relabelled(listing, classes), fault=fault)
 
 
-def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
-    """Take labels from StyleGAN's `dataset.json`; a listing without labels, where it has none.
-
-    Raises:
-        ValueError: it is damaged, has labels that are no class numbers, or lacks an image.
-    """
-    where = f"{where}/{DATASET_JSON}"
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}") from None
-    if not isinstance(found, dict) or "labels" not in found:
-        return listing  # another program's
-    skipped = Counter(listing.skipped) - Counter([".json"])
-    if not found["labels"]:
-        labels, classes = [0] * len(listing.names), (NO_CLASS,)
-        return Listing(names=listing.names, labels=labels, classes=classes, skipped=skipped)
-    try:
-        items = found["labels"].items() if isinstance(found["labels"], dict) else found["labels"]
-        pairs = [(_composed(name), label) for name, label in items]
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: labels must be a list of [NAME, LABEL]") from None
-    label_of = dict(pairs)
-    if wrong := next((name for name, label in pairs if label_of[name] != label), None):
-        raise ValueError(f"{where} has {wrong} twice, with different labels: keep one of them")
-    labels = []
-    for name in listing.names:
-        if (key := _composed(name)) not in label_of:
-            raise ValueError(f"{where} has no label for {name}: add it, or give --class-map")
-        if type(label := label_of[key]) is not int:
-            raise ValueError(f"{where}: the label of {name} = {label!r:.40}: must be a number")
-        labels.append(label)
-    _say_unused(len(label_of) - len({*map(_composed, listing.names)}), "labels", where)
-    listed = by_number(listing.names, labels)
-    return replace(listed, skipped=skipped, is_numbered=True)
-
-
 def map_content(path: Path) -> bytes:
     """The content of a class map.
 
@@ -127,7 +102,7 @@ def map_content(path: Path) -> bytes:
 
 def _rows(path: Path) -> _Rows:
     """The cells of each line that is neither empty nor a comment; a line of words is one cell."""
-    text = _composed(map_content(path).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
+    text = composed(map_content(path).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if objects := _objects(lines):
         return objects
@@ -182,7 +157,7 @@ def _name_column(
     Raises:
         ValueError: none, or it cannot be told which.
     """
-    names = {_composed(_member(name)) for name in listing.names}
+    names = {composed(_member(name)) for name in listing.names}
     files = names | {name.rpartition("/")[2] for name in names}
     hits = [(sum(c in files for c in cells), sum(c in known for c in cells)) for cells in columns]
     if max(hits) == (0, 0):
@@ -244,11 +219,12 @@ def _classes(listing: Listing, pairs: list[tuple[str, str]], where: str) -> list
             )
         used.add(key)
         classes.append(found[key])
-    _say_unused(len(found) - len(used), "lines", where)
+    say_unused(len(found) - len(used), "lines", where)
     return classes
 
 
-def _say_unused(count: int, what: str, where: str) -> None:
+def say_unused(count: int, what: str, where: str) -> None:
+    """Say how many entries of a file are of no image."""
     if count:
         print(f"{where}: {count} {what} are of no image in SOURCE", file=sys.stderr)
 
@@ -259,14 +235,9 @@ def _keys(listing: Listing) -> set[str]:
 
 def _names_of(member: str) -> list[str]:
     """How a file may name an image: with and without directories, with and without suffix."""
-    member = _composed(member)
+    member = composed(member)
     path = PurePosixPath(member)
     return list(dict.fromkeys((member, str(path), path.name, str(path.with_suffix("")), path.stem)))
-
-
-def _composed(text: str) -> str:
-    """A text as most systems write it; macOS stores letters and their accents apart."""
-    return unicodedata.normalize("NFC", text)
 
 
 def _member(name: str) -> str:

@@ -1,14 +1,13 @@
 """Which directories of a source are its classes."""
 
 import os
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 from data.manifest import NO_CLASS
 from data.packing.listing import Listing, by_directory_name
-from data.packing.names import SPLIT, images_among, litter
+from data.packing.names import SPLIT, composed, images_among, litter
 
 
 def by_directory(names: Iterable[str], *, where: str) -> Listing:
@@ -111,7 +110,7 @@ def _same_names(classes: list[str], root: str) -> str:
     are_numbers = all(name.isdecimal() for name in classes)
     spelled: dict[int | str, str] = {}
     for name in sorted({*classes}):
-        key = int(name) if are_numbers else unicodedata.normalize("NFC", name)
+        key = int(name) if are_numbers else composed(name)
         other = spelled.setdefault(key, name)
         if other != name and not are_numbers:
             return (

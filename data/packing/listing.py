@@ -1,12 +1,12 @@
 """What a source contains: the names of its images, their labels, and the names of the labels."""
 
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from data.labels import MOST_CLASSES, Label, all_or_no_labels
 from data.manifest import NO_CLASS
+from data.packing.names import composed
 
 # Classes that names of numbers below this mean; larger numbers are dates and the like.
 _MOST_NUMBERED = 65536
@@ -150,4 +150,4 @@ def _numbers(classes: tuple[str, ...], *, of_numbers: bool) -> dict[str, int]:
 
 
 def _key(name: str, is_number: bool) -> str:
-    return str(int(name)) if is_number else unicodedata.normalize("NFC", name)
+    return str(int(name)) if is_number else composed(name)

@@ -1,6 +1,7 @@
 """What the name of a file or directory says: an image, litter of a system or tool, or neither."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
@@ -39,6 +40,11 @@ _LITTER = {
 def is_image(name: str) -> bool:
     """Whether a name is that of an image file."""
     return name.lower().endswith(_ENDS)
+
+
+def composed(text: str) -> str:
+    """A text as most systems write it; macOS stores letters and their accents apart."""
+    return unicodedata.normalize("NFC", text)
 
 
 def litter(name: str) -> str | None:

@@ -17,9 +17,10 @@ from data.packing.splits import VAL_SHARE, Split
 
 _FILES = "give the directory or pattern of the {} files"
 _STORED = "write the images of this {} dataset to a folder, or to tars, and pack those"
+_IN_ARCHIVES = (".parquet", ".tar", ".zip")
 # What to do about a source without images that has files of these kinds.
 _WAYS_OUT = {
-    **{kind: _FILES.format(kind) for kind in (".parquet", ".tar", ".zip")},
+    **{kind: _FILES.format(kind) for kind in _IN_ARCHIVES},
     **dict.fromkeys((".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz"), "unpack it, and pack that"),
     ".arrow": "write this dataset to parquet (`to_parquet` of `datasets`) and pack that",
     ".mds": _STORED.format("MosaicML Streaming"),
@@ -29,6 +30,13 @@ _WAYS_OUT = {
     ".heic": "convert them to .jpg or .png",
     "without a suffix": "names of images must end in a suffix, such as .jpg",
 }
+
+
+def _way_out(kind: str, source: str) -> str:
+    """What to do about files of a kind in a source."""
+    if kind in _IN_ARCHIVES and source.lower().endswith(_IN_ARCHIVES):
+        return f"unpack it, and {_FILES.format(kind)} in it"
+    return _WAYS_OUT[kind]
 
 
 def _is_colour(text: str) -> bool:
@@ -139,7 +147,7 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pac
     count = len(listing.names)
     if not count:
         kinds = [kind for kind in _WAYS_OUT if kind in listing.skipped]
-        hint = f": {_WAYS_OUT[kinds[0]]}" if kinds else ""
+        hint = f": {_way_out(kinds[0], source)}" if kinds else ""
         raise ValueError(f"SOURCE = {source} holds no images; {listing.skipped_by_kind}{hint}")
     listing.check_labels(f"SOURCE = {source}")
     mixed = [(listing.names[i], listing.labels[i]) for i in permutation(count, config.seed)]

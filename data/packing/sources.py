@@ -20,7 +20,7 @@ from PIL import Image
 
 from data.manifest import MANIFEST
 from data.packing.claim import WORK
-from data.packing.class_maps import DATASET_JSON, by_dataset_json
+from data.packing.dataset_json import DATASET_JSON, by_dataset_json
 from data.packing.layout import by_directory
 from data.packing.listing import Listing
 from data.packing.names import LINK_UP, is_image
