@@ -28,7 +28,7 @@ import torch
 from bench.photos import make_photos
 from data.pack import main as pack
 from trainer import config as configs
-from trainer import engine, train
+from trainer import engine, settings, train
 from trainer.loop import Loop
 from trainer.measures import Measures
 from trainer.ranks.watchdog import Watchdog
@@ -189,7 +189,8 @@ def _arguments(options: argparse.Namespace, *, work: Path, name: str) -> list[st
     if not torch.cuda.is_available():
         sets += ["model.channels = 64", "model.blocks = 1", 'training.precision = "fp32"']
     words = [options.preset, "--run", str(work / name)]
-    return words + [word for change in (*sets, *options.set) for word in ("--set", change)]
+    sets = [*settings.without(sets, options.set), *options.set]
+    return words + [word for change in sets for word in ("--set", change)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

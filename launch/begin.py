@@ -106,7 +106,7 @@ def _sweep_rows(arguments: argparse.Namespace) -> int:
             arguments,
             run=run,
             preset=preset,
-            overrides=(*found.set, *row.set),
+            overrides=found.changes(row),
             unset=row.unset,
         )
         if (why := _is_taken(job.run)) is None:

@@ -184,6 +184,7 @@ class Cluster:
             is_name = re.fullmatch(r"[A-Za-z_]\w*", name) is not None
             check(is_name, "environment", name, "a table whose keys are names of variables")
         self._check_words()
+        self._check_machines()
         if self.launcher == "kubernetes" and self.kubernetes is None:
             raise ValueError(
                 'launcher = "kubernetes": add a section [kubernetes] with image, claim and mount'
@@ -209,6 +210,18 @@ class Cluster:
             for value in values:
                 is_plain = re.search(r"\$[\w{(]|`|^~", value) is None
                 check(is_plain, name, value, f"{whole}, or export it in `setup`")
+
+    def _check_machines(self) -> None:
+        """Refuse what no machine, port or interpreter is called."""
+        names = [host.rpartition("@")[2] for host in self.hosts]
+        for host in self.hosts:
+            is_name = re.fullmatch(r"(\w[\w.-]*@)?[A-Za-z0-9][\w.-]*", host) is not None
+            check(is_name, "hosts", host, 'names of machines, such as "n1" or "me@n1"')
+            once = names.count(host.rpartition("@")[2]) == 1
+            check(once, "hosts", host, "in the list once")
+        check(self.port is None or 1 <= self.port <= 65535, "port", self.port, "from 1 to 65535")
+        is_program = len(Path(self.python).name.split()) == 1
+        check(is_program, "python", self.python, "one program, without options")
 
     def _check_time(self, time: float) -> None:
         """Refuse a time limit that the ranks would only use to save."""

@@ -108,12 +108,12 @@ def _escaped(character: str) -> str:
 
 def _torchrun(job: Job) -> tuple[str, str]:
     """torchrun on every machine, by ssh; it restarts lost ranks."""
-    hosts = job.cluster.hosts
+    first = job.cluster.hosts[0].rpartition("@")[2]
     options = [
         f"--nnodes={job.nodes}",
         f"--nproc-per-node={job.gpus_per_node}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={hosts[0]}:{job.port}",
+        f"--rdzv-endpoint={first}:{job.port}",
         f"--rdzv-id={job.name}",
         "--max-restarts=3",
         *job.cluster.options,
@@ -121,14 +121,15 @@ def _torchrun(job: Job) -> tuple[str, str]:
     node = fill(
         "torchrun-node.sh",
         seconds=job.cluster.seconds_to_save,
-        first=quoted([hosts[0]]),
+        first=quoted([first]),
         torchrun=quoted([job.cluster.python, "-m", "torch.distributed.run"]),
         options=command(*options, "-m", "--", *job.rank_words[1:]),
     )
     again = quoted([quoted(["bash", job.script, "node"])])
+    begin = f'begin ssh "$host" {again}" ${{host#*@}}"'
     return (
         node.rstrip(),
-        f'for host in "${{hosts[@]}}"; do\n  begin ssh "$host" {again}" $host"\ndone\nfinish',
+        f'for host in "${{hosts[@]}}"; do\n  {begin}\ndone\nfinish',
     )
 
 

@@ -38,6 +38,13 @@ def test_a_plan_has_the_days_of_every_row(capsys: pytest.CaptureFixture) -> None
     assert main(["digits", "--dry-run"]) == 0
 
 
+def test_a_row_may_set_what_the_set_sets_for_every_row() -> None:
+    rows = 'rows = [{name = "a"}, {name = "b", set = ["training.lr = 2"]}]'
+    found = load("digits", ('set = ["training.lr = 1", "training.seed = 5"]', rows), unset=())
+    assert [found.config(row).training.lr for row in found.rows] == [1, 2]
+    assert [found.config(row).training.seed for row in found.rows] == [5, 5]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

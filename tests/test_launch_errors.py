@@ -55,6 +55,14 @@ def refused(*words: object) -> None:
             "slurm.options = .* must be without variables",
         ),
         ("[environment]\n'A B' = 'x'", "environment = 'A B': must be a table"),
+        ("python = ''", "python = '': must be one program, without options"),
+        ("python = 'python3 -u'", "python = 'python3 -u': must be one program"),
+        ("hosts = ['n1', '']", "hosts = '': must be names of machines"),
+        ("hosts = ['a b']", "hosts = 'a b': must be names of machines"),
+        ("hosts = ['-oProxyCommand=x']", "hosts = '-oProxyCommand=x': must be names"),
+        ("hosts = ['n1', 'n2', 'me@n1']", "hosts = 'n1': must be in the list once"),
+        ("port = -1", "port = -1: must be from 1 to 65535"),
+        ("port = 70000", "port = 70000: must be from 1 to 65535"),
         ("launcher = ", "is not valid TOML"),
     ],
 )
@@ -165,6 +173,18 @@ def test_a_time_limit_of_a_minute_is_enough_where_little_is_kept_to_save() -> No
             "--over = 'training.lr = 1'",
         ),
         (["sweep", "digits", "--runs", "r", "--over", "training.lr = [1, 1]"], "different values"),
+        (
+            ["digits", "--run", "r", *2 * ["--set", "training.lr = 1"]],
+            "training.lr is set more than once",
+        ),
+        (
+            ["digits", "--run", "r", "--set", "training = {lr = 1}", "--set", "training.lr = 2"],
+            "training.lr is set more than once",
+        ),
+        (
+            ["sweep", "digits", "--runs", "r", *2 * ["--over", "training.lr = [1, 2]"]],
+            "training.lr is set more than once",
+        ),
         (["sample", "r", "--out", "."], "--out = '.': must be a file FILE.npz, or a directory"),
         (["sample", "r", "--out", "o.npz", "--at-most", "2"], "must be absent without --array"),
         (["sample", "r", "--out", "o.npz", "--array", "0"], "--array = 0: must be at least 1"),

@@ -91,6 +91,26 @@ def test_a_detached_run_outlives_the_terminal_and_says_how_to_watch_it(tmp_path:
         assert command in said
 
 
+def test_torchrun_gets_the_names_of_machines_and_ssh_their_users(tmp_path: Path) -> None:
+    for name, text in {
+        "ssh": 'echo "$@" >> ssh.txt; exec bash -c "${*: -1}"',
+        "python3": 'echo "$@" >> "$$.rank"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "site.toml").write_text(
+        f'launcher = "torchrun"\npython = "{tmp_path}/python3"\nhosts = ["me@n1", "you@n2"]\n'
+    )
+    words = ["digits", "--run", tmp_path / "run", "--cluster", tmp_path / "site.toml"]
+    subprocess.run([sys.executable, "-m", "launch", *words, "--nodes", "2"], cwd=ROOT, check=True)
+    reached = (tmp_path / "ssh.txt").read_text()
+    assert "me@n1" in reached and "you@n2" in reached
+    ranks = sorted(path.read_text() for path in tmp_path.glob("*.rank"))
+    assert all("--rdzv-endpoint=n1:" in rank and "@" not in rank for rank in ranks)
+    for rank, name, first in zip(ranks, ("n1", "n2"), (1, 0), strict=True):
+        assert f"--local-addr={name} " in rank and f"is_host={first} " in rank
+
+
 @pytest.mark.parametrize(
     ("launcher", "host", "setup", "message"),
     [

@@ -158,7 +158,7 @@ def _left(found: AblationSet, row: Row, *, runs: Path) -> Iterator[list[str]]:
     """The commands of a row that are still to be run."""
     here, samples = runs / row.directory, found.samples
     run, drawn, figures = here / "run", here / "samples.npz", here / "figures.json"
-    changes = [word for change in (*found.set, *row.set) for word in ("--set", change)]
+    changes = [word for change in found.changes(row) for word in ("--set", change)]
     changes += [word for name in row.unset for word in ("--unset", name)]
     if _state(run) != "finished":
         yield ["trainer.train", found.base, "--run", str(run), *changes]

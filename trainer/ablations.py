@@ -62,6 +62,10 @@ class AblationSet:
             known = row.against is None or row.against in earlier
             check(known, f"rows.against of {row.name!r}", row.against, "the name of an earlier row")
 
+    def changes(self, row: Row) -> tuple[str, ...]:
+        """The changes of a row, written as for `--set`: its own count where every row has one."""
+        return (*settings.without(self.set, row.set), *row.set)
+
     def config(self, row: Row) -> Config:
         """The whole config of a row.
 
@@ -69,7 +73,7 @@ class AblationSet:
             ValueError: a change is wrong; names the row.
         """
         try:
-            return configs.load(self.base, (*self.set, *row.set), unset=row.unset)
+            return configs.load(self.base, self.changes(row), unset=row.unset)
         except ValueError as error:
             raise ValueError(f"row {row.name!r}: {error}") from None
 

@@ -61,8 +61,8 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
     """The table of a TOML file, with the changes of `--set` and `--unset`.
 
     Raises:
-        ValueError: the file or a change is unreadable, or a setting to leave out is not there or
-            is set by a change.
+        ValueError: the file or a change is unreadable, or two changes are of the same setting; or
+            a setting to leave out is not there or is set by a change.
     """
     try:
         # TOML is UTF-8 whatever the locale; editors on Windows put a mark before it.
@@ -74,6 +74,10 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
     except RecursionError:
         raise ValueError(f"{path} is not valid: its values are nested too deeply") from None
     changes = [_parse_change(change) for change in overrides]
+    names = [name for change in changes for name in _leaves(change)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is set more than once on the command line: give one value")
     for change in changes:
         _merge(table, change, path=())
     for name in unset:
@@ -81,6 +85,12 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
             raise ValueError(f"--unset {name}: --set sets it, too; give one of them")
         _remove(table, name)
     return table
+
+
+def without(changes: Iterable[str], later: Iterable[str]) -> tuple[str, ...]:
+    """The changes, but for those of which `later` changes every setting."""
+    changed = {name for change in later for name in _leaves(_parse_change(change))}
+    return tuple(c for c in changes if not changed.issuperset(_leaves(_parse_change(c))))
 
 
 def build(kind: Any, table: Mapping[str, Any], *, name: str = "") -> Any:
@@ -189,6 +199,15 @@ def _merge(table: Table, change: Mapping[str, Any], *, path: tuple[str, ...]) ->
             _merge(inner, value, path=(*path, key))
         else:
             table[key] = value
+
+
+def _leaves(change: Mapping[str, Any], section: str = "") -> list[str]:
+    """The dotted names of the settings in a change."""
+    found = []
+    for key, value in change.items():
+        name = join(section, key)
+        found += _leaves(value, name) if isinstance(value, Mapping) else [name]
+    return found
 
 
 def _names(change: object, path: list[str]) -> bool:

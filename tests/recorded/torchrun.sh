@@ -87,6 +87,6 @@ finish() {
 }
 
 for host in "${hosts[@]}"; do
-  begin ssh "$host" 'bash /runs/imagenet64/launch/job.sh node'" $host"
+  begin ssh "$host" 'bash /runs/imagenet64/launch/job.sh node'" ${host#*@}"
 done
 finish

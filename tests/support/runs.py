@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.support import ranks
 from trainer import config as configs
+from trainer import settings
 from trainer.adm.unet import build
 
 STAGES = (1, 2, 3)
@@ -80,6 +81,7 @@ class Place:
         file = self.root / f"ds-{stage}-{fp16}-{offload}-{loss_scale}.json"
         file.write_text(json.dumps(ds_config))
         sets = (*SIZES, *sets, *(('training.precision = "fp16"',) if fp16 else ()))
+        sets = tuple(s for i, s in enumerate(sets) if settings.without([s], sets[i + 1 :]))
         return [
             "train", str(self.preset), "--run", str(self.run(name)), "--ds-config", str(file),
             *(word for change in sets for word in ("--set", change)),
