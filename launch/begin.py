@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from launch import options, queue, records, slurm
 from launch.cluster import Cluster, load
 from launch.job import Job
 from launch.shell import quoted
-from trainer import ablations, settings
+from trainer import ablations, origin, settings
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.config import check
@@ -97,6 +98,7 @@ def _sweep_rows(arguments: argparse.Namespace) -> int:
     """Submit the rows of a set that are not finished, queued or running."""
     check(not arguments.presets, "PRESETS", arguments.presets, "absent with --rows")
     check(not arguments.over, "--over", arguments.over, "absent with --rows")
+    check(arguments.init is None, "--init", arguments.init, "absent with --rows")
     found = ablations.load(arguments.rows, arguments.set, unset=arguments.unset)
     preset = settings.find(found.base, directory=configs.PRESETS)
     jobs = []
@@ -200,6 +202,20 @@ def _where(arguments: argparse.Namespace) -> Mapping[str, Any]:
     }
 
 
+def _origin(arguments: argparse.Namespace, *, run: Path) -> Mapping[str, Any]:
+    """What the run starts from, which is there. A job that starts again gets the same words."""
+    init, wanted = arguments.init, vars(arguments).get("from")
+    origin.check_init(init, arguments.init_skip, run=run)
+    if wanted is not None and not origin.was_done(run, wanted):
+        wanted = origin.find(run, wanted).name
+    elif wanted is not None:
+        again = f"to go back once more, delete {origin.record_file(run)}"
+        print(f"--from {wanted} was done before: the run resumes; {again}", file=sys.stderr)
+        wanted = Path(wanted).name
+    absolute = None if init is None else init.absolute()
+    return {"init": absolute, "init_skip": tuple(arguments.init_skip), "back": wanted}
+
+
 def _job(
     arguments: argparse.Namespace,
     *,
@@ -213,12 +229,14 @@ def _job(
     job = Job(
         run=run.absolute(),
         **_where(arguments),
+        **_origin(arguments, run=run),
         overrides=overrides,
         unset=unset,
         check=arguments.check,
         shards=config.data.shards,
+        ds_config=arguments.ds_config,
     )
-    ds_config = ds_configs.load(records.ROOT / "ds_config.json")
+    ds_config = ds_configs.load(job.ds_config or records.ROOT / "ds_config.json")
     ds_configs.resolve(ds_config, config=config, ranks=job.ranks)
     return job
 

@@ -29,6 +29,13 @@ class Job:
     overrides: tuple[str, ...] = ()
     #: Settings left out of the preset, as `--unset` takes them.
     unset: tuple[str, ...] = ()
+    #: The weights that a new run starts from, and the parts of the network that do not.
+    init: Path | None = None
+    init_skip: tuple[str, ...] = ()
+    #: The checkpoint that the run goes back to, once.
+    back: str | None = None
+    #: DeepSpeed's settings in place of the checkout's; the job reads its own copy.
+    ds_config: Path | None = None
     #: Run the preflight check before training.
     check: bool = False
     #: Draw images by trainer.sample with these words, and train nothing.
@@ -82,6 +89,11 @@ class Job:
         return self.run / "launch"
 
     @property
+    def ds_config_copy(self) -> Path:
+        """DeepSpeed's settings that the job reads."""
+        return (self.code if self.ds_config is None else self.records) / "ds_config.json"
+
+    @property
     def script(self) -> Path:
         """The script that starts the job, where that is one."""
         return self.records / "job.sh"
@@ -111,10 +123,13 @@ class Job:
     @property
     def _train_words(self) -> tuple[str, ...]:
         words = ["-m", "trainer.train", f"{self.records}/preset.toml", "--run", str(self.run)]
-        words += ["--ds-config", f"{self.code}/ds_config.json", "--ranks", str(self.ranks)]
+        words += ["--ds-config", str(self.ds_config_copy), "--ranks", str(self.ranks)]
         words += ["--patience", str(self.cluster.patience), *self.gpus_shown]
         words += [word for change in self.overrides for word in ("--set", change)]
         words += [word for name in self.unset for word in ("--unset", name)]
+        words += ["--init", str(self.init)] if self.init else []
+        words += ["--init-skip", *self.init_skip] if self.init_skip else []
+        words += ["--from", self.back] if self.back else []
         return tuple(words)
 
     @property

@@ -63,6 +63,8 @@ def _check_volume(job: Job, site: Kubernetes) -> None:
     """Refuse directories that the pods do not have."""
     below = f"below kubernetes.mount = {site.mount!r}, the only directory that the pods share"
     check(job.run.is_relative_to(site.mount), "--run", str(job.run), below)
+    seen = job.init is None or job.init.is_relative_to(site.mount)
+    check(seen, "--init", str(job.init), below)
     is_relative = job.shards is not None and not job.shards.startswith("/")
     seen = not is_relative or job.directory.is_relative_to(site.mount)
     whole = f"an absolute path: the pods do not have {job.directory}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.exits import CommandParser
 from launch.cluster import LAUNCHERS
-from trainer import settings
+from trainer import origin, settings
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,13 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     settings.add_overrides(parser)
+    origin.add_init(parser)
+    parser.add_argument(
+        "--ds-config",
+        type=Path,
+        metavar="JSON",
+        help="DeepSpeed's settings, copied to the run (default: the checkout's ds_config.json)",
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -66,6 +73,7 @@ def start(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, type=Path, help="the run directory")
     _add_size(parser)
     _add_training(parser)
+    origin.add_from(parser)
     _add_detach(parser)
     return parser
 

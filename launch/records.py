@@ -177,14 +177,16 @@ def check_free(run: Path) -> None:
 
 
 def prepare(job: Job, *, preset: Path | None) -> Path:
-    """Copy the code and the preset, and write the text; returns the text's file.
+    """Copy the code, the preset and DeepSpeed's settings; returns the file of the text, written.
 
     Requests and records of an earlier job (`stop`, `failed-at`, `lost-hosts`, `job`) are removed.
     """
     job.records.mkdir(parents=True, exist_ok=True)
     _copy_code(job.code)
     if preset is not None:
-        shutil.copyfile(preset, job.records / _PRESET)
+        _copy(preset, job.records / _PRESET)
+    if job.ds_config is not None:
+        _copy(job.ds_config, job.ds_config_copy)
     for earlier in ("stop", "failed-at", "lost-hosts", "job"):
         (job.records / earlier).unlink(missing_ok=True)
     facts: Mapping[str, object] = {
@@ -196,6 +198,11 @@ def prepare(job: Job, *, preset: Path | None) -> Path:
     files.write(job.records / "job.json", json.dumps(facts) + "\n")
     files.write(script(job), text(job))
     return script(job)
+
+
+def _copy(file: Path, to: Path) -> None:
+    if not (to.exists() and to.samefile(file)):
+        shutil.copyfile(file, to)
 
 
 def _copy_code(to: Path) -> None:

@@ -1,10 +1,15 @@
 """Run directories: what is none is not touched, and a copy is a run of its own."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,8 @@ from launch.cluster import Cluster
 from launch.job import Job
 from tests.test_launch_errors import DRY_RUNS, SLURM, refused
 from tests.test_launch_texts import ROOT
+from trainer import origin
+from trainer.options import parser
 
 
 @pytest.fixture
@@ -114,3 +121,53 @@ def test_a_full_disk_is_named_in_one_line_and_leaves_no_half_copy(tmp_path: Path
     assert done.returncode == FAILED
     assert re.fullmatch(r"error: \[Errno 27\] File too large: '[^'\n]+'.*\n", done.stderr)
     assert len(done.stderr) < 400 and not list((tmp_path / "run").glob("*code*"))
+
+
+def trained(words: Sequence[str]) -> Namespace:
+    """The command line of the ranks that `--dry-run` prints for these words."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "digits", *words, "--dry-run"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    script = shlex.split(done.stdout.replace("\\\n", " "), comments=True)
+    return parser().parse_args(script[script.index("trainer.train") + 1 :])
+
+
+def test_a_job_begins_from_weights_or_an_earlier_checkpoint_and_says_it_again_when_it_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights, run, mine = Path("w.pt"), tmp_path / "run", Path("ds.json")
+    weights.touch()
+    mine.write_bytes((ROOT / "ds_config.json").read_bytes())
+    words = ["--run", "run", "--init", "w.pt", "--init-skip", "label_emb", "out"]
+    first = trained([*words, "--ds-config", "ds.json"])
+    assert (first.init, first.init_skip) == (tmp_path / "w.pt", ["label_emb", "out"])
+    assert first.ds_config == str(run / "launch" / "ds_config.json")
+    (run / "checkpoints" / "000000000128").mkdir(parents=True)
+    (run / "config.toml").touch()
+    weights.unlink()
+    assert vars(trained(words)) == vars(first) | {"ds_config": f"{run}/code/ds_config.json"}
+    for wanted in ("128", "run/checkpoints/000000000128"):
+        assert vars(trained(["--run", "run", "--from", wanted]))["from"] == "000000000128"
+    (run / "launch").mkdir()
+    origin.record(run / "checkpoints" / "000000000128", run=run)
+    (run / "checkpoints" / "000000000128").rename(run / "checkpoints" / "000000000256")
+    (run / "launch" / "lock").touch()
+    assert vars(trained(["--run", "run", "--from", "128"]))["from"] == "128"
+    assert "was done before: the run resumes" in capfd.readouterr().err
+
+
+def test_a_job_reads_its_own_copy_of_ds_config(tmp_path: Path) -> None:
+    mine = tmp_path / "ds.json"
+    mine.write_text("{}")
+    size = {"nodes": 1, "gpus_per_node": 1}
+    job = Job(run=tmp_path / "a", **size, cluster=Cluster(), directory=tmp_path, ds_config=mine)
+    records.prepare(job, preset=None)
+    mine.unlink()
+    again = replace(job, ds_config=job.ds_config_copy)
+    records.prepare(again, preset=None)
+    assert again.ds_config_copy.read_text() == "{}"

@@ -32,6 +32,7 @@ PURE = (
     "trainer.sections",
     "trainer.settings",
     "trainer.ds_config",
+    "trainer.origin",
     "trainer.runstate",
     "trainer.watch.goodput",
     "data.config",

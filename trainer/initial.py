@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data import files
-from trainer import diffusers_format, weights
+from trainer import diffusers_format, origin, weights
 from trainer.adm.unet import build
 from trainer.checkpoint import committed
 from trainer.config import Config
@@ -103,8 +103,7 @@ def choose(arguments: argparse.Namespace, *, run: Run, config: Config) -> Initia
         ValueError: as `Initial.find`; or the run was started from other weights.
     """
     path, skip = arguments.init, arguments.init_skip
-    if skip and path is None:
-        raise ValueError(f"--init-skip {skip[0]} needs --init: without it all weights are new")
+    origin.check_init(path, skip, run=run.path)
     if path is None:
         return None
     if committed(run.checkpoints):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from data.exits import CommandParser
-from trainer import profiling, settings
+from trainer import origin, profiling, settings
 
 _ABOUT = """Train a preset, or resume the run that is there.
 
@@ -21,25 +21,8 @@ def parser() -> argparse.ArgumentParser:
     settings.add_overrides(p)
     ds_config = "DeepSpeed's settings (default: %(default)s)"
     p.add_argument("--ds-config", default="ds_config.json", help=ds_config)
-    p.add_argument(
-        "--init",
-        type=Path,
-        help="start from the weights of a run, a checkpoint, or a .safetensors or .pt file "
-        "(default: from the seed)",
-    )
-    p.add_argument(
-        "--init-skip",
-        nargs="+",
-        default=[],
-        metavar="PART",
-        help="parts of the network that start from the seed, such as label_emb (default: none)",
-    )
-    p.add_argument(
-        "--from",
-        metavar="CHECKPOINT",
-        help="go back to this checkpoint of the run; later ones are set aside (default: resume "
-        "from the newest)",
-    )
+    origin.add_init(p)
+    origin.add_from(p)
     ranks = "refuse to start with another number of ranks (default: any number)"
     p.add_argument("--ranks", type=int, help=ranks)
     profile = "profile so many steps on the main rank, into RUN/profile/ (default: none)"
