@@ -80,7 +80,16 @@ def test_without_flags_the_network_is_guided_diffusions_default(tmp_path: Path) 
         ("--attention_resolutions a,b", "must be numbers"),
         ("--channel_mult 1,x", "--channel_mult = '1,x': must be numbers"),
         ("--ema_rate a,b", "--ema_rate = 'a,b': must be numbers"),
-        ("--diffusion_steps 4000 --rescale_timesteps True", "False unless 1000 steps"),
+        (
+            "--diffusion_steps 4000 --rescale_timesteps True",
+            "or --rescale_timesteps False given with it",
+        ),
+        ("--diffusion_steps 4000", "--diffusion_steps = 4000: must be 1000, or"),
+        (
+            "--attention_resolutions 32,16,8 --classifier_scale 1.0 --classifier_depth 4",
+            "--attention_resolutions and --classifier_depth are of two networks: give",
+        ),
+        ("--num_channels 64 --classifier_use_fp16 True", "are of two networks"),
     ],
 )
 def test_wrong_flags_are_named(flags: str, said: str) -> None:
@@ -88,7 +97,22 @@ def test_wrong_flags_are_named(flags: str, said: str) -> None:
         to_preset(flags, ranks=None)
 
 
+def test_a_network_of_improved_diffusion_has_its_multipliers_and_plain_timesteps(
+    tmp_path: Path,
+) -> None:
+    flags = "--image_size 32 --diffusion_steps 4000 --rescale_timesteps False --data_dir /a/b=1/c"
+    config = read(flags, tmp_path)
+    assert config.model.channel_mult == (1, 2, 2, 2)
+    assert config.diffusion.steps == 4000
+    steps = "--diffusion_steps 500 --rescale_timesteps False"
+    assert read(f"--image_size 64 --classifier_depth 4 {steps}", tmp_path).diffusion.steps == 500
+
+
 def test_the_command_prints_it(capsys: Any) -> None:
+    for source in (["digits"], ["--from-flags", "--image_size 64 --batch_size 4"]):
+        for ranks in ("0", "-2"):
+            assert configs.main([*source, "--ranks", ranks]) == 78
+            assert f"--ranks = {ranks}: must be at least 1" in capsys.readouterr().err
     assert configs.main(["--from-flags", "--image_size 64"]) == 0
     assert "image_size = 64" in capsys.readouterr().out
     assert configs.main(["--from-flags", "--image_sise 64"]) == 78

@@ -226,14 +226,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(arguments: argparse.Namespace) -> int:
+    ranks = arguments.ranks
+    check(ranks is None or ranks >= 1, "--ranks", ranks, "at least 1")
     if arguments.from_flags is not None:
         from trainer import flags  # reads presets with this module
 
-        print(flags.to_preset(arguments.from_flags, ranks=arguments.ranks), end="")
+        print(flags.to_preset(arguments.from_flags, ranks=ranks), end="")
         return 0
     config = load(arguments.preset, arguments.set, unset=arguments.unset)
-    if arguments.ranks is not None:
-        config.training.micro_batch_on(arguments.ranks)
+    if ranks is not None:
+        config.training.micro_batch_on(ranks)
     print(to_toml(config), end="")
     return 0
 

@@ -9,7 +9,6 @@ diffusion; what no flag says (data, intervals) comes from the nearest preset. No
 import dataclasses
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer import settings
@@ -26,7 +25,7 @@ _MULT = {
     256: (1, 1, 2, 2, 4, 4),
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
-    32: (1, 2, 2),
+    32: (1, 2, 2, 2),  # improved-diffusion's
 }
 _UNET = {
     "image_size": 64,
@@ -61,7 +60,8 @@ _DIFFUSION = {
     "use_kl": False,
     "predict_xstart": False,
     "rescale_learned_sigmas": False,
-    "rescale_timesteps": False,
+    # As in improved-diffusion: it means nothing with 1000 steps, and others must deny it.
+    "rescale_timesteps": True,
 }
 _TRAINING = {
     "lr": 1e-4,
@@ -96,11 +96,7 @@ ELSEWHERE = {
     "base_samples": "--low-res of python -m trainer.sample",
 }
 #: All flags that are known here.
-NAMES = frozenset(
-    name
-    for table in (_UNET, _UPSAMPLER, _CLASSIFIER, _DIFFUSION, _TRAINING, ELSEWHERE)
-    for name in table
-)
+NAMES = frozenset({**_UNET, **_UPSAMPLER, **_CLASSIFIER, **_DIFFUSION, **_TRAINING, **ELSEWHERE})
 
 
 def to_preset(text: str, *, ranks: int | None) -> str:
@@ -110,9 +106,13 @@ def to_preset(text: str, *, ranks: int | None) -> str:
         ValueError: a flag is unknown or has a wrong value, or is of something that is not here.
     """
     given = _parse(text)
-    is_classifier = any(name.startswith("classifier_") for name in given.keys() & _CLASSIFIER)
+    of_classifier = [n for n in given if n.startswith("classifier_") and n not in ELSEWHERE]
+    is_classifier = bool(of_classifier)
     kind = _CLASSIFIER if is_classifier else _UNET | (_UPSAMPLER if "large_size" in given else {})
     known = kind | _DIFFUSION | _TRAINING
+    if is_classifier and (both := [n for n in given if n in _UNET.keys() - _CLASSIFIER.keys()]):
+        two = f"--{both[0]} and --{of_classifier[0]} are of two networks"
+        raise ValueError(f"{two}: give the --classifier_ flags apart, with --image_size")
     for name in given:
         if name not in known and name not in ELSEWHERE:
             raise ValueError(f"--{name}: no flag of this kind of network{_nearest(name, known)}")
@@ -120,10 +120,11 @@ def to_preset(text: str, *, ranks: int | None) -> str:
         raise ValueError("--batch_size is of each process: say with --ranks how many there were")
     values = {**known, **{k: _typed(k, v, known[k]) for k, v in given.items() if k in known}}
     model = _classifier(values) if is_classifier else _unet(values)
-    diffusion = {} if is_classifier else _diffusion(values)
+    diffusion = _diffusion(values)
     chosen = {name: values[name] for name in given if name in known}
-    if is_classifier and "noise_schedule" in chosen:
-        diffusion["schedule"] = chosen["noise_schedule"]
+    if is_classifier:
+        own = {"diffusion_steps": "steps", "noise_schedule": "schedule"}
+        diffusion = {ours: diffusion[ours] for theirs, ours in own.items() if theirs in chosen}
     name, base = _nearest_preset(model, diffusion, is_classifier=is_classifier)
     table: dict[str, Any] = {
         "objective": base.objective,
@@ -142,7 +143,7 @@ def to_preset(text: str, *, ranks: int | None) -> str:
 
 
 def _parse(text: str) -> dict[str, str]:
-    words = shlex.split(text.replace("=", " "))
+    words = [p for w in shlex.split(text) for p in (w.split("=", 1) if w[:2] == "--" else [w])]
     names, values = words[::2], words[1::2]
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         raise ValueError(f'--from-flags {text!r}: must be pairs, as in "--image_size 64 ..."')
@@ -223,8 +224,9 @@ def _numbers(name: str, text: str, *, kind: type[N]) -> tuple[N, ...]:
 
 def _diffusion(values: Mapping[str, Any]) -> dict[str, Any]:
     steps, learned = values["diffusion_steps"], values["learn_sigma"]
-    rescaled = values["rescale_timesteps"]
-    check(steps == 1000 or not rescaled, "--rescale_timesteps", rescaled, "False unless 1000 steps")
+    is_plain = steps == 1000 or not values["rescale_timesteps"]
+    expected = "1000, or --rescale_timesteps False given with it: rescaled ones are not here"
+    check(is_plain, "--diffusion_steps", steps, expected)
     loss = "simple"
     if values["use_kl"]:
         loss = "vlb_rescaled"
@@ -275,8 +277,8 @@ def _nearest_preset(
     """The preset of the nearest image size that differs least in its network and diffusion."""
     wanted = {f"model.{k}": v for k, v in model.items()}
     wanted |= {f"diffusion.{k}": v for k, v in diffusion.items()}
-    presets = [path for path in sorted(PRESETS.glob("*.toml")) if not _is_small(path)]
-    configs = {path.stem: load(path.stem) for path in presets}
+    names = sorted(path.stem for path in PRESETS.glob("*.toml"))
+    configs = {name: load(name) for name in names if not name.startswith("digits")}
     kind = "classify" if is_classifier else "denoise"
 
     def differences(name: str) -> tuple[int, int, str]:
@@ -288,10 +290,6 @@ def _nearest_preset(
 
     name = min((n for n, c in configs.items() if c.objective == kind), key=differences)
     return name, configs[name]
-
-
-def _is_small(path: Path) -> bool:
-    return path.stem.startswith("digits")
 
 
 def _section(section: Any) -> dict[str, Any]:
