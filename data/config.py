@@ -5,16 +5,22 @@ Neither torch nor numpy is imported here: a login node checks presets with Pytho
 
 import os
 import re
+import urllib.parse
 from dataclasses import dataclass
 from typing import Literal
 
-_USER = re.compile(r"(://)[^/@\s]+@")
+# USER:PASSWORD@ of a URL, also with a slash in the password, where no port ends before it.
+_USER = re.compile(r"(://)(?:[^/\s]+|[^/@\s:]*:(?!\d+/)[^@\s'\"]*)@")
 _SECRET = re.compile(
     r"((?:authorization:\s*(?:\w+\s+)?|(?<!\S)(?:-u|--user)[\s=]+['\"]?[^\s:'\"]*:"
     r"|[\w-]*(?:token|secret|passw\w*|credential|signature|\bsig\b|(?:api|access)[_-]?key)[\w-]*"
     r"\s*[=:]\s*))[^&\s'\"]+",
     re.IGNORECASE,
 )
+
+
+# Stay as they are in the path of a URL, apart from letters and digits.
+_OF_URLS = "/%:@!$&'()*+,;=~"
 
 
 def check(holds: bool, name: str, value: object, expected: str) -> None:
@@ -47,6 +53,29 @@ def expanded(path: str, *, name: str) -> str:
 def shown(root: str) -> str:
     """A root as messages and files have it: without passwords, keys and signatures."""
     return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", root))
+
+
+def login_and_url(root: str) -> tuple[str, urllib.parse.SplitResult]:
+    """USER:PASSWORD of a URL, and the URL without it and in ASCII, as requests have it.
+
+    Raises:
+        ValueError: it is no URL.
+    """
+    try:
+        parts = urllib.parse.urlsplit(root)
+        is_url = bool(parts.hostname) and parts.port != 0  # raises where it is no number
+        user, _, host = parts.netloc.rpartition("@")
+        host = host if host.isascii() else host.encode("idna").decode()
+    except ValueError:  # its text may be a part of the password
+        is_url = False
+    if not is_url:
+        raise ValueError(
+            f"data.shards = {shown(root)}: must be http(s)://HOST/..., with %2F, %3F and %23 in "
+            "place of /, ? and # in a password"
+        )
+    path = urllib.parse.quote(parts.path.rstrip("/"), safe=_OF_URLS)
+    query = urllib.parse.quote(parts.query, safe=f"{_OF_URLS}?")
+    return user, parts._replace(netloc=host, path=path, query=query, fragment="")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ def pack(
     config: PackConfig,
     class_from: str | None = None,
     class_map: Path | None = None,
-    classes_of: Path | None = None,
+    classes_of: str | Path | None = None,
     max_bad: float = 0.01,
     again: bool = False,
     executor: AbstractContextManager[Executor | None] | None = None,

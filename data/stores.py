@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from data import descriptors
-from data.config import is_local, shown
+from data.config import is_local, login_and_url, shown
 
 _PIECE = 1 << 16
 # Bytes of one request to an fsspec driver: each must arrive within `timeout_s`.
@@ -102,12 +102,15 @@ _OPENER = urllib.request.build_opener(_SameMethod)
 
 
 class HttpStore(Store):
-    """Files below an http(s) URL, read by range requests."""
+    """Files below an http(s) URL, read by range requests; all have its query, a signature say.
+
+    Raises:
+        ValueError: it is no URL.
+    """
 
     def __init__(self, root: str, timeout_s: float) -> None:
-        parts = urllib.parse.urlsplit(root.rstrip("/"))
-        user, _, host = parts.netloc.rpartition("@")
-        self._root, self._timeout_s = parts._replace(netloc=host).geturl(), timeout_s
+        user, self._parts = login_and_url(root)
+        self._timeout_s = timeout_s
         login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         self._headers = {"Authorization": f"Basic {login}"} if user else {}
 
@@ -121,8 +124,8 @@ class HttpStore(Store):
         with self._open(name, method="GET", headers=headers) as response:
             if response.status != http.client.PARTIAL_CONTENT:
                 raise ValueError(
-                    f"{self._root} does not serve byte ranges; use a server that does, or "
-                    "data.shards = 'pipe:curl -fsSL URL/{name}' with data.cache"
+                    f"{shown(self._parts.geturl())} does not serve byte ranges; use a server that "
+                    "does, or data.shards = 'pipe:curl -fsSL URL/{name}' with data.cache"
                 )
             while piece := response.read(_PIECE):
                 yield piece
@@ -136,7 +139,8 @@ class HttpStore(Store):
             return int(length)
 
     def _open(self, name: str, *, method: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-        url = f"{self._root}/{urllib.parse.quote(name)}"
+        path = f"{self._parts.path}/{urllib.parse.quote(name)}"
+        url = self._parts._replace(path=path).geturl()
         request = urllib.request.Request(url, method=method, headers=headers)
         for key, value in self._headers.items():
             request.add_unredirected_header(key, value)  # another host must not see it
@@ -144,9 +148,9 @@ class HttpStore(Store):
             response = _OPENER.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
             if error.code in (404, 410):
-                raise FileNotFoundError(f"{url}: {error}") from None
+                raise FileNotFoundError(f"{shown(url)}: {error}") from None
             if error.code in (401, 403):
-                raise PermissionError(f"{url}: {error}") from None
+                raise PermissionError(f"{shown(url)}: {error}") from None
             raise
         assert isinstance(response, http.client.HTTPResponse)
         return response

@@ -8,6 +8,7 @@ import pytest
 from data.config import expanded, shown
 from data.dataset import Shards, open_shards
 from data.exits import REFUSED
+from data.pack import main as pack_main
 from data.shards import main
 from tests.support.data_fixtures import pack_folder
 from tests.support.data_server import serving
@@ -35,6 +36,9 @@ def test_home_and_variables_are_expanded(whole: Shards, monkeypatch: pytest.Monk
     [
         ("https://me:pw@host/set", "https://***@host/set"),
         ("ftp://me@host/set", "ftp://***@host/set"),
+        ("http://me:p@ss@host/set", "http://***@host/set"),
+        ("http://me:p/w@host/set", "http://***@host/set"),
+        ("http://host:8000/a@b", "http://host:8000/a@b"),
         ("https://host/set?X-Amz-Signature=ab&x=1", "https://host/set?X-Amz-Signature=***&x=1"),
         (
             "pipe:curl -H 'Authorization: Bearer ab.c' https://h/{name}",
@@ -70,6 +74,30 @@ def test_a_password_is_sent_and_never_printed(
     assert {headers["Authorization"] for headers in seen} == {f"Basic {login}"}
     assert "20 images 16 x 16" in text and "no dataset at http://***@127" in text
     assert "cret" not in text
+
+
+def test_a_signature_stays_behind_the_names_of_files(
+    whole: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gr\u00f6\u00dfe x").symlink_to(whole.root)
+    query = "sv=1&sig=s3cr%2Bt"
+    with serving(tmp_path, fault=lambda n, path: None, query=query) as url:
+        assert main(["verify", f"{url}/gr\u00f6\u00dfe x/?{query}", "--full"]) == 0
+        words = [whole.root, str(tmp_path / "o"), "--size", "8", "--workers", "1"]
+        assert pack_main([*words, "--classes-of", f"{url}/gr%C3%B6\u00dfe x?{query}"]) == 0
+        for wrong in (f"{url}/nothing?{query}", f"{url}/nothing?sig=s3cr"):
+            assert main(["info", wrong]) == REFUSED
+            text = capsys.readouterr().err
+            assert f"{url}/nothing" in text and "s3cr" not in text
+
+
+@pytest.mark.parametrize(
+    "root", ["http://me:s3cr/t@h", "https://h:99999/x", "http://[::1/x", "http:///x"]
+)
+def test_what_is_no_url_is_refused_at_once(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", root]) == REFUSED
+    text = capsys.readouterr().err
+    assert "must be http(s)://HOST/..., with %2F" in text and "s3cr" not in text
 
 
 def test_commands_say_what_a_remote_dataset_lacks(

@@ -43,7 +43,7 @@ class Request:
     config: PackConfig
     class_from: str | None = None
     class_map: Path | None = None
-    classes_of: Path | None = None
+    classes_of: str | Path | None = None
 
     def values(self) -> dict[str, Any]:
         """Each option and its value, as JSON has them; of a file, what its content is known by.

@@ -49,9 +49,9 @@ def _add_images(add: Callable[..., object]) -> None:
     )
     add(
         "--classes-of",
-        type=Path,
         metavar="DIR",
-        help="number the classes as this packed dataset does (default: in sorted order)",
+        help="number the classes as this packed dataset does, a directory or URL (default: in "
+        "sorted order)",
     )
 
     add(

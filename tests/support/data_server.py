@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 Fault = str | None
 """None, "503", "stall" (until the server ends), "reset", "short" or "no ranges"."""
@@ -15,13 +16,17 @@ Fault = str | None
 
 @contextmanager
 def serving(
-    root: Path, *, fault: Callable[[int, str], Fault], seen: list[Message] | None = None
+    root: Path,
+    *,
+    fault: Callable[[int, str], Fault],
+    seen: list[Message] | None = None,
+    query: str = "",
 ) -> Iterator[str]:
     """Serve `root` at the URL given; `fault(n, path)` decides about the n-th GET of a tar.
 
-    `seen` receives the headers of every request.
+    `seen` receives the headers of every request. Those without this `query` are forbidden.
     """
-    server = _Server(root, fault)
+    server = _Server(root, fault, query)
     server.seen = [] if seen is None else seen
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -39,9 +44,9 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
 
-    def __init__(self, root: Path, fault: Callable[[int, str], Fault]) -> None:
+    def __init__(self, root: Path, fault: Callable[[int, str], Fault], query: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.root, self.ends = root, threading.Event()
+        self.root, self.query, self.ends = root, query, threading.Event()
         self._fault, self._count, self._lock = fault, 0, threading.Lock()
 
     def fault_of(self, path: str) -> Fault:
@@ -84,8 +89,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self) -> Path | None:
         """The file that is asked for. What is below /moved/ is elsewhere now."""
         self.server.seen.append(self.headers)
-        path = self.server.root / self.path.lstrip("/")
-        if self.path.startswith("/moved/"):
+        asked, _, query = self.path.partition("?")
+        path = self.server.root / unquote(asked).lstrip("/")
+        if query != self.server.query:
+            self.send_error(403)
+        elif self.path.startswith("/moved/"):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/moved"))
             self.end_headers()
