@@ -17,7 +17,7 @@ from trainer.checkpoint import STATE, committed, read, sealed
 from trainer.guards.policy import Guards, Running
 from trainer.snapshots import Snapshot
 
-PASSED = ((4 * STEP, 7 * STEP),)
+PASSED = ((4 * STEP, 8 * STEP),)
 BAD = 2 * STEP + 1  # an image of the third step
 GUARDS = (*EVERY, "guards.window = 2", "guards.spike = 20", "guards.in_a_row = 2")
 #: Name -> ranks, stage, precision.
@@ -98,30 +98,37 @@ def rewind(place: Place, name: str, *, clock: int, to: int) -> None:
 def test_after_too_many_in_a_row_the_run_goes_back_and_steps_over_the_images_since(
     here: Place,
 ) -> None:
-    """Checkpoints at 24 and 48; steps 6 and 7 (60 to 83) fail, and training goes on with 84."""
+    """Steps 6 to 8 (60 to 95) fail, and training goes on with 96 from the checkpoint at 48.
+
+    So it does where it is stopped after step 7: that is saved, and removes no older checkpoint.
+    """
     averages = ("training.ema_widths = [0.1]", f"intervals.averages = {STEP}")
-    sets = (f"training.images = {9 * STEP}", "intervals.checkpoint = 24", *averages)
-    sets = ("guards.in_a_row = 2", *sets)
-    factors = dict.fromkeys(range(5 * STEP, 7 * STEP), math.inf)
+    sets = (f"training.images = {10 * STEP}", *EVERY, *averages)
+    sets = ("guards.in_a_row = 3", *sets)
+    factors = dict.fromkeys(range(5 * STEP, 8 * STEP), math.inf)
     back = here.arguments("back", stage=3, sets=sets)
     assert faults.train(here, back, world=2, factors=factors) == [0]
+    here.fork("back", "stopped", images=4 * STEP)
     shutil.copytree(here.run("back"), here.run("expected"))
-    rewind(here, "expected", clock=4 * STEP, to=7 * STEP)
-    here.fork("back", "again", images=8 * STEP)
-    names = ("expected", "again")
-    runs = [here.arguments(name, stage=3, sets=sets) for name in names]
-    assert here.train(*runs, world=2) == [0, 0]
+    rewind(here, "expected", clock=4 * STEP, to=8 * STEP)
+    here.fork("back", "again", images=9 * STEP)
+    names = ("expected", "again", "stopped")
+    sets = (*sets, "intervals.keep = 1")
+    runs = [here.arguments(name, stage=3, sets=sets) for name in (*names, names[-1])]
+    stops = {"stopped": 6 * STEP}
+    assert faults.train(here, *runs, world=2, factors=factors, stops=stops) == [0, 0, 75, 0]
+    assert f"checkpoint {7 * STEP:012d} committed" in here.log("stopped")
     for name in names:
-        assert equal(here.checkpoint(name, 9 * STEP), here.checkpoint("back", 9 * STEP))
-    said = "rolled back to checkpoint 000000000048; the run goes on at image 84"
-    assert said in here.log("back")
-    state = read(here.run("again") / "checkpoints" / f"{9 * STEP:012d}").state.guards
-    assert (state["rollbacks"], state["incidents"], state["row"]) == (1, 2, 0)
+        assert equal(here.checkpoint(name, 10 * STEP), here.checkpoint("back", 10 * STEP))
+    said = "rolled back to checkpoint 000000000048; the run goes on at image 96"
+    assert said in here.log("back") and said in here.log("stopped")
+    state = read(here.run("again") / "checkpoints" / f"{10 * STEP:012d}").state.guards
+    assert (state["rollbacks"], state["incidents"], state["row"]) == (1, 3, 0)
     # Averages of the weights that were gone back from are not of the run any more.
     kept = sorted(path.name for path in (here.run("back") / "averages").iterdir())
-    aside = [f"{n * STEP:012d}.superseded" for n in (5, 6)]
-    assert kept == sorted([*(f"{n * STEP:012d}" for n in (1, 2, 3, 4, 7, 8, 9)), *aside])
-    for name, clock, gaps in (("back", 4, ()), ("back", 9, PASSED), ("again", 9, PASSED)):
+    aside = [f"{n * STEP:012d}.superseded" for n in (5, 6, 7)]
+    assert kept == sorted([*(f"{n * STEP:012d}" for n in (1, 2, 3, 4, 8, 9, 10)), *aside])
+    for name, clock, gaps in (("back", 4, ()), ("back", 10, PASSED), ("again", 10, PASSED)):
         snapshot = here.run(name) / "averages" / f"{clock * STEP:012d}"
         assert Snapshot.read(snapshot).gaps == gaps
 

@@ -1,11 +1,19 @@
 """fp16 training: loss scaling, skipped steps, and exact resume with them."""
 
+import errno
+import os
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.support import faults, ranks
 from tests.support.runs import EVERY, STEP, Place, build_start, equal
+from trainer import saver
+from trainer.checkpoint import committed
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +99,60 @@ def test_a_run_whose_last_step_is_skipped_is_finished(place: Place, half: tuple[
     assert place.train(place.arguments("ends", fp16=True, sets=sets), world=2, fp16=True) == [0]
     weights = [place.weights("ends", images) for images in (before, last * STEP)]
     assert equal(*weights) and place.losses("ends", "skipped")[-1] == 1
+
+
+def lose_a_checkpoint(directory: Path, runs: list) -> int:
+    """Train; on rank 1 no file of the first checkpoint at 24 can be written, of any run.
+
+    From 24 on each step of an fp16 run overflows. A validation is stopped as it begins.
+    """
+    from trainer.engine import Engine
+    from trainer.validation import Validation
+
+    write, step, measure = saver.save_file, Engine.step, Validation.measure
+    failed = set[Path]()
+
+    def fail_once(tensors: object, file: Path, **named: object) -> None:
+        if (
+            os.environ["RANK"] == "1"
+            and f".{2 * STEP:012d}." in str(file)
+            and file.parent not in failed
+        ):
+            failed.add(file.parent)
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        write(tensors, file, **named)
+
+    def overflow(self: Engine, *, images_seen: int, **named: Any) -> object:
+        report = step(self, images_seen=images_seen, **named)
+        if self._scaling.is_dynamic:
+            self._scaling._scaler.cur_scale = 2.0 ** (100 if images_seen >= 2 * STEP else 4)
+        return report
+
+    def stop(self: Validation, engine: Engine, *, stopped: object, **named: Any) -> object:
+        return measure(self, engine, stopped=lambda: True, **named)
+
+    saver.save_file, Engine.step = fail_once, overflow  # type: ignore[method-assign,assignment]
+    Validation.measure = stop  # type: ignore[method-assign,assignment]
+    faults.stop_at({"overflowed": 3 * STEP})
+    return ranks.work(directory, runs, True)
+
+
+def test_a_checkpoint_that_was_not_written_is_written_where_the_run_stops(
+    place: Place, digits: Path
+) -> None:
+    """Though no step has changed the weights since, or none was taken at all."""
+    often = (f"intervals.checkpoint = {2 * STEP}",)
+    validated = (*often, f'data.validation = "{digits}"', f"intervals.validate = {2 * STEP}")
+    runs = [
+        place.arguments("overflowed", fp16=True, sets=often),
+        place.arguments("validated", sets=validated),
+    ]
+    task = partial(lose_a_checkpoint, place.root / "lost-job", runs)
+    job = ranks.fork(place.root / "lost-job", task, ranks=2)
+    job.wait()
+    assert job.statuses == [75, 75], job.text
+    for name, clock in (("overflowed", 4 * STEP), ("validated", 2 * STEP)):
+        assert "no checkpoint could be written: rank 1: " in place.log(name)
+        saved = committed(place.run(name) / "checkpoints")
+        assert [int(path.name) for path in saved] == [clock]
+    assert place.losses("overflowed", "skipped")[2:] == [1, 1]

@@ -57,7 +57,7 @@ class Loop(Parts):
         self.guards.log = self.log
         training, engine = self.config.training, self.engine
         self._compiles = compute.is_compiled(training, device=engine.device, stage=engine.stage)
-        self._saving = Saving(parts=self, saver=self.saver, saved_images=self.images_seen)
+        self._saving = Saving(parts=self, saver=self.saver, tried_at=self.images_seen)
         self._incidents = Incidents(parts=self, audit=Audit(self), saver=self.saver)
         self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self.log)
         validation = None

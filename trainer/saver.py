@@ -62,6 +62,9 @@ class Saver:
         self._facts: dict[str, Any] = {}
         self._error: str | None = None
         self._failure: str | None = None  # of the last save
+        #: Whether what was saved last failed to be written, or was suspect and left.
+        self.is_lost = False
+        self._prunes = True
         self._failing_since: float | None = None
         # Whether the last `flag`, and the one before, were about the save that is pending.
         self._flagged = self._known = False
@@ -74,18 +77,21 @@ class Saver:
         """
         from_main(lambda: self._require_room(source))
 
-    def save(self, source: Gathered, *, state: TrainState) -> bool:
-        """Copy the state to the host, then write it in the background; whether that began.
+    def save(self, source: Gathered, *, state: TrainState, prunes: bool = True) -> None:
+        """Copy the state to the host, then write it in the background.
+
+        Unless it `prunes`, older checkpoints stay until the next commit.
 
         Raises:
             Broken: no checkpoint could be written for too long.
             Refused: another start has taken the run over.
         """
         assert self._thread is None, "flush the last checkpoint before the next save"
-        self._state, self._flagged = state, False
+        self._state, self._flagged, self._prunes = state, False, prunes
         directory = self._partial(state.images_seen)
-        if not self._told(from_main(lambda: _fault(lambda: self._prepare(source, directory)))):
-            return False
+        self._tell(from_main(lambda: _fault(lambda: self._prepare(source, directory))))
+        if self.is_lost:
+            return
         mine: dict[str, dict[str, Tensor]] = {}
         for number, kind in enumerate(source.kinds):
             owner = owner_of(number, self._world)
@@ -94,7 +100,6 @@ class Saver:
                 mine[kind] = whole
         self._thread = threading.Thread(target=self._write, args=(directory, mine))
         self._thread.start()
-        return True
 
     def flag(self) -> bool:
         """What this rank tells the others: whether its files are still on their way to disk."""
@@ -126,11 +131,12 @@ class Saver:
         self._wait_for(self._thread)
         self._thread, self._flagged = None, False
         if self._is_suspect(failing_since):
-            return  # the next save removes it
+            self.is_lost = True  # the next save removes it
+            return
         everyone = gather((self._facts, self._error))
         errors = [error for _, error in everyone if error]
         listed = {name: facts for rank, _ in everyone for name, facts in rank.items()}
-        self._told(from_main(lambda: errors[0] if errors else _fault(lambda: self._commit(listed))))
+        self._tell(from_main(lambda: errors[0] if errors else _fault(lambda: self._commit(listed))))
 
     def _wait_for(self, writing: threading.Thread) -> None:
         """Wait for this rank's files; as long as files grow, a slow disk is no rank that hangs."""
@@ -160,22 +166,22 @@ class Saver:
             return False
         return self._state.images_seen >= failing_since
 
-    def _told(self, failure: str | None) -> bool:
-        """Whether a save went well, the same on all ranks; a failure is logged, and its rest freed.
+    def _tell(self, failure: str | None) -> None:
+        """Note how a save went, the same on all ranks; a failure is logged, and its rest freed.
 
         Raises:
             Broken: saves have failed for too long.
         """
         now = time.monotonic()
-        self._failure = failure
+        self._failure, self.is_lost = failure, failure is not None
         if failure is None:
-            return True
+            return
         since = self._failing_since = self._failing_since or now
         limit = self._intervals.unsaved_minutes
         if self._world.is_main:
             self._run.log(
-                f"no checkpoint could be written: {failure}; training goes on, and the next is "
-                f"due in {self._intervals.checkpoint:,} images"
+                f"no checkpoint could be written: {failure}; the next save is due in "
+                f"{self._intervals.checkpoint:,} images, or where the run stops"
             )
             for partial in self._run.checkpoints.glob(".*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -184,7 +190,6 @@ class Saver:
                 f"no checkpoint could be written for intervals.unsaved_minutes = {limit:g}: "
                 f"{failure}; free the disk, and rerun the same command to resume from the last one"
             )
-        return False
 
     def _prepare(self, source: Gathered, directory: Path) -> None:
         """Make the directory of a checkpoint that there is room for."""
@@ -224,7 +229,8 @@ class Saver:
         files.sync(self._run.checkpoints)
         self._run.log(f"checkpoint {final.name} committed")
         self._run.note(checkpoint=final.name, images_seen=state.images_seen)
-        self._prune(until=state.images_seen)
+        if self._prunes:
+            self._prune(until=state.images_seen)
 
     def _partial(self, images_seen: int) -> Path:
         return self._run.checkpoints / f".{images_seen:012d}.partial"

@@ -50,20 +50,47 @@ def spoil_the_first(images: Sequence[int], *, is_compiled: bool) -> None:
     Denoise.__call__ = spoiled  # type: ignore[method-assign]
 
 
-def work(directory: Path, runs: list, factors: Mapping[int, float], fp16: bool) -> int:
+def stop_at(clocks: Mapping[str, int]) -> None:
+    """Stop runs, by name, in the step that ends at a clock; the ranks learn of it one later."""
+    from trainer.loop import Loop
+
+    step: Callable[..., None] = Loop._step
+
+    def stopped(self: Loop, batches: Any) -> None:
+        step(self, batches)
+        if self.images_seen == clocks.get(self.run.path.name):
+            self.stop_requested = lambda: True
+
+    Loop._step = stopped  # type: ignore[method-assign]
+
+
+def work(
+    directory: Path,
+    runs: list,
+    factors: Mapping[int, float],
+    fp16: bool,
+    stops: Mapping[str, int] | None = None,
+) -> int:
     """As `ranks.work`, with spoiled losses."""
     spoil(factors)
+    stop_at(stops or {})
     return ranks.work(directory, runs, fp16)
 
 
 def train(
-    place: Place, *runs: list, world: int, factors: Mapping[int, float], fp16: bool = False
+    place: Place,
+    *runs: list,
+    world: int,
+    factors: Mapping[int, float],
+    fp16: bool = False,
+    stops: Mapping[str, int] | None = None,
 ) -> list:
-    """As `Place.train`, with spoiled losses."""
+    """As `Place.train`, with spoiled losses, and stops of runs at a clock."""
     from functools import partial
 
     directory = place.root / f"spoiled-{len(list(place.root.glob('spoiled-*')))}"
-    job = ranks.fork(directory, partial(work, directory, list(runs), factors, fp16), ranks=world)
+    task = partial(work, directory, list(runs), factors, fp16, stops)
+    job = ranks.fork(directory, task, ranks=world)
     job.wait()
     return job.statuses
 
