@@ -30,7 +30,15 @@ def test_a_run_goes_back_once_and_sets_aside_what_came_after(bare: Place) -> Non
     unknown = [*bare.arguments("back", sets=EVERY), "--from", "5"]
     foreign = [*bare.arguments("back", sets=EVERY), "--from", str(bare.run("base") / "c" / "12")]
     back = [*bare.arguments("back", stage=3, sets=EVERY), "--from", str(target)]
-    *refused, done = bare.train(torn, unknown, foreign, back, world=2)
+    beside = {"samples": "png", "evaluations": "json"}
+    for directory, suffix in beside.items():
+        (bare.run("back") / directory).mkdir()
+        for name in (f"{HALF:012d}", f"{HALF + STEP:012d}", f"{END:012d}", "my-own"):
+            (bare.run("back") / directory / f"{name}.{suffix}").touch()
+    odd = bare.arguments("back", sets=(*EVERY, "training.batch = 16", "training.images = 80"))
+    other, *refused, done = bare.train(odd, torn, unknown, foreign, back, world=2)
+    assert f"training.batch = 16: must divide the {END} images that the run has seen" in other
+    assert other.endswith(f"keep the batch that it has, or go back with --from {48:012d}")
     assert "is damaged: adam-m.safetensors has" in refused[0]
     assert f"has no such checkpoint; it has: {END:012d}, " in refused[1]
     assert "(weights of another run: --init)" in refused[2]
@@ -40,6 +48,10 @@ def test_a_run_goes_back_once_and_sets_aside_what_came_after(bare: Place) -> Non
     assert [int(path.name[:12]) for path in aside] == list(later)
     assert rows(bare.run("back") / "metrics.set-aside.jsonl") == list(later)
     assert rows(bare.run("back") / "metrics.jsonl") == list(range(STEP, END + 1, STEP))
+    for directory, suffix in beside.items():
+        names = sorted(path.name for path in (bare.run("back") / directory).iterdir())
+        gone = [f"{clock:012d}.{suffix}.set-aside" for clock in (HALF + STEP, END)]
+        assert names == [f"{HALF:012d}.{suffix}", *gone, f"my-own.{suffix}"]
     assert "went back to checkpoint" in bare.log("back")
     assert f"resumes from checkpoint {HALF:012d}" in bare.log("back")
     # The same command again, as a scheduler gives it, does not lose what was trained since; the

@@ -1,8 +1,8 @@
 """`--from CHECKPOINT`: a run goes back to an older checkpoint, once.
 
-What came after it is renamed, never deleted: checkpoints to `NAME.set-aside`, rows of metrics.jsonl
-to `metrics.set-aside.jsonl`. `RUN/launch/from.json` records it, so that the same command, which a
-scheduler may run again, does not go back a second time.
+What came after it is renamed, never deleted: checkpoints, grids and evaluations to
+`NAME.set-aside`, rows of metrics.jsonl to `metrics.set-aside.jsonl`. `RUN/launch/from.json` records
+it, so that the same command, which a scheduler may run again, does not go back a second time.
 """
 
 from data import files
@@ -32,13 +32,16 @@ def go_back(run: Run, wanted: str) -> None:
         raise ValueError(f"--from {wanted}: the checkpoint is damaged: {faults[0]}")
     run.check_lease()
     later = [path for path in checkpoints.committed(run.checkpoints) if path.name > target.name]
+    # Like checkpoints these are named by the clock.
+    kept = [*run.samples.glob("[0-9]*.png"), *run.evaluations.glob("[0-9]*.json")]
+    beside = [path for path in kept if path.stem > target.name]
     rows = rows_after(run.path / "metrics.jsonl", int(target.name))
     if rows:
         files.append(run.path / f"metrics.{_ASIDE}.jsonl", "".join(f"{row}\n" for row in rows))
-    for path in later:
+    for path in [*later, *beside]:
         files.set_aside(path, _ASIDE)
     origin.record(target, run=run.path)
     run.log(
-        f"went back to checkpoint {target.name}: {len(later)} later checkpoints and {len(rows)} "
-        f"rows of metrics are set aside (*.{_ASIDE}*)"
+        f"went back to checkpoint {target.name}: {len(later)} later checkpoints, {len(rows)} rows "
+        f"of metrics, and {len(beside)} grids and evaluations are set aside (*.{_ASIDE}*)"
     )

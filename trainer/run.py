@@ -139,6 +139,11 @@ class Run:
         """Where grids are kept."""
         return self.path / "samples"
 
+    @property
+    def evaluations(self) -> Path:
+        """Where the results of evaluations are kept."""
+        return self.path / "evaluations"
+
     def adopt(self, config: Config) -> Config:
         """`config` with EMA decays per step, if the run that is here counts them so.
 
@@ -238,9 +243,8 @@ class Run:
         """Keep the results of an evaluation as `evaluations/NAME.json`."""
 
         def save() -> None:
-            directory = self.path / "evaluations"
-            directory.mkdir(exist_ok=True)
-            files.write(directory / f"{name}.json", text)
+            self.evaluations.mkdir(exist_ok=True)
+            files.write(self.evaluations / f"{name}.json", text)
 
         self.attempt("evaluations/", save)
 

@@ -61,7 +61,8 @@ def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> C
     among the newest that are kept.
 
     Raises:
-        Refused: all its checkpoints are damaged, or were trained on other images.
+        Refused: all its checkpoints are damaged, or were trained on other images; or steps of
+            another batch do not lead from there to the end.
     """
     found, damaged = checkpoints.latest_valid(
         run.checkpoints, kinds=kinds(config.training), world=world
@@ -76,10 +77,29 @@ def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> C
         )
     if found is not None:
         agreed(lambda: stream.check_identity(found.state.order))
+        agreed(lambda: _check_batch(found, run=run, config=config))
         if world.is_main:
             for path in damaged:
                 _move_away(path, run=run)
     return found
+
+
+def _check_batch(found: Checkpoint, *, run: Run, config: Config) -> None:
+    """Return if steps of `training.batch` lead from a checkpoint to the end of the training.
+
+    Raises:
+        ValueError: they would lead past it.
+    """
+    batch, seen = config.training.batch, found.images_seen
+    if seen >= config.training.images or seen % batch == 0:
+        return
+    names = [path.name for path in checkpoints.committed(run.checkpoints)]
+    older = next((name for name in names if int(name) < seen and int(name) % batch == 0), None)
+    ways = ["keep the batch that it has", *([f"go back with --from {older}"] if older else [])]
+    raise ValueError(
+        f"training.batch = {batch}: must divide the {seen:,} images that the run has seen: "
+        + ", or ".join(ways)
+    )
 
 
 def _move_away(path: Path, *, run: Run) -> None:
