@@ -209,7 +209,7 @@ def _members(path: Path, file: BinaryIO, skipped: Counter[str]) -> Iterator[tarf
     if any(rest.strip(b"\0") for rest in iter(partial(file.read, _PIECE), b"")):
         raise ValueError(
             f"{path} ends at byte {end}, and another tar or something else follows: where tars "
-            "were joined by `cat`, give them one by one"
+            "were joined by `cat`, give the separate tars"
         )
 
 

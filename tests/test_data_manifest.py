@@ -139,6 +139,15 @@ def test_an_index_that_is_another_array_is_one_error(
         epoch(url)
 
 
+def test_a_label_without_a_class_is_shown_as_such(
+    shards: Shards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As releases before 0.2 packed parquet whose metadata has too few names."""
+    rewrite(shards, lambda body: body.update(classes=["cat", "dog"]))
+    assert shards_main(["info", shards.root]) == REFUSED
+    assert "0.tar has the label 29, and manifest.json names 2 classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["train {00}", ".hidden", "a+b", "-x"])
 def test_indexing_a_tar_with_a_name_that_no_shard_may_have_asks_to_rename_it(
     shards: Shards, name: str
