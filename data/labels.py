@@ -109,7 +109,7 @@ def all_or_no_labels(names: Sequence[str], labels: Sequence[Label | None]) -> li
     """
     known = [label for label in labels if label is not None]
     for name, label in zip(names, labels, strict=True):
-        if isinstance(label, str) and (_is_list(label) or _is_none(label)):
+        if isinstance(label, str) and (_is_none(label) or _is_list(label)):
             raise ValueError(
                 f"{name} has the label {label!r:.40}: must be a class number or a class name"
             )

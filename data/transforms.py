@@ -130,7 +130,8 @@ def open_over(content: bytes | memoryview, background: str = "white") -> Opened:
             raise ValueError("its values are floating-point numbers: convert it to 8 or 16 bits")
         if image.mode.startswith("I"):
             pixels, most = _from_16_bits(image)
-            clear = Image.fromarray(np.asarray(image) == image.info.get("transparency", -1))
+            key = image.info.get("transparency")
+            clear = Image.fromarray(np.asarray(image) == (key if isinstance(key, int) else -1))
             pixels.paste(background, mask=clear)
             is_transparent = clear.getbbox() is not None
             return Opened(pixels, is_transparent, is_dim=0 < most < _DIM, turn=turn)

@@ -45,7 +45,8 @@ class Parquet(Archives):
             for row, label in enumerate(_labels(file, table)):
                 names.append(f"{file.name}@{row}")
                 labels.append(label)
-            of_classes.setdefault(_class_names(file, table), file)
+            if table.metadata.num_rows:
+                of_classes.setdefault(_class_names(file, table), file)
         listing = by_label_if_any(names, labels)
         if not listing.is_numbered:
             return listing
