@@ -188,6 +188,18 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         arrays = dict(stored)
     about = json.loads(str(arrays["reference"])) | {"network_sha256": "0" * 64}
     np.savez(other, **{**arrays, "reference": json.dumps(about)})
+
+    def damaged(name: str, **changed: Any) -> Path:
+        np.savez(tmp_path / name, **{**arrays, **changed})
+        return tmp_path / name
+
+    features = arrays["features"]
+    bit = damaged("bit.npz")
+    content = bytearray(bit.read_bytes())
+    content[content.index(arrays["mu"].tobytes())] ^= 1
+    bit.write_bytes(content)
+    unknown = {n: v for n, v in arrays.items() if n != "sigma"}
+    np.savez(tmp_path / "half.npz", **unknown)
     text = tmp_path / "text.npz"
     text.write_text("no archive")
     cases = [
@@ -202,6 +214,14 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         (samples, plain, network, "give the Inception weights as the network"),
         (samples, other, network, "make it again with this network"),
         (samples, text, network, "not a readable .npz"),
+        (samples, bit, network, "mu is damaged: Bad CRC-32"),
+        (samples, tmp_path / "half.npz", network, "mu is there without sigma"),
+        (samples, damaged("mu.npz", mu=arrays["mu"][:, None]), network, r"\(48, 1\) and \(48, 48"),
+        (samples, damaged("nan.npz", features=features * np.nan), network, "must be finite"),
+        (samples, damaged("columns.npz", features=features[:, 1:]), network, r"\(1797, 47\): must"),
+        (samples, damaged("flat.npz", features=features[0]), network, r"must be finite numbers"),
+        (samples, damaged("json.npz", reference="no JSON"), network, "'reference' is damaged"),
+        (samples, damaged("keys.npz", reference="{}"), network, "KeyError: 'network'"),
         (samples, digits, tmp_path / "none.pth", "download weights-inception-2015-12-05"),
         (samples, digits, plain, "is no plain weights file|is no weights file"),
         (samples, tmp_path / "none", network, "no such file or directory of shards"),

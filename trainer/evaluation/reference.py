@@ -101,7 +101,7 @@ def load(
         ValueError: the file is damaged, or made with another network.
     """
     stored = _open(path)
-    about = json.loads(str(stored[_ABOUT])) if _ABOUT in stored else None
+    about = _about(stored, path=path)
     if about is None and not network.is_inception:
         raise ValueError(
             f"{path} does not say of which network its features are, so it is one of the ADM "
@@ -115,9 +115,9 @@ def load(
     images = open_samples(path) if "arr_0" in stored else None
     if images is not None:
         check_images(images, size=size)
-    features = torch.from_numpy(stored["features"]) if "features" in stored else None
     pool = _statistics(stored, "pool", path=path)
     assert pool is not None
+    features = _features(stored, columns=len(pool.mean), path=path)
     reference = Reference(
         name=str(path),
         checksum=files.sha256(path),
@@ -177,16 +177,52 @@ def _open(path: Path) -> Any:
     return found
 
 
-def _statistics(stored: Any, kind: str, *, path: Path) -> Statistics | None:
-    names = _NAMES[kind]
-    if names[0] not in stored:
+def _tensor(stored: Any, name: str, *, path: Path) -> Tensor | None:
+    """A member of numbers; None where there is none of that name."""
+    if name not in stored:
         return None
     try:
-        mean, covariance = (torch.from_numpy(stored[name]).double() for name in names)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"reference {path}: damaged: {error}") from None
-    finite = torch.isfinite(mean).all() and torch.isfinite(covariance).all()
-    if covariance.shape != (len(mean), len(mean)) or not finite:
+        return torch.from_numpy(stored[name])
+    except Exception as error:  # numpy and zipfile raise errors of many types for damaged files
+        raise ValueError(f"reference {path}: {name} is damaged: {error}") from None
+
+
+def _about(stored: Any, *, path: Path) -> dict[str, Any] | None:
+    """What a file says of itself; None for those of others."""
+    if _ABOUT not in stored:
+        return None
+    try:
+        found = json.loads(str(stored[_ABOUT]))
+        return {name: found[name] for name in ("network", "network_sha256", "count")}
+    except Exception as error:  # as in `_tensor`, and of what is no such JSON
+        raise ValueError(
+            f"reference {path}: its member {_ABOUT!r} is damaged, or of another program "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
+def _features(stored: Any, *, columns: int, path: Path) -> Tensor | None:
+    found = _tensor(stored, "features", path=path)
+    if found is not None and (
+        found.shape[1:] != (columns,) or not found.is_floating_point() or not found.isfinite().all()
+    ):
+        raise ValueError(
+            f"reference {path}: features are {found.dtype} {tuple(found.shape)}: must be finite "
+            f"numbers (M, {columns}), as many columns as mu has"
+        )
+    return found
+
+
+def _statistics(stored: Any, kind: str, *, path: Path) -> Statistics | None:
+    names = _NAMES[kind]
+    mean, covariance = (_tensor(stored, name, path=path) for name in names)
+    if mean is None:
+        return None
+    if covariance is None:
+        raise ValueError(f"reference {path}: {names[0]} is there without {names[1]}")
+    mean, covariance = mean.double(), covariance.double()
+    is_finite = bool(mean.isfinite().all() and covariance.isfinite().all())
+    if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)) or not is_finite:
         raise ValueError(
             f"reference {path}: {names} are {tuple(mean.shape)} and {tuple(covariance.shape)}: "
             "must be a mean (D,) and a covariance (D, D) of finite numbers"
