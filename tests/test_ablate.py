@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tests.support import ranks
 from tests.support.exported import save
 from trainer.ablate import load, main
 from trainer.adm.unet import build
@@ -54,6 +58,10 @@ def test_a_row_may_set_what_the_set_sets_for_every_row() -> None:
         ('rows = [{name = "a", set = ["model.chanels = 3"]}]', "row 'a'.*unknown setting"),
         ('rows = [{name = "a", against = "b"}]', "the name of an earlier row"),
         ('rows = [{nam = "a"}]', "unknown setting"),
+        ("samples.images = 15", "samples.images = 15: must be at least 16"),
+        ('samples.steps = "2000"', "row 'base': samples.steps: respacing = '2000'"),
+        ('rows = [{name = "a", set = ["model.small_size = 4"]}]', "row 'a': model.small_size = 4"),
+        ('rows = [{name = "a", set = ["objective = \\"classify\\""]}]', "row 'a': "),
     ],
 )
 def test_a_wrong_set_is_refused_in_one_line(change: str, said: str) -> None:
@@ -80,6 +88,30 @@ def test_what_no_row_could_do_without_is_said_once_before_the_first(
         out, err = capfd.readouterr()
         assert not out and err.startswith(f"error: {said}") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_samples_are_compared_with_is_opened_before_the_first_row(
+    tmp_path: Path, digits: Path, tiny: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network, run, large = tmp_path / "n.pt2", tmp_path / "run", tmp_path / "large.npz"
+    save(network)
+    np.savez(large, arr_0=np.zeros((20, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((20, 8, 8, 3), np.float32))
+    train = ["train", str(tiny), "--run", str(run), "--set", "training.images = 8"]
+    ranks.start(tmp_path / "job", ranks=1, runs=[train]).wait()
+    environment = dict(os.environ)
+    for reference, net, said in (
+        (digits, run, "it is no classifier"),
+        (large, network, "samples are 8 x 8, the images of .* 16 x 16"),
+        (tmp_path / "float.npz", network, "images are float32"),
+        (digits, large, "weights"),
+    ):
+        given = [f"set = ['data.shards = \"{digits}\"']", f'samples.reference = "{reference}"']
+        given += [f'samples.network = "{net}"']
+        words = [word for change in given for word in ("--set", change)]
+        assert main(["digits", "--runs", str(tmp_path / "runs"), *words]) == 78
+        assert re.fullmatch(rf"error: samples: .*{said}.*\n", capfd.readouterr().err)
+    assert not (tmp_path / "runs").exists() and dict(os.environ) == environment
 
 
 @pytest.mark.slow

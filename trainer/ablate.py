@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from data import files
 from data.dataset import open_shards
 from data.exits import TO_BE_CONTINUED, CommandParser, reported
@@ -26,8 +28,10 @@ from data.stream import open_stream
 from trainer import ablation_results, costs, settings
 from trainer.ablations import AblationSet, Row, load
 from trainer.adm.config import check
-from trainer.evaluation.features import DINO
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.features import DINO, open_network
 from trainer.prediction import operations
+from trainer.ranks.group import alone
 from trainer.runstate import RunState
 
 # The status of a row that a signal stopped: all the rest waits too.
@@ -88,6 +92,28 @@ def _check_inputs(found: AblationSet, *, runs: Path) -> None:
         path = getattr(found.samples, name)
         is_there = Path(path.removeprefix(DINO)).exists()
         check(is_there, f"samples.{name}", path, "a file or directory that is there")
+    if left:
+        _check_evaluation(found, sides={found.config(row).model.image_size for row in left})
+
+
+def _check_evaluation(found: AblationSet, *, sides: set[int]) -> None:
+    """Return if samples of these sizes can be evaluated as the set says, tried on black ones.
+
+    Raises:
+        ValueError: the network or the reference is of another kind, or damaged.
+    """
+    samples, cpu = found.samples, torch.device("cpu")
+    print("checking samples.network and samples.reference", flush=True)
+    try:
+        with alone() as world:
+            network = open_network(samples.network, device=cpu)
+            evaluator = Evaluator(network=network, world=world, device=cpu, batch=64)
+            for side in sorted(sides):
+                evaluator.check_samples(
+                    samples.images, side=side, reference=Path(samples.reference)
+                )
+    except ValueError as error:
+        raise ValueError(f"samples: {error}") from None
 
 
 def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int) -> int:
@@ -163,7 +189,9 @@ def _left(found: AblationSet, row: Row, *, runs: Path) -> Iterator[list[str]]:
     if _state(run) != "finished":
         yield ["trainer.train", found.base, "--run", str(run), *changes]
     if not figures.exists():
-        count = ("--images", str(samples.images), "--steps", samples.steps, "--labels", "random")
+        count = ["--images", str(samples.images), "--steps", samples.steps]
+        is_conditional = found.config(row).model.num_classes is not None
+        count += ["--labels", "random"] if is_conditional else []
         yield ["trainer.sample", str(run), "--out", str(drawn), *count]
         against = ("--reference", samples.reference, "--network", samples.network)
         yield ["trainer.evaluate", str(drawn), *against, "--out", str(figures)]

@@ -8,7 +8,9 @@ from pathlib import Path
 from trainer import config as configs
 from trainer import settings
 from trainer.adm.config import check
+from trainer.adm.respacing import kept_timesteps
 from trainer.config import Config
+from trainer.sections import FEWEST_SAMPLES
 
 SETS = Path(__file__).parent / "sets"
 
@@ -42,6 +44,14 @@ class Samples:
     reference: str
     network: str
 
+    def __post_init__(self) -> None:
+        check(
+            self.images >= FEWEST_SAMPLES,
+            "samples.images",
+            self.images,
+            f"at least {FEWEST_SAMPLES}",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class AblationSet:
@@ -73,9 +83,22 @@ class AblationSet:
             ValueError: a change is wrong; names the row.
         """
         try:
-            return configs.load(self.base, self.changes(row), unset=row.unset)
+            config = configs.load(self.base, self.changes(row), unset=row.unset)
+            self._check_drawn(config)
+            return config
         except ValueError as error:
             raise ValueError(f"row {row.name!r}: {error}") from None
+
+    def _check_drawn(self, config: Config) -> None:
+        """Return if samples can be drawn of a row as they are of all."""
+        kind = config.objective
+        check(kind == "denoise", "objective", kind, '"denoise": rows are drawn and compared')
+        small = getattr(config.model, "small_size", None)
+        check(small is None, "model.small_size", small, "absent: rows are drawn from noise alone")
+        try:
+            kept_timesteps(config.diffusion.steps, self.samples.steps)
+        except ValueError as error:
+            raise ValueError(f"samples.steps: {error}") from None
 
 
 def load(name: str, overrides: Sequence[str], *, unset: Sequence[str]) -> AblationSet:

@@ -11,6 +11,7 @@ from trainer.evaluation import reference as references
 from trainer.evaluation.extraction import Extracted, Share, joined
 from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.reference import Reference
+from trainer.evaluation.results import check_comparable
 from trainer.ranks.group import agreed, from_main
 from trainer.ranks.world import World
 from trainer.sampling.samplefile import Samples, open_samples
@@ -54,6 +55,24 @@ class Evaluator:
         """
         found = self._open(path, size=size)
         return found[0] if isinstance(found, tuple) else found
+
+    def check_samples(self, count: int, *, side: int, reference: Path) -> None:
+        """Return if the network takes so many samples of a side, and the reference is of its kind.
+
+        Raises:
+            Refused: as `check`, or the network does not take them, or they are too few.
+        """
+        found = self.check(reference, size=(side, side))
+
+        def compute() -> None:
+            for size in {min(self.batch, count), count % self.batch} - {0}:
+                images = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=self.device)
+                with torch.no_grad():
+                    columns = self.network.compute(images).pool.shape[1]
+            if isinstance(found, Reference):
+                check_comparable(count, columns=columns, reference=found)
+
+        agreed(compute)
 
     def reference(self, path: Path, *, size: tuple[int, int]) -> Reference | None:
         """A reference file's content, or that of images, on the main rank.

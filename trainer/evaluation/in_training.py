@@ -74,20 +74,10 @@ class Evaluation:
 
     def _check(self) -> None:
         """Return if the network takes the samples, and the reference is of such features."""
-        part, count, device = self.evaluator.batch, self._count, self.evaluator.device
-        side, network = self.config.model.image_size, self.evaluator.network
-        reference = self.evaluator.check(self._path, size=(side, side))
-
-        def check() -> None:
-            for size in {min(part, count), count % part} - {0}:
-                images = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
-                with torch.no_grad():
-                    columns = network.compute(images).pool.shape[1]
-            if isinstance(reference, Reference):
-                check_comparable(count, columns=columns, reference=reference)
-
-        agreed(check)
-        network.net.to("cpu")
+        self.evaluator.check_samples(
+            self._count, side=self.config.model.image_size, reference=self._path
+        )
+        self.evaluator.network.net.to("cpu")
 
     @property
     def _count(self) -> int:

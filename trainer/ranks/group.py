@@ -96,6 +96,19 @@ def connected(
     dist.destroy_process_group()
 
 
+@contextmanager
+def alone() -> Iterator[World]:
+    """A group of this process while entered, for what ranks do together on CPUs.
+
+    Nothing in its environment says so to the processes that it starts.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World()
+    finally:
+        dist.destroy_process_group()
+
+
 def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torch.device:
     """This rank's device, once every rank has one. There is no process group yet."""
     device, fault = torch.device("cpu"), ""
