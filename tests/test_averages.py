@@ -156,11 +156,14 @@ def test_a_width_made_afterwards_is_the_one_kept_all_along(
 
 def test_a_width_made_afterwards_can_be_drawn_from(runs: Place) -> None:
     run = runs.run("spans3")
-    out = runs.root / "made.safetensors"
+    out = runs.root / "new" / "made.safetensors"
     assert ema.main([str(run), "--sigma", "0.13", "--out", str(out)]) == 0
     request = [str(out), "--out", str(runs.root / "drawn.npz"), "--images", "2", "--steps", "2"]
     assert ranks.sample(runs.root / "drawing", request) == [0]
     assert ranks.arrays(runs.root / "drawn.npz")[0].shape == (2, 8, 8, 3)
+
+
+MODEL = "model.safetensors"
 
 
 def test_what_cannot_be_made_is_one_line(runs: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +176,14 @@ def test_what_cannot_be_made_is_one_line(runs: Place, capsys: pytest.CaptureFixt
         (
             [whole, "--sigma", "0.1", "--at", "50"],
             "--at = 50: must be the time of a snapshot, such as",
+        ),
+        (
+            [whole, "--sigma", "0.1", "--out", whole / "checkpoints" / f"{LAST:012d}" / MODEL],
+            f"{MODEL}': must be a name that does not exist yet",
+        ),
+        (
+            [whole, "--sigma", "0.1", "--out", whole / "log.txt" / MODEL],
+            "its directory cannot be made (File exists)",
         ),
         ([whole, "--sigma", "0.1", "--out", "x.pt"], "a file that ends in .safetensors"),
         ([runs.run("per-step"), "--sigma", "0.1"], "has no snapshots of averages"),

@@ -1,6 +1,7 @@
 """`--init`: from which files a run starts, what is refused, and what the run records of it."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from tests.support.runs import HALF, STEP, Place, build_start, equal
 from trainer import config as configs
 from trainer import initial as initials
 from trainer import weights as files
+from trainer.adm.config import UNetConfig
+from trainer.diffusers_format import to_diffusers
 from trainer.initial import Initial
+from trainer.networks import TrainedNetwork
 from trainer.run import Run
 
 ONE = (f"training.images = {STEP}", f"intervals.checkpoint = {STEP}", "training.lr = 1e-30")
@@ -51,7 +55,11 @@ def test_files_that_no_run_can_start_from_are_one_line(
     torch.save(broken, tmp_path / "nan.pt")
     torch.save({"out.2.bias": torch.zeros(6)}, tmp_path / "short.pt")
     torch.save({"model": formula, "ema": formula, "args": 3}, tmp_path / "several.pt")
+    torch.save({**formula, "out.2.bias": torch.zeros(6).to(torch.float8_e4m3fn)}, tmp_path / "8.pt")
+    torch.save({"state_dict": formula, "args": Namespace(lr=1)}, tmp_path / "args.pt")
     said = {
+        "8.pt": "out.2.bias is in torch.float8_e4m3fn: weights must be in float32, float16, bf",
+        "args.pt": r"holds a argparse.Namespace, .* torch.save\(found\['state_dict'\], 'w.pt'\)",
         "none.pt": "no such weights file",
         "empty.pt": "it is empty",
         "empty.safetensors": "it is empty",
@@ -74,13 +82,64 @@ def test_another_number_of_classes_starts_from_the_seed_by_request(
     seven = ("model.num_classes = 7",)
     with pytest.raises(ValueError, match=r"label_emb\.weight is .*10.* add --init-skip label_emb$"):
         find(tmp_path / "ten.pt", tiny, sets=seven)
-    with pytest.raises(ValueError, match="--init-skip label: the network has no such part"):
+    with pytest.raises(ValueError, match="--init-skip label: neither the network nor"):
         find(tmp_path / "ten.pt", tiny, "label", sets=seven)
     initial = find(tmp_path / "ten.pt", tiny, "label_emb", sets=seven)
-    assert str(initial).endswith("; label_emb from the seed)")
+    assert str(initial).endswith("; without label_emb)")
     loaded = initial.load(configs.load(tiny, seven))
     assert loaded.pop("label_emb.weight").shape[0] == 7
     assert equal(loaded, {k: v for k, v in formula.items() if k != "label_emb.weight"})
+
+
+def test_what_a_network_has_no_place_for_is_left_out_by_request(
+    tmp_path: Path, tiny: Path, formula: dict[str, Tensor]
+) -> None:
+    torch.save(formula | {"step": torch.zeros(1)}, tmp_path / "more.pt")
+    message = "step is unknown; to leave step out, add --init-skip step$"
+    with pytest.raises(ValueError, match=message):
+        find(tmp_path / "more.pt", tiny)
+    loaded = find(tmp_path / "more.pt", tiny, "step").load(configs.load(tiny))
+    assert equal(loaded, formula)
+    plain = configs.load(tiny, unset=["model.num_classes"])
+    message = "to leave label_emb out and leave step out, add --init-skip label_emb step$"
+    with pytest.raises(ValueError, match=message):
+        Initial.find(tmp_path / "more.pt", skip=(), config=plain)
+    initial = Initial.find(tmp_path / "more.pt", skip=("step", "label_emb"), config=plain)
+    assert initial.load(plain).keys() == formula.keys() - {"label_emb.weight"}
+
+
+@pytest.mark.parametrize("file", ["unet/a.safetensors", "unet/a.bin", "a.safetensors", "a.bin"])
+def test_weights_by_diffusers_names_start_a_run_and_are_of_the_network_or_refused(
+    tmp_path: Path, tiny: Path, formula: dict[str, Tensor], file: str
+) -> None:
+    config = configs.load(tiny)
+    assert isinstance(config.model, UNetConfig)
+    path = tmp_path / file.replace("a.", "diffusion_pytorch_model.")
+    path.parent.mkdir(exist_ok=True)
+    theirs = to_diffusers(formula, config=config.model)
+    theirs = {name: value.contiguous() for name, value in theirs.items()}
+    save = save_file if path.suffix == ".safetensors" else torch.save
+    save(theirs, path)
+    assert equal(find(tmp_path, tiny).load(config), formula)
+    assert equal(TrainedNetwork.find(tmp_path, preset=str(tiny), decay=None).weights(), formula)
+    for sets, message in [
+        (("model.attention = []",), r"attentions\.0\.\S+ is unknown"),
+        (("model.channels = 96",), r"is \[128, 32\] instead of \[384, 96\]"),
+        (("model.channels = 96", "model.heads = 3"), "qkv.weight is missing"),
+    ]:
+        with pytest.raises(ValueError, match=f"does not fit the network of this preset.*{message}"):
+            find(tmp_path, tiny, sets=sets)
+    for classes in (False, True):  # of the weights, and then of the network
+        part = "label_emb" if classes else "class_embedding"
+        unset = ["model.num_classes"] if classes else []
+        if not classes:
+            save({n: v for n, v in theirs.items() if not n.startswith(part)}, path)
+        else:
+            save(theirs, path)
+        other = configs.load(tiny, unset=unset)
+        with pytest.raises(ValueError, match=r"add --init-skip label_emb$"):
+            Initial.find(tmp_path, skip=(), config=other)
+        assert Initial.find(tmp_path, skip=("label_emb",), config=other).load(other)
 
 
 def test_a_run_starts_from_weights_of_any_origin_and_records_them(
@@ -110,7 +169,7 @@ def test_a_run_starts_from_weights_of_any_origin_and_records_them(
         )
         record = json.loads((place.run(name) / "init.json").read_text())
         assert f"starts from {record['file']} (sha256 {record['sha256'][:12]}" in place.log(name)
-    assert "; label_emb from the seed)" in place.log("skipped")
+    assert "; without label_emb)" in place.log("skipped")
     _resume(place, file)
 
 

@@ -4,6 +4,7 @@ Exact where diffusers can express the network; `options` refuses the rest, namin
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ Weights = dict[str, Tensor]
 
 #: The weights in a folder.
 FILE = "unet/diffusion_pytorch_model.safetensors"
+# Where they are in folders of a pipeline, and in those of a model alone.
+_FILES = [f"{place}{FILE[5:-11]}{end}" for place in ("unet/", "") for end in ("safetensors", "bin")]
 
 _RES = {
     "in_layers.0": "norm1",
@@ -72,6 +75,11 @@ def options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
     }
 
 
+def find(folder: Path) -> Path | None:
+    """The weights in a folder of diffusers: of a pipeline, or of a model alone."""
+    return next((file for name in _FILES if (file := folder / name).is_file()), None)
+
+
 def assert_expressible(config: UNetConfig | ClassifierConfig) -> None:
     """Return if diffusers' UNet2DModel can be this network.
 
@@ -118,31 +126,31 @@ def to_diffusers(weights: Mapping[str, Tensor], *, config: UNetConfig) -> Weight
 def from_diffusers(weights: Mapping[str, Tensor], *, config: UNetConfig) -> Weights:
     """Weights of diffusers' UNet2DModel under our names.
 
-    Raises:
-        ValueError: a name is missing.
+    What this network has no place for keeps its name, and what is missing there is missing here, so
+    that `trainer.weights.check_fit` names both.
     """
-    named: Weights = {}
+    left, named = dict(weights), Weights()
     for ours, theirs, kind in _places(config):
         for end in ("weight", "bias"):
             wanted = [f"{theirs}.{end}"]
             if kind == "qkv":
                 wanted = [f"{theirs}.to_{letter}.{end}" for letter in "qkv"]
-            if ours.endswith("label_emb") and end == "bias":
+            values = [weights[name] for name in wanted if name in weights]
+            if len(values) < len(wanted) or (kind == "qkv" and not _joins(values, config=config)):
                 continue
-            if missing := [name for name in wanted if name not in weights]:
-                raise ValueError(f"the diffusers weights have no {missing[0]}")
-            values = [weights[name] for name in wanted]
             value = _join(values, config=config) if kind == "qkv" else values[0]
             is_matrix = kind in ("qkv", "projection") and end == "weight"
             named[f"{ours}.{end}"] = value[..., None] if is_matrix else value
-    return named
+            for name in wanted:
+                del left[name]
+    return named | left
 
 
 def ours(weights: Mapping[str, Tensor], *, config: UNetConfig | ClassifierConfig) -> Weights:
     """Weights of either kind under our names.
 
     Raises:
-        ValueError: as `from_diffusers`, or diffusers cannot express the network.
+        ValueError: diffusers cannot express the network.
     """
     if "conv_in.weight" not in weights:
         return dict(weights)
@@ -154,8 +162,7 @@ def ours(weights: Mapping[str, Tensor], *, config: UNetConfig | ClassifierConfig
 def _places(config: UNetConfig) -> Iterator[tuple[str, str, str]]:
     """Every layer: its name here, its name there, and which kind of layer it is."""
     for ours, theirs in _ENDS.items():
-        if ours != "label_emb" or config.num_classes is not None:
-            yield ours, theirs, "plain"
+        yield ours, theirs, "plain"
     for ours, theirs, kind in _modules(config):
         if kind == "attention":
             yield f"{ours}.norm", f"{theirs}.group_norm", "plain"
@@ -222,6 +229,13 @@ def _split(value: Tensor, *, config: UNetConfig) -> tuple[Tensor, ...]:
     heads = config.heads_at(len(rows) // 3)
     parts = rows.unflatten(0, (heads, 3, -1))
     return tuple(parts[:, i].flatten(0, 1) for i in range(3))
+
+
+def _joins(parts: list[Tensor], *, config: UNetConfig) -> bool:
+    """Whether q, k and v are of one shape, and of a width that this network's heads divide."""
+    width = len(parts[0])
+    by = config.head_channels or config.heads or 1
+    return len({part.shape for part in parts}) == 1 and width % by == 0
 
 
 def _join(parts: list[Tensor], *, config: UNetConfig) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from data import files
 from data.exits import CommandParser, reported
 from data.progress import duration
 from trainer import averages, snapshots
@@ -153,6 +154,7 @@ def make(arguments: argparse.Namespace) -> int:
     if out is not None:
         check(out.suffix == ".safetensors", "--out", str(out), "a file that ends in .safetensors")
         check(len(arguments.sigma or ()) == 1, "--out", str(out), "absent unless one --sigma is")
+        check(not out.exists(), "--out", str(out), "a name that does not exist yet")
     found = Averages.find(run, at=arguments.at)
     print(found.describe())
     combinations = {width: found.combine(width) for width in widths}
@@ -160,6 +162,8 @@ def make(arguments: argparse.Namespace) -> int:
         print(f"width {width:g}: expected error {combination.error:.2%} of its profile")
     if not arguments.sigma:
         return 0
+    if out is not None:
+        files.make_parent(out, option="--out")
     config = (run / "config.toml").read_text()
     sums = build(found, {width: each.coefficients for width, each in combinations.items()})
     for width, tensors in sums.items():

@@ -8,6 +8,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ class Initial:
     #: The weights file, and its checksum.
     file: str
     sha256: str
-    #: The parameters, or modules, of `--init-skip`, which start from the seed.
+    #: The parameters, or modules, of `--init-skip`: the network's start from the seed, others that
+    #: the file has are left out.
     skip: tuple[str, ...] = ()
 
     @classmethod
@@ -41,15 +43,15 @@ class Initial:
         Raises:
             ValueError: there are none, they do not fit, or some are not finite.
         """
-        if path.is_dir():
+        file = diffusers_format.find(path) or path
+        if file.is_dir():
             try:
                 found = TrainedNetwork.find(path, preset=None, decay=None)
             except ValueError as error:
                 raise ValueError(f"--init {path}: {error}") from None
             file, checksum = found.file, found.sha256
         else:
-            file = path
-            checksum = files.sha256(path) if path.is_file() else ""
+            checksum = files.sha256(file) if file.is_file() else ""
         initial = cls(
             init=str(path.absolute()), file=str(file.absolute()), sha256=checksum, skip=tuple(skip)
         )
@@ -67,14 +69,18 @@ class Initial:
         """The file's weights, but for those that are skipped."""
         with torch.device("meta"):
             own = build(config.model).state_dict()
-        for skip in self.skip:
-            if not any(name == skip or name.startswith(f"{skip}.") for name in own):
-                modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in own))
-                raise ValueError(f"--init-skip {skip}: the network has no such part: {modules}")
         loaded = diffusers_format.ours(weights.load(self.file), config=config.model)
+        for skip in self.skip:
+            if not any(name == skip or name.startswith(f"{skip}.") for name in (*own, *loaded)):
+                modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in (*own, *loaded)))
+                raise ValueError(
+                    f"--init-skip {skip}: neither the network nor {self.file} has such a part; "
+                    f"there are: {modules}"
+                )
         kept = {name: value for name, value in loaded.items() if not self._is_skipped(name)}
         wanted = {name: value for name, value in own.items() if not self._is_skipped(name)}
-        weights.check_fit(wanted, kept, source=self._source, hint=_hint)
+        hint = partial(_hint, own=frozenset(name.split(".")[0] for name in own))
+        weights.check_fit(wanted, kept, source=self._source, hint=hint)
         return kept
 
     def load(self, config: Config) -> dict[str, Tensor]:
@@ -86,8 +92,8 @@ class Initial:
         return {**build(config.model).state_dict(), **kept}
 
     def __str__(self) -> str:
-        seeded = f"; {', '.join(self.skip)} from the seed" if self.skip else ""
-        return f"{self.file} (sha256 {self.sha256[:12]}{seeded})"
+        without = f"; without {', '.join(self.skip)}" if self.skip else ""
+        return f"{self.file} (sha256 {self.sha256[:12]}{without})"
 
 
 # The entry of `RUN/init.json` that is null in a run that was started from its seed.
@@ -160,13 +166,13 @@ def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
         )
 
 
-def _hint(names: Sequence[str]) -> str:
-    """What to add to the command where only few parts differ."""
+def _hint(names: Sequence[str], *, own: frozenset[str]) -> str:
+    """What to add to the command where only few parts differ; `own` are those of the network."""
     parts = list(dict.fromkeys(name.split(".")[0] for name in names))
     if len(parts) > 2:
         return ""
-    options = " ".join(f"--init-skip {part}" for part in parts)
-    return f"; to start {' and '.join(parts)} from the seed, add {options}"
+    ways = [f"start {part} from the seed" if part in own else f"leave {part} out" for part in parts]
+    return f"; to {' and '.join(ways)}, add --init-skip {' '.join(parts)}"
 
 
 def _file(run: Run) -> Path:

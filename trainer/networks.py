@@ -21,7 +21,6 @@ from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import build
 from trainer.compute import DTYPES
 from trainer.config import Config
-from trainer.diffusers_format import FILE
 from trainer.ranks.group import broadcast, from_main
 
 
@@ -48,15 +47,15 @@ class TrainedNetwork:
         """
         name = str(path) if preset is None else f"{path} (preset {preset})"
         own = preset is None
-        if (path / FILE).is_file():
+        if (file := diffusers_format.find(path)) is not None:
+            if preset is None and path.name == "unet":
+                raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
             if preset is None and not (path / "config.toml").is_file():
                 raise ValueError(
                     f"{path} has no config.toml, which trainer.export writes: add --preset"
                 )
             config = configs.load(path / "config.toml" if preset is None else preset)
-            return cls(config, path / FILE, files.sha256(path / FILE), name, own)
-        if (path / Path(FILE).name).is_file():
-            raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
+            return cls(config, file, files.sha256(file), name, own)
         if path.is_dir():
             found = _newest(path)
             run = found.path.parent.parent

@@ -24,7 +24,8 @@ def add_init(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PART",
-        help="parts of the network that start from the seed, such as label_emb (default: none)",
+        help="parts of the weights that are not taken, such as label_emb: the network's start from "
+        "the seed (default: none)",
     )
 
 

@@ -1,6 +1,7 @@
 """Weights in files: loading those of any origin, and filling a network with them."""
 
 import errno
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class NotWeightsError(ValueError):
@@ -41,7 +44,7 @@ def load(path: str | Path) -> dict[str, Tensor]:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is no weights file: {why}") from None
     except Exception as error:  # torch raises pickle's own errors for unsafe or foreign files
-        raise ValueError(f"{path} is no plain weights file: {type(error).__name__}") from None
+        raise ValueError(f"{path} is no plain weights file: {_why(error, path)}") from None
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
@@ -61,6 +64,18 @@ def _kinds(found: Any, path: Path) -> str:
     best = next((name for name in inside if "ema" in str(name)), inside[0] if inside else None)
     hint = f" (write the weights alone: torch.save(torch.load({str(path)!r})[{best!r}], 'w.pt'))"
     return f"{[*map(str, found)][:5]}{hint if inside else ''}"
+
+
+def _why(error: Exception, path: Path) -> str:
+    """Why a file cannot be unpickled, and the way out where it holds objects beside the tensors."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found is None:
+        return type(error).__name__
+    return (
+        f"it holds a {found[1]}, which may run code when it is loaded; where you trust the file, "
+        f"write the weights alone: found = torch.load({str(path)!r}, weights_only=False); "
+        "torch.save(found['state_dict'], 'w.pt')"
+    )
 
 
 def _unpickle(path: Path) -> Any:
@@ -126,9 +141,13 @@ def check_finite(weights: Mapping[str, Tensor], *, source: str | Path, hint: str
     """Return if all values are finite.
 
     Raises:
-        ValueError: some are not; names the first tensor, with the hint.
+        ValueError: some are not, or are none of a network's numbers, such as float8; names the
+            first tensor, with the hint.
     """
     for name, value in weights.items():
+        if value.dtype not in _DTYPES:
+            known = ", ".join(f"{dtype}".removeprefix("torch.") for dtype in _DTYPES)
+            raise ValueError(f"{source}: {name} is in {value.dtype}: weights must be in {known}")
         if not value.isfinite().all():
             raise ValueError(f"{source}: {name} has values that are not finite{hint}")
 
