@@ -101,10 +101,12 @@ def test_each_fault_names_the_way_out(finding: Finding, state: str, said: str) -
 def test_a_compiler_that_is_missing_or_lacks_pythons_headers_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert preflight._compiler_fault(["c++"]) == ""
-    assert preflight._compiler_fault(["no-such-c++"]) == "no no-such-c++ in PATH"
+    assert preflight._compiler_fault("c++ -O1") == ""
+    assert preflight._compiler_fault("no-such-c++") == "no no-such-c++ in PATH"
+    assert preflight._compiler_fault(" ") == "CXX = ' ' names no compiler: unset it"
+    assert preflight._compiler_fault('c++ "') == "CXX = 'c++ \"': No closing quotation"
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert "Python.h: No such file" in preflight._compiler_fault(["c++"])
+    assert "Python.h: No such file" in preflight._compiler_fault("c++")
 
 
 def test_requirements_are_compared_with_what_is_installed() -> None:

@@ -219,6 +219,25 @@ def test_a_wrong_option_ends_every_command_alike(command: str) -> None:
     assert end.value.code == REFUSED
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--patience nan", "nan: must be from 10 to 1,000,000 seconds"),
+        ("--patience inf", "inf: must be from 10 to 1,000,000 seconds"),
+        ("--patience 9", "9: must be from 10 to 1,000,000 seconds"),
+        ("--patience soon", "invalid seconds value: 'soon'"),
+        ("--gpus=-1", "-1: must be at least 0"),
+        ("--profile=-1", "-1: must be at least 0"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], option: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args(["digits", "--run", "run", *option.split()])
+    assert end.value.code == REFUSED and said in capsys.readouterr().err
+
+
 def make(run: Path, preset: Path | str, *changes: str) -> TrainingPlan:
     sets = [word for change in changes for word in ("--set", change)]
     return TrainingPlan.make(parser().parse_args([str(preset), "--run", str(run), *sets]), ranks=1)

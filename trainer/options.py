@@ -4,13 +4,39 @@ import argparse
 from pathlib import Path
 
 from data.exits import CommandParser
-from trainer import origin, profiling, settings
+from trainer import origin, settings
 
 _ABOUT = """Train a preset, or resume the run that is there.
 
 Started by torchrun, mpirun, srun, `deepspeed` or alone. Ctrl-C or TERM saves and leaves with
 status 75; the same command resumes. A finished run says so and leaves with status 0.
 """
+
+# Shorter, a busy machine reports too late; longer, torch's timers would overflow. In seconds.
+_PATIENCE = (10, 10**6)
+
+
+def count(text: str) -> int:
+    """The value of an option that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: it is below 0.
+    """
+    if (found := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{found}: must be at least 0")
+    return found
+
+
+def seconds(text: str) -> float:
+    """The value of `--patience`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no length of time that a watchdog can keep.
+    """
+    least, most = _PATIENCE
+    if not least <= (found := float(text)) <= most:
+        raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most:,} seconds")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,17 +52,17 @@ def parser() -> argparse.ArgumentParser:
     ranks = "refuse to start with another number of ranks (default: any number)"
     p.add_argument("--ranks", type=int, help=ranks)
     profile = "profile so many steps on the main rank, into RUN/profile/ (default: none)"
-    p.add_argument("--profile", type=profiling.steps, default=0, metavar="STEPS", help=profile)
+    p.add_argument("--profile", type=count, default=0, metavar="STEPS", help=profile)
     p.add_argument(
         "--patience",
-        type=float,
+        type=seconds,
         default=600.0,
         metavar="SECONDS",
         help="end the job when a rank is lost or hung for so long (default: %(default)s)",
     )
     p.add_argument(
         "--gpus",
-        type=int,
+        type=count,
         help="refuse a machine that shows fewer GPUs; 0: train on CPUs (default: what there is)",
     )
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it

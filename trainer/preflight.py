@@ -133,8 +133,8 @@ def findings() -> Iterator[Finding]:
 
 def _building(torch: Torch) -> Iterator[Finding]:
     """What compiles operators."""
-    on_gpus, command = bool(torch.gpus), shlex.split(os.environ.get("CXX", "c++"))
-    yield machine.compiler(_compiler_fault(command), command=" ".join(command), on_gpus=on_gpus)
+    on_gpus, command = bool(torch.gpus), os.environ.get("CXX", "c++")
+    yield machine.compiler(_compiler_fault(command), command=command, on_gpus=on_gpus)
     yield machine.ninja(_which("ninja"), on_gpus=on_gpus)
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
     kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
@@ -205,20 +205,26 @@ def _devices() -> str:
     return "AMD" if Path("/dev/kfd").exists() else ""
 
 
-def _compiler_fault(command: Sequence[str]) -> str:
+def _compiler_fault(command: str) -> str:
     """Why a library like DeepSpeed's operator cannot be compiled and linked, or ""."""
-    if shutil.which(command[0]) is None:
-        return f"no {command[0]} in PATH"
+    try:
+        compiler = shlex.split(command)
+    except ValueError as error:
+        return f"CXX = {command!r}: {error}"
+    if not compiler:  # torch would compile by no command
+        return f"CXX = {command!r} names no compiler: unset it"
+    if shutil.which(compiler[0]) is None:
+        return f"no {compiler[0]} in PATH"
     source = "#include <Python.h>\n#include <omp.h>\n#include <vector>\n"
     headers = sysconfig.get_paths()["include"]
     with tempfile.TemporaryDirectory() as directory:
         options = ["-shared", "-fPIC", "-fopenmp", f"-I{headers}", "-x", "c++", "-"]
-        words = [*command, *options, "-o", f"{directory}/probe.so"]
+        words = [*compiler, *options, "-o", f"{directory}/probe.so"]
         tried = subprocess.run(words, input=source, capture_output=True, text=True, check=False)
     if tried.returncode == 0:
         return ""
     lines = [line for line in tried.stderr.splitlines() if "error" in line]
-    return f"{command[0]} fails: {(lines or ['no message'])[0].strip()}"
+    return f"{compiler[0]} fails: {(lines or ['no message'])[0].strip()}"
 
 
 def _write_fault(directory: Path) -> str:

@@ -4,7 +4,6 @@ The main rank alone is profiled, after steps that warm up. `RUN/profile/` gets a
 Perfetto and TensorBoard's profiler plugin read, and `table.txt`.
 """
 
-import argparse
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,14 +49,6 @@ def table(times: Iterable[tuple[str, float]], *, seconds: float, steps: int) -> 
     lines = [f"{'kind':22} {'ms per step':>12} {'share':>7}"]
     lines += [f"{k:22} {1e3 * s / steps:12.2f} {s / seconds:7.1%}" for k, s in rows]
     return "\n".join(lines) + "\n"
-
-
-def steps(text: str) -> int:
-    """The value of `--profile`."""
-    count = int(text)
-    if count < 0:
-        raise argparse.ArgumentTypeError(f"{count}: must be at least 0")
-    return count
 
 
 @contextmanager

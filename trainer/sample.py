@@ -22,6 +22,7 @@ from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
 from trainer.compute import DTYPES
 from trainer.networks import SampleInputs
+from trainer.options import count
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.signals import Preemption
@@ -192,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     ranks = "refuse to start with another number of ranks (default: any number)"
     add("--ranks", type=int, help=ranks)
     gpus = "refuse a machine that shows fewer GPUs; 0: draw on CPUs (default: what there is)"
-    add("--gpus", type=int, help=gpus)
+    add("--gpus", type=count, help=gpus)
     add("--job", type=Path, help=argparse.SUPPRESS)  # `python -m launch sample` passes it
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
     return p
