@@ -76,6 +76,8 @@ def test_a_run_of_the_last_release_keeps_its_job(copied: tuple[Path, Path]) -> N
     assert records.job_id(original) == "7"
     file.unlink()
     assert records.job_id(original) == "7"
+    (original / "code" / "COMMIT").unlink()
+    records.check_directory(original)
 
 
 @DRY_RUNS

@@ -4,8 +4,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from data.exits import REFUSED
 from tests.support import ranks
+from trainer.ranks.group import connected
+from trainer.ranks.world import join
+
+
+def meet() -> int:
+    with connected(join(), patience=ranks.LIMIT):
+        return 0
+
+
+def test_a_network_interface_that_no_machine_has_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth99")
+    job = ranks.fork(tmp_path, meet, ranks=2)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [REFUSED] * 2, said
+    assert said.count("'eth99'") == 1 and "has no such network interface; it has: lo" in said
+    assert "Traceback" not in said
 
 
 def test_a_user_error_ends_every_rank_with_its_status(

@@ -114,6 +114,7 @@ def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torc
     device, fault = torch.device("cpu"), ""
     try:
         device = device_of(world, gpus=gpus)
+        _check_interfaces()
     except ValueError as error:
         fault = str(error)
     everyone = range(world.size)
@@ -124,6 +125,21 @@ def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torc
         store.wait([f"heard {n}" for n in everyone])
     _refuse([Fault(said, True) if said else None for said in faults])
     return device
+
+
+def _check_interfaces() -> None:
+    """Return if this machine has the network interfaces that gloo is told to use.
+
+    Raises:
+        ValueError: it lacks one.
+    """
+    own = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in own:
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME = {name!r}: {socket.gethostname()} has no such network "
+                f"interface; it has: {', '.join(own)}"
+            )
 
 
 def agreed(check: Callable[[], T]) -> T:
