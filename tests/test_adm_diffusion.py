@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,6 +164,15 @@ def test_respacing(respacing: str | None, count: int) -> None:
         assert [sum(200 * i <= t < 200 * i + 200 for t in kept) for i in range(5)] == [
             90, 60, 60, 20, 20,
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1000, 4000])
+def test_timesteps_are_those_that_sums_of_the_stride_round_to(steps: int) -> None:
+    """As the published samplers have them; 21 times the stride, say, is another number."""
+    for count in range(2, 301):
+        strides = np.full(count, (steps - 1) / (count - 1))
+        strides[0] = 0
+        assert kept_timesteps(steps, str(count)) == np.rint(np.cumsum(strides)).tolist()
 
 
 @pytest.mark.parametrize(

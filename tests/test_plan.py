@@ -176,14 +176,23 @@ def test_a_run_tells_the_planner_the_speed_of_each_rank(
         (["--gpus", "0"], "--gpus = 0: must be above 0"),
         (["--gpus", "7"], "does not divide among 7 ranks"),
         (["--gpus", "8", "--mfu", "1.2"], "--mfu = 1.2: must be above 0, at most 1"),
-        (["--gpus", "8", "--reserve", "90"], "--reserve = 90.0: must be from 0 to below 80"),
+        (
+            ["--gpus", "8", "--reserve", "90"],
+            "--reserve = 90.0: must be from 0 to below --gpu-memory = 80",
+        ),
+        (["--gpus", "8", "--gpu-memory", "1"], "from 0 to below --gpu-memory = 1"),
         (["--gpus", "8", "--from", "no-such-run"], "no-such-run"),
+        (["all", "--gpus", "4096"], "error: imagenet128: training.batch = 256 does not divide"),
+        (
+            ["all", "--gpus", "8", "--set", "training.lr = 1"],
+            "--set = ['training.lr = 1']: must be ",
+        ),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(
     words: list[str], said: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert plan.main(["imagenet64", *words]) == 78
-    error = capsys.readouterr().err
-    assert said in error
+    assert plan.main(words if "all" in words else ["imagenet64", *words]) == 78
+    out, error = capsys.readouterr()
+    assert said in error and not out
     assert len(error.splitlines()) == 1

@@ -95,17 +95,22 @@ def report(
 
 
 def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
-    """A Markdown table of all presets of ImageNet and LSUN on this machine."""
-    yield (
-        "| preset | parameters | batch | steps | published | micro-batch | GiB per GPU | GPU days |"
-    )
-    yield f"|{'---|' * 8}"
+    """A Markdown table of all presets of ImageNet and LSUN on this machine.
+
+    Raises:
+        ValueError: the batch of a preset, which is named, does not divide among so many GPUs.
+    """
+    heads = "preset | parameters | batch | steps | published | micro-batch | GiB per GPU | GPU days"
+    yield f"| {heads} |\n|{'---|' * 8}"
     presets = [(configs.load(path), path) for path in configs.PRESETS.glob("*[0-9]*.toml")]
     presets.sort(key=lambda each: (each[0].objective == "classify", each[1].stem))
     for config, path in presets:
         training, net = config.training, costs.count(config)
         published = re.findall(r"(FID .*)\.\n", path.read_text())
-        micro = training.micro_batch_on(machine.gpus)
+        try:
+            micro = training.micro_batch_on(machine.gpus)
+        except ValueError as error:
+            raise ValueError(f"{path.stem}: {error}") from None
         needed = memory(config, net, zero=zero, ranks=machine.gpus, micro_batch=micro)
         now = step(config, net, machine=machine, gpus=machine.gpus, zero=zero)
         days = training.images / now.batch * now.seconds / 86400 * machine.gpus
@@ -198,16 +203,8 @@ def _table(
     zero: Mapping[str, Any],
     batches: Mapping[int, int],
 ) -> Iterable[str]:
-    titles = (
-        "per GPU",
-        "micro-batch",
-        "step ms",
-        "network ms",
-        "host ms",
-        "images/s",
-        "efficiency",
-    )
-    yield f"  {'GPUs':>5}" + "".join(f"{title:>12}" for title in titles) + "  limited by"
+    heads = ("per GPU", "micro-batch", "step ms", "network ms", "host ms", "images/s", "efficiency")
+    yield f"  {'GPUs':>5}" + "".join(f"{head:>12}" for head in heads) + "  limited by"
     for gpus, now in scaled(config, net, machine=machine, zero=zero, batches=batches).items():
         batch = batches[gpus]
         if now is None:
@@ -284,6 +281,9 @@ def _print(arguments: argparse.Namespace) -> int:
     zero = ds_config.load(arguments.ds_config)["zero_optimization"]
     machine = machine_of(arguments, gpus=arguments.gpus)
     if arguments.preset == "all":
+        given = {"--set": arguments.set, "--unset": arguments.unset, "--from": arguments.run}
+        for name, value in given.items():
+            check(not value, name, value, "absent with `all`: presets as they are")
         lines = overview(machine=machine, zero=zero)
     else:
         config = configs.load(arguments.preset, arguments.set, unset=arguments.unset)
@@ -291,8 +291,7 @@ def _print(arguments: argparse.Namespace) -> int:
         if arguments.run is not None:
             machine = measured(machine, config=config, run=arguments.run)
         lines = report(config, machine=machine, zero=zero, name=arguments.preset)
-    for line in lines:
-        print(line)
+    print("\n".join(lines))
     return 0
 
 

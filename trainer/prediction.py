@@ -53,7 +53,9 @@ class Machine:
                 "at least 0",
             )
         fits = 0 <= self.reserve < self.gpu_memory
-        check(fits, "--reserve", self.reserve, f"from 0 to below {self.gpu_memory:g}")
+        check(
+            fits, "--reserve", self.reserve, f"from 0 to below --gpu-memory = {self.gpu_memory:g}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

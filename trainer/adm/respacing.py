@@ -1,5 +1,7 @@
 """Which timesteps sampling visits, where it does not visit all of them. No torch here."""
 
+from itertools import accumulate, repeat
+
 
 def kept_timesteps(steps: int, respacing: str | None) -> list[int]:
     """The timesteps out of range(steps) that respaced sampling visits, ascending.
@@ -43,7 +45,9 @@ def _by_sections(steps: int, counts: list[int], respacing: str) -> list[int]:
         if count > length:
             raise _refusal(respacing, f"at most {length} for a section of {length} timesteps")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        kept += [start + round(i * stride) for i in range(count)]
+        # Summed as in guided-diffusion: a product rounds to another timestep for some counts.
+        places = accumulate(repeat(stride, count - 1), initial=0.0)
+        kept += [start + round(place) for place in places]
         start += length
     return kept
 
