@@ -39,6 +39,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         [tmp_path / "norun", *out],
         [*weights["unet"], *out, "--classifier", *weights["unet"][:1], "--classifier-preset",
          weights["unet"][2]],
+        [*weights["unet"], *out, *guide, "--scale", "0.5,0.50000001"],
     )  # fmt: skip
     expected = [
         "10 is not among the classes 0 to 9",
@@ -50,10 +51,11 @@ def test_what_does_not_fit_is_refused_in_one_line(
         "weights file",
         "norun",
         "is no classifier",
+        "two outputs would be",
     ]
     for status, message in zip(statuses, expected, strict=True):
         assert message in str(status) and len(str(status).splitlines()) == 1
-    assert not (tmp_path / "never.npz").exists()
+    assert not list(tmp_path.glob("never*"))
 
 
 def test_a_classifier_of_other_classes_or_noise_is_refused_before_drawing(

@@ -76,6 +76,12 @@ def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
     Raises:
         ValueError: something else has an output's name, or there is no room.
     """
+    paths = [job.output.path for job in (*jobs, *later)]
+    if twice := {path for path in paths if paths.count(path) > 1}:
+        raise ValueError(
+            f"two outputs would be {min(twice)}: give --scale and --cfg values that differ in "
+            "their first 6 digits"
+        )
     left: list[DrawJob] = []
     for some, unknown in ((jobs, ()), (later, ("low_res",))):
         undrawn = [job for job in some if not job.output.is_drawn(unknown=unknown)]
