@@ -39,7 +39,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         help_text = "print the version, and the commit of a git checkout, and exit"
-        self.register("type", Path, _path)
+        self.register("type", Path, lambda text: Path(path_text(text)))
         none = argparse.SUPPRESS  # it is no value of the command line
         self.add_argument(
             "--version", action=_Version, nargs=0, dest=none, default=none, help=help_text
@@ -51,8 +51,8 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(REFUSED, f"{self.prog}: error: {message}\n")
 
 
-def _path(text: str) -> Path:
-    """The path that an option names.
+def path_text(text: str) -> str:
+    """The path that an option names, as it is written; every `type=Path` is checked by it.
 
     Raises:
         argparse.ArgumentTypeError: an empty variable, or a ~ that the shell did not replace.
@@ -64,7 +64,7 @@ def _path(text: str) -> Path:
             f"{text!r}: the shell replaces ~ only at the beginning of a word: write a space in "
             "place of =, or the whole path"
         )
-    return Path(text)
+    return text
 
 
 class _Version(argparse.Action):

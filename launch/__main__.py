@@ -46,7 +46,7 @@ def stop(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="DIR", help="the run directory")
     run = parser.parse_args(argv).run.absolute()
-    if not (run / "launch").is_dir():
+    if not (records.is_of_job(run) or (run / "config.toml").is_file()):
         raise ValueError(f"{run} is not a run directory")
     job_id = records.job_id(run)
     state = queue.state(job_id) if job_id else None

@@ -152,7 +152,7 @@ def _begin_array(
             records.check_free(job.run)
         for job, preset in zip(jobs, presets, strict=True):
             records.prepare(job, preset=preset)
-        script = slurm.directory_of(jobs) / "sweep.sh"
+        script = slurm.directory_of(jobs) / records.SWEEP
         files.write(script, text)
         array = queue.submit(script)
         for index, job in enumerate(jobs):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from data.exits import CommandParser
+from data.exits import CommandParser, path_text
 from launch.cluster import LAUNCHERS
 from trainer import origin, settings
 
@@ -119,7 +119,8 @@ def sample() -> argparse.ArgumentParser:
         "rerun the same command to resume.",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", required=True, help="as of trainer.sample: FILE.npz, or DIR/")
+    out = "as of trainer.sample: FILE.npz, or DIR/"
+    parser.add_argument("--out", required=True, type=path_text, help=out)
     parser.add_argument(
         "--array",
         type=int,

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 _CODE = ("trainer", "data", "launch")
 _LOCK = "lock"
 _PRESET = "preset.toml"
+#: The script of an array, in the directory of its runs.
+SWEEP = "sweep.sh"
 # Entries of `code/`; copies of earlier releases lack some.
 _COPIED = {*_CODE, "ds_config.json", version.COMMIT}
 # Entries of `launch/`, of which every run or job has one.
@@ -101,18 +103,23 @@ def check_directory(run: Path) -> None:
         ValueError: the directory holds something else.
         OSError: it is none, or cannot be read.
     """
-    inside, launch, code = _entries(run), _entries(run / "launch"), _entries(run / "code")
-    new = "name a new directory"
+    code, new = _entries(run / "code"), "name a new directory"
     if (run / "code").exists() and not ("trainer" in code and code <= _COPIED):
         raise ValueError(
             f"{run}/code is not the copy of this program that a job runs, and would be replaced: "
             f"move it away, or {new}"
         )
-    is_job = not launch.isdisjoint(_OURS | ({_PRESET} if code else set()))
-    if launch and not is_job:
+    if _entries(run / "launch") and not is_of_job(run):
         raise ValueError(f"{run}/launch exists and is of no job: {new}")
-    if inside and not is_job and not (run / "config.toml").is_file():
+    inside = _entries(run)
+    if inside and not is_of_job(run) and inside.isdisjoint(("config.toml", SWEEP)):
         raise ValueError(f"{run} exists and is no run directory (it has no config.toml): {new}")
+
+
+def is_of_job(run: Path) -> bool:
+    """Whether `RUN/launch/` is of a run or of a job of ours, also of earlier releases."""
+    known = _OURS | ({_PRESET} if (run / "code").is_dir() else set())
+    return not _entries(run / "launch").isdisjoint(known)
 
 
 def _entries(directory: Path) -> set[str]:

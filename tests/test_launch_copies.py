@@ -116,6 +116,21 @@ def test_a_directory_that_is_no_run_is_left_as_it_is(
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
+def test_stop_writes_nothing_where_no_job_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "launch").mkdir()
+    refused("stop", tmp_path)
+    assert "is not a run directory" in capsys.readouterr().err
+    assert not any((tmp_path / "launch").iterdir())
+
+
+def test_the_directory_of_an_array_takes_a_job_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "0" / "launch").mkdir(parents=True)
+    (tmp_path / "sweep.sh").touch()
+    records.check_directory(tmp_path)
+
+
 def test_a_full_disk_is_named_in_one_line_and_leaves_no_half_copy(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "launch", "digits", "--run", str(tmp_path / "run")]
     full = ["bash", "-c", 'ulimit -f 8; exec "$@"', "", *words]  # the error of a quota

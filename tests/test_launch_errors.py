@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,7 @@ def test_a_wrong_command_is_refused_in_one_line(
         ["check", "--rank", "x"],
         ["digits", "--run", ""],
         ["digits", "--run=~/x"],
+        ["sample", "r", "--out=~/x.npz"],
         ["sweep", "digits", "--runs", ""],
         ["digits", "--run", "r", "--cluster", ""],
     ],
@@ -134,18 +136,21 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused_on_the_login_no
 
 
 @pytest.mark.parametrize(
-    ("run", "shards", "message"),
+    ("changes", "message"),
     [
-        ("/runs/512-lsun", "/runs/shards", "beginning with a letter"),
-        ("/runs/" + 51 * "x", "/runs/shards", "at most 50 letters"),
-        ("/elsewhere/lsun", "/runs/shards", "must be below kubernetes.mount = '/runs'"),
-        ("/runs/lsun", "shards/lsun", "data.shards = 'shards/lsun': must be an absolute path"),
+        ({"run": Path("/runs/512-lsun")}, "beginning with a letter"),
+        ({"run": Path("/runs/" + 51 * "x")}, "at most 50 letters"),
+        ({"run": Path("/elsewhere/lsun")}, "must be below kubernetes.mount = '/runs'"),
+        ({"shards": "shards/lsun"}, "data.shards = 'shards/lsun': must be an absolute path"),
+        ({"init": Path("/home/w.pt")}, "--init = '/home/w.pt': must be below kubernetes.mount"),
     ],
 )
 def test_names_and_directories_that_pods_cannot_have_are_refused(
-    run: str, shards: str, message: str
+    changes: dict[str, Any], message: str
 ) -> None:
-    job = dataclasses.replace(big_job("kubernetes"), run=Path(run), shards=shards)
+    job = dataclasses.replace(
+        big_job("kubernetes"), **{"run": Path("/runs/lsun"), "shards": "/runs/shards"} | changes
+    )
     with pytest.raises(ValueError, match=message):
         records.text(job)
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import files
-from data.exits import CommandParser, reported
+from data.exits import CommandParser, path_text, reported
 from trainer import config as configs
 from trainer import diffusers_format, weights
 from trainer.adm.config import UNetConfig, check
@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     source = "a run, one of its checkpoints, or a weights file and --preset"
     p.add_argument("source", type=Path, help=source)
     to = "FILE.safetensors or FILE.pt (published names), or DIR/ for diffusers"
-    p.add_argument("--to", required=True, help=to)
+    p.add_argument("--to", required=True, type=path_text, help=to)
     p.add_argument(
         "--preset", help="the preset whose network a weights file holds (default: the run's own)"
     )

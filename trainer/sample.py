@@ -16,7 +16,7 @@ from typing import get_args
 
 import torch
 
-from data.exits import CommandParser
+from data.exits import CommandParser, path_text
 from trainer import common
 from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
@@ -158,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     add("source", type=Path, help=source)
     add("--preset", help="the preset whose network a weights file holds (default: the run's own)")
     out = "the .npz to write, or with DIR/ a directory of shards; a .png grid goes beside it"
-    add("--out", required=True, help=out)
+    add("--out", required=True, type=path_text, help=out)
     images = "images to draw (default: as many as --low-res or a file of --labels has, else 100)"
     add("--images", type=int, help=images)
     add("--batch", type=int, default=32, help="images at once on a rank (default: %(default)s)")
