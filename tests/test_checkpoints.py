@@ -15,7 +15,7 @@ from data.exits import FAILED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, equal
 from trainer import config as configs
-from trainer.checkpoint import faults_of, superseded
+from trainer.checkpoint import best, committed, faults_of, superseded
 from trainer.run import Run
 
 
@@ -202,6 +202,14 @@ def test_only_what_came_too_late_for_a_multiple_is_removed() -> None:
         left.add(images)
         left -= set(superseded(sorted(left), keep=2, keep_every=100))
     assert left == kept
+
+
+def test_the_best_checkpoint_is_one_of_those_that_saw_the_newest_validation(tmp_path: Path) -> None:
+    for clock, loss, seen in ((1, 0.3, "new"), (2, 0.1, "old"), (3, 0.2, "new"), (4, 0.4, "new")):
+        (tmp_path / f"{clock:012d}").mkdir()
+        text = json.dumps({"loss": loss, "fingerprint": seen, "count": 5})
+        (tmp_path / f"{clock:012d}" / "validation.json").write_text(text)
+    assert best(committed(tmp_path)) == tmp_path / f"{3:012d}"
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_the_sequence_does_not_depend_on_workers(shards: Shards, whole: Seen, wo
 
 def test_what_is_kept_stays_as_it_was(shards: Shards, whole: Seen) -> None:
     """Batches lie in the workers' memory; keeping many of them is allowed and changes nothing."""
-    config = config_for(shards, workers=2)
+    config = config_for(shards, workers=1)  # which has 8 slots
     with Stream(shards, config=config, seed=3) as stream:
         batches = stream.batches(images_seen=0, batch_size=24, micro_batch_size=24, rank=0, ranks=1)
         kept = list(islice(batches, 10))
@@ -221,6 +221,12 @@ def test_resuming_with_other_data_is_an_error(shards: Shards, tmp_path: Path) ->
         with pytest.raises(ValueError, match=r"seed was 3, is 4; fingerprint was"):
             stream.check_identity(saved)
         stream.check_identity(stream.identity)
+    changed = config_for(shards, block=2 * int(saved["block"]))
+    with (
+        Stream(shards, config=changed, seed=3) as stream,
+        pytest.raises(ValueError, match=r"other data \(block was"),
+    ):
+        stream.check_identity(saved)
 
 
 @pytest.mark.parametrize(

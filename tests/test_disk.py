@@ -148,6 +148,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_training(tmp_path: Pat
     saver._require_room(SimpleNamespace(kinds=("model",), parameter_count=10))
 
 
+def test_what_is_newer_than_a_commit_is_not_counted_and_stays(tmp_path: Path) -> None:
+    """It is damaged, and could not be moved away."""
+    intervals = IntervalConfig(log=1, checkpoint=1, keep=1)
+    saver = Saver(Run(tmp_path), world=World(), intervals=intervals)
+    for clock in (1, 2, 3):
+        (tmp_path / "checkpoints" / f"{clock:012d}").mkdir(parents=True)
+    saver._prune(until=2)
+    left = checkpoints.committed(tmp_path / "checkpoints")
+    assert [int(path.name) for path in left] == [3, 2]
+
+
 def test_a_slow_disk_is_no_rank_that_hangs(tmp_path: Path) -> None:
     """While a checkpoint's files grow the watchdog hears of it; while they do not it does not."""
     marks: list[str] = []

@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,12 @@ from tests.support.runs import END, EVERY, GRIDS, STEP, Place, distance, equal
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.checkpoint import STATE, committed, read, sealed
+from trainer.guards.audit import Finding
+from trainer.guards.gate import StepReport
+from trainer.guards.incidents import Incidents
 from trainer.guards.policy import Guards, Running
+from trainer.guards.replay import Replay
+from trainer.ranks.faults import Refused
 from trainer.snapshots import Snapshot
 
 PASSED = ((4 * STEP, 8 * STEP),)
@@ -30,6 +36,8 @@ RUNS = {
     "half": (2, 2, "fp16"),
     "three": (3, 3, "fp32"),
 }
+#: Its checkpoint is due after the bad step alone, and so is late.
+OWN = {"three": (f"intervals.checkpoint = {3 * STEP}",)}
 #: Ranks and precision -> what the loss of an image is multiplied by.
 FACTORS = {(1, False): math.nan, (2, False): 1e6, (2, True): math.nan, (3, False): math.inf}
 
@@ -44,7 +52,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
                 name,
                 stage=stage,
                 fp16=fp16,
-                sets=(*GUARDS, f'training.precision = "{precision}"'),
+                sets=(*GUARDS, f'training.precision = "{precision}"', *OWN.get(name, ())),
             )
             for name, (size, stage, precision) in RUNS.items()
             if size == world and fp16 == (precision == "fp16")
@@ -76,7 +84,8 @@ def test_a_refused_step_moves_nothing_and_its_image_is_named(here: Place, name: 
         assert scales[1] == scales[0] / 2 and scales[3] == scales[2]
         assert 3 * STEP not in saved
     else:
-        assert saved == set(range(STEP, END + 1, STEP)) - {3 * STEP}
+        whole = set(range(STEP, END + 1, STEP)) - {3 * STEP}
+        assert saved == ({4 * STEP, END} if name in OWN else whole)
         assert here.losses(name, "skipped") == [0, 0, 1, 0, 0, 0]
     if precision == "fp32":
         assert distance(here.checkpoint(name, END), here.checkpoint("one", END)) < 5e-5
@@ -179,6 +188,27 @@ def test_a_rollback_that_did_not_help_is_followed_by_one_to_an_older_checkpoint(
         f"checkpoint {2 * STEP:012d}",
         f"checkpoint {STEP:012d}",
     ]
+
+
+def test_a_run_ends_with_one_skipped_step_and_has_diverged_with_two() -> None:
+    config = configs.load("digits")
+    guards, end = Guards(config), config.training.images
+    guards.count(images_seen=end - 2)
+    assert guards.may_finish(end) and not guards.may_finish(end - 1)
+    guards.count(images_seen=end - 1)
+    assert not guards.may_finish(end - 1)
+    with pytest.raises(Refused, match="its last 2 steps were skipped"):
+        guards.may_finish(end)
+
+
+@pytest.mark.parametrize(("norm", "said"), [(1.05, "the same on two"), (1.2, "not reproduced")])
+def test_a_gradient_that_its_replay_does_not_have_is_told(norm: float, said: str) -> None:
+    """The norm of a mean is at most the mean of the norms."""
+    none: dict[str, Any] = dict.fromkeys(("losses", "loss_bits", "bits", "norms", "products"), ())
+    replay = Replay(micro_norms=(0.5, 1.5), **none)
+    finding = Finding(replays=(replay, replay), hosts=("n1", "n2"), faults={})
+    report = StepReport(loss=1.0, grad_norm=norm, loss_scale=1.0, skipped=True, fault="far")
+    assert Incidents._replayed(report, finding).startswith(said)
 
 
 def test_the_running_deviation_is_exact_at_first_and_then_forgets() -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,20 @@ def test_the_same_job_started_again_takes_over_and_the_old_start_loses(tmp_path:
     )
     assert new.poll() is None
     kill(new)
+
+
+def test_a_start_follows_an_earlier_one_of_its_job_alone(tmp_path: Path) -> None:
+    old = replace(lease.Holder.here(tmp_path), job="7", start=1)
+    for job, start, follows in (("7", 2, True), ("7", 1, False), ("8", 2, False)):
+        assert old.is_followed_by(replace(old, job=job, start=start)) is follows
+
+
+def test_who_has_lost_a_run_leaves_it_to_its_successor_at_the_end(tmp_path: Path) -> None:
+    held = lease.claim(tmp_path)
+    successor = replace(lease.Holder.here(tmp_path), token="another")
+    lease._write(tmp_path, successor)
+    held.release()
+    assert lease.holder(tmp_path) == successor
 
 
 def test_a_request_to_stop_reaches_the_writer(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from data.dataset import open_shards
 from data.exits import REFUSED
 from tests.support import ranks
 from trainer import operators, train
+from trainer.measures import due
 
 
 def lock_of(root: Path, *, age: float) -> Path:
@@ -70,3 +71,10 @@ def test_an_upsamplers_grid_of_more_images_than_there_are_is_refused(
     refused = rf"samples_count = {count + 1}: .* data.shards has {count}: lower intervals"
     with pytest.raises(ValueError, match=refused):
         make(count + 1)
+
+
+@pytest.mark.parametrize("every", [8, 12, 20, 100])
+def test_work_is_due_once_for_each_multiple_of_its_interval_that_is_crossed(every: int) -> None:
+    clocks = [clock for clock in range(8, 401, 8) if due(every, images_seen=clock, batch_size=8)]
+    assert clocks == [-(-n // 8) * 8 for n in range(every, 401, every)]
+    assert not due(None, images_seen=8, batch_size=8)

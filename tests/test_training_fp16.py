@@ -1,7 +1,7 @@
 """fp16 training: loss scaling, skipped steps, and exact resume with them."""
 
-import errno
 import os
+import re
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -101,8 +101,12 @@ def test_a_run_whose_last_step_is_skipped_is_finished(place: Place, half: tuple[
     assert equal(*weights) and place.losses("ends", "skipped")[-1] == 1
 
 
+#: The runs below, and after how many steps they lose a checkpoint.
+LOST = (("overflowed", 2), ("validated", 1), ("validated", 3))
+
+
 def lose_a_checkpoint(directory: Path, runs: list) -> int:
-    """Train; on rank 1 no file of the first checkpoint at 24 can be written, of any run.
+    """Train; on rank 1 the files of `LOST`, once each, read back differently than written.
 
     From 24 on each step of an fp16 run overflows. A validation is stopped as it begins.
     """
@@ -110,17 +114,16 @@ def lose_a_checkpoint(directory: Path, runs: list) -> int:
     from trainer.validation import Validation
 
     write, step, measure = saver.save_file, Engine.step, Validation.measure
-    failed = set[Path]()
+    left = {f"{run}/checkpoints/.{n * STEP:012d}.partial" for run, n in LOST}
 
     def fail_once(tensors: object, file: Path, **named: object) -> None:
-        if (
-            os.environ["RANK"] == "1"
-            and f".{2 * STEP:012d}." in str(file)
-            and file.parent not in failed
-        ):
-            failed.add(file.parent)
-            raise OSError(errno.ENOSPC, "No space left on device", str(file))
         write(tensors, file, **named)
+        name = str(file.parent.relative_to(file.parents[3]))
+        if os.environ["RANK"] == "1" and name in left:
+            left.remove(name)
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
 
     def overflow(self: Engine, *, images_seen: int, **named: Any) -> object:
         report = step(self, images_seen=images_seen, **named)
@@ -140,19 +143,23 @@ def lose_a_checkpoint(directory: Path, runs: list) -> int:
 def test_a_checkpoint_that_was_not_written_is_written_where_the_run_stops(
     place: Place, digits: Path
 ) -> None:
-    """Though no step has changed the weights since, or none was taken at all."""
-    often = (f"intervals.checkpoint = {2 * STEP}",)
-    validated = (*often, f'data.validation = "{digits}"', f"intervals.validate = {2 * STEP}")
+    """Though no step has changed the weights since, or none was taken at all.
+
+    A failure ahead of one that was written does not count against `unsaved_minutes`.
+    """
+    often = (*EVERY, "intervals.unsaved_minutes = 0")
+    validated = (*often, f'data.validation = "{digits}"', f"intervals.validate = {3 * STEP}")
     runs = [
-        place.arguments("overflowed", fp16=True, sets=often),
+        place.arguments("overflowed", fp16=True, sets=(f"intervals.checkpoint = {2 * STEP}",)),
         place.arguments("validated", sets=validated),
     ]
     task = partial(lose_a_checkpoint, place.root / "lost-job", runs)
     job = ranks.fork(place.root / "lost-job", task, ranks=2)
     job.wait()
     assert job.statuses == [75, 75], job.text
-    for name, clock in (("overflowed", 4 * STEP), ("validated", 2 * STEP)):
-        assert "no checkpoint could be written: rank 1: " in place.log(name)
+    for name, times, clocks in (("overflowed", 1, [4]), ("validated", 2, [3, 2])):
+        said = re.findall("no checkpoint could be .* reads back differently", place.log(name))
+        assert len(said) == times
         saved = committed(place.run(name) / "checkpoints")
-        assert [int(path.name) for path in saved] == [clock]
+        assert [int(path.name) for path in saved] == [n * STEP for n in clocks]
     assert place.losses("overflowed", "skipped")[2:] == [1, 1]
