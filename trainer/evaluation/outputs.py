@@ -43,9 +43,9 @@ def check_same(out: Path, earlier: Mapping[str, Any] | None, wanted: Mapping[str
 
 
 def stored_json(out: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file, or none in it."""
+    """The JSON object in a .json; None where there is no such file, or none in it."""
     try:
-        found = json.loads(out.read_bytes())
+        found = json.loads(out.read_bytes()) if out.suffix == ".json" else None
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

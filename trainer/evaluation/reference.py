@@ -7,6 +7,7 @@ network and dataset they are.
 """
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def load(
 
 
 def earlier(path: Path) -> dict[str, Any] | None:
-    """What a file that was made here says of itself; None where there is no such file."""
+    """What an .npz that was made here says of itself; None where there is no such file."""
+    if not zipfile.is_zipfile(path):
+        return None  # numpy would read all of it
     try:
         with np.load(path, allow_pickle=False) as stored:
             found = json.loads(str(stored[_ABOUT]))
