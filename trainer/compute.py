@@ -119,14 +119,22 @@ def compile_forward(
     pass cannot be compiled, so the network itself is not replaced.
     """
     assert isinstance(net, Encoder)
-    # A kind of kernel that has returned wrong gradients in silence (pytorch#190796, #193061).
-    options: Any = {"triton.mix_order_reduction": False} if backend == "inductor" else None
+    options = _inductor_options() if backend == "inductor" else None
     for name in net.parts:
         part = torch.compile(
             getattr(net, name), backend=backend, fullgraph=True, dynamic=False, options=options
         )
         setattr(net, name, part)
     net.forward = _Compiled(net.forward, say=say)
+
+
+def _inductor_options() -> dict[str, Any]:
+    from torch._inductor.lowering import needs_realized_inputs
+
+    # Or a map that two of our kernels read would be written for each of them.
+    needs_realized_inputs.add(torch.ops.higher_order.triton_kernel_wrapper_mutation)
+    # A kind of kernel that has returned wrong gradients in silence (pytorch#190796, #193061).
+    return {"triton.mix_order_reduction": False}
 
 
 class _Compiled:

@@ -2,7 +2,7 @@
 
 A map passes through memory twice forward (its moments, its result) and twice backward, and only
 the map itself and two numbers per group are kept in between. The operations are
-`torch.ops.adm.norm` and its backward, which `torch.compile` takes as they are.
+`torch.ops.adm.norm` and its backward.
 
 Only `norm.use_kernels` imports this module, since Triton is not everywhere.
 """
@@ -27,6 +27,13 @@ _BLOCK, _SUM_BLOCK = 256, 64
 _ROWS, _PARTS = 256, 256
 
 LAYOUT = torch.channels_last
+
+# The compiler looks into the operations and calls the kernels itself, which takes the host less
+# time than Triton and torch's dispatcher do. It cannot look into kernels that are interpreted.
+_operation: Any = torch.library.triton_op
+_launched: Any = torch.library.wrap_triton
+if not isinstance(kernels.apply, triton.JITFunction):
+    _operation, _launched = torch.library.custom_op, lambda kernel: kernel
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def _precision(x: Tensor) -> tuple[torch.dtype, Any]:
     return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-@torch.library.custom_op("adm::norm", mutates_args=())
+@_operation("adm::norm", mutates_args=())
 def norm(
     x: Tensor,
     weight: Tensor,
@@ -116,22 +123,22 @@ def norm(
     x, film = x.contiguous(memory_format=LAYOUT), _rows(film)
     cut, (full, F) = _cut(x, groups), _precision(x)
     L, B, C = cut.length, cut.images, cut.channels
-    means, squares = x.new_empty((2, B, cut.parts, C), dtype=full)
+    means, squares = (x.new_empty((B, cut.parts, C), dtype=full) for _ in range(2))
     mean, rstd = (x.new_empty((B, groups), dtype=full) for _ in range(2))
-    kernels.channel_moments[cut.by_part](
+    _launched(kernels.channel_moments)[cut.by_part](
         x, means, squares, L, cut.rows, **cut.sums, F=F, num_warps=WARPS
     )
     given = {"SHIFT": shift is not None, "F": F, "num_warps": WARPS}
     film_or, shift_or = (weight if value is None else value for value in (film, shift))
-    kernels.group_moments[(B, groups)](
+    _launched(kernels.group_moments)[(B, groups)](
         means, squares, shift_or, mean, rstd, L, cut.rows, cut.parts, eps, **cut.group, **given
     )
-    y = torch.empty_like(x, memory_format=LAYOUT)
-    kernels.apply[cut.by_tile](
+    y = _empty_rows(x)
+    _launched(kernels.apply)[cut.by_tile](
         x, y, mean, rstd, weight, bias, film_or, shift_or, L, D=cut.width, **cut.block,
         FILM=film is not None, SILU=silu, **given,
     )  # fmt: skip
-    return y, mean, rstd
+    return y.movedim(-1, 1), mean, rstd
 
 
 @norm.register_fake
@@ -149,7 +156,7 @@ def _(
     return torch.empty_like(x, memory_format=LAYOUT), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("adm::norm_backward", mutates_args=())
+@_operation("adm::norm_backward", mutates_args=())
 def norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -174,20 +181,20 @@ def norm_backward(
     means = x.new_empty((B, cut.groups, 2), dtype=full)
     parameters = x.new_empty((B, count, C), dtype=full)
     dfilm = x.new_empty((B, 2 * C) if film is not None else 0)
-    kernels.channel_gradients[cut.by_part](
+    _launched(kernels.channel_gradients)[cut.by_part](
         x, dy, mean, rstd, weight, bias, film_or, shift_or, sums, L, cut.rows, D=cut.width,
         **cut.sums, SILU=silu, **given,
     )  # fmt: skip
-    kernels.group_gradients[(B, cut.groups)](
+    _launched(kernels.group_gradients)[(B, cut.groups)](
         sums, means, rstd, weight, bias, film_or, dfilm, parameters, L, cut.parts, **cut.group,
         **given,
     )  # fmt: skip
-    dx = torch.empty_like(x, memory_format=LAYOUT)
-    kernels.apply_gradient[cut.by_tile](
+    dx = _empty_rows(x)
+    _launched(kernels.apply_gradient)[cut.by_tile](
         x, dy, dx, mean, rstd, means, weight, bias, film_or, shift_or, L, D=cut.width, **cut.block,
         SILU=silu, **given,
     )  # fmt: skip
-    return dx, parameters, dfilm
+    return dx.movedim(-1, 1), parameters, dfilm
 
 
 @norm_backward.register_fake
@@ -223,6 +230,11 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 
 norm.register_autograd(_backward, setup_context=_keep)
+
+
+def _empty_rows(x: Tensor) -> Tensor:
+    """Room for a map of that shape, (B, H, W, C)."""
+    return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]))
 
 
 def _rows(film: Tensor | None) -> Tensor | None:

@@ -82,7 +82,7 @@ def group_moments(
     if SHIFT:
         m += tl.load(shift + group * D + d, mask=d < D, other=0).to(F)
     total = tl.sum(tl.sum(tl.where(inside, rows * m, 0), 0), 0)
-    count = (L * D).to(F)
+    count = tl.full((), L * D, F)
     whole = total / count
     off = m - whole
     square = tl.load(squares + at, mask=inside, other=0) + rows * off * off
@@ -174,7 +174,7 @@ def group_gradients(
     product = tl.sum(tl.load(at + C, mask=inside, other=0), 0)
     c = tl.minimum(group * D + d, C - 1)
     a, _ = _coefficients(weight, bias, film, image, c, C, FILM, F)
-    count = (L * D).to(F)
+    count = tl.full((), L * D, F)
     k, q = tl.sum(total * a, 0) / count, tl.sum(product * a, 0) / count
     tl.store(means + (image * groups + group) * 2, k)
     tl.store(means + (image * groups + group) * 2 + 1, q)
