@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -65,6 +66,8 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_harms_nothing(
     job.wait()
     assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
     assert job.text.count("error: the last checkpoint could not be written: rank ") == 1
+    said = re.findall("no checkpoint could be .*", place.log("full"))
+    assert ["the next save is due in " in line for line in said] == [True, True, False]
     assert names(place.run("full"))[-1] == HALF
     assert equal(place.checkpoint("full", HALF), before)
 

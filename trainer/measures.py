@@ -78,12 +78,17 @@ class Measures:
             in_training.GROUP not in left or self._evaluate(images_seen)
         )
 
+    def _begin(self, doing: str) -> float:
+        """Commit what is being written, and tell the watchdog what follows; the time."""
+        self.saving.protect()
+        self.parts.mark(doing)
+        return self.parts.metrics.clock()
+
     def _validate(self, images_seen: int) -> bool:
         """The loss over data.validation, from the first EMA and from the weights themselves."""
         parts = self.parts
         assert self.validation is not None
-        self.saving.protect()
-        began = parts.metrics.clock()
+        began = self._begin("validating")
         found = self.validation.measure(parts.engine, mark=parts.mark, stopped=self.stop_requested)
         seconds = parts.metrics.clock() - began
         if self.board is not None and found is not None:
@@ -96,8 +101,7 @@ class Measures:
     def _draw_grid(self, images_seen: int) -> bool:
         """A grid from the first EMA; every rank draws its share of the images."""
         parts = self.parts
-        self.saving.protect()
-        began, picture, is_done = parts.metrics.clock(), None, False
+        began, picture, is_done = self._begin("drawing samples"), None, False
         kind = averages.exponential(parts.config.training.ema[0])
         with parts.engine.weights(kind) as averaged, interruptible(self.stop_requested) as check:
 
@@ -121,8 +125,7 @@ class Measures:
         """FID and the other figures of samples from the first EMA."""
         parts = self.parts
         assert self.evaluation is not None
-        self.saving.protect()
-        began = parts.metrics.clock()
+        began = self._begin("drawing samples to evaluate")
         parts.log(f"evaluation: drawing {parts.config.evaluation.images:,} samples")
         found = self.evaluation.measure(
             parts.engine,

@@ -64,7 +64,7 @@ class Saver:
         self._failure: str | None = None  # of the last save
         #: Whether what was saved last failed to be written, or was suspect and left.
         self.is_lost = False
-        self._prunes = True
+        self._prunes, self._ends = True, False
         self._failing_since: float | None = None
         # Whether the last `flag`, and the one before, were about the save that is pending.
         self._flagged = self._known = False
@@ -77,17 +77,19 @@ class Saver:
         """
         from_main(lambda: self._require_room(source))
 
-    def save(self, source: Gathered, *, state: TrainState, prunes: bool = True) -> None:
+    def save(
+        self, source: Gathered, *, state: TrainState, prunes: bool = True, ends: bool = False
+    ) -> None:
         """Copy the state to the host, then write it in the background.
 
-        Unless it `prunes`, older checkpoints stay until the next commit.
+        Unless it `prunes`, older checkpoints stay until the next commit. The last save `ends` them.
 
         Raises:
             Broken: no checkpoint could be written for too long.
             Refused: another start has taken the run over.
         """
         assert self._thread is None, "flush the last checkpoint before the next save"
-        self._state, self._flagged, self._prunes = state, False, prunes
+        self._state, self._flagged, self._prunes, self._ends = state, False, prunes, ends
         directory = self._partial(state.images_seen)
         self._tell(from_main(lambda: _fault(lambda: self._prepare(source, directory))))
         if self.is_lost:
@@ -179,10 +181,9 @@ class Saver:
         since = self._failing_since = self._failing_since or now
         limit = self._intervals.unsaved_minutes
         if self._world.is_main:
-            self._run.log(
-                f"no checkpoint could be written: {failure}; the next save is due in "
-                f"{self._intervals.checkpoint:,} images, or where the run stops"
-            )
+            due = f"; the next save is due in {self._intervals.checkpoint:,} images"
+            after = "" if self._ends else f"{due}, or where the run stops"
+            self._run.log(f"no checkpoint could be written: {failure}{after}")
             for partial in self._run.checkpoints.glob(".*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
         if from_main(lambda: now - since > 60 * limit):

@@ -76,7 +76,7 @@ class Saving:
             ranks=parts.world.size,
         )
         self._updates = engine.updates, self._saved
-        self.saver.save(engine, state=state, prunes=not self._waits)
+        self.saver.save(engine, state=state, prunes=not self._waits, ends=ends)
         parts.metrics.pause(began, on="saving")
 
     def protect(self) -> None:
