@@ -46,51 +46,58 @@ def sets(digits: Path, network: Path) -> tuple[str, ...]:
 
 #: What one rank cannot do -> the function in which it runs out of memory, and the ZeRO stage.
 LACKS = {
-    "a grid": ("trainer.sampling.draw:draw", 3),
-    "an evaluation": ("trainer.evaluation.drawn:draw", 2),
-    "a validation": ("trainer.validation:Validation:_terms", 3),
+    "grid": ("trainer.sampling.draw:draw", 3),
+    "evaluation": ("trainer.evaluation.drawn:draw", 2),
+    "validation": ("trainer.validation:Validation:_terms", 3),
 }
 #: One rank has one turn more than the other.
-GRID = ("intervals.samples_count = 9", 'intervals.samples_steps = "ddim50"')
+GRID = ("intervals.samples_count = 9", 'intervals.samples_steps = "ddim5"')
+
+
+def lacking(name: str, place: Place, *sets: str) -> ranks.Job:
+    """Start a run in which rank 1 runs out of memory beside the first step."""
+    function, stage = LACKS[name]
+    words = place.arguments(name, stage=stage, sets=(*COMMON, *sets))
+    return with_a_fault(place, [words], partial(faults.run_out_of_memory_in, function))
+
+
+def with_a_fault(place: Place, runs: list, fault: Callable[[], None]) -> ranks.Job:
+    """Start runs on two ranks, the second of which has a fault."""
+    directory = place.root / f"faulty-{len(list(place.root.glob('faulty-*')))}"
+    task = partial(faults.work_on_a_faulty_machine, directory, runs, fault, 1)
+    return ranks.fork(directory, task, ranks=2)
 
 
 @pytest.fixture(scope="module")
-def disturbed(
-    tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path, sets: tuple
+def lack(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Path, sets: tuple
 ) -> Iterator[dict[str, ranks.Job]]:
-    """Jobs that wait for a rank that fails; they run beside the others. And one that is stopped."""
-    place, jobs = Place(tmp_path_factory.mktemp("disturbed"), tiny), {}
-    due = (*GRID, f"intervals.samples = {STEP}", f"intervals.evaluate = {STEP}")
-    validated = (f'data.validation = "{digits}"', f"intervals.validate = {STEP}")
-    kinds = {"a grid": due[:-1], "an evaluation": (*sets, due[-1]), "a validation": validated}
-    for name, (function, stage) in LACKS.items():
-        words = place.arguments(name, stage=stage, sets=(*COMMON, *kinds[name]))
-        fault = partial(faults.run_out_of_memory_in, function)
-        jobs[name] = _with_a_fault(place.run(f"{name}-job"), words, fault)
-    words = place.arguments("stopped", sets=(*COMMON, *due[:-1]))
-    jobs["stopped"] = _with_a_fault(place.run("stopped-job"), words, faults.stop_in_a_grid)
+    """Jobs that mostly wait for the rank that fails, so they run beside the others."""
+    place = Place(tmp_path_factory.mktemp("lack"), tiny)
+    jobs = {
+        "grid": lacking("grid", place, *GRID, f"intervals.samples = {STEP}"),
+        "evaluation": lacking("evaluation", place, *sets, f"intervals.evaluate = {STEP}"),
+    }
     yield jobs
     for job in jobs.values():
         job.kill()
 
 
-def _with_a_fault(directory: Path, words: list, fault: Callable[[], None]) -> ranks.Job:
-    task = partial(faults.work_on_a_faulty_machine, directory, [words], fault, 1)
-    return ranks.fork(directory, task, ranks=2)
-
-
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, tiny: Path, sets: tuple, disturbed: object
-) -> Place:
-    """Runs with and without evaluation."""
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sets: tuple, lack: object) -> Place:
+    """Runs with and without evaluation; and one that is stopped in its first grid, and resumed."""
     place = Place(tmp_path_factory.mktemp("evaluation"), tiny)
     words = []
     for name, (stage, precision) in KINDS.items():
         own = (*COMMON, f'training.precision = "{precision}"')
         words.append(place.arguments(name, stage=stage, sets=own))
         words.append(place.arguments(f"{name}-evaluated", stage=stage, sets=(*own, *sets)))
-    assert place.train(*words, world=2) == [0] * len(words)
+    for every in (1, 2):
+        grids = (*GRID, f"intervals.samples = {every * STEP}", f"training.images = {2 * STEP}")
+        words.append(place.arguments("halted", sets=(*EVERY, *grids)))
+    job = with_a_fault(place, words, partial(faults.stop_in_a_grid, "halted", at=STEP))
+    job.wait()
+    assert job.statuses == [0, 0, 0, 0, 75, 0]
     return place
 
 
@@ -181,12 +188,23 @@ def test_a_stop_interrupts_it_and_the_next_start_begins_with_it(runs: Place, set
     assert equal(place.checkpoint("run", END), runs.checkpoint("two", END))
 
 
-@pytest.mark.parametrize("name", LACKS)
+@pytest.mark.parametrize("name", ["grid", "evaluation"])
 def test_a_rank_that_fails_beside_the_steps_is_reported_and_ends_the_job(
-    disturbed: dict[str, ranks.Job], name: str
+    lack: dict[str, ranks.Job], name: str
 ) -> None:
     """It waits for no other rank, whatever those wait for."""
-    job = disturbed[name]
+    check_named(lack[name], name)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_in_a_validation_blames_no_other(
+    tmp_path: Path, tiny: Path, digits: Path
+) -> None:
+    sets = (f'data.validation = "{digits}"', f"intervals.validate = {STEP}")
+    check_named(lacking("validation", Place(tmp_path, tiny), *sets), "validation")
+
+
+def check_named(job: ranks.Job, name: str) -> None:
     job.wait()
     assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
     assert re.search(r"lost: \S+ \(rank 1; [^)]*\): ended", job.texts[0]), job.text
@@ -194,18 +212,11 @@ def test_a_rank_that_fails_beside_the_steps_is_reported_and_ends_the_job(
     assert f"OutOfMemoryError: in {LACKS[name][0]}" in job.texts[1]
 
 
-def test_a_stop_interrupts_a_grid_and_another_is_drawn_later(
-    disturbed: dict[str, ranks.Job], tiny: Path
-) -> None:
-    job = disturbed["stopped"]
-    job.wait()
-    assert job.statuses == [75]
-    place = Place(job.directory.parent, tiny)
-    assert f"the grid of image {STEP} was interrupted and is left out" in place.log("stopped")
-    again = (*COMMON, *GRID, f"intervals.samples = {2 * STEP}", f"training.images = {2 * STEP}")
-    assert place.train(place.arguments("stopped", sets=again), world=2) == [0]
-    assert f"resumes from checkpoint {STEP:012d}" in place.log("stopped")
-    (drawn,) = (place.run("stopped") / "samples").iterdir()
+def test_a_stop_interrupts_a_grid_and_another_is_drawn_later(runs: Place) -> None:
+    log = runs.log("halted")
+    assert f"the grid of image {STEP} was interrupted and is left out" in log
+    assert f"resumes from checkpoint {STEP:012d}" in log
+    (drawn,) = (runs.run("halted") / "samples").iterdir()
     assert drawn.name == f"{2 * STEP:012d}.png"
 
 
