@@ -1,10 +1,10 @@
 """How the ranks leave together."""
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-
-import pytest
 
 from data.exits import REFUSED
 from tests.support import ranks
@@ -12,16 +12,14 @@ from trainer.ranks.group import connected
 from trainer.ranks.world import join
 
 
-def meet() -> int:
+def meet_on(interfaces: str) -> int:
+    os.environ["GLOO_SOCKET_IFNAME"] = interfaces
     with connected(join(), patience=ranks.LIMIT):
         return 0
 
 
-def test_a_network_interface_that_no_machine_has_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth99")
-    job = ranks.fork(tmp_path, meet, ranks=2)
+def test_a_network_interface_that_no_machine_has_is_one_line(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(meet_on, "lo,eth99"), ranks=2)
     said = job.wait()
     assert [process.exitcode for process in job.ranks] == [REFUSED] * 2, said
     assert said.count("'eth99'") == 1 and "has no such network interface; it has: lo" in said

@@ -185,7 +185,10 @@ def test_indexing_tars_of_which_some_have_no_labels_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize("label", [-1, 2**31])
 def test_indexing_tars_with_labels_out_of_range_is_refused(tmp_path: Path, label: int) -> None:
     root = tars(tmp_path, suffix="cls", texts=[*(IMAGES - 1) * ["3"], str(label)])
-    with pytest.raises(ValueError, match=rf"1\.tar: 11\.png has the label {label}: must be from 0"):
+    said = (
+        rf"1\.tar: 11\.png has the label {label}: must be the number of a class, from 0 to 1048575"
+    )
+    with pytest.raises(ValueError, match=said):
         index_directory(root)
 
 
