@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.support import ranks
@@ -69,6 +70,7 @@ def draw(root: Path, preset: Path) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_a_grid_takes_no_more_than_a_step_and_leaves_the_weights(
     tmp_path: Path, tiny: Path
 ) -> None:
