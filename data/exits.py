@@ -116,7 +116,7 @@ def reported(command: Callable[[], int]) -> int:
 
 
 def _is_unread() -> bool:
-    """Whether nobody reads what is printed any more; the rest of it is then dropped."""
+    """Whether the reader of the output has left; the rest of it is then dropped."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, select.POLLOUT)

@@ -58,13 +58,26 @@ def test_the_operation_is_one_that_graphs_can_hold(interpreted: Any) -> None:
     assert set(interpreted["check"].values()) == {"SUCCESS"}
 
 
-def test_kernels_for_an_h100_spill_no_registers_and_fill_it() -> None:
-    kernels = measured("compiled")
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    return measured("compiled")
+
+
+def test_kernels_for_an_h100_spill_no_registers_and_fill_it(compiled: Any) -> None:
+    kernels = compiled["costs"]
     assert len({each["kernel"] for each in kernels}) == 6
     for each in kernels:
         assert each["spilled"] == 0, each
         # A multiprocessor has 65,536 registers: four programs of 4 warps must fit.
         assert each["registers"] <= 65_536 // (4 * 4 * 32), each
+
+
+def test_the_compiler_sees_what_each_kernel_writes_and_copies_nothing(compiled: Any) -> None:
+    """What it does not see it takes for written, and it copies buffers that are views of one."""
+    forward = [["means", "squares"], ["mean", "rstd"], ["y"]]
+    backward = [["sums"], ["means", "dfilm", "dparameters"], ["dx"]]
+    assert [sorted(each) for each in compiled["written"]] == [*map(sorted, forward + backward)]
+    assert compiled["others"] == ["getitem", "new_empty.default", "permute.default"]
 
 
 @pytest.mark.parametrize("channels", [128, 192, 256, 1024])

@@ -1,6 +1,7 @@
 """The fused norm's kernels compiled for an H100, on a machine without one: `python -m` this.
 
-Prints registers and spilled bytes of every kernel, as JSON. Optional arguments: elements that a
+Prints registers and spilled bytes of every kernel, and how the compiler sees the operations, as
+JSON. Optional arguments: elements that a
 program holds, and its warps (default: those of `trainer.adm.fused`).
 """
 
@@ -9,10 +10,17 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,6 +44,7 @@ POINTERS = {
     | COEFFICIENTS,
     "apply_gradient": {"dy": HALF, "dx": HALF, "means": FULL, **SAVED},
 }
+TARGET = GPUTarget("cuda", 90, 32)
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
@@ -60,8 +69,7 @@ def cost(name: str, *, channels: int, length: int) -> dict[str, object]:
     }  # fmt: skip
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": fused.WARPS}
-    target = GPUTarget("cuda", 90, 32)
-    ptx = triton.compile(source, target=target, options=options).asm["ptx"]
+    ptx = triton.compile(source, target=TARGET, options=options).asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -74,12 +82,39 @@ def cost(name: str, *, channels: int, length: int) -> dict[str, object]:
     return {"kernel": name, "channels": channels, "registers": registers, "spilled": spilled}
 
 
+def seen() -> dict[str, list[object]]:
+    """What each kernel writes as the compiler sees it, forward and backward; and its other work."""
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: TARGET))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+            return torch.empty(shape, device="cuda", dtype=dtype)
+
+        x, weight, film = empty(8, 64, 16, 16), empty(64), empty(8, 128)
+        x, mean = x.to(memory_format=fused.LAYOUT), empty(8, 32, dtype=torch.float32)
+        given = (weight, weight, film, weight)
+        nodes = [
+            *_traced(lambda *a: fused.norm(*a, 32, 1e-5, True), x, *given),
+            *_traced(lambda *a: fused.norm_backward(*a, True), x, x, mean, mean, *given),
+        ]
+    written = [node.kwargs["tensors_to_clone"] for node in nodes if "kwargs" in node.kwargs]
+    others = {node.target.__name__ for node in nodes if "kwargs" not in node.kwargs}
+    return {"written": written, "others": sorted(others)}
+
+
+def _traced(function: Callable[..., object], *inputs: Tensor) -> list[torch.fx.Node]:
+    """The operations of a function as they come to the compiler."""
+    nodes = make_fx(dispatch_functionalize(function))(*inputs).graph.nodes
+    return [node for node in nodes if node.op == "call_function"]
+
+
 def main() -> None:
     """Compile everything for the smallest and the largest blocks of channels."""
     if len(sys.argv) > 1:
         fused.ELEMENTS, fused.WARPS = int(sys.argv[1]), int(sys.argv[2])
     shapes = ((192, 4096), (1536, 64))
-    print(json.dumps([cost(n, channels=c, length=s) for n in POINTERS for c, s in shapes]))
+    costs = [cost(n, channels=c, length=s) for n in POINTERS for c, s in shapes]
+    print(json.dumps({"costs": costs, **seen()}))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,8 @@ def check_same(out: Path, earlier: Mapping[str, Any] | None, wanted: Mapping[str
     Raises:
         ValueError: it is of something else.
     """
-    for name, value in wanted.items() if earlier is not None else ():
-        assert earlier is not None
-        if earlier.get(name) != value:
+    for name, value in wanted.items():
+        if earlier is not None and earlier.get(name) != value:
             raise ValueError(
                 f"{out} exists with other results ({name} was {earlier.get(name)}, is {value}): "
                 "name another --out, or rename that file"
