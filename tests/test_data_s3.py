@@ -86,6 +86,7 @@ def test_an_object_that_was_replaced_stops_the_run(bucket: s3fs.S3FileSystem) ->
     fails(opened, ValueError, r"00004\.tar: no tar header of image \d")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bucket")
 def test_a_server_that_does_not_answer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_shards(f"{BUCKET}/set")

@@ -68,7 +68,7 @@ def stop_in_mid_run(number: signal.Signals) -> int:
     return 0
 
 
-@pytest.mark.parametrize("name", ["killed", "stopped"])
+@pytest.mark.parametrize("name", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_the_lowest_rank_that_lives_names_the_main_rank_before_any_other_error(
     jobs: dict[str, ranks.Job], name: str
 ) -> None:
