@@ -6,7 +6,6 @@ a row of the table and not a hang.
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -24,6 +23,7 @@ import torch.distributed as dist
 
 from data.config import expanded, is_local
 from data.exits import FAILED, REFUSED, CommandParser
+from data.version import digest
 from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.ranks.group import device_of
 from trainer.ranks.world import World, join, step_hosts
@@ -39,7 +39,7 @@ def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None
     return Facts(
         rank=world.rank,
         host=socket.gethostname(),
-        code=_fingerprint(Path(__file__).parent.parent),
+        code=digest(),
         versions=", ".join([f"python {platform.python_version()}", *versions]),
         gpus=_gpus(),
         free_gib=_free_gib(run or Path.cwd()),
@@ -66,15 +66,6 @@ def _free_gib(directory: Path) -> float:
         return shutil.disk_usage(directory).free / 2**30
     except OSError:
         return 0.0
-
-
-def _fingerprint(root: Path) -> str:
-    """A digest of the code that this rank runs."""
-    digest = hashlib.sha256()
-    for package in ("trainer", "data", "launch"):
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _gpus() -> str:

@@ -5,6 +5,7 @@ image, what the net's output means, and the training loss. Steps t are indices o
 which may be respaced; nets always see the timestep of the full one, `original(t)`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from trainer.adm import likelihood
 from trainer.adm.config import DiffusionConfig
 from trainer.adm.respacing import kept_timesteps
-from trainer.adm.schedule import cosine_betas, linear_betas, respaced_betas
 
 Net = Callable[[Tensor, Tensor], Tensor]
 """(x_t, original timesteps) -> output, with labels and low resolution already bound."""
@@ -38,12 +38,12 @@ class Diffusion:
     """
 
     def __init__(self, config: DiffusionConfig, *, respacing: str | None = None) -> None:
-        full = linear_betas if config.schedule == "linear" else cosine_betas
+        full = _linear_betas if config.schedule == "linear" else _cosine_betas
         kept = kept_timesteps(config.steps, respacing)
         self.config = config
         self.steps = len(kept)
         self.timestep_map = torch.tensor(kept)
-        self.betas = respaced_betas(full(config.steps), kept)
+        self.betas = _respaced_betas(full(config.steps), kept)
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
         self._tables = _tables(self.betas)
         self._placed: dict[torch.device, dict[str, Tensor]] = {}
@@ -166,6 +166,25 @@ def bits_per_dimension(
     vb, mse = (torch.stack(terms[name], dim=1) for name in ("vb", "mse"))
     prior = diffusion.prior_bits(x0)
     return {"total": vb.sum(1) + prior, "vb": vb, "prior": prior, "mse": mse}
+
+
+def _linear_betas(steps: int) -> Tensor:
+    """(steps,) from 1e-4 to 0.02 for 1000 steps (Ho et al. 2020), scaled for others."""
+    scale = 1000 / steps
+    return torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
+
+
+def _cosine_betas(steps: int) -> Tensor:
+    """(steps,), at most 0.999: alpha_bar(s) = cos^2(pi/2 (s + .008) / 1.008) (Nichol, Dhariwal)."""
+    times = torch.arange(steps + 1, dtype=torch.float64) / steps
+    alpha_bar = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+def _respaced_betas(betas: Tensor, kept: list[int]) -> Tensor:
+    """Betas (len(kept),) of the process that visits only `kept`, with its alpha_bar there."""
+    alpha_bar = (1 - betas).cumprod(0)[kept]
+    return 1 - alpha_bar / torch.cat((alpha_bar.new_ones(1), alpha_bar[:-1]))
 
 
 def _tables(betas: Tensor) -> dict[str, Tensor]:
