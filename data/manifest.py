@@ -84,11 +84,7 @@ class Manifest:
 
 
 def check_name(name: object) -> None:
-    """Return if a shard may have this name.
-
-    Raises:
-        ValueError: it may not.
-    """
+    """Raise ValueError unless a shard may have this name."""
     check(
         isinstance(name, str) and bool(_NAME.fullmatch(name)),
         "name",

@@ -139,11 +139,7 @@ class StoredImages:
         return self._indexes[shard]
 
     def _demand_others_intact(self, shard: int, row: int) -> None:
-        """Tell one damaged image from a shard that was replaced or is damaged throughout.
-
-        Raises:
-            ValueError: another image of the shard has a wrong checksum, too.
-        """
+        """Raise ValueError where other images of the shard are damaged, too: it was replaced."""
         rows = self._shards.shards[shard].samples
         for other in {0, rows // 2, rows - 1} - {row}:
             try:

@@ -66,11 +66,7 @@ class Stream:
         }
 
     def check_identity(self, saved: dict[str, int | str]) -> None:
-        """Refuse to continue a run in another order than before.
-
-        Raises:
-            ValueError: naming each entry that differs.
-        """
+        """Raise ValueError, naming what differs, rather than continue a run in another order."""
         differing = [
             f"{name} was {saved.get(name)}, is {value}"
             for name, value in self.identity.items()

@@ -168,11 +168,7 @@ def _lock(file: TextIO) -> bool:
 
 
 def check_free(run: Path) -> None:
-    """Return if no job is queued for the run, and nothing is writing it.
-
-    Raises:
-        ValueError: a job is queued or running, or a process is writing the run.
-    """
+    """Raise ValueError where a job is queued for the run, or a process is writing it."""
     stop = f"wait for it, or stop it with `python -m launch stop {run}`"
     queued = job_id(run)
     state = queue.state(queued) if queued else None

@@ -97,11 +97,7 @@ def _check_inputs(found: AblationSet, *, runs: Path) -> None:
 
 
 def _check_evaluation(found: AblationSet, *, sides: set[int]) -> None:
-    """Return if samples of these sizes can be evaluated as the set says, tried on black ones.
-
-    Raises:
-        ValueError: the network or the reference is of another kind, or damaged.
-    """
+    """Raise ValueError unless samples of these sizes can be evaluated, tried on black ones."""
     samples, cpu = found.samples, torch.device("cpu")
     print("checking samples.network and samples.reference", flush=True)
     try:
@@ -166,11 +162,7 @@ def _record_all(found: AblationSet, *, runs: Path) -> None:
 
 
 def _record(found: AblationSet, row: Row, *, runs: Path) -> None:
-    """Keep beside a row's results what they are of.
-
-    Raises:
-        ValueError: results are there of a row of that name that was another.
-    """
+    """Keep beside a row's results what they are of; ValueError where that was another row."""
     here, own = runs / row.directory, {**asdict(row), "base": found.base}
     text = json.dumps({**own, "all": found.set, "samples": asdict(found.samples)}, indent=1) + "\n"
     here.mkdir(exist_ok=True)

@@ -7,11 +7,7 @@ from trainer.run import Run
 
 
 def check(config: Config, shards: Dataset, *, run: Run) -> None:
-    """Return if the shards have labels that the network can be trained on, or it needs none.
-
-    Raises:
-        ValueError: there are no labels, one for all images, or more than the network has.
-    """
+    """Raise ValueError unless the shards have the labels that the network needs."""
     classes, found = config.model.num_classes, len(shards.classes)
     if classes is None:
         return

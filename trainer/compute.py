@@ -24,11 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(training: TrainingConfig) -> None:
-    """Return if this machine can compute as the settings say.
-
-    Raises:
-        ValueError: a package is missing.
-    """
+    """Raise ValueError unless this machine has the packages that the settings need."""
     named = [name for name in _needing_triton(training) if torch.cuda.is_available()]
     if named and importlib.util.find_spec("triton") is None:
         raise ValueError(

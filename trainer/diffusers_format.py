@@ -81,11 +81,7 @@ def find(folder: Path) -> Path | None:
 
 
 def assert_expressible(config: UNetConfig | ClassifierConfig) -> None:
-    """Return if diffusers' UNet2DModel can be this network.
-
-    Raises:
-        ValueError: it cannot; names the setting.
-    """
+    """Raise ValueError, naming the setting, unless diffusers' UNet2DModel can be this network."""
     if isinstance(config, ClassifierConfig):
         raise ValueError('objective = "classify": diffusers has no classifier of noised images')
     expressible = "for diffusers, which has no other"

@@ -262,11 +262,7 @@ class Engine:
 def _initialize(
     net: nn.Module, optimizer: torch.optim.Optimizer, ds: dict[str, Any], *, device: torch.device
 ) -> tuple[Any, Any]:
-    """DeepSpeed's engine and its optimizer.
-
-    Raises:
-        ValueError: DeepSpeed refuses the settings.
-    """
+    """DeepSpeed's engine and its optimizer; ValueError where it refuses the settings."""
     # DeepSpeed would take the GPU of this rank's number; Slurm may show each task only its own.
     where = Namespace(device_rank=device.index or 0)
     try:
@@ -280,11 +276,7 @@ def _initialize(
 
 
 def check_precision(precision: str) -> None:
-    """Return if this machine computes in that precision.
-
-    Raises:
-        ValueError: it does not; names those that work.
-    """
+    """Raise ValueError, naming those that work, unless this machine computes in that precision."""
     accelerator = deepspeed.get_accelerator()
     supported = {
         "fp32": True,

@@ -177,11 +177,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 def _check_earlier(
     arguments: argparse.Namespace, evaluator: Evaluator, *, size: tuple[int, int]
 ) -> None:
-    """Return if what figures there are already are of the same reference and network.
-
-    Raises:
-        Refused: they are of others.
-    """
+    """Refuse figures that are there already of another reference or network."""
     there = from_main(lambda: [path for path in _outs(arguments) if path.exists()])
     if not there:
         return

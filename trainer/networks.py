@@ -120,11 +120,7 @@ class TrainedNetwork:
 
 
 def _written_config(path: Path) -> Config:
-    """The config that a weights file holds, as those of `python -m trainer.ema` do.
-
-    Raises:
-        ValueError: it holds none.
-    """
+    """The config that a weights file holds, as those of `python -m trainer.ema` do."""
     text = weights.metadata(path).get("config")
     if text is None:
         of = path.parent
@@ -157,11 +153,7 @@ _SHARED = ("model.image_size", "model.num_classes", "diffusion.steps", "diffusio
 
 
 def check_guide(classifier: TrainedNetwork, *, network: TrainedNetwork) -> None:
-    """Return if `classifier` can guide `network`.
-
-    Raises:
-        ValueError: it is no classifier, or one of other images, classes or noise.
-    """
+    """Raise ValueError unless `classifier` can guide `network`."""
     if not isinstance(classifier.config.model, ClassifierConfig):
         raise ValueError(f"{classifier.file} is no classifier: --classifier needs one")
     own, wanted = configs.flatten(classifier.config), configs.flatten(network.config)
@@ -212,11 +204,7 @@ def _class_names(network: TrainedNetwork) -> tuple[str, ...] | None:
 def check_upsampler(
     upsampler: TrainedNetwork, *, base: TrainedNetwork, classes: int | None
 ) -> None:
-    """Return if `upsampler` can enlarge what `base` draws in so many `classes`.
-
-    Raises:
-        ValueError: it is none, or one of another size or other classes.
-    """
+    """Raise ValueError unless `upsampler` can enlarge what `base` draws in so many `classes`."""
     model, size = upsampler.config.model, base.config.model.image_size
     if not isinstance(model, UNetConfig) or model.small_size is None:
         raise ValueError(f"{upsampler.file} is no upsampler: --upsampler needs one")

@@ -40,11 +40,7 @@ def add_from(parser: argparse.ArgumentParser) -> None:
 
 
 def check_init(init: Path | None, skip: list[str], *, run: Path) -> None:
-    """Return if `--init` is there; a run that has a checkpoint does not need it any more.
-
-    Raises:
-        ValueError: it is not, or there is only `--init-skip`.
-    """
+    """Raise ValueError unless `--init` is there; a run that has a checkpoint needs it no more."""
     if skip and init is None:
         raise ValueError(f"--init-skip {skip[0]} needs --init: without it all weights are new")
     if init is not None and not init.exists() and not _names(run):

@@ -25,11 +25,7 @@ class Value:
 
 
 def check_plot(path: Path | None, *, named: str) -> None:
-    """Return if a plot can be written to that path, where one is wanted.
-
-    Raises:
-        ValueError: matplotlib is missing, or the path is no picture's or cannot be made.
-    """
+    """Raise ValueError where a plot is wanted and cannot be written to that path."""
     if path is None:
         return
     check(path.suffix in _SUFFIXES, named, str(path), f"a file in {', '.join(_SUFFIXES)}")

@@ -111,11 +111,7 @@ class Run:
         goodput.note(self.path, "end", state=state.state if state else "")
 
     def check_lease(self) -> None:
-        """Return if this process may still write. Called ahead of every append and commit.
-
-        Raises:
-            ValueError: another start has taken the run over.
-        """
+        """Raise LeaseLost unless this process may still write. Ahead of every append and commit."""
         assert self.lease is not None, "claim the run before writing it"
         self.lease.check()
 

@@ -71,11 +71,7 @@ def sample(
 
 
 def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
-    """Check that every output can be written; what they need, in words.
-
-    Raises:
-        ValueError: something else has an output's name, or there is no room.
-    """
+    """Check that every output can be written, or raise ValueError; what they need, in words."""
     paths = [job.output.path for job in (*jobs, *later)]
     if twice := {path for path in paths if paths.count(path) > 1}:
         raise ValueError(
@@ -93,11 +89,7 @@ def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
 
 
 def check_options(arguments: argparse.Namespace) -> None:
-    """Refuse options that would be ignored, and values that mean nothing.
-
-    Raises:
-        ValueError: naming the option, its value and what it must be.
-    """
+    """Raise ValueError for options that would be ignored, and values that mean nothing."""
     _check_values(arguments)
     guided, from_run = arguments.classifier is not None, arguments.source.is_dir()
     scale, at = arguments.scale, arguments.guide_at

@@ -70,11 +70,7 @@ class Saver:
         self._flagged = self._known = False
 
     def check_room(self, source: Gathered) -> None:
-        """Return if the disk has room for a checkpoint.
-
-        Raises:
-            Broken: it has not.
-        """
+        """Raise Broken unless the disk has room for a checkpoint."""
         from_main(lambda: self._require_room(source))
 
     def save(
@@ -201,11 +197,7 @@ class Saver:
         directory.mkdir()
 
     def _require_room(self, source: Gathered) -> None:
-        """Return if a checkpoint fits on the disk.
-
-        Raises:
-            OSError: it does not.
-        """
+        """Raise OSError unless a checkpoint fits on the disk."""
         needed = len(source.kinds) * source.parameter_count * 4 + _ROOM
         place = self._run.checkpoints if self._run.checkpoints.exists() else self._run.path
         free = shutil.disk_usage(place).free

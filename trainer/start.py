@@ -85,11 +85,7 @@ def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> C
 
 
 def _check_batch(found: Checkpoint, *, run: Run, config: Config) -> None:
-    """Return if steps of `training.batch` lead from a checkpoint to the end of the training.
-
-    Raises:
-        ValueError: they would lead past it.
-    """
+    """Raise ValueError unless steps of `training.batch` lead from a checkpoint to the end."""
     batch, seen = config.training.batch, found.images_seen
     if seen >= config.training.images or seen % batch == 0:
         return

@@ -98,11 +98,7 @@ def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
-    """Return unless a checkpoint's file holds other tensors than weights.
-
-    Raises:
-        ValueError: it does.
-    """
+    """Raise ValueError where a checkpoint's file holds other tensors than weights."""
     # Files of version 0.1 say in their metadata only that they are a checkpoint's.
     kind = metadata.get("kind", path.stem if "images" in metadata else "model")
     if kind.startswith("adam"):

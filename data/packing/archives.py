@@ -49,11 +49,7 @@ def open_source(text: str, *, staging: Path) -> Source:
 
 
 def check_alone(text: str, source: Source) -> None:
-    """Return if the files of a source are all that a directory has to pack.
-
-    Raises:
-        ValueError: an image or another archive lies beside or below them.
-    """
+    """Raise ValueError where images or archives lie beside the files of a source in a directory."""
     root = Path(text)
     if not source.files or not root.is_dir():
         return
@@ -101,11 +97,7 @@ class Tars(Archives):
         return replace(listing, skipped=skipped)
 
     def _classes_of_manifest(self) -> tuple[str, ...]:
-        """The classes of the packed dataset that these tars are the shards of, or ().
-
-        Raises:
-            ValueError: its manifest is damaged.
-        """
+        """The classes of the packed dataset that these tars are the shards of, or ()."""
         path = self._root / MANIFEST
         content = path.read_bytes() if path.is_file() else b""
         if FORMAT.encode() not in content:

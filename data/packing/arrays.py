@@ -176,11 +176,7 @@ def _cifar_classes(root: Path) -> tuple[str, ...]:
 
 
 def _unpickled(file: Path) -> dict[bytes, Any]:
-    """What a pickle of CIFAR holds.
-
-    Raises:
-        ValueError: it is damaged, of another kind, or contains what could run.
-    """
+    """What a pickle of CIFAR holds; ValueError where it is damaged, or contains what could run."""
     try:
         found = _Unpickler(io.BytesIO(file.read_bytes()), encoding="bytes").load()
     except OSError:

@@ -90,11 +90,7 @@ def _directory(path: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, out: Path) -> None:
-    """Take the lock until the file is closed.
-
-    Raises:
-        ValueError: another process has it.
-    """
+    """Take the lock until the file is closed; ValueError where another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -122,11 +122,7 @@ def _objects(lines: list[str]) -> _Rows:
 
 
 def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
-    """Name and class of each row.
-
-    Raises:
-        ValueError: it cannot be told which column is which.
-    """
+    """Name and class of each row; ValueError where it cannot be told which column is which."""
     known = _keys(listing)
     if all(len(row) == 1 for row in rows):
         rows = [_split(row[0], known) for row in rows]

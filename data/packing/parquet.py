@@ -118,11 +118,7 @@ def _images(file: Path) -> Iterator[bytes]:
 
 
 def _open(file: Path) -> Any:
-    """A parquet file.
-
-    Raises:
-        ValueError: it is damaged, or something else.
-    """
+    """A parquet file; ValueError where it is damaged, or something else."""
     from pyarrow import ArrowException, parquet  # optional: only this source needs it
 
     try:
@@ -167,11 +163,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def _class_names(file: Path, table: Any) -> tuple[str, ...]:
-    """The names of the labels in the metadata that Hugging Face adds to a file, or ().
-
-    Raises:
-        ValueError: they are damaged.
-    """
+    """The names of the labels in the metadata that Hugging Face adds to a file, or ()."""
     found = (table.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     try:
         features = _entry(_entry(json.loads(found), "info"), "features")

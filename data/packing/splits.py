@@ -19,11 +19,7 @@ _PART = re.compile(r"(?P<head>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<tail>.*)"
 
 
 def check_files(files: Sequence[Path], *, pattern: str) -> None:
-    """Check that the files that match a pattern are of one split and none is missing.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless the files of a pattern are of one split and none is missing."""
     parent, names = files[0].parent, [file.name for file in files]
     if found := splits_among(names):
         one = "train" if "train" in found else found[0]

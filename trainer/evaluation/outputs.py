@@ -28,11 +28,7 @@ def check_place(out: Path, *, suffix: str, kind: str, earlier: Mapping[str, Any]
 
 
 def check_same(out: Path, earlier: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    """Return if the result that is there, if any, is of what is `wanted`.
-
-    Raises:
-        ValueError: it is of something else.
-    """
+    """Raise ValueError where a result is there that is of something else than what is `wanted`."""
     for name, value in wanted.items():
         if earlier is not None and earlier.get(name) != value:
             raise ValueError(

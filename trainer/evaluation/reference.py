@@ -53,11 +53,7 @@ def chosen(count: int) -> NDArray[np.int64]:
 
 
 def check_images(reference: Samples, *, size: tuple[int, int]) -> None:
-    """Return if images of a reference can be compared with samples of that height and width.
-
-    Raises:
-        ValueError: they are larger or smaller, or too few.
-    """
+    """Raise ValueError unless a reference's images can be compared with samples of that size."""
     if reference.count < FEWEST_SAMPLES:
         there = f"{reference.path} has {reference.count} images"
         raise ValueError(f"{there}: must be at least {FEWEST_SAMPLES}")

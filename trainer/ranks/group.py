@@ -128,11 +128,7 @@ def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torc
 
 
 def _check_interfaces() -> None:
-    """Return if this machine has the network interfaces that gloo is told to use.
-
-    Raises:
-        ValueError: it lacks one.
-    """
+    """Raise ValueError unless the network interfaces that gloo is told to use are here."""
     own = [name for _, name in socket.if_nameindex()]
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         if name not in own:

@@ -222,11 +222,7 @@ def claim(run: Path) -> Lease:
 
 
 def check_seen(run: Path, *, token: str, machine: str) -> None:
-    """Return if `run` is here the directory that the main rank, on that machine, has claimed.
-
-    Raises:
-        ValueError: it is another, or none.
-    """
+    """Raise ValueError unless `run` is here the directory that the main rank has claimed."""
     # A network file system may show for a while that there was no file.
     end = time.monotonic() + (0 if machine == Process.here().machine else SEEN)
     while (found := holder(run)) is None or found.token != token:

@@ -137,11 +137,7 @@ def _from_torch(env: Mapping[str, str]) -> World:
 
 
 def _number(env: Mapping[str, str], name: str, *, least: int = 0, most: int = 2**31) -> int:
-    """The number that a variable holds; `least` where it is not set.
-
-    Raises:
-        ValueError: it holds something else, as one that a shell has left empty.
-    """
+    """The number that a variable holds, or `least`; ValueError where it holds anything else."""
     found = env.get(name, str(least))
     if not found.isdecimal() or not least <= int(found) <= most:
         raise ValueError(
@@ -179,11 +175,7 @@ def _from_slurm(env: Mapping[str, str]) -> World:
 
 
 def _host_file(env: Mapping[str, str]) -> str:
-    """The first host of the file that orders a step's tasks, if one does (`srun -m arbitrary`).
-
-    Raises:
-        ValueError: the file cannot be read here.
-    """
+    """The first host of the file that orders a step's tasks, if one does (`srun -m arbitrary`)."""
     file = env.get("SLURM_HOSTFILE")
     if not file or env.get("SLURM_DISTRIBUTION") != "arbitrary":
         return ""

@@ -152,11 +152,7 @@ class Drawing:
         return all(each is None for each in everyone)
 
     def _write(self, job: DrawJob, write: Callable[[], str]) -> str:
-        """What `write` returns on the main rank.
-
-        Raises:
-            Broken: the main rank cannot write.
-        """
+        """What `write` returns on the main rank; Broken where it cannot write."""
         result, fault = from_main(lambda: _attempt(write))
         if fault is not None:
             raise Broken(_cannot_write(job, fault))

@@ -152,11 +152,7 @@ class Output(ABC):
         return True
 
     def check_picture(self, *, unknown: Sequence[str] = ()) -> None:
-        """Return if the grid may be written: none is there, or one of this request.
-
-        Raises:
-            ValueError: the picture that is there is of something else.
-        """
+        """Raise ValueError unless the grid may be written: none is there, or this request's."""
         if not self.picture.exists():
             return
         found, wanted = picture_record(self.picture), _plain(self.request)
@@ -207,11 +203,7 @@ class Output(ABC):
             lease.release()
 
     def check_free(self) -> None:
-        """Return if nothing has the output's name, nor that of its grid.
-
-        Raises:
-            ValueError: another process has written something there.
-        """
+        """Raise ValueError where something has the output's name, or that of its grid."""
         if self._is_taken():
             raise ValueError(f"{self.path} exists: name another --out, or remove it")
         self.check_picture()

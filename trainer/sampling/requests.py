@@ -183,11 +183,7 @@ def check_room(jobs: Sequence[DrawJob]) -> str:
 
 
 def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | None:
-    """The images that an upsampler enlarges.
-
-    Raises:
-        ValueError: they are missing, or are not what the network enlarges.
-    """
+    """The images that an upsampler enlarges; ValueError where they are missing, or are others."""
     model = source.config.model
     assert isinstance(model, UNetConfig)
     if (path is None) != (model.small_size is None):
