@@ -56,11 +56,7 @@ def shown(root: str) -> str:
 
 
 def login_and_url(root: str) -> tuple[str, urllib.parse.SplitResult]:
-    """USER:PASSWORD of a URL, and the URL without it and in ASCII, as requests have it.
-
-    Raises:
-        ValueError: it is no URL.
-    """
+    """USER:PASSWORD of a URL, and the URL without it and in ASCII; ValueError where it is none."""
     try:
         parts = urllib.parse.urlsplit(root)
         is_url = bool(parts.hostname) and parts.port != 0  # raises where it is no number

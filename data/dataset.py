@@ -68,29 +68,17 @@ class Shards(Manifest):
         return NO_CLASS not in self.classes
 
     def index(self, shard: int) -> Index:
-        """The index (samples,) of one local shard, mapped into memory that all processes share.
-
-        Raises:
-            OSError, ValueError: as `data.index.map_index`.
-        """
+        """As `data.index.map_index`, of one local shard."""
         entry = self.shards[shard]
         return map_index(Path(self.root, entry.index), samples=entry.samples)
 
     def rows_at(self, shard: int) -> int:
-        """The byte at which the rows of one local shard's index begin.
-
-        Raises:
-            OSError, ValueError: as `data.index.map_index`.
-        """
+        """As `data.index.rows_at`, of one local shard."""
         entry = self.shards[shard]
         return rows_at(Path(self.root, entry.index), samples=entry.samples)
 
     def parse_index(self, shard: int, content: bytes) -> Index:
-        """The index (samples,) of one shard from the content of its index file.
-
-        Raises:
-            ValueError: as `data.index.map_index`.
-        """
+        """As `data.index.parse_index`, of one shard."""
         entry = self.shards[shard]
         where = f"{self.where}/{entry.index}"
         return parse_index(content, samples=entry.samples, where=where)

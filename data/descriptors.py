@@ -22,11 +22,7 @@ def raise_limit() -> None:
 
 
 def require(count: int, *, why: str) -> None:
-    """Return if this process may hold so many files open.
-
-    Raises:
-        ValueError: it may not.
-    """
+    """Raise ValueError unless this process may hold so many files open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         raise ValueError(

@@ -44,11 +44,7 @@ def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
 
 
 def make_parent(path: Path, *, option: str) -> None:
-    """Make the directory of an output that a command was given by `option`.
-
-    Raises:
-        ValueError: it cannot be made.
-    """
+    """Make the directory of an output that a command was given by `option`, or raise ValueError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

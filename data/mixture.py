@@ -118,11 +118,7 @@ def open_dataset(
 
 
 def order_of(shards: Dataset, *, seed: int, streams: int, block: int) -> "Order | MixedOrder":
-    """The order in which a run sees a dataset.
-
-    Raises:
-        ValueError: as `Order`.
-    """
+    """The order in which a run sees a dataset; ValueError as `Order`."""
     if isinstance(shards, Shards):
         return Order(shards.sizes, seed=seed, streams=streams, block=block)
     orders = []

@@ -102,11 +102,7 @@ _OPENER = urllib.request.build_opener(_SameMethod)
 
 
 class HttpStore(Store):
-    """Files below an http(s) URL, read by range requests; all have its query, a signature say.
-
-    Raises:
-        ValueError: it is no URL.
-    """
+    """Files below an http(s) URL, read by range requests; all have its query, a signature say."""
 
     def __init__(self, root: str, timeout_s: float) -> None:
         user, self._parts = login_and_url(root)

@@ -98,11 +98,7 @@ def decode_into(
 
 
 def open_rgb(content: bytes | memoryview) -> Image.Image:
-    """Decode an image file with Pillow to an RGB image.
-
-    Raises:
-        one of `UNDECODABLE`.
-    """
+    """Decode an image file with Pillow to an RGB image, or raise one of `UNDECODABLE`."""
     return open_over(content).image
 
 
@@ -119,11 +115,7 @@ class Opened(NamedTuple):
 
 
 def open_over(content: bytes | memoryview, background: str = "white") -> Opened:
-    """As `open_rgb`; `background` shows through where an image is transparent.
-
-    Raises:
-        one of `UNDECODABLE`.
-    """
+    """As `open_rgb`; `background` shows through where an image is transparent."""
     with _opened(content) as image:
         turn = _turn(image)
         if image.mode == "F":
@@ -244,11 +236,7 @@ def flips(*, seed: int, indices: Ints) -> NDArray[np.bool_]:
 
 
 def write(pixels: Pixels, *, out: Pixels) -> None:
-    """Write pixels into `out`, both uint8 (H, W, 3).
-
-    Raises:
-        ValueError: the image has another size.
-    """
+    """Write pixels into `out`, both uint8 (H, W, 3); ValueError where the sizes differ."""
     _check_size(pixels, out)
     out[:] = pixels
 

@@ -107,11 +107,7 @@ class Jobs:
             self._fault = error
 
     def find(self, job_id: str) -> Job | None:
-        """The job as of the last `look`; None where Slurm has no record of it.
-
-        Raises:
-            ValueError: Slurm did not respond.
-        """
+        """The job as of the last `look`, or None; ValueError where Slurm did not respond."""
         if self._fault is not None:
             raise self._fault
         return self._known.get(job_id)

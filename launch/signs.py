@@ -46,11 +46,7 @@ class Signs:
         return self._job_ids.get(run)
 
     def job(self, run: Path) -> queue.Job | None:
-        """That job; None where Slurm has no record of it.
-
-        Raises:
-            ValueError: Slurm did not respond.
-        """
+        """That job, or None where Slurm has no record; ValueError where Slurm did not respond."""
         return self._jobs.find(self._job_ids[run])
 
     def is_alive(self, run: Path) -> bool:

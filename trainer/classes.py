@@ -26,12 +26,9 @@ def check(config: Config, shards: Dataset, *, run: Run) -> None:
 def check_held_out(
     config: Config, shards: Dataset, *, training: tuple[str, ...], named: str
 ) -> None:
-    """Return if labels of `shards`, named so in messages, mean what they do in the training set.
+    """Raise ValueError unless labels of `shards` mean what they do in the training set.
 
     `training` are the names of that set's classes.
-
-    Raises:
-        ValueError: the classes differ, though the network has some.
     """
     own, theirs = training, shards.classes
     if config.model.num_classes is None or own == theirs:

@@ -74,19 +74,11 @@ class TrainedNetwork:
         return cls(config, path, files.sha256(path), name, own)
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors of the file, by our names.
-
-        Raises:
-            ValueError: as `trainer.weights.load`.
-        """
+        """The tensors of the file, by our names; ValueError as `trainer.weights.load`."""
         return diffusers_format.ours(weights.load(self.file), config=self.config.model)
 
     def check_weights(self) -> dict[str, Tensor]:
-        """The tensors of the file, as `weights`, once they fit this network; reads all of it.
-
-        Raises:
-            ValueError: they do not.
-        """
+        """As `weights`; ValueError where they do not fit this network. Reads all of the file."""
         found = self.weights()
         with torch.device("meta"):
             net = build(self.config.model)
@@ -171,11 +163,7 @@ def check_guide(classifier: TrainedNetwork, *, network: TrainedNetwork) -> None:
 
 
 def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) -> None:
-    """Return if both number the same classes alike, as far as their shards are there to tell.
-
-    Raises:
-        ValueError: a number means one class to one of them and another class to the other.
-    """
+    """Raise ValueError unless both number the same classes alike, as far as their shards tell."""
     own, theirs = _class_names(network), _class_names(other)
     if own is None or theirs is None or own == theirs:
         return

@@ -17,22 +17,14 @@ _PATIENCE = (10, 10**6)
 
 
 def count(text: str) -> int:
-    """The value of an option that counts something.
-
-    Raises:
-        argparse.ArgumentTypeError: it is below 0.
-    """
+    """The value of an option that counts something, at least 0."""
     if (found := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{found}: must be at least 0")
     return found
 
 
 def seconds(text: str) -> float:
-    """The value of `--patience`.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no length of time that a watchdog can keep.
-    """
+    """The value of `--patience`: a length of time that a watchdog can keep."""
     least, most = _PATIENCE
     if not least <= (found := float(text)) <= most:
         raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most:,} seconds")

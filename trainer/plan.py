@@ -241,11 +241,7 @@ def add_rates(parser: argparse.ArgumentParser) -> None:
 
 
 def machine_of(arguments: argparse.Namespace, *, gpus: int) -> Machine:
-    """The machine that the options of `add_rates` state.
-
-    Raises:
-        ValueError: one of them is impossible.
-    """
+    """The machine that the options of `add_rates` state; ValueError for what is impossible."""
     names = [field.name for field in dataclasses.fields(Machine) if field.name != "gpus"]
     return Machine(gpus=gpus, **{name: getattr(arguments, name) for name in names})
 

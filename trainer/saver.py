@@ -147,11 +147,7 @@ class Saver:
                     self._mark("saving")
 
     def finish(self) -> None:
-        """Commit what is pending, at the end.
-
-        Raises:
-            Broken: the last checkpoint could not be written.
-        """
+        """Commit what is pending, at the end; Broken where it could not be written."""
         self.flush()
         if self._failure is not None:
             raise Broken(

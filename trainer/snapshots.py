@@ -58,11 +58,7 @@ class Snapshot:
 
     @classmethod
     def read(cls, path: Path) -> "Snapshot":
-        """One snapshot's directory.
-
-        Raises:
-            ValueError: its state.json is missing or damaged.
-        """
+        """One snapshot's directory; ValueError where its state.json is missing or damaged."""
         try:
             entries = json.loads((path / STATE).read_text())
             gaps = tuple((before, after) for before, after in entries.get("gaps", []))
@@ -189,11 +185,7 @@ class Snapshots:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole, or leave the one that is there.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a safetensors file whole, or leave the one that is there."""
     files.write(path, save(tensors, metadata=metadata))
 
 

@@ -91,11 +91,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> "TrainState":
-        """Read the entries back.
-
-        Raises:
-            ValueError: one is missing or of another type.
-        """
+        """Read the entries back; ValueError where one is missing or of another type."""
         kinds = {"images": int, "engine": dict, "timesteps": dict, "order": dict}
         for name, kind in kinds.items():
             if type(entries.get(name)) is not kind:

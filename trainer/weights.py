@@ -108,11 +108,7 @@ def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a `.safetensors` file says of itself.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """What a `.safetensors` file says of itself; ValueError where it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -121,11 +117,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def fill(net: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Load `weights` into `net`, strictly.
-
-    Raises:
-        ValueError: as `check_fit` and `check_finite`.
-    """
+    """Load `weights` into `net`, strictly: as `check_fit` and `check_finite`."""
     check_fit(net.state_dict(), weights, source=source)
     check_finite(weights, source=source)
     net.load_state_dict(dict(weights))

@@ -144,11 +144,7 @@ def save(begun: Begun, out: Path) -> None:
 
 
 def load(out: Path) -> Begun | None:
-    """What the packing in `out` began with, if that is recorded.
-
-    Raises:
-        ValueError: the record is damaged.
-    """
+    """What the packing in `out` began with, if that is recorded; ValueError where it is damaged."""
     path = out / WORK / BEGUN
     try:
         found = json.loads(path.read_bytes())

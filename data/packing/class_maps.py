@@ -89,11 +89,7 @@ def by_directories(listing: Listing, *, where: str) -> Listing:
 
 
 def map_content(path: Path) -> bytes:
-    """The content of a class map.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """The content of a class map; ValueError where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

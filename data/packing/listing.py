@@ -41,11 +41,7 @@ class Listing:
         return f"{sum(self.skipped.values())} skipped{text}"
 
     def check_labels(self, where: str) -> None:
-        """Return if each label is the number of a class.
-
-        Raises:
-            ValueError: one is not; names the first image that has the least or the largest.
-        """
+        """Raise ValueError, naming an image, unless each label is the number of a class."""
         count = len(self.classes)
         for label in (min(self.labels), max(self.labels)) if self.labels else ():
             if not 0 <= label < count:

@@ -163,11 +163,7 @@ class Guards:
         self.incidents, self.rollbacks = state.get("incidents", 0), state.get("rollbacks", 0)
 
     def check_damaged(self, means: Mapping[str, float], *, images: int) -> None:
-        """Judge the damaged images of an interval of so many images.
-
-        Raises:
-            Refused: too many images are damaged.
-        """
+        """Raise Refused where too many images are damaged, of which this interval has so many."""
         bad = round(means["bad_share"] * images)
         self._seen += images
         self._bad += bad
@@ -194,20 +190,12 @@ class Guards:
         return True
 
     def check_weights(self, norm: float, *, images_seen: int) -> None:
-        """Judge the norm of the weights before they are saved.
-
-        Raises:
-            Refused: it is not finite.
-        """
+        """Raise Refused where the norm of the weights, which are to be saved, is not finite."""
         if not math.isfinite(norm):
             self.refuse(f"the norm of the weights is {norm}", images_seen=images_seen)
 
     def refuse(self, why: str, *, images_seen: int) -> NoReturn:
-        """End a diverged run.
-
-        Raises:
-            Refused: always.
-        """
+        """End a diverged run: raise Refused."""
         raise Refused(
             f"the run has diverged after image {images_seen:,}: {why}; {self.incidents} steps were "
             f"skipped and {self.rollbacks} rollbacks made (incidents.jsonl names their images); "

@@ -153,11 +153,7 @@ class Lease:
         return self._me.token
 
     def check(self) -> None:
-        """Return if this process still is the one that writes.
-
-        Raises:
-            LeaseLost: another start has taken over, or the run is gone.
-        """
+        """Raise LeaseLost unless this process still is the one that writes."""
         found = holder(self._run) or self._restored()
         if found.token != self._me.token:
             raise LeaseLost(f"{found} has taken over {self._run}: {self._me} stops without writing")
@@ -203,11 +199,7 @@ class Lease:
 
 
 def claim(run: Path) -> Lease:
-    """Take the right to write `run`.
-
-    Raises:
-        ValueError: another job writes it.
-    """
+    """Take the right to write `run`; ValueError where another job writes it."""
     me, before = Holder.here(run), holder(run)
     if before is not None and not before.is_followed_by(me):
         busy = live_holder(run)

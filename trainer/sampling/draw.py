@@ -210,11 +210,7 @@ def _spread(indices: Tensor, count: int, classes: int | None) -> Tensor | None:
 
 
 def check_shown(config: Config, *, images: int, ranks: int) -> None:
-    """Return if the shards have enough `images` for the grids of an upsampler, or it is none.
-
-    Raises:
-        ValueError: they have not.
-    """
+    """Raise ValueError where the grids of an upsampler need more `images` than the shards have."""
     every, small_size = config.intervals, getattr(config.model, "small_size", None)
     if every.samples is None or small_size is None or images >= max(every.samples_count, ranks):
         return

@@ -169,11 +169,7 @@ def with_low_res(job: DrawJob, *, base: DrawJob, checksum: str) -> DrawJob:
 
 
 def check_room(jobs: Sequence[DrawJob]) -> str:
-    """What the outputs of all jobs need and what there is, in words.
-
-    Raises:
-        ValueError: there is not enough.
-    """
+    """What all outputs need and what there is, in words; ValueError where that is not enough."""
     out = jobs[0].output.path
     directory = next(path for path in out.absolute().parents if path.exists())
     free, needed = shutil.disk_usage(directory).free, sum(job.output.needed() for job in jobs)

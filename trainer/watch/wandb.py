@@ -18,11 +18,7 @@ from trainer.watch.tensorboard import tag
 
 
 def check(project: str | None) -> None:
-    """Return if no project is named, or wandb is installed.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError where a project is named and wandb is not installed."""
     if project is not None and find_spec("wandb") is None:
         raise ValueError(
             f"board.wandb = {project!r}: wandb is not installed: pip install wandb, or leave it out"
