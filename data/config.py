@@ -76,18 +76,13 @@ def login_and_url(root: str) -> tuple[str, urllib.parse.SplitResult]:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
-    """How to read a dataset's files: attempts, time limit, and a cache of this node.
-
-    `retries` more attempts follow a failed one; `timeout_s` seconds without an answer are a
-    failure. `cache` is a directory of the node that its ranks share, for what comes over a
-    network; it holds at most `cache_gb` GiB of each dataset.
-    """
+    """How to read a dataset's files: attempts, time limit, and a cache of this node."""
 
     #: Attempts after one that failed.
     retries: int = 6
     #: Seconds without an answer that are a failure.
     timeout_s: float = 30.0
-    #: A directory of the node for what comes over a network. Absent: none.
+    #: A directory of the node, which its ranks share, for what comes over a network. Absent: none.
     cache: str | None = None
     #: The most GiB that it holds of each dataset.
     cache_gb: float = 100.0
@@ -100,13 +95,7 @@ class FetchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(FetchConfig):
-    """Which shards to read, in which order, and how to make images of them.
-
-    `streams` and `block` determine the order, together with the seed and the dataset: keep them
-    for a whole run. `mix` names further datasets, and `mix_shares` what part of the images each
-    has; the rest is from `shards`. `prefetch_mb` (MiB) bounds the memory for images decoded ahead,
-    `max_bad` the share of damaged images before the trainer stops the run.
-    """
+    """Which shards to read, in which order, and how to make images of them."""
 
     #: Directory or URL of the packed images.
     shards: str

@@ -187,8 +187,6 @@ def test_impossible_respacing_is_refused_by_name(respacing: str) -> None:
     ("wrong", "named"),
     [
         ({"steps": 10}, "diffusion.steps = 10"),
-        ({"schedule": "sine"}, "diffusion.schedule = 'sine'"),
-        ({"predict": "v"}, "diffusion.predict = 'v'"),
         ({"variance": "fixed_large"}, "diffusion.loss = 'hybrid'"),
         ({"loss": "simple"}, "leaves untrained"),
     ],

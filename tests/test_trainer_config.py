@@ -84,6 +84,8 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ("training.ema_warmup = 1.5", "training.ema_warmup = 1.5: must be a share"),
         ("training.ema_widths = [0.3]", "training.ema_widths = (0.3,): must be different widths"),
         ('training.precision = "fp8"', 'one of "fp32", "bf16", "fp16"'),
+        ('model.resample = "fft"', "model.resample = 'fft': must be one of \"biggan\", "),
+        ('diffusion.schedule = "sine"', "diffusion.schedule = 'sine'"),
         ("training.images = 100", "a multiple of training.batch"),
         ("training.images = 6400000000000", "training.images = 6400000000000: must be below 10^12"),
         ("model.channel_mult = [1, 2.3]", "model.channel_mult"),

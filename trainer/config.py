@@ -18,13 +18,7 @@ from typing import Any, Literal
 from data.config import DataConfig, shown
 from data.exits import CommandParser, reported
 from trainer import settings
-from trainer.adm.config import (
-    ClassifierConfig,
-    DiffusionConfig,
-    UNetConfig,
-    check,
-    check_choice,
-)
+from trainer.adm.config import ClassifierConfig, DiffusionConfig, UNetConfig, check
 from trainer.adm.respacing import kept_timesteps
 from trainer.sections import (
     BoardConfig,
@@ -147,7 +141,8 @@ def from_table(table: Mapping[str, Any]) -> Config:
             raise ValueError(f"{name} cannot be set: it follows from {source}; set that instead")
     model, diffusion = sections.get("model", {}), sections.get("diffusion", {})
     objective = table.get("objective", "")
-    check_choice("objective", objective, Literal["denoise", "classify"])
+    known = objective in ("denoise", "classify")
+    check(known, "objective", objective, 'one of "denoise", "classify"')
     if objective == "denoise":
         model["learn_sigma"] = diffusion.get("variance", "learned") == "learned"
     if "data" in sections and "image_size" in model:

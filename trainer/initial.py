@@ -58,12 +58,8 @@ class Initial:
         weights.check_finite(initial._read(config), source=f"--init {file}")
         return initial
 
-    @property
-    def _source(self) -> str:
-        return f"--init {self.file}"
-
     def _is_skipped(self, name: str) -> bool:
-        return any(name == skip or name.startswith(f"{skip}.") for skip in self.skip)
+        return any(_is_in(name, skip) for skip in self.skip)
 
     def _read(self, config: Config) -> dict[str, Tensor]:
         """The file's weights, but for those that are skipped."""
@@ -71,7 +67,7 @@ class Initial:
             own = build(config.model).state_dict()
         loaded = diffusers_format.ours(weights.load(self.file), config=config.model)
         for skip in self.skip:
-            if not any(name == skip or name.startswith(f"{skip}.") for name in (*own, *loaded)):
+            if not any(_is_in(name, skip) for name in (*own, *loaded)):
                 modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in (*own, *loaded)))
                 raise ValueError(
                     f"--init-skip {skip}: neither the network nor {self.file} has such a part; "
@@ -80,7 +76,7 @@ class Initial:
         kept = {name: value for name, value in loaded.items() if not self._is_skipped(name)}
         wanted = {name: value for name, value in own.items() if not self._is_skipped(name)}
         hint = partial(_hint, own=frozenset(name.split(".")[0] for name in own))
-        weights.check_fit(wanted, kept, source=self._source, hint=hint)
+        weights.check_fit(wanted, kept, source=f"--init {self.file}", hint=hint)
         return kept
 
     def load(self, config: Config) -> dict[str, Tensor]:
@@ -94,10 +90,6 @@ class Initial:
     def __str__(self) -> str:
         without = f"; without {', '.join(self.skip)}" if self.skip else ""
         return f"{self.file} (sha256 {self.sha256[:12]}{without})"
-
-
-# The entry of `RUN/init.json` that is null in a run that was started from its seed.
-_SEED = "init"
 
 
 def choose(arguments: argparse.Namespace, *, run: Run, config: Config) -> Initial | None:
@@ -118,44 +110,29 @@ def choose(arguments: argparse.Namespace, *, run: Run, config: Config) -> Initia
     return Initial.find(path, skip=skip, config=config)
 
 
-def recorded(run: Run) -> Initial | None:
-    """The weights that a run was started from, if it has a record of them."""
-    try:
-        entries = json.loads(_file(run).read_text())
-        known = {name: entries[name] for name in ("init", "file", "sha256")}
-        return Initial(**known, skip=tuple(entries["skip"]))
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
 def record(initial: Initial | None, *, run: Run) -> None:
     """Keep in the run what it starts from, in place of what an earlier start came to nothing with.
 
     None is the seed.
     """
-    entries = {_SEED: None} if initial is None else asdict(initial)
+    entries = {"init": None} if initial is None else asdict(initial)
     files.write(_file(run), json.dumps({"format": "run-init-1", **entries}, indent=1) + "\n")
-
-
-def _is_from_seed(run: Run) -> bool:
-    """Whether a run has a record that it was started from its seed."""
-    try:
-        return json.loads(_file(run).read_text()).get(_SEED, "") is None
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
     """Compare with the record; runs of version 0.1 have none."""
-    before = recorded(run)
-    if before is None and _is_from_seed(run):
+    try:
+        entries = json.loads(_file(run).read_text())
+        facts = {name: entries[name] for name in ("init", "file", "sha256") if entries["init"]}
+        before = Initial(**facts, skip=tuple(entries["skip"])) if facts else None
+    except (OSError, ValueError, LookupError, TypeError):
+        print(f"--init {path} is not used: {run.path} resumes from its checkpoint", flush=True)
+        return
+    if before is None:
         raise ValueError(
             f"--init {path}: {run.path} was started from its seed and has a checkpoint: leave "
             "--init out to resume it, or name another --run directory to start from these weights"
         )
-    if before is None:
-        print(f"--init {path} is not used: {run.path} resumes from its checkpoint", flush=True)
-        return
     known = str(path.absolute()) in (before.init, before.file)
     same = known or (path.is_file() and files.sha256(path) == before.sha256)
     if not same or tuple(skip) != before.skip:
@@ -164,6 +141,11 @@ def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
             f"{run.path} was started with --init {before.init}{with_skip}: leave --init out to "
             "resume it, or name another --run directory"
         )
+
+
+def _is_in(name: str, part: str) -> bool:
+    """Whether a parameter is that part of the network, or in it."""
+    return name == part or name.startswith(f"{part}.")
 
 
 def _hint(names: Sequence[str], *, own: frozenset[str]) -> str:

@@ -231,20 +231,14 @@ class SampleInputs:
         Raises:
             ValueError: something of it is not there.
         """
-        denoiser = TrainedNetwork.find(
-            arguments.source, preset=arguments.preset, decay=arguments.ema
-        )
-        classifier = None
-        if arguments.classifier is not None:
-            classifier = TrainedNetwork.find(
-                arguments.classifier, preset=arguments.classifier_preset, decay=None
-            )
-        upsampler = None
-        if arguments.upsampler is not None:
-            upsampler = TrainedNetwork.find(
-                arguments.upsampler, preset=arguments.upsampler_preset, decay=None
-            )
-        found = cls(denoiser, classifier, upsampler)
+        given = vars(arguments)
+
+        def other(name: str) -> TrainedNetwork | None:
+            path, preset = given[name], given[f"{name}_preset"]
+            return None if path is None else TrainedNetwork.find(path, preset=preset, decay=None)
+
+        source = TrainedNetwork.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
+        found = cls(source, other("classifier"), other("upsampler"))
         found._check()
         return found
 

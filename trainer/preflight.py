@@ -18,7 +18,6 @@ if sys.version_info < (3, 11):  # noqa: UP036
     )
     sys.exit(78)
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -250,13 +249,9 @@ def _nvcc_release() -> str | None:
     return release[1] if release else None
 
 
-def _parser() -> argparse.ArgumentParser:
-    return CommandParser(prog="python -m trainer.preflight", description=__doc__)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit status."""
-    _parser().parse_args(argv)
+    CommandParser(prog="python -m trainer.preflight", description=__doc__).parse_args(argv)
     print(f"adm-trainer {code_version()} on {platform.platform()}", flush=True)
     missing = []
     for finding in findings():

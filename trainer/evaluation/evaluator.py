@@ -17,10 +17,6 @@ from trainer.ranks.world import World
 from trainer.sampling.samplefile import Samples, open_samples
 
 
-def _ignore(_what: object) -> None:
-    """Nobody hears of it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
     """A network of features and the ranks that compute them. All ranks make each call together."""
@@ -31,9 +27,9 @@ class Evaluator:
     #: Images at once.
     batch: int
     #: Hears what is done, on the main rank.
-    say: Callable[[str], None] = _ignore
+    say: Callable[[str], None] = lambda _: None
     #: Hears how many images were done, on every rank.
-    on_images: Callable[[int], None] = _ignore
+    on_images: Callable[[int], None] = lambda _: None
 
     def extract(self, samples: Samples, *, kept: Sequence[int]) -> Extracted | None:
         """The features of all samples, each rank its share; those of the places `kept` (ascending).

@@ -64,12 +64,13 @@ class Mfu:
         dist.barrier()  # cores that ranks share are shared in training, too
         peak = torch.tensor(_matmul_peak(device, precision), dtype=torch.float64, device=device)
         dist.all_reduce(peak)
-        known = datasheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        is_known = known is not None and precision != "fp32"
+        known = None
+        if device.type == "cuda" and precision != "fp32":
+            known = datasheet(torch.cuda.get_device_name(device))
         return cls(
             flops_per_image=3.0 * _forward_flops(config.model),
             measured=float(peak),
-            datasheet=known * dist.get_world_size() if known is not None and is_known else None,
+            datasheet=None if known is None else known * dist.get_world_size(),
         )
 
     def shares(self, images_per_second: float) -> dict[str, float]:
