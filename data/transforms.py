@@ -235,6 +235,13 @@ def flips(*, seed: int, indices: Ints) -> NDArray[np.bool_]:
     return uniform(_FLIP_DRAWS, seed, indices) < 0.5
 
 
+def png(pixels: Pixels, *, compress_level: int = -1) -> bytes:
+    """An image, uint8 (H, W, 3), as a file of exactly these pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=compress_level)
+    return buffer.getvalue()
+
+
 def write(pixels: Pixels, *, out: Pixels) -> None:
     """Write pixels into `out`, both uint8 (H, W, 3); ValueError where the sizes differ."""
     _check_size(pixels, out)

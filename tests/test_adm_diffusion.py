@@ -97,11 +97,6 @@ def test_sampling_steps(process: Process, guided: bool) -> None:
         process.check(f"{prefix}ddim_eta{eta}", got)
 
 
-def test_inverse_step(process: Process) -> None:
-    got = sampler.ddim_inverse_step(process.diffusion, process.prediction(), process.x_t, process.t)
-    process.check("ddim_reverse", got)
-
-
 @pytest.mark.parametrize("name", ["linear1000", "cosine1000_resp25", "linear_ddim10"])
 def test_bits_per_dimension(name: str) -> None:
     process = Process(name)

@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from data import files, npz
 from data.manifest import NO_CLASS
 from data.packing.listing import Listing, by_number
 from data.packing.sources import Archives, OneFile
-
-_Images = NDArray[np.uint8]
+from data.transforms import Pixels, png
 
 # What the pickles of CIFAR contain besides lists, numbers and texts; numpy 2 moved the first.
 _CIFAR_TYPES = {
@@ -73,7 +70,7 @@ class SampleFile(OneFile):
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
-        return png(np.load(self._unpacked(), mmap_mode="r")[int(name)])
+        return png(np.load(self._unpacked(), mmap_mode="r")[int(name)], compress_level=1)
 
     def stage(self) -> None:
         """As `Source.stage`."""
@@ -113,7 +110,8 @@ class Cifar(Archives):
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
         file, _, row = name.rpartition("@")
-        return png(_cifar(self._root / file)[0][int(row)])
+        pixels = _cifar(self._root / file)[0][int(row)]
+        return png(np.ascontiguousarray(pixels), compress_level=1)
 
 
 def cifar_files(path: Path) -> list[Path]:
@@ -129,19 +127,12 @@ def cifar_files(path: Path) -> list[Path]:
     return sorted(f for f in found if is_cifar and f.is_file() and f.name.startswith(kinds))
 
 
-def png(pixels: _Images) -> bytes:
-    """An image, uint8 (H, W, 3), as a file of exactly these pixels."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def _is_test(file: Path) -> bool:
     return file.name.startswith("test")
 
 
 @cache
-def _cifar(file: Path) -> tuple[_Images, list[int]]:
+def _cifar(file: Path) -> tuple[Pixels, list[int]]:
     """Images uint8 (N, 32, 32, 3) and labels of a batch."""
     pixels: Any
     if file.suffix == ".bin":

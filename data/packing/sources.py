@@ -4,7 +4,6 @@ The planning process lists them once; whichever process makes a shard reads them
 all that reading needs, so that a plan can be sent to any process or node.
 """
 
-import io
 import os
 import zipfile
 import zlib
@@ -16,7 +15,6 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data.manifest import MANIFEST
 from data.packing.claim import WORK
@@ -25,6 +23,7 @@ from data.packing.layout import by_directory
 from data.packing.listing import Listing
 from data.packing.names import LINK_UP, is_image
 from data.packing.splits import check_files
+from data.transforms import png
 
 # Size in bytes and time of the last change in ns: they differ when a file was changed.
 Stamp = tuple[int, int]
@@ -230,9 +229,7 @@ class Digits(Source):
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
         grey = np.round(_digits()[0][int(name)] * 255 / 16).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(np.repeat(grey[:, :, None], 3, axis=2)).save(buffer, format="PNG")
-        return buffer.getvalue()
+        return png(np.repeat(grey[:, :, None], 3, axis=2))
 
 
 def read_extent(path: Path, offset: int, size: int) -> bytes:

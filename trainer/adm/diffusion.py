@@ -191,14 +191,12 @@ def _tables(betas: Tensor) -> dict[str, Tensor]:
     """Every coefficient per step, float64; the two fixed variances are log variances."""
     alpha_bar = (1 - betas).cumprod(0)
     before = torch.cat((alpha_bar.new_ones(1), alpha_bar[:-1]))
-    after = torch.cat((alpha_bar[1:], alpha_bar.new_zeros(1)))
     posterior = betas * (1 - before) / (1 - alpha_bar)
     # The posterior has no variance at step 0, where its logarithm would be infinite.
     positive = torch.cat((posterior[1:2], posterior[1:]))
     return {
         "alpha_bar": alpha_bar,
         "alpha_bar_before": before,
-        "alpha_bar_after": after,
         "sqrt_alpha_bar": alpha_bar.sqrt(),
         "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
         "log_one_minus_alpha_bar": (1 - alpha_bar).log(),

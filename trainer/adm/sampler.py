@@ -1,8 +1,8 @@
 """Sampling: noise goes in, and step by step an image comes out.
 
-Ancestral sampling (paper, Algorithm 1) and DDIM (Algorithm 2; Song et al. 2020), forwards and
-inverted. A guidance is a function handed in: (x_t, original timesteps) -> the gradient of
-log p(y | x_t), already scaled. Samplers yield after every step, so a caller can show progress.
+Ancestral sampling (paper, Algorithm 1) and DDIM (Algorithm 2; Song et al. 2020). A guidance is a
+function handed in: (x_t, original timesteps) -> the gradient of log p(y | x_t), already scaled.
+Samplers yield after every step, so a caller can show progress.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,16 +72,6 @@ def ddim(
         gradient = guidance(x, diffusion.original(t)) if guidance is not None else None
         drawn = noise(i) if noise is not None and eta > 0 and i > 0 else None
         x = ddim_step(diffusion, p, x, t, eta=eta, noise=drawn, gradient=gradient)
-        yield i, x
-
-
-def ddim_invert(
-    diffusion: Diffusion, net: Net, x: Tensor, *, clip: bool = True
-) -> Iterator[tuple[int, Tensor]]:
-    """From images x up to the noise that `ddim` at eta 0 makes them of; yields likewise."""
-    for i in range(diffusion.steps):
-        t = _everywhere(i, x)
-        x = ddim_inverse_step(diffusion, predict(diffusion, net, x, t, clip=clip), x, t)
         yield i, x
 
 
@@ -158,12 +148,6 @@ def ddim_step(
     sigma = eta * ((1 - before) / (1 - now)).sqrt() * (1 - now / before).sqrt()
     mean = before.sqrt() * x0 + (1 - before - sigma.square()).sqrt() * eps
     return mean if noise is None else mean + sigma * noise
-
-
-def ddim_inverse_step(diffusion: Diffusion, p: Prediction, x_t: Tensor, t: Tensor) -> Tensor:
-    """x_{t+1}, (B, C, H, W), by the DDIM ordinary differential equation."""
-    eps, after = diffusion.eps_from_x0(x_t, t, p.x0), diffusion.at("alpha_bar_after", t)
-    return after.sqrt() * p.x0 + (1 - after).sqrt() * eps
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ be trained on it.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,13 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data import files
 from data.dataset import describe
 from data.index import index_bytes, parse_index
 from data.manifest import MANIFEST, NO_CLASS, Shard, manifest_text
 from data.tars import ShardWriter
+from data.transforms import png
 from trainer.sampling.npz_output import WHOLE
 from trainer.sampling.output import Output, numbered
 from trainer.sampling.samplefile import RECORD
@@ -50,7 +49,7 @@ class ShardOutput(Output):
             writer = ShardWriter(file)
             for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
                 key = f"{part * self.batch + i:08d}"
-                writer.add(key, image=_png(image), suffix="png", label=label)
+                writer.add(key, image=png(image), suffix="png", label=label)
             index = writer.close()
         content = index_bytes(index)
         files.write(self._shards / f"{part:06d}.idx.npy", content, writer=self.writer)
@@ -101,10 +100,3 @@ class ShardOutput(Output):
 
     def _record(self, part: int) -> Path:
         return self.work / f"{part:06d}.json"
-
-
-def _png(image: NDArray[np.uint8]) -> bytes:
-    """The PNG file of uint8 (H, W, 3)."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, format="png")
-    return stream.getvalue()
