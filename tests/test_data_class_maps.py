@@ -1,6 +1,5 @@
 """Classes from files as people have them, from prefixes of names, and from `dataset.json`."""
 
-import io
 import json
 import tarfile
 import zipfile
@@ -11,7 +10,7 @@ import pytest
 from data.dataset import Shards, open_shards
 from data.pack import main
 from tests.support.classes import NAMES, folder, labels, refusal
-from tests.support.data_fixtures import image_file
+from tests.support.data_fixtures import image_file, write_tar
 
 CLASSES = ("cat", "dog", "dog", "cat")
 
@@ -166,15 +165,11 @@ def test_a_dataset_packed_again_keeps_the_names_of_its_classes(tmp_path: Path) -
 
 
 def test_directories_in_a_tar_may_be_preferred_to_its_labels(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "P.tar", "w") as tar:
-        for i, name in enumerate(NAMES):
-            for suffix, payload in (
-                ("png", image_file(i, width=16, height=16, kind="PNG")),
-                ("cls", b"7"),
-            ):
-                info = tarfile.TarInfo(f"{CLASSES[i]}/{name[0]}.{suffix}")
-                info.size = len(payload)
-                tar.addfile(info, io.BytesIO(payload))
+    members = {}
+    for i, name in enumerate(NAMES):
+        image = image_file(i, width=16, height=16, kind="PNG")
+        members |= {f"{CLASSES[i]}/{name[0]}.png": image, f"{CLASSES[i]}/{name[0]}.cls": b"7"}
+    write_tar(tmp_path / "P.tar", members)
     shards = packed(tmp_path / "P.tar", "--class-from", "directory")
     assert labels(shards) == WANTED
 

@@ -1,8 +1,6 @@
 """Labels in the many ways in which others store them: read as they are meant, or refused."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,21 +11,11 @@ from data.dataset import Shards
 from data.pack import pack
 from data.packing.indexing import index_directory
 from data.packing.plan import PackConfig
-from tests.support.data_fixtures import content, image_file, packed
+from tests.support.data_fixtures import content, image_file, packed, write_tar
 
 
 def picture(seed: int) -> bytes:
     return image_file(seed, width=20, height=20)
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, payload in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
-    return path
 
 
 def labelled_tar(root: Path, *labels: bytes, suffix: str) -> Path:
@@ -194,13 +182,9 @@ def test_class_names_of_parquet_fit_all_labels_of_all_files(
     ["jpg.json", "info.json", "JSON", "jpg.cls", "CLS", "label", "output.class", "outputs.txt"],
 )
 def test_labels_beside_the_image_under_longer_names_are_read(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / "tars").mkdir()
-    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
-        for i in range(6):
-            label = json.dumps({"label": i % 3}) if suffix.lower().endswith("json") else str(i % 3)
-            picture = image_file(i, width=20, height=20)
-            for name, payload in ((f"{i}.jpg", picture), (f"{i}.{suffix}", label.encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(payload)
-                tar.addfile(info, io.BytesIO(payload))
+    is_json, members = suffix.lower().endswith("json"), {}
+    for i in range(6):
+        label = json.dumps({"label": i % 3}) if is_json else str(i % 3)
+        members |= {f"{i}.jpg": picture(i), f"{i}.{suffix}": label.encode()}
+    write_tar(tmp_path / "tars" / "a.tar", members)
     assert packed(tmp_path / "tars", tmp_path).classes == ("0", "1", "2")

@@ -18,6 +18,7 @@ from tests.support.data_fixtures import (
     image_file,
     packed,
     write_folder,
+    write_tar,
     write_tars,
 )
 
@@ -83,16 +84,6 @@ def test_tars_joined_by_cat_are_an_error(folder: Path, tmp_path: Path) -> None:
             read()
 
 
-def one_tar(path: Path, members: dict[str, bytes]) -> Path:
-    """A tar of these files, in this order; names may repeat but for a trailing slash."""
-    with tarfile.open(path, "w") as tar:
-        for name, payload in members.items():
-            info = tarfile.TarInfo(name.rstrip("/"))
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
-    return path
-
-
 def test_links_in_a_tar_are_second_names(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +113,7 @@ def class_tars(root: Path, *, names: tuple[str, ...], member: str) -> Path:
             member.format(name=name, i=j): image_file(9 * i + j, width=20, height=20)
             for j in range(3)
         }
-        one_tar(root / f"{name}.tar", pictures)
+        write_tar(root / f"{name}.tar", pictures)
     return root
 
 
@@ -194,7 +185,7 @@ def test_tars_that_would_lose_images_or_labels_are_refused(
 ) -> None:
     picture = image_file(0, width=20, height=20)
     members = {name: b"1" if name.endswith("cls") else picture for name in names}
-    one_tar(tmp_path / "others.tar", members)
+    write_tar(tmp_path / "others.tar", members)
     with pytest.raises(ValueError, match=message):
         packed(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=message):

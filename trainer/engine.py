@@ -27,8 +27,7 @@ from trainer import averages, norms, shortcuts
 from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.copies import Copies
-from trainer.guards.gate import Gate, Judge, StepReport
-from trainer.lossscale import LossScale
+from trainer.guards.gate import Gate, Judge, LossScale, StepReport
 from trainer.partition import Partition
 from trainer.sections import TrainingConfig
 from trainer.weights import materialize

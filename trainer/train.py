@@ -1,8 +1,4 @@
-"""`python -m trainer.train PRESET --run DIR`: train a preset, or resume the run that is there.
-
-Started by torchrun, mpirun, srun, `deepspeed` or alone. Ctrl-C or TERM saves and leaves with
-status 75; the same command resumes. A finished run says so and leaves with status 0.
-"""
+"""`python -m trainer.train PRESET --run DIR`: train a preset, or resume the run that is there."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence

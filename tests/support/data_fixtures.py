@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,17 @@ def content(shards: Shards) -> set[tuple[bytes, int]]:
 def image_files(folder: Path) -> list[tuple[Path, int]]:
     """The image files of `write_folder`, with their labels."""
     return [(path, int(path.parent.name[1:])) for path in sorted(folder.rglob("*.JPEG"))]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar of these files, in this order; names may repeat but for a trailing slash."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, payload in members.items():
+            info = tarfile.TarInfo(name.rstrip("/"))
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return path
 
 
 def write_tars(folder: Path, out: Path, *, json_labels: bool = False) -> Path:

@@ -6,6 +6,7 @@ steps do: gradients are dropped, and weights, moments, averages and the loss sca
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.lossscale import LossScale
-
 #: From the loss and the norm of the gradient, both of all ranks, to what is wrong with the step.
 Judge = Callable[[float, float], str | None]
+
+# What a dynamic loss scaler of DeepSpeed's remembers.
+_REMEMBERED = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,56 @@ class StepReport:
     skipped: bool
     #: Why the step was refused; None also where a dynamic loss scale was merely too large.
     fault: str | None
+
+
+class LossScale:
+    """DeepSpeed's loss scaler, whose dynamic scale grows after a step instead of within it.
+
+    DeepSpeed doubles the scale before it divides the gradients by it: one step in each window
+    would take its gradients, and in stage 3 report them, at half their size.
+    """
+
+    def __init__(self, scaler: Any) -> None:
+        self._scaler = scaler
+        self.is_dynamic: bool = scaler.dynamic
+        if self.is_dynamic:
+            self._window, scaler.scale_window = scaler.scale_window, sys.maxsize
+            # The guards decide what happens at the floor; DeepSpeed would end the run.
+            scaler.raise_error_at_min_scale = False
+
+    @property
+    def scale(self) -> float:
+        """The factor on the loss of the next step; 1 where the precision needs none."""
+        return float(self._scaler.loss_scale)
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether gradients that are not finite may be so by the scale alone: it is no incident."""
+        return self.is_dynamic and self.scale > self._scaler.min_scale
+
+    def update(self) -> None:
+        """Double a dynamic scale after a step that ended a window without overflow.
+
+        Called after every step that was not skipped.
+        """
+        if not self.is_dynamic:
+            return
+        scaler = self._scaler
+        stable = scaler.cur_iter - 1 - scaler.last_overflow_iter
+        if stable > 1 and (stable - 1) % self._window == 0:
+            scaler.cur_scale *= scaler.scale_factor
+            scaler.cur_hysteresis = scaler.delayed_shift
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; nothing of a constant scale."""
+        names = _REMEMBERED if self.is_dynamic else ()
+        return {name: getattr(self._scaler, name) for name in names}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave; a run that changed its precision starts afresh."""
+        if self.is_dynamic:
+            for name, value in state.items():
+                setattr(self._scaler, name, value)
 
 
 class Gate:
