@@ -38,6 +38,7 @@ PAIRS = list(WANTED.items())
         "".join(f"./images/{n},{c}\n" for n, c in PAIRS),
         "ImageId,PredictionString\n"
         + "".join(f"{n[:-4]},{c} 1 2 3 4 {c} 5 6 7 8\n" for n, c in PAIRS),
+        "".join(f"{c}\n" for c in CLASSES),
         "label\n" + "".join(f"{c}\n" for c in CLASSES),
         "".join(
             json.dumps({"file_name": n, "text": f"a {c}, 1", "label": c}) + "\n" for n, c in PAIRS

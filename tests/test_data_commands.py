@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data import pack, shards
+from data import pack
 from data.exits import FAILED, REFUSED, CommandParser, exit_status
 from data.progress import duration
 from tests.support.data_fixtures import write_folder
@@ -59,13 +59,6 @@ def test_a_missing_source_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_damaged_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "images.zip").write_bytes(content)
     assert pack.main([str(tmp_path / "images.zip"), str(tmp_path / "out")]) == REFUSED
-
-
-@pytest.mark.parametrize("command", [pack.main, shards.main])
-def test_an_unknown_option_is_refused(command: object) -> None:
-    assert callable(command)
-    with pytest.raises(SystemExit, match=str(REFUSED)):
-        command(["--nonsense"])
 
 
 @pytest.mark.parametrize(

@@ -128,27 +128,6 @@ def test_what_cannot_be_decoded_is_left_out_and_listed(tmp_path: Path) -> None:
     assert "n0002/img_0.JPEG: " in report and "n0002/img_1.JPEG: an empty file\n" in report
 
 
-def test_a_class_map_overrides_directories(tmp_path: Path) -> None:
-    source = tmp_path / "flat"
-    source.mkdir()
-    for i in range(10):
-        (source / f"val_{i}.png").write_bytes(image_file(i, width=20, height=20, kind="PNG"))
-    lines = "".join(f"val_{i}.png n{i % 2}\n" for i in range(10))
-    (tmp_path / "map").write_text(lines)
-    arguments = [str(source), str(tmp_path / "out"), "--size", "16", "--workers", "1"]
-    assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 0
-    shards = open_shards(tmp_path / "out")
-    assert shards.classes == ("n0", "n1") and shards.count == 10
-    # One label for each image, in the order of the names, means the same.
-    arguments[1] = str(tmp_path / "again")
-    (tmp_path / "labels").write_text("n0\nn1\n" * 5)
-    assert main([*arguments, "--class-map", str(tmp_path / "labels")]) == 0
-    assert open_shards(tmp_path / "again").fingerprint == shards.fingerprint
-    for wrong in ("val_0.png n0\n", "n0\nn1\n"):
-        (tmp_path / "map").write_text(wrong)
-        assert main([*arguments, "--class-map", str(tmp_path / "map")]) == REFUSED
-
-
 def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = pack_folder(tmp_path, images=20)
     before = contents(Path(shards.root))

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import webdataset as wds
 
 from bench.photos import make_photos
 from data.config import DataConfig
@@ -55,13 +54,6 @@ def test_the_stream_serves_the_reference_crops(photos: Path, shards: Shards) -> 
     for path in sorted(photos.rglob("*.JPEG"))[::97]:
         crop = center_crop(open_rgb(path.read_bytes()), size=SIZE).transpose(2, 0, 1)
         assert shards.classes[served[crop.tobytes()]] == path.parent.name
-
-
-def test_plain_webdataset_reads_all_of_it(shards: Shards) -> None:
-    urls = [str(Path(shards.root) / shard.tar) for shard in shards.shards]
-    dataset = wds.WebDataset(urls, shardshuffle=False).decode("torchrgb8").to_tuple("png", "cls")
-    labels = [label for image, label in dataset if image.shape == (3, SIZE, SIZE)]
-    assert np.array_equal(np.bincount(labels), np.full(CLASSES, PER_CLASS))
 
 
 def test_batches_are_as_mixed_as_ideal_shuffling(shards: Shards) -> None:

@@ -25,15 +25,6 @@ def write_parquet(root: Path, *names: str) -> Path:
     return root
 
 
-def test_train_and_test_parquet_do_not_mix(tmp_path: Path) -> None:
-    source = write_parquet(tmp_path / "P", "train.parquet", "test.parquet")
-    message = r"holds the splits test, train: give one, such as '.*/P/\*train\*\.parquet'"
-    with pytest.raises(ValueError, match=message):
-        packed(source, tmp_path)
-    assert packed(source / "*train*.parquet", tmp_path / "a").count == 1
-    assert packed(source / "test.parquet", tmp_path / "b").count == 1
-
-
 def test_timms_train_and_validation_tars_do_not_mix(tmp_path: Path) -> None:
     tars = write_tars(write_folder(tmp_path / "folder", images=20), tmp_path / "tars")
     (tars / "other-000.tar").rename(tars / "imagenet1k-train-0000.tar")

@@ -112,17 +112,6 @@ def work() -> int:
     return 0
 
 
-def test_a_rank_is_slow_after_so_many_reports_and_seconds() -> None:
-    for apart in (pace.SECONDS, pace.SECONDS / (pace.REPORTS - 1) - 1):
-        slow = pace.SlowRanks(["n1", "n1", "n2"])
-        for report in range(pace.REPORTS):
-            assert not slow.text
-            slow.judge([1.0, 1.1, 2.0], now=report * apart)
-        assert slow.text.startswith("rank 2 on n2 (") == (apart == pace.SECONDS)
-        slow.judge([1.0, 1.1, 1.0], now=1e3)
-        assert not slow.text
-
-
 def test_the_slow_rank_is_named_with_its_host_by_every_rank(tmp_path: Path) -> None:
     job = ranks.fork(tmp_path, work, ranks=2)
     job.wait()

@@ -54,6 +54,7 @@ def test_malformed_toml_is_one_line(tmp_path: Path, text: str) -> None:
         b'{"a":' * 100_000,
         b"1" * 10_000,
         b'{"format": NaN}',
+        b'{"format": 1}',
     ],
 )
 def test_a_malformed_manifest_is_one_line(content: bytes) -> None:

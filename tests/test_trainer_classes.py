@@ -148,30 +148,10 @@ def test_resuming_a_run_that_was_trained_without_labels_says_to_start_another(
         make(run.path, tiny, shards)
 
 
-def test_packing_a_flat_folder_says_that_there_are_no_labels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flat_folder(tmp_path / "flat")
-    assert "12 of 12 images have no label" in capsys.readouterr().err
-    mixed = folder(tmp_path / "mixed", lambda i: f"{i}.png" if i < 3 else f"n{i % 2}/{i}.png")
-    with pytest.raises(ValueError, match=r"3 images, such as 0\.png, lie beside the class folders"):
-        packed(mixed, tmp_path / "mixed")
-    one_folder(tmp_path / "one")
-    assert "no label" not in capsys.readouterr().err
-
-
 def test_indexing_tars_with_captions_for_labels_is_refused(tmp_path: Path) -> None:
     captioned = tars(tmp_path, suffix="json", texts=IMAGES * ['{"label": "a cat"}'])
     with pytest.raises(ValueError, match="has the label 'a cat': must be a class number"):
         index_directory(captioned)
-
-
-def test_numbering_unlabelled_tars_as_another_dataset_is_refused(
-    tmp_path: Path, digits: Path
-) -> None:
-    source = tars(tmp_path, suffix="txt", texts=IMAGES * ["a cat"])
-    with pytest.raises(ValueError, match=r"--classes-of: some images have no label"):
-        pack(str(source), out=tmp_path / "out", config=PackConfig(size=8), classes_of=digits)
 
 
 def test_indexing_tars_of_which_some_have_no_labels_is_refused(tmp_path: Path) -> None:
