@@ -72,14 +72,10 @@ class Mixture:
         return tuple((p, n / period) for p, n in zip(self.parts, self.counts, strict=True))
 
     @property
-    def same_classes(self) -> bool:
-        """Whether a label means the same in all datasets."""
-        return len({part.classes for part in self.parts}) == 1
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """The classes of all datasets; without a meaning in common, the labels count as none."""
-        return self.parts[0].classes if self.same_classes else (NO_CLASS,)
+        first, *others = {part.classes for part in self.parts}
+        return (NO_CLASS,) if others else first
 
     @property
     def labelled(self) -> bool:

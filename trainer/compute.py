@@ -25,20 +25,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def check(training: TrainingConfig) -> None:
     """Raise ValueError unless this machine has the packages that the settings need."""
-    named = [name for name in _needing_triton(training) if torch.cuda.is_available()]
-    if named and importlib.util.find_spec("triton") is None:
-        raise ValueError(
-            f"{named[0]}: needs the package triton, which is not installed: install it "
-            '(`pip install triton`), or set training.kernels = "plain" and training.compile = false'
-        )
-
-
-def _needing_triton(training: TrainingConfig) -> list[str]:
     settings = {
         'training.kernels = "fused"': training.kernels == "fused",
         "training.compile = true": training.compile,
     }
-    return [name for name, is_set in settings.items() if is_set]
+    named = next((name for name, is_set in settings.items() if is_set), None)
+    if named and torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"{named}: needs the package triton, which is not installed: install it "
+            '(`pip install triton`), or set training.kernels = "plain" and training.compile = false'
+        )
 
 
 def remarks(training: TrainingConfig, *, stage: int, ranks: int) -> list[str]:

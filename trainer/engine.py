@@ -77,6 +77,9 @@ class Engine:
         self._now = 0
         self.skipped = 0
         self._shapes = {name: p.shape for name, p in net.named_parameters()}
+        #: The network's parameters, in its own order, and how many numbers are learned.
+        self.names = tuple(self._shapes)
+        self.parameter_count = sum(shape.numel() for shape in self._shapes.values())
         materialize(net.to(DTYPES[training.precision]), start, device=device)
         self._base = torch.optim.AdamW(
             net.parameters(),
@@ -86,6 +89,10 @@ class Engine:
             fused=True,
         )
         self._ds, self._optimizer = _initialize(net, self._base, ds_config, device=device)
+        #: The ZeRO stage; images of a micro-batch, and micro-batches of a step on each rank.
+        self.stage: int = self._ds.zero_optimization_stage()
+        self.micro_batch: int = self._ds.train_micro_batch_size_per_gpu()
+        self.accumulation: int = self._ds.gradient_accumulation_steps()
         self._masters()  # or DeepSpeed chose an optimizer without
         norms.hasten(self._optimizer, stage=self.stage)
         shortcuts.take(self._optimizer, stage=self.stage)
@@ -105,34 +112,6 @@ class Engine:
         """The output of the network for inputs on its device, through DeepSpeed."""
         output: Tensor = self._ds(*inputs, **named)
         return output
-
-    @property
-    def parameter_count(self) -> int:
-        """How many numbers are learned."""
-        return sum(shape.numel() for shape in self._shapes.values())
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The network's parameters, in its own order."""
-        return tuple(self._shapes)
-
-    @property
-    def stage(self) -> int:
-        """The ZeRO stage."""
-        stage: int = self._ds.zero_optimization_stage()
-        return stage
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of a step on each rank."""
-        steps: int = self._ds.gradient_accumulation_steps()
-        return steps
-
-    @property
-    def micro_batch(self) -> int:
-        """Images of a micro-batch."""
-        size: int = self._ds.train_micro_batch_size_per_gpu()
-        return size
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's mean loss, a scalar; a step averages over them."""

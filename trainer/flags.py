@@ -115,7 +115,8 @@ def to_preset(text: str, *, ranks: int | None) -> str:
         raise ValueError(f"{two}: give the --classifier_ flags apart, with --image_size")
     for name in given:
         if name not in known and name not in ELSEWHERE:
-            raise ValueError(f"--{name}: no flag of this kind of network{_nearest(name, known)}")
+            hint = settings.nearest(name, [*known, *ELSEWHERE])
+            raise ValueError(f"--{name}: no flag of this kind of network{hint}")
     if "batch_size" in given and ranks is None:
         raise ValueError("--batch_size is of each process: say with --ranks how many there were")
     values = {**known, **{k: _typed(k, v, known[k]) for k, v in given.items() if k in known}}
@@ -148,10 +149,6 @@ def _parse(text: str) -> dict[str, str]:
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         raise ValueError(f'--from-flags {text!r}: must be pairs, as in "--image_size 64 ..."')
     return {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    return settings.nearest(name, [*known, *ELSEWHERE])
 
 
 def _typed(name: str, text: str, default: Any) -> Any:

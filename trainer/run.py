@@ -73,7 +73,7 @@ class Run:
         """
         last_sign = leases.beat(self.path) / 1e9
         lease = leases.claim(self.path)
-        run = replace(self, lease=lease, token=lease.token)
+        run = replace(self, lease=lease, token=lease.me.token)
         try:
             before = RunState.read(self.path)
             starts = 1 + (before.starts if before else 0)
@@ -84,10 +84,10 @@ class Run:
                 version=version(),
                 why=None,
                 lost=None,
-                job_id=lease.job_id,
+                job_id=lease.me.job,
             )
             lease.starts = starts
-            goodput.note_start(self.path, last_sign=last_sign, job_id=lease.job_id)
+            goodput.note_start(self.path, last_sign=last_sign, job_id=lease.me.job)
             yield run
         except LeaseLost:
             raise

@@ -91,7 +91,7 @@ class Cifar(Archives):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        if {_is_test(file) for file in self.files} == {True, False}:
+        if {file.name.startswith("test") for file in self.files} == {True, False}:
             is_100 = self.files[0].name == "test"
             train, test = ("train", "test") if is_100 else ("'data_batch_*'", "'test_batch*'")
             raise ValueError(
@@ -125,10 +125,6 @@ def cifar_files(path: Path) -> list[Path]:
     is_cifar = found and any((found[0].parent / name).is_file() for name in names)
     kinds = ("data_batch_", "test_batch", "train", "test")
     return sorted(f for f in found if is_cifar and f.is_file() and f.name.startswith(kinds))
-
-
-def _is_test(file: Path) -> bool:
-    return file.name.startswith("test")
 
 
 @cache

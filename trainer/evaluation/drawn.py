@@ -90,7 +90,13 @@ class Drawer:
         compute.prepare(net, training=config.training, device=device)
         sampler, parts = sampler_of(config), self._parts()
         steps, share, black = sampler.diffusion.steps, Share(), 0
-        progress = self._progress(len(parts) * steps)
+        progress = Progress(
+            total=len(parts) * steps,
+            done=0,
+            unit="denoising steps of the evaluation",
+            shown=self.evaluator.world.is_main,
+            say=self.evaluator.say,
+        )
 
         def on_step() -> None:
             self.mark("drawing samples to evaluate")
@@ -130,15 +136,6 @@ class Drawer:
         world, part, count = self.evaluator.world, self.evaluator.batch, self._count
         firsts = (first + world.rank * part for first in range(0, count, part * world.size))
         return [torch.arange(min(first, count), min(first + part, count)) for first in firsts]
-
-    def _progress(self, total: int) -> Progress:
-        return Progress(
-            total=total,
-            done=0,
-            unit="denoising steps of the evaluation",
-            shown=self.evaluator.world.is_main,
-            say=self.evaluator.say,
-        )
 
 
 def sampler_of(config: Config) -> SamplerConfig:

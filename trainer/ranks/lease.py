@@ -135,28 +135,19 @@ class Lease:
 
     def __init__(self, run: Path, me: Holder) -> None:
         self._run = run
-        self._me = me
+        #: This process, whose token names the claim.
+        self.me = me
         #: The run's count of starts, this one included; None until it is known.
         self.starts: int | None = None
         self._released = threading.Event()
         self.stop_requested = stop_file(run).exists()
         threading.Thread(target=self._show_life, daemon=True).start()
 
-    @property
-    def job_id(self) -> str | None:
-        """The scheduler's number of the job that holds the run."""
-        return self._me.job
-
-    @property
-    def token(self) -> str:
-        """Names this claim."""
-        return self._me.token
-
     def check(self) -> None:
         """Raise LeaseLost unless this process still is the one that writes."""
         found = holder(self._run) or self._restored()
-        if found.token != self._me.token:
-            raise LeaseLost(f"{found} has taken over {self._run}: {self._me} stops without writing")
+        if found.token != self.me.token:
+            raise LeaseLost(f"{found} has taken over {self._run}: {self.me} stops without writing")
 
     def _restored(self) -> Holder:
         """Who holds a run whose file is missing or damaged: this process writes it again.
@@ -174,23 +165,23 @@ class Lease:
         state = RunState.read(self._run)
         if self.starts is not None and state is not None and state.starts != self.starts:
             raise LeaseLost(
-                f"another start has written {self._run}: {self._me} stops without writing"
+                f"another start has written {self._run}: {self.me} stops without writing"
             )
-        _write(self._run, self._me)
-        return self._me
+        _write(self._run, self.me)
+        return self.me
 
     def release(self) -> None:
         """Let the next start begin at once."""
         self._released.set()
         found = holder(self._run)
-        if found is not None and found.token == self._me.token:
+        if found is not None and found.token == self.me.token:
             _file(self._run).unlink(missing_ok=True)
 
     def _show_life(self) -> None:
         while not self._released.wait(BEAT):
             try:
                 found = holder(self._run)
-                if found is not None and found.token != self._me.token:
+                if found is not None and found.token != self.me.token:
                     return
                 os.utime(_file(self._run))
                 self.stop_requested = stop_file(self._run).exists()

@@ -92,27 +92,27 @@ class Board:
             **values,
             **shares,
         }
-        board = self._tensorboard
-        self._attempt("tensorboard/", lambda: board.scalars(shown, images_seen=images_seen))
+        self._show(lambda board: board.scalars(shown, images_seen=images_seen))
         if time.monotonic() > self._texted + _TEXT_EVERY or images_seen >= self._total:
             text = self._status(
                 values, images_seen=images_seen, hours=hours, slow=slow, found=found
             )
             self._attempt(
                 "tensorboard/",
-                lambda: board.text("0_overview/status", text, images_seen=images_seen),
+                lambda: self._tensorboard.text("0_overview/status", text, images_seen=images_seen),
             )
             self._texted = time.monotonic()
-        if self._wandb is not None:
-            self._wandb.scalars(shown, images_seen=images_seen)
 
     def values(self, values: Mapping[str, float], *, images_seen: int) -> None:
         """Add the values of a validation or an evaluation, in a row of their own."""
         self._append(values, images_seen=images_seen)
-        board = self._tensorboard
-        self._attempt("tensorboard/", lambda: board.scalars(values, images_seen=images_seen))
+        self._show(lambda board: board.scalars(values, images_seen=images_seen))
+
+    def _show(self, act: Callable[[TensorBoard | WandB], None]) -> None:
+        """Show something on all boards."""
+        self._attempt("tensorboard/", lambda: act(self._tensorboard))
         if self._wandb is not None:
-            self._wandb.scalars(values, images_seen=images_seen)
+            act(self._wandb)
 
     def _append(self, values: Mapping[str, float], *, images_seen: int) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
@@ -127,10 +127,7 @@ class Board:
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
-        board = self._tensorboard
-        self._attempt("tensorboard/", lambda: board.picture(name, picture, images_seen=images_seen))
-        if self._wandb is not None:
-            self._wandb.picture(name, picture, images_seen=images_seen)
+        self._show(lambda board: board.picture(name, picture, images_seen=images_seen))
 
     def rest(self, spent: Mapping[str, float], *, images_seen: int) -> None:
         """Add to the timeline what a start has measured since its last report."""
