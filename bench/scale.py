@@ -34,7 +34,7 @@ from data.dataset import open_shards
 from data.pack import main as pack
 from data.stream import Stream
 from trainer import config as configs
-from trainer import costs, ds_config, plan, prediction
+from trainer import ds_config, plan, prediction
 from trainer.prediction import Machine
 
 #: What NCCL reaches there, as published for nodes of 8 H100: GB/s of each rank.
@@ -139,11 +139,10 @@ def measured_step(machine: Machine, *, config: configs.Config, file: Path) -> Ma
 
 def predicted(config: configs.Config, *, machine: Machine) -> Iterator[Cell]:
     """The step on each number of GPUs, at the preset's batch and at 32 images per GPU."""
-    net = costs.count(config)
     zero = ds_config.load("ds_config.json")["zero_optimization"]
     own = {n: config.training.batch for n in GPUS if config.training.batch % n == 0}
     for batches in (own, {n: 32 * n for n in GPUS}):
-        steps = prediction.scaled(config, net, machine=machine, zero=zero, batches=batches)
+        steps = prediction.scaled(config, machine=machine, zero=zero, batches=batches)
         for gpus, now in steps.items():
             if now is not None:
                 times = {"compute": now.compute, "network": now.communication, "host": now.host}

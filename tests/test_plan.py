@@ -11,7 +11,6 @@ from tests.support.runs import Place
 from trainer import config as configs
 from trainer import costs, ds_config, plan
 from trainer.config import Config
-from trainer.costs import NetCosts
 from trainer.prediction import (
     GIB,
     Machine,
@@ -46,22 +45,20 @@ def test_presets_of_every_kind_are_planned(preset: str, capsys: pytest.CaptureFi
 
 def test_without_a_network_or_a_host_a_step_takes_what_its_operations_take() -> None:
     config = configs.load("imagenet64")
-    net = costs.count(config)
     ideal = machine(bandwidth=1e9)
     for gpus in (1, 8, 64):
-        now = step(config, net, machine=ideal, gpus=gpus, zero=ZERO)
+        now = step(config, machine=ideal, gpus=gpus, zero=ZERO)
         seconds = 2048 * operations(config) / (gpus * 0.4 * 989e12)
         assert now.seconds == pytest.approx(seconds, rel=1e-3)
 
 
 def test_at_a_fixed_batch_more_gpus_are_used_less_well_and_the_limit_is_named() -> None:
     config = configs.load("imagenet64", ("training.micro_batch = 64",))
-    net = costs.count(config)
-    there = [step(config, net, machine=machine(), gpus=n, zero=ZERO) for n in (8, 64, 512)]
+    there = [step(config, machine=machine(), gpus=n, zero=ZERO) for n in (8, 64, 512)]
     shares = [each.efficiency for each in there]
     assert shares == sorted(shares, reverse=True)
     assert there[-1].limit == "network"
-    slow = step(config, net, machine=machine(host_ms=500.0), gpus=512, zero=ZERO)
+    slow = step(config, machine=machine(host_ms=500.0), gpus=512, zero=ZERO)
     assert slow.limit.startswith("host")
 
 
@@ -75,7 +72,7 @@ def test_what_is_exposed_of_the_network_follows_ds_config() -> None:
     ) -> float:
         there = machine(latency=latency, mfu=mfu, overlap=1.0)
         zero = {**ZERO, **own}
-        return step(of, net, machine=there, gpus=gpus, zero=zero).communication
+        return step(of, machine=there, gpus=gpus, zero=zero).communication
 
     whole = 2 * 63 / 64 * 2 * net.parameters / 40e9  # an all-reduce of 16-bit gradients
     gather = whole / 2
@@ -106,22 +103,21 @@ def test_little_is_left_to_reduce_when_the_last_compiled_part_is_done(preset: st
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_one_image_more_than_the_largest_micro_batch_does_not_fit(stage: int) -> None:
     config = resized(configs.load("imagenet256"), batch=2048, micro_batch=8)
-    net, there, zero = costs.count(config), machine(), {**ZERO, "stage": stage}
-    most = largest_micro_batch(config, net, zero=zero, machine=there)
+    there, zero = machine(), {**ZERO, "stage": stage}
+    most = largest_micro_batch(config, zero=zero, machine=there)
     held = [
-        sum(memory(config, net, zero=zero, ranks=8, micro_batch=size).values())
+        sum(memory(config, zero=zero, ranks=8, micro_batch=size).values())
         for size in (most, most + 1)
     ]
     assert held[0] <= 76 * 2**30 < held[1]
 
 
-def fits(config: Config, net: NetCosts, size: int, *, ranks: int) -> bool:
+def fits(config: Config, size: int, *, ranks: int) -> bool:
     """Whether 80 GiB hold a micro-batch, with the planner's reserve, below ZeRO-3."""
     stages = ({**ZERO, "stage": stage} for stage in (1, 2))
     sized = resized(config, batch=config.training.batch, micro_batch=size)
     held = [
-        sum(memory(sized, net, zero=zero, ranks=ranks, micro_batch=size).values())
-        for zero in stages
+        sum(memory(sized, zero=zero, ranks=ranks, micro_batch=size).values()) for zero in stages
     ]
     return max(held) <= 76 * GIB
 
@@ -131,21 +127,20 @@ def test_the_micro_batch_of_a_preset_is_the_largest_power_of_two_that_80_gb_hold
     preset: str,
 ) -> None:
     config = configs.load(preset)
-    net, batch, micro = costs.count(config), config.training.batch, config.training.micro_batch
+    batch, micro = config.training.batch, config.training.micro_batch
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if batch % n == 0]
     assert batch % micro == 0 and micro & (micro - 1) == 0
-    assert all(fits(config, net, micro, ranks=n) for n in counts if micro <= batch // n)
+    assert all(fits(config, micro, ranks=n) for n in counts if micro <= batch // n)
     twice = [n for n in counts if 2 * micro <= batch // n]
-    assert not twice or not all(fits(config, net, 2 * micro, ranks=n) for n in twice)
+    assert not twice or not all(fits(config, 2 * micro, ranks=n) for n in twice)
     size = config.model.image_size
     assert preset != f"imagenet{size}" or gpu.LARGEST.get(size, micro) == micro
 
 
 def test_a_gpu_that_holds_less_is_told_what_to_set() -> None:
     config = configs.load("digits")
-    net = costs.count(config)
     need = {
-        size: sum(memory(config, net, zero=ZERO, ranks=2, micro_batch=size).values())
+        size: sum(memory(config, zero=ZERO, ranks=2, micro_batch=size).values())
         for size in (16, 32)
     }
     assert memory_remark(config, zero=ZERO, ranks=2, room=need[32]) is None

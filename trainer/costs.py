@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.adm.config import GROUPS
+from trainer.adm.config import GROUPS, ClassifierConfig, UNetConfig
 from trainer.adm.encoder import Encoder
 from trainer.adm.norm import GroupNorm
 from trainer.adm.unet import build, example_inputs
@@ -55,17 +55,21 @@ class NetCosts:
         return sum(self.sizes)
 
 
-@cache
 def count(config: Config) -> NetCosts:
-    """The costs of a preset's network."""
-    dtype = DTYPES[config.training.precision]
+    """The costs of a preset's network, counted once."""
+    training = config.training
+    return _count(config.model, DTYPES[training.precision], training.kernels == "fused")
+
+
+@cache
+def _count(model: UNetConfig | ClassifierConfig, dtype: torch.dtype, is_fused: bool) -> NetCosts:
     with torch.device("meta"):
-        net = build(config.model).to(dtype)
-        if config.training.kernels == "fused":
+        net = build(model).to(dtype)
+        if is_fused:
             _fuse_norms(net)
         sizes = tuple(p.numel() for p in net.parameters())
-        kept = [_saved_bytes(net, example_inputs(config.model, images=n)) for n in (1, 2)]
-        parts = _parts(net, example_inputs(config.model, images=1))
+        kept = [_saved_bytes(net, example_inputs(model, images=n)) for n in (1, 2)]
+        parts = _parts(net, example_inputs(model, images=1))
     operations = sum(done for done, _ in parts)
     return NetCosts(
         sizes=sizes,

@@ -26,7 +26,6 @@ from trainer import costs, ds_config, settings
 from trainer.adm.config import check
 from trainer.averages import kept
 from trainer.config import Config
-from trainer.costs import NetCosts
 from trainer.prediction import (
     GB,
     GIB,
@@ -87,11 +86,11 @@ def report(
         f"reductions hidden, {machine.host_ms:g} ms of the host per micro-batch, "
         f"{machine.reserve:g} GiB of {machine.gpu_memory:g} reserved"
     )
-    yield from _memory_lines(config, net, machine=machine, zero=zero)
-    now = step(config, net, machine=machine, gpus=machine.gpus, zero=zero)
-    yield from _disk_lines(config, net)
+    yield from _memory_lines(config, machine=machine, zero=zero)
+    now = step(config, machine=machine, gpus=machine.gpus, zero=zero)
+    yield from _disk_lines(config, net.parameters)
     yield from _data_lines(config, now)
-    yield from _scale_lines(config, net, machine=machine, zero=zero)
+    yield from _scale_lines(config, machine=machine, zero=zero)
 
 
 def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
@@ -111,8 +110,8 @@ def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
             micro = training.micro_batch_on(machine.gpus)
         except ValueError as error:
             raise ValueError(f"{path.stem}: {error}") from None
-        needed = memory(config, net, zero=zero, ranks=machine.gpus, micro_batch=micro)
-        now = step(config, net, machine=machine, gpus=machine.gpus, zero=zero)
+        needed = memory(config, zero=zero, ranks=machine.gpus, micro_batch=micro)
+        now = step(config, machine=machine, gpus=machine.gpus, zero=zero)
         days = training.images / now.batch * now.seconds / 86400 * machine.gpus
         cells = (
             f"`{path.stem}`",
@@ -127,19 +126,17 @@ def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _memory_lines(
-    config: Config, net: NetCosts, *, machine: Machine, zero: Mapping[str, Any]
-) -> Iterable[str]:
+def _memory_lines(config: Config, *, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
     ranks, micro = machine.gpus, config.training.micro_batch_on(machine.gpus)
     yield f"\nMemory of a rank on {ranks} GPUs with micro-batches of {micro}, GiB:"
     stages = [{**zero, "stage": stage} for stage in (1, 2, 3)]
-    tables = [memory(config, net, zero=s, ranks=ranks, micro_batch=micro) for s in stages]
+    tables = [memory(config, zero=s, ranks=ranks, micro_batch=micro) for s in stages]
     titles = [f"stage {s['stage']}{'*' if s['stage'] == zero['stage'] else ''}" for s in stages]
     yield _row("", titles)
     for part in dict.fromkeys(part for table in tables for part in table):
         yield _row(part, [f"{table[part] / GIB:.2f}" if part in table else "" for table in tables])
     yield _row("together", [f"{sum(table.values()) / GIB:.2f}" for table in tables])
-    most = [largest_micro_batch(config, net, zero=s, machine=machine) for s in stages]
+    most = [largest_micro_batch(config, zero=s, machine=machine) for s in stages]
     yield _row("largest micro-batch", [str(size or "none fits") for size in most])
     yield "(* the stage of --ds-config; the largest micro-batch is at most a rank's share)"
 
@@ -148,9 +145,9 @@ def _row(name: str, cells: Sequence[str]) -> str:
     return f"  {name:<28}" + "".join(f"{cell:>12}" for cell in cells)
 
 
-def _disk_lines(config: Config, net: NetCosts) -> Iterable[str]:
+def _disk_lines(config: Config, parameters: int) -> Iterable[str]:
     every, training = config.intervals, config.training
-    size = 4 * net.parameters * (3 + len(kept(training))) / GB
+    size = 4 * parameters * (3 + len(kept(training))) / GB
     stay = training.images // every.keep_every if every.keep_every else 0
     # One is being written while the newest are kept.
     most = every.keep + 1 + stay
@@ -180,32 +177,24 @@ def _data_lines(config: Config, now: Step) -> Iterable[str]:
     )
 
 
-def _scale_lines(
-    config: Config, net: NetCosts, *, machine: Machine, zero: Mapping[str, Any]
-) -> Iterable[str]:
+def _scale_lines(config: Config, *, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
     training = config.training
     counts = [n for n in (1, 8, 16, 32, 64, 128, 256, 512) if training.batch % n == 0]
     counts = sorted({*counts, machine.gpus})
     yield f"\nAt the preset's batch of {training.batch}, ZeRO stage {zero['stage']}:"
-    yield from _table(
-        config, net, machine=machine, zero=zero, batches=dict.fromkeys(counts, training.batch)
-    )
+    own = dict.fromkeys(counts, training.batch)
+    yield from _table(config, machine=machine, zero=zero, batches=own)
     yield f"\nAt {_WEAK} images per GPU (another batch is another experiment):"
     wide = {n: _WEAK * n for n in (8, 16, 32, 64, 128, 256, 512)}
-    yield from _table(config, net, machine=machine, zero=zero, batches=wide)
+    yield from _table(config, machine=machine, zero=zero, batches=wide)
 
 
 def _table(
-    config: Config,
-    net: NetCosts,
-    *,
-    machine: Machine,
-    zero: Mapping[str, Any],
-    batches: Mapping[int, int],
+    config: Config, *, machine: Machine, zero: Mapping[str, Any], batches: Mapping[int, int]
 ) -> Iterable[str]:
     heads = ("per GPU", "micro-batch", "step ms", "network ms", "host ms", "images/s", "efficiency")
     yield f"  {'GPUs':>5}" + "".join(f"{head:>12}" for head in heads) + "  limited by"
-    for gpus, now in scaled(config, net, machine=machine, zero=zero, batches=batches).items():
+    for gpus, now in scaled(config, machine=machine, zero=zero, batches=batches).items():
         batch = batches[gpus]
         if now is None:
             yield f"  {gpus:>5}{batch // gpus:>12}   does not fit in {machine.gpu_memory:g} GiB"

@@ -10,7 +10,6 @@ from typing import Any
 
 from trainer import costs
 from trainer.adm.config import check
-from trainer.adm.unet import flops
 from trainer.averages import kept
 from trainer.config import Config
 from trainer.costs import NetCosts
@@ -95,18 +94,16 @@ def _passes(config: Config) -> int:
 
 def operations(config: Config) -> int:
     """Floating-point operations of one image in training."""
-    return _passes(config) * flops(config.model)
+    return _passes(config) * costs.count(config).forward_flops
 
 
-def step(
-    config: Config, net: NetCosts, *, machine: Machine, gpus: int, zero: Mapping[str, Any]
-) -> Step:
+def step(config: Config, *, machine: Machine, gpus: int, zero: Mapping[str, Any]) -> Step:
     """The step of a config on so many GPUs.
 
     Raises:
         ValueError: the batch does not divide among them.
     """
-    training = config.training
+    training, net = config.training, costs.count(config)
     micro = training.micro_batch_on(gpus)
     pieces = training.batch // (gpus * micro)
     passes = _passes(config)
@@ -174,12 +171,7 @@ def _collectives(
 
 
 def scaled(
-    config: Config,
-    net: NetCosts,
-    *,
-    machine: Machine,
-    zero: Mapping[str, Any],
-    batches: Mapping[int, int],
+    config: Config, *, machine: Machine, zero: Mapping[str, Any], batches: Mapping[int, int]
 ) -> dict[int, Step | None]:
     """The step on each number of GPUs at its batch, in the largest micro-batches that fit.
 
@@ -189,11 +181,11 @@ def scaled(
     for gpus, batch in batches.items():
         there = dataclasses.replace(machine, gpus=gpus)
         sized = resized(config, batch=batch, micro_batch=max(batch // gpus, 1))
-        micro = largest_micro_batch(sized, net, zero=zero, machine=there)
+        micro = largest_micro_batch(sized, zero=zero, machine=there)
         found[gpus] = None
         if micro:
             sized = resized(config, batch=batch, micro_batch=micro)
-            found[gpus] = step(sized, net, machine=machine, gpus=gpus, zero=zero)
+            found[gpus] = step(sized, machine=machine, gpus=gpus, zero=zero)
     return found
 
 
@@ -207,11 +199,11 @@ def resized(config: Config, *, batch: int, micro_batch: int) -> Config:
 
 
 def memory(
-    config: Config, net: NetCosts, *, zero: Mapping[str, Any], ranks: int, micro_batch: int
+    config: Config, *, zero: Mapping[str, Any], ranks: int, micro_batch: int
 ) -> dict[str, int]:
     """Bytes of a rank by part; `costs.memory` for a preset cut into so large micro-batches."""
     return costs.memory(
-        net,
+        costs.count(config),
         averages=len(kept(config.training)),
         zero=zero,
         ranks=ranks,
@@ -220,21 +212,17 @@ def memory(
     )
 
 
-def largest_micro_batch(
-    config: Config, net: NetCosts, *, zero: Mapping[str, Any], machine: Machine
-) -> int:
+def largest_micro_batch(config: Config, *, zero: Mapping[str, Any], machine: Machine) -> int:
     """The most images at once that a rank's memory holds, at most its share of the batch; or 0."""
     room = (machine.gpu_memory - machine.reserve) * GIB
-    return _most(config, net, zero=zero, ranks=machine.gpus, room=room)
+    return _most(config, zero=zero, ranks=machine.gpus, room=room)
 
 
-def _most(
-    config: Config, net: NetCosts, *, zero: Mapping[str, Any], ranks: int, room: float
-) -> int:
+def _most(config: Config, *, zero: Mapping[str, Any], ranks: int, room: float) -> int:
     share = config.training.batch // ranks
 
     def need(size: int) -> int:
-        return sum(memory(config, net, zero=zero, ranks=ranks, micro_batch=size).values())
+        return sum(memory(config, zero=zero, ranks=ranks, micro_batch=size).values())
 
     # The whole share at once needs no sum of gradients, and may fit where somewhat less does not.
     if share and need(share) <= room:
@@ -247,11 +235,11 @@ def memory_remark(
 ) -> str | None:
     """What to set where a micro-batch needs more than the `room` bytes of a rank's device."""
     training = config.training
-    micro, net = training.micro_batch_on(ranks), costs.count(config)
-    need = sum(memory(config, net, zero=zero, ranks=ranks, micro_batch=micro).values())
+    micro = training.micro_batch_on(ranks)
+    need = sum(memory(config, zero=zero, ranks=ranks, micro_batch=micro).values())
     if need <= room:
         return None
-    most = _most(config, net, zero=zero, ranks=ranks, room=room)
+    most = _most(config, zero=zero, ranks=ranks, room=room)
     fits = max((n for n in range(1, most + 1) if training.batch // ranks % n == 0), default=0)
     way = f"training.micro_batch = {fits}" if fits else "model.checkpoint = true"
     return (
