@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,7 @@ from tests.support import faults, ranks
 from tests.support.exported import save
 from tests.support.runs import EVERY, STEP, Place, equal
 from trainer import evaluate
+from trainer.runstate import RunState
 from trainer.watch import goodput
 
 IMAGES = 50  # no multiple of a part on any number of ranks
@@ -44,21 +46,21 @@ def sets(digits: Path, network: Path) -> tuple[str, ...]:
     )
 
 
-#: What one rank cannot do -> the function in which it runs out of memory, and the ZeRO stage.
+#: What one rank does not live through -> what happens to it, in which function, the ZeRO stage.
 LACKS = {
-    "grid": ("trainer.sampling.draw:draw", 3),
-    "evaluation": ("trainer.evaluation.drawn:draw", 2),
-    "validation": ("trainer.validation:Validation:_terms", 3),
+    "grid": (faults.run_out_of_memory_in, "trainer.sampling.draw:draw", 3),
+    "evaluation": (faults.be_killed_in, "trainer.evaluation.drawn:draw", 2),
+    "validation": (faults.run_out_of_memory_in, "trainer.validation:Validation:_terms", 3),
 }
 #: One rank has one turn more than the other.
 GRID = ("intervals.samples_count = 9", 'intervals.samples_steps = "ddim5"')
 
 
 def lacking(name: str, place: Place, *sets: str) -> ranks.Job:
-    """Start a run in which rank 1 runs out of memory beside the first step."""
-    function, stage = LACKS[name]
+    """Start a run in which rank 1 runs out of memory, or is killed, beside the first step."""
+    happens, function, stage = LACKS[name]
     words = place.arguments(name, stage=stage, sets=(*COMMON, *sets))
-    return with_a_fault(place, [words], partial(faults.run_out_of_memory_in, function))
+    return with_a_fault(place, [words], partial(happens, function))
 
 
 def with_a_fault(place: Place, runs: list, fault: Callable[[], None]) -> ranks.Job:
@@ -194,6 +196,9 @@ def test_a_rank_that_fails_beside_the_steps_is_reported_and_ends_the_job(
 ) -> None:
     """It waits for no other rank, whatever those wait for."""
     check_named(lack[name], name)
+    state = RunState.read(lack[name].directory.parent / name)
+    assert state is not None and (state.state, state.lost) == ("failed", socket.gethostname())
+    assert re.fullmatch(r"\S+: lost: \S+ \(rank 1; [^)]*\): ended", state.why or "")
 
 
 @pytest.mark.slow
@@ -206,10 +211,15 @@ def test_a_rank_that_fails_in_a_validation_blames_no_other(
 
 def check_named(job: ranks.Job, name: str) -> None:
     job.wait()
-    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
+    happens, function, _ = LACKS[name]
+    is_killed = happens is faults.be_killed_in
+    ended = -signal.SIGKILL if is_killed else FAILED
+    assert [process.exitcode for process in job.ranks] == [FAILED, ended]
     assert re.search(r"lost: \S+ \(rank 1; [^)]*\): ended", job.texts[0]), job.text
-    assert "rank 1 is out of memory, see " in job.texts[1] and "lost: " not in job.texts[1]
-    assert f"OutOfMemoryError: in {LACKS[name][0]}" in job.texts[1]
+    assert "lost: " not in job.texts[1]
+    if not is_killed:
+        assert "rank 1 is out of memory, see " in job.texts[1]
+        assert f"OutOfMemoryError: in {function}" in job.texts[1]
 
 
 def test_a_stop_interrupts_a_grid_and_another_is_drawn_later(runs: Place) -> None:

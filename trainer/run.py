@@ -96,7 +96,9 @@ class Run:
             # A full disk, or a lost lease, must not take the place of the error.
             with suppress(OSError, LeaseLost):
                 run.check_lease()
-                run._note(state=state, why=shown(f"{error}") or type(error).__name__)
+                found = RunState.read(self.path)
+                if found is None or found.lost is None:  # else the error only follows from that
+                    run._note(state=state, why=shown(f"{error}") or type(error).__name__)
             raise
         finally:
             with suppress(OSError, LeaseLost):

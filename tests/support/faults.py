@@ -104,6 +104,12 @@ def run_out_of_memory_in(name: str) -> None:
     setattr(pkgutil.resolve_name(where), function, fail)
 
 
+def be_killed_in(name: str) -> None:
+    """Let this process be killed as it comes to a function, named as above."""
+    where, _, function = name.rpartition(":")
+    setattr(pkgutil.resolve_name(where), function, lambda *_, **__: os.kill(os.getpid(), 9))
+
+
 def stop_in_a_grid(run: str, *, at: int) -> None:
     """Stop the run of that name as this process begins to draw the grid of a clock."""
     from trainer.measures import Measures

@@ -71,6 +71,8 @@ class Watchdog:
         self._moved = 0.0
         self._verdict = ""
         self._lost: set[int] = set()
+        # Whether a collective failed, and the ranks that ended have been looked for.
+        self._has_looked = False
         self._threads: list[threading.Thread] = []
         self.tell: Callable[[str], None] = lambda _: None
         self.dump: Callable[[], None] = lambda: None
@@ -99,8 +101,7 @@ class Watchdog:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, RuntimeError):  # a collective failed: a peer may be gone
-            self._name_the_gone()
+        self.name_the_gone(_kind, error, _trace)
         if error is None:
             dist.barrier()
         self._done.set()
@@ -109,6 +110,15 @@ class Watchdog:
             thread.join(None if error is None else 5 * _BEAT)
         if error is None:
             dist.barrier()  # no rank may still read the store, which may be the main rank's
+
+    def name_the_gone(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Where a collective's error ends the work, `tell` which ranks have ended.
+
+        Called at the exit of whatever `tell` writes to; leaving the watchdog does it too.
+        """
+        if isinstance(error, RuntimeError) and not self._has_looked:
+            self._has_looked = True
+            self._name_the_gone()
 
     def _say_alive(self) -> None:
         self._beats += 1
