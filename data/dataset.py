@@ -110,11 +110,7 @@ def open_shards(
 
 
 def class_names(root: str | Path) -> tuple[str, ...]:
-    """The names of a dataset's classes, by their numbers, from the manifest alone.
-
-    Raises:
-        ValueError: there is no readable manifest.
-    """
+    """The names of a dataset's classes, by number, from its manifest; ValueError without one."""
     path = expanded(str(root), name="data.shards")
     return _read_manifest(Reader(path, config=FetchConfig(retries=0))).classes
 

@@ -48,11 +48,7 @@ def add(archive: zipfile.ZipFile, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def read(path: Path, name: str) -> NDArray[Any]:
-    """One array of a file, compared with its checksum.
-
-    Raises:
-        ValueError: why it cannot be read.
-    """
+    """One array of a file, compared with its checksum; ValueError where it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             content = archive.read(f"{name}.npy")

@@ -72,7 +72,7 @@ class Progress:
         self,
         *,
         total: int,
-        done: int,
+        done: int = 0,
         unit: str = "images",
         shown: bool = True,
         say: Callable[[str], None] | None = None,

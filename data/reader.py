@@ -38,19 +38,11 @@ class Reader:
         return self._store.seekable
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None where unknown.
-
-        Raises:
-            OSError: it is missing or cannot be reached.
-        """
+        """Bytes of a file, None where unknown; OSError where it is missing or out of reach."""
         return self._persist(name, lambda: self._store.size(name))
 
     def read(self, name: str, *, first: int, size: int) -> bytes:
-        """`size` bytes of a file from byte `first` on.
-
-        Raises:
-            OSError: they could not be read, even after retries.
-        """
+        """`size` bytes of a file from byte `first` on; OSError where retries do not help."""
         if is_local(self.root):
             # A stale handle is no fault of the disk: the file is opened again, without a pause.
             try:

@@ -209,11 +209,7 @@ class Stream:
 
 
 def open_stream(config: DataConfig, *, seed: int, check_files: bool = True) -> Stream:
-    """The stream of the datasets that `config` names; `check_files` is that of `open_shards`.
-
-    Raises:
-        ValueError: as `open_dataset` and `Stream`.
-    """
+    """The stream of the datasets that `config` names; errors as `open_dataset` and `Stream`."""
     shards = open_dataset(
         config.shards,
         mix=config.mix,

@@ -101,11 +101,7 @@ def _blank_header() -> bytes:
 
 
 def read_header(raw: bytes) -> tuple[str, int]:
-    """Name and size in the 512 bytes of a plain header.
-
-    Raises:
-        ValueError: the checksum is wrong: this is no header.
-    """
+    """Name and size in the 512 bytes of a plain header; ValueError where the checksum is wrong."""
     stated = raw[148:156]  # the sum of all bytes, its own eight counted as spaces
     # The lower half of adler32 is 1 + that sum modulo a prime: it shows any flipped bit, and no
     # loop is as fast.

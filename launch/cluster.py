@@ -234,11 +234,7 @@ class Cluster:
 
 
 def load(path: Path) -> Cluster:
-    """Read a cluster file.
-
-    Raises:
-        ValueError: the file is missing or is not TOML, or a setting is unknown or invalid.
-    """
+    """Read a cluster file; ValueError where it is missing, no TOML, or a setting is wrong."""
     table = settings.read(path)
     try:
         _lift_seconds_to_save(table)

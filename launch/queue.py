@@ -27,11 +27,7 @@ _EVERY = 30.0
 
 
 def submit(script: Path) -> str:
-    """Submit a batch script; returns the job id.
-
-    Raises:
-        ValueError: Slurm rejects it, or says no job id.
-    """
+    """Submit a batch script; returns the job id, or raises ValueError with what Slurm said."""
     env = environment(os.environ, text=script.read_text())
     said = _slurm("sbatch", "--parsable", str(script), env=env)
     # Some sites' sbatch is a script of their own: it prints a greeting before, or a sentence.

@@ -77,11 +77,7 @@ class AblationSet:
         return (*settings.without(self.set, row.set), *row.set)
 
     def config(self, row: Row) -> Config:
-        """The whole config of a row.
-
-        Raises:
-            ValueError: a change is wrong; names the row.
-        """
+        """The whole config of a row; ValueError, which names the row, where a change is wrong."""
         try:
             config = configs.load(self.base, self.changes(row), unset=row.unset)
             self._check_drawn(config)
@@ -102,11 +98,7 @@ class AblationSet:
 
 
 def load(name: str, overrides: Sequence[str], *, unset: Sequence[str]) -> AblationSet:
-    """Read the set of that name in trainer/sets, or that TOML file; every row is checked.
-
-    Raises:
-        ValueError: the set, or a row, is wrong.
-    """
+    """Read the set of that name in trainer/sets, or that TOML file; every row is checked."""
     path = settings.find(name, directory=SETS)
     found: AblationSet = settings.build(
         AblationSet, settings.read(path, overrides=overrides, unset=unset)

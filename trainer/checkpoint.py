@@ -102,11 +102,7 @@ def config_of(checkpoints: Path) -> str | None:
 
 
 def faults_of(path: Path) -> list[str]:
-    """What is wrong with a committed checkpoint directory. Reads every byte.
-
-    Raises:
-        Newer, OSError: as `read`.
-    """
+    """As `Checkpoint.faults`, of a committed directory, also one that `read` finds damaged."""
     try:
         return read(path).faults()
     except Newer:

@@ -39,11 +39,7 @@ _ENDS = {
 
 
 def options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
-    """The options of `diffusers.UNet2DModel` that make this network.
-
-    Raises:
-        ValueError: diffusers cannot express it; names the setting.
-    """
+    """The options of `diffusers.UNet2DModel` that make this network; as `assert_expressible`."""
     assert_expressible(config)
     assert isinstance(config, UNetConfig)
     resample = "resnet" if config.resample == "biggan" else "conv"

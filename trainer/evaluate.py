@@ -169,7 +169,7 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
 def _check_outputs(arguments: argparse.Namespace) -> None:
     count, out = len(arguments.samples), arguments.out
     check(out is None or count == 1, "--out", str(out), f"absent with {count} samples")
-    plots.check_plot(arguments.plot, named="--plot")
+    plots.check_plot(arguments.plot)
     for path in _outs(arguments):
         outputs.check_place(path, suffix=".json", kind="evaluation", earlier=_earlier(path))
 

@@ -72,11 +72,7 @@ low-resolution image enlarged by `interpolate(mode="bilinear")`. No pipeline doe
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write what the command line asks for; returns the exit status.
-
-    Raises:
-        ValueError: an option is wrong, or the network cannot be written that way.
-    """
+    """Write what the command line asks for, or raise ValueError; returns the exit status."""
     target = str(arguments.to)
     found = TrainedNetwork.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
     to = Path(target)

@@ -48,11 +48,7 @@ def check_init(init: Path | None, skip: list[str], *, run: Path) -> None:
 
 
 def find(run: Path, wanted: str) -> Path:
-    """The checkpoint of a run that `--from` names: by its name, its images, or its path.
-
-    Raises:
-        ValueError: the run has no such checkpoint.
-    """
+    """The checkpoint of a run that `--from` names by its name, images or path, or ValueError."""
     names, number = _names(run), _number(run, wanted)
     for name in names:
         if int(name) == number:

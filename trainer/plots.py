@@ -24,14 +24,14 @@ class Value:
     error: float | None = None
 
 
-def check_plot(path: Path | None, *, named: str) -> None:
-    """Raise ValueError where a plot is wanted and cannot be written to that path."""
+def check_plot(path: Path | None) -> None:
+    """Raise ValueError where `--plot` names a path to which no plot can be written."""
     if path is None:
         return
-    check(path.suffix in _SUFFIXES, named, str(path), f"a file in {', '.join(_SUFFIXES)}")
-    files.make_parent(path, option=named)
+    check(path.suffix in _SUFFIXES, "--plot", str(path), f"a file in {', '.join(_SUFFIXES)}")
+    files.make_parent(path, option="--plot")
     if not is_possible():
-        raise ValueError(f"{named}: needs matplotlib: pip install matplotlib")
+        raise ValueError("--plot: needs matplotlib: pip install matplotlib")
 
 
 def is_possible() -> bool:

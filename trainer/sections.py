@@ -170,21 +170,9 @@ class IntervalConfig:
     averages_precision: Literal["fp16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:
-        counts = (
-            "log",
-            "checkpoint",
-            "keep",
-            "keep_every",
-            "samples",
-            "samples_count",
-            "averages",
-            "validate",
-            "evaluate",
-            "audit",
-        )
-        for field in counts:
-            value = getattr(self, field)
-            check(value is None or value >= 1, f"intervals.{field}", value, "at least 1")
+        for name, value in vars(self).items():
+            if type(value) is int:
+                check(value >= 1, f"intervals.{name}", value, "at least 1")
         minutes = self.checkpoint_minutes
         check(minutes is None or minutes > 0, "intervals.checkpoint_minutes", minutes, "above 0")
         unsaved = self.unsaved_minutes

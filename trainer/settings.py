@@ -36,11 +36,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def find(name: str | Path, *, directory: Path) -> Path:
-    """The file that `name` means: a path that ends in .toml, or a name in `directory`.
-
-    Raises:
-        ValueError: there is no such file.
-    """
+    """The file that `name` means: a path that ends in .toml, or a name in `directory`."""
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():

@@ -56,11 +56,7 @@ class ValidationSet:
         images: int | None = None,
         named: str = "data.validation_images",
     ) -> "ValidationSet":
-        """All images of `shards`, or so many, evenly spread.
-
-        Raises:
-            ValueError: there are not so many.
-        """
+        """All images of `shards`, or so many, evenly spread; ValueError where there are fewer."""
         enough = images is None or images <= shards.count
         check(enough, named, images, f"at most {shards.count}, as {shards.where} has")
         alone = replace(config.data, shards=shards.root, mix=(), mix_shares=())
@@ -186,7 +182,7 @@ class Validation:
         first = averages.exponential(self._config.training.ema[0])
         total = 2 * self._set.images
         shown = self._world.is_main
-        progress = Progress(total=total, done=0, unit="images of validation", shown=shown)
+        progress = Progress(total=total, unit="images of validation", shown=shown)
 
         def on_images(count: int) -> None:
             mark("validating")

@@ -126,11 +126,7 @@ def left_out_of(out: Path) -> dict[Path, list[str]]:
 
 
 def encode(content: bytes, *, config: PackConfig) -> Encoded:
-    """Crop or scale one image file as configured.
-
-    Raises:
-        one of `UNDECODABLE`.
-    """
+    """Crop or scale one image file as configured, or raise one of `UNDECODABLE`."""
     with warnings.catch_warnings():
         # Of images of so many pixels that they may be an attack; the summary names them.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

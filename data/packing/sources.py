@@ -74,11 +74,7 @@ class Source(ABC):
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Size and time of the last change of a file.
-
-    Raises:
-        OSError: it is missing or out of reach.
-    """
+    """Size and time of the last change of a file; OSError where it is out of reach."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 
@@ -115,11 +111,7 @@ class Folder(Source):
         return stamp_of(self.root / holder)
 
     def paths(self) -> Iterator[str]:
-        """Paths below the root, those of directories with a slash; none within packed datasets.
-
-        Raises:
-            ValueError: a directory cannot be listed.
-        """
+        """Paths below the root, of directories with a slash; none within packed datasets."""
         walk = os.walk(self.root, followlinks=True, onerror=self._refuse)
         for directory, directories, names in walk:
             inside = Path(directory).relative_to(self.root)

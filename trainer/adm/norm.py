@@ -55,11 +55,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def use_kernels(net: nn.Module, kernels: Kernels) -> None:
-    """Compute the norms of a net so from now on.
-
-    Raises:
-        ImportError: Triton is not installed, which "fused" needs.
-    """
+    """Compute the norms of a net so from now on; ImportError where "fused" has no Triton."""
     if kernels == "fused":
         from trainer.adm import fused  # noqa: F401
     for module in net.modules():

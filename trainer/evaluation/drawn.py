@@ -92,7 +92,6 @@ class Drawer:
         steps, share, black = sampler.diffusion.steps, Share(), 0
         progress = Progress(
             total=len(parts) * steps,
-            done=0,
             unit="denoising steps of the evaluation",
             shown=self.evaluator.world.is_main,
             say=self.evaluator.say,

@@ -102,7 +102,7 @@ class Evaluator:
 
     def _share(self, samples: Samples) -> Share:
         own, batch, world = Share(), self.batch, self.world
-        progress = Progress(total=samples.count, done=0, shown=world.is_main, say=self.say)
+        progress = Progress(total=samples.count, shown=world.is_main, say=self.say)
         for first in range(world.rank * batch, samples.count, world.size * batch):
             pixels = samples.images(first, min(first + batch, samples.count))
             images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)

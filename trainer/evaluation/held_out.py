@@ -105,7 +105,7 @@ def likelihood(held_out: HeldOut, *, steps: str | None) -> dict[str, Any]:
     parts = -(-held_out.images.images // (held_out.part * held_out.world.size))
     shown = held_out.world.is_main
     total = parts * diffusion.steps
-    progress = Progress(total=total, done=0, unit="passes", shown=shown, say=_say)
+    progress = Progress(total=total, unit="passes", shown=shown, say=_say)
     sums = torch.zeros(2, diffusion.steps, dtype=torch.float64, device=held_out.device)
 
     def terms(batch: Batch) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def accuracy(held_out: HeldOut) -> dict[str, Any]:
     config = held_out.network.config
     objective = Classify(config.diffusion, seed=SEED)
     shown = held_out.world.is_main
-    progress = Progress(total=held_out.images.images, done=0, shown=shown, say=_say)
+    progress = Progress(total=held_out.images.images, shown=shown, say=_say)
     table = held_out.table(
         lambda batch: objective(held_out.net, batch.images, batch.labels, batch.indices),
         progress=progress.advance,

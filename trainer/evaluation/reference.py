@@ -77,11 +77,7 @@ def of_images(samples: Samples, found: Extracted) -> Reference:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a path is a file with statistics; other files and directories hold images.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
+    """Whether a path is a file with statistics; other files and directories hold images."""
     if path.is_dir():
         return False
     return "mu" in _open(path)

@@ -61,11 +61,7 @@ def compare(
     about: dict[str, Any],
     warnings: Sequence[str],
 ) -> Results:
-    """All figures of samples against a reference.
-
-    Raises:
-        ValueError: too few samples, or sets that cannot be compared.
-    """
+    """All figures of samples against a reference; ValueError as `check_comparable`."""
     check_comparable(found.count, columns=found.features.shape[1], reference=reference)
     n = short(found.count)
     named: dict[str, Figure] = {}

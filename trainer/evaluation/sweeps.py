@@ -14,11 +14,7 @@ _OPTIONS = {"scale": 0.0, "cfg": 1.0}
 
 
 def scales_of(samples: Sequence[Samples]) -> tuple[str, list[float]]:
-    """The option that the samples differ in, and its value for each.
-
-    Raises:
-        ValueError: they cannot be shown in one plot; says why.
-    """
+    """The option that the samples differ in, and its value for each; ValueError for no one plot."""
     counts = {each.count for each in samples}
     if len(counts) > 1:
         raise ValueError(f"--plot: samples of different numbers, {sorted(counts)}: draw as many")

@@ -192,7 +192,7 @@ class _Progress:
         self._parts, self._world, self._batch = parts, world, job.request.batch
         self._began = time.monotonic()
         total = -(-parts // world.size) * steps
-        self._line = Progress(total=total, done=0, unit="denoising steps", shown=world.is_main)
+        self._line = Progress(total=total, unit="denoising steps", shown=world.is_main)
 
     def advance(self) -> None:
         """This rank has made a denoising step."""

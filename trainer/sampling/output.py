@@ -163,11 +163,7 @@ class Output(ABC):
             )
 
     def open(self) -> None:
-        """Make the directory of the parts, unless it is there.
-
-        Raises:
-            ValueError: as `is_begun`, or it cannot be written.
-        """
+        """Make the directory of the parts, unless it is there; ValueError as `is_begun`."""
         if self.is_begun():
             return
         try:

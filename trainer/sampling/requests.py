@@ -33,11 +33,7 @@ _IMAGES = 100
 
 
 def low_res_checksum(path: Path | None, *, inputs: SampleInputs) -> str | None:
-    """What identifies the images that are enlarged; None where none are.
-
-    Raises:
-        ValueError: as `base_jobs`.
-    """
+    """What identifies the images that are enlarged; None where none are. Errors as `base_jobs`."""
     low_res = _open_low_res(path, source=inputs.denoiser)
     return None if low_res is None else low_res.checksum()
 
@@ -120,11 +116,7 @@ def _base_job(
 def enlarging_job(
     base: DrawJob, *, upsampler: TrainedNetwork, arguments: argparse.Namespace
 ) -> DrawJob:
-    """The job that enlarges what `base` draws, as far as it is known before that is drawn.
-
-    Raises:
-        ValueError: steps that the upsampler cannot take.
-    """
+    """The job that enlarges what `base` draws, as far as it is known before that is drawn."""
     labels = None
     if (given := base.all_labels()) is not None:
         labels = Labels(rule=LOW_RES, given=given)
