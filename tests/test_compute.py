@@ -138,6 +138,9 @@ def test_training_goes_on_compiled_and_uncompiled_alike(tmp_path: Path) -> None:
     assert len(found) == 2 * 5 and max(found.values()) < 1e-5, found
 
 
+OFF = "this run computes uncompiled"
+
+
 def compile_as_on_a_gpu(directory: Path, runs: list[list]) -> int:
     """As `ranks.work`, with compiled networks; how many graphs that took."""
     graphs = []
@@ -174,6 +177,19 @@ def test_a_cpu_says_that_it_computes_otherwise(stage: int) -> None:
     settings = [line.split()[0] for line in said]
     assert settings == ["training.kernels", "training.precision", "training.compile"]
     assert not compute.remarks(configs.load("digits").training, stage=stage, ranks=8)
+
+
+@pytest.mark.parametrize("name", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_torchs_own_switches_are_said_and_followed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    training, device = configs.load("imagenet64").training, torch.device("cuda")
+    for value, is_on in ("0", True), ("1", False):
+        monkeypatch.setenv(name, value)
+        assert compute.is_compiled(training, device=device, stage=2) == is_on
+        said = compute.remarks(training, stage=2, ranks=8)
+        assert said == ([] if is_on else [f"training.compile: {name} = 1 switches it off: " + OFF])
 
 
 def test_what_is_said_of_compiling_is_also_of_the_backward_pass() -> None:

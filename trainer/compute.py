@@ -60,7 +60,15 @@ def remarks(training: TrainingConfig, *, stage: int, ranks: int) -> list[str]:
             "training.compile: ZeRO-3 gathers weights within the forward pass, which cannot be "
             "compiled: this run computes uncompiled"
         )
+    elif training.compile and (name := _switched_off()):
+        said.append(f"training.compile: {name} = 1 switches it off: this run computes uncompiled")
     return said
+
+
+def _switched_off() -> str | None:
+    """The variable that tells torch to compile nothing, if one is set."""
+    names = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+    return next((name for name in names if os.environ.get(name) == "1"), None)
 
 
 def use_tf32(is_wanted: bool) -> None:
@@ -74,7 +82,7 @@ def use_tf32(is_wanted: bool) -> None:
 
 def is_compiled(training: TrainingConfig, *, device: torch.device, stage: int) -> bool:
     """Whether the steps of a run there are compiled; its replays, grids and validation are not."""
-    return device.type == "cuda" and training.compile and stage != 3
+    return device.type == "cuda" and training.compile and stage != 3 and not _switched_off()
 
 
 def prepare(
