@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from data import files
 from data.config import FetchConfig, expanded, is_local, shown
-from data.index import has_size_of, map_index, parse_index, rows_at
+from data.index import map_index, parse_index, rows_at
 from data.manifest import (
     MANIFEST,
     NO_CLASS,
@@ -25,10 +27,12 @@ from data.manifest import (
     parse_manifest,
 )
 from data.reader import END, Reader
-from data.tars import Index
+from data.tars import HEADER, Index, read_header
 
-# Requests at the same time; each only asks for a size.
-_SIZE_REQUESTS = 32
+# Shards that are looked at at the same time: each asks for sizes, and reads an index at most.
+_REQUESTS = 32
+# `Reader.glimpse`, or that of a cache.
+Glimpse = Callable[..., bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +81,38 @@ class Shards(Manifest):
         entry = self.shards[shard]
         return rows_at(Path(self.root, entry.index), samples=entry.samples)
 
-    def parse_index(self, shard: int, content: bytes) -> Index:
-        """As `data.index.parse_index`, of one shard."""
+    def parse_index(self, shard: int, content: bytes, *, glimpse: Glimpse) -> Index:
+        """As `data.index.parse_index`, of one shard; `glimpse` reads what a message names.
+
+        Raises:
+            ValueError: also where an image has a label that is no class of the manifest.
+        """
         entry = self.shards[shard]
         where = f"{self.where}/{entry.index}"
-        return parse_index(content, samples=entry.samples, where=where)
+        index = parse_index(content, samples=entry.samples, where=where)
+        labels, count = index["label"], len(self.classes)
+        wrong = np.flatnonzero((labels < 0) | (labels >= count))
+        if len(wrong):
+            row = int(wrong[0])
+            key = self.key(shard, row, first=int(index[row]["offset"]) - HEADER, glimpse=glimpse)
+            raise ValueError(
+                f"{self.where}/{entry.tar}: {key} has the label {labels[row]}, and {MANIFEST} "
+                f"names {count} classes: pack it again, or with --class-map"
+            )
+        return index
+
+    def key(self, shard: int, row: int, *, first: int, glimpse: Glimpse) -> str:
+        """An image's key for a message, from the header at byte `first` or that of its label.
+
+        Its row, where neither can be read.
+        """
+        for at in (first, first - 2 * HEADER):
+            try:
+                raw = glimpse(self.shards[shard].tar, first=at, size=HEADER)
+                return read_header(raw)[0].partition(".")[0]
+            except (OSError, ValueError):
+                continue
+        return f"image {row}"
 
 
 def open_shards(
@@ -91,15 +122,16 @@ def open_shards(
     check_files: bool = True,
     named: str = "data.shards",
 ) -> Shards:
-    """Open a packed dataset and check that every shard and index is there, of the right size.
+    """Open a packed dataset; check that each shard is there, of the right size, with its index.
 
-    `~` and `$VARIABLES` in a path have the values of this machine. The sizes of files behind a
+    `~` and `$VARIABLES` in a path have the values of this machine. Indexes of a directory are read
+    now; those behind a URL are checked when they are first used, and the sizes of files behind a
     `pipe:` are unknown until they are read. With `check_files` False, only the manifest is read:
     one process of a node is enough to check the rest. `named` is the setting that has the path.
 
     Raises:
-        ValueError: there is no dataset, or a file is missing or of another size than the manifest
-            says.
+        ValueError: there is no dataset, or a file is missing or not what the manifest says, or a
+            label is no class.
     """
     reader = Reader(expanded(str(root), name=named), config=fetch or FetchConfig())
     shards = _read_manifest(reader)
@@ -126,10 +158,10 @@ def verify(root: str | Path, *, full: bool = False) -> list[str]:
     shards = _read_manifest(reader)
     faults = list(_faults(shards, reader))
     if full and not faults:
-        for shard in shards.shards:
-            for name, sha256 in ((shard.tar, shard.sha256), (shard.index, shard.index_sha256)):
-                if _sha256_of(reader, name) != sha256:
-                    faults.append(f"{shards.where}/{name}: its checksum is not the manifest's")
+        for number, shard in enumerate(shards.shards):
+            if _sha256_of(reader, shard.tar) != shard.sha256:
+                faults.append(f"{shards.where}/{shard.tar}: its checksum is not the manifest's")
+            faults += filter(None, [_index_fault(shards, reader, number)])
     return faults
 
 
@@ -163,11 +195,9 @@ def _faults(shards: Shards, reader: Reader) -> Iterator[str]:
     size_of: Callable[[str], int | None] = reader.size
     if is_local(shards.root):
         size_of = _sizes_in(shards.root).__getitem__
-    names = [name for shard in shards.shards for name in (shard.tar, shard.index)]
-    with ThreadPoolExecutor(_SIZE_REQUESTS) as threads:
-        sizes = threads.map(partial(_size_or_fault, shards, size_of), names)
-        for number in range(len(shards.shards)):
-            fault = _fault(shards, number, tar=next(sizes), index=next(sizes))
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        look = partial(_fault, shards, reader, size_of)
+        for fault in threads.map(look, range(len(shards.shards))):
             if fault:
                 yield fault
 
@@ -182,36 +212,42 @@ def _sizes_in(root: str) -> dict[str, int]:
     return found
 
 
-def _size_or_fault(
-    shards: Shards, size_of: Callable[[str], int | None], name: str
-) -> int | str | None:
-    """Bytes of a file, None where that is unknown, or why it cannot be used."""
-    try:
-        return size_of(name)
-    except (KeyError, FileNotFoundError):
-        return f"{shards.where}/{name} is missing: the manifest lists it; copy or pack it again"
-    except OSError as error:
-        return str(error)
-
-
 def _fault(
-    shards: Shards, number: int, *, tar: int | str | None, index: int | str | None
+    shards: Shards, reader: Reader, size_of: Callable[[str], int | None], number: int
 ) -> str | None:
-    """What is wrong with the sizes of a shard's files."""
+    """What is wrong with a shard's files: their sizes and, in a directory, the index."""
     shard = shards.shards[number]
-    for found in (tar, index):
-        if isinstance(found, str):
-            return found
-    if tar not in (None, shard.bytes):
-        return (
-            f"{shards.where}/{shard.tar} has {tar} bytes, the manifest says {shard.bytes}: "
-            "it was truncated or replaced; copy or pack it again"
-        )
-    if is_local(shards.root) and not has_size_of(index, samples=shard.samples):
+    for name in (shard.tar, shard.index):
         try:
-            shards.index(number)
-        except ValueError as error:
+            size = size_of(name)
+        except (KeyError, FileNotFoundError):
+            return f"{shards.where}/{name} is missing: the manifest lists it; copy or pack it again"
+        except OSError as error:
             return str(error)
+        if name == shard.tar and size not in (None, shard.bytes):
+            return (
+                f"{shards.where}/{name} has {size} bytes, the manifest says {shard.bytes}: "
+                "it was truncated or replaced; copy or pack it again"
+            )
+    return _index_fault(shards, reader, number) if is_local(shards.root) else None
+
+
+def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:
+    """What is wrong with the content of a shard's index."""
+    shard = shards.shards[number]
+    try:
+        if is_local(shards.root):  # not by the reader, which would keep the file open
+            content = Path(shards.root, shard.index).read_bytes()
+        else:
+            content = reader.whole(shard.index)
+        if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+            return (
+                f"{shards.where}/{shard.index}: its checksum is not the manifest's: it is damaged "
+                "or of another packing; copy or pack it again"
+            )
+        shards.parse_index(number, content, glimpse=reader.glimpse)
+    except (ValueError, OSError) as error:
+        return str(error)
     return None
 
 

@@ -40,12 +40,6 @@ def map_index(path: Path, *, samples: int) -> Index:
     return _checked(index, samples, path)
 
 
-def has_size_of(size: object, *, samples: int) -> bool:
-    """Whether an index of so many rows may have this size: its header is a multiple of 16 bytes."""
-    header = size - samples * INDEX_DTYPE.itemsize if isinstance(size, int) else 0
-    return header > 0 and header % 16 == 0
-
-
 def rows_at(path: Path, *, samples: int) -> int:
     """The byte of a local index file at which its rows begin; `samples` is at least 1.
 

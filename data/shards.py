@@ -22,7 +22,6 @@ from data.config import FetchConfig, is_local, shown
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, reported
 from data.export import export
-from data.manifest import MANIFEST
 from data.packing.indexing import index_directory, merge
 from data.packing.pool import interrupted_by_signals
 from data.reader import Reader
@@ -58,13 +57,7 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
     counts = np.zeros(len(shards.classes), dtype=np.int64)
     reader = Reader(shards.root, config=FetchConfig())
     for i in range(len(shards.shards)):  # a kept label would keep its index's file open
-        found = np.bincount(_index_of(shards, i, reader)["label"], minlength=len(counts))
-        if len(found) > len(counts):  # of packings before 0.2.0
-            raise ValueError(
-                f"{shards.where}/{shards.shards[i].tar} has the label {len(found) - 1}, and "
-                f"{MANIFEST} names {len(counts)} classes: pack it again, or with --class-map"
-            )
-        counts += found
+        counts += np.bincount(_index_of(shards, i, reader)["label"], minlength=len(counts))
     total = sum(shard.bytes for shard in shards.shards)
     size = f"{shards.image_size} x {shards.image_size}" if shards.image_size else "of own sizes"
     print(f"{shards.count} images {size}, {len(shards.shards)} shards, {total / 2**20:.1f} MiB")
@@ -87,7 +80,8 @@ def _index_of(shards: Shards, number: int, reader: Reader) -> Index:
     if is_local(shards.root):
         return shards.index(number)
     shard = shards.shards[number]
-    return shards.parse_index(number, reader.whole(shard.index, sha256=shard.index_sha256))
+    content = reader.whole(shard.index, sha256=shard.index_sha256)
+    return shards.parse_index(number, content, glimpse=reader.glimpse)
 
 
 def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[bytes]:
@@ -146,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--full",
         action="store_true",
-        help="compare checksums too, which reads every byte (default: sizes only)",
+        help="compare checksums of tars too, which reads every byte (default: their sizes)",
     )
     command = commands.add_parser("info", help="print counts, classes and sizes")
     command.set_defaults(run=_show)

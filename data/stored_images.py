@@ -104,13 +104,7 @@ class StoredImages:
     def _key(self, shard: int, row: int) -> str:
         """A sample's name for a message, from its own header or from that of its label before."""
         first = self._entry(shard, row)[0]
-        for at in (first, first - 2 * HEADER):
-            try:
-                raw = self._reader.glimpse(self._shards.shards[shard].tar, first=at, size=HEADER)
-                return read_header(raw)[0].partition(".")[0]
-            except (OSError, ValueError):
-                continue
-        return f"image {row}"
+        return self._shards.key(shard, row, first=first, glimpse=self._reader.glimpse)
 
     def _entry(self, shard: int, row: int) -> tuple[int, int, int, int]:
         """First byte and size of header and payload, label, and the payload's crc32."""
@@ -135,7 +129,8 @@ class StoredImages:
         if shard not in self._indexes:
             entry = self._shards.shards[shard]
             content = self._reader.whole(entry.index, sha256=entry.index_sha256)
-            self._indexes[shard] = self._shards.parse_index(shard, content)
+            glimpse = self._reader.glimpse
+            self._indexes[shard] = self._shards.parse_index(shard, content, glimpse=glimpse)
         return self._indexes[shard]
 
     def _demand_others_intact(self, shard: int, row: int) -> None:

@@ -1,6 +1,7 @@
 """Damaged shards and images: the run stops, or one image is replaced and counted."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards, verify
+from data.index import index_bytes
 from data.stored_images import StoredImages
 from data.stream import Stream
 from tests.support.data_fixtures import image_file, pack_folder, write_shards
@@ -111,6 +113,19 @@ def test_a_replaced_shard_of_the_same_layout_stops_the_run(copy: Shards) -> None
     open_shards(copy.root)
     fails(copy, ValueError, r"00001\.tar: several images have wrong checksums")
     assert "00001.tar" in verify(copy.root, full=True)[0]
+
+
+def test_an_index_of_another_packing_is_refused(copy: Shards) -> None:
+    """It has the same rows and size, and other labels: they would be trained in silence."""
+    path = Path(copy.root) / "00002.idx.npy"
+    index = np.load(path)
+    index["label"] = (index["label"] + 1) % len(copy.classes)
+    path.write_bytes(index_bytes(index))
+    message = r"00002\.idx\.npy: its checksum is not the manifest's: .*copy or pack it again"
+    with pytest.raises(ValueError, match=message):
+        open_shards(copy.root)
+    (fault,) = verify(copy.root)
+    assert re.search(message, fault)
 
 
 def test_wrong_settings_of_reading_are_errors() -> None:

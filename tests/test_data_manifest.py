@@ -41,6 +41,13 @@ def rewrite(shards: Shards, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps({**body, "fingerprint": fingerprint}))
 
 
+def replace_index(shards: Shards, number: int, content: bytes) -> None:
+    """Another index, with its checksum in the manifest."""
+    (Path(shards.root) / f"{number}.idx.npy").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    rewrite(shards, lambda body: body["shards"][number].update(index_sha256=digest))
+
+
 @pytest.mark.parametrize("name", ["../escaped", "../../escaped", "/{tmp}/escaped"])
 def test_reading_a_hostile_dataset_writes_nothing_outside_the_cache(
     shards: Shards, tmp_path: Path, name: str
@@ -120,9 +127,7 @@ def test_an_index_that_is_another_array_is_one_error(
     shards: Shards, content: bytes, message: str
 ) -> None:
     """Also where it comes over a network and has the manifest's checksum."""
-    (Path(shards.root) / "1.idx.npy").write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
-    rewrite(shards, lambda body: body["shards"][1].update(index_sha256=digest))
+    replace_index(shards, 1, content)
     with pytest.raises(ValueError, match=rf"1\.idx\.npy {message}"):
         open_shards(shards.root)
     with (
@@ -132,13 +137,26 @@ def test_an_index_that_is_another_array_is_one_error(
         epoch(url)
 
 
-def test_a_label_without_a_class_is_shown_as_such(
-    shards: Shards, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("label", [2, -1])
+def test_a_label_that_is_no_class_is_refused_as_the_index_is_first_opened(
+    shards: Shards, capsys: pytest.CaptureFixture[str], label: int
 ) -> None:
     """As releases before 0.2 packed parquet whose metadata has too few names."""
+    for number, labels in enumerate((np.arange(30) % 2, np.where(np.arange(30) == 7, label, 1))):
+        index = np.load(Path(shards.root) / f"{number}.idx.npy")
+        index["label"] = labels
+        replace_index(shards, number, index_bytes(index))
     rewrite(shards, lambda body: body.update(classes=["cat", "dog"]))
-    assert shards_main(["info", shards.root]) == REFUSED
-    assert "0.tar has the label 29, and manifest.json names 2 classes" in capsys.readouterr().err
+    message = f"1.tar: key37 has the label {label}, and manifest.json names 2 classes: pack it"
+    with pytest.raises(ValueError, match=message):
+        open_shards(shards.root)
+    with serving(Path(shards.root), fault=lambda n, path: None) as url:
+        for command in (["info"], ["verify", "--full"]):
+            for root in (shards.root, url):
+                assert shards_main([*command, root]) == REFUSED
+                assert message in capsys.readouterr().err
+        with pytest.raises(ValueError, match=message):
+            epoch(url)
 
 
 @pytest.mark.parametrize("name", ["train {00}", ".hidden", "a+b", "-x"])
