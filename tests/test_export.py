@@ -1,7 +1,10 @@
 """Weights out and back: a diffusers folder draws our images, and other files load as they were."""
 
+import os
 import re
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import diffusers
@@ -111,6 +114,64 @@ def test_a_diffusers_pipeline_draws_our_images(folder: Path) -> None:
     ours = (x / 2 + 0.5).clamp(0, 1)
     assert (ours - theirs).abs().max() < 1e-4
     assert ours.std() > 0.05
+
+
+def test_exports_are_on_disk_and_readable_as_the_umask_says(
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.fstat(fd).st_ino) or sync(fd))
+    mask = os.umask(0o027)
+    try:
+        for to in ("a.safetensors", "b.pt", "c/"):
+            command = [str(weights_file), "--preset", "digits", "--to", f"{tmp_path}/{to}"]
+            assert main(command) == 0
+    finally:
+        os.umask(mask)
+    written = list(tmp_path.rglob("*"))
+    assert len([path for path in written if path.is_file()]) == 2 + 6
+    for path in (*written, tmp_path):
+        assert path.stat().st_ino in synced, path
+        assert path == tmp_path or path.stat().st_mode & 0o777 == (
+            0o750 if path.is_dir() else 0o640
+        )
+
+
+def test_a_kill_leaves_no_name_and_the_next_write_takes_its_rest_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"a": torch.ones(3)}
+
+    def die(tensors: object, file: Path, **_: object) -> None:
+        file.with_name(".tmp1a2b3c").touch()  # as safetensors does
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        try:
+            monkeypatch.setattr(weights, "save_file", die)
+            weights.save(tmp_path / "a.safetensors", tensors, metadata={})
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not (tmp_path / "a.safetensors").exists()
+    weights.save(tmp_path / "a.safetensors", tensors, metadata={})
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_disk_that_is_full_is_one_line_that_names_the_file(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = [str(weights_file), "--preset", "digits", "--to", str(tmp_path / "a.safetensors")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert capsys.readouterr().err.startswith(f"error: cannot write {command[-1]}: ")
+    assert os.listdir(tmp_path) == []
 
 
 def test_every_kind_of_export_loads_as_the_network_that_it_was(

@@ -12,7 +12,7 @@ import torch
 
 from tests.support import faults, ranks
 from tests.support.runs import EVERY, STEP, Place, build_start, equal
-from trainer import saver
+from trainer import weights
 from trainer.checkpoint import committed
 
 
@@ -113,11 +113,11 @@ def lose_a_checkpoint(directory: Path, runs: list) -> int:
     from trainer.engine import Engine
     from trainer.validation import Validation
 
-    write, step, measure = saver.save_file, Engine.step, Validation.measure
+    write, step, measure = weights.save, Engine.step, Validation.measure
     left = {f"{run}/checkpoints/.{n * STEP:012d}.partial" for run, n in LOST}
 
-    def fail_once(tensors: object, file: Path, **named: object) -> None:
-        write(tensors, file, **named)
+    def fail_once(file: Path, tensors: object, **named: object) -> None:
+        write(file, tensors, **named)
         name = str(file.parent.relative_to(file.parents[3]))
         if os.environ["RANK"] == "1" and name in left:
             left.remove(name)
@@ -134,7 +134,7 @@ def lose_a_checkpoint(directory: Path, runs: list) -> int:
     def stop(self: Validation, engine: Engine, *, stopped: object, **named: Any) -> object:
         return measure(self, engine, stopped=lambda: True, **named)
 
-    saver.save_file, Engine.step = fail_once, overflow  # type: ignore[method-assign,assignment]
+    weights.save, Engine.step = fail_once, overflow  # type: ignore[method-assign,assignment]
     Validation.measure = stop  # type: ignore[method-assign,assignment]
     faults.stop_at({"overflowed": 3 * STEP})
     return ranks.work(directory, runs, True)

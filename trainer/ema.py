@@ -19,11 +19,11 @@ from torch import Tensor
 from data import files
 from data.exits import CommandParser, reported
 from data.progress import duration
-from trainer import averages, snapshots
+from trainer import averages, snapshots, weights
 from trainer.adm.config import check
 from trainer.adm.ema import WIDEST, Combination, Profile, combine
 from trainer.checkpoint import committed
-from trainer.snapshots import Snapshot, write_tensors
+from trainer.snapshots import Snapshot
 
 # The widths that are listed.
 _LISTED = (0.02, 0.03, 0.05, 0.075, 0.1, 0.13, 0.15, 0.2, 0.25)
@@ -171,7 +171,7 @@ def make(arguments: argparse.Namespace) -> int:
         file = file.with_name(file.name.removesuffix(".safetensors") + ".safetensors")
         images = str(found.last.images_seen)
         kind = averages.power(width)
-        write_tensors(file, tensors, metadata={"kind": kind, "images": images, "config": config})
+        weights.save(file, tensors, metadata={"kind": kind, "images": images, "config": config})
         print(f"wrote {file}")
     return 0
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data import files
@@ -90,8 +89,7 @@ def export(arguments: argparse.Namespace) -> int:
     weights.check_finite(named, source=found.file, hint=hint)
     if to.suffix == ".safetensors":
         metadata = {"kind": found.file.stem, "config": configs.to_toml(found.config)}
-        with files.whole(to) as stream:
-            save_file(named, stream.name, metadata=metadata)
+        weights.save(to, named, metadata=metadata)
     elif to.suffix == ".pt":
         with files.whole(to) as stream:
             torch.save(named, stream)
@@ -116,14 +114,17 @@ def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwor
         )
         theirs = diffusers_format.to_diffusers(named, config=config.model)
         contiguous = {name: value.contiguous() for name, value in theirs.items()}
-        save_file(contiguous, aside / diffusers_format.FILE, metadata={"format": "pt"})
+        weights.save(aside / diffusers_format.FILE, contiguous, metadata={"format": "pt"})
         if config.model.small_size is None:
             _write_json(aside / "model_index.json", _index(config))
         (aside / "config.toml").write_text(configs.to_toml(config))
         (aside / "README.md").write_text(_card(to, named, found=found))
         if (metrics := _last_metrics(found.file)) is not None:
             _write_json(aside / "metrics.json", metrics)
+        for path in (*aside.rglob("*"), aside):
+            files.sync(path)
         aside.rename(to)
+        files.sync(to.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data import files
+from trainer import weights
 from trainer.checkpoint import STATE, best, committed, file_facts, sealed, superseded
 from trainer.ranks.faults import Broken, describe
 from trainer.ranks.group import from_main, gather
@@ -26,7 +26,6 @@ from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.sections import IntervalConfig
 from trainer.state import Gathered, TrainState
-from trainer.weights import compare
 
 # The end of the name of what is being removed.
 _REMOVED = ".removed"
@@ -56,7 +55,6 @@ class Saver:
         self._intervals = intervals
         self._mark = mark
         self._world = world
-        self._mode = 0o666 & ~files.umask()
         self._thread: threading.Thread | None = None
         self._state: TrainState | None = None
         self._facts: dict[str, Any] = {}
@@ -141,7 +139,7 @@ class Saver:
         known = -1
         while writing.is_alive():
             writing.join(_LOOK)
-            partials = self._run.checkpoints.glob(".*.partial/*")
+            partials = self._run.checkpoints.glob(".*.partial/**/*")
             with suppress(OSError):
                 if known != (known := sum(file.stat().st_size for file in partials)):
                     self._mark("saving")
@@ -232,11 +230,8 @@ class Saver:
                 file = directory / f"{kind}.safetensors"
                 # One entry alone: safetensors writes several in any order, and the files of equal
                 # states would differ.
-                save_file(dict(tensors), file, metadata={"kind": kind})
-                with suppress(OSError):  # some file systems have no modes
-                    file.chmod(self._mode)  # safetensors makes it readable by its owner only
-                files.sync(file)
-                compare(file, tensors)
+                weights.save(file, tensors, metadata={"kind": kind})
+                weights.compare(file, tensors)
                 self._facts[file.name] = file_facts(file)
         except Exception as error:  # whatever it is, this checkpoint must not be committed
             self._error = f"rank {self._world.rank}: {directory}: {type(error).__name__}: {error}"

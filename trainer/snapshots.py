@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from data import files
-from trainer import averages
+from trainer import averages, weights
 from trainer.adm.ema import Profile
 from trainer.checkpoint import STATE, committed, file_facts
 from trainer.compute import DTYPES
@@ -155,7 +154,7 @@ class Snapshots:
                 raise ValueError(f"{name} of {key} is not finite in {self._precision}{way_out}")
         partial.mkdir(parents=True, exist_ok=True)
         file = partial / f"{name}.safetensors"
-        write_tensors(file, tensors, metadata={"kind": name})
+        weights.save(file, tensors, metadata={"kind": name})
         return file
 
     def _commit(self, partial: Path, state: Mapping[str, Any]) -> None:
@@ -182,11 +181,6 @@ class Snapshots:
                 f"averages: {len(later)} snapshots beyond image {images_seen:,} are not of the run "
                 f"any more: they are now *.{_ASIDE}*"
             )
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole, or leave the one that is there."""
-    files.write(path, save(tensors, metadata=metadata))
 
 
 def _gib(count: float) -> str:

@@ -2,20 +2,53 @@
 
 import errno
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from data import files
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class NotWeightsError(ValueError):
     """A checkpoint's file of another kind."""
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: whole and on disk when this returns, or not at all.
+
+    safetensors writes beside its target, under a random name that a kill would leave, and lets its
+    owner alone read the file (safetensors#782). So it gets a directory, and the mode is restored.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    aside = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        file = aside / path.name
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(dict(tensors), file, metadata=dict(metadata))
+        with suppress(OSError):  # some file systems have no modes
+            file.chmod(mode)
+        files.sync(file)
+        file.replace(path)
+        files.sync(path.parent)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
