@@ -14,8 +14,10 @@ from torch import Tensor, nn
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 
-# Side of the network's input; channels of Mixed_6d.branch1x1 that sFID takes; classes.
-_SIDE, _SPATIAL, _CLASSES = 299, 7, 1008
+#: Channels, height and width of what sFID takes: the first channels of Mixed_6d.branch1x1.
+SPATIAL = (7, 17, 17)
+# Side of the network's input; classes.
+_SIDE, _CLASSES = 299, 1008
 
 
 class Features(NamedTuple):
@@ -23,7 +25,8 @@ class Features(NamedTuple):
 
     #: Inception: means of the last feature map, (B, 2048).
     pool: Tensor
-    #: None where the network has none. Inception: the first channels of a 17 x 17 map, (B, 2023).
+    #: None where the network has none. Inception: `SPATIAL` by height, width and channel, as the
+    #: ADM evaluator has it, (B, 2023).
     spatial: Tensor | None = None
     #: Class scores, None where there are none. Inception: without a bias, (B, 1008).
     logits: Tensor | None = None
@@ -215,7 +218,8 @@ class Inception(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-        spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :_SPATIAL].flatten(1)
+        spatial = self.Mixed_6d.get_submodule("branch1x1")(x)
+        spatial = spatial[:, : SPATIAL[0]].movedim(1, -1).flatten(1)
         x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))
         pool = self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))
         return Features(pool, spatial, F.linear(pool, self.fc.weight))

@@ -3,10 +3,12 @@
 A reference file is an `.npz` in the ADM evaluator's layout: `mu`, `sigma` of the pooled features,
 `mu_s`, `sigma_s` of the spatial ones over all images, and up to 10,000 images in `arr_0` for
 precision and recall. Those made here hold the features of these images too, and say of which
-network and dataset they are.
+network and dataset they are, and that the spatial features are by height, width and channel, as the
+evaluator's. Earlier files do not say so: there they are by channel, height and width.
 """
 
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,14 @@ from data import files
 from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.figures import Statistics
+from trainer.evaluation.inception import SPATIAL
 from trainer.sampling.samplefile import Samples, open_samples
 from trainer.sections import FEWEST_SAMPLES
 
 # Images that precision, recall and the kernel distance see of a reference, as the evaluator's.
 MANIFOLD = 10_000
 _ABOUT = "reference"
+_ORDER = "height, width, channel"
 _NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
@@ -116,7 +120,7 @@ def load(
         checksum=files.sha256(path),
         count=about["count"] if about else None,
         pool=pool,
-        spatial=_statistics(stored, "spatial", path=path),
+        spatial=_spatial(stored, about, path=path),
         features=features,
     )
     return reference, images if features is None else None
@@ -145,6 +149,7 @@ def save(path: Path, reference: Reference, *, samples: Samples, network: Feature
         "images": reference.name,
         "images_checksum": reference.checksum,
         "count": reference.count,
+        "spatial_order": _ORDER,
     }
     arrays: dict[str, Any] = {
         "arr_0": images,
@@ -188,7 +193,8 @@ def _about(stored: Any, *, path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(str(stored[_ABOUT]))
-        return {name: found[name] for name in ("network", "network_sha256", "count")}
+        named = {name: found[name] for name in ("network", "network_sha256", "count")}
+        return named | {"spatial_order": found.get("spatial_order")}
     except Exception as error:  # as in `_tensor`, and of what is no such JSON
         raise ValueError(
             f"reference {path}: its member {_ABOUT!r} is damaged, or of another program "
@@ -206,6 +212,27 @@ def _features(stored: Any, *, columns: int, path: Path) -> Tensor | None:
             f"numbers (M, {columns}), as many columns as mu has"
         )
     return found
+
+
+def _spatial(stored: Any, about: dict[str, Any] | None, *, path: Path) -> Statistics | None:
+    """The spatial statistics by height, width and channel."""
+    found = _statistics(stored, "spatial", path=path)
+    if found is None:
+        return None
+    order = _ORDER if about is None else about["spatial_order"]
+    if order not in (None, _ORDER):
+        raise ValueError(
+            f"reference {path}: mu_s is by {order!r}: must be by {_ORDER!r}; make it again"
+        )
+    if len(found.mean) != math.prod(SPATIAL):
+        raise ValueError(
+            f"reference {path}: mu_s has {len(found.mean)} numbers: must be {math.prod(SPATIAL)}, "
+            "as Inception's spatial features"
+        )
+    if order == _ORDER:
+        return found
+    places = torch.arange(len(found.mean)).view(SPATIAL).movedim(0, -1).flatten()
+    return Statistics(found.mean[places], found.covariance[places][:, places])
 
 
 def _statistics(stored: Any, kind: str, *, path: Path) -> Statistics | None:
