@@ -52,11 +52,11 @@ def make_parent(path: Path, *, option: str) -> None:
         ) from None
 
 
-def append(path: Path, text: str) -> None:
-    """Append to a file, made if it is missing, all of the text or none of it."""
+def append(path: Path, content: bytes | str) -> None:
+    """Append to a file, made if it is missing, all of the content or none of it."""
     with _named(path), path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        rest = memoryview(text.encode())
+        rest = memoryview(content.encode() if isinstance(content, str) else content)
         try:
             while rest:
                 rest = rest[file.write(rest) :]

@@ -3,7 +3,10 @@
 import json
 import math
 import shutil
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support.faults import full_disk
 from trainer import config as configs
 from trainer.watch import goodput, wandb
 from trainer.watch.board import Board
@@ -19,7 +23,13 @@ from trainer.watch.mfu import Mfu
 VALUES = {"images_per_second": 64.0, "interval_seconds": 1.0, "skipped_total": 0.0}
 
 
-def open_board(run: Path, *, images_seen: int, sets: tuple[str, ...] = ()) -> Board:
+def open_board(
+    run: Path,
+    *,
+    images_seen: int,
+    sets: tuple[str, ...] = (),
+    log: Callable[[str], None] = lambda _: None,
+) -> Board:
     (run / "launch").mkdir(exist_ok=True)
     mfu = Mfu(flops_per_image=1e9, measured=1e12, datasheet=2e12)
     config = configs.load("digits", sets)
@@ -28,9 +38,14 @@ def open_board(run: Path, *, images_seen: int, sets: tuple[str, ...] = ()) -> Bo
         config=config,
         images_seen=images_seen,
         mfu=mfu,
-        log=lambda _: None,
-        attempt=lambda _, write: write(),
+        log=log,
+        attempt=attempt,
     )
+
+
+def attempt(_: str, write: Callable[[], object]) -> None:
+    with suppress(OSError):
+        write()
 
 
 def report(board: Board, loss: float, *, images_seen: int, **more: float) -> None:
@@ -111,6 +126,41 @@ def test_an_event_file_torn_by_a_crash_hides_nothing_of_later_starts(tmp_path: P
         report(board, 2.0, images_seen=192)
     steps = [event.step for event in events(tmp_path).Scalars("train/loss")]
     assert steps[0] == 64 and steps[-1] == 192
+
+
+def test_what_a_full_disk_did_not_take_is_shown_when_there_is_room(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with open_board(tmp_path, images_seen=0) as board:
+        report(board, 1.0, images_seen=64)
+        for images_seen in (128, 192):
+            with full_disk():
+                report(board, 1.0, images_seen=images_seen)
+                picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+                board.picture("samples", picture, images_seen=images_seen)
+        assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [64]
+        report(board, 1.0, images_seen=256)
+        assert threading.active_count() == threads  # one could end with a traceback
+    found = events(tmp_path)
+    assert [event.step for event in found.Scalars("train/loss")] == [64, 128, 192, 256]
+    assert [image.step for image in found.Images("samples")] == [128, 192]
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
+
+
+def test_a_start_whose_clock_is_behind_hides_nothing_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Event files are read by the number in their names, and each start removes what it redoes."""
+    said: list[str] = []
+    now = time.time()
+    for hours, begin in ((0, 0), (-2, 128), (-1, 192)):
+        monkeypatch.setattr("time.time", lambda hours=hours: now + 3600 * hours)
+        with open_board(tmp_path, images_seen=begin, log=said.append) as board:
+            for images_seen in range(begin + 64, begin + 193, 64):
+                report(board, float(begin), images_seen=images_seen)
+    points = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
+    assert points == [(64, 0), (128, 0), (192, 128), (256, 192), (320, 192), (384, 192)]
+    behind = [line for line in said if "TensorBoard: the clock is" in line]
+    assert len(behind) == 2 and "2 h" in behind[0]
 
 
 def test_hours_left_and_rates_are_those_of_this_start(

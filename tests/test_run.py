@@ -1,30 +1,14 @@
 """The run directory's record of how a start ended, whatever else goes wrong."""
 
-import resource
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.support.faults import full_disk
 from trainer.ranks.group import Broken, Refused
 from trainer.run import Run
 from trainer.runstate import RunState
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """While entered, no file can be written, as on a disk that is full."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 import json
 import os
 import pkgutil
+import resource
+import signal
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,19 @@ import torch
 
 from tests.support import ranks
 from tests.support.runs import Place
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """While entered, no file can be written, as on a disk that is full."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def spoil(factors: Mapping[int, float]) -> None:

@@ -59,7 +59,9 @@ class Board:
         self._unwritten: list[str] = []
         rows = _drop_rows(self._rows, after=images_seen)
         text = configs.to_toml(configs.public(config))
-        self._tensorboard = TensorBoard(run / "tensorboard", images_seen=images_seen, config=text)
+        self._tensorboard = TensorBoard(
+            run / "tensorboard", images_seen=images_seen, config=text, log=log
+        )
         if self._tensorboard.is_old:
             self._show_again(rows)
         project = config.board.wandb
@@ -73,7 +75,6 @@ class Board:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.close()
 
@@ -200,7 +201,7 @@ class Board:
             images, at = int(known.pop("images")), known.pop("time", None)
             first = _overview(known, done=images / self._total, hours=None)
             moved = {name: v for name, v in known.items() if is_moved(name)}
-            self._tensorboard.scalars({**first, **moved}, images_seen=images, time=at)
+            self._tensorboard.scalars({**first, **moved}, images_seen=images, at=at)
         self._log(f"TensorBoard: {len(rows)} rows of metrics.jsonl are shown under their new tags")
 
 

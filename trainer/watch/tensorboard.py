@@ -1,16 +1,22 @@
 """The only module that imports TensorBoard: the curves, texts and pictures of a run."""
 
-import errno
-import os
+import io
 import shutil
+import socket
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugins.hparams import summary_v2 as hparams_api  # `api` needs TensorFlow
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import SummaryWriter, summary
+
+from data import files
+from data.progress import duration
 
 # Where a metric without a group of its own is shown; all others are under "train".
 _GROUPS = {
@@ -26,8 +32,10 @@ _GROUPS = {
 _TAGS = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
 # Beside the event files; without it, they were written by a release with other tags.
 _LAYOUT_FILE, _LAYOUT = "layout", "2"
-# Bytes that must be free: on a full disk a thread of TensorBoard's ends with a traceback.
-_ROOM = 2**22
+# How the names of event files begin; a number follows.
+_NAME = "events.out.tfevents."
+# The most bytes of events that wait for room on a full disk.
+_UNWRITTEN = 2**28
 
 
 def tag(name: str) -> str:
@@ -72,61 +80,78 @@ def _shown(value: object) -> bool | int | float | str:
 
 
 class TensorBoard:
-    """The event files of a run. Each start adds one.
+    """The event file of a start of a run; each start adds one.
+
+    What the disk does not take waits for the next call. (TensorBoard's own writer is a thread: it
+    would end with a traceback and lose that.)
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, *, images_seen: int, config: str) -> None:
+    def __init__(
+        self, directory: Path, *, images_seen: int, config: str, log: Callable[[str], None]
+    ) -> None:
         #: Whether the curves of earlier starts have other tags.
         self.is_old = directory.exists() and not (directory / _LAYOUT_FILE).exists()
+        self._file = directory / f"{_NAME}{_number(directory, log=log)}.{socket.gethostname()}"
+        self._unwritten: deque[bytes] = deque()
+        directory.mkdir(parents=True, exist_ok=True)
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
-        writer = SummaryWriter(str(directory), purge_step=images_seen + 1)
-        self._directory = directory
-        self._writer: SummaryWriter | None = writer
-        (directory / _LAYOUT_FILE).write_text(_LAYOUT + "\n")
-        writer.add_text("config", f"```toml\n{config}\n```", global_step=images_seen)
+        begun = SessionLog(status=SessionLog.START)
+        first = Event(file_version="brain.Event:2"), Event(session_log=begun, step=images_seen + 1)
         quarters = {
             f"{name} by quarter of t (q0: least noise)": ["Multiline", [rf"^{name}/q\d$"]]
             for name in ("loss", "mse", "vb")
         }
-        writer.add_custom_scalars({"loss by timestep": quarters})
+        layout = Event(summary=summary.custom_scalars({"loss by timestep": quarters}))
+        self._write(*first, layout)
+        self.text("config", f"```toml\n{config}\n```", images_seen=images_seen)
+        (directory / _LAYOUT_FILE).write_text(_LAYOUT + "\n")
 
     def scalars(
-        self, values: Mapping[str, float], *, images_seen: int, time: float | None = None
+        self, values: Mapping[str, float], *, images_seen: int, at: float | None = None
     ) -> None:
-        """Add a point to the curve of each value, of `time` (seconds since 1970) if not of now."""
+        """Add a point to the curve of each value, of the time `at` (since 1970) if not of now.
 
-        def add(writer: SummaryWriter) -> None:
-            for name, value in values.items():
-                writer.add_scalar(tag(name), value, images_seen, walltime=time)
-
-        self._write(add)
+        Raises:
+            OSError: the disk is full, or fails; so for the other methods.
+        """
+        each = (summary.scalar(tag(name), value) for name, value in values.items())
+        self._write(*(Event(summary=s, step=images_seen) for s in each), at=at)
 
     def text(self, name: str, markdown: str, *, images_seen: int) -> None:
         """Show a text in place of the last of that name."""
-        self._write(lambda writer: writer.add_text(name, markdown, images_seen))
+        self._write(Event(summary=summary.text(name, markdown), step=images_seen))
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
-        self._write(lambda writer: writer.add_image(name, picture, images_seen))
+        shown = summary.image(name, picture, dataformats="CHW")
+        self._write(Event(summary=shown, step=images_seen))
 
-    def close(self) -> None:
-        """Write all to disk, and end."""
-        if self._writer is not None:
-            with suppress(OSError):  # all that was added is on disk
-                self._writer.close()
+    def _write(self, *events: Event, at: float | None = None) -> None:
+        """Write events, those too that had no room before."""
+        for event in events:
+            event.wall_time = time.time() if at is None else at
+            record = io.BytesIO()
+            RecordWriter(record).write(event.SerializeToString())
+            self._unwritten.append(record.getvalue())
+        while sum(map(len, self._unwritten)) > _UNWRITTEN:
+            self._unwritten.popleft()
+        files.append(self._file, b"".join(self._unwritten))
+        self._unwritten.clear()
 
-    def _write(self, add: Callable[[SummaryWriter], object]) -> None:
-        """Add to the events, and write them to disk.
 
-        Raises:
-            OSError: the disk is full. The next call tries again, with a new file.
-        """
-        if shutil.disk_usage(self._directory).free < _ROOM:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
-        writer, self._writer = self._writer or SummaryWriter(str(self._directory)), None
-        add(writer)
-        writer.flush()
-        self._writer = writer
+def _number(directory: Path, *, log: Callable[[str], None]) -> str:
+    """The number of a new event file: the time, or more, since they are read in this order."""
+    now = int(time.time())
+    names = (
+        path.name.removeprefix(_NAME).partition(".")[0] for path in directory.glob(f"{_NAME}*")
+    )
+    newest = max((int(name) for name in names if name.isdecimal()), default=0)
+    if newest > now:
+        log(
+            f"TensorBoard: the clock is {duration(newest - now)} behind the last start's; the new "
+            "curves are put after its own"
+        )
+    return f"{max(now, newest + 1):010d}"
