@@ -6,6 +6,8 @@ Neither torch nor numpy is imported here: a login node checks presets with Pytho
 import os
 import re
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +30,15 @@ def check(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         # Cut: a damaged file may have anything for a value.
         raise ValueError(f"{name} = {value!r:.80}: must be {expected}")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a name, such as that of a setting or a file, ahead of what a ValueError says within."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def is_local(root: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from data.config import check
+from data.config import check, naming
 from data.tars import HEADER
 
 MANIFEST = "manifest.json"
@@ -128,7 +128,7 @@ def parse_manifest(where: str, content: bytes) -> Manifest:
         raise ValueError(f"{where} was altered: its fingerprint does not match its content")
     made_by = manifest.get("made_by")
     made_by = made_by if isinstance(made_by, dict) else {}
-    try:
+    with naming(where):
         return Manifest(
             shards=_parse_shards(manifest.get("shards")),
             classes=_parse_classes(manifest.get("classes")),
@@ -137,8 +137,6 @@ def parse_manifest(where: str, content: bytes) -> Manifest:
             kept_side=_parse_kept_side(made_by),
             made_by=made_by,
         )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def _parse_shards(entries: object) -> tuple[Shard, ...]:
@@ -146,10 +144,8 @@ def _parse_shards(entries: object) -> tuple[Shard, ...]:
         raise ValueError(f"shards = {entries!r:.80}: must be a list")
     shards: dict[str, Shard] = {}
     for i, entry in enumerate(entries):
-        try:
+        with naming(f"shards[{i}]"):
             shard = _parse_shard(entry)
-        except ValueError as error:
-            raise ValueError(f"shards[{i}]: {error}") from None
         if shard.name in shards:
             raise ValueError(f"shards[{i}]: name = {shard.name!r}: an earlier shard has this name")
         shards[shard.name] = shard

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from data.config import naming
 from data.progress import duration
 from trainer import settings
 from trainer.adm.config import check
@@ -236,13 +237,11 @@ class Cluster:
 def load(path: Path) -> Cluster:
     """Read a cluster file; ValueError where it is missing, no TOML, or a setting is wrong."""
     table = settings.read(path)
-    try:
+    with naming(f"{path}"):
         _lift_seconds_to_save(table)
         places = ("python", "environment", "container")
         table |= {k: _expand_home(v) for k, v in table.items() if k in places}
         return typing.cast(Cluster, settings.build(Cluster, table))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _lift_seconds_to_save(table: settings.Table) -> None:

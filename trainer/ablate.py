@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from data import files
+from data.config import naming
 from data.dataset import open_shards
 from data.exits import TO_BE_CONTINUED, CommandParser, reported
 from data.stream import open_stream
@@ -101,15 +102,13 @@ def _check_evaluation(found: AblationSet, *, sides: set[int]) -> None:
     samples, cpu = found.samples, torch.device("cpu")
     print("checking samples.network and samples.reference", flush=True)
     try:
-        with alone() as world:
+        with naming("samples"), alone() as world:
             network = open_network(samples.network, device=cpu)
             evaluator = Evaluator(network=network, world=world, device=cpu, batch=64)
             for side in sorted(sides):
                 evaluator.check_samples(
                     samples.images, side=side, reference=Path(samples.reference)
                 )
-    except ValueError as error:
-        raise ValueError(f"samples: {error}") from None
     except RuntimeError as error:  # such as an exported program that has a GPU's addresses in it
         said = str(error).partition("\n")[0]
         print(f"samples.network could not be tried on the CPU, so it is not checked: {said}")

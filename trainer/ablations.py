@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.config import naming
 from trainer import config as configs
 from trainer import settings
 from trainer.adm.config import check
@@ -78,12 +79,10 @@ class AblationSet:
 
     def config(self, row: Row) -> Config:
         """The whole config of a row; ValueError, which names the row, where a change is wrong."""
-        try:
+        with naming(f"row {row.name!r}"):
             config = configs.load(self.base, self.changes(row), unset=row.unset)
             self._check_drawn(config)
             return config
-        except ValueError as error:
-            raise ValueError(f"row {row.name!r}: {error}") from None
 
     def _check_drawn(self, config: Config) -> None:
         """Return if samples can be drawn of a row as they are of all."""
@@ -91,10 +90,8 @@ class AblationSet:
         check(kind == "denoise", "objective", kind, '"denoise": rows are drawn and compared')
         small = getattr(config.model, "small_size", None)
         check(small is None, "model.small_size", small, "absent: rows are drawn from noise alone")
-        try:
+        with naming("samples.steps"):
             kept_timesteps(config.diffusion.steps, self.samples.steps)
-        except ValueError as error:
-            raise ValueError(f"samples.steps: {error}") from None
 
 
 def load(name: str, overrides: Sequence[str], *, unset: Sequence[str]) -> AblationSet:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data.config import DataConfig, shown
+from data.config import DataConfig, naming, shown
 from data.exits import CommandParser, reported
 from trainer import settings
 from trainer.adm.config import ClassifierConfig, DiffusionConfig, UNetConfig, check
@@ -73,7 +73,8 @@ class Config:
             "set if data.validation is, and absent without",
         )
         if every.samples is not None:
-            self._check_steps("intervals.samples_steps", every.samples_steps)
+            with naming("intervals.samples_steps"):
+                kept_timesteps(self.diffusion.steps, every.samples_steps)
         self._check_evaluation()
 
     def _check_evaluation(self) -> None:
@@ -94,13 +95,8 @@ class Config:
         needed = "set if an upsampler is evaluated, which enlarges these images"
         there = self.data.validation is not None
         check(there or not enlarges, "data.validation", self.data.validation, needed)
-        self._check_steps("evaluation.steps", asked.steps)
-
-    def _check_steps(self, name: str, steps: str) -> None:
-        try:
-            kept_timesteps(self.diffusion.steps, steps)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        with naming("evaluation.steps"):
+            kept_timesteps(self.diffusion.steps, asked.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +118,8 @@ def load(preset: str | Path, overrides: Iterable[str] = (), *, unset: Iterable[s
     """
     path = settings.find(preset, directory=PRESETS)
     table = settings.read(path, overrides=overrides, unset=unset)
-    try:
+    with naming(f"{preset}"):
         return from_table(table)
-    except ValueError as error:
-        raise ValueError(f"{preset}: {error}") from None
 
 
 def from_table(table: Mapping[str, Any]) -> Config:
@@ -186,18 +180,19 @@ def to_toml(config: Config) -> str:
         if head != section:
             lines += ["", f"[{head}]"]
             section = head
-        lines.append(f"{key} = {_toml_value(value)}")
+        lines.append(f"{key} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as a TOML file has it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'"{escaped}"'
     if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)
 
 

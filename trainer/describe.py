@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from data.config import DataConfig
 from trainer.adm.config import ClassifierConfig, DiffusionConfig, UNetConfig
-from trainer.config import Config
+from trainer.config import Config, toml_value
 from trainer.sections import (
     BoardConfig,
     EvaluationConfig,
@@ -61,7 +61,9 @@ def _rows(kind: type, *, section: str) -> Iterator[str]:
     for field in dataclasses.fields(kind):
         if field.name == "learn_sigma" or (section == "data" and field.name == "image_size"):
             continue
-        default = "" if field.default is dataclasses.MISSING else _shown(field.default)
+        default = "absent" if field.default is None else f"`{toml_value(field.default)}`"
+        if field.default is dataclasses.MISSING:
+            default = ""
         comment = said.get(field.name, "").replace("|", "\\|")
         yield f"| `{field.name}` | {_type(hints[field.name])} | {default} | {comment} |"
 
@@ -92,16 +94,6 @@ def _type(hint: Any) -> str:
         return f"list of {_type(arguments[0])}s"
     names = {str: "string", int: "integer", float: "number", bool: "true or false"}
     return names.get(hint, str(hint))
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "absent"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"`[{', '.join(map(str, value))}]`"
-    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data import files
+from data.config import naming
 from trainer import diffusers_format, origin, weights
 from trainer.adm.unet import build
 from trainer.checkpoint import committed
@@ -45,10 +46,8 @@ class Initial:
         """
         file = diffusers_format.find(path) or path
         if file.is_dir():
-            try:
+            with naming(f"--init {path}"):
                 found = TrainedNetwork.find(path, preset=None, decay=None)
-            except ValueError as error:
-                raise ValueError(f"--init {path}: {error}") from None
             file, checksum = found.file, found.sha256
         else:
             checksum = files.sha256(file) if file.is_file() else ""

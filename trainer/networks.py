@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data import files
-from data.config import is_local
+from data.config import is_local, naming
 from data.dataset import class_names
 from trainer import averages, compute, diffusers_format, weights
 from trainer import checkpoint as checkpoints
@@ -118,10 +118,8 @@ def _written_config(path: Path) -> Config:
         of = path.parent
         hint = f"give its checkpoint {of}, or add" if (of / checkpoints.STATE).is_file() else "add"
         raise ValueError(f"{path} does not say which network it is for: {hint} --preset")
-    try:
+    with naming(f"{path}: its config"):
         return configs.from_table(tomllib.loads(text))
-    except ValueError as error:
-        raise ValueError(f"{path}: its config: {error}") from None
 
 
 def _newest(path: Path) -> checkpoints.Checkpoint:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.config import naming
 from data.dataset import open_shards
 from data.exits import CommandParser, reported
 from data.progress import duration
@@ -106,10 +107,8 @@ def overview(*, machine: Machine, zero: Mapping[str, Any]) -> Iterable[str]:
     for config, path in presets:
         training, net = config.training, costs.count(config)
         published = re.findall(r"(FID .*)\.\n", path.read_text())
-        try:
+        with naming(path.stem):
             micro = training.micro_batch_on(machine.gpus)
-        except ValueError as error:
-            raise ValueError(f"{path.stem}: {error}") from None
         needed = memory(config, zero=zero, ranks=machine.gpus, micro_batch=micro)
         now = step(config, machine=machine, gpus=machine.gpus, zero=zero)
         days = training.images / now.batch * now.seconds / 86400 * machine.gpus

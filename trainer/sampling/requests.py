@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data.config import naming
 from data.dataset import class_names
 from trainer.adm.config import UNetConfig
 from trainer.adm.respacing import kept_timesteps
@@ -63,7 +64,8 @@ def base_jobs(
     )
     if arguments.cfg and not source.config.training.label_dropout:
         raise ValueError(f"--cfg: {source.name} was trained without training.label_dropout")
-    _check_steps(source, arguments.steps, option="--steps")
+    with naming("--steps"):
+        kept_timesteps(source.config.diffusion.steps, arguments.steps)
     request = SampleRequest(
         images=_count(arguments.images, low_res=low_res, labels=labels),
         batch=arguments.batch,
@@ -134,7 +136,8 @@ def enlarging_job(
         noise=2,
         sources=(upsampler.sha256,),
     )
-    _check_steps(upsampler, steps, option="--upsampler-steps")
+    with naming("--upsampler-steps"):
+        kept_timesteps(upsampler.config.diffusion.steps, steps)
     out: str = arguments.out
     return DrawJob(
         request=request,
@@ -202,13 +205,6 @@ def _count(asked: int | None, *, low_res: Samples | None, labels: Labels | None)
         if asked is not None and asked > count:
             raise ValueError(f"--images = {asked}: must be at most the {count} of {option}")
     return asked or min(limits.values(), default=_IMAGES)
-
-
-def _check_steps(source: TrainedNetwork, steps: str, *, option: str) -> None:
-    try:
-        kept_timesteps(source.config.diffusion.steps, steps)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
 
 
 def _output(
