@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from data.reader import Reader
@@ -146,10 +147,11 @@ class CachedReader:
         for path in self._root.iterdir():
             is_slot = path.name.isdecimal()
             is_aside = not is_slot and path.suffix[1:].isdecimal()
-            if (is_slot and int(path.name) >= self._slots) or (
-                is_aside and path.stat().st_mtime < long_ago
-            ):
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # renamed by its process since
+                if (is_slot and int(path.name) >= self._slots) or (
+                    is_aside and path.stat().st_mtime < long_ago
+                ):
+                    path.unlink()
 
     def _attempt(self, write: Callable[[], None]) -> None:
         """Write, or go on without the cache: a full disk, say, costs speed but not the run."""

@@ -10,13 +10,14 @@ import os
 import select
 import shlex
 import signal
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from data import descriptors
@@ -48,19 +49,32 @@ class Store(ABC):
         """Close what is open, if anything is kept open; a later read opens it again."""
 
 
+class _Open:
+    """An open file. It is closed when no thread uses it any more, not under another one's read."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it could not be opened
+            os.close(self.number)
+
+
 class LocalStore(Store):
-    """Files of a directory. The most recently used ones are kept open.
+    """Files of a directory, for any number of threads. The most recently used ones are kept open.
 
     `sharers` is how many stores share the files that a process may have open.
     """
 
     def __init__(self, root: str, *, sharers: int) -> None:
         self._root, self._most = root, max(descriptors.share() // sharers, 1)
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files: OrderedDict[str, _Open] = OrderedDict()
+        self._lock = threading.Lock()
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """As `Store.pieces`, in one piece."""
-        yield os.pread(self._file(name), last - first, first)
+        file = self._file(name)
+        yield os.pread(file.number, last - first, first)
 
     def size(self, name: str) -> int:
         """As `Store.size`."""
@@ -68,16 +82,20 @@ class LocalStore(Store):
 
     def close(self) -> None:
         """Close all files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        with self._lock:
+            self._files.clear()
 
-    def _file(self, name: str) -> int:
-        if name not in self._files:
-            if len(self._files) >= self._most:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[name] = os.open(os.path.join(self._root, name), os.O_RDONLY)
-        self._files.move_to_end(name)
-        return self._files[name]
+    def _file(self, name: str) -> _Open:
+        with self._lock:
+            if name in self._files:
+                self._files.move_to_end(name)
+                return self._files[name]
+        file = _Open(os.path.join(self._root, name))  # without the lock: it may take long
+        with self._lock:
+            self._files[name] = file
+            if len(self._files) > self._most:
+                self._files.popitem(last=False)
+        return file
 
 
 class _SameMethod(urllib.request.HTTPRedirectHandler):

@@ -80,6 +80,20 @@ def test_a_full_cache_disk_costs_speed_only(whole: Shards, tmp_path: Path) -> No
     assert not any(path.is_file() and path.stat().st_size > 4096 for path in tmp_path.rglob("*"))
 
 
+def test_what_vanishes_as_the_cache_is_opened_does_not_turn_it_off(
+    whole: Shards, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What another process writes is renamed after the listing: a link to nothing is like that."""
+    cache = tmp_path / whole.fingerprint[:16]
+    cache.mkdir()
+    for n in range(5):
+        (cache / f"0000000{n}.77.{n}").symlink_to(tmp_path / "renamed")
+    (cache / "99999999").touch()
+    assert epoch(whole.root, cache=str(tmp_path)) == epoch(whole.root)
+    assert capfd.readouterr().err == "" and (cache / "00000000").is_file()
+    assert not (cache / "99999999").exists()
+
+
 def test_a_mounted_directory_is_cached_too(whole: Shards, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert epoch(whole.root, cache=str(cache)) == epoch(whole.root)

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -9,6 +11,7 @@ import pytest
 
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards
+from data.stores import LocalStore
 from data.stream import Stream
 from tests.support.cluster import wait_until
 from tests.support.data_server import serving
@@ -81,6 +84,37 @@ def test_a_pipe_that_stalls_is_left(whole: Shards) -> None:
 
     # A process that was killed may take a moment to end.
     wait_until(lambda: sleep.split() not in left(), "the end of the pipe's command")
+
+
+def open_below(root: Path) -> list[str]:
+    """The files of a directory that this process has open."""
+    opened = [file.path for file in psutil.Process().open_files()]
+    return [path for path in opened if path.startswith(f"{root}/")]
+
+
+def test_a_file_is_not_closed_under_the_read_of_another_thread(tmp_path: Path) -> None:
+    """Its number would be another file's by then: wrong bytes, or none."""
+    names = [f"{n}.tar" for n in range(8)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    store = LocalStore(str(tmp_path), sharers=10**6)  # keeps one file open
+
+    def read(n: int) -> bool:
+        name = names[n % len(names)]
+        if n % 50 == 0:
+            store.close()
+        return b"".join(store.pieces(name, first=0, last=500)) == name.encode() * 100
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as threads:
+            assert all(threads.map(read, range(4000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(open_below(tmp_path)) == 1
+    store.close()
+    assert not open_below(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
