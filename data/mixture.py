@@ -46,11 +46,6 @@ class Mixture:
         return " + ".join(part.where for part in self.parts)
 
     @property
-    def root(self) -> str:
-        """As `where`."""
-        return self.where
-
-    @property
     def shards(self) -> tuple[Shard, ...]:
         """The shards of all datasets."""
         return tuple(shard for part in self.parts for shard in part.shards)

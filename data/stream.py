@@ -35,18 +35,11 @@ class Stream:
         ValueError: too few images, or shards packed for another image size.
     """
 
-    def __init__(
-        self,
-        shards: Dataset,
-        *,
-        config: DataConfig,
-        seed: int,
-        log: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, shards: Dataset, *, config: DataConfig, seed: int) -> None:
         self.config, self.shards, self.seed = config, shards, seed
         self.bad = 0
         self._samples = Samples(shards, config=config, seed=seed)
-        self.log = log or _to_stderr
+        self.log: Callable[[str], None] = _to_stderr
         self._running: list[Workers] = []
 
     def __enter__(self) -> "Stream":

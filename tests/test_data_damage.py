@@ -63,7 +63,8 @@ def check_one_replaced(shards: Shards, *needles: str, workers: int = 0) -> None:
     """Exactly the one bad sample is replaced, counted and named, epoch after epoch."""
     lines: list[str] = []
     config = config_for(shards.root, workers=workers, flip=False)
-    with Stream(shards, config=config, seed=1, log=lines.append) as stream:
+    with Stream(shards, config=config, seed=1) as stream:
+        stream.log = lines.append
         batches = take(stream)
         assert stream.bad == len(lines) == 2
     assert all(needle in line for needle in needles for line in lines)
