@@ -1,6 +1,7 @@
 """Flags of guided-diffusion become presets."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,44 @@ def test_training_flags_are_settings_and_a_batch_is_that_of_all_processes(tmp_pa
     assert training.timesteps == "loss-second-moment"
     assert config.model == configs.load("imagenet64").model
     assert "--data_dir: pack it first" in (tmp_path / "preset.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "absent"),
+    [
+        # guided-diffusion's README: MODEL_FLAGS of 64x64.
+        (
+            "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --dropout 0.1"
+            " --image_size 64 --learn_sigma True --noise_schedule cosine --num_channels 192 "
+            "--num_head_channels 64 --num_res_blocks 3 --resblock_updown True "
+            "--use_new_attention_order True --use_scale_shift_norm True",
+            {"lr": "0.0001", "batch_size": "1", "use_fp16": "False"},
+        ),
+        (
+            "--image_size 128 --classifier_depth 2",
+            {
+                "weight_decay": "0.0",
+                "iterations": "150000",
+                "anneal_lr": "False",
+                "batch_size": "4",
+                "classifier_use_fp16": "False",
+            },
+        ),
+    ],
+)
+def test_each_training_flag_that_is_left_to_the_preset_is_named_until_it_is_given(
+    flags: str, absent: dict[str, str], tmp_path: Path
+) -> None:
+    said = re.findall(
+        r"^# --(\w+) absent: .* from the preset; there (.+)$", to_preset(flags, ranks=None), re.M
+    )
+    assert dict(said) == absent
+    given = " ".join(f"--{name} {default}" for name, default in said)
+    config = read(f"{flags} {given}", tmp_path, ranks=1)
+    assert " absent" not in (tmp_path / "preset.toml").read_text()
+    training = config.training
+    assert (training.precision, training.anneal, training.weight_decay) == ("fp32", False, 0)
+    assert training.batch == int(absent["batch_size"])
 
 
 def test_without_flags_the_network_is_guided_diffusions_default(tmp_path: Path) -> None:

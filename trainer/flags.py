@@ -3,19 +3,19 @@
     python -m trainer.config --from-flags "--image_size 128 --num_channels 256 ..." [--ranks 8]
 
 Flags that are absent have guided-diffusion's defaults where they describe the network or the
-diffusion; what no flag says (data, intervals) comes from the nearest preset. No torch here.
+diffusion. Of the training they are those of the nearest preset, and remarks name what differs; so
+is what no flag says (data, intervals). No torch here.
 """
 
 import dataclasses
 import shlex
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from trainer import settings
+from trainer import settings, training_flags
 from trainer.adm.config import check
 from trainer.config import PRESETS, Config, from_table, load, to_toml
-
-N = TypeVar("N", int, float)
+from trainer.training_flags import numbers
 
 # Classes of every class-conditional network there.
 _CLASSES = 1000
@@ -63,19 +63,6 @@ _DIFFUSION = {
     # As in improved-diffusion: it means nothing with 1000 steps, and others must deny it.
     "rescale_timesteps": True,
 }
-_TRAINING = {
-    "lr": 1e-4,
-    "weight_decay": 0.0,
-    "batch_size": 1,
-    "microbatch": -1,
-    "ema_rate": "0.9999",
-    "iterations": 150_000,
-    "lr_anneal_steps": 0,
-    "anneal_lr": False,
-    "schedule_sampler": "uniform",
-    "use_fp16": False,
-    "classifier_use_fp16": False,
-}
 #: Flags that a preset has no place for, and what there is instead.
 ELSEWHERE = {
     "data_dir": "pack it first (python -m data.pack), and set data.shards",
@@ -96,7 +83,9 @@ ELSEWHERE = {
     "base_samples": "--low-res of python -m trainer.sample",
 }
 #: All flags that are known here.
-NAMES = frozenset({**_UNET, **_UPSAMPLER, **_CLASSIFIER, **_DIFFUSION, **_TRAINING, **ELSEWHERE})
+NAMES = frozenset(
+    {**_UNET, **_UPSAMPLER, **_CLASSIFIER, **_DIFFUSION, **training_flags.TYPED, **ELSEWHERE}
+)
 
 
 def to_preset(text: str, *, ranks: int | None) -> str:
@@ -109,7 +98,7 @@ def to_preset(text: str, *, ranks: int | None) -> str:
     of_classifier = [n for n in given if n.startswith("classifier_") and n not in ELSEWHERE]
     is_classifier = bool(of_classifier)
     kind = _CLASSIFIER if is_classifier else _UNET | (_UPSAMPLER if "large_size" in given else {})
-    known = kind | _DIFFUSION | _TRAINING
+    known = kind | _DIFFUSION | training_flags.TYPED
     if is_classifier and (both := [n for n in given if n in _UNET.keys() - _CLASSIFIER.keys()]):
         two = f"--{both[0]} and --{of_classifier[0]} are of two networks"
         raise ValueError(f"{two}: give the --classifier_ flags apart, with --image_size")
@@ -131,7 +120,10 @@ def to_preset(text: str, *, ranks: int | None) -> str:
         "objective": base.objective,
         "model": model,
         "diffusion": {**_section(base.diffusion), **diffusion},
-        "training": {**_section(base.training), **_training(chosen, base=base, ranks=ranks)},
+        "training": {
+            **_section(base.training),
+            **training_flags.settings(chosen, base=base.training, ranks=ranks),
+        },
         "data": _section(base.data),
         "intervals": _section(base.intervals),
     }
@@ -139,8 +131,12 @@ def to_preset(text: str, *, ranks: int | None) -> str:
     if is_classifier or model["image_size"] != base.model.image_size:
         table["intervals"].pop("samples", None)
     remarks = [f"from guided-diffusion's flags; what they do not say is from the preset {name}"]
+    config = from_table(table)
+    remarks += training_flags.remarks(
+        chosen, training=config.training, is_classifier=is_classifier, ranks=ranks
+    )
     remarks += [f"--{name}: {ELSEWHERE[name]}" for name in given if name in ELSEWHERE]
-    return "".join(f"# {remark}\n" for remark in remarks) + to_toml(from_table(table))
+    return "".join(f"# {remark}\n" for remark in remarks) + to_toml(config)
 
 
 def _parse(text: str) -> dict[str, str]:
@@ -175,7 +171,7 @@ def _unet(values: Mapping[str, Any]) -> dict[str, Any]:
         "channels": values["num_channels"],
         "channel_mult": _mult(values["channel_mult"], size=size, is_large="large_size" in values),
         "blocks": values["num_res_blocks"],
-        "attention": _numbers("attention_resolutions", values["attention_resolutions"], kind=int),
+        "attention": numbers("attention_resolutions", values["attention_resolutions"], kind=int),
         **heads,
         "qkv": "new" if values["use_new_attention_order"] else "legacy",
         "resample": "biggan" if values["resblock_updown"] else "conv",
@@ -194,7 +190,7 @@ def _classifier(values: Mapping[str, Any]) -> dict[str, Any]:
         "channels": values["classifier_width"],
         "channel_mult": _mult("", size=values["image_size"], is_large=False),
         "blocks": values["classifier_depth"],
-        "attention": _numbers("classifier_attention_resolutions", resolutions, kind=int),
+        "attention": numbers("classifier_attention_resolutions", resolutions, kind=int),
         "head_channels": 64,
         "resample": "biggan" if values["classifier_resblock_updown"] else "conv",
         "conditioning": "adagn" if values["classifier_use_scale_shift_norm"] else "add",
@@ -205,18 +201,11 @@ def _classifier(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mult(text: str, *, size: int, is_large: bool) -> tuple[float, ...]:
     if text:
-        return _numbers("channel_mult", text, kind=float)
+        return numbers("channel_mult", text, kind=float)
     if is_large and size >= 256:  # upsamplers to 512 have the multipliers of 256
         size = 256
     check(size in _MULT, "--image_size", size, f"one of {sorted(_MULT)}, or give --channel_mult")
     return tuple(float(number) for number in _MULT[size])
-
-
-def _numbers(name: str, text: str, *, kind: type[N]) -> tuple[N, ...]:
-    try:
-        return tuple(kind(number) for number in text.split(",")) if text else ()
-    except ValueError:
-        raise ValueError(f"--{name} = {text!r}: must be numbers between commas") from None
 
 
 def _diffusion(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,36 +225,6 @@ def _diffusion(values: Mapping[str, Any]) -> dict[str, Any]:
         "variance": "learned" if learned else "fixed_large",
         "loss": loss,
     }
-
-
-def _training(chosen: Mapping[str, Any], *, base: Config, ranks: int | None) -> dict[str, Any]:
-    """The settings of the training flags that were given."""
-    same = {"lr": "lr", "weight_decay": "weight_decay", "schedule_sampler": "timesteps"}
-    found = {ours: chosen[theirs] for theirs, ours in same.items() if theirs in chosen}
-    if "ema_rate" in chosen:
-        found["ema"] = _numbers("ema_rate", chosen["ema_rate"], kind=float)
-    for name in ("use_fp16", "classifier_use_fp16"):
-        if name in chosen:
-            found["precision"] = "fp16" if chosen[name] else "fp32"
-    return found | _clock(chosen, base=base, ranks=ranks)
-
-
-def _clock(chosen: Mapping[str, Any], *, base: Config, ranks: int | None) -> dict[str, Any]:
-    """The batch, the length of the run, and what is counted in them."""
-    training, found = base.training, dict[str, Any]()
-    batch = chosen.get("batch_size", 0) * (ranks or 0) or training.batch
-    if "batch_size" in chosen:
-        found |= {"batch": batch, "micro_batch": chosen["batch_size"]}
-        # There, the decay is of a step.
-        found |= {"ema_images": batch} if training.ema_images is not None else {}
-    if chosen.get("microbatch", -1) > 0:
-        found["micro_batch"] = chosen["microbatch"]
-    steps = chosen.get("iterations") or chosen.get("lr_anneal_steps")
-    if steps or batch != training.batch:
-        found["images"] = (steps or training.images // training.batch) * batch
-    if {"anneal_lr", "lr_anneal_steps"} & chosen.keys():
-        found["anneal"] = bool(chosen.get("anneal_lr") or chosen.get("lr_anneal_steps"))
-    return found
 
 
 def _nearest_preset(
