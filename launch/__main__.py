@@ -63,7 +63,8 @@ def stop(argv: Sequence[str]) -> int:
     print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
     while (job_id and queue.state(job_id)) or lease.live_holder(run) or records.is_claimed(run):
         time.sleep(2)
-    print(f"stopped; last checkpoint: {status.last_checkpoint(run) or 'none'}")
+    saved = status.last_checkpoint(run) or "none"
+    print(f"stopped; last checkpoint: {saved}; {lease.way_to_resume(run)}")
     return 0
 
 

@@ -5,6 +5,7 @@ Tiny runs of 6 steps are trained once on 2 and 3 ranks in every ZeRO stage, in a
 """
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -33,6 +34,7 @@ from tests.support.runs import (
     distance,
     equal,
 )
+from trainer.ranks.lease import request_stop, stop_file
 
 four = pytest.param(4, marks=pytest.mark.slow)
 on_every_world = pytest.mark.parametrize("world", [*WORLDS, four])
@@ -196,12 +198,22 @@ def test_damaged_images_are_counted_on_all_ranks_and_stop_the_run_beyond_their_s
 
 
 def test_a_signal_to_one_rank_stops_all_and_saves(place: Place) -> None:
-    run = place.arguments("stopped", sets=ENDLESS)
-    job = ranks.start(place.root / "stop", ranks=2, runs=[run])
+    job = ranks.start(
+        place.root / "stop",
+        ranks=2,
+        runs=[place.arguments(n, sets=ENDLESS) for n in ("requested", "requested", "stopped")],
+    )
+    ranks.wait_for(place.run("requested") / "checkpoints" / f"{HALF:012d}")
+    request_stop(place.run("requested"))
     ranks.wait_for(place.run("stopped") / "checkpoints" / f"{HALF:012d}")
     job.signal(1, signal.SIGTERM)
     job.wait()
-    assert job.statuses == [75]
+    assert job.statuses == [75, 0, 75]  # a launcher does not repeat what ends with 0
+    stop = stop_file(place.run("requested"))
+    way = f"to resume, run `python -m launch ...` or delete {stop}"
+    said = re.findall(rf"stop.*{re.escape(way)}", place.log("requested"))
+    assert said == [f"stopped by `python -m launch stop`; {way}", f"stop requested; {way}"]
+    assert "stopped by a signal; rerun the same command to resume" in place.log("stopped")
     saved = max(int(p.name) for p in (place.run("stopped") / "checkpoints").iterdir())
     assert saved == max(
         json.loads(line)["images"] for line in (place.run("stopped") / "metrics.jsonl").open()

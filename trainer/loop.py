@@ -19,6 +19,7 @@ from trainer.guards.audit import Audit
 from trainer.guards.incidents import Incidents
 from trainer.guards.replay import dropout_seed
 from trainer.measures import Measures, due
+from trainer.ranks.lease import way_to_resume
 from trainer.saver import Saver
 from trainer.saving import Saving
 from trainer.seen import learn_timesteps, mean_loss
@@ -195,6 +196,6 @@ class Loop(Parts):
         if stopped:
             why = "by `python -m launch stop`" if self.run.stop_requested else "by a signal"
         self.run.note(state="stopped" if stopped else "finished", why=why)
-        self.log(f"stopped {why}; rerun the same command to resume" if stopped else "finished")
+        self.log(f"stopped {why}; {way_to_resume(self.run.path)}" if stopped else "finished")
         for line in self.board.closing():
             self.log(line)

@@ -38,7 +38,7 @@ from trainer.ranks import process
 from trainer.ranks.context import RankContext
 from trainer.ranks.ending import no_exit, run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
-from trainer.ranks.lease import stop_file
+from trainer.ranks.lease import way_to_resume
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.run import Run
@@ -154,9 +154,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     config, run, world = plan.config, plan.run, context.world
     log = run.log if world.is_main else lambda _: None
     if from_main(lambda: run.stop_requested):
-        log(
-            f"stop requested; to resume, run `python -m launch ...` or delete {stop_file(run.path)}"
-        )
+        log(f"stop requested; {way_to_resume(run.path)}")
         return _leave(plan, context, status=0, state="stopped", why="by `python -m launch stop`")
     if context.must_leave():
         return _leave_early(plan, context, log=log)
@@ -263,7 +261,7 @@ def _board(plan: TrainingPlan, images_seen: int, *, mfu: Mfu) -> Board:
 
 
 def _leave_early(plan: TrainingPlan, context: RankContext, *, log: Callable[[str], None]) -> int:
-    log("stopped by a signal before the first step; rerun the same command to resume")
+    log(f"stopped by a signal before the first step; {way_to_resume(plan.run.path)}")
     why = "by a signal before the first step"
     return _leave(plan, context, status=TO_BE_CONTINUED, state="stopped", why=why)
 

@@ -227,6 +227,13 @@ def request_stop(run: Path) -> None:
     stop_file(run).touch()
 
 
+def way_to_resume(run: Path) -> str:
+    """How to resume a run that has stopped, in words: a request to stop stays."""
+    if os.path.exists(stop_file(run)):  # False on errors, unlike that of a Path
+        return f"to resume, run `python -m launch ...` or delete {stop_file(run)}"
+    return "rerun the same command to resume"
+
+
 def _write(run: Path, holder: Holder) -> None:
     files.write(_file(run), json.dumps(asdict(holder), indent=1) + "\n", writer=holder.token)
 
