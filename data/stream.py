@@ -130,6 +130,11 @@ class Stream:
         )
         return self._load(parts, micro_batch_size=size, pin=pin)
 
+    def require_room(self, images: int) -> None:
+        """Raise ValueError, as `batches` does, if `data.prefetch_mb` holds no so large a batch."""
+        if self.config.workers:
+            self._setup(images)
+
     def load(self, indices: range) -> Batch:
         """These images of the training order, read again by this process; nothing is counted.
 
@@ -177,9 +182,10 @@ class Stream:
         room = self.config.prefetch_mb * 2**20
         setup = Setup(self.shards, self.config, self.seed, images=micro_batch_size, slots=1)
         if setup.slot_bytes > room:
+            enough = -(-2 * setup.slot_bytes // 2**20)
             raise ValueError(
                 f"data.prefetch_mb = {self.config.prefetch_mb} holds no micro-batch of "
-                f"{micro_batch_size} images; set it to {-(-2 * setup.slot_bytes // 2**20)} or more"
+                f"{micro_batch_size} images; set it to {enough} or more, or take smaller ones"
             )
         return setup._replace(slots=min(room // setup.slot_bytes, 8 * self.config.workers))
 

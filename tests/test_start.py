@@ -73,6 +73,34 @@ def test_an_upsamplers_grid_of_more_images_than_there_are_is_refused(
         make(count + 1)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("training.images = 6000", "training.batch = 6000", "training.micro_batch = 6000"),
+        ("training.micro_batch = 6000", "data.validation = '{digits}'", "intervals.validate = 8"),
+        (
+            "model.small_size = 4", "intervals.samples = 8", "intervals.samples_count = 100",
+            "model.image_size = 64", "model.attention = [32]", "data.crop = 'random'",
+        ),
+    ],
+    ids=["training", "validation", "grid"],
+)  # fmt: skip
+def test_too_little_memory_for_decoded_images_is_refused_before_the_engine_is_built(
+    tmp_path: Path, tiny: Path, digits: Path, changes: tuple[str, ...]
+) -> None:
+    """A mebibyte holds 5242 images of 8 pixels, or 85 of 64."""
+
+    def make(workers: int) -> None:
+        sets = (*changes, "data.prefetch_mb = 1", f"data.workers = {workers}")
+        options = [word for each in sets for word in ("--set", each.format(digits=digits))]
+        arguments = train.parser().parse_args([str(tiny), "--run", str(tmp_path / "run"), *options])
+        train.TrainingPlan.make(arguments, ranks=1)
+
+    with pytest.raises(ValueError, match=r"data\.prefetch_mb = 1 holds no .* \d+00 images; set it"):
+        make(1)
+    make(0)
+
+
 @pytest.mark.parametrize("every", [8, 12, 20, 100])
 def test_work_is_due_once_for_each_multiple_of_its_interval_that_is_crossed(every: int) -> None:
     clocks = [clock for clock in range(8, 401, 8) if due(every, images_seen=clock, batch_size=8)]

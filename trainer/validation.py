@@ -80,6 +80,7 @@ class ValidationSet:
         )
         classes.check_held_out(config, shards, training=training.classes, named="data.validation")
         found = cls.open(shards, config, images=images)
+        found.stream.require_room(config.training.micro_batch)
         held_out = shards.made_by.get("split") == "val"
         parts = training.parts if isinstance(training, Mixture) else (training,)
         in_full = all(part.made_by.get("split") != "train" for part in parts)

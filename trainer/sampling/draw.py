@@ -209,17 +209,20 @@ def _spread(indices: Tensor, count: int, classes: int | None) -> Tensor | None:
     return indices % classes if classes <= count else indices * classes // count % classes
 
 
-def check_shown(config: Config, *, images: int, ranks: int) -> None:
-    """Raise ValueError where the grids of an upsampler need more `images` than the shards have."""
-    every, small_size = config.intervals, getattr(config.model, "small_size", None)
-    if every.samples is None or small_size is None or images >= max(every.samples_count, ranks):
+def check_shown(config: Config, stream: Stream, *, ranks: int) -> None:
+    """Raise ValueError where the shards or their workers do not suffice an upsampler's grids."""
+    every, images = config.intervals, stream.shards.count
+    if every.samples is None or getattr(config.model, "small_size", None) is None:
         return
-    ways = "lower intervals.samples_count" if images >= ranks else "start fewer ranks"
-    raise ValueError(
-        f"intervals.samples_count = {every.samples_count}: on {ranks} ranks an upsampler's grid "
-        f"enlarges {max(every.samples_count, ranks)} images, data.shards has {images}: {ways}, "
-        "or draw no grids (--unset intervals.samples)"
-    )
+    shown = max(every.samples_count, ranks)
+    if images < shown:
+        ways = "lower intervals.samples_count" if images >= ranks else "start fewer ranks"
+        raise ValueError(
+            f"intervals.samples_count = {every.samples_count}: on {ranks} ranks an upsampler's "
+            f"grid enlarges {shown} images, data.shards has {images}: {ways}, "
+            "or draw no grids (--unset intervals.samples)"
+        )
+    stream.require_room(-(-shown // ranks))
 
 
 def shown(config: Config, stream: Stream, *, world: World) -> Batch | None:
