@@ -68,6 +68,18 @@ def test_a_run_that_still_trains_is_counted_until_now() -> None:
     assert dead is not None and dead.failures == 2
 
 
+@pytest.mark.parametrize("by", [-150.0, 5000.0])
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_clock_that_is_set_in_a_start_is_no_time_of_the_run(after: int, by: float) -> None:
+    """Of row `after`, in the middle of the first start, and all later ones."""
+    rows: list[dict] = [{**row, "uptime": row["time"] + 1e6} for row in KILLED]
+    for row in rows[after + 1 :]:
+        row.update({name: row[name] + by for name in ("time", "began", "last_sign") if name in row})
+    assert seconds(rows, now=900.0 + by) == seconds(KILLED, now=900.0)
+    rows = rows[: after + 2]
+    assert seconds(rows, now=450.0 + by) == seconds(KILLED[: after + 2], now=450.0)
+
+
 def test_time_between_starts_without_a_scheduler_is_no_queue() -> None:
     again = [start(0), training(10, 0), end(20, "stopped"), start(9e6), training(9e6 + 10, 0)]
     assert seconds(again) == {"starting": 20, "saving": 10}

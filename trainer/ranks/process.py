@@ -22,22 +22,22 @@ class RunningClock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._read = _boot_time()
+        self._read = boot_time()
         #: For how many seconds the process was stopped so far.
         self.stopped = 0.0
 
     def __call__(self) -> float:
         """The time now."""
         with self._lock:
-            now = _boot_time()
+            now = boot_time()
             if now - self._read > STOPPED_FOR:
                 self.stopped += now - self._read
             self._read = now
             return now - self.stopped
 
 
-def _boot_time() -> float:
-    """Seconds, those too in which the machine slept."""
+def boot_time() -> float:
+    """Seconds since the machine was booted, those too in which it slept."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -77,7 +77,7 @@ def has_ended(pid: int, *, on: str, began: str | None = None) -> bool:
 def began_at() -> float:
     """When this process was started, in seconds since 1970."""
     ticks = int(_facts(os.getpid())[1])
-    age = _boot_time() - ticks / os.sysconf("SC_CLK_TCK")
+    age = boot_time() - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age
 
 

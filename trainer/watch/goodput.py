@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.progress import duration
-from trainer.ranks.process import began_at
+from trainer.ranks.process import began_at, boot_time
 
 Row = Mapping[str, Any]
 
@@ -108,9 +108,9 @@ def account(rows: Sequence[Row], *, now: float | None = None) -> Goodput | None:
         return None
     is_live = now is not None and not starts[-1].state
     if is_live and now is not None:
-        starts[-1].end = max(starts[-1].end, now)
+        starts[-1].end = max(starts[-1].end, now - starts[-1].set_by)
     for before, start in pairwise(starts):
-        before.end = max(before.end, min(start.last_sign, start.began))
+        before.end = max(before.end, min(start.last_sign, start.began) - before.set_by)
     resumed = math.inf
     for start in reversed(starts):
         start.resumed_later = resumed
@@ -122,19 +122,19 @@ def account(rows: Sequence[Row], *, now: float | None = None) -> Goodput | None:
             total["queued"] += max(start.began - max(ended, start.submitted), 0.0)
         for kind, seconds in start.account().items():
             total[kind] += seconds
-        ended = start.end
+        ended = start.end + start.set_by
     return Goodput(
         seconds=total,
         failures=sum(start.state in ("", "failed") for start in starts[: -1 if is_live else None]),
         saves=sum(start.saves for start in starts),
-        save_seconds=sum(row.get("saving", 0.0) for start in starts for row in start.reports),
+        save_seconds=sum(row.get("saving", 0.0) for start in starts for _, row in start.reports),
         images_per_second=_rate(rows),
     )
 
 
 @dataclass
 class _Start:
-    """One start of a run."""
+    """One start of a run. Its times are by the clock as it was at the first row."""
 
     began: float
     #: When the lease of the start before this one was last touched.
@@ -147,13 +147,26 @@ class _Start:
     trained: float | None = None
     images: float = math.inf
     end: float = 0.0
-    reports: list[Row] = field(default_factory=list)
+    #: Its reports, each after its time.
+    reports: list[tuple[float, Row]] = field(default_factory=list)
     #: The smallest clock that a later start resumed.
     resumed_later: float = math.inf
+    #: When the machine was booted, by the clock of the first row.
+    booted: float | None = None
+    #: The seconds by which the clock was set since.
+    set_by: float = 0.0
 
     @property
     def saves(self) -> int:
-        return sum(int(row.get("saves", 0)) for row in self.reports)
+        return sum(int(row.get("saves", 0)) for _, row in self.reports)
+
+    def time_of(self, row: Row) -> float:
+        """When a row was written; rows of earlier releases do not show that the clock was set."""
+        if "uptime" in row:
+            booted = row["time"] - row["uptime"]
+            self.booted = booted if self.booted is None else self.booted
+            self.set_by = booted - self.booted
+        return float(row["time"] - self.set_by)
 
     def account(self) -> dict[str, float]:
         """Its seconds by kind."""
@@ -163,8 +176,8 @@ class _Start:
             return total
         total["starting"] = max(self.trained - self.began, 0.0)
         at, images = self.trained, self.images
-        for row in self.reports:
-            span, clock = max(row["time"] - at, 0.0), row["images"]
+        for written, row in self.reports:
+            span, clock = max(written - at, 0.0), row["images"]
             lost = min(max((clock - self.resumed_later) / max(clock - images, 1), 0.0), 1.0)
             spent = {kind: max(row.get(name, 0.0), 0.0) for name, kind in SPENT.items()}
             # Rounding, and clocks that were set, must not make more of it than there was.
@@ -174,7 +187,7 @@ class _Start:
                 total[kind] += seconds
             total["lost"] += span * lost
             total["productive"] += span * (1 - lost) - sum(kept.values())
-            at, images = row["time"], clock
+            at, images = written, clock
         total[self._last()] += max(self.end - at, 0.0)
         return total
 
@@ -195,11 +208,12 @@ def _starts(rows: Sequence[Row]) -> list[_Start]:
         if not starts:
             continue
         start = starts[-1]
-        start.end = max(start.end, row["time"])
+        at = start.time_of(row)
+        start.end = max(start.end, at)
         if row["event"] == "training":
-            start.trained, start.images = row["time"], row["images"]
+            start.trained, start.images = at, row["images"]
         elif row["event"] == "report":
-            start.reports.append(row)
+            start.reports.append((at, row))
         elif row["event"] == "end":
             start.state = row["state"]
     return starts
@@ -218,7 +232,7 @@ def file(run: Path) -> Path:
 
 def note(run: Path, event: str, **facts: float | str | None) -> Row:
     """Append to the timeline; returns the row. A disk that is full must not end the run for it."""
-    row = {"event": event, "time": time.time(), **facts}
+    row = {"event": event, "time": time.time(), "uptime": boot_time(), **facts}
     with suppress(OSError), file(run).open("ab+") as stream:
         # A start that was killed may have torn its last line.
         torn = stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n"
@@ -248,7 +262,11 @@ def read(run: Path) -> list[Row]:
 def _parse(line: str) -> Row | None:
     try:
         row = json.loads(line)
-        numbers = [row["time"], *(row[name] for name in _NEEDED[row["event"]])]
+        numbers = [
+            row["time"],
+            row.get("uptime", 0.0),
+            *(row[name] for name in _NEEDED[row["event"]]),
+        ]
     except (ValueError, KeyError, TypeError):
         return None
     return row if all(type(number) in (int, float) for number in numbers) else None
