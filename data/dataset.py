@@ -242,8 +242,8 @@ def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:
             content = reader.whole(shard.index)
         if hashlib.sha256(content).hexdigest() != shard.index_sha256:
             return (
-                f"{shards.where}/{shard.index}: its checksum is not the manifest's: it is damaged "
-                "or of another packing; copy or pack it again"
+                f"{shards.where}/{shard.index} is damaged or of another packing: its checksum is "
+                "not the manifest's; copy or pack it again"
             )
         shards.parse_index(number, content, glimpse=reader.glimpse)
     except (ValueError, OSError) as error:
