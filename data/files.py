@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,17 @@ def make_parent(path: Path, *, option: str) -> None:
         raise ValueError(
             f"{option} = {str(path)!r}: its directory cannot be made ({error.strerror})"
         ) from None
+
+
+def write_fault(directory: Path) -> str:
+    """Why nothing can be written in a directory, or in the nearest that exists above it; or ""."""
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return ""
+    except OSError as error:
+        return f"{directory} is not writable ({error.strerror})"
 
 
 def append(path: Path, content: bytes | str) -> None:

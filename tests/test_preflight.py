@@ -80,6 +80,8 @@ def test_an_older_python_can_read_the_modules_that_refuse_it() -> None:
         (machine.gpus(ON_GPUS, devices="NVIDIA"), "ok", "8 x H100"),
         (machine.nvcc("12.1", build="CUDA 11.8"), "ok", "torch is built for CUDA 11.8"),
         (machine.nvcc(None, build="CUDA 13.0"), "ok", "not needed"),
+        (machine.kept("/a", fault="/ is full", on_gpus=False), "missing", "/ is full"),
+        (machine.kept("/a", fault="/ is full", on_gpus=True), "warning", "training.compile and"),
         (machine.ninja(None, on_gpus=False), "missing", "pip install ninja"),
         (machine.compiler("no c++ in PATH", command="c++", on_gpus=True), "warning", "g++"),
         (machine.shared_memory(64, total=64, on_gpus=False), "missing", "--shm-size"),
@@ -123,7 +125,7 @@ def test_an_environment_that_is_not_activated_finds_its_ninja(
     beside.mkdir()
     monkeypatch.setattr(sys, "executable", str(beside / "python"))
     with pytest.raises(ValueError, match="pip install ninja"):
-        operators.find_ninja()
+        operators.prepare()
     (beside / "ninja").touch(mode=0o755)
-    operators.find_ninja()
+    operators.prepare()
     assert shutil.which("ninja") == str(beside / "ninja")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.dataset import open_shards
 from data.exits import REFUSED
@@ -54,6 +55,31 @@ def test_a_lock_that_may_be_in_use_is_named_and_waited_for(
     assert re.match(rf"{lock} was made 1 min 3\d s ago", said) and "waits for it" in said
     (lock.parent / "deepspeed_shm_comm.so").touch()
     assert operators.notice() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "on_gpus"),
+    [
+        ("HOME", False),
+        ("TORCH_EXTENSIONS_DIR", False),
+        ("TRITON_CACHE_DIR", True),
+        ("TORCHINDUCTOR_CACHE_DIR", True),
+    ],
+)
+def test_a_place_for_what_is_compiled_that_cannot_be_written_is_named_before_anything_is(
+    variable: str, on_gpus: bool, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/proc/none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpus)
+    compiled = ["--set", 'training.kernels = "fused"', "--set", "training.compile = true"]
+    arguments = train.parser().parse_args([str(tiny), "--run", str(tmp_path / "run"), *compiled])
+    wanted = "TORCH_EXTENSIONS_DIR" if variable == "HOME" else variable
+    said = rf"^/proc is not writable \(.*\): set {wanted} to a directory that is writable$"
+    with pytest.raises(ValueError, match=said):
+        train.TrainingPlan.make(arguments, ranks=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_upsamplers_grid_of_more_images_than_there_are_is_refused(

@@ -5,16 +5,15 @@ Its weights and their names stay the same, so a run may change these settings wh
 
 import importlib.util
 import os
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
+from trainer import caches
 from trainer.adm.encoder import Encoder
 from trainer.adm.norm import use_kernels
 from trainer.sections import TrainingConfig
@@ -24,7 +23,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(training: TrainingConfig) -> None:
-    """Raise ValueError unless this machine has the packages that the settings need."""
+    """Raise ValueError unless this machine has what the settings need: packages, and directories
+    for what is compiled.
+    """
     settings = {
         'training.kernels = "fused"': training.kernels == "fused",
         "training.compile = true": training.compile,
@@ -35,6 +36,8 @@ def check(training: TrainingConfig) -> None:
             f"{named}: needs the package triton, which is not installed: install it "
             '(`pip install triton`), or set training.kernels = "plain" and training.compile = false'
         )
+    if named:
+        caches.check(caches.TRITON, *[caches.INDUCTOR] * training.compile)
 
 
 def remarks(training: TrainingConfig, *, stage: int, ranks: int) -> list[str]:
@@ -99,9 +102,7 @@ def prepare(
     """
     fast = device.type == "cuda"
     if fast:
-        # Triton would keep its kernels in the home directory, which nodes share.
-        own = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
-        os.environ.setdefault("TRITON_CACHE_DIR", str(own))
+        os.environ[caches.TRITON] = str(caches.directory(caches.TRITON))
         use_tf32(training.tf32)
     use_kernels(net, training.kernels if fast else "plain")
     if say is not None and is_compiled(training, device=device, stage=stage):

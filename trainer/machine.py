@@ -20,6 +20,8 @@ _RANKS = 2
 # Requirements that the line of an optional set names.
 _LISTED = 3
 _INSTALL = "see docs/install.md"
+# What compiles on GPUs.
+_NEED = 'training.compile and training.kernels = "fused" need it'
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ def compiler(fault: str, *, command: str, on_gpus: bool) -> Finding:
         return Finding("ok", "compiler", command)
     way_out = "install g++ and Python's headers (Debian: apt-get install g++ python3-dev)"
     if on_gpus:
-        need = 'training.compile and training.kernels = "fused" need it'
-        return Finding("warning", "compiler", f"{fault}; {need}: {way_out}")
+        return Finding("warning", "compiler", f"{fault}; {_NEED}: {way_out}")
     need = "DeepSpeed compiles an operator for CPUs at the first start"
     return Finding("missing", "compiler", f"{fault}; {need}: {way_out}, or set CXX")
 
@@ -120,12 +121,15 @@ def ninja(found: str | None, *, on_gpus: bool) -> Finding:
     return Finding("missing", "ninja", "not found: pip install ninja")
 
 
-def extensions(directory: str, *, fault: str) -> Finding:
-    """The directory in which compiled operators are kept."""
+def kept(directory: str, *, fault: str, on_gpus: bool) -> Finding:
+    """A directory of what is compiled here: DeepSpeed's operator on CPUs, kernels on GPUs."""
+    name = "kernels" if on_gpus else "operators"
     if not fault:
-        return Finding("ok", "operators", f"kept in {directory}")
-    return Finding(
-        "missing", "operators", f"{fault}: set TORCH_EXTENSIONS_DIR to a directory that is writable"
+        return Finding("ok", name, f"kept in {directory}")
+    return (
+        Finding("warning", name, f"{fault}; {_NEED}")
+        if on_gpus
+        else Finding("missing", name, fault)
     )
 
 

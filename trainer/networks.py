@@ -21,7 +21,7 @@ from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import build
 from trainer.compute import DTYPES
 from trainer.config import Config
-from trainer.ranks.group import broadcast, from_main
+from trainer.ranks.group import agreed, broadcast, from_main
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class TrainedNetwork:
         Raises:
             ValueError: the file does not hold the weights of this network, or Triton is missing.
         """
-        compute.check(self.config.training)
+        agreed(lambda: compute.check(self.config.training))
         own = "fp32" if device.type == "cpu" else self.config.training.precision
         with torch.device("meta"):
             net = build(self.config.model).to(DTYPES[precision or own])

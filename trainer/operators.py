@@ -8,20 +8,29 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
 from data.progress import duration
+from trainer import caches
 
 
-def find_ninja() -> None:
-    """Let DeepSpeed find ninja, by which it compiles its operator for CPUs, in PATH.
-
-    In an environment that is not activated it lies beside the interpreter, and PATH has none.
+def prepare() -> None:
+    """Let DeepSpeed compile its operator for CPUs, or load it.
 
     Raises:
-        ValueError: it is nowhere.
+        ValueError: there is no ninja, or the directory of operators is not writable.
     """
-    if torch.cuda.is_available() or shutil.which("ninja"):
+    if torch.cuda.is_available():
+        return
+    _find_ninja()
+    caches.check(caches.OPERATORS)
+
+
+def _find_ninja() -> None:
+    """Put ninja in PATH.
+
+    In an environment that is not activated it lies beside the interpreter, and PATH has none.
+    """
+    if shutil.which("ninja"):
         return
     beside = Path(sys.executable).parent
     if shutil.which("ninja", path=str(beside)) is None:
@@ -59,7 +68,7 @@ def notice() -> list[str]:
 def _compiled(names: str) -> list[Path]:
     """The files of these names where torch keeps the operators that it compiles."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    is_named = os.environ.get(caches.OPERATORS)
     return sorted(
-        Path(root or get_default_build_root()).glob(names if root else f"{python}_*/{names}")
+        caches.directory(caches.OPERATORS).glob(names if is_named else f"{python}_*/{names}")
     )

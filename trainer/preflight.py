@@ -35,9 +35,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from data import files
 from data.exits import REFUSED, CommandParser
 from data.version import version as code_version
-from trainer import machine
+from trainer import caches, machine
 from trainer.machine import Finding, Torch
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -135,9 +136,9 @@ def _building(torch: Torch) -> Iterator[Finding]:
     on_gpus, command = bool(torch.gpus), os.environ.get("CXX", "c++")
     yield machine.compiler(_compiler_fault(command), command=command, on_gpus=on_gpus)
     yield machine.ninja(_which("ninja"), on_gpus=on_gpus)
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
-    yield machine.extensions(str(kept), fault=_write_fault(kept))
+    for variable in (caches.TRITON, caches.INDUCTOR) if on_gpus else (caches.OPERATORS,):
+        where = str(caches.directory(variable))
+        yield machine.kept(where, fault=caches.fault(variable), on_gpus=on_gpus)
     yield machine.nvcc(_nvcc_release(), build=torch.build)
 
 
@@ -145,7 +146,7 @@ def _resources(*, on_gpus: bool) -> Iterator[Finding]:
     """Shared memory, disks and descriptors."""
     memory, total = Path("/dev/shm"), 0.0
     free: float | None = None
-    if not _write_fault(memory) and memory.is_dir():
+    if not files.write_fault(memory) and memory.is_dir():
         usage = shutil.disk_usage(memory)
         free, total = usage.free / _MIB, usage.total / _MIB
     yield machine.shared_memory(free, total=total, on_gpus=on_gpus)
@@ -224,17 +225,6 @@ def _compiler_fault(command: str) -> str:
         return ""
     lines = [line for line in tried.stderr.splitlines() if "error" in line]
     return f"{compiler[0]} fails: {(lines or ['no message'])[0].strip()}"
-
-
-def _write_fault(directory: Path) -> str:
-    """Why nothing can be written in a directory, or in the nearest that exists above it; or ""."""
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    try:
-        with tempfile.TemporaryFile(dir=directory):
-            return ""
-    except OSError as error:
-        return f"{directory} is not writable ({error.strerror})"
 
 
 def _nvcc_release() -> str | None:

@@ -90,7 +90,7 @@ class TrainingPlan:
         check_precision(config.training.precision)
         wandb.check(config.board.wandb)
         compute.check(config.training)
-        operators.find_ninja()
+        operators.prepare()
         operators.locks()
         return cls(
             run=run,

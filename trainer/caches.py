@@ -1,0 +1,45 @@
+"""Where what is compiled here is kept: DeepSpeed's operator, Triton's and Inductor's kernels.
+
+No torch here: `python -m trainer.preflight` works without it.
+"""
+
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
+from data import files
+
+OPERATORS, TRITON, INDUCTOR = "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"
+
+
+def directory(variable: str) -> Path:
+    """The directory that this environment variable names, or that is meant where it is not set."""
+    if named := os.environ.get(variable):
+        return Path(named)
+    if variable == OPERATORS:
+        own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return Path(own) / "torch_extensions"
+    # Triton's own would be in the home directory, which nodes share.
+    name = f"triton-{os.getuid()}" if variable == TRITON else f"torchinductor_{_user()}"
+    return Path(tempfile.gettempdir()) / name
+
+
+def fault(variable: str) -> str:
+    """Why nothing can be written there, with the way out; or ""."""
+    why = files.write_fault(directory(variable))
+    return f"{why}: set {variable} to a directory that is writable" if why else ""
+
+
+def check(*variables: str) -> None:
+    """Raise ValueError unless all of these directories are writable, or can be made."""
+    for variable in variables:
+        if said := fault(variable):
+            raise ValueError(said)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may have no name for its user
+        return f"uid_{os.getuid()}"
