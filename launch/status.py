@@ -138,7 +138,8 @@ def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, now: floa
         return _ending(state)
     if (state is None and not rows) or (state is not None and state.state != "running"):
         return "starting: the run is not claimed yet"
-    last = next((row for row in reversed(rows) if "loss" in row), {"time": 0.0})
+    # Where all steps of an interval were refused, it has no loss.
+    last = next((row for row in reversed(rows) if row.keys() & {"loss", "skipped"}), {"time": 0.0})
     # An earlier release notes no beginning, and its state again and again.
     began = state.began if state is not None else None
     if began is None and not rows:
@@ -149,10 +150,12 @@ def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, now: floa
     gap, silent = _usual_gap(rows), now - seen
     if gap and silent > max(60.0, 10 * gap):
         return f"no metrics for {duration(silent)} (usually every {duration(gap)})"
-    if last.get("skipped") == 1:
-        return "every step of the last interval was skipped: gradients overflow"
     if math.isnan(_number(last, "loss") or 0.0):
         return "diverged: the loss is not finite"
+    if last.get("skipped") == 1:
+        if "loss" not in last:
+            return "every step of the last interval was skipped: log.txt says why"
+        return "every step of the last interval was skipped: gradients overflow"
     return "ok"
 
 

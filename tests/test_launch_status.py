@@ -180,6 +180,27 @@ def test_a_live_run_without_metrics_for_long_is_not_healthy(tmp_path: Path) -> N
     assert status.read(run).health == "no metrics for 1 h 0 min (usually every 10 s)"
 
 
+@pytest.mark.parametrize(
+    ("last", "health"),
+    [
+        ({"loss": 0.25, "skipped": 0.5}, "ok"),
+        ({"loss": 0.25, "skipped": 1.0}, "every step .* skipped: gradients overflow"),  # fp16
+        ({"loss": None, "skipped": 1.0}, "diverged: the loss is not finite"),
+        ({"loss": None, "skipped": 0.0}, "diverged: the loss is not finite"),
+        ({"skipped": 1.0}, "every step .* skipped: log.txt says why"),  # refused: it has no loss
+    ],
+)
+def test_a_live_run_that_does_not_learn_is_not_healthy(
+    tmp_path: Path, last: dict, health: str
+) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    note(run, state="running", images_seen=500, starts=1)
+    make_writer(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"images": 600, "time": time.time(), **last}) + "\n")
+    assert re.fullmatch(health, status.read(run).health)
+
+
 def test_a_run_is_alive_by_its_lease_where_slurm_does_not_respond(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
