@@ -97,7 +97,8 @@ class Run:
             with suppress(OSError, LeaseLost):
                 run.check_lease()
                 found = RunState.read(self.path)
-                if found is None or found.lost is None:  # else the error only follows from that
+                # Where a lost rank was noted already, the error only follows from that.
+                if found is None or found.lost is None or found.state == "running":
                     run._note(state=state, why=shown(f"{error}") or type(error).__name__)
             raise
         finally:
