@@ -113,6 +113,9 @@ def test_eps_and_x0_are_two_names_of_one_prediction() -> None:
     out = torch.cat((x0, process.out[:, 3:]), dim=1)
     got = Diffusion(config).p_mean_variance(out, process.x_t, process.t, clip=True)
     golden.assert_close(got.mean, process.prediction().mean, tolerance=1e-5)
+    perfect = torch.cat((process.x0, process.out[:, 3:]), dim=1)
+    given = {"x0": process.x0, "x_t": process.x_t, "noise": process.eps, "t": process.t}
+    assert not Diffusion(config).losses(perfect, **given)["mse"].any()
 
 
 def test_the_perfect_net_has_no_loss_and_the_bound_is_tight() -> None:
@@ -123,6 +126,25 @@ def test_the_perfect_net_has_no_loss_and_the_bound_is_tight() -> None:
     x_t = diffusion.q_sample(x0, t, noise)
     terms = diffusion.losses(noise, x0=x0, x_t=x_t, noise=noise, t=t)
     assert terms["loss"].abs().max() < 1e-4
+
+
+def test_a_fixed_small_variance_is_that_of_the_posterior() -> None:
+    diffusion = Diffusion(DiffusionConfig(schedule="cosine", variance="fixed_small", loss="vlb"))
+    betas, alpha_bar = diffusion.betas, diffusion.alphas_cumprod
+    posterior = betas[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
+    x, t = golden.wave("x", (1000, 3, 1, 1), 0.9), torch.arange(1000)
+    found = diffusion.p_mean_variance(x, x, t, clip=True).variance[:, 0, 0, 0]
+    # At step 0 it is 0, for which that of step 1 stands.
+    torch.testing.assert_close(
+        found, torch.cat((posterior[:1], posterior)).float(), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("steps", [100, 1000, 4000])
+def test_linear_betas_make_the_same_noise_in_any_number_of_steps(steps: int) -> None:
+    diffusion = Diffusion(DiffusionConfig(schedule="linear", steps=steps))
+    first, last = (steps * diffusion.betas[[0, -1]]).tolist()
+    assert (first, last) == pytest.approx((0.1, 20))
 
 
 @pytest.mark.parametrize("loss", ["vlb", "vlb_rescaled", "hybrid", "hybrid_rescaled"])
@@ -138,14 +160,18 @@ def test_only_the_pure_bound_trains_the_mean_through_vb(loss: Any) -> None:
     assert gradient[:, 3:].any()
 
 
-def test_rescaled_losses_are_multiples() -> None:
-    process, vb = Process("linear1000"), {}
-    names: tuple[Any, ...] = ("vlb", "vlb_rescaled")
-    for loss in names:
-        diffusion = Diffusion(DiffusionConfig(schedule="linear", loss=loss))
+@pytest.mark.parametrize(("loss", "by"), [("vlb", 4000), ("hybrid", 4)])
+def test_rescaled_losses_are_multiples(loss: Any, by: int) -> None:
+    """Of 4000 steps: of the sum over them, and of what 1000 steps would weigh."""
+    process, vb = Process("linear1000"), []
+    names: tuple[Any, ...] = (loss, f"{loss}_rescaled")
+    for name in names:
+        diffusion = Diffusion(DiffusionConfig(schedule="linear", steps=4000, loss=name))
         given = {"x0": process.x0, "x_t": process.x_t, "noise": process.eps, "t": process.t}
-        vb[loss] = diffusion.losses(process.out, **given)["loss"]
-    torch.testing.assert_close(vb["vlb_rescaled"], 1000 * vb["vlb"])
+        terms = diffusion.losses(process.out, **given)
+        vb.append(terms["vb"])
+        torch.testing.assert_close(terms["loss"], terms["vb"] + terms.get("mse", 0))
+    torch.testing.assert_close(vb[1], by * vb[0])
 
 
 @pytest.mark.parametrize(

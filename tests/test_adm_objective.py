@@ -93,10 +93,12 @@ def test_classify_counts_the_best_and_the_best_five() -> None:
 
 
 def filled(steps: int = 20) -> LossSecondMoment:
+    """The last ten losses of a timestep vary about t + 1, more at later ones."""
     sampler = LossSecondMoment(steps, seed=1)
     for round_ in range(12):
         t = torch.arange(steps)
-        sampler.update(t, (t + 1) * (1 + 0.1 * round_))
+        share = 100 if round_ < 2 else (-1) ** round_ * t / steps
+        sampler.update(t, (t + 1) * (1 + share))
     return sampler
 
 
@@ -111,7 +113,8 @@ def test_second_moment_is_uniform_until_every_history_is_full() -> None:
 def test_second_moment_draws_by_the_root_mean_square_without_bias() -> None:
     t, weight = filled().draw(torch.arange(100_000))
     share = torch.bincount(t, minlength=20) / len(t)
-    want = 0.999 * (torch.arange(20) + 1) / 210 + 0.001 / 20
+    size = (torch.arange(20) + 1) * (1 + (torch.arange(20) / 20).square()).sqrt()
+    want = 0.999 * size / size.sum() + 0.001 / 20
     torch.testing.assert_close(share, want, atol=0.005, rtol=0)
     torch.testing.assert_close(weight, 1 / (20 * want[t]))
     assert weight.mean() == pytest.approx(1, abs=0.02)

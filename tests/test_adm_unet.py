@@ -1,5 +1,6 @@
 """The nets against recorded values, published checkpoints' tables, and every option."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,12 @@ def test_local_attention_does_not_see_beyond_its_window() -> None:
 
 
 def test_fresh_nets_begin_as_zero() -> None:
-    """Zero-initialised last convolutions: before training, no noise is predicted at all."""
+    """Every residual and the output: before training, no noise is predicted at all."""
     net = UNet(UNetConfig(**SMALL))
     assert not net(**small_inputs(net)).any()
+    weights = {n for n, p in net.named_parameters() if n.endswith("weight")}
+    last = {n for n in weights if re.search(r"\.(out_layers\.3|proj_out)\.weight$|^out\.2", n)}
+    assert {n for n in weights if not net.get_parameter(n).any()} == last
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

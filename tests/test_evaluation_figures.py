@@ -72,6 +72,12 @@ def test_the_inception_score_is_the_recorded_one(case: str) -> None:
     assert found == pytest.approx(wanted["float64"], rel=1e-9)
 
 
+def test_the_inception_score_is_the_mean_over_splits_of_5000() -> None:
+    logits = torch.randn(7000, 3, generator=torch.Generator().manual_seed(5))
+    parts = [figures.inception_score(part, split=7000) for part in (logits[:5000], logits[5000:])]
+    assert figures.inception_score(logits) == pytest.approx(sum(parts) / 2, rel=1e-12)
+
+
 def test_moments_in_blocks_are_those_of_all_rows_even_far_from_zero() -> None:
     rows = torch.randn(300, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows += 1e6
