@@ -16,6 +16,7 @@ from trainer.evaluate import main
 from trainer.sampling.samplefile import open_samples
 
 DRAWN = 600
+NAMES = ("fid", "precision", "recall", "kid")
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +124,22 @@ def test_results_say_what_was_compared(
     network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path, capfd: Any
 ) -> None:
     order = real[1][:DRAWN].argsort(kind="stable")
-    samples = write(tmp_path / "sorted.npz", real[0][:DRAWN][order], real[1][:DRAWN][order])
-    figures(samples, "--reference", digits, "--network", network)
+    images = real[0][:DRAWN][order]
+    samples = write(tmp_path / "sorted.npz", images, real[1][:DRAWN][order])
+    against = ("--reference", digits, "--network", network)
+    figures(samples, *against)
+    said = capfd.readouterr()
     found = json.loads(samples.with_suffix(".evaluation.last.json").read_text())
-    assert set(found["figures"]) == {"fid_600", "precision_600", "recall_600", "kid_600"}
-    assert found["figures"]["fid_600"]["error"] > 0
+    assert set(found["figures"]) == {f"{name}_600" for name in NAMES}
+    parts = [write(tmp_path / f"{i}.npz", images[i::4]) for i in range(4)]
+    assert main([*map(str, (*parts, *against))]) == 0
+    of_parts = [json.loads(p.with_suffix(".evaluation.json").read_text())["figures"] for p in parts]
+    fourths = [[part[f"{n}_150"]["value"] for n in NAMES] for part in of_parts]
+    errors = [found["figures"][f"{n}_600"]["error"] for n in NAMES]
+    assert errors == pytest.approx(np.std(fourths, axis=0, ddof=1) / 2, rel=1e-6)
+    assert errors[0] > 0
     assert found["about"]["samples"]["checksum"] == open_samples(samples).checksum()
     assert found["about"]["reference"]["count"] == 1797
-    said = capfd.readouterr()
     assert "| fid_600 |" in said.out
     assert "sorted by class" in said.err
     assert "600 samples: FID depends on their number" in said.err

@@ -11,17 +11,23 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_image
+from torch import Tensor, nn
 
 from bench.features import ImageNetFeatures, export
 from bench.photos import make_photos
 from data.transforms import center_crop, open_rgb
+from tests.support import ranks
 from trainer.evaluate import main
+from trainer.evaluation.features import open_network
+from trainer.ranks.group import connected
+from trainer.ranks.world import join
 
 SIDE, COUNT = 64, 160
+PHOTOS = ("china.jpg", "flower.jpg")
 Images = NDArray[np.uint8]
 
 
-@pytest.mark.parametrize(("photo", "label"), [("china.jpg", 698), ("flower.jpg", 985)])
+@pytest.mark.parametrize(("photo", "label"), [*zip(PHOTOS, (698, 985), strict=True)])
 def test_the_network_knows_a_palace_and_a_daisy(photo: str, label: int) -> None:
     pixels = center_crop(Image.fromarray(load_sample_image(photo)), size=224)
     images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
@@ -39,6 +45,49 @@ def photographs(root: Path) -> tuple[Images, NDArray[np.int64]]:
 
 def each(images: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
     return np.stack([np.asarray(change(Image.fromarray(image))) for image in images])
+
+
+class Points(nn.Module):
+    """Its features are every 16th point of its input of 224 x 224."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :, ::16, ::16].flatten(1)
+
+
+@pytest.mark.parametrize("side", [64, 400])
+def test_dinov2_gets_photographs_as_pillow_resizes_them_in_full_fp32(
+    side: int, tmp_path: Path
+) -> None:
+    """In ImageNet's mean and deviation; in the cubic filter that shrinks without aliasing."""
+    images = torch.zeros(2, 3, 224, 224)
+    shapes = ({0: torch.export.Dim("images", min=1, max=64)},)
+    program = torch.export.export(Points(), (images,), dynamic_shapes=shapes, strict=False)
+    torch.export.save(program, tmp_path / "points.pt2")
+    with connected(join(), patience=ranks.LIMIT) as device:
+        network = open_network(f"dinov2:{tmp_path / 'points.pt2'}", device=device)
+    pixels = np.stack([load_sample_image(photo)[:side, :side] for photo in PHOTOS])
+    seen: list[bool] = []
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    network.net.register_forward_pre_hook(lambda *_: seen.extend(s.allow_tf32 for s in settings))
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = True
+        found = network.compute(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        assert seen == [False, False]
+        assert [setting.allow_tf32 for setting in settings] == [True, True]
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
+    planes = (pixels / np.float32(255)).transpose(0, 3, 1, 2)
+    resized = [
+        [np.asarray(Image.fromarray(p).resize((224, 224), Image.Resampling.BICUBIC)) for p in image]
+        for image in planes
+    ]
+    mean, deviation = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    wanted = ((np.clip(resized, 0, 1) - mean) / deviation)[:, :, ::16, ::16].reshape(2, -1)
+    assert found.spatial is found.logits is None and found.pool.dtype == torch.float32
+    np.testing.assert_allclose(found.pool, wanted, atol=1e-4)
 
 
 @pytest.mark.slow

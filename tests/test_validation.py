@@ -81,11 +81,11 @@ def test_a_run_with_validation_is_the_one_without_bit_for_bit(runs: Place, name:
     for images in range(STEP, END + 1, STEP):  # written before, with and after a validation
         validated = runs.checkpoint(f"{name}-validated", images)
         assert equal(validated, runs.checkpoint(name, images))
-    # Once before the end of the training, and once at it.
     assert list(runs.values(f"{name}-validated", "validation/loss")) == [2 * STEP, END]
-    assert "validation on 50 images: loss" in runs.log(f"{name}-validated")
-    assert "validation: 50 images of" in runs.log(f"{name}-validated")
-    assert "which is the training set itself" in runs.log(f"{name}-validated")
+    log = runs.log(f"{name}-validated")
+    assert "validation on 50 images: loss" in log and "validation: 50 images of" in log
+    share = f"about {2 * IMAGES / (3 * 2 * STEP):.1%} of"
+    assert f"which is the training set itself every {2 * STEP}, {share}" in log
 
 
 def test_the_values_are_the_objective_of_the_averages_and_of_the_weights(

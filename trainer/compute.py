@@ -6,7 +6,8 @@ Its weights and their names stay the same, so a run may change these settings wh
 import importlib.util
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,6 +109,17 @@ def prepare(
     if say is not None and is_compiled(training, device=device, stage=stage):
         compile_forward(net, say=say)
     return net
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute in full fp32 inside of it, whatever is set outside."""
+    outside = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    use_tf32(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = outside
 
 
 def compile_forward(

@@ -10,7 +10,7 @@ features (B, D).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from data import files
 from trainer import common, weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import to_range
-from trainer.compute import use_tf32
+from trainer.compute import without_tf32
 from trainer.evaluation.inception import SOURCE, WEIGHTS, Features, Inception
 from trainer.networks import TrainedNetwork
 from trainer.ranks.group import agreed, from_main
@@ -63,8 +63,12 @@ def open_network(text: str, *, device: torch.device) -> FeatureNetwork:
         common.check({"network (sha256)": network.sha256})
     else:
         network = _classifier(found, path, device=device)
-    use_tf32(False)  # torch lets cuDNN use it otherwise, and figures would depend on the GPU
-    return network
+
+    def compute(images: Tensor) -> Features:
+        with without_tf32():  # figures would depend on the GPU, and on a run's training.tf32
+            return network.compute(images)
+
+    return replace(network, compute=compute)
 
 
 def _run(text: str, path: Path) -> TrainedNetwork | None:
