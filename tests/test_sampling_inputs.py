@@ -17,7 +17,8 @@ from tests.support.data_fixtures import image_file
 from trainer import config as configs
 from trainer import sample
 from trainer.adm.unet import build
-from trainer.networks import TrainedNetwork, check_names
+from trainer.ema import Averages
+from trainer.networks import SampleInputs, TrainedNetwork, check_names
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -152,6 +153,32 @@ def test_a_place_beside_a_network_says_which_one_is_meant(tmp_path: Path) -> Non
         TrainedNetwork.find(tmp_path / "ema-0.5.safetensors", preset=None, decay=None)
 
 
+@pytest.mark.parametrize("name", ["preset", "classifier-preset", "upsampler-preset"])
+def test_a_weights_file_asks_for_the_preset_of_its_own_option(
+    name: str, tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    nosuch, other = tmp_path / "nosuch", tmp_path / "w.safetensors"
+    save_file({"w": torch.zeros(1)}, other)
+    kept = shutil.copytree(tmp_path, tmp_path / "theirs" / "unet")
+    (kept / other.name).rename(kept / "diffusion_pytorch_model.safetensors")
+    option = name.removesuffix("preset").removesuffix("-")
+    for given, said in (
+        (nosuch, f"^no such run or weights file: {nosuch}$"),
+        (weights["unet"][0], f"for a weights file, add --{name}$"),
+        (other, f"does not say which network it is for: add --{name}$"),
+        (kept.parent, f"has no config.toml, which trainer.export writes: add --{name}$"),
+    ):
+        words = [str(given)] if not option else [*weights["unet"], f"--{option}", str(given)]
+        arguments = sample.parser().parse_args([*words, "--out", str(tmp_path / "a.npz")])
+        with pytest.raises(ValueError, match=said):
+            SampleInputs.find(arguments)
+
+
+def test_a_run_that_is_not_there_is_no_run_without_averages(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^no such run: "):
+        Averages.find(tmp_path / "nosuch", at=None)
+
+
 def test_images_that_are_not_finite_are_refused(
     tmp_path: Path, weights: dict[str, list[str]]
 ) -> None:
@@ -220,7 +247,7 @@ def test_an_upsampler_refuses_a_torn_low_res_file_and_labels_it_does_not_know(
 def test_an_option_that_would_be_ignored_or_means_nothing_is_refused(
     options: list[str], message: str
 ) -> None:
-    words = ["unet.pt", "--preset", "digits", "--out", "a.npz", *options]
+    words = [__file__, "--preset", "digits", "--out", "a.npz", *options]
     with pytest.raises(ValueError, match=re.escape(message)):
         sample.check_options(sample.parser().parse_args(words))
 

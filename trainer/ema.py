@@ -70,6 +70,8 @@ class Averages:
         Raises:
             ValueError: there are none, one cannot be read, or none is of that time.
         """
+        if not run.is_dir():
+            raise ValueError(f"no such run: {run}")
         found = [Snapshot.read(path) for path in reversed(committed(snapshots.directory(run)))]
         if not found:
             raise ValueError(

@@ -37,10 +37,12 @@ class TrainedNetwork:
     has_own_config: bool = False
 
     @classmethod
-    def find(cls, path: Path, *, preset: str | None, decay: float | None) -> "TrainedNetwork":
+    def find(
+        cls, path: Path, *, preset: str | None, decay: float | None, option: str = "--preset"
+    ) -> "TrainedNetwork":
         """In a run (its newest valid checkpoint), a checkpoint, a file, or a folder of diffusers.
 
-        A file or folder that does not say of which network it is needs its preset.
+        A file or folder that does not say of which network it is needs its preset, by `option`.
 
         Raises:
             ValueError: there is nothing of that kind at `path`.
@@ -52,7 +54,7 @@ class TrainedNetwork:
                 raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
             if preset is None and not (path / "config.toml").is_file():
                 raise ValueError(
-                    f"{path} has no config.toml, which trainer.export writes: add --preset"
+                    f"{path} has no config.toml, which trainer.export writes: add {option}"
                 )
             config = configs.load(path / "config.toml" if preset is None else preset)
             return cls(config, file, files.sha256(file), name, own)
@@ -66,11 +68,11 @@ class TrainedNetwork:
                 kinds = ", ".join(sorted(n.removesuffix(".safetensors") for n in found.files))
                 raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
             return cls(config, file, found.files[file.name]["sha256"], name, own)
-        if preset is None and path.suffix != ".safetensors":
-            raise ValueError(f"{path} is no run directory; for a weights file, add --preset")
         if not path.is_file():
-            raise ValueError(f"no such weights file: {path}")
-        config = _written_config(path) if preset is None else configs.load(preset)
+            raise ValueError(f"no such run or weights file: {path}")
+        if preset is None and path.suffix != ".safetensors":
+            raise ValueError(f"{path} is no run directory; for a weights file, add {option}")
+        config = _written_config(path, option) if preset is None else configs.load(preset)
         return cls(config, path, files.sha256(path), name, own)
 
     def weights(self) -> dict[str, Tensor]:
@@ -111,13 +113,13 @@ class TrainedNetwork:
         return compute.prepare(net, training=self.config.training, device=device, say=say)
 
 
-def _written_config(path: Path) -> Config:
+def _written_config(path: Path, option: str) -> Config:
     """The config that a weights file holds, as those of `python -m trainer.ema` do."""
     text = weights.metadata(path).get("config")
     if text is None:
         of = path.parent
         hint = f"give its checkpoint {of}, or add" if (of / checkpoints.STATE).is_file() else "add"
-        raise ValueError(f"{path} does not say which network it is for: {hint} --preset")
+        raise ValueError(f"{path} does not say which network it is for: {hint} {option}")
     with naming(f"{path}: its config"):
         return configs.from_table(tomllib.loads(text))
 
@@ -233,7 +235,9 @@ class SampleInputs:
 
         def other(name: str) -> TrainedNetwork | None:
             path, preset = given[name], given[f"{name}_preset"]
-            return None if path is None else TrainedNetwork.find(path, preset=preset, decay=None)
+            if path is None:
+                return None
+            return TrainedNetwork.find(path, preset=preset, decay=None, option=f"--{name}-preset")
 
         source = TrainedNetwork.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
         found = cls(source, other("classifier"), other("upsampler"))

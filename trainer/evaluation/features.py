@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import files
-from trainer import common, weights
+from trainer import common, diffusers_format, weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import to_range
 from trainer.compute import without_tf32
@@ -80,10 +80,11 @@ def _run(text: str, path: Path) -> TrainedNetwork | None:
         )
     if not path.is_dir():
         return None
-    found = TrainedNetwork.find(path, preset=None, decay=None)
-    if not isinstance(found.config.model, ClassifierConfig):
-        raise ValueError(f"network {path}: it is no classifier, whose features could be used")
-    return found
+    if diffusers_format.find(path) is None:  # which has no classifiers
+        found = TrainedNetwork.find(path, preset=None, decay=None)
+        if isinstance(found.config.model, ClassifierConfig):
+            return found
+    raise ValueError(f"network {path}: it is no classifier, whose features could be used")
 
 
 def _file(text: str, path: Path, *, device: torch.device) -> FeatureNetwork:
