@@ -46,12 +46,8 @@ class Samples:
     network: str
 
     def __post_init__(self) -> None:
-        check(
-            self.images >= FEWEST_SAMPLES,
-            "samples.images",
-            self.images,
-            f"at least {FEWEST_SAMPLES}",
-        )
+        least = f"at least {FEWEST_SAMPLES}"
+        check(self.images >= FEWEST_SAMPLES, "samples.images", self.images, least)
 
 
 @dataclass(frozen=True, kw_only=True)

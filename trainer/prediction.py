@@ -45,16 +45,10 @@ class Machine:
         check(0 < self.mfu <= 1, "--mfu", self.mfu, "above 0, at most 1")
         check(0 <= self.overlap <= 1, "--overlap", self.overlap, "from 0 to 1")
         for name in ("host_ms", "latency"):
-            check(
-                getattr(self, name) >= 0,
-                f"--{name.replace('_', '-')}",
-                getattr(self, name),
-                "at least 0",
-            )
-        fits = 0 <= self.reserve < self.gpu_memory
-        check(
-            fits, "--reserve", self.reserve, f"from 0 to below --gpu-memory = {self.gpu_memory:g}"
-        )
+            value = getattr(self, name)
+            check(value >= 0, f"--{name.replace('_', '-')}", value, "at least 0")
+        below = f"from 0 to below --gpu-memory = {self.gpu_memory:g}"
+        check(0 <= self.reserve < self.gpu_memory, "--reserve", self.reserve, below)
 
 
 @dataclass(frozen=True, kw_only=True)
