@@ -10,6 +10,7 @@ import pytest
 from data.cache import CHUNK
 from data.dataset import Shards
 from tests.support import ranks
+from tests.support.data_fixtures import pack_folder
 from tests.support.data_server import serving
 from tests.support.data_streams import epoch
 
@@ -34,6 +35,17 @@ def test_a_damaged_cache_is_refetched_and_bounded(whole: Shards, tmp_path: Path)
         less = (CHUNK + 8) / 2**30
         assert epoch(url, cache=str(cache), cache_gb=less) == epoch(whole.root)
     assert [p.name for p in cache.glob("*/*") if p.suffix != ".npy"] == ["00000000"]
+
+
+def test_all_damaged_chunks_of_an_image_are_fetched_again(
+    whole: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.cache.CHUNK", 700)  # images lie across several
+    wanted = epoch(whole.root)
+    assert epoch(whole.root, cache=str(tmp_path)) == wanted
+    for slot in tmp_path.glob("*/*[0-9]"):
+        slot.write_bytes(slot.read_bytes()[:8] + bytes(slot.stat().st_size - 8))
+    assert epoch(whole.root, cache=str(tmp_path)) == wanted
 
 
 @pytest.mark.slow
@@ -99,6 +111,8 @@ def test_a_mounted_directory_is_cached_too(whole: Shards, tmp_path: Path) -> Non
     assert epoch(whole.root, cache=str(cache)) == epoch(whole.root)
     copy = shutil.copytree(whole.root, tmp_path / "copy")
     wanted = epoch(copy, cache=str(cache))
+    other = pack_folder(tmp_path, images=40)
+    assert epoch(other.root, cache=str(cache)) == epoch(other.root)  # beside it, not in its place
     for tar in copy.glob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))  # what is read comes from the cache
     assert epoch(copy, cache=str(cache), workers=1) == wanted

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards, verify
 from data.index import index_bytes
 from data.stored_images import StoredImages
-from data.stream import Stream
+from data.stream import Stream, to_device
+from data.transforms import flips
 from tests.support.data_fixtures import image_file, pack_folder, write_shards
 from tests.support.data_streams import IMAGES, SIZE, config_for, fails, take
 
@@ -60,17 +62,28 @@ def test_a_flipped_payload_byte_costs_one_image(copy: Shards, workers: int) -> N
 
 
 def check_one_replaced(shards: Shards, *needles: str, workers: int = 0) -> None:
-    """Exactly the one bad sample is replaced, counted and named, epoch after epoch."""
+    """Exactly the one bad sample is replaced, counted and named, epoch after epoch.
+
+    The other image comes with its own label, mirrored as the one would have been.
+    """
     lines: list[str] = []
-    config = config_for(shards.root, workers=workers, flip=False)
+    config = config_for(shards.root, workers=workers)
     with Stream(shards, config=config, seed=1) as stream:
         stream.log = lines.append
         batches = take(stream)
         assert stream.bad == len(lines) == 2
     assert all(needle in line for needle in needles for line in lines)
+    mirrored = flips(seed=1, indices=np.arange(2 * IMAGES))
     for e in range(2):
-        pixels = [i.numpy().tobytes() for b in batches[5 * e : 5 * e + 5] for i in b.images]
-        assert len(pixels) == IMAGES and len(set(pixels)) == IMAGES - 1
+        epoch = batches[5 * e : 5 * e + 5]
+        upright = [
+            (image.flip(-1) if mirrored[index] else image).numpy().tobytes()
+            for batch in epoch
+            for image, index in zip(batch.images, batch.indices, strict=True)
+        ]
+        labels = [label for batch in epoch for label in batch.labels.tolist()]
+        assert len(upright) == IMAGES and len(set(upright)) == IMAGES - 1
+        assert len(set(zip(upright, labels, strict=True))) == IMAGES - 1
 
 
 def test_an_undecodable_image_costs_one_image(tmp_path: Path) -> None:
@@ -83,6 +96,16 @@ def test_an_undecodable_image_costs_one_image(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"key7\.png .* a validation split must be intact"),
     ):
         list(stream.once(micro_batch_size=10, rank=0, ranks=1))
+
+
+def test_each_bad_sample_of_a_batch_counts(tmp_path: Path) -> None:
+    stored = [image_file(i, width=SIZE, height=SIZE, kind="PNG") for i in range(IMAGES)]
+    stored[7] = stored[8] = b"garbage"
+    shards = write_shards(tmp_path, stored=[stored], image_size=SIZE)
+    sizes = {"batch_size": IMAGES, "micro_batch_size": IMAGES, "rank": 0, "ranks": 1}
+    with Stream(shards, config=config_for(shards.root), seed=1) as stream:
+        batches = to_device(stream.batches(images_seen=0, **sizes), device=torch.device("cpu"))
+        assert next(batches).bad == stream.bad == 2
 
 
 def test_a_shard_that_vanishes_stops_the_run(copy: Shards) -> None:
@@ -105,10 +128,11 @@ def test_a_shard_replaced_by_another_of_its_name_stops_the_run(
     fails(copy, ValueError, r"00001\.tar: .* the index says|00001\.tar: no tar header")
 
 
-def test_a_replaced_shard_of_the_same_layout_stops_the_run(copy: Shards) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_replaced_shard_of_the_same_layout_stops_the_run(copy: Shards, first: int) -> None:
     path = Path(copy.root) / "00001.tar"
     content = bytearray(path.read_bytes())
-    for entry in copy.index(1):
+    for entry in copy.index(1)[first:]:
         content[int(entry["offset"]) + 30] ^= 1
     path.write_bytes(content)
     open_shards(copy.root)

@@ -72,12 +72,14 @@ def test_the_sequence_is_the_same_on_any_ranks_and_after_any_restart(
         assert take(stream, 0, 120, ranks=1, batch=60) != {i: whole[i] for i in range(120)}
 
 
+@pytest.mark.parametrize("streams", [8, 30])
 def test_shares_are_exact_and_each_dataset_keeps_its_own_order(
-    sets: tuple[Shards, Shards],
+    sets: tuple[Shards, Shards], streams: int
 ) -> None:
+    """Also one of fewer images than streams, which has a stream for each."""
     mixed = open_dataset(sets[0].root, mix=(sets[1].root,), shares=(0.3,))
     assert isinstance(mixed, Mixture)
-    order = order_of(mixed, seed=5, streams=8, block=16)
+    order = order_of(mixed, seed=5, streams=streams, block=16)
     assert isinstance(order, MixedOrder)
     period = sum(mixed.counts)
     assert mixed.counts[1] / period == 0.3
@@ -87,12 +89,22 @@ def test_shares_are_exact_and_each_dataset_keeps_its_own_order(
         assert is_second[n * period : (n + 1) * period].sum() == mixed.counts[1]
     # Not in runs: any 100 successive images have about their share.
     assert all(10 < is_second[at : at + 100].sum() < 55 for at in range(0, 3 * period - 100, 50))
-    alone = [Order(part.sizes, seed=5, streams=8, block=16) for part in sets]
+    counts = [min(streams, part.count) for part in sets]
+    alone = [Order(p.sizes, seed=5, streams=n, block=16) for p, n in zip(sets, counts, strict=True)]
     for j, here in enumerate((~is_second, is_second)):
         wanted = alone[j].locate(np.arange(int(here.sum())))
         first = j * len(sets[0].shards)
         assert (place.shard[here] - first == wanted.shard).all()
         assert (place.row[here] == wanted.row).all() and (place.epoch[here] == wanted.epoch).all()
+
+
+def test_the_shards_of_three_datasets_are_counted_through() -> None:
+    sizes = ([9, 9], [5, 5, 5, 5], [30])
+    alone = [Order(each, seed=5, streams=2, block=4) for each in sizes]
+    shards = MixedOrder(alone, counts=(4, 3, 3), seed=5).locate(np.arange(1000)).shard
+    assert np.bincount(shards >= 2).tolist() == [400, 600]
+    assert np.bincount(shards >= 6).tolist() == [700, 300]
+    assert set(shards.tolist()) == set(range(7))
 
 
 def test_alternatives_are_of_the_same_block_and_dataset(sets: tuple[Shards, Shards]) -> None:
@@ -175,15 +187,14 @@ def test_the_same_dataset_twice_is_refused(sets: tuple[Shards, Shards]) -> None:
         open_dataset(sets[0].root, mix=(sets[0].root,), shares=(0.5,))
 
 
+@pytest.mark.parametrize("classes", [2, 3])
 def test_labels_without_a_meaning_in_common_are_none(
-    sets: tuple[Shards, Shards], tmp_path: Path
+    sets: tuple[Shards, Shards], tmp_path: Path, classes: int
 ) -> None:
-    other = pack_folder(tmp_path, images=9)
-    source = write_folder(tmp_path / "x" / "source", images=9, classes=2)
-    pack(str(source), out=tmp_path / "x" / "shards", config=PackConfig(size=16))
-    assert other.classes == sets[0].classes
-    mixed = open_dataset(sets[0].root, mix=(str(tmp_path / "x" / "shards"),), shares=(0.5,))
-    assert (
-        not mixed.labelled
-        and open_dataset(sets[0].root, mix=(sets[1].root,), shares=(0.5,)).labelled
-    )
+    """Other classes, or as many of other names."""
+    source = write_folder(tmp_path / "source", images=9, classes=classes)
+    (source / "n0001").rename(source / "n0009")
+    pack(str(source), out=tmp_path / "shards", config=PackConfig(size=16))
+    mixed = open_dataset(sets[0].root, mix=(str(tmp_path / "shards"),), shares=(0.5,))
+    assert not mixed.labelled
+    assert open_dataset(sets[0].root, mix=(sets[1].root,), shares=(0.5,)).labelled

@@ -33,13 +33,17 @@ def test_an_epoch_serves_each_image_at_most_once_and_few_are_left_out(
 ) -> None:
     order = draw_order(data, sizes)
     length = order.streams * order.length
+    turns = sum(sizes) // max(order.left_out, 1)
     left_out = []
-    for epoch in range(3):
+    for epoch in (0, 1, 2, turns, data.draw(st.integers(3, 100))):
         images = served(order, range(epoch * length, (epoch + 1) * length))
         assert len(set(images.tolist())) == length
         left_out.append(set(range(sum(sizes))) - set(images.tolist()))
-        assert len(left_out[-1]) < order.streams
-    if left_out[0]:
+        assert len(left_out[-1]) == order.left_out < order.streams
+        if left_out[-1]:  # neighbours, in packing order
+            assert max(left_out[-1]) - min(left_out[-1]) < order.left_out
+    assert left_out[3] == left_out[0]  # it starts again
+    if left_out[0] and turns > 2:
         assert not left_out[0] & left_out[1] and not left_out[1] & left_out[2]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data.dataset import Shards, open_shards
 from data.order import Order
 from data.stream import Batch, DataConfig, Stream, to_device
+from data.transforms import flips
 from tests.support.data_fixtures import image_file, pack_folder, write_shards
 
 SIZE = 16
@@ -191,6 +192,41 @@ def test_random_crops_do_not_depend_on_ranks(shards: Shards) -> None:
         serve(shards, config, ranks=r, micro=4, batch=24, images_seen=24, steps=2) for r in (1, 2)
     )
     assert one == two
+
+
+def test_images_that_are_cropped_as_they_are_read_are_mirrored_too(shards: Shards) -> None:
+    plain, mirrored = (
+        serve(shards, config, ranks=1, micro=24, batch=24, images_seen=0, steps=2)
+        for config in (config_for(shards, crop="random", flip=f) for f in (False, True))
+    )
+    for number, flip in enumerate(flips(seed=3, indices=np.arange(48))):
+        pixels = np.frombuffer(plain[number][0], np.uint8).reshape(3, SIZE, SIZE)
+        assert mirrored[number][0] == (pixels[..., ::-1] if flip else pixels).tobytes()
+
+
+def test_flips_are_fair_and_of_the_seed() -> None:
+    one, two = (flips(seed=seed, indices=np.arange(2000)) for seed in (1, 2))
+    assert all(0.45 < drawn.mean() < 0.55 for drawn in (one, two, one ^ two))
+
+
+def test_a_single_pass_takes_the_centre_whatever_training_takes(shards: Shards) -> None:
+    passes = []
+    for crop in ("center", "random"):
+        with Stream(shards, config=config_for(shards, crop=crop), seed=0) as stream:
+            (batch,) = stream.once(micro_batch_size=60, rank=0, ranks=1)
+            passes.append(batch.images)
+    assert torch.equal(*passes)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parts_are_so_many_images_evenly_spread(shards: Shards, ranks: int) -> None:
+    with Stream(shards, config=config_for(shards), seed=0) as stream:
+        parts = [
+            batch.indices.tolist()
+            for rank in range(ranks)
+            for batch in stream.parts(images=21, size=8, rank=rank, ranks=ranks)
+        ]
+    assert sorted(parts) == [list(range(0, 16, 2)), list(range(16, 32, 2)), list(range(32, 42, 2))]
 
 
 def test_a_batch_that_ranks_cannot_share_is_an_error(shards: Shards) -> None:
