@@ -236,7 +236,7 @@ def _job(
         shards=config.data.shards,
         ds_config=arguments.ds_config,
     )
-    ds_config = ds_configs.load(job.ds_config or records.ROOT / "ds_config.json")
+    ds_config = ds_configs.load(job.ds_config or ds_configs.OWN)
     ds_configs.resolve(ds_config, config=config, ranks=job.ranks)
     return job
 

@@ -9,6 +9,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from trainer import config as configs
 from trainer import ds_config as ds_configs
+from trainer import options, plan
 
 
 def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path: Path) -> None:
@@ -31,6 +32,24 @@ def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path:
     file.write_text("{")
     with pytest.raises(ValueError, match="cannot read the DeepSpeed config"):
         ds_configs.load(file)
+
+
+def test_without_a_name_it_is_that_of_the_working_directory_or_else_the_checkouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = json.loads(Path("ds_config.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    for command, words in ((options.parser(), ["--run", "r"]), (plan.parser(), ["--gpus", "1"])):
+        assert ds_configs.load(command.parse_args(["digits", *words]).ds_config) == own
+    with pytest.raises(ValueError, match=r"DeepSpeed config: no.json; leave --ds-config out for"):
+        ds_configs.load("no.json")
+    changed = {**own, "wall_clock_breakdown": True}
+    Path("ds_config.json").write_text(json.dumps(changed))
+    assert ds_configs.load(None) == changed
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(ds_configs, "OWN", tmp_path / "none.json")
+    with pytest.raises(ValueError, match=r"config: .*none.json; name one by --ds-config$"):
+        ds_configs.load(None)
 
 
 @pytest.mark.parametrize(

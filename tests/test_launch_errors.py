@@ -42,7 +42,7 @@ def refused(*words: object) -> None:
         ),
         (["digits", "--run", "r", "--init-skip", "out"], "--init-skip out needs --init"),
         (["digits", "--run", "r", "--from", "8"], "--from 8: r has no such checkpoint; it has: no"),
-        (["digits", "--run", "r", "--ds-config", "no.json"], "no.json"),
+        (["digits", "--run", "r", "--ds-config", "no.json"], "DeepSpeed config: no.json; leave"),
         (["digits", "--run", "a b"], "/a b': must be a path whose last part"),
         (["digits", "--run", "/proc/1/none"], "/proc/1/none"),
         (["status", "nowhere"], "nowhere is not a run directory"),

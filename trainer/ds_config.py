@@ -10,6 +10,11 @@ from typing import Any
 from trainer.config import Config
 from trainer.settings import nearest
 
+#: The file of the checkout.
+OWN = Path(__file__).parent.parent / "ds_config.json"
+#: Which file is read where none is named.
+DEFAULT = "ds_config.json of the working directory if it has one, else the checkout's"
+
 # Keys that the preset decides.
 _PRESET_OWNS = (
     "train_batch_size",
@@ -66,15 +71,21 @@ _NEEDED = {
 }
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read ds_config.json.
+def load(path: str | Path | None) -> dict[str, Any]:
+    """Read a ds_config.json; of None, `DEFAULT`.
 
     Raises:
-        ValueError: it is unreadable, has a key that DeepSpeed does not know, or sets what the
-            preset owns (all such keys are named).
+        ValueError: it is missing or unreadable, has a key that DeepSpeed does not know, or sets
+            what the preset owns (all such keys are named).
     """
+    if path is None:
+        path = here if (here := Path(OWN.name)).exists() else OWN
+    path = Path(path)
+    if not path.exists():
+        way_out = f"leave --ds-config out for {OWN}" if OWN.exists() else "name one by --ds-config"
+        raise ValueError(f"no such DeepSpeed config: {path}; {way_out}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         ds_config: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the DeepSpeed config {path}: {error}") from None

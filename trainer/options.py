@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from data.exits import CommandParser
+from trainer import ds_config as ds_configs
 from trainer import origin, settings
 
 _ABOUT = """Train a preset, or resume the run that is there.
@@ -37,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("preset", help="a name in trainer/presets, or a .toml file")
     p.add_argument("--run", required=True, type=Path, help="the run directory")
     settings.add_overrides(p)
-    ds_config = "DeepSpeed's settings (default: %(default)s)"
-    p.add_argument("--ds-config", default="ds_config.json", help=ds_config)
+    ds_config = f"DeepSpeed's settings (default: {ds_configs.DEFAULT})"
+    p.add_argument("--ds-config", help=ds_config)
     origin.add_init(p)
     origin.add_from(p)
     ranks = "refuse to start with another number of ranks (default: any number)"

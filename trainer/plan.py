@@ -242,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("preset", help="a name in trainer/presets, a .toml file, or all (a table)")
     settings.add_overrides(parser)
-    parser.add_argument("--ds-config", default="ds_config.json", help="default: %(default)s")
+    parser.add_argument("--ds-config", help=f"default: {ds_config.DEFAULT}")
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank on each")
     add_rates(parser)
     parser.add_argument(
