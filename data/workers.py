@@ -76,7 +76,7 @@ class Workers:
         """Load requests in their order, as many ahead as there are slots.
 
         Raises:
-            whatever `Samples.load` raised in a worker; RuntimeError if a worker died.
+            whatever `Samples.load` raised in a worker; ChildProcessError if a worker died.
         """
         free = deque(range(self._setup.slots))
         pending: deque[tuple[BatchRequest, int]] = deque()
@@ -143,9 +143,9 @@ class Workers:
             raise answer
         return slot, answer
 
-    def _death(self, worker: int) -> RuntimeError:
+    def _death(self, worker: int) -> ChildProcessError:
         process = self._processes[worker]
-        return RuntimeError(
+        return ChildProcessError(
             f"data worker {worker} (process {process.pid}) died with exit status {process.wait()}; "
             "if it was killed (-9), the machine may be out of memory: lower data.workers or "
             "data.prefetch_mb. Rerun the same command to resume"

@@ -1,16 +1,21 @@
 """Worker processes end with the trainer, and a killed one is one clear error."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from data.dataset import Shards
-from data.stream import Stream, cpu_remark
+from data.dataset import Shards, open_shards
+from data.exits import FAILED
+from data.stream import Stream, cpu_remark, to_device
 from tests.support import ranks
 from tests.support.data_streams import config_for
 
@@ -24,10 +29,28 @@ def test_a_killed_worker_is_one_clear_error(whole: Shards) -> None:
         batches = stream.batches(images_seen=0, batch_size=12, micro_batch_size=12, rank=0, ranks=1)
         next(batches)
         workers_of(psutil.Process())[0].send_signal(signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"data worker \d .* died with exit status -9"):
+        with pytest.raises(ChildProcessError, match=r"data worker \d .* died with exit status -9"):
             for _ in islice(batches, 1000):
                 pass
     assert not workers_of(psutil.Process())
+
+
+def serve_until_killed(root: Path) -> int:
+    """A rank whose first worker is killed in the run."""
+    with Stream(open_shards(str(root)), config=config_for(root, workers=2), seed=1) as stream:
+        sizes = {"batch_size": 12, "micro_batch_size": 12}
+        batches = stream.batches(images_seen=0, rank=0, ranks=1, **sizes)
+        for _ in to_device(batches, device=torch.device("cpu")):
+            workers_of(psutil.Process())[0].send_signal(signal.SIGKILL)
+    return 0
+
+
+def test_a_killed_worker_is_one_line_of_its_rank(whole: Shards, tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(serve_until_killed, whole.root), ranks=1)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED]
+    line = r"rank 0 on \S+: error: data worker \d .* died with exit status -9; .* to resume\n"
+    assert re.fullmatch(line, job.text), job.text
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="there is one CPU")

@@ -1,10 +1,13 @@
 """What ends a rank: our own errors are a line and 78, a library's or a bug keeps its traceback."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,12 @@ from data.exits import FAILED, REFUSED, is_ours
 from data.manifest import parse_manifest
 from tests.support import ranks
 from trainer import settings
+from trainer.ranks import signals
 from trainer.ranks.ending import no_exit
+from trainer.ranks.signals import Preemption
 from trainer.run import Run
+from trainer.runstate import RunState
+from trainer.sampling.jobstate import noted
 
 DEEP = "x = " + "[" * 100_000
 
@@ -86,6 +93,34 @@ def test_a_library_that_ends_the_process_has_not_finished_the_run(tmp_path: Path
     ):
         sys.exit()
     assert json.loads((tmp_path / "launch" / "state.json").read_text())["state"] == "failed"
+
+
+def be_interrupted(directory: Path, run: bool) -> int:
+    """A rank of a run, or of a job that draws, that is interrupted before it could save."""
+    signals.PATIENCE = 0.0
+    with Preemption() as preemption:
+        what = Run(directory).claimed() if run else noted(directory, preemption=preemption)
+        with what:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(ranks.LIMIT)
+    return 0
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_an_insistent_ctrl_c_is_one_line_and_recorded(tmp_path: Path, run: bool) -> None:
+    job = ranks.fork(tmp_path / "job", partial(be_interrupted, tmp_path, run), ranks=1)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [128 + signal.SIGINT]
+    stopping, line = job.text.strip().splitlines()
+    assert stopping.startswith("stop requested: ")
+    assert line.endswith(
+        ": interrupted: what was not saved is lost; rerun the same command to resume"
+    )
+    state = RunState.read(tmp_path)
+    assert state is not None and state.state == "stopped"
+    assert (state.why or "").startswith("by Ctrl-C")
+    assert not (tmp_path / "launch" / "writer.json").exists()
 
 
 def test_ranks_whose_torchrun_was_killed_save_and_leave(tmp_path: Path, tiny: Path) -> None:

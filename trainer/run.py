@@ -91,21 +91,26 @@ class Run:
             yield run
         except LeaseLost:
             raise
-        except Exception as error:
-            state = "refused" if isinstance(error, ValueError) else "failed"
+        except (Exception, KeyboardInterrupt) as error:
             # A full disk, or a lost lease, must not take the place of the error.
             with suppress(OSError, LeaseLost):
                 run.check_lease()
-                found = RunState.read(self.path)
-                # Where a lost rank was noted already, the error only follows from that.
-                if found is None or found.lost is None or found.state == "running":
-                    run._note(state=state, why=shown(f"{error}") or type(error).__name__)
+                run._note_failure(error)
             raise
         finally:
             with suppress(OSError, LeaseLost):
                 run.note_end()
             with suppress(OSError):
                 lease.release()
+
+    def _note_failure(self, error: BaseException) -> None:
+        found = RunState.read(self.path)
+        if isinstance(error, KeyboardInterrupt):
+            self._note(state="stopped", why="by Ctrl-C before it saved")
+        # Where a lost rank was noted already, the error only follows from that.
+        elif found is None or found.lost is None or found.state == "running":
+            state = "refused" if isinstance(error, ValueError) else "failed"
+            self._note(state=state, why=shown(f"{error}") or type(error).__name__)
 
     def note_end(self) -> None:
         """Note the end of this start in the timeline."""

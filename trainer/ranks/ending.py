@@ -6,6 +6,7 @@ Neither a terminal that was closed nor a full disk under its output ends it.
 import atexit
 import io
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data.exits import FAILED, REFUSED, is_ours
-from trainer.ranks.faults import Broken, Refused
+from trainer.ranks.faults import Broken, Refused, describe
 from trainer.ranks.world import is_main_process, leave_mpi, process_name
 
 # How the names of threads begin that may wait for the network.
@@ -25,9 +26,9 @@ def run_as_rank(main: Callable[[], int]) -> None:
     """End this process with the status of `main`; at an error report it and exit at once.
 
     What every rank raises alike is one line from rank 0; any other error names its rank and host, a
-    ValueError of ours in one line, all else with the traceback. After it the process leaves
-    without the shutdown of MPI and torch, which would wait for peers that are stuck in a
-    collective it will never join.
+    ValueError or OSError of ours and Ctrl-C in one line, all else with the traceback. After it the
+    process leaves without the shutdown of MPI and torch, which would wait for peers that are stuck
+    in a collective it will never join.
     """
     _tolerate_loss()
     try:
@@ -38,10 +39,14 @@ def run_as_rank(main: Callable[[], int]) -> None:
         status = REFUSED if isinstance(error, Refused) else FAILED
         if not is_held_up():
             _leave(status)
+    except KeyboardInterrupt:
+        lost = "what was not saved is lost; rerun the same command to resume"
+        print(f"{process_name()}: interrupted: {lost}", file=sys.stderr)
+        status = 128 + signal.SIGINT
     except Exception as error:
-        if isinstance(error, ValueError) and is_ours(error):
-            print(f"{process_name()}: error: {error}", file=sys.stderr)
-            status = REFUSED
+        if isinstance(error, ValueError | OSError) and is_ours(error):
+            print(f"{process_name()}: error: {describe(error)}", file=sys.stderr)
+            status = REFUSED if isinstance(error, ValueError) else FAILED
         else:
             print(f"{process_name()} failed:", file=sys.stderr)
             traceback.print_exc()

@@ -46,6 +46,10 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[Callable[[Sta
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield note
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            note("stopped", "by Ctrl-C")
+        raise
     except Exception as error:
         with suppress(OSError):
             note("refused" if isinstance(error, ValueError) else "failed", f"{error}")
