@@ -8,7 +8,7 @@ import re
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 # USER:PASSWORD@ of a URL, also with a slash in the password, where no port ends before it.
@@ -111,7 +111,7 @@ class DataConfig(FetchConfig):
     #: Directory or URL of the packed images.
     shards: str
     #: Follows from model.image_size.
-    image_size: int
+    image_size: int = field(metadata={"follows": "model.image_size"})
     #: Logical streams; they make the order, so a run keeps them.
     streams: int = 192
     #: Images of a stream that are mixed at once; a run keeps it.

@@ -69,6 +69,13 @@ def test_a_wrong_set_is_refused_in_one_line(change: str, said: str) -> None:
         load("digits", (change,), unset=())
 
 
+def test_an_unknown_set_is_called_a_set() -> None:
+    with pytest.raises(
+        ValueError, match=r"^unknown set 'paperr' \(nearest: 'paper'\); there are: "
+    ):
+        load("paperr", (), unset=())
+
+
 def test_what_no_row_could_do_without_is_said_once_before_the_first(
     tmp_path: Path,
     digits: Path,

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from data.exits import REFUSED
 from trainer import describe
 
 
@@ -14,3 +17,11 @@ def test_every_setting_has_a_meaning() -> None:
     rows = [line for line in describe.page() if line.startswith("| `")]
     assert len(rows) > 70
     assert [row for row in rows if row.split("|")[-2].strip() == ""] == []
+
+
+def test_its_help_is_short_and_a_wrong_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, status in (("--help", 0), ("--nosuch", REFUSED)):
+        with pytest.raises(SystemExit) as ended:
+            describe.main([word])
+        assert ended.value.code == status
+        assert len("".join(capsys.readouterr()).splitlines()) < 12

@@ -68,6 +68,7 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ("training.lrr = 1e-4", "unknown setting 'training.lrr' (nearest: 'lr')"),
         ("lr = 1e-4", "unknown setting 'lr' (nearest: 'training.lr', in [training])"),
         ("intervals.x = 1", "unknown setting 'intervals.x'; there are: log, checkpoint, "),
+        ("model.learn_sigm = true", "unknown setting 'model.learn_sigm'; there are: "),
         ("training.LR = 1e-4", "unknown setting 'training.LR' (nearest: 'lr')"),
         ("training.clip = None", "is not TOML; "),
         ("training.clip = None", "to leave a setting out: --unset NAME"),
@@ -101,6 +102,8 @@ def test_a_wrong_setting_is_named(change: str, message: str) -> None:
         configs.load("digits", [change])
     assert message in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
+    # Which cannot be set.
+    assert "learn_sigma" not in str(raised.value)
 
 
 def test_averages_warm_up_only_where_their_spans_are_in_images() -> None:

@@ -92,7 +92,7 @@ class AblationSet:
 
 def load(name: str, overrides: Sequence[str], *, unset: Sequence[str]) -> AblationSet:
     """Read the set of that name in trainer/sets, or that TOML file; every row is checked."""
-    path = settings.find(name, directory=SETS)
+    path = settings.find(name, directory=SETS, kind="set")
     found: AblationSet = settings.build(
         AblationSet, settings.read(path, overrides=overrides, unset=unset)
     )

@@ -146,7 +146,11 @@ def from_table(table: Mapping[str, Any]) -> Config:
 
 
 # What follows from other settings; it is not written, so that a file says each thing once.
-_DERIVED = {"model.learn_sigma": "diffusion.variance", "data.image_size": "model.image_size"}
+_DERIVED = {
+    f"{section}.{field.name}": field.metadata["follows"]
+    for section, kind in (("model", UNetConfig), ("data", DataConfig))
+    for field in settings.fields(kind, derived=True)
+}
 
 
 def flatten(config: Config) -> dict[str, Any]:

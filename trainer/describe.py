@@ -9,10 +9,12 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from data.config import DataConfig
+from data.exits import CommandParser
+from trainer import settings
 from trainer.adm.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from trainer.config import Config, toml_value
 from trainer.sections import (
@@ -47,20 +49,18 @@ _SECTIONS: dict[str, tuple[str, type]] = {
 def page() -> Iterator[str]:
     """The lines of the page."""
     yield _HEAD
-    for name, (title, kind) in _SECTIONS.items():
+    for title, kind in _SECTIONS.values():
         yield f"## {title}\n"
         for ancestor in reversed(kind.__mro__[:-1]):
             yield f"{inspect.getdoc(ancestor)}\n"
         yield "| setting | type | default | |\n|---|---|---|---|"
-        yield from _rows(kind, section=name)
+        yield from _rows(kind)
         yield ""
 
 
-def _rows(kind: type, *, section: str) -> Iterator[str]:
+def _rows(kind: type) -> Iterator[str]:
     hints, said = typing.get_type_hints(kind), _comments(kind)
-    for field in dataclasses.fields(kind):
-        if field.name == "learn_sigma" or (section == "data" and field.name == "image_size"):
-            continue
+    for field in settings.fields(kind):
         default = "absent" if field.default is None else f"`{toml_value(field.default)}`"
         if field.default is dataclasses.MISSING:
             default = ""
@@ -96,8 +96,10 @@ def _type(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the page."""
+    about = "Print every setting of a preset, with its type, default and meaning, as a page."
+    CommandParser(prog="python -m trainer.describe", description=about).parse_args(argv)
     known = {field.name for field in dataclasses.fields(Config)} - {"objective"}
     assert known == _SECTIONS.keys() - {"classifier"}, "a section is missing here"
     sys.stdout.write("\n".join(page()))

@@ -7,7 +7,6 @@ diffusion. Of the training they are those of the nearest preset, and remarks nam
 is what no flag says (data, intervals). No torch here.
 """
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -127,7 +126,6 @@ def to_preset(text: str, *, ranks: int | None) -> str:
         "data": _section(base.data),
         "intervals": _section(base.intervals),
     }
-    table["data"].pop("image_size")
     if is_classifier or model["image_size"] != base.model.image_size:
         table["intervals"].pop("samples", None)
     remarks = [f"from guided-diffusion's flags; what they do not say is from the preset {name}"]
@@ -250,5 +248,5 @@ def _nearest_preset(
 
 def _section(section: Any) -> dict[str, Any]:
     """The settings of a section that are there and are not derived from others."""
-    found = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
-    return {k: v for k, v in found.items() if v is not None and k != "learn_sigma"}
+    found = {f.name: getattr(section, f.name) for f in settings.fields(section)}
+    return {k: v for k, v in found.items() if v is not None}

@@ -35,8 +35,8 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def find(name: str | Path, *, directory: Path) -> Path:
-    """The file that `name` means: a path that ends in .toml, or a name in `directory`."""
+def find(name: str | Path, *, directory: Path, kind: str = "preset") -> Path:
+    """The file that `name` means: a path that ends in .toml, or that of a `kind` in `directory`."""
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():
@@ -47,7 +47,7 @@ def find(name: str | Path, *, directory: Path) -> Path:
         own = path.with_name(f"{path.name}.toml")
         hint = f" (nearest: {str(own)!r})" if own.is_file() else nearest(str(name), names)
         raise ValueError(
-            f"unknown preset {str(name)!r}{hint}; there are: {', '.join(names)}; a file of your "
+            f"unknown {kind} {str(name)!r}{hint}; there are: {', '.join(names)}; a file of your "
             "own ends in .toml"
         )
     return directory / f"{name}.toml"
@@ -89,6 +89,14 @@ def without(changes: Iterable[str], later: Iterable[str]) -> tuple[str, ...]:
     return tuple(c for c in changes if not changed.issuperset(_leaves(_parse_change(c))))
 
 
+def fields(kind: Any, *, derived: bool = False) -> list["dataclasses.Field[Any]"]:
+    """The fields of a dataclass that can be set, or else those that are `derived` from others.
+
+    The metadata of such a field has the name of the setting that it `follows`.
+    """
+    return [f for f in dataclasses.fields(kind) if ("follows" in f.metadata) is derived]
+
+
 def build(kind: Any, table: Mapping[str, Any], *, name: str = "") -> Any:
     """An instance of dataclass `kind` from a table; its keys and types must be the class's own.
 
@@ -98,13 +106,14 @@ def build(kind: Any, table: Mapping[str, Any], *, name: str = "") -> Any:
         ValueError: a setting is unknown, missing, of another type, or out of its range.
     """
     hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    every = {field.name: field for field in dataclasses.fields(kind)}
     for key in table:
-        if key not in fields:
-            hint = _in_section(kind, key) or nearest(key, fields)
-            hint = hint or f"; there are: {', '.join(fields)}"
+        if key not in every:
+            known = [field.name for field in fields(kind)]
+            hint = _in_section(kind, key) or nearest(key, known)
+            hint = hint or f"; there are: {', '.join(known)}"
             raise ValueError(f"unknown setting {join(name, key)!r}{hint}")
-    for key, field in fields.items():
+    for key, field in every.items():
         if key not in table and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"setting {join(name, key)!r} is missing")
     return kind(**{k: _convert(hints[k], v, name=join(name, k)) for k, v in table.items()})
@@ -126,9 +135,7 @@ def _in_section(kind: Any, key: str) -> str:
     """A hint at the section of `kind` that has a setting of this name, or nothing."""
     for section, hint in typing.get_type_hints(kind).items():
         for inner in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(inner) and key in {
-                f.name for f in dataclasses.fields(inner)
-            }:
+            if dataclasses.is_dataclass(inner) and key in {f.name for f in fields(inner)}:
                 return f" (nearest: {join(section, key)!r}, in [{section}])"
     return ""
 

@@ -4,7 +4,7 @@ Paper, sections 2 to 4 and appendix B; `trainer/presets/` has the published valu
 a login node checks a preset with nothing but Python installed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Conditioning = Literal["adagn", "add", "concat"]
@@ -179,7 +179,8 @@ class UNetConfig(EncoderConfig):
     num_classes: int | None = None
     #: Side of the images that an upsampler enlarges. Absent: it is none.
     small_size: int | None = None
-    learn_sigma: bool = True
+    #: Follows from diffusion.variance.
+    learn_sigma: bool = field(default=True, metadata={"follows": "diffusion.variance"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
