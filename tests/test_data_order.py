@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import Order, keyed, permutation, splitmix64, uniform
+from data.order import Order, keyed, permutation, share, splitmix64, uniform
 
 datasets = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda s: sum(s) > 0)
 
@@ -90,6 +90,12 @@ def test_the_order_is_pinned() -> None:
     order = Order([5, 0, 9, 17, 1], seed=11, streams=4, block=3)
     place = order.locate(np.arange(28, 40))
     assert list(zip(*(a.tolist() for a in place), strict=True)) == GOLDEN_PLACES
+
+
+def test_a_rank_takes_the_images_of_its_own_remainder_wherever_a_step_begins() -> None:
+    for rank in range(3):
+        mine = [image for image in range(10, 16) if image % 3 == rank]
+        assert list(share(10, batch_size=6, rank=rank, ranks=3)) == mine
 
 
 def test_draws_are_uniform() -> None:

@@ -61,6 +61,8 @@ def test_random_crops_are_all_windows_at_all_scales() -> None:
     # As large as twice the side is halved, as in the reference.
     halved = image.resize((6, 5), Image.Resampling.BOX)
     assert (center_crop(image, size=5) == np.asarray(halved)[:, :5]).all()
+    # The other side is rounded: 11 x 0.6 is 7.
+    assert halve_and_scale(image.crop((0, 0, 11, 10)), side=6).size == (7, 6)
 
 
 def test_strict_decoding_equals_pillow() -> None:
