@@ -79,6 +79,7 @@ def test_the_lowest_rank_that_lives_names_the_main_rank_before_any_other_error(
     assert [process.exitcode for process in job.ranks[1:]] == [FAILED, FAILED], job.text
     first = next(line for line in job.texts[1].splitlines() if not line.startswith("DeepSpeed"))
     assert re.fullmatch(r"\S+: lost: \S+ \(rank 0; [^)]*\): .*", first), job.text
+    assert "Traceback" not in job.text
 
 
 def stand_still(directory: Path) -> int:

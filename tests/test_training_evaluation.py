@@ -224,7 +224,7 @@ def check_named(job: ranks.Job, name: str) -> None:
     ended = -signal.SIGKILL if is_killed else FAILED
     assert [process.exitcode for process in job.ranks] == [FAILED, ended]
     assert re.search(r"lost: \S+ \(rank 1; [^)]*\): ended", job.texts[0]), job.text
-    assert "lost: " not in job.texts[1]
+    assert "lost: " not in job.texts[1] and "Traceback" not in job.texts[0]
     if not is_killed:
         assert "rank 1 is out of memory, see " in job.texts[1]
         assert f"OutOfMemoryError: in {function}" in job.texts[1]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data.exits import FAILED, REFUSED, is_ours
-from trainer.ranks.faults import Broken, Refused, describe
+from trainer.ranks.faults import Broken, PeerLost, Refused, describe
 from trainer.ranks.world import is_main_process, leave_mpi, process_name
 
 # How the names of threads begin that may wait for the network.
@@ -43,6 +43,9 @@ def run_as_rank(main: Callable[[], int]) -> None:
         lost = "what was not saved is lost; rerun the same command to resume"
         print(f"{process_name()}: interrupted: {lost}", file=sys.stderr)
         status = 128 + signal.SIGINT
+    except PeerLost as error:
+        print(f"{process_name()}: error: {error}", file=sys.stderr)
+        status = FAILED
     except Exception as error:
         if isinstance(error, ValueError | OSError) and is_ours(error):
             print(f"{process_name()}: error: {describe(error)}", file=sys.stderr)

@@ -13,6 +13,10 @@ class Broken(Exception):
     """A failure that every rank raises alike, such as a full disk: another start may succeed."""
 
 
+class PeerLost(Exception):
+    """A collective failed, since the ranks that this names have ended."""
+
+
 class StoppedError(Exception):
     """All ranks leave their work between two of its steps, because one was stopped."""
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from data.exits import FAILED
 from trainer.ranks.ending import NETWORK
+from trainer.ranks.faults import PeerLost
 from trainer.ranks.group import gather
 from trainer.ranks.mailbox import Mailbox
 from trainer.ranks.process import Process, RunningClock
@@ -101,13 +102,15 @@ class Watchdog:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        self.name_the_gone(_kind, error, _trace)
-        if error is None:
-            dist.barrier()
-        self._done.set()
-        for thread in self._threads:
-            # It may be reading the store, which ends with the group or the main rank.
-            thread.join(None if error is None else 5 * _BEAT)
+        try:
+            self.name_the_gone(_kind, error, _trace)
+            if error is None:
+                dist.barrier()
+        finally:
+            self._done.set()
+            for thread in self._threads:
+                # It may be reading the store, which ends with the group or the main rank.
+                thread.join(None if error is None else 5 * _BEAT)
         if error is None:
             dist.barrier()  # no rank may still read the store, which may be the main rank's
 
@@ -115,10 +118,15 @@ class Watchdog:
         """Where a collective's error ends the work, `tell` which ranks have ended.
 
         Called at the exit of whatever `tell` writes to; leaving the watchdog does it too.
+
+        Raises:
+            PeerLost: in place of an error that says no more than that.
         """
         if isinstance(error, RuntimeError) and not self._has_looked:
             self._has_looked = True
-            self._name_the_gone()
+            gone = self._name_the_gone()
+            if gone and _is_of_a_collective(error):
+                raise PeerLost(gone) from error
 
     def _say_alive(self) -> None:
         self._beats += 1
@@ -228,21 +236,29 @@ class Watchdog:
         thread.start()
         thread.join(2.0)
 
-    def _name_the_gone(self) -> None:
-        """Name the ranks that have ended, before any rank prints its error."""
+    def _name_the_gone(self) -> str:
+        """Name the ranks that have ended, if any, before any rank prints its error."""
         end = time.monotonic() + 5 * _BEAT
         while not (gone := self._gone()) and time.monotonic() < end:
             time.sleep(0.1)
-        if gone:
-            self._lost |= gone
-            self._say(f"lost: {self._named(gone)}: ended")
-            time.sleep(2 * _BEAT)  # all errors come after what the lowest rank has said
+        if not gone:
+            return ""
+        self._lost |= gone
+        lost = f"lost: {self._named(gone)}: ended"
+        self._say(lost)
+        time.sleep(2 * _BEAT)  # all errors come after what the lowest rank has said
+        return lost
 
     def _gone(self) -> set[int]:
         """The ranks that are known to have ended, here or by their silence."""
         silent = time.monotonic() - 4 * _BEAT
         ended = {n for n, process in enumerate(self._processes) if process.has_ended()}
         return ended | {n for n, rank in enumerate(self._heard) if rank.heard < silent}
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether NCCL, gloo or the store raised it; gloo's are of no type of their own."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def named_hosts(verdict: str) -> list[str]:
