@@ -90,7 +90,10 @@ def test_rows_are_shown_as_differences_with_their_curves_and_as_hparams(
         ablation_results.write(found, runs=runs, say=print)
     with Image.open(runs / "plot.png") as picture:
         assert picture.size[0] == 1500 and len(picture.convert("RGB").getcolors(10**6)) > 50
-    assert "| later | Base | not done yet |" in (runs / "table.md").read_text()
+    table = (runs / "table.md").read_text()
+    assert "| later | Base | not done yet |" in table
+    # Errors of both rows: the root of the sum of their squares, 0.28 and 1.4.
+    assert "| wide, slow | added | -0.8 ± 0.3 | +0 ± 1 |" in table
     groups = session_groups(runs)
     assert len(groups) == len(values)
     shown = {}

@@ -20,6 +20,10 @@ GOOD = Facts(
     lookup=0.001,
     access="",
 )
+LOOKUPS = (
+    "and torch makes one for each connection: correct /etc/resolv.conf, or add the nodes to "
+    "/etc/hosts"
+)
 RANKS = [dataclasses.replace(GOOD, rank=rank, host=f"n{rank}") for rank in range(4)]
 
 
@@ -45,9 +49,15 @@ def test_the_odd_rank_is_named_with_what_is_odd() -> None:
         ({"free_gib": 3.0}, "3.0 GiB of disk free"),
         ({"access": "OSError: no shards"}, "OSError: no shards"),
         ({"device": "n2 shows 0 GPUs"}, "n2 shows 0 GPUs"),
+        ({"lookup": 5.0}, f"a look-up of an address takes 5.0 s, {LOOKUPS}"),
     ):
         assert problems(with_one(**change), clocks=clocks()) == {2: said}
     assert problems(RANKS, clocks=clocks(skew=-7.0)) == {2: "clock is off by -7.0 s"}
+
+
+def test_the_bandwidth_is_that_of_each_rank_in_a_ring() -> None:
+    said = "all-reduce of 4 ranks: 2.00 ms, 0.75 GiB/s"
+    assert allocation.speed(0.002, 0.125, ranks=4) == said  # sends 96 MiB of the 64
 
 
 def test_the_table_has_a_row_for_each_rank_and_for_who_did_not_answer() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -147,6 +148,18 @@ def test_a_width_made_afterwards_is_the_one_kept_all_along(
     made = load_file(run / "averages" / f"power-0.1-{LAST:012d}.safetensors")
     for key, value in made.items():
         assert value.allclose(state[f"power-0.1:{key}"], rtol=1e-4, atol=1e-6)
+    # Also up to an earlier time, if there is one after a step that was skipped.
+    updated = updates(runs, "spans2")
+    times = range(last - STEP, updated[0], -STEP)
+    at = next((time for time in times if time not in updated), times[0])
+    out = runs.root / "earlier.safetensors"
+    words = ["--sigma", "0.1", "--at", str(at), "--out", str(out)]
+    assert ema.main([str(run), *words]) == 0
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata()["images"] == str(at)
+    then = runs.checkpoint("spans2", max(time for time in updated if time <= at))
+    for key, value in load_file(out).items():
+        assert value.allclose(then[f"power-0.1:{key}"], rtol=1e-4, atol=1e-6)
     tracked = closed_form(runs, "spans2", PowerFunction(width=0.075))
     made = load_file(run / "averages" / f"power-0.075-{LAST:012d}.safetensors")
     between = {key: state[f"power-0.1:{key}"] - state[f"power-0.05:{key}"] for key in made}

@@ -16,7 +16,7 @@ from trainer import config as configs
 from trainer import diffusers_format, weights
 from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion
-from trainer.adm.sampler import ancestral
+from trainer.adm.sampler import ancestral, ancestral_step
 from trainer.adm.unet import UNet, build
 from trainer.export import _card, main
 from trainer.networks import TrainedNetwork
@@ -36,6 +36,7 @@ VARIANTS = {
     "fixed heads of one width": {"head_channels": None, "heads": 4},
     "upsampler": {"small_size": 4},
     "no learned variance": {"learn_sigma": False},
+    "dropout": {"dropout": 0.25},
 }
 
 
@@ -48,6 +49,8 @@ def test_diffusers_computes_what_our_network_does(variant: str) -> None:
     theirs = diffusers.UNet2DModel.from_config(diffusers_format.options(config)).double().eval()
     weights = diffusers_format.to_diffusers(net.state_dict(), config=config)
     theirs.load_state_dict(weights)
+    blocks = [m for m in theirs.modules() if isinstance(m, diffusers.models.resnet.ResnetBlock2D)]
+    assert {block.dropout.p for block in blocks} == {config.dropout}
     x = golden.wave("x", (2, config.in_channels, 16, 16), 1.0).double()
     t = torch.tensor([7, 803])
     y = torch.tensor([3, 1]) if config.num_classes else None
@@ -63,6 +66,29 @@ def test_diffusers_computes_what_our_network_does(variant: str) -> None:
     back = diffusers_format.from_diffusers(weights, config=config)
     assert back.keys() == net.state_dict().keys()
     assert all(torch.equal(back[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("variance = 'learned'", "loss = 'hybrid'", "schedule = 'cosine'"),
+        ("variance = 'fixed_large'", "loss = 'simple'", "schedule = 'linear'", "steps = 250"),
+        ("variance = 'fixed_small'", "loss = 'vlb'", "schedule = 'linear'", "predict = 'x0'"),
+    ],
+)
+def test_diffusers_takes_the_same_steps(sets: tuple[str, ...]) -> None:
+    config = configs.load("digits", [f"diffusion.{one}" for one in sets])
+    diffusion = Diffusion(config.diffusion)
+    theirs = diffusers.DDPMScheduler.from_config(diffusers_format.scheduler(config))
+    torch.testing.assert_close(theirs.betas, diffusion.betas.float(), rtol=1e-4, atol=1e-7)
+    x = golden.wave("x", (1, 3, 8, 8), 1.0)
+    out = golden.wave("out", (1, config.model.out_channels, 8, 8), 0.5)
+    for t in (0, 1, diffusion.steps // 2, diffusion.steps - 1):
+        generator = torch.Generator().manual_seed(t)
+        found = theirs.step(out, t, x, generator=generator).prev_sample
+        noise = torch.randn(x.shape, generator=generator.manual_seed(t)) * (t > 0)
+        p = diffusion.p_mean_variance(out, x, torch.tensor([t]), clip=True)
+        golden.assert_close(found, ancestral_step(p, noise=noise, gradient=None), tolerance=1e-3)
 
 
 @pytest.fixture(scope="module")

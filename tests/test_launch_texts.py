@@ -92,6 +92,21 @@ def test_seconds_to_save_is_one_setting_for_all_launchers() -> None:
             assert line in said
 
 
+def test_what_a_site_requests_of_slurm_is_an_option_of_sbatch() -> None:
+    job = big_job("slurm")
+    same = ("partition", "account", "qos", "constraint", "reservation")
+    asked = {**dict(zip(same, "abcde", strict=True)), "time": "2:00:00", "memory": "9G"}
+    slurm = dataclasses.replace(job.cluster.slurm, cpus_per_task=7, **asked)
+    cluster = dataclasses.replace(job.cluster, slurm=slurm)
+    lines = records.text(dataclasses.replace(job, cluster=cluster)).splitlines()
+    wanted = {**asked, "mem": asked.pop("memory"), "cpus-per-task": "7"}
+    del wanted["memory"]
+    assert {f"#SBATCH --{name}={value}" for name, value in wanted.items()} <= {*lines}
+    # Slurm takes no option after the first command.
+    first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first:])
+
+
 def test_the_manifest_is_what_kubeflow_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = yaml.safe_load(records.text(big_job("kubernetes")))
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")

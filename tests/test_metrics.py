@@ -17,13 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ranks
 from trainer import compute
+from trainer import config as configs
+from trainer.adm.unet import flops
 from trainer.ranks import process
 from trainer.ranks.group import connected
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.watch import goodput, pace
 from trainer.watch.metrics import Metrics, _host_memory
-from trainer.watch.mfu import datasheet
+from trainer.watch.mfu import Mfu, datasheet
 
 #: Seconds for which a rank is suspended.
 STOPPED = 2.5
@@ -196,6 +198,18 @@ def test_names_of_devices_have_their_own_peak() -> None:
     unknown = ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400", "NVIDIA H20")
     for name in (*unknown, "AMD Instinct MI355X", "NVIDIA GeForce GTX 1080"):
         assert datasheet(name) is None, name
+
+
+def test_utilisation_is_of_all_ranks_and_of_three_passes() -> None:
+    name = "NVIDIA H100 80GB HBM3"
+    config = configs.load("digits", ['training.precision = "bf16"'])
+    found = Mfu.of(config, name=name, ranks=16, measured=1e15)
+    needed = 3 * flops(config.model) * 100.0
+    shares = {"mfu_measured": needed / 1e15, "mfu_datasheet": needed / (16 * 989e12)}
+    assert found.shares(100.0) == pytest.approx(shares)
+    for other in (configs.load("digits", ['training.precision = "fp32"']), config):
+        name = "CPU" if other is config else name
+        assert Mfu.of(other, name=name, ranks=16, measured=1e15).datasheet is None
 
 
 def test_host_memory_is_what_the_process_and_its_workers_hold() -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.support import golden
 from tests.test_trainer_config import PUBLISHED
 from trainer import config as configs
+from trainer.adm.config import DiffusionConfig
 from trainer.config import Config
 from trainer.flags import to_preset
 
@@ -104,7 +105,36 @@ def test_without_flags_the_network_is_guided_diffusions_default(tmp_path: Path) 
             "learn_sigma": False,
         }
     )
-    assert (config.diffusion.variance, config.diffusion.loss) == ("fixed_large", "simple")
+    diffusion = DiffusionConfig(schedule="linear", variance="fixed_large", loss="simple")
+    assert config.diffusion == diffusion
+    classifier = read("--image_size 64 --classifier_width 128", tmp_path)
+    assert classifier.model == golden.classifier_config(
+        {
+            "image_size": 64,
+            "classifier_width": 128,
+            "classifier_depth": 2,
+            "classifier_attention_resolutions": "32,16,8",
+            "classifier_use_scale_shift_norm": True,
+            "classifier_resblock_updown": True,
+            "classifier_pool": "attention",
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--use_kl True", {"variance": "fixed_large", "loss": "vlb_rescaled"}),
+        ("--use_kl True --learn_sigma True", {"loss": "vlb_rescaled"}),
+        ("--learn_sigma True --rescale_learned_sigmas True", {"loss": "hybrid_rescaled"}),
+        ("--learn_sigma True --predict_xstart True", {"loss": "hybrid", "predict": "x0"}),
+    ],
+)
+def test_flags_of_the_diffusion_are_settings(
+    flags: str, wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    diffusion = read(f"--image_size 64 {flags}", tmp_path).diffusion
+    assert diffusion == DiffusionConfig(schedule="linear", **wanted)
 
 
 @pytest.mark.parametrize(

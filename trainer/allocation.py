@@ -147,9 +147,14 @@ def _all_reduce(world: World, *, store: dist.TCPStore, seconds: float) -> str:
     large = _timed(torch.zeros(_MEGABYTES * 2**18, device="cuda" if cuda else "cpu"))
     dist.barrier()
     dist.destroy_process_group()
+    return speed(small, large, ranks=world.size)
+
+
+def speed(small: float, large: float, *, ranks: int) -> str:
+    """A line with the latency and the bandwidth, from the seconds of both all-reduces."""
     # In a ring, each rank sends 2 (N - 1) / N bytes for every byte of the tensor.
-    bus = _MEGABYTES / 1024 / large * 2 * (world.size - 1) / world.size
-    return f"all-reduce of {world.size} ranks: {small * 1e3:.2f} ms, {bus:.2f} GiB/s"
+    bus = _MEGABYTES / 1024 / large * 2 * (ranks - 1) / ranks
+    return f"all-reduce of {ranks} ranks: {small * 1e3:.2f} ms, {bus:.2f} GiB/s"
 
 
 def _timed(tensor: torch.Tensor) -> float:
@@ -227,12 +232,12 @@ def main(argv: Sequence[str]) -> int:
         _part(world, store=store, found=found)
         return FAILED if not any(facts.device for facts in found) else REFUSED
     try:
-        speed = _all_reduce(world, store=store, seconds=arguments.seconds)
+        measured = _all_reduce(world, store=store, seconds=arguments.seconds)
     except RuntimeError as error:
         print(f"{mine.host}: rank {world.rank}: all-reduce failed: {error}", file=sys.stderr)
         return FAILED
     if world.is_main:
-        print(speed)
+        print(measured)
         if not bad:
             print("all nodes are ready", flush=True)
     return FAILED if bad else 0

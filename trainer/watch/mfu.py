@@ -64,13 +64,17 @@ class Mfu:
         dist.barrier()  # cores that ranks share are shared in training, too
         peak = torch.tensor(_matmul_peak(device, precision), dtype=torch.float64, device=device)
         dist.all_reduce(peak)
-        known = None
-        if device.type == "cuda" and precision != "fp32":
-            known = datasheet(torch.cuda.get_device_name(device))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        return cls.of(config, name=name, ranks=dist.get_world_size(), measured=float(peak))
+
+    @classmethod
+    def of(cls, config: Config, *, name: str, ranks: int, measured: float) -> "Mfu":
+        """That of devices of a name whose matrix products reach `measured` FLOP/s together."""
+        known = None if config.training.precision == "fp32" else datasheet(name)
         return cls(
             flops_per_image=3.0 * _forward_flops(config.model),
-            measured=float(peak),
-            datasheet=None if known is None else known * dist.get_world_size(),
+            measured=measured,
+            datasheet=None if known is None else known * ranks,
         )
 
     def shares(self, images_per_second: float) -> dict[str, float]:
