@@ -17,7 +17,7 @@ POINTS = ("in a file", "between files", "before the rename", "after the rename",
 
 def arm(point: str) -> None:
     """Let this process be killed where a save has come to."""
-    from trainer import saver
+    from trainer import saver, weights
 
     def die_at(module: Any, name: str, matches: Callable[[Path], bool], cut: Any = None) -> None:
         act = getattr(module, name)
@@ -38,17 +38,17 @@ def arm(point: str) -> None:
     def one_file(directory: Path) -> None:
         next(directory.iterdir()).unlink()
 
-    write = saver.save_file
+    write = weights.save_file
     if point == "in a file":
-        die_at(saver, "save_file", lambda path: True, half)
+        die_at(weights, "save_file", lambda path: True, half)
     elif point == "between files":
-        die_at(saver.files, "sync", lambda path: path.suffix == ".safetensors")
+        die_at(weights, "save", lambda path: True)
     elif point == "before the rename":
         die_at(saver.files, "write", lambda path: path.parent.suffix == ".partial")
     elif point == "after the rename":
         die_at(saver.files, "sync", lambda path: path.name == "checkpoints")
     else:
-        die_at(saver.shutil, "rmtree", lambda path: "checkpoints" in path.parts, one_file)
+        die_at(saver.shutil, "rmtree", lambda path: path.suffix == ".removed", one_file)
 
 
 def damage(checkpoint: Path, kind: str, *, chance: random.Random) -> None:
