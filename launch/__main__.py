@@ -25,6 +25,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(78)
 
 import shutil
+import signal
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -60,9 +61,13 @@ def stop(argv: Sequence[str]) -> int:
         queue.cancel(job_id)
         print(f"job {job_id} was {state}; removed from the queue")
         return 0
-    print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
-    while (job_id and queue.state(job_id)) or lease.live_holder(run) or records.is_claimed(run):
-        time.sleep(2)
+    try:
+        print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
+        while (job_id and queue.state(job_id)) or lease.live_holder(run) or records.is_claimed(run):
+            time.sleep(2)
+    except KeyboardInterrupt:
+        print("\nnot waiting any more: the ranks save and stop by themselves")
+        return 128 + signal.SIGINT
     saved = status.last_checkpoint(run) or "none"
     print(f"stopped; last checkpoint: {saved}; {lease.way_to_resume(run)}")
     return 0

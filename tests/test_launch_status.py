@@ -4,16 +4,20 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 
 from launch import display, queue, status
 from launch.__main__ import main
 from launch.signs import Signs
-from tests.support.cluster import LIMIT, wait_until
+from tests.support.cluster import LIMIT, ROOT, wait_until
 from tests.support.site import ENDLESS, Site
 from trainer.ranks.lease import Holder, stop_file
 from trainer.runstate import RunState, file
@@ -62,6 +66,19 @@ def test_a_finished_run_is_not_stopped(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["stop", str(run)]) == 0
     assert "is finished: there is nothing to stop" in capsys.readouterr().out
     assert not stop_file(run).exists()
+
+
+def test_ctrl_c_ends_the_wait_for_a_stop_and_not_the_stop(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    make_writer(run)
+    words = [sys.executable, "-u", "-m", "launch", "stop", str(run)]
+    with subprocess.Popen(words, cwd=ROOT, text=True, stdout=PIPE, stderr=STDOUT) as stopping:
+        assert stopping.stdout is not None
+        assert stopping.stdout.readline().startswith("waiting for the ranks")
+        stopping.send_signal(signal.SIGINT)
+        said = stopping.communicate()[0]
+    assert said == "\nnot waiting any more: the ranks save and stop by themselves\n"
+    assert stopping.returncode == 128 + signal.SIGINT and stop_file(run).exists()
 
 
 def test_a_drawing_job_shows_no_loss_and_no_checkpoint(tmp_path: Path) -> None:

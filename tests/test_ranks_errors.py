@@ -114,9 +114,7 @@ def test_an_insistent_ctrl_c_is_one_line_and_recorded(tmp_path: Path, run: bool)
     assert [process.exitcode for process in job.ranks] == [128 + signal.SIGINT]
     stopping, line = job.text.strip().splitlines()
     assert stopping.startswith("stop requested: ")
-    assert line.endswith(
-        ": interrupted: what was not saved is lost; rerun the same command to resume"
-    )
+    assert line.endswith(": interrupted: what was not saved is lost; rerun the same command")
     state = RunState.read(tmp_path)
     assert state is not None and state.state == "stopped"
     assert (state.why or "").startswith("by Ctrl-C")

@@ -40,7 +40,7 @@ def run_as_rank(main: Callable[[], int]) -> None:
         if not is_held_up():
             _leave(status)
     except KeyboardInterrupt:
-        lost = "what was not saved is lost; rerun the same command to resume"
+        lost = "what was not saved is lost; rerun the same command"
         print(f"{process_name()}: interrupted: {lost}", file=sys.stderr)
         status = 128 + signal.SIGINT
     except PeerLost as error:
