@@ -9,7 +9,7 @@ import re
 import shlex
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -88,14 +88,20 @@ def read(name: str) -> str:
     return (ROOT / name).read_text()
 
 
-@each_page
-def test_commands_in_the_prose_are_read_by_their_parsers(page: Page) -> None:
-    """Those with options; what is left out of one is written as three dots."""
+def commands_in_prose(page: Page) -> Iterator[tuple[str, str]]:
+    """The modules of the commands with options, and their arguments."""
     start = r"(?:torchrun .*-m -- |python -m )((?:trainer|data|launch)[\w.]*) (.*--.*)"
     for snippet in page.snippets:
         found = re.match(start, snippet)
         if found and "..." not in snippet:
-            options.parse(found[1], shlex.split(found[2]))
+            yield found[1], found[2]
+
+
+@each_page
+def test_commands_in_the_prose_are_read_by_their_parsers(page: Page) -> None:
+    """Those with options; what is left out of one is written as three dots."""
+    for module, words in commands_in_prose(page):
+        options.parse(module, shlex.split(words))
 
 
 @each_page
@@ -145,24 +151,51 @@ def settings() -> frozenset[str]:
 FILES = (".safetensors", ".json", ".md")
 
 
-@each_page
-def test_settings_in_the_prose_exist(page: Page) -> None:
-    """`training.lr` and `slurm.time`; keys of ds_config.json stand alone."""
+def settings_in_prose(page: Page) -> Iterator[tuple[str, str]]:
+    """What looks like `training.lr` and `slurm.time`, and where it stands."""
     sections = "|".join({name.partition(".")[0] for name in settings() if "." in name})
-    modules = {p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.glob("data/**/*.py")}
     for snippet in page.snippets:
         for name in re.findall(rf"(?<![\w./*])(?:{sections})\.[a-z_]\w*(?![\w.(])", snippet):
-            is_file = name.replace(".", "/") in modules or name.endswith(FILES)
-            assert is_file or name in settings(), f"{page.name}: `{snippet}`"
+            yield name, snippet
+
+
+@each_page
+def test_settings_in_the_prose_exist(page: Page) -> None:
+    """Keys of ds_config.json stand alone."""
+    modules = {p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.glob("data/**/*.py")}
+    for name, snippet in settings_in_prose(page):
+        is_file = name.replace(".", "/") in modules or name.endswith(FILES)
+        assert is_file or name in settings(), f"{page.name}: `{snippet}`"
 
 
 @each_page
 def test_files_of_the_project_exist(page: Page) -> None:
-    """Paths such as `trainer/loop.py` in the prose; not those of runs, which may be there too."""
+    for path in files_in_prose(page):
+        assert (ROOT / path).exists(), f"{page.name}: `{path}`"
+
+
+def files_in_prose(page: Page) -> Iterator[str]:
+    """Paths such as `trainer/loop.py`; not those of runs, which may be there too."""
     tops = [path.name for path in ROOT.iterdir() if [*path.glob("*.py"), *path.glob("*.md")]]
     for snippet in page.snippets:
         if re.fullmatch(r"[\w/-]+(/|\.(py|md|toml|sh))", snippet) and snippet.split("/")[0] in tops:
-            assert (ROOT / snippet).exists(), f"{page.name}: `{snippet}`"
+            yield snippet
+
+
+def keys_in_prose(page: Page) -> Iterator[str]:
+    """What is said to be in ds_config.json."""
+    yield from re.findall(r"`(\w+)` in `ds_config\.json`", page.prose)
+
+
+@pytest.mark.parametrize(
+    ("find", "least"),
+    [(commands_in_prose, 10), (settings_in_prose, 100), (files_in_prose, 20), (keys_in_prose, 1)],
+)
+def test_the_prose_has_what_is_checked_of_it(
+    find: Callable[[Page], Iterator[Any]], least: int
+) -> None:
+    """Otherwise the tests of it would check nothing."""
+    assert sum(1 for page in PAGES for _ in find(page)) >= least
 
 
 def test_keys_of_ds_config_on_the_pages_exist() -> None:
@@ -174,5 +207,5 @@ def test_keys_of_ds_config_on_the_pages_exist() -> None:
 
     known = set(keys(json.loads(read("ds_config.json"))))
     for page in PAGES:
-        for name in re.findall(r"`(\w+)` in `ds_config\.json`", page.prose):
+        for name in keys_in_prose(page):
             assert name in known, f"{page.name}: {name}"
