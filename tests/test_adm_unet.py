@@ -184,15 +184,6 @@ def test_every_option_of_the_unet_reaches_every_parameter(changes: dict[str, Any
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
-def test_every_pool_of_the_classifier_reaches_every_parameter(pool: str) -> None:
-    net = small_classifier(pool=pool)
-    out = net(**small_inputs(net))
-    assert out.shape == (2, 5)
-    (out * golden.wave("dy", (2, 5), 1.0)).sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
-
-
 def test_rescaling_changes_only_the_sums() -> None:
     plain, rescaled = small_unet(), small_unet(rescale_residuals=True)
     assert plain.state_dict().keys() == rescaled.state_dict().keys()

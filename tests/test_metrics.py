@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support import ranks
 from trainer import compute
 from trainer import config as configs
+from trainer.adm.timesteps import LossSecondMoment
 from trainer.adm.unet import flops
 from trainer.ranks import process
 from trainer.ranks.group import connected
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
+from trainer.seen import learn_timesteps
 from trainer.watch import goodput, pace
 from trainer.watch.metrics import Metrics, _host_memory
 from trainer.watch.mfu import Mfu, datasheet
@@ -48,11 +50,21 @@ def terms(step: int, rank: int) -> dict[str, Tensor]:
     return {"loss": loss, "acc1": acc1, "t": torch.randint(0, 75, (3,), generator=drawn)}
 
 
+def seen(micro_batch: int, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Indices and terms of three images; two ranks have every other image of a step."""
+    found = terms(micro_batch, rank)
+    indices = 6 * micro_batch + 2 * torch.arange(3) + rank
+    return indices, {"t": found["t"] % 2, "unweighted": found["loss"]}
+
+
 def add_steps(counts: tuple[int, ...]) -> int:
     """Intervals of so many steps on two ranks; prints their means and the operations of a step."""
     world = join()
     with connected(world, patience=ranks.LIMIT) as device:
         metrics = Metrics(world=world, device=device, timesteps=100, clock=process.RunningClock())
+        sampler = LossSecondMoment(100, seed=0)
+        learn_timesteps(sampler, [seen(n, world.rank) for n in range(2)])
+        print(json.dumps(sampler.state()))
         for count in counts:
             given = [[terms(2 * step + n, world.rank) for n in range(2)] for step in range(count)]
             with Counted() as counted:
@@ -70,11 +82,20 @@ def test_metrics_are_means_over_all_ranks_and_cost_a_step_no_operations(tmp_path
     counts = (3, 140)
     job = ranks.fork(tmp_path, partial(add_steps, counts), ranks=2)
     job.wait()
+    learned = LossSecondMoment(100, seed=0)
+    both = [seen(n, rank) for n in range(2) for rank in range(2)]
+    indices, t, losses = (
+        torch.cat(c) for c in zip(*[(i, s["t"], s["unweighted"]) for i, s in both], strict=True)
+    )
+    for place in indices.argsort():
+        learned.update(t[place][None], losses[place][None])
     for text in job.texts:
+        # The losses of all ranks in the order of the images, on any number of ranks.
+        assert json.loads(text.splitlines()[-1 - len(counts)]) == learned.state()
         for count, line in zip(counts, text.splitlines()[-len(counts) :], strict=True):
             values = json.loads(line)
-            seen = [terms(n, rank) for n in range(2 * count) for rank in range(2)]
-            loss, t = (torch.cat([each[name] for each in seen]) for name in ("loss", "t"))
+            each_part = [terms(n, rank) for n in range(2 * count) for rank in range(2)]
+            loss, t = (torch.cat([part[name] for part in each_part]) for name in ("loss", "t"))
             assert values["loss"] == pytest.approx(float(loss.double().mean()))
             for q in range(3):
                 expected = float(loss[t // 25 == q].double().mean())

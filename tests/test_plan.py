@@ -1,6 +1,7 @@
 """The planner: presets of every kind are planned, and what it prints follows from counted costs."""
 
 import json
+import re
 from statistics import median
 from typing import Any
 
@@ -10,6 +11,7 @@ from bench import gpu
 from tests.support.runs import Place
 from trainer import config as configs
 from trainer import costs, ds_config, plan
+from trainer.adm.unet import build
 from trainer.config import Config
 from trainer.prediction import (
     GIB,
@@ -163,6 +165,18 @@ def test_a_run_tells_the_planner_the_speed_of_each_rank(
         plan.measured(machine(tflops=1e-9), config=config, run=run)
     assert plan.main(["imagenet64", "--gpus", "8", "--from", str(run)]) == 78
     assert "trains another network" in capsys.readouterr().err
+
+
+def test_the_disk_is_what_real_checkpoints_take(place: Place) -> None:
+    config = configs.load(place.preset, ["intervals.keep = 3", "intervals.keep_every = 36"])
+    newest = max((place.run("3x2") / "checkpoints").iterdir())
+    size = sum(file.stat().st_size for file in newest.glob("*.safetensors"))
+    parameters = sum(p.numel() for p in build(config.model).parameters())
+    line = "".join(plan._disk_lines(config, 1000 * parameters))
+    found = re.search(r"Disk: ([\d.]+) GB per checkpoint, .* up to (\d+) at once", line)
+    assert found and float(found[1]) == pytest.approx(size / 1e6, rel=0.05)
+    # The newest three, one that is being written, and one for each 36 images.
+    assert int(found[2]) == 3 + 1 + config.training.images // 36
 
 
 @pytest.mark.parametrize(
