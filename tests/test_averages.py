@@ -31,6 +31,7 @@ SPANS = (
     f"training.images = {LAST}",
     *EVERY,
 )
+ADAMW = ("training.betas = [0.8, 0.99]", "training.weight_decay = 0.1")
 SLOWER = ("training.batch = 6", "intervals.log = 6", "intervals.checkpoint = 6")
 NAMES = ("spans2", "spans3", "spans2-slower", "spans3-slower")
 
@@ -46,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
         place.arguments(f"spans{n}", stage=n, fp16=True, sets=(*SPANS, stored))
         for n, stored in ((2, 'intervals.averages_precision = "fp32"'), (3, "intervals.keep = 8"))
     ]
-    per_step = place.arguments("per-step", sets=EVERY)
+    per_step = place.arguments("per-step", sets=(*EVERY, *ADAMW))
     assert place.train(*half, per_step, world=2, fp16=True) == [0, 0, 0]
     for n in (2, 3):
         place.fork(f"spans{n}", f"spans{n}-slower", images=HALF)
@@ -63,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
         for n in (2, 3)
     ]
     today = (f"training.ema_images = {STEP}", "training.ema_warmup = 0.1")
-    older = place.arguments("older", sets=today)
+    older = place.arguments("older", sets=(*today, *ADAMW))
     assert place.train(*slower, older, world=2, fp16=True) == [0, 0, 0]
     return place
 
@@ -99,6 +100,25 @@ def test_averages_by_images_pass_over_skipped_steps_and_changed_batches(
 def test_a_run_that_counts_its_averages_per_step_goes_on_so(runs: Place) -> None:
     assert equal(runs.checkpoint("older", END), runs.checkpoint("per-step", END))
     assert "ema is per step" in runs.log("older")
+
+
+def test_a_step_is_that_of_adamw_with_the_settings(runs: Place) -> None:
+    """The gradient follows from the first moments; second moments and weights from it."""
+    training = configs.load(runs.preset, ADAMW).training
+    (one, two), before, count = training.betas, 2 * STEP, 3
+    old, new = (runs.checkpoint("per-step", images) for images in (before, before + STEP))
+    m, new_m, v, new_v, w, new_w = (
+        torch.cat([state[key].double().flatten() for key in sorted(old) if key.startswith(kind)])
+        for kind in ("adam-m:", "adam-v:", "model:")
+        for state in (old, new)
+    )
+    gradient = (new_m - one * m) / (1 - one)
+    assert gradient.any()
+    torch.testing.assert_close(new_v, two * v + (1 - two) * gradient**2, rtol=1e-4, atol=1e-12)
+    rate = training.learning_rate(before)
+    adam = new_m / (1 - one**count) / ((new_v / (1 - two**count)).sqrt() + 1e-8)
+    decay = (w - new_w - rate * adam) @ w / (w @ w)
+    assert decay.item() == pytest.approx(rate * 0.1, rel=0.01)
 
 
 def snapshot(runs: Place, name: str, images: int) -> dict[str, Tensor]:
