@@ -107,8 +107,8 @@ class Run:
         found = RunState.read(self.path)
         if isinstance(error, KeyboardInterrupt):
             self._note(state="stopped", why="by Ctrl-C before it saved")
-        # Where a lost rank was noted already, the error only follows from that.
-        elif found is None or found.lost is None or found.state == "running":
+        # Where another rank's end was noted already, the error only follows from that.
+        elif found is None or found.state == "running":
             state = "refused" if isinstance(error, ValueError) else "failed"
             self._note(state=state, why=shown(f"{error}") or type(error).__name__)
 

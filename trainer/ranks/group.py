@@ -274,3 +274,8 @@ def interruptible(stopped: Callable[[], bool]) -> Iterator[Callable[[], None]]:
         yield check
     # Another error is this rank's alone: it waits for nobody.
     agreement.close()
+
+
+def is_of_a_collective(error: Exception) -> bool:
+    """Whether NCCL, gloo or the store raised it; gloo's are of no type of their own."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)

@@ -7,11 +7,14 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 # Seconds between two readings of a clock after which its process was stopped meanwhile.
 STOPPED_FOR = 15.0
+# Programs that a process starts to compile an operator.
+_COMPILERS = {"ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "cc1plus", "hipcc"}
 
 
 class RunningClock:
@@ -94,3 +97,19 @@ def _facts(pid: int) -> tuple[str, str]:
     except OSError:
         return "X", ""
     return after_name[0], after_name[19]
+
+
+def compiles(pid: int | None = None) -> bool:
+    """Whether this process, or that one, has a compiler at work below it."""
+    below: list[int] = []
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
+            below += map(int, (thread / "children").read_text().split())
+    return any(_name(child) in _COMPILERS or compiles(child) for child in below)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""

@@ -18,17 +18,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from data.config import shown
 from data.exits import FAILED
 from trainer.ranks.ending import NETWORK
-from trainer.ranks.faults import PeerLost
-from trainer.ranks.group import gather
+from trainer.ranks.faults import Broken, PeerLost, Refused, StoppedError
+from trainer.ranks.group import gather, is_of_a_collective
 from trainer.ranks.mailbox import Mailbox
-from trainer.ranks.process import Process, RunningClock
+from trainer.ranks.process import Process, RunningClock, compiles
 from trainer.ranks.world import World
 
 _BEAT = 1.0
@@ -115,18 +116,35 @@ class Watchdog:
             dist.barrier()  # no rank may still read the store, which may be the main rank's
 
     def name_the_gone(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Where a collective's error ends the work, `tell` which ranks have ended.
+        """Where an error ends the work, `tell` which other ranks ended before, if any did.
 
         Called at the exit of whatever `tell` writes to; leaving the watchdog does it too.
 
         Raises:
-            PeerLost: in place of an error that says no more than that.
+            PeerLost: in place of a collective's error that says no more than that.
         """
-        if isinstance(error, RuntimeError) and not self._has_looked:
-            self._has_looked = True
-            gone = self._name_the_gone()
-            if gone and _is_of_a_collective(error):
-                raise PeerLost(gone) from error
+        if not isinstance(error, Exception) or self._has_looked:
+            return
+        self._has_looked = True
+        gone = self._name_the_gone() if isinstance(error, RuntimeError) else ""
+        if gone and is_of_a_collective(error):
+            raise PeerLost(gone) from error
+        alike = isinstance(error, Refused | Broken | StoppedError)
+        # An error of the device may be its machine's fault.
+        if not gone and not alike and not isinstance(error, torch.AcceleratorError):
+            self._leave_word(f"{type(error).__name__}: {error}")
+
+    def _leave_word(self, why: str) -> None:
+        """Tell the others, and the log, why this rank ends: its machine is not lost.
+
+        The main rank's error is noted with the run's end.
+        """
+        rank, why = self._world.rank, shown(why)
+        self._briefly(lambda: self._mailbox.put(f"error {rank}", why))
+        if not self._world.is_main:
+            host = self._processes[rank].host
+            line = f"{host}: failed: {host} (rank {rank}; {self._doing}): {why}"
+            self._briefly(lambda: self.tell(line))
 
     def _say_alive(self) -> None:
         self._beats += 1
@@ -210,13 +228,13 @@ class Watchdog:
             for rank in range(mine - self._world.local_rank, mine)
         )
 
-    def _say(self, what: str) -> None:
+    def _say(self, what: str, *, tells: bool = True) -> None:
         """Print it once on each machine; the first two log it: the network may be cut."""
         if not self._speaks():
             return
         line = f"{self._processes[self._world.rank].host}: {what}"
         print(line, file=sys.stderr, flush=True)
-        if self._world.rank // self._world.local_size < 2:
+        if tells and self._world.rank // self._world.local_size < 2:
             self._briefly(lambda: self.tell(line))
 
     def _end(self) -> None:
@@ -231,8 +249,13 @@ class Watchdog:
 
     @staticmethod
     def _briefly(act: Callable[[], None]) -> None:
-        """Do what may block, for 2 seconds at most."""
-        thread = threading.Thread(target=act, daemon=True, name=f"{NETWORK}briefly")
+        """Do what may block, for 2 seconds at most; or fail, where the store has ended."""
+
+        def attempt() -> None:
+            with suppress(RuntimeError):
+                act()
+
+        thread = threading.Thread(target=attempt, daemon=True, name=f"{NETWORK}briefly")
         thread.start()
         thread.join(2.0)
 
@@ -244,10 +267,21 @@ class Watchdog:
         if not gone:
             return ""
         self._lost |= gone
-        lost = f"lost: {self._named(gone)}: ended"
-        self._say(lost)
+        words = {rank: why for rank in gone if (why := self._word_of(rank))}
+        said = [f"failed: {self._named({rank})}: {why}" for rank, why in sorted(words.items())]
+        for each in said:  # which has logged it itself
+            self._say(each, tells=False)
+        if gone - words.keys():
+            said.append(f"lost: {self._named(gone - words.keys())}: ended")
+            self._say(said[-1])
         time.sleep(2 * _BEAT)  # all errors come after what the lowest rank has said
-        return lost
+        return "; ".join(said)
+
+    def _word_of(self, rank: int) -> str:
+        """Why a rank has ended, if it left word."""
+        found: list[Any] = []
+        self._briefly(lambda: found.extend(self._mailbox.take([f"error {rank}"])))
+        return found[0] if found and isinstance(found[0], str) else ""
 
     def _gone(self) -> set[int]:
         """The ranks that are known to have ended, here or by their silence."""
@@ -256,31 +290,9 @@ class Watchdog:
         return ended | {n for n, rank in enumerate(self._heard) if rank.heard < silent}
 
 
-def _is_of_a_collective(error: RuntimeError) -> bool:
-    """Whether NCCL, gloo or the store raised it; gloo's are of no type of their own."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
-
-
 def named_hosts(verdict: str) -> list[str]:
-    """The hosts whose ranks a verdict names, such as n2 in "n1: lost: n2 (rank 3; computing)"."""
-    return re.findall(r"(\S+) \(ranks? \d", verdict)
+    """The hosts whose ranks a verdict names, such as n2 in "n1: lost: n2 (rank 3; computing)".
 
-
-# Programs that a process starts to compile an operator.
-_COMPILERS = {"ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "cc1plus", "hipcc"}
-
-
-def compiles(pid: int | None = None) -> bool:
-    """Whether this process, or that one, has a compiler at work below it."""
-    below: list[int] = []
-    with suppress(OSError):
-        for thread in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
-            below += map(int, (thread / "children").read_text().split())
-    return any(_name(child) in _COMPILERS or compiles(child) for child in below)
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
+    None where these ranks failed by themselves.
+    """
+    return [] if ": failed: " in verdict else re.findall(r"(\S+) \(ranks? \d", verdict)
