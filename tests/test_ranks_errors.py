@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from data.exits import FAILED, REFUSED, is_ours
 from data.manifest import parse_manifest
@@ -79,9 +80,14 @@ def test_the_status_of_a_trainer_tells_a_user_error_from_a_library_s(
     command = [sys.executable, "-m", "trainer.train", preset.format(tiny=tiny), "--run", "run"]
     if preset != "nothing":
         env["DS_ACCELERATOR"] = "nothing"
+    env["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "error.json")
     done = subprocess.run(command, cwd=ranks.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert ("Traceback" in done.stderr) == (status == FAILED)
+    if status == REFUSED:  # what torchrun ends its own report with
+        told = ProcessFailure(0, 1, status, env["TORCHELASTIC_ERROR_FILE"])
+        assert "unknown preset 'nothing'" in told.message and told.message in done.stderr
+        assert abs(told.timestamp - time.time()) < 600
 
 
 def test_a_library_that_ends_the_process_has_not_finished_the_run(tmp_path: Path) -> None:

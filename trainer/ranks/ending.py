@@ -5,16 +5,20 @@ Neither a terminal that was closed nor a full disk under its output ends it.
 
 import atexit
 import io
+import json
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from data.exits import FAILED, REFUSED, is_ours
+from data import files
+from data.exits import FAILED, REFUSED, TO_BE_CONTINUED, is_ours
 from trainer.ranks.faults import Broken, PeerLost, Refused, describe
 from trainer.ranks.world import is_main_process, leave_mpi, process_name
 
@@ -32,29 +36,46 @@ def run_as_rank(main: Callable[[], int]) -> None:
     """
     _tolerate_loss()
     try:
-        _leave(main())
+        status = main()
+        if status == TO_BE_CONTINUED:
+            _tell_torchrun("saved and stopped early; rerun the same command to resume")
+        _leave(status)
     except (Refused, Broken) as error:
+        _tell_torchrun(f"error: {error}")
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         status = REFUSED if isinstance(error, Refused) else FAILED
         if not is_held_up():
             _leave(status)
     except KeyboardInterrupt:
-        lost = "what was not saved is lost; rerun the same command"
-        print(f"{process_name()}: interrupted: {lost}", file=sys.stderr)
+        _report("interrupted: what was not saved is lost; rerun the same command")
         status = 128 + signal.SIGINT
     except PeerLost as error:
-        print(f"{process_name()}: error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         status = FAILED
     except Exception as error:
         if isinstance(error, ValueError | OSError) and is_ours(error):
-            print(f"{process_name()}: error: {describe(error)}", file=sys.stderr)
+            _report(f"error: {describe(error)}")
             status = REFUSED if isinstance(error, ValueError) else FAILED
         else:
+            _tell_torchrun(f"{type(error).__name__}: {error}")
             print(f"{process_name()} failed:", file=sys.stderr)
             traceback.print_exc()
             status = FAILED
     _exit(status)
+
+
+def _report(text: str) -> None:
+    """Say in one line why this rank ends."""
+    _tell_torchrun(text)
+    print(f"{process_name()}: {text}", file=sys.stderr)
+
+
+def _tell_torchrun(text: str) -> None:
+    """Let torchrun end its report with why this rank ended, not with a link to torch's manual."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):  # it is on the disk that is full
+            files.write(Path(file), json.dumps({"message": text, "timestamp": int(time.time())}))
 
 
 @contextmanager
