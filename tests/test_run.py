@@ -1,9 +1,11 @@
 """The run directory's record of how a start ended, whatever else goes wrong."""
 
+import socket
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.faults import full_disk
 from trainer.ranks.group import Broken, Refused
@@ -28,6 +30,17 @@ def test_an_error_is_recorded_and_raised_also_where_it_cannot_be_recorded(
         assert claim.__exit__(type(error), error, None) is False  # and raises nothing else
     found = RunState.read(tmp_path)
     assert found is not None and (found.state, found.starts) == ("running", 2)
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, torch.OutOfMemoryError])
+def test_an_error_of_the_main_ranks_device_counts_against_its_host(
+    tmp_path: Path, error: type[RuntimeError]
+) -> None:
+    with pytest.raises(error), Run(tmp_path).claimed():
+        raise error("CUDA error: uncorrectable ECC error encountered")
+    found = RunState.read(tmp_path)
+    assert found is not None and found.state == "failed" and "ECC" in (found.why or "")
+    assert found.lost == (socket.gethostname() if error is torch.AcceleratorError else None)
 
 
 def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Path) -> None:

@@ -167,6 +167,16 @@ def flatten(config: Config) -> dict[str, Any]:
     return dict(walk(config, ""))
 
 
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, as name -> (old, new)."""
+    before, after = flatten(old), flatten(new)
+    return {
+        name: (before.get(name), after.get(name))
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    }
+
+
 def public(config: Config) -> Config:
     """The config without credentials: what is written to the run and shown to others."""
     data = config.data

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -110,7 +111,9 @@ class Run:
         # Where another rank's end was noted already, the error only follows from that.
         elif found is None or found.state == "running":
             state = "refused" if isinstance(error, ValueError) else "failed"
-            self._note(state=state, why=shown(f"{error}") or type(error).__name__)
+            # The device's error may be its machine's fault, as for the other ranks.
+            lost = socket.gethostname() if isinstance(error, torch.AcceleratorError) else None
+            self._note(state=state, why=shown(f"{error}") or type(error).__name__, lost=lost)
 
     def note_end(self) -> None:
         """Note the end of this start in the timeline."""
@@ -185,7 +188,7 @@ class Run:
         text = config_of(self.checkpoints)
         before = configs.from_table(tomllib.loads(text)) if text else configs.load(self.config_file)
         # Credentials of an address may change, and are not written.
-        changes = changes_between(configs.public(before), configs.public(config))
+        changes = configs.changes(configs.public(before), configs.public(config))
         # Before the first checkpoint there is nothing that another config could not continue.
         if fixed := fixed_among(changes) if committed(self.checkpoints) else []:
             raise ValueError(
@@ -279,16 +282,6 @@ def _show(line: str) -> None:
     """Print a line; on a terminal it covers what the progress line left."""
     with suppress(OSError):  # the scheduler's file of it may be on the disk that is full
         print(line.ljust(79) if sys.stdout.isatty() else line, flush=True)
-
-
-def changes_between(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, as name -> (old, new)."""
-    before, after = configs.flatten(old), configs.flatten(new)
-    return {
-        name: (before.get(name), after.get(name))
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
-    }
 
 
 def fixed_among(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
