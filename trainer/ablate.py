@@ -13,7 +13,6 @@ they are finished.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -26,16 +25,17 @@ from data.config import naming
 from data.dataset import open_shards
 from data.exits import TO_BE_CONTINUED, CommandParser, reported
 from data.stream import open_stream
-from trainer import ablation_results, costs, settings
+from trainer import ablation_results, ablation_rows, costs, settings
+from trainer.ablation_rows import state_of
 from trainer.ablations import AblationSet, Row, load
 from trainer.adm.config import check
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.features import DINO, open_network
 from trainer.prediction import operations
+from trainer.ranks.commands import Commands
 from trainer.ranks.group import alone
-from trainer.runstate import RunState
 
-# The status of a row that a signal stopped: all the rest waits too.
+# The status of a row that was stopped: all the rest waits too.
 _STOPPED = -1
 
 
@@ -62,13 +62,16 @@ def run_all(found: AblationSet, runs: Path, *, ranks: int) -> int:
     A row that fails does not keep the others from it.
     """
     _record_all(found, runs=runs)
-    statuses = []
     for row in found.rows:
-        print(f"== {row.name}", flush=True)
-        statuses.append(_run_row(found, row, runs=runs, ranks=ranks))
-        if statuses[-1] == _STOPPED:
-            return TO_BE_CONTINUED
-        ablation_results.write(found, runs=runs, say=print)
+        ablation_rows.remove_outdated(found, row, runs=runs, say=print)
+    statuses = []
+    with Commands() as commands:
+        for row in found.rows:
+            print(f"== {row.name}", flush=True)
+            statuses.append(_run_row(found, row, runs=runs, ranks=ranks, commands=commands))
+            if statuses[-1] == _STOPPED:
+                return TO_BE_CONTINUED
+            ablation_results.write(found, runs=runs, say=print)
     print((runs / "table.md").read_text(), end="")
     return next((status for status in statuses if status), 0)
 
@@ -114,7 +117,7 @@ def _check_evaluation(found: AblationSet, *, sides: set[int]) -> None:
         print(f"samples.network could not be tried on the CPU, so it is not checked: {said}")
 
 
-def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int) -> int:
+def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int, commands: Commands) -> int:
     """Do what is left of a row; returns the exit status."""
     run = runs / row.directory / "run"
     if _is_of_a_job(run):
@@ -122,11 +125,18 @@ def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int) -> int:
         print(f"row {row.name!r}: its job is {state}; rerun this when it is done")
         return TO_BE_CONTINUED
     for command in _left(found, row, runs=runs):
-        if status := subprocess.run(_on_ranks(command, ranks=ranks), check=False).returncode:
-            stopped = status == TO_BE_CONTINUED
-            again = "rerun the same command to resume" if stopped else "failed"
-            print(f"row {row.name!r}: {command[0]} ended with {status}: {again}", flush=True)
-            return _STOPPED if stopped else status
+        before = state_of(run)
+        status = commands.run(_on_ranks(command, ranks=ranks))
+        if command[0] == "trainer.train":
+            status = ablation_rows.training_status(run, before=before, status=status)
+            ablation_rows.remove_outdated(found, row, runs=runs, say=print)
+        if status == TO_BE_CONTINUED or (status and commands.stop_requested):
+            way = ablation_rows.way_on(run)
+            print(f"row {row.name!r}: {command[0]} is stopped; {way}", flush=True)
+            return _STOPPED
+        if status:
+            print(f"row {row.name!r}: {command[0]} ended with {status}: failed", flush=True)
+            return status
     return 0
 
 
@@ -141,7 +151,8 @@ def submit(
     words += [word for name in arguments.unset for word in ("--unset", name)]
     words += ["--dry-run"] * arguments.dry_run
     command = [sys.executable, "-m", "launch", "sweep", *words, *options]
-    return subprocess.run(command, check=False).returncode
+    with Commands() as commands:
+        return commands.run(command)
 
 
 def _is_of_a_job(run: Path) -> bool:
@@ -150,7 +161,7 @@ def _is_of_a_job(run: Path) -> bool:
 
 
 def _state(run: Path) -> str | None:
-    state = RunState.read(run) if run.is_dir() else None
+    state = state_of(run)
     return None if state is None else state.state
 
 
@@ -182,7 +193,7 @@ def _left(found: AblationSet, row: Row, *, runs: Path) -> Iterator[list[str]]:
     changes += [word for name in row.unset for word in ("--unset", name)]
     if _state(run) != "finished":
         yield ["trainer.train", found.base, "--run", str(run), *changes]
-    if not figures.exists():
+    if not figures.exists() or ablation_rows.outdated(found, row, runs=runs):
         count = ["--images", str(samples.images), "--steps", samples.steps]
         is_conditional = found.config(row).model.num_classes is not None
         count += ["--labels", "random"] if is_conditional else []

@@ -9,7 +9,7 @@ import signal
 import time
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from trainer.ranks.world import is_main_process
 
@@ -57,7 +57,7 @@ class Preemption:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # without a traceback
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def __enter__(self) -> "Preemption":
+    def __enter__(self) -> Self:
         for number in self._signals:
             self._before.setdefault(number, signal.signal(number, self._on_signal))
         return self

@@ -1,0 +1,95 @@
+"""How far a row of a set is: how its training ended, and what is of other weights than its run's.
+
+torchrun ends with 1 whatever its ranks ended with, so a run's own state says how it ended.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data.exits import FAILED, REFUSED, TO_BE_CONTINUED
+from trainer import averages
+from trainer import checkpoint as checkpoints
+from trainer.ablations import AblationSet, Row
+from trainer.ranks.lease import stop_file
+from trainer.runstate import RunState
+from trainer.sampling.output import REQUEST
+from trainer.sampling.samplefile import open_samples
+
+
+def state_of(run: Path) -> RunState | None:
+    """What the run last recorded; None where it did not begin."""
+    return RunState.read(run) if run.is_dir() else None
+
+
+def training_status(run: Path, *, before: RunState | None, status: int) -> int:
+    """The exit status of a training of `run`, 0 if it is finished; its launcher's was `status`.
+
+    `before` is the run's state ahead of it.
+    """
+    now = state_of(run)
+    if now is None or (before is not None and now.starts == before.starts):
+        return status or FAILED  # it ended before it claimed the run
+    known = {"finished": 0, "stopped": TO_BE_CONTINUED, "refused": REFUSED}
+    return known.get(now.state, status or FAILED)
+
+
+def way_on(run: Path) -> str:
+    """How to go on with a row that has stopped, in words."""
+    if (file := stop_file(run)).exists():
+        return f"to resume, delete {file} and rerun the same command"
+    return "rerun the same command to resume"
+
+
+def outdated(found: AblationSet, row: Row, *, runs: Path) -> list[Path]:
+    """The row's figures and samples that are of other weights than its last checkpoint's.
+
+    All of them, if that is of no finished run; none, where it cannot be known.
+    """
+    here, training = runs / row.directory, found.config(row).training
+    state = state_of(here / "run")
+    if state is None or state.checkpoint is None:
+        return []
+    try:
+        last = checkpoints.read(here / "run" / "checkpoints" / state.checkpoint)
+    except (ValueError, OSError):  # it was removed, or `trainer.sample` says what is wrong
+        return []
+    weights = last.file(averages.exponential(training.ema[0])).name
+    checksum = last.files.get(weights, {}).get("sha256")
+    is_final = state.state == "finished" or last.images_seen >= training.images
+    return [
+        path
+        for path, sources in _sources(here)
+        if sources is not None and not (is_final and checksum in (None, sources[0]))
+    ]
+
+
+def remove_outdated(
+    found: AblationSet, row: Row, *, runs: Path, say: Callable[[str], None]
+) -> None:
+    """Remove what is `outdated`, so that it is made again."""
+    for path in outdated(found, row, runs=runs):
+        say(f"row {row.name!r}: removed {path}: it was of an earlier state of the run")
+        if path.is_dir():
+            shutil.rmtree(path)
+            continue
+        if path.suffix == ".npz":
+            path.with_suffix(".png").unlink(missing_ok=True)
+        path.unlink()
+
+
+def _sources(here: Path) -> Iterator[tuple[Path, list[str] | None]]:
+    """What a row has, and the checksums of the weights that it is of; None if that is unknown."""
+    readers: dict[str, Callable[[Path], Any]] = {
+        "figures.json": lambda path: json.loads(path.read_text())["about"]["samples"]["drawn"],
+        "samples.npz": lambda path: open_samples(path).record,
+        "samples.parts": lambda path: json.loads((path / REQUEST).read_text()),
+    }
+    for name, record in readers.items():
+        found = None
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = record(here / name)["sources"]
+        yield here / name, found or None
