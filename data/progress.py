@@ -1,5 +1,6 @@
 """How far work has come: the time left, durations in words, lines on a terminal or on stderr."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,14 @@ T = TypeVar("T")
 
 # Seconds between two lines of `Progress` elsewhere than on a terminal.
 _EVERY = 60.0
+
+
+def on_terminal() -> bool:
+    """Whether lines on stdout can be drawn over: it is a terminal, and its user's.
+
+    Open MPI gives rank 0 a terminal of its own, also where mpirun writes to a file.
+    """
+    return sys.stdout.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ
 
 
 def duration(seconds: float) -> str:
@@ -80,7 +89,7 @@ class Progress:
         self._total, self._done, self._unit = total, done, unit
         self._start = done
         self._began = self._said = time.monotonic()
-        self._shown = shown and sys.stdout.isatty()
+        self._shown = shown and on_terminal()
         self._say = say if shown and not self._shown else None
 
     def advance(self, count: int = 1) -> None:

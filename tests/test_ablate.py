@@ -164,3 +164,30 @@ set = ['model.conditioning = "add"']
     capfd.readouterr()
     assert main([str(path), "--set", "samples.images = 20", "--runs", str(runs)]) == 78
     assert "row 'Base' was another when" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ],
+)
+def test_the_processes_of_a_launcher_are_refused_in_one_line(
+    names: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """They would train the rows beside each other."""
+    said = "error: trainer.ablate: 2 processes were started: start it alone; --ranks 2 starts the "
+    for rank, line in ((0, f"{said}ranks\n"), (1, "")):
+        for name, value in zip(names, (rank, 2), strict=True):
+            monkeypatch.setenv(name, str(value))
+        assert main(["digits", "--runs", str(tmp_path / "runs")]) == 78
+        assert capfd.readouterr() == ("", line)
+    monkeypatch.setenv(names[0], "0")
+    monkeypatch.setenv(names[1], "1")  # such as `srun --pty bash`
+    assert main(["digits", "--dry-run"]) == 0

@@ -23,7 +23,7 @@ import torch
 from data import files
 from data.config import naming
 from data.dataset import open_shards
-from data.exits import TO_BE_CONTINUED, CommandParser, reported
+from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, reported
 from data.stream import open_stream
 from trainer import ablation_results, ablation_rows, costs, settings
 from trainer.ablation_rows import state_of
@@ -34,6 +34,7 @@ from trainer.evaluation.features import DINO, open_network
 from trainer.prediction import operations
 from trainer.ranks.commands import Commands
 from trainer.ranks.group import alone
+from trainer.ranks.world import launched
 
 # The status of a row that was stopped: all the rest waits too.
 _STOPPED = -1
@@ -236,6 +237,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _do(arguments: argparse.Namespace, options: Sequence[str]) -> int:
     """What the command line asks for."""
+    rank, ranks = launched()
+    if rank > 0:
+        return REFUSED  # process 0 says it
+    said = f"{ranks} processes were started: start it alone; --ranks {ranks} starts the ranks"
+    if ranks > 1:
+        raise ValueError(f"trainer.ablate: {said}")
     found = load(arguments.set_name, arguments.set, unset=arguments.unset)
     check(arguments.ranks >= 1, "--ranks", arguments.ranks, "at least 1")
     check(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "above 0, at most 1")

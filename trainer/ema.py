@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data import files
 from data.exits import CommandParser, reported
-from data.progress import duration
+from data.progress import duration, on_terminal
 from trainer import averages, snapshots, weights
 from trainer.adm.config import check
 from trainer.adm.ema import WIDEST, Combination, Profile, combine
@@ -126,7 +126,7 @@ def build(found: Averages, coefficients: Mapping[float, Sequence[float]]) -> dic
             _add(total, tensors, factor=coefficients[width][i], source=found.stored[i].path)
         each = (time.monotonic() - began) / done
         left = duration(each * (len(used) - done))
-        end = "\n" if done == len(used) or not sys.stdout.isatty() else "\r"
+        end = "\n" if done == len(used) or not on_terminal() else "\r"
         print(f"file {done} of {len(used)}, {each:.1f} s each, {left} left", end=end, flush=True)
     return totals
 

@@ -8,7 +8,6 @@
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import tomllib
@@ -25,6 +24,7 @@ from PIL import Image
 
 from data import files
 from data.config import shown
+from data.progress import on_terminal
 from data.version import version
 from trainer import config as configs
 from trainer.checkpoint import committed, config_of
@@ -281,7 +281,7 @@ def _dated(text: str) -> str:
 def _show(line: str) -> None:
     """Print a line; on a terminal it covers what the progress line left."""
     with suppress(OSError):  # the scheduler's file of it may be on the disk that is full
-        print(line.ljust(79) if sys.stdout.isatty() else line, flush=True)
+        print(line.ljust(79) if on_terminal() else line, flush=True)
 
 
 def fixed_among(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:

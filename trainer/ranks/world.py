@@ -50,6 +50,13 @@ class World:
 
 # The variables of `World.environment`, which a rank believes.
 VARIABLES = tuple(World().environment())
+# A process's number and the number of all, in the words of torchrun, Open MPI, MPICH and Slurm.
+_COUNTS = (
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
 
 
 def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | None = None) -> World:
@@ -82,6 +89,14 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     env.update(world.environment())
     own_gpu = "SLURM_PROCID" in env and "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
     return replace(world, own_gpu=own_gpu)
+
+
+def launched(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Which of how many processes of its launcher this is, without joining them; alone (0, 1)."""
+    for name, count in _COUNTS:
+        if name in env and count in env:
+            return _number(env, name), _number(env, count, least=1)
+    return 0, 1
 
 
 def _check_alone(env: Mapping[str, str]) -> None:
