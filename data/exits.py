@@ -1,7 +1,8 @@
 """Exit statuses of all commands: whether to run a command again, or to correct it first.
 
-0 is success, also of a run that was stopped on request. The others are those of sysexits.h, since
-launchers use small numbers for themselves (srun ends with 2 where a node has no such program).
+0 is success, also of a start that finds a request to stop the run. The others are those of
+sysexits.h, since launchers use small numbers for themselves (srun ends with 2 where a node has no
+such program).
 """
 
 import argparse
