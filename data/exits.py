@@ -101,7 +101,7 @@ def exit_status(error: BaseException) -> int:
 
 
 def reported(command: Callable[[], int]) -> int:
-    """The exit status of a command; an error of `REPORTED` is printed in one line.
+    """The exit status of a command; an error of `REPORTED`, and Ctrl-C, is printed in one line.
 
     Where the reader of its output has left, such as `head`, that of a program that SIGPIPE ended.
     """
@@ -113,6 +113,9 @@ def reported(command: Callable[[], int]) -> int:
             return 128 + signal.SIGPIPE
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return status
 
 

@@ -1,12 +1,13 @@
 """The data layer's commands: exit statuses, help, and what a refused command leaves behind."""
 
+import signal
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
 
 from data import pack
-from data.exits import FAILED, REFUSED, CommandParser, exit_status
+from data.exits import FAILED, REFUSED, CommandParser, exit_status, reported
 from data.progress import duration
 from tests.support.data_fixtures import write_folder
 
@@ -24,6 +25,11 @@ def test_descriptions_keep_their_line_breaks() -> None:
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), BrokenExecutor()])
 def test_faults_of_the_machine_are_failures(error: Exception) -> None:
     assert exit_status(error) == FAILED
+
+
+def test_ctrl_c_is_one_line(capfd: pytest.CaptureFixture) -> None:
+    assert reported(lambda: signal.raise_signal(signal.SIGINT) or 0) == 128 + signal.SIGINT
+    assert capfd.readouterr() == ("", "interrupted\n")
 
 
 @pytest.mark.parametrize(
