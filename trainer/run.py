@@ -111,9 +111,10 @@ class Run:
         # Where another rank's end was noted already, the error only follows from that.
         elif found is None or found.state == "running":
             state = "refused" if isinstance(error, ValueError) else "failed"
+            self._note(state=state, why=shown(f"{error}") or type(error).__name__)
             # The device's error may be its machine's fault, as for the other ranks.
-            lost = socket.gethostname() if isinstance(error, torch.AcceleratorError) else None
-            self._note(state=state, why=shown(f"{error}") or type(error).__name__, lost=lost)
+            if isinstance(error, torch.AcceleratorError):
+                self._note(lost=socket.gethostname())
 
     def note_end(self) -> None:
         """Note the end of this start in the timeline."""
