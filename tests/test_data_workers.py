@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,11 @@ from tests.support.data_streams import config_for
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [p for p in process.children() if "data.workers" in p.cmdline()]
+    found = []
+    for child in process.children():
+        with suppress(psutil.NoSuchProcess):  # another child has ended meanwhile
+            found += [child] if "data.workers" in child.cmdline() else []
+    return found
 
 
 def test_a_killed_worker_is_one_clear_error(whole: Shards) -> None:
