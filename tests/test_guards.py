@@ -104,6 +104,7 @@ def rewind(place: Place, name: str, *, clock: int, to: int) -> None:
     found.path.rename(checkpoints / f"{to:012d}")
 
 
+@pytest.mark.slow
 def test_after_too_many_in_a_row_the_run_goes_back_and_steps_over_the_images_since(
     here: Place,
 ) -> None:

@@ -127,6 +127,7 @@ def test_an_insistent_ctrl_c_is_one_line_and_recorded(tmp_path: Path, run: bool)
     assert not (tmp_path / "launch" / "writer.json").exists()
 
 
+@pytest.mark.slow
 def test_ranks_whose_torchrun_was_killed_save_and_leave(tmp_path: Path, tiny: Path) -> None:
     sets = ("training.images = 80000000", "intervals.keep = 2")
     command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", "trainer.train"]

@@ -113,6 +113,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ranks.J
         job.kill()
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_named_by_all(jobs: dict[str, ranks.Job]) -> None:
     job = jobs["hung"]
     job.wait()
