@@ -53,15 +53,19 @@ def make_parent(path: Path, *, option: str) -> None:
         ) from None
 
 
+def nearest(path: Path) -> Path:
+    """That path, or the nearest above it that exists."""
+    return next((place for place in (path, *path.parents) if place.exists()), path)
+
+
 def write_fault(directory: Path) -> str:
     """Why nothing can be written in a directory, or in the nearest that exists above it; or ""."""
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
+    place = nearest(directory)
     try:
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=place):
             return ""
     except OSError as error:
-        return f"{directory} is not writable ({error.strerror})"
+        return f"{place} is not writable ({error.strerror})"
 
 
 def append(path: Path, content: bytes | str) -> None:

@@ -5,6 +5,7 @@ import re
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,12 +72,21 @@ def test_a_place_for_what_is_compiled_that_cannot_be_written_is_named_before_any
 ) -> None:
     for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    if not on_gpus:
+        monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/none")  # which a CPU has no use for
     monkeypatch.setenv(variable, "/proc/none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpus)
     compiled = ["--set", 'training.kernels = "fused"', "--set", "training.compile = true"]
     arguments = train.parser().parse_args([str(tiny), "--run", str(tmp_path / "run"), *compiled])
     wanted = "TORCH_EXTENSIONS_DIR" if variable == "HOME" else variable
     said = rf"^/proc is not writable \(.*\): set {wanted} to a directory that is writable$"
+    with pytest.raises(ValueError, match=said):
+        train.TrainingPlan.make(arguments, ranks=1)
+    # On many clusters /tmp and the like are mounted so.
+    monkeypatch.setenv(wanted, str(tmp_path / "kept"))
+    flags = {tmp_path: os.ST_NOEXEC}
+    monkeypatch.setattr(os, "statvfs", lambda at: SimpleNamespace(f_flag=flags.get(at, 0)))
+    said = rf"^{tmp_path}/kept is on a disk .*noexec.*: set {wanted} to a .* on another disk$"
     with pytest.raises(ValueError, match=said):
         train.TrainingPlan.make(arguments, ranks=1)
     assert not (tmp_path / "run").exists()

@@ -26,13 +26,17 @@ def directory(variable: str) -> Path:
 
 
 def fault(variable: str) -> str:
-    """Why nothing can be written there, with the way out; or ""."""
-    why = files.write_fault(directory(variable))
-    return f"{why}: set {variable} to a directory that is writable" if why else ""
+    """Why nothing can be written there, or loaded from there, with the way out; or ""."""
+    place, wanted = directory(variable), "writable"
+    why = files.write_fault(place)
+    if not why and os.statvfs(files.nearest(place)).f_flag & os.ST_NOEXEC:
+        why = f"{place} is on a disk that is mounted noexec, from which no library is loaded"
+        wanted = "on another disk"
+    return f"{why}: set {variable} to a directory that is {wanted}" if why else ""
 
 
 def check(*variables: str) -> None:
-    """Raise ValueError unless all of these directories are writable, or can be made."""
+    """Raise ValueError where one of these directories has a `fault`."""
     for variable in variables:
         if said := fault(variable):
             raise ValueError(said)

@@ -32,13 +32,14 @@ def check(training: TrainingConfig) -> None:
         "training.compile = true": training.compile,
     }
     named = next((name for name, is_set in settings.items() if is_set), None)
-    if named and torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+    if named is None or not torch.cuda.is_available():
+        return
+    if importlib.util.find_spec("triton") is None:
         raise ValueError(
             f"{named}: needs the package triton, which is not installed: install it "
             '(`pip install triton`), or set training.kernels = "plain" and training.compile = false'
         )
-    if named:
-        caches.check(caches.TRITON, *[caches.INDUCTOR] * training.compile)
+    caches.check(caches.TRITON, *[caches.INDUCTOR] * training.compile)
 
 
 def remarks(training: TrainingConfig, *, stage: int, ranks: int) -> list[str]:

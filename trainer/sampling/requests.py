@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data import files
 from data.config import naming
 from data.dataset import class_names
 from trainer.adm.config import UNetConfig
@@ -166,7 +167,7 @@ def with_low_res(job: DrawJob, *, base: DrawJob, checksum: str) -> DrawJob:
 def check_room(jobs: Sequence[DrawJob]) -> str:
     """What all outputs need and what there is, in words; ValueError where that is not enough."""
     out = jobs[0].output.path
-    directory = next(path for path in out.absolute().parents if path.exists())
+    directory = files.nearest(out.absolute().parent)
     free, needed = shutil.disk_usage(directory).free, sum(job.output.needed() for job in jobs)
     if free < needed:
         raise ValueError(f"{out} needs {gib(needed)} and {gib(free)} are free: name another --out")
