@@ -210,6 +210,7 @@ def test_impossible_respacing_is_refused_by_name(respacing: str) -> None:
         ({"steps": 10}, "diffusion.steps = 10"),
         ({"variance": "fixed_large"}, "diffusion.loss = 'hybrid'"),
         ({"loss": "simple"}, "leaves untrained"),
+        ({"schedule": "cosin"}, "diffusion.schedule = 'cosin'"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], named: str) -> None:

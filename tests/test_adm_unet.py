@@ -276,6 +276,7 @@ def test_a_published_file_loads_strictly(tmp_path: Path) -> None:
         ({"head_channels": 16}, "one of the two must"),
         ({"heads": None, "head_channels": 16, "heads_up": 2}, "model.heads_up = 2"),
         ({"dropout": 1.0}, "model.dropout = 1.0"),
+        ({"conditioning": "film"}, 'model.conditioning = .film.: must be one of "adagn", '),
         ({"local_attention": (16,)}, "model.local_attention = "),
         ({"local_attention": (8,), "local_window": 3}, "model.local_window = 3"),
         ({"num_classes": 0}, "model.num_classes = 0"),

@@ -18,7 +18,13 @@ from typing import Any, Literal
 from data.config import DataConfig, naming, shown
 from data.exits import CommandParser, reported
 from trainer import settings
-from trainer.adm.config import ClassifierConfig, DiffusionConfig, UNetConfig, check
+from trainer.adm.config import (
+    ClassifierConfig,
+    DiffusionConfig,
+    UNetConfig,
+    check,
+    check_choice,
+)
 from trainer.adm.respacing import kept_timesteps
 from trainer.sections import (
     BoardConfig,
@@ -135,8 +141,7 @@ def from_table(table: Mapping[str, Any]) -> Config:
             raise ValueError(f"{name} cannot be set: it follows from {source}; set that instead")
     model, diffusion = sections.get("model", {}), sections.get("diffusion", {})
     objective = table.get("objective", "")
-    known = objective in ("denoise", "classify")
-    check(known, "objective", objective, 'one of "denoise", "classify"')
+    check_choice("objective", objective, Literal["denoise", "classify"])
     if objective == "denoise":
         model["learn_sigma"] = diffusion.get("variance", "learned") == "learned"
     if "data" in sections and "image_size" in model:

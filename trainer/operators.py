@@ -17,7 +17,7 @@ def prepare() -> None:
     """Let DeepSpeed compile its operator for CPUs, or load it.
 
     Raises:
-        ValueError: there is no ninja, or the directory of operators is not writable.
+        ValueError: there is no ninja, or the directory of operators has a `caches.fault`.
     """
     if torch.cuda.is_available():
         return

@@ -5,7 +5,7 @@ a login node checks a preset with nothing but Python installed.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Conditioning = Literal["adagn", "add", "concat"]
 QkvOrder = Literal["legacy", "new"]
@@ -30,6 +30,12 @@ def check(holds: bool, name: str, value: object, expected: str) -> None:
     """Raise ValueError, naming the setting, its value and what it must be, unless `holds`."""
     if not holds:
         raise ValueError(f"{name} = {value!r}: must be {expected}")
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Raise ValueError unless `value` is one of a Literal's."""
+    known = get_args(choices)
+    check(value in known, name, value, "one of " + ", ".join(f'"{choice}"' for choice in known))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,9 @@ class EncoderConfig:
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        check_choice("model.qkv", self.qkv, QkvOrder)
+        check_choice("model.resample", self.resample, Resample)
+        check_choice("model.conditioning", self.conditioning, Conditioning)
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and below 1")
         check(self.blocks >= 1, "model.blocks", self.blocks, "at least 1 per level")
         self._check_levels()
@@ -230,6 +239,7 @@ class ClassifierConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("model.pool", self.pool, Pool)
         check(self.num_classes >= 2, "model.num_classes", self.num_classes, "at least 2")
 
 
@@ -254,6 +264,10 @@ class DiffusionConfig:
     loss: Loss = "hybrid"
 
     def __post_init__(self) -> None:
+        check_choice("diffusion.schedule", self.schedule, Schedule)
+        check_choice("diffusion.predict", self.predict, Predict)
+        check_choice("diffusion.variance", self.variance, Variance)
+        check_choice("diffusion.loss", self.loss, Loss)
         fewest = _FEWEST_LINEAR_STEPS if self.schedule == "linear" else 2
         expected = f"at least {fewest} for a {self.schedule} schedule"
         check(self.steps >= fewest, "diffusion.steps", self.steps, expected)
