@@ -45,8 +45,11 @@ def serve_until_killed(root: Path) -> int:
     with Stream(open_shards(str(root)), config=config_for(root, workers=2), seed=1) as stream:
         sizes = {"batch_size": 12, "micro_batch_size": 12}
         batches = stream.batches(images_seen=0, rank=0, ranks=1, **sizes)
-        for _ in to_device(batches, device=torch.device("cpu")):
-            workers_of(psutil.Process())[0].send_signal(signal.SIGKILL)
+        served = to_device(batches, device=torch.device("cpu"))
+        next(served)
+        workers_of(psutil.Process())[0].send_signal(signal.SIGKILL)
+        for _ in islice(served, 1000):
+            pass
     return 0
 
 
