@@ -4,17 +4,15 @@ The state is the trainer's own account, and a killed run keeps the state "runnin
 is alive is asked of the queue, or read from the lease.
 """
 
-import json
 import math
-import os
 import re
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from data.progress import duration
 from launch import records
@@ -22,15 +20,14 @@ from launch.signs import Signs
 from trainer import runstate
 from trainer.ranks import lease
 from trainer.runstate import RunState
-from trainer.watch import goodput
+from trainer.watch import goodput, history
 from trainer.watch.goodput import Goodput
+from trainer.watch.history import Row
 
-# Bytes read from the end of a file: thousands of lines of metrics.
+# Bytes read from the end of the metrics: thousands of rows.
 _TAIL = 200_000
 # Seconds after which a start without metrics is reported as such: as long as ranks are waited for.
 _LONG_START = 600.0
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +89,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
     if signs is None:
         signs = Signs()
         signs.look([run])
-    state, rows, total = RunState.read(run), _rows(run / "metrics.jsonl"), _total(run)
+    state, rows, total = RunState.read(run), _reports(run), _total(run)
     last = next((row for row in reversed(rows) if "loss" in row), {})
     job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)
@@ -235,7 +232,10 @@ def _checkpoint(run: Path) -> tuple[int, float]:
 
 
 def _last_event(run: Path) -> str | None:
-    lines = _lines(run / "launch" / "events.txt")
+    try:
+        lines = (run / "launch" / "events.txt").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
     return lines[-1].partition("  ")[2] if lines else None  # without the date
 
 
@@ -252,27 +252,9 @@ def _total(run: Path) -> int | None:
 _MEASURED = ("validation/", "evaluation/")
 
 
-def _rows(file: Path) -> list[Row]:
-    """The last rows of metrics. Lines that are torn or still being written are left out."""
-    rows = []
-    for line in _lines(file):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        is_row = isinstance(row, dict) and all(_is_number(row.get(n)) for n in ("images", "time"))
-        if is_row and not any(name.startswith(_MEASURED) for name in row):
-            rows.append(row)
-    return rows
-
-
-def _lines(file: Path) -> list[str]:
-    """The lines at the end of a file that may be long, or missing."""
-    try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - _TAIL))
-            lines = stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    return lines if size <= _TAIL else lines[1:]
+def _reports(run: Path) -> list[Row]:
+    """The last rows of metrics that are reports of training."""
+    with suppress(OSError):
+        found = (row for row in history.read(run, tail=_TAIL) if _is_number(row.get("time")))
+        return [row for row in found if not any(name.startswith(_MEASURED) for name in row)]
+    return []

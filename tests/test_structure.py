@@ -35,6 +35,7 @@ PURE = (
     "trainer.origin",
     "trainer.runstate",
     "trainer.watch.goodput",
+    "trainer.watch.history",
     "data.config",
 )
 

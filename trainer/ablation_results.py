@@ -13,7 +13,7 @@ from trainer import config as configs
 from trainer import plots
 from trainer.ablations import AblationSet, Row
 from trainer.plots import Bar, Value
-from trainer.watch import tensorboard
+from trainer.watch import history, tensorboard
 
 
 def write(found: AblationSet, *, runs: Path, say: Callable[[str], None]) -> None:
@@ -106,17 +106,12 @@ def _curves(found: AblationSet, *, runs: Path) -> dict[str, list[tuple[int, floa
     """FID against images, of the rows whose runs have `intervals.evaluate`."""
     curves = {}
     for row in found.rows:
-        file = runs / row.directory / "run" / "metrics.jsonl"
-        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-        points: dict[int, float] = {}
-        for line in lines:
-            try:
-                values = json.loads(line)
-            except ValueError:  # still being written
-                continue
-            for name, value in values.items():
-                if name.startswith("evaluation/fid_") and value is not None:
-                    points[values["images"]] = value
+        points = {
+            values["images"]: value
+            for values in history.read(runs / row.directory / "run")
+            for name, value in values.items()
+            if name.startswith("evaluation/fid_") and value is not None
+        }
         if points:
             curves[row.name] = sorted(points.items())
     return curves

@@ -25,6 +25,7 @@ from trainer.adm.config import UNetConfig, check
 from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.networks import TrainedNetwork
+from trainer.watch import history
 
 _CARD = """\
 ---
@@ -119,8 +120,10 @@ def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwor
             _write_json(aside / "model_index.json", _index(config))
         (aside / "config.toml").write_text(configs.to_toml(config))
         (aside / "README.md").write_text(_card(to, named, found=found))
-        if (metrics := _last_metrics(found.file)) is not None:
-            _write_json(aside / "metrics.json", metrics)
+        # The run that a checkpoint's file belongs to.
+        metrics = [row for run in found.file.parents[2:3] for row in history.read(run)]
+        if metrics:
+            _write_json(aside / "metrics.json", metrics[-1])
         for path in (*aside.rglob("*"), aside):
             files.sync(path)
         aside.rename(to)
@@ -155,16 +158,6 @@ def _card(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> st
         sha256=found.sha256,
         usage=usage if model.small_size is None else _UPSAMPLER,
     )
-
-
-def _last_metrics(file: Path) -> dict[str, Any] | None:
-    """The last row of the metrics of the run that a checkpoint's file belongs to."""
-    try:
-        rows = (file.parents[2] / "metrics.jsonl").read_text().splitlines()
-        row: dict[str, Any] = json.loads(rows[-1])
-    except (OSError, LookupError, ValueError):
-        return None
-    return row
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

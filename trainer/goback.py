@@ -9,7 +9,7 @@ from data import files
 from trainer import checkpoint as checkpoints
 from trainer import origin
 from trainer.run import Run
-from trainer.watch.board import rows_after
+from trainer.watch import history
 
 _ASIDE = "set-aside"
 
@@ -35,13 +35,13 @@ def go_back(run: Run, wanted: str) -> None:
     # Like checkpoints these are named by the clock.
     kept = [*run.samples.glob("[0-9]*.png"), *run.evaluations.glob("[0-9]*.json")]
     beside = [path for path in kept if path.stem > target.name]
-    rows = rows_after(run.path / "metrics.jsonl", int(target.name))
-    if rows:
-        files.append(run.path / f"metrics.{_ASIDE}.jsonl", "".join(f"{row}\n" for row in rows))
+    after = [row for row in history.read(run.path) if row["images"] > int(target.name)]
+    if after:
+        files.append(run.path / f"metrics.{_ASIDE}.jsonl", "".join(map(history.text, after)))
     for path in [*later, *beside]:
         files.set_aside(path, _ASIDE)
     origin.record(target, run=run.path)
     run.log(
-        f"went back to checkpoint {target.name}: {len(later)} later checkpoints, {len(rows)} rows "
+        f"went back to checkpoint {target.name}: {len(later)} later checkpoints, {len(after)} rows "
         f"of metrics, and {len(beside)} grids and evaluations are set aside (*.{_ASIDE}*)"
     )

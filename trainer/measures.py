@@ -21,7 +21,7 @@ from trainer.sampling.draw import draw_grid
 from trainer.saving import Saving
 from trainer.start import Parts
 from trainer.validation import Validation
-from trainer.watch import board as boards
+from trainer.watch import history
 from trainer.watch.board import Board
 
 
@@ -38,7 +38,12 @@ def missing(run: Run, config: Config, *, images_seen: int) -> set[str]:
     every = {"validation": config.intervals.validate, in_training.GROUP: config.intervals.evaluate}
     at = {"images_seen": images_seen, "batch_size": config.training.batch}
     wanted = {group for group, n in every.items() if images_seen and due(n, **at)}
-    return wanted - from_main(lambda: boards.groups_at(run.path, images_seen))
+
+    def there() -> set[str]:
+        rows = [row for row in history.read(run.path) if row["images"] == images_seen]
+        return {name.partition("/")[0] for row in rows for name in row if "/" in name}
+
+    return wanted - from_main(there)
 
 
 @dataclass(kw_only=True)

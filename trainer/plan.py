@@ -9,7 +9,6 @@ first lines repeat: measure them (`--from RUN` takes the speed of a run) or stat
 
 import argparse
 import dataclasses
-import json
 import re
 import statistics
 import sys
@@ -39,6 +38,7 @@ from trainer.prediction import (
     scaled,
     step,
 )
+from trainer.watch import history
 
 # Images per GPU of the table of weak scaling.
 _WEAK = 32
@@ -56,10 +56,8 @@ def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
     if configs.load(run / "config.toml").model != config.model:
         raise ValueError(f"--from {run}: it trains another network than this preset")
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()[-_ROWS:]
-        rows = [json.loads(line) for line in lines]
         # Rows of validations and evaluations have none.
-        rate = statistics.median(row[_RATE] for row in rows if _RATE in row)
+        rate = statistics.median(r[_RATE] for r in history.read(run)[-_ROWS:] if _RATE in r)
         ranks = checkpoints.read(checkpoints.committed(run / "checkpoints")[0]).state.ranks
     except (OSError, ValueError, LookupError) as error:
         raise ValueError(

@@ -1,6 +1,5 @@
 """What a run shows: `metrics.jsonl`, its timeline, TensorBoard and, if it is wanted, wandb."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from data.progress import duration, seconds_left
 from trainer import config as configs
 from trainer.config import Config
 from trainer.runstate import RunState
-from trainer.watch import goodput
+from trainer.watch import goodput, history
 from trainer.watch.goodput import Goodput
 from trainer.watch.mfu import Mfu
 from trainer.watch.tensorboard import TensorBoard, is_moved
@@ -55,15 +54,14 @@ class Board:
         self._began, self._start = time.monotonic(), images_seen
         self._texted = -math.inf
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
-        self._rows = run / "metrics.jsonl"
         self._unwritten: list[str] = []
-        rows = _drop_rows(self._rows, after=images_seen)
+        earlier = _drop_rows(run, after=images_seen)
         text = configs.to_toml(configs.public(config))
         self._tensorboard = TensorBoard(
             run / "tensorboard", images_seen=images_seen, config=text, log=log
         )
         if self._tensorboard.is_old:
-            self._show_again(rows)
+            self._show_again(earlier)
         project = config.board.wandb
         self._wandb = WandB(run, project=project, config=text, log=log) if project else None
         goodput.note(run, "training", images=images_seen)
@@ -117,13 +115,13 @@ class Board:
 
     def _append(self, values: Mapping[str, float], *, images_seen: int) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        row = json.dumps({"images": images_seen, "time": time.time(), **finite}) + "\n"
+        row = history.text({"images": images_seen, "time": time.time(), **finite})
         self._unwritten = [*self._unwritten, row][-_UNWRITTEN:]
         self._attempt("metrics.jsonl", self._write_rows)
 
     def _write_rows(self) -> None:
         """Write the rows, those too that had no room before."""
-        files.append(self._rows, "".join(self._unwritten))
+        files.append(history.file(self._run), "".join(self._unwritten))
         self._unwritten = []
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
@@ -194,15 +192,17 @@ class Board:
         }
         return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
 
-    def _show_again(self, rows: list[dict[str, Any]]) -> None:
+    def _show_again(self, earlier: list[history.Row]) -> None:
         """Draw the curves of a run of an earlier release under the tags of this one."""
-        for row in rows:
+        for row in earlier:
             known = {k: v for k, v in row.items() if isinstance(v, int | float)}
             images, at = int(known.pop("images")), known.pop("time", None)
             first = _overview(known, done=images / self._total, hours=None)
             moved = {name: v for name, v in known.items() if is_moved(name)}
             self._tensorboard.scalars({**first, **moved}, images_seen=images, at=at)
-        self._log(f"TensorBoard: {len(rows)} rows of metrics.jsonl are shown under their new tags")
+        self._log(
+            f"TensorBoard: {len(earlier)} rows of metrics.jsonl are shown under their new tags"
+        )
 
 
 _MFU = (("mfu_measured", "the measured peak"), ("mfu_datasheet", "the datasheet's peak"))
@@ -224,32 +224,10 @@ def _overview(values: Mapping[str, float], *, done: float, hours: float | None) 
     return {f"0_overview/{name}": value for name, value in shown.items()}
 
 
-def groups_at(run: Path, clock: int) -> set[str]:
-    """The groups that metrics of this clock belong to, as far as they have one."""
-    file = run / "metrics.jsonl"
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines if _clock(line) == clock]
-    return {name.partition("/")[0] for row in rows for name in row if "/" in name}
-
-
-def rows_after(file: Path, clock: int) -> list[str]:
-    """The rows of later clocks."""
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    return [line for line in lines if clock < _clock(line) < math.inf]
-
-
-def _drop_rows(file: Path, *, after: int) -> list[dict[str, Any]]:
+def _drop_rows(run: Path, *, after: int) -> list[history.Row]:
     """Remove the rows of later clocks, and a last row that was torn; returns the others."""
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    kept = [line for line in lines if _clock(line) <= after]
-    if kept != lines:
-        files.write(file, "".join(f"{line}\n" for line in kept))
-    return [json.loads(line) for line in kept]
-
-
-def _clock(row: str) -> float:
-    """The clock of a row; infinity where it cannot be read."""
-    try:
-        return float(json.loads(row)["images"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    kept = [row for row in history.read(run) if row["images"] <= after]
+    file, text = history.file(run), "".join(map(history.text, kept))
+    if file.exists() and file.read_text(errors="replace") != text:
+        files.write(file, text)
+    return kept
