@@ -6,8 +6,10 @@ such program).
 """
 
 import argparse
+import difflib
 import dis
 import os
+import re
 import select
 import signal
 import sys
@@ -49,7 +51,16 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and exit with `REFUSED`."""
         self.print_usage(sys.stderr)
-        self.exit(REFUSED, f"{self.prog}: error: {message}\n")
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        hint = self._instead_of(unknown[1]) if unknown else ""
+        self.exit(REFUSED, f"{self.prog}: error: {message}{hint}\n")
+
+    def _instead_of(self, option: str) -> str:
+        options = self._option_string_actions
+        if "--set" in options and "." in option:
+            return f" (a setting: --set '{option.removeprefix('--')} = VALUE', as in the file)"
+        close = difflib.get_close_matches(option, options, n=1)
+        return f" (nearest: {close[0]})" if close else ""
 
 
 def path_text(text: str) -> str:

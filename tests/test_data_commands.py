@@ -22,6 +22,25 @@ def test_descriptions_keep_their_line_breaks() -> None:
     assert "\n  first     one\n  second    two\n" in said.format_help()
 
 
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("--rum=x", "unrecognized arguments: --rum=x (nearest: --run)"),
+        ("--training.lr", " (a setting: --set 'training.lr = VALUE', as in the file)"),
+        ("--cards", "unrecognized arguments: --cards"),
+    ],
+)
+def test_an_unknown_option_has_a_hint(
+    given: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = CommandParser(prog="p")
+    for option in ("--run", "--set"):
+        parser.add_argument(option)
+    with pytest.raises(SystemExit):
+        parser.parse_args([given])
+    assert capsys.readouterr().err.endswith(f"{hint}\n")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), BrokenExecutor()])
 def test_faults_of_the_machine_are_failures(error: Exception) -> None:
     assert exit_status(error) == FAILED

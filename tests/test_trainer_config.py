@@ -66,6 +66,7 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("training.lrr = 1e-4", "unknown setting 'training.lrr' (nearest: 'lr')"),
+        ("training.steps = 700000", "unknown setting 'training.steps' (nearest: 'images')"),
         ("lr = 1e-4", "unknown setting 'lr' (nearest: 'training.lr', in [training])"),
         ("intervals.x = 1", "unknown setting 'intervals.x'; there are: log, checkpoint, "),
         ("model.learn_sigm = true", "unknown setting 'model.learn_sigm'; there are: "),

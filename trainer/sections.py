@@ -4,7 +4,7 @@ No torch here: a login node checks a config before anything is queued.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.adm.config import Kernels, check, check_choice
@@ -22,7 +22,7 @@ class TrainingConfig:
     """The optimisation. All spans are counted in images, the one clock of a run."""
 
     #: Length of the run; a multiple of `batch`.
-    images: int
+    images: int = field(metadata={"instead_of": ("steps", "max_steps", "iterations", "epochs")})
     #: Images of an optimizer step, over all ranks.
     batch: int
     #: At most this many images at once on a rank; gradient accumulation makes up the batch.

@@ -92,7 +92,8 @@ def without(changes: Iterable[str], later: Iterable[str]) -> tuple[str, ...]:
 def fields(kind: Any, *, derived: bool = False) -> list["dataclasses.Field[Any]"]:
     """The fields of a dataclass that can be set, or else those that are `derived` from others.
 
-    The metadata of such a field has the name of the setting that it `follows`.
+    The metadata of such a field has the name of the setting that it `follows`. `instead_of` has the
+    names by which other programs set the same.
     """
     return [f for f in dataclasses.fields(kind) if ("follows" in f.metadata) is derived]
 
@@ -109,8 +110,9 @@ def build(kind: Any, table: Mapping[str, Any], *, name: str = "") -> Any:
     every = {field.name: field for field in dataclasses.fields(kind)}
     for key in table:
         if key not in every:
-            known = [field.name for field in fields(kind)]
-            hint = _in_section(kind, key) or nearest(key, known)
+            known = {f.name: f.name for f in fields(kind)}
+            others = {o: f.name for f in fields(kind) for o in f.metadata.get("instead_of", ())}
+            hint = _in_section(kind, key) or nearest(key, others | known)
             hint = hint or f"; there are: {', '.join(known)}"
             raise ValueError(f"unknown setting {join(name, key)!r}{hint}")
     for key, field in every.items():
@@ -125,10 +127,14 @@ def join(section: str, key: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that is most like `word`, or nothing."""
-    by_lower = {name.lower(): name for name in known}
+    """A hint at the known word that is most like `word`, or nothing.
+
+    In a mapping, it is a hint at what the most alike word stands for.
+    """
+    meant = known if isinstance(known, Mapping) else {name: name for name in known}
+    by_lower = {name.lower(): name for name in meant}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f" (nearest: {by_lower[close[0]]!r})" if close else ""
+    return f" (nearest: {meant[by_lower[close[0]]]!r})" if close else ""
 
 
 def _in_section(kind: Any, key: str) -> str:
