@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from data.config import check, naming
@@ -109,6 +110,11 @@ def manifest_text(
         "made_by": made_by,
     }
     return json.dumps({**body, "fingerprint": _fingerprint(body)}, indent=1) + "\n"
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is there, and is the manifest of a packed dataset, not another program's."""
+    return path.is_file() and FORMAT.encode() in path.read_bytes()
 
 
 def parse_manifest(where: str, content: bytes) -> Manifest:

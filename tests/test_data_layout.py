@@ -96,7 +96,8 @@ def test_the_only_top_directory_is_descended(tmp_path: Path, form: object) -> No
     assert callable(form)
     clean = packed_16(form(class_folders(tmp_path / "clean")))
     class_folders(tmp_path / "P" / "archive" / "train")
-    (tmp_path / "P" / "archive" / "README.txt").write_text("x")
+    for name in ("README.txt", "manifest.json"):  # of another program
+        (tmp_path / "P" / "archive" / name).write_text('{"format": "another"}')
     shards = packed_16(form(tmp_path / "P"))
     assert shards.classes == ("n01", "n02") and content(shards) == content(clean)
 

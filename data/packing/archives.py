@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.labels import Label
-from data.manifest import FORMAT, MANIFEST, NO_CLASS, parse_manifest
+from data.manifest import MANIFEST, NO_CLASS, is_manifest, parse_manifest
 from data.packing.arrays import Cifar, SampleFile, cifar_files
 from data.packing.layout import class_directories
 from data.packing.listing import Listing, by_directory_name, by_label_if_any
@@ -99,10 +99,9 @@ class Tars(Archives):
     def _classes_of_manifest(self) -> tuple[str, ...]:
         """The classes of the packed dataset that these tars are the shards of, or ()."""
         path = self._root / MANIFEST
-        content = path.read_bytes() if path.is_file() else b""
-        if FORMAT.encode() not in content:
-            return ()  # there is none, or it is another program's
-        manifest = parse_manifest(str(path), content)
+        if not is_manifest(path):
+            return ()
+        manifest = parse_manifest(str(path), path.read_bytes())
         are_its = {file.name for file in self.files} <= {shard.tar for shard in manifest.shards}
         return manifest.classes if are_its else ()
 

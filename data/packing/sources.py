@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import MANIFEST
+from data.manifest import MANIFEST, is_manifest
 from data.packing.claim import WORK
 from data.packing.dataset_json import DATASET_JSON, by_dataset_json
 from data.packing.layout import by_directory
@@ -115,7 +115,7 @@ class Folder(Source):
         walk = os.walk(self.root, followlinks=True, onerror=self._refuse)
         for directory, directories, names in walk:
             inside = Path(directory).relative_to(self.root)
-            if inside.parts and _is_packed({*directories, *names}):
+            if inside.parts and _is_packed(Path(directory), {*directories, *names}):
                 directories.clear()
                 continue
             for name in [name for name in directories if _leads_up(Path(directory, name))]:
@@ -231,9 +231,10 @@ def read_extent(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _is_packed(names: set[str]) -> bool:
+def _is_packed(directory: Path, names: set[str]) -> bool:
     """Whether a directory with these names is a packed dataset, such as OUT within SOURCE."""
-    return bool({WORK, MANIFEST} & names) and not any(is_image(name) for name in names)
+    is_ours = WORK in names or (MANIFEST in names and is_manifest(directory / MANIFEST))
+    return is_ours and not any(is_image(name) for name in names)
 
 
 def _leads_up(path: Path) -> bool:
