@@ -236,6 +236,6 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         check(self.spike > 0, "guards.spike", self.spike, "above 0, or inf")
-        for field, least in {"window": 2, "in_a_row": 1, "rollbacks": 0}.items():
-            value = getattr(self, field)
-            check(value >= least, f"guards.{field}", value, f"at least {least}")
+        for name, least in {"window": 2, "in_a_row": 1, "rollbacks": 0}.items():
+            value = getattr(self, name)
+            check(value >= least, f"guards.{name}", value, f"at least {least}")
