@@ -22,6 +22,16 @@ def test_a_signal_is_remembered_and_a_repeated_one_harmless() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_second_ctrl_c_while_the_first_is_announced_is_the_same_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A terminal gives it to torchrun and to the ranks, and torchrun passes it on."""
+    monkeypatch.setattr(os, "write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.stop_requested
+
+
 def test_an_insistent_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "PATIENCE", 0.0)
     with Preemption(), pytest.raises(KeyboardInterrupt):

@@ -68,10 +68,10 @@ class Preemption:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if not self._stop_requested:
-            self._stop_requested = True
+            # Both ahead of the line: as it is written, the next signal may come.
+            self._stop_requested, self._since = True, time.monotonic()
             if is_main_process():  # not by print, which a signal may have interrupted
                 with suppress(OSError):  # the terminal may be gone
                     os.write(2, b"\nstop requested: the run saves and stops after this step\n")
-            self._since = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
             raise KeyboardInterrupt
