@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,12 @@ from tests.support.runs import WORLDS, Place
 from tests.support.site import Site
 from trainer import config as configs
 from trainer.adm.unet import build
+
+# On a busy machine any example may take long.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
+# Shells let what they start in the background ignore Ctrl-C, and it would pass that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = """
 objective = "denoise"

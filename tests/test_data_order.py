@@ -26,7 +26,6 @@ def served(order: Order, numbers: range) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(order.sizes)])[place.shard] + place.row
 
 
-@settings(deadline=None)
 @given(sizes=datasets, data=st.data())
 def test_an_epoch_serves_each_image_at_most_once_and_few_are_left_out(
     sizes: list[int], data: st.DataObject
@@ -47,7 +46,6 @@ def test_an_epoch_serves_each_image_at_most_once_and_few_are_left_out(
         assert not left_out[0] & left_out[1] and not left_out[1] & left_out[2]
 
 
-@settings(deadline=None)
 @given(sizes=datasets, data=st.data())
 def test_an_image_is_the_same_however_it_is_asked_for(
     sizes: list[int], data: st.DataObject
@@ -60,7 +58,6 @@ def test_an_image_is_the_same_however_it_is_asked_for(
         assert [a[i] for a in together] == [a[0] for a in fresh.locate([number])]
 
 
-@settings(deadline=None)
 @given(sizes=datasets, data=st.data())
 def test_stand_ins_are_the_rest_of_the_block(sizes: list[int], data: st.DataObject) -> None:
     order = draw_order(data, sizes)
@@ -74,7 +71,7 @@ def test_stand_ins_are_the_rest_of_the_block(sizes: list[int], data: st.DataObje
         assert number in order.alternatives(int(others[0]))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
 def test_epochs_are_mixed_anew(seed: int) -> None:
     order = Order([60] * 10, seed=seed, streams=8, block=16)

@@ -75,7 +75,7 @@ def whole(shards: Shards) -> Seen:
     return seen
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), ranks=st.sampled_from([1, 2, 3, 4, 6]), start=st.integers(0, 5))
 def test_the_sequence_does_not_depend_on_ranks_or_restarts(
     shards: Shards, whole: Seen, data: st.DataObject, ranks: int, start: int
@@ -99,7 +99,7 @@ def test_the_sequence_does_not_depend_on_ranks_or_restarts(
 PNGS = [image_file(i, width=4, height=4, kind="PNG") for i in range(64)]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda s: sum(s) > 3),
     data=st.data(),

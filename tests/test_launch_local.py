@@ -34,8 +34,6 @@ def start(directory: Path, *options: str, ranks: str, **variables: str) -> "subp
         start_new_session=True,
         stdout=subprocess.PIPE,
         text=True,
-        # A shell starts background jobs with SIGINT ignored, which bash could not trap.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

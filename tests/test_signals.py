@@ -43,14 +43,8 @@ def start(run: Path, preset: Path, *, pause: Path | None = None) -> "subprocess.
         [sys.executable, "-m", "trainer.train", str(preset), "--run", str(run)],
         cwd=ranks.ROOT, env=env, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=heed,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
     )  # fmt: skip
-
-
-def heed() -> None:
-    """Ignore no signal in a new process: in the background, shells ignore Ctrl-C for theirs."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def signalled_in_import(run: Path, preset: Path, number: signal.Signals) -> tuple[int, str]:
