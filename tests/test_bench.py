@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import cells, cpu_step, gpu, scale
+from tests.support.ranks import LIMIT
 from tests.test_plan import machine
 from trainer import config as configs
 
@@ -19,7 +20,7 @@ def test_every_cell_is_a_process_and_a_line_of_figures(tmp_path: Path) -> None:
     assert row["kind"] == "ceilings" and row["device"] and row["commit"] and row["copy GB/s"] > 0
     late = gpu.measure(gpu.waiting(), {"kind": "ceilings"}, limit=0.01)
     assert "took more than" in late["error"]
-    wrong = gpu.measure(gpu.waiting(), {"kind": "nothing"}, limit=60)
+    wrong = gpu.measure(gpu.waiting(), {"kind": "nothing"}, limit=LIMIT)
     assert wrong == {"error": "KeyError: 'nothing'"}
 
 

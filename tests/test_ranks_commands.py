@@ -20,9 +20,9 @@ here, came = pathlib.Path(sys.argv[1]), []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: came.append(signal.Signals(number).name))
 (here / "ready").touch()
-while not came:
+while not (came and (here / "all came").exists()):
     time.sleep(0.01)
-time.sleep(0.5)
+time.sleep(0.3)
 (here / "saved").write_text(" ".join(came))
 sys.exit(75)
 """
@@ -54,6 +54,7 @@ def test_a_signal_is_passed_on_once_and_the_save_is_waited_for(
     for _ in range(2):
         (os.killpg if group else os.kill)(process.pid, number)
         time.sleep(0.1)
+    (tmp_path / "all came").touch()
     _, said = process.communicate()
     # Nor does another command begin.
     assert said == f"{TO_BE_CONTINUED} {TO_BE_CONTINUED}\n"

@@ -110,7 +110,7 @@ def test_a_port_that_another_run_uses_is_named_in_one_line(tmp_path: Path) -> No
 def meet_at_a_store_that_stays(port: int) -> int:
     """Connect as ranks of torchrun do, and end as a killed process does."""
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    with connected(join(), patience=60.0) as device:
+    with connected(join(), patience=ranks.LIMIT) as device:
         if os.environ["RANK"] == "0":  # it reads weights meanwhile
             time.sleep(0.5)
         group = dist.new_group([0, 1])

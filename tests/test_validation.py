@@ -182,7 +182,7 @@ def measure(preset: Path, digits: Path, out: Path) -> int:
         class_conditional=True,
     )
     world = join()
-    with connected(world, patience=200) as device, torch.no_grad():
+    with connected(world, patience=ranks.LIMIT) as device, torch.no_grad():
         seen = []
 
         def stopped_on_one(rank: int) -> bool:
