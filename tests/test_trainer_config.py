@@ -72,6 +72,7 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ("model.learn_sigm = true", "unknown setting 'model.learn_sigm'; there are: "),
         ("training.LR = 1e-4", "unknown setting 'training.LR' (nearest: 'lr')"),
         ("training.clip = None", "is not TOML; "),
+        ("data.shards=/a/b", """ text in quotes: --set 'data.shards = "/a/b"';"""),
         ("training.clip = None", "to leave a setting out: --unset NAME"),
         ("modell.channels = 3", "unknown setting 'modell' (nearest: 'model')"),
         ('training.lr = "fast"', "training.lr = 'fast': must be a number"),

@@ -7,6 +7,7 @@ its value and what it must be. No torch here: a login node reads settings too.
 import argparse
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -193,9 +194,12 @@ def _parse_change(text: str) -> Table:
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError):
+        name, _, value = (part.strip() for part in text.partition("="))
+        is_bare = re.fullmatch(r"[\w./:~ -]+", value)
+        change = f'{name} = "{value}"' if is_bare else 'training.precision = "bf16"'
         raise ValueError(
             f"--set {text!r:.80} is not TOML; write it as in the file: --set 'training.lr = 1e-4', "
-            """--set 'training.precision = "bf16"'; to leave a setting out: --unset NAME"""
+            f"and text in quotes: --set '{change}'; to leave a setting out: --unset NAME"
         ) from None
 
 
