@@ -8,7 +8,7 @@ bytes of a number in the training precision.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -223,28 +223,45 @@ def _buffers(net: NetCosts, *, zero: Mapping[str, Any], many: bool) -> int:
     return max(len(buckets(net, zero=zero)), 2)
 
 
-def traffic(
-    net: NetCosts, *, zero: Mapping[str, Any], ranks: int, accumulation: int
-) -> dict[str, int]:
-    """Bytes of the tensors that a step reduces and gathers, by collective.
+class Moved(NamedTuple):
+    """What the collectives of one kind move in a step."""
 
-    An all-gather counts by its result, the others by their input. Sums of single numbers are left
-    out. See `sent` for what passes a rank's link.
+    #: Bytes of their tensors: of an all-gather its result, of the others their input.
+    size: int
+    #: How many collectives.
+    calls: int
+
+
+def collectives(
+    net: NetCosts, *, zero: Mapping[str, Any], ranks: int, accumulation: int
+) -> dict[str, Moved]:
+    """What a step reduces and gathers, by collective; sums of single numbers are left out.
+
+    In stage 3 one call gathers each large parameter; DeepSpeed joins some, and gathers some again.
     """
-    whole = net.element * net.parameters
     if ranks == 1:
         return {}
+    whole = net.element * net.parameters
+    # Stage 1 reduces once, the others in every micro-batch.
+    passes = 1 if zero["stage"] == 1 else accumulation
+    reductions = passes * len(buckets(net, zero=zero))
     if zero["stage"] == 3:
-        small = net.element * sum(size for size in net.sizes if size <= _threshold(zero))
+        large = [size for size in net.sizes if size > _threshold(zero)]
+        gathered = net.element * sum(large)
+        small = whole - gathered
         # The weights gathered for the forward pass serve the backward pass where all may stay.
-        stays = net.parameters - small <= zero.get("stage3_max_live_parameters", _LIVE)
-        passes = accumulation * (1 if stays else 2)
-        gathered = passes * (whole - small) + small
-        return {"reduce_scatter": accumulation * whole, "all_gather": gathered}
-    # Stage 2 reduces in every micro-batch, stage 1 once.
-    reduced = whole * (accumulation if zero["stage"] == 2 else 1)
-    whole_buckets = zero.get("use_multi_rank_bucket_allreduce", True)
-    return {"all_reduce" if whole_buckets else "reduce": reduced, "all_gather": whole}
+        stays = sum(large) <= zero.get("stage3_max_live_parameters", _LIVE)
+        turns = accumulation * (1 if stays else 2)
+        return {
+            "reduce_scatter": Moved(passes * whole, reductions),
+            "all_gather": Moved(turns * gathered + small, accumulation * len(large) + 1),
+        }
+    gathered_once = {"all_gather": Moved(whole, 1)}
+    if zero.get("use_multi_rank_bucket_allreduce", True):
+        return {"all_reduce": Moved(passes * whole, reductions), **gathered_once}
+    # Each rank's part of the gradients goes to it alone, in two where it crosses buckets.
+    parts = passes * (ranks - 1)
+    return {"reduce": Moved(passes * whole, reductions + parts), **gathered_once}
 
 
 def buckets(net: NetCosts, *, zero: Mapping[str, Any]) -> list[int]:
@@ -256,32 +273,6 @@ def buckets(net: NetCosts, *, zero: Mapping[str, Any]) -> list[int]:
             filled.append(0)
         filled[-1] += size
     return filled
-
-
-def calls(
-    net: NetCosts, *, zero: Mapping[str, Any], ranks: int, accumulation: int
-) -> dict[str, int]:
-    """How many collectives of each kind move the tensors of `traffic` in a step.
-
-    In stage 3 one gathers each large parameter; DeepSpeed joins some, and gathers some again.
-    """
-    if ranks == 1:
-        return {}
-    reductions = len(buckets(net, zero=zero)) * (1 if zero["stage"] == 1 else accumulation)
-    if zero["stage"] == 3:
-        large = sum(size > _threshold(zero) for size in net.sizes)
-        return {"reduce_scatter": reductions, "all_gather": accumulation * large + 1}
-    if zero.get("use_multi_rank_bucket_allreduce", True):
-        return {"all_reduce": reductions, "all_gather": 1}
-    # Each rank's part of the gradients goes to it alone, in two where it crosses buckets.
-    passes = 1 if zero["stage"] == 1 else accumulation
-    return {"reduce": reductions + passes * (ranks - 1), "all_gather": 1}
-
-
-def sent(tensors: Mapping[str, int], *, ranks: int) -> float:
-    """Bytes that each rank sends in ring collectives over tensors of these sizes."""
-    passes = {"all_reduce": 2, "reduce": 1, "reduce_scatter": 1, "all_gather": 1}
-    return sum(passes[name] * size for name, size in tensors.items()) * (ranks - 1) / ranks
 
 
 def _threshold(zero: Mapping[str, Any]) -> int:

@@ -154,13 +154,13 @@ def _collectives(
 
     All-reduces pass a tree, twice; the others pass every rank of a ring.
     """
-    tensors = costs.traffic(net, zero=zero, ranks=gpus, accumulation=pieces)
-    calls = costs.calls(net, zero=zero, ranks=gpus, accumulation=pieces)
+    moved = costs.collectives(net, zero=zero, ranks=gpus, accumulation=pieces)
     seconds = {"all_gather": 0.0}
-    for name, size in tensors.items():
-        hops = 2 * math.ceil(math.log2(gpus)) if name == "all_reduce" else gpus - 1
-        moved = costs.sent({name: size}, ranks=gpus) / (machine.bandwidth * GB)
-        seconds[name] = moved + calls[name] * hops * machine.latency / 1e6
+    for name, (size, calls) in moved.items():
+        twice = name == "all_reduce"
+        hops = 2 * math.ceil(math.log2(gpus)) if twice else gpus - 1
+        sent = (2 if twice else 1) * size * (gpus - 1) / gpus
+        seconds[name] = sent / (machine.bandwidth * GB) + calls * hops * machine.latency / 1e6
     return seconds.pop("all_gather"), sum(seconds.values())
 
 
