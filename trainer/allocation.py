@@ -25,6 +25,7 @@ from data.config import expanded, is_local
 from data.exits import FAILED, REFUSED, CommandParser
 from data.version import digest
 from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
+from trainer.options import add_ranks
 from trainer.ranks.group import device_of
 from trainer.ranks.world import World, join, step_hosts
 
@@ -180,14 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m launch check",
         description="Check an allocation before a run; to be started on every rank.",
     )
-    parser.add_argument(
-        "--ranks", type=int, help="refuse another number of ranks (default: any number)"
-    )
-    parser.add_argument(
-        "--gpus",
-        type=int,
-        help="GPUs that each machine must show; 0: the job is for CPUs (default: any number)",
-    )
+    add_ranks(parser, work="check")
     parser.add_argument(
         "--run", type=Path, help="a directory that must be writable (default: none is tried)"
     )

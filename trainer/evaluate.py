@@ -30,6 +30,7 @@ from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork, open_network
 from trainer.evaluation.reference import Reference
 from trainer.evaluation.results import Results, compare
+from trainer.options import add_local_rank
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.world import World, join
@@ -240,7 +241,7 @@ def _add_common(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--network", required=True, help=network)
     p.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
-    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
+    add_local_rank(p)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The command line of `python -m trainer.train`."""
+"""The command line of `python -m trainer.train`, and what all commands of ranks share."""
 
 import argparse
 from pathlib import Path
@@ -32,6 +32,20 @@ def seconds(text: str) -> float:
     return found
 
 
+def add_ranks(p: argparse.ArgumentParser, *, work: str) -> None:
+    """The options by which a job states what its ranks must find; without GPUs they `work` so."""
+    ranks = "refuse to start with another number of ranks (default: any number)"
+    p.add_argument("--ranks", type=int, help=ranks)
+    gpus = f"refuse a machine that shows fewer GPUs; 0: {work} on CPUs (default: what there is)"
+    p.add_argument("--gpus", type=count, help=gpus)
+    add_local_rank(p)
+
+
+def add_local_rank(p: argparse.ArgumentParser) -> None:
+    """The option that `deepspeed` passes to every rank; nothing reads it."""
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = CommandParser(prog="python -m trainer.train", description=_ABOUT)
@@ -42,8 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ds-config", help=ds_config)
     origin.add_init(p)
     origin.add_from(p)
-    ranks = "refuse to start with another number of ranks (default: any number)"
-    p.add_argument("--ranks", type=int, help=ranks)
+    add_ranks(p, work="train")
     profile = "profile so many steps on the main rank, into RUN/profile/ (default: none)"
     p.add_argument("--profile", type=count, default=0, metavar="STEPS", help=profile)
     p.add_argument(
@@ -53,10 +66,4 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="end the job when a rank is lost or hung for so long (default: %(default)s)",
     )
-    p.add_argument(
-        "--gpus",
-        type=count,
-        help="refuse a machine that shows fewer GPUs; 0: train on CPUs (default: what there is)",
-    )
-    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
     return p

@@ -22,7 +22,7 @@ from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
 from trainer.compute import DTYPES
 from trainer.networks import SampleInputs
-from trainer.options import count
+from trainer.options import add_ranks
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.signals import Preemption
@@ -190,12 +190,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="the seed of all noise (default: %(default)s)")
     share = "draw the K-th of N shares; the last of N processes to end makes the output of them"
     add("--share", type=_share, default=(0, 1), metavar="K/N", help=share)
-    ranks = "refuse to start with another number of ranks (default: any number)"
-    add("--ranks", type=int, help=ranks)
-    gpus = "refuse a machine that shows fewer GPUs; 0: draw on CPUs (default: what there is)"
-    add("--gpus", type=count, help=gpus)
+    add_ranks(p, work="draw")
     add("--job", type=Path, help=argparse.SUPPRESS)  # `python -m launch sample` passes it
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
     return p
 
 

@@ -32,6 +32,7 @@ from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Classify, low_resolution, to_range
 from trainer.evaluation import outputs
 from trainer.networks import TrainedNetwork
+from trainer.options import add_local_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.world import World, join
 from trainer.validation import SEED, Terms, ValidationSet, means
@@ -258,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
         precision = "compute in this precision (default: as trained; fp32 on a CPU)"
         add("--precision", choices=("bf16", "fp16", "fp32"), help=precision)
         add("--out", type=Path, help="a .json for all values (default: none)")
-        add("--local_rank", type=int, help=argparse.SUPPRESS)  # `deepspeed` passes it
+        add_local_rank(command)
     return p
 
 
