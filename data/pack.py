@@ -41,13 +41,9 @@ _SHOWN = 3
 
 
 def pack(
-    source: str,
+    wanted: Request,
     *,
     out: Path,
-    config: PackConfig,
-    class_from: str | None = None,
-    class_map: Path | None = None,
-    classes_of: str | Path | None = None,
     max_bad: float = 0.01,
     again: bool = False,
     executor: AbstractContextManager[Executor | None] | None = None,
@@ -55,9 +51,6 @@ def pack(
     """Pack a source into `out`, or finish what an interrupted packing left there.
 
     Args:
-        class_from: "prefix" of the file's name or "directory"; None is what the source has.
-        class_map: lines of NAME CLASS, or of CLASS in the names' order, in place of directories.
-        classes_of: a dataset whose class numbers to use.
         max_bad: the share of images that may be left out.
         again: try again what an earlier packing left out.
         executor: runs the jobs; this process, if None.
@@ -71,22 +64,15 @@ def pack(
         OSError: reading or writing failed, e.g. the disk is full; finished shards are kept.
     """
     check(0 <= max_bad <= 1, "--max-bad", max_bad, "a share between 0 and 1")
-    wanted = Request(
-        source=source,
-        config=config,
-        class_from=class_from,
-        class_map=class_map,
-        classes_of=classes_of,
-    )
     with claimed(out):
-        images = open_source(source, staging=out / WORK)
+        images = open_source(wanted.source, staging=out / WORK)
         start, found = begun.load(out), wanted.values()
         before = None if start is None else start.request
         is_new = before != found
         if start is None or is_new:
             listing = wanted.listing(images)
             start = begun.begin(found, listing=listing, source=images)
-        work = plan(start.listing, source=source, out=out, config=config)
+        work = plan(start.listing, source=wanted.source, out=out, config=wanted.config)
         if _already_packed(out, work, before=before, wanted=found, again=again):
             print(f"{out} holds this dataset already", file=sys.stderr)
             return 0
@@ -205,16 +191,14 @@ def _results(jobs: tuple[PackJob, ...], executor: Executor | None) -> Iterator[M
 
 
 def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
-    check(workers >= 1, "--workers", workers, "at least 1")
-    return _mpi_executor() if mpi else pool.processes(workers)
-
-
-def _mpi_executor() -> Executor:
-    """Runs jobs on the other ranks of `mpirun -n N python -m mpi4py.futures -m data.pack`.
+    """Runs jobs in processes here, or with `mpi` on the other ranks of mpi4py.futures.
 
     Raises:
-        ValueError: there are no other ranks.
+        ValueError: there would be no process, or there are no other ranks.
     """
+    check(workers >= 1, "--workers", workers, "at least 1")
+    if not mpi:
+        return pool.processes(workers)
     from mpi4py import MPI  # starts MPI, which only --mpi needs
     from mpi4py.futures import MPIPoolExecutor
 
@@ -230,15 +214,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run `python -m data.pack`; returns the exit status."""
     options = vars(parser().parse_args(arguments))
     given = {field.name: options.pop(field.name) for field in fields(PackConfig)}
+    of = {f.name: options.pop(f.name) for f in fields(Request) if f.name in options}
     workers, mpi = options.pop("workers"), options.pop("mpi")
     try:
         with pool.interrupted_by_signals():
-            executor, config = _executor(workers, mpi), PackConfig(**given)
+            executor = _executor(workers, mpi)
+            wanted = Request(config=PackConfig(**given), **of)
             if options.pop("dry_run"):
-                names = ("source", "class_from", "class_map", "classes_of")
-                wanted = Request(config=config, **{name: options[name] for name in names})
                 return dry_run(wanted, out=options["out"], workers=workers)
-            pack(options.pop("source"), config=config, executor=executor, **options)
+            pack(wanted, executor=executor, **options)
     except KeyboardInterrupt as signal:
         print(f"packing stopped by {signal or 'Ctrl-C'}; {_CONTINUE}", file=sys.stderr)
         return TO_BE_CONTINUED

@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from data.dataset import Shards
 from data.pack import pack
+from data.packing.begun import Request
 from data.packing.indexing import index_directory
 from data.packing.plan import PackConfig
 from tests.support.data_fixtures import content, image_file, packed, write_tar
@@ -170,10 +171,8 @@ def test_class_names_of_parquet_fit_all_labels_of_all_files(
     for classes_of in (None, Path(of.root)):
         with pytest.raises(ValueError, match=message):
             pack(
-                str(tmp_path / "P"),
+                Request(str(tmp_path / "P"), PackConfig(size=16), classes_of=classes_of),
                 out=tmp_path / "out",
-                config=PackConfig(size=16),
-                classes_of=classes_of,
             )
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from data.dataset import Shards, open_shards
 from data.exits import REFUSED
 from data.pack import main, pack
+from data.packing.begun import Request
 from data.packing.claim import WORK
 from data.packing.jobs import make_shard
 from data.packing.plan import PackConfig, plan
@@ -294,6 +295,6 @@ def test_a_packing_that_the_last_release_began_is_finished(tmp_path: Path) -> No
     del saved["transparent"]
     record.write_text(json.dumps(saved))
     untouched = (out / "00000.tar").stat().st_mtime_ns
-    pack(str(source), out=out, config=config)
+    pack(Request(str(source), config), out=out)
     assert (out / "00000.tar").stat().st_mtime_ns == untouched
     assert open_shards(out).fingerprint == packed_16(source).fingerprint

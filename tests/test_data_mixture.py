@@ -11,6 +11,7 @@ from data.dataset import Shards, open_shards
 from data.mixture import MixedOrder, Mixture, open_dataset, order_of
 from data.order import Order
 from data.pack import pack
+from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from data.stream import Stream, open_stream
 from tests.support.data_fixtures import image_file, pack_folder, write_folder
@@ -24,7 +25,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shards, Shards]:
     source = write_folder(root / "b" / "source", images=21)
     for i, path in enumerate(sorted(source.rglob("*.JPEG"))):
         path.write_bytes(image_file(1000 + i, width=20, height=20))
-    pack(str(source), out=root / "b" / "shards", config=PackConfig(size=16, per_shard=5))
+    pack(Request(str(source), PackConfig(size=16, per_shard=5)), out=root / "b" / "shards")
     return first, open_shards(root / "b" / "shards")
 
 
@@ -194,7 +195,7 @@ def test_labels_without_a_meaning_in_common_are_none(
     """Other classes, or as many of other names."""
     source = write_folder(tmp_path / "source", images=9, classes=classes)
     (source / "n0001").rename(source / "n0009")
-    pack(str(source), out=tmp_path / "shards", config=PackConfig(size=16))
+    pack(Request(str(source), PackConfig(size=16)), out=tmp_path / "shards")
     mixed = open_dataset(sets[0].root, mix=(str(tmp_path / "shards"),), shares=(0.5,))
     assert not mixed.labelled
     assert open_dataset(sets[0].root, mix=(sets[1].root,), shares=(0.5,)).labelled

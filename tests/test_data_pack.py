@@ -17,6 +17,7 @@ from data.config import DataConfig
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED
 from data.pack import LEFT_OUT, main, pack
+from data.packing.begun import Request
 from data.packing.claim import WORK
 from data.packing.jobs import make_shard
 from data.packing.plan import PackConfig, plan
@@ -106,8 +107,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_bytes_do_not_depend_on_workers_or_interruptions(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=40)
     config = PackConfig(size=16, per_shard=7)
-    pack(str(source), out=tmp_path / "one", config=config)
-    pack(str(source), out=tmp_path / "two", config=config, executor=ThreadPoolExecutor(2))
+    pack(Request(str(source), config), out=tmp_path / "one")
+    pack(Request(str(source), config), out=tmp_path / "two", executor=ThreadPoolExecutor(2))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert verify(tmp_path / "one", full=True) == []
 
@@ -119,7 +120,7 @@ def test_bytes_do_not_depend_on_workers_or_interruptions(tmp_path: Path) -> None
         make_shard(job)
     (halfway / "00001.tar").write_bytes(b"torn")
     untouched = (halfway / "00000.tar").stat().st_mtime_ns
-    pack(str(source), out=halfway, config=config)
+    pack(Request(str(source), config), out=halfway)
     assert contents(halfway) == contents(tmp_path / "one")
     assert (halfway / "00000.tar").stat().st_mtime_ns == untouched
 
@@ -131,7 +132,7 @@ def test_what_cannot_be_decoded_is_left_out_and_listed(tmp_path: Path) -> None:
     (source / "n0002" / "img_0.JPEG").write_bytes(whole[: len(whole) // 2])
     (source / "n0002" / "img_1.JPEG").write_bytes(b"")
     out = tmp_path / "out"
-    left = pack(str(source), out=out, config=PackConfig(size=16))
+    left = pack(Request(str(source), PackConfig(size=16)), out=out)
     assert left == 3 and open_shards(out).count == 17
     report = (out / LEFT_OUT).read_text()
     assert "n0001/img_0.JPEG: no image that Pillow knows\n" in report
@@ -198,7 +199,7 @@ def test_sizes(tmp_path: Path) -> None:
 
 def test_the_ranks_of_mpirun_pack_the_same_bytes(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=40)
-    pack(str(source), out=tmp_path / "one", config=PackConfig(size=16))
+    pack(Request(str(source), PackConfig(size=16)), out=tmp_path / "one")
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable]
     command += ["-m", "mpi4py.futures", "-m", "data.pack", str(source), str(tmp_path / "many")]
     command += ["--size", "16", "--mpi"]

@@ -12,6 +12,7 @@ from bench.photos import make_photos
 from data.config import DataConfig
 from data.dataset import Shards, open_shards, verify
 from data.pack import pack
+from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from data.stream import Stream
 from data.transforms import center_crop, open_rgb
@@ -30,7 +31,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
     out = tmp_path_factory.mktemp("packed")
     executor = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
-    assert pack(str(photos), out=out, config=PackConfig(size=SIZE), executor=executor) == 0
+    assert pack(Request(str(photos), PackConfig(size=SIZE)), out=out, executor=executor) == 0
     assert verify(out, full=True) == []
     return open_shards(out)
 

@@ -59,7 +59,7 @@ def test_a_16_bit_png_is_packed_with_its_shades_and_kept_unchanged(tmp_path: Pat
     ((pixels, _),) = content(packed(tmp_path / "P", tmp_path))
     assert len({*pixels}) > 100
     config = PackConfig(size=32, keep_original=True)
-    pack(str(tmp_path / "P"), out=tmp_path / "kept", config=config)
+    pack(Request(str(tmp_path / "P"), config), out=tmp_path / "kept")
     (shard,) = open_shards(tmp_path / "kept").shards
     (sample,) = scan_tar(tmp_path / "kept" / shard.tar)
     stored = (tmp_path / "kept" / shard.tar).read_bytes()[sample.offset :][: sample.size]
@@ -164,7 +164,7 @@ def test_an_image_of_very_many_pixels_is_named_once(
     request = Request(source=str(tmp_path), config=PackConfig(size=16))
     assert dry_run(request, out=tmp_path / "out", workers=1) == 0
     for _ in range(2):  # the shard is kept, and so is its record
-        assert pack(str(tmp_path), out=tmp_path / "out", config=request.config) == 1
+        assert pack(request, out=tmp_path / "out") == 1
         assert capsys.readouterr().err.endswith(", 1 of more than 600 pixels (huge.jpg)\n")
         assert "too_huge.jpg: " in (tmp_path / "out" / "left-out.txt").read_text()
         (tmp_path / "out" / "manifest.json").unlink()
@@ -211,8 +211,8 @@ def test_a_long_strip_takes_little_memory() -> None:
 
 def test_crops_that_were_not_meant_are_remarked(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=12)
-    pack(str(source), out=tmp_path / "cropped", config=PackConfig(size=16))
-    pack(str(source), out=tmp_path / "kept", config=PackConfig(size=16, keep_original=True))
+    pack(Request(str(source), PackConfig(size=16)), out=tmp_path / "cropped")
+    pack(Request(str(source), PackConfig(size=16, keep_original=True)), out=tmp_path / "kept")
 
     def remark(name: str, image_size: int, crop: Literal["center", "random"]) -> str:
         shards = open_shards(tmp_path / name)
@@ -224,7 +224,7 @@ def test_crops_that_were_not_meant_are_remarked(tmp_path: Path) -> None:
     assert "was cropped to 16 pixels when it was packed" in remark("cropped", 16, "random")
     assert "--size 16: its images are enlarged to 17 pixels" in remark("kept", 17, "random")
     assert "enlarged to 17 pixels" in remark("kept", 17, "center")
-    pack(str(source), out=tmp_path / "more", config=PackConfig(size=18, keep_original=True))
+    pack(Request(str(source), PackConfig(size=18, keep_original=True)), out=tmp_path / "more")
     merge(tmp_path / "both", [str(tmp_path / "more"), str(tmp_path / "kept")])
     assert "--size 16: its images are enlarged to 17 pixels" in remark("both", 17, "random")
     assert remark("both", 16, "random") == remark("kept", 16, "random") == ""
@@ -255,7 +255,8 @@ def test_exif_orientation_is_counted_and_applied_on_request(
     for turn, wanted in ((False, image), (True, upright)):
         out, options = tmp_path / f"o{turn}", {"keep_original": keep_original, "format": "png"}
         pack(
-            str(tmp_path / "P"), out=out, config=PackConfig(size=16, exif_transpose=turn, **options)
+            Request(str(tmp_path / "P"), PackConfig(size=16, exif_transpose=turn, **options)),
+            out=out,
         )
         ((found, _),) = content(open_shards(out))
         assert found == np.asarray(wanted).transpose(2, 0, 1).tobytes()
@@ -272,7 +273,7 @@ def test_a_tiff_that_pillow_turns_as_it_loads_is_not_turned_again(tmp_path: Path
     (tmp_path / "P" / "a").mkdir(parents=True)
     Image.fromarray(pixels).save(tmp_path / "P" / "a" / "x.tif", exif=exif)
     config = PackConfig(size=16, exif_transpose=True, format="png")
-    pack(str(tmp_path / "P"), out=tmp_path / "out", config=config)
+    pack(Request(str(tmp_path / "P"), config), out=tmp_path / "out")
     ((found, _),) = content(open_shards(tmp_path / "out"))
     assert found == np.rot90(pixels, -1).transpose(2, 0, 1).tobytes()
 
@@ -284,7 +285,7 @@ def test_16_bits_of_which_12_are_used_are_counted(
     for most in (0, 255, 4095, 4096, 65535):
         image = Image.fromarray(np.full((16, 16), most, np.uint16))
         (tmp_path / "P" / f"{most}.png").write_bytes(file_of(image, "PNG"))
-    pack(str(tmp_path / "P"), out=tmp_path / "o", config=PackConfig(size=16))
+    pack(Request(str(tmp_path / "P"), PackConfig(size=16)), out=tmp_path / "o")
     assert ", 2 of 16 bits with values below 4,096 (nearly black" in capsys.readouterr().err
 
 

@@ -20,6 +20,7 @@ from pyarrow import parquet
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED
 from data.pack import main, pack
+from data.packing.begun import Request
 from data.packing.claim import LEFT_OUT, WORK
 from data.packing.plan import PackConfig
 from tests.support import ranks
@@ -33,7 +34,7 @@ def half_packed(source: Path, out: Path) -> Path:
     (out / "00005.tar").mkdir(parents=True)  # in its way
     (out / WORK).mkdir()
     with pytest.raises(OSError):
-        pack(str(source), out=out, config=CONFIG)
+        pack(Request(str(source), CONFIG), out=out)
     (out / "00005.tar").rmdir()
     assert (out / "00004.tar").exists() and not (out / "manifest.json").exists()
     return out
@@ -74,7 +75,7 @@ def test_parquet_of_the_same_name_is_not_taken_from_what_was_unpacked(tmp_path: 
     assert len(unpacked) == 1
     parquet_of(sets[1], tmp_path / "a" / "train-0.parquet")
     with pytest.raises(ValueError, match=r"train-0\.parquet was changed since the packing began"):
-        pack(str(source), out=out, config=CONFIG, max_bad=0)
+        pack(Request(str(source), CONFIG), out=out, max_bad=0)
 
 
 def test_a_file_added_since_costs_nothing(tmp_path: Path) -> None:
@@ -84,15 +85,15 @@ def test_a_file_added_since_costs_nothing(tmp_path: Path) -> None:
     before = times(out)
     (source / "n0001" / "added.png").write_bytes(image_file(9, width=20, height=20, kind="PNG"))
     (source / "n0007").mkdir()
-    pack(str(source), out=out, config=CONFIG)
+    pack(Request(str(source), CONFIG), out=out)
     assert open_shards(out).fingerprint == clean.fingerprint
     assert before.items() <= times(out).items()
     with pytest.raises(ValueError, match="n0007"):  # a new packing sees it
-        pack(str(source), out=tmp_path / "new", config=CONFIG)
+        pack(Request(str(source), CONFIG), out=tmp_path / "new")
 
 
 def packed_with(source: Path, out: Path) -> Shards:
-    pack(str(source), out=out, config=CONFIG)
+    pack(Request(str(source), CONFIG), out=out)
     return open_shards(out)
 
 
@@ -100,12 +101,12 @@ def test_other_options_are_another_dataset(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=40)
     out = half_packed(source, tmp_path / "out")
     with pytest.raises(ValueError, match=r"another dataset \(unfinished; --seed was 0, is 1\)"):
-        pack(str(source), out=out, config=PackConfig(size=16, per_shard=5, seed=1))
+        pack(Request(str(source), PackConfig(size=16, per_shard=5, seed=1)), out=out)
     (out / WORK / "begun.json").unlink()
     with pytest.raises(
         ValueError, match=r"begun by an earlier release\): .*remove it to pack anew"
     ):
-        pack(str(source), out=out, config=PackConfig(size=16, per_shard=5, seed=1))
+        pack(Request(str(source), PackConfig(size=16, per_shard=5, seed=1)), out=out)
 
 
 def test_what_cannot_be_read_is_left_out_and_tried_again(tmp_path: Path) -> None:
@@ -119,18 +120,18 @@ def test_what_cannot_be_read_is_left_out_and_tried_again(tmp_path: Path) -> None
     files[2].unlink()
     files[2].symlink_to("nowhere")  # ENOENT
     out = tmp_path / "out"
-    assert pack(str(source), out=out, config=CONFIG) == 3
+    assert pack(Request(str(source), CONFIG), out=out) == 3
     report = (out / LEFT_OUT).read_text()
     assert "cannot be read (Too many levels of symbolic links)" in report
     assert "cannot be read (No such file or directory)" in report
     assert open_shards(out).count == 37 and verify(out, full=True) == []
-    assert pack(str(source), out=out, config=CONFIG) == 0, "it is finished"
+    assert pack(Request(str(source), CONFIG), out=out) == 0, "it is finished"
 
     before = times(out)
     for path, image in kept.items():
         path.unlink()
         path.write_bytes(image)
-    assert pack(str(source), out=out, config=CONFIG, again=True) == 0
+    assert pack(Request(str(source), CONFIG), out=out, again=True) == 0
     assert open_shards(out).fingerprint == clean.fingerprint
     assert not (out / LEFT_OUT).exists() and not (out / WORK).exists()
     untouched = before.items() & times(out).items()
@@ -149,7 +150,7 @@ def test_a_continued_packing_counts_what_it_kept(
     half_packed(source, tmp_path / "out")
     for out in ("out", "whole"):
         capsys.readouterr()
-        pack(str(source), out=tmp_path / out, config=CONFIG)
+        pack(Request(str(source), CONFIG), out=tmp_path / out)
         line = capsys.readouterr().err.splitlines()[-1]
         for counted in ("transparency", "of 16 bits", "an EXIF", "smaller than 16 pixels"):
             assert re.search(f", 40 (with )?{counted}", line), line
@@ -161,9 +162,9 @@ def test_an_image_edited_meanwhile_is_noticed(tmp_path: Path) -> None:
     for path, _ in image_files(source):
         path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(ValueError, match=r"images were left out .* was changed since"):
-        pack(str(source), out=out, config=CONFIG)
-    assert pack(str(source), out=out, config=CONFIG, max_bad=1) == 15
-    assert pack(str(source), out=out, config=CONFIG, again=True) == 0
+        pack(Request(str(source), CONFIG), out=out)
+    assert pack(Request(str(source), CONFIG), out=out, max_bad=1) == 15
+    assert pack(Request(str(source), CONFIG), out=out, again=True) == 0
 
 
 def test_more_than_max_bad_stops_and_is_continued(tmp_path: Path) -> None:
@@ -176,9 +177,9 @@ def test_more_than_max_bad_stops_and_is_continued(tmp_path: Path) -> None:
     away = moved.rename(tmp_path / "away")
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"11 images were left out .*--max-bad allows 10"):
-        pack(str(source), out=out, config=CONFIG)
+        pack(Request(str(source), CONFIG), out=out)
     away.rename(moved)
-    assert pack(str(source), out=out, config=CONFIG) == 0
+    assert pack(Request(str(source), CONFIG), out=out) == 0
     assert open_shards(out).fingerprint == clean.fingerprint
 
 
@@ -187,7 +188,7 @@ def test_a_set_of_undecodable_images_is_no_dataset(tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / "source" / "a" / f"{i}.avif").write_bytes(b"\0\0\0 ftypavif" + b"\0" * 40)
     with pytest.raises(ValueError, match="none of 4 images can be decoded"):
-        pack(str(tmp_path / "source"), out=tmp_path / "out", config=CONFIG)
+        pack(Request(str(tmp_path / "source"), CONFIG), out=tmp_path / "out")
 
 
 def test_what_is_no_file_is_left_out_and_listed(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_what_is_no_file_is_left_out_and_listed(tmp_path: Path) -> None:
     (source / "n0001" / "device.png").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(source / "n0002" / "socket.png"))
-        assert pack(str(source), out=tmp_path / "out", config=CONFIG) == 3
+        assert pack(Request(str(source), CONFIG), out=tmp_path / "out") == 3
     lines = (tmp_path / "out" / LEFT_OUT).read_text().splitlines()
     names = ["n0001/device.png", "n0001/pipe.png", "n0002/socket.png"]
     assert sorted(lines) == [
@@ -213,7 +214,7 @@ def test_names_of_any_bytes_are_packed_and_listed(tmp_path: Path) -> None:
         file.write(b"damaged")
     with open(latin.replace(b"caf", b"th"), "wb") as file:
         file.write(image_file(0, width=20, height=20))
-    assert pack(str(source), out=tmp_path / "out", config=CONFIG) == 1
+    assert pack(Request(str(source), CONFIG), out=tmp_path / "out") == 1
     assert b"n0001/caf\xe9.png: " in (tmp_path / "out" / LEFT_OUT).read_bytes()
     assert open_shards(tmp_path / "out").count == 21
 
@@ -256,8 +257,8 @@ def test_a_killed_packing_leaves_no_process_and_is_continued(
             "finished shards are kept"
         ]
     slow.write_bytes(image)
-    assert pack(str(source), out=out, config=CONFIG) == 1, "it was changed"
-    assert pack(str(source), out=out, config=CONFIG, again=True) == 0
+    assert pack(Request(str(source), CONFIG), out=out) == 1, "it was changed"
+    assert pack(Request(str(source), CONFIG), out=out, again=True) == 0
     assert verify(out, full=True) == [] and not list(out.glob("*partial*"))
 
 
@@ -271,7 +272,7 @@ def test_a_directory_that_cannot_be_listed_is_refused() -> None:
         os.seteuid(65534)
         try:
             with pytest.raises(ValueError, match=r"directory n0001 cannot be listed .*Permission"):
-                pack(str(source), out=Path(place) / "out", config=CONFIG)
+                pack(Request(str(source), CONFIG), out=Path(place) / "out")
         finally:
             os.seteuid(0)
 

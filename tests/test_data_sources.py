@@ -16,6 +16,7 @@ from data.dataset import open_shards
 from data.exits import REFUSED
 from data.pack import main, pack
 from data.packing.archives import open_source
+from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from data.shards import main as shards_main
 from data.stream import Stream
@@ -102,7 +103,7 @@ def test_lmdb_packs_as_one_class(
 
 def test_keeping_originals(folder: Path, tmp_path: Path) -> None:
     config = PackConfig(size=22, keep_original=True)
-    pack(str(folder), out=tmp_path, config=config)
+    pack(Request(str(folder), config), out=tmp_path)
     shards = open_shards(tmp_path)
     assert shards.image_size is None
     originals = {path.read_bytes() for path, _ in image_files(folder)}

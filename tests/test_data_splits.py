@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from data.dataset import Shards, open_shards
 from data.pack import pack
+from data.packing.begun import Request
 from data.packing.indexing import index_directory
 from data.packing.listing import by_directory_name
 from data.packing.plan import PackConfig
@@ -70,7 +71,7 @@ def test_the_tars_of_img2dataset_are_packed_and_not_their_metadata(tmp_path: Pat
 def split(source: Path, out: Path, which: Split, share: float | None = None) -> Shards:
     """One split of a source, packed at 16 pixels."""
     config = PackConfig(size=16, per_shard=9, split=which, val_share=share)
-    pack(str(source), out=out, config=config)
+    pack(Request(str(source), config), out=out)
     return open_shards(out)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from data.dataset import Shards, open_shards
 from data.pack import pack
+from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from tests.support.classes import NAMES, folder, labels, refusal
 from tests.support.data_fixtures import image_file
@@ -15,7 +16,7 @@ from tests.support.data_fixtures import image_file
 
 def packed_here(source: Path, out: str, **options: Path) -> Shards:
     """As `packed`, in this process."""
-    pack(str(source), out=source.parent / out, config=PackConfig(size=16), **options)
+    pack(Request(str(source), PackConfig(size=16), **options), out=source.parent / out)
     return open_shards(source.parent / out)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.pack import pack
+from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from tests.support import ranks
 from tests.support.data_fixtures import image_file
@@ -130,7 +131,7 @@ def test_a_classifier_of_other_names_is_refused_where_the_shards_tell(tmp_path: 
             path = tmp_path / name / folder / f"{folder}.png"
             path.parent.mkdir(parents=True)
             path.write_bytes(image_file(0, width=8, height=8, kind="PNG"))
-        pack(str(tmp_path / name), out=tmp_path / f"s{name}", config=PackConfig(size=8))
+        pack(Request(str(tmp_path / name), PackConfig(size=8)), out=tmp_path / f"s{name}")
         changes = [f"data.shards = '{tmp_path / f's{name}'}'", "model.num_classes = 3"]
         found[name] = TrainedNetwork(configs.load("digits", changes), Path("w.pt"), "0", name, True)
     check_names(found["c"], network=found["a"], option="--classifier")

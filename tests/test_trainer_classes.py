@@ -13,6 +13,7 @@ from pyarrow import parquet
 from data.dataset import Shards, open_shards
 from data.manifest import manifest_text
 from data.pack import pack
+from data.packing.begun import Request
 from data.packing.indexing import index_directory
 from data.packing.plan import PackConfig
 from tests.support import ranks
@@ -38,7 +39,7 @@ def folder(root: Path, names: Callable[[int], str]) -> Path:
 
 
 def packed(source: Path | str, root: Path) -> Shards:
-    pack(str(source), out=root / "shards", config=PackConfig(size=8))
+    pack(Request(str(source), PackConfig(size=8)), out=root / "shards")
     return open_shards(root / "shards")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data import pack
 from data.dataset import open_shards
+from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from data.packing.splits import Split
 from tests.support import golden, ranks
@@ -287,10 +289,8 @@ def test_a_network_of_the_other_kind_is_refused(runs: Place, digits: Path) -> No
 
 def test_it_is_told_where_the_run_may_train_on_what_was_held_out(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=45)
-    packings: tuple[Split | None, ...] = (None, "train", "val")
-    for part in packings:
-        config = PackConfig(size=8, split=part)
-        pack.pack(str(source), out=tmp_path / str(part), config=config)
+    for config in (PackConfig(size=8, split=split) for split in (None, *get_args(Split))):
+        pack.pack(Request(str(source), config), out=tmp_path / str(config.split))
     held_out = f'data.validation = "{tmp_path}/val"'
     sets = (held_out, "model.num_classes = 3", "intervals.validate = 256")
     for part, told in (("None", True), ("train", False)):

@@ -35,14 +35,17 @@ _PART = 256
 _NOT_IN_MANIFESTS = {"SOURCE", "--class-from", "--class-map", "--classes-of"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Request:
     """What determines a dataset: a source, the settings, and where the classes are from."""
 
     source: str
     config: PackConfig
+    #: "prefix" of the file's name or "directory"; None is what the source has.
     class_from: str | None = None
+    #: Lines of NAME CLASS, or of CLASS in the names' order, in place of directories.
     class_map: Path | None = None
+    #: A dataset whose class numbers to use.
     classes_of: str | Path | None = None
 
     def values(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class Request:
         class_map = map_content(self.class_map) if self.class_map else None
         return {
             "SOURCE": self.source if self.source == "digits" else os.path.abspath(self.source),
-            **{f"--{name.replace('_', '-')}": v for name, v in self.config.values.items()},
+            **options_of(self.config.values),
             "--class-from": self.class_from,
             "--class-map": None if class_map is None else _digest(class_map),
             "--classes-of": None if classes is None else _digest(classes.encode()),
@@ -102,8 +105,7 @@ class Begun:
 
 def begin(request: Mapping[str, Any], *, listing: Listing, source: Source) -> Begun:
     """A packing that begins now."""
-    holders = dict.fromkeys(map(source.holder, listing.names))
-    return Begun(request=request, listing=listing, stamps=_stamps(source, holders))
+    return Begun(request=request, listing=listing, stamps=_stamps(source, listing.names))
 
 
 def again(begun: Begun, *, out: Path, source: Source) -> Begun:
@@ -113,8 +115,7 @@ def again(begun: Begun, *, out: Path, source: Source) -> Begun:
         ValueError: a file that holds many images was changed: they are others now.
     """
     missing = left_out_of(out)
-    names = [name for missed in missing.values() for name in missed]
-    fresh = _stamps(source, dict.fromkeys(map(source.holder, names)))
+    fresh = _stamps(source, [name for missed in missing.values() for name in missed])
     for holder, stamp in fresh.items():
         if source.holds_many and begun.stamps.get(holder) not in (None, stamp):
             raise ValueError(f"{holder} was changed since the packing began: choose another OUT")
@@ -180,12 +181,13 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _stamps(source: Source, holders: Iterable[str]) -> dict[str, Stamp]:
-    names = list(holders)
-    parts = [names[first : first + _PART] for first in range(0, len(names), _PART)]
+def _stamps(source: Source, names: Iterable[str]) -> dict[str, Stamp]:
+    """Size and time of each file that holds some of these images, as far as it can be reached."""
+    holders = list(dict.fromkeys(map(source.holder, names)))
+    parts = [holders[first : first + _PART] for first in range(0, len(holders), _PART)]
     with ThreadPoolExecutor(_REQUESTS) as threads:
-        found = threads.map(lambda part: [(name, _stamp(source, name)) for name in part], parts)
-        return {name: stamp for part in found for name, stamp in part if stamp is not None}
+        found = threads.map(lambda part: [(each, _stamp(source, each)) for each in part], parts)
+        return {holder: stamp for part in found for holder, stamp in part if stamp is not None}
 
 
 def _stamp(source: Source, holder: str) -> Stamp | None:

@@ -14,6 +14,7 @@ from data.dataset import Shards, describe, open_shards
 from data.index import index_bytes
 from data.manifest import manifest_text
 from data.pack import pack
+from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from data.stream import Stream
 from data.tars import ShardWriter
@@ -41,7 +42,7 @@ def pack_folder(root: Path, *, images: int, size: int = 16, per_shard: int = 9) 
     """A packed dataset under `root` of that many pictures."""
     source = write_folder(root / "source", images=images)
     config = PackConfig(size=size, per_shard=per_shard)
-    pack(str(source), out=root / "shards", config=config)
+    pack(Request(str(source), config), out=root / "shards")
     return open_shards(root / "shards")
 
 
@@ -66,7 +67,7 @@ def write_shards(root: Path, *, stored: list[list[bytes]], image_size: int) -> S
 
 def packed(source: Path, out: Path) -> Shards:
     """A source packed at 16 pixels, under `out`."""
-    pack(str(source), out=out / "packed", config=PackConfig(size=16, per_shard=9))
+    pack(Request(str(source), PackConfig(size=16, per_shard=9)), out=out / "packed")
     return open_shards(out / "packed")
 
 
