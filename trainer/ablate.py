@@ -26,7 +26,6 @@ from data.dataset import open_shards
 from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, reported
 from data.stream import open_stream
 from trainer import ablation_results, ablation_rows, costs, settings
-from trainer.ablation_rows import state_of
 from trainer.ablations import AblationSet, Row, load
 from trainer.adm.config import check
 from trainer.evaluation.evaluator import Evaluator
@@ -35,6 +34,7 @@ from trainer.prediction import operations
 from trainer.ranks.commands import Commands
 from trainer.ranks.group import alone
 from trainer.ranks.world import launched
+from trainer.runstate import RunState
 
 # The status of a row that was stopped: all the rest waits too.
 _STOPPED = -1
@@ -126,7 +126,7 @@ def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int, commands: 
         print(f"row {row.name!r}: its job is {state}; rerun this when it is done")
         return TO_BE_CONTINUED
     for command in _left(found, row, runs=runs):
-        before = state_of(run)
+        before = RunState.read(run)
         status = commands.run(_on_ranks(command, ranks=ranks))
         if command[0] == "trainer.train":
             status = ablation_rows.training_status(run, before=before, status=status)
@@ -162,7 +162,8 @@ def _is_of_a_job(run: Path) -> bool:
 
 
 def _state(run: Path) -> str | None:
-    state = state_of(run)
+    """What the run last recorded; None where it did not begin."""
+    state = RunState.read(run)
     return None if state is None else state.state
 
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from data import files
 from trainer import config as configs
 from trainer import plots
 from trainer.ablations import AblationSet, Row
-from trainer.plots import Bar, Value
+from trainer.evaluation.results import Figure
+from trainer.plots import Bar
 from trainer.watch import history, tensorboard
 
 
@@ -31,13 +31,13 @@ def write(found: AblationSet, *, runs: Path, say: Callable[[str], None]) -> None
         say("no plot.png: it needs matplotlib (pip install matplotlib)")
 
 
-def _figures(found: AblationSet, *, runs: Path) -> dict[str, dict[str, Any]]:
+def _figures(found: AblationSet, *, runs: Path) -> dict[str, dict[str, Figure]]:
     """The figures of the rows that have them, by row and name."""
     there = {row.name: runs / row.directory / "figures.json" for row in found.rows}
+    stored = {row: json.loads(path.read_text()) for row, path in there.items() if path.exists()}
     return {
-        name: json.loads(path.read_text())["figures"]
-        for name, path in there.items()
-        if path.exists()
+        row: {name: Figure(**figure) for name, figure in each["figures"].items()}
+        for row, each in stored.items()
     }
 
 
@@ -57,14 +57,10 @@ def table(found: AblationSet, *, runs: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(figure: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:
+def _cell(figure: Figure | None, base: Figure | None) -> str:
     if figure is None:
         return "-"
-    errors = [each["error"] for each in (figure, base) if each is not None]
-    error = "" if None in errors else f" ± {math.hypot(*errors):.1g}"
-    if base is None:
-        return f"{figure['value']:.4g}{error}"
-    return f"{figure['value'] - base['value']:+.3g}{error}"
+    return str(figure) if base is None else f"{figure - base:+.3g}"
 
 
 def as_csv(found: AblationSet, *, runs: Path) -> str:
@@ -73,7 +69,7 @@ def as_csv(found: AblationSet, *, runs: Path) -> str:
     writer = csv.writer(out)
     writer.writerow(["row", "figure", "value", "error"])
     for row, figures in _figures(found, runs=runs).items():
-        writer.writerows([row, name, f["value"], f["error"]] for name, f in figures.items())
+        writer.writerows([row, name, f.value, f.error] for name, f in figures.items())
     return out.getvalue()
 
 
@@ -84,7 +80,7 @@ def _against(found: AblationSet, row: Row) -> str:
     return "" if row.name in bases else (row.against or first)
 
 
-def _bars(found: AblationSet, figures: Mapping[str, Mapping[str, Any]]) -> tuple[list[Bar], str]:
+def _bars(found: AblationSet, figures: Mapping[str, Mapping[str, Figure]]) -> tuple[list[Bar], str]:
     """The difference of each row to the one that it is compared with, in the first figure."""
     name = next(iter(next(iter(figures.values()))))
     bars = []
@@ -92,13 +88,9 @@ def _bars(found: AblationSet, figures: Mapping[str, Mapping[str, Any]]) -> tuple
         own = figures.get(row.name, {}).get(name)
         against = _against(found, row)
         base = figures.get(against, {}).get(name)
-        if own is None or (against and base is None):
-            bars.append(Bar(row.name, against, None))
-            continue
-        errors = [each["error"] for each in (own, base) if each is not None]
-        error = None if None in errors else math.hypot(*errors)
-        difference = 0.0 if base is None else own["value"] - base["value"]
-        bars.append(Bar(row.name, against, Value(difference, error), own["value"]))
+        if own is not None and against:
+            own = None if base is None else own - base
+        bars.append(Bar(row.name, against, own))
     return bars, name
 
 
@@ -118,7 +110,7 @@ def _curves(found: AblationSet, *, runs: Path) -> dict[str, list[tuple[int, floa
 
 
 def _hparams(
-    found: AblationSet, figures: Mapping[str, Mapping[str, Any]]
+    found: AblationSet, figures: Mapping[str, Mapping[str, Figure]]
 ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
     """The settings that rows differ in, as each row has them, and its figures."""
     flat = {row.name: configs.flatten(found.config(row)) for row in found.rows}
@@ -127,7 +119,7 @@ def _hparams(
     return {
         row.directory: (
             {"row": row.name, **{name: flat[row.name].get(name) for name in differing}},
-            {name: figure["value"] for name, figure in figures[row.name].items()},
+            {name: figure.value for name, figure in figures[row.name].items()},
         )
         for row in found.rows
         if row.name in figures

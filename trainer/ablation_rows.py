@@ -20,17 +20,12 @@ from trainer.sampling.output import REQUEST
 from trainer.sampling.samplefile import open_samples
 
 
-def state_of(run: Path) -> RunState | None:
-    """What the run last recorded; None where it did not begin."""
-    return RunState.read(run) if run.is_dir() else None
-
-
 def training_status(run: Path, *, before: RunState | None, status: int) -> int:
     """The exit status of a training of `run`, 0 if it is finished; its launcher's was `status`.
 
     `before` is the run's state ahead of it.
     """
-    now = state_of(run)
+    now = RunState.read(run)
     if now is None or (before is not None and now.starts == before.starts):
         return status or FAILED  # it ended before it claimed the run
     known = {"finished": 0, "stopped": TO_BE_CONTINUED, "refused": REFUSED}
@@ -50,7 +45,7 @@ def outdated(found: AblationSet, row: Row, *, runs: Path) -> list[Path]:
     All of them, if that is of no finished run; none, where it cannot be known.
     """
     here, training = runs / row.directory, found.config(row).training
-    state = state_of(here / "run")
+    state = RunState.read(here / "run")
     if state is None or state.checkpoint is None:
         return []
     try:

@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING
 
 from data import files
 from trainer.adm.config import check
+from trainer.evaluation.results import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Picture
 
 _SUFFIXES = (".png", ".pdf", ".svg")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A figure and its standard error."""
-
-    value: float
-    error: float | None = None
 
 
 def check_plot(path: Path | None) -> None:
@@ -40,7 +33,7 @@ def is_possible() -> bool:
 
 
 def sweep(
-    path: Path, points: Mapping[float, Mapping[str, Value]], *, along: str, count: str
+    path: Path, points: Mapping[float, Mapping[str, Figure]], *, along: str, count: str
 ) -> None:
     """Precision and recall, FID and the inception score against a scale: the paper's Figure 4.
 
@@ -85,10 +78,8 @@ class Bar:
     name: str
     #: The row that it is compared with; empty for one that others are compared with.
     against: str
-    #: The difference; None if it is not known yet.
-    difference: Value | None
-    #: The row's own figure.
-    own: float | None = None
+    #: The difference, or the figure of a row without one; None if it is not known yet.
+    figure: Figure | None
 
 
 def ablation(
@@ -106,8 +97,8 @@ def ablation(
     axes = list(picture.subplots(1, 1 + bool(curves), squeeze=False)[0])
     left = axes[0]
     for place, bar in enumerate(bars):
-        if bar.difference is not None and bar.against:
-            value, error = bar.difference.value, bar.difference.error
+        if bar.figure is not None and bar.against:
+            value, error = bar.figure.value, bar.figure.error
             left.barh(place, value, xerr=error, color="C2" if value <= 0 else "C3", capsize=2)
     first = bars[0].name
     left.set_yticks(range(len(bars)), [_label(bar, first=first) for bar in bars])
@@ -125,19 +116,19 @@ def ablation(
 
 def _label(bar: Bar, *, first: str) -> str:
     """A row's name, and what its bar does not say."""
-    if bar.difference is None:
+    if bar.figure is None:
         return f"{bar.name} (not done yet)"
     if not bar.against:
-        return f"{bar.name} ({bar.own:.4g})"
+        return f"{bar.name} ({bar.figure.value:.4g})"
     return bar.name if bar.against == first else f"{bar.name} (against {bar.against})"
 
 
-def _figure(*, columns: int, height: float = 3.6) -> "Figure":
-    from matplotlib.figure import Figure
+def _figure(*, columns: int, height: float = 3.6) -> "Picture":
+    from matplotlib.figure import Figure as Picture
 
-    return Figure(figsize=(5.0 * columns, height), layout="constrained")
+    return Picture(figsize=(5.0 * columns, height), layout="constrained")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def _save(figure: "Picture", path: Path) -> None:
     with files.whole(path) as stream:
         figure.savefig(stream, format=path.suffix.removeprefix("."), dpi=150)

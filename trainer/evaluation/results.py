@@ -26,7 +26,16 @@ class Figure:
     error: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}" + (f" ± {self.error:.1g}" if self.error is not None else "")
+        return f"{self:.4g}"
+
+    def __format__(self, form: str) -> str:
+        error = "" if self.error is None else f" ± {self.error:.1g}"
+        return f"{self.value:{form or '.4g'}}{error}"
+
+    def __sub__(self, other: "Figure") -> "Figure":
+        known = self.error is not None and other.error is not None
+        error = math.hypot(self.error or 0, other.error or 0) if known else None
+        return Figure(self.value - other.value, error)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from trainer import plots
 from trainer.evaluation.results import Results, short
-from trainer.plots import Value
 from trainer.sampling.samplefile import Samples
 
 # What a sweep of `python -m trainer.sample` may be over, and what stands for none.
@@ -54,10 +53,7 @@ def plot(path: Path, results: Mapping[float, Results], *, option: str, count: in
     """Write the figure: precision and recall, FID and inception score against the scale."""
     n = short(count)
     points = {
-        scale: {
-            name.removesuffix(f"_{n}"): Value(figure.value, figure.error)
-            for name, figure in each.figures.items()
-        }
+        scale: {name.removesuffix(f"_{n}"): figure for name, figure in each.figures.items()}
         for scale, each in results.items()
     }
     along = {"scale": "scale of the classifier's gradient", "cfg": "classifier-free guidance"}
