@@ -14,10 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from data import files
 from data.exits import FAILED
 from tests.support import ranks
+from trainer.ranks import process as processes
 from trainer.ranks.group import Refused, connected
 from trainer.ranks.watchdog import Watchdog, compiles
 from trainer.ranks.world import join
@@ -82,6 +85,30 @@ def test_the_lowest_rank_that_lives_names_the_main_rank_before_any_other_error(
     assert "Traceback" not in job.text
 
 
+def lose_a_machine(told: Path) -> int:
+    """Three ranks on machines of their own: none sees the others' processes. The last is killed."""
+    world = join()
+    processes.machine = lambda: f"machine {world.rank}"
+    with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=ranks.LIMIT) as watchdog:
+        watchdog.tell = lambda line: files.append(told, f"{line}\n")
+        watchdog.mark("computing")
+        if world.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.zeros(8))
+    return 0
+
+
+def test_a_rank_that_only_loses_its_connection_is_not_named_as_the_fault(
+    jobs: dict[str, ranks.Job],
+) -> None:
+    """Rank 1 fails too, sees nobody gone, and would note its own error last, for the run's end."""
+    job = jobs["apart"]
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED, -signal.SIGKILL]
+    (line,) = (job.directory / "told").read_text().splitlines()
+    assert re.fullmatch(r"\S+: lost: \S+ \(rank 2; \w+\): ended", line), job.text
+
+
 def stand_still(directory: Path) -> int:
     """Three steps of two ranks, of which rank 1 does not come back from the third."""
     world = join()
@@ -104,6 +131,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ranks.J
         "hung": (2, partial(stand_still, root / "hung")),
         "killed": (3, partial(stop_in_mid_run, signal.SIGKILL)),
         "stopped": (3, partial(stop_in_mid_run, signal.SIGSTOP)),
+        "apart": (3, partial(lose_a_machine, root / "apart" / "told")),
         "strangers": (2, go_on_among_strangers),
         "refused": (1, refuse),
     }

@@ -8,12 +8,15 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from trainer.ranks.ending import NETWORK
 from trainer.ranks.group import from_main
 
 
@@ -45,3 +48,15 @@ class Mailbox:
 
     def _code(self, name: str, body: str) -> str:
         return hmac.new(self._secret, f"{name} {body}".encode(), hashlib.sha256).hexdigest()
+
+
+def briefly(act: Callable[[], None]) -> None:
+    """Do what may block, for 2 seconds at most; or fail, where the store has ended."""
+
+    def attempt() -> None:
+        with suppress(RuntimeError):
+            act()
+
+    thread = threading.Thread(target=attempt, daemon=True, name=f"{NETWORK}briefly")
+    thread.start()
+    thread.join(2.0)

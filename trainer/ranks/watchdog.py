@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from data.exits import FAILED
 from trainer.ranks.ending import NETWORK
 from trainer.ranks.faults import Broken, PeerLost, Refused, StoppedError
 from trainer.ranks.group import gather, is_of_a_collective
-from trainer.ranks.mailbox import Mailbox
+from trainer.ranks.mailbox import Mailbox, briefly
 from trainer.ranks.process import Process, RunningClock, compiles
 from trainer.ranks.world import World
 
@@ -127,24 +126,26 @@ class Watchdog:
             return
         self._has_looked = True
         gone = self._name_the_gone() if isinstance(error, RuntimeError) else ""
-        if gone and is_of_a_collective(error):
-            raise PeerLost(gone) from error
+        follows = is_of_a_collective(error)
         alike = isinstance(error, Refused | Broken | StoppedError)
         # An error of the device may be its machine's fault.
-        if not gone and not alike and not isinstance(error, torch.AcceleratorError):
-            self._leave_word(f"{type(error).__name__}: {error}")
+        if follows or not (gone or alike or isinstance(error, torch.AcceleratorError)):
+            self._leave_word(gone or f"{type(error).__name__}: {error}", follows=follows)
+        if gone and follows:
+            raise PeerLost(gone) from error
 
-    def _leave_word(self, why: str) -> None:
+    def _leave_word(self, why: str, *, follows: bool) -> None:
         """Tell the others, and the log, why this rank ends: its machine is not lost.
 
-        The main rank's error is noted with the run's end.
+        The main rank's error is noted with the run's end. One that `follows` from the end of
+        another rank, of which this one may not know, is not logged.
         """
         rank, why = self._world.rank, shown(why)
-        self._briefly(lambda: self._mailbox.put(f"error {rank}", why))
-        if not self._world.is_main:
+        briefly(lambda: self._mailbox.put(f"error {rank}", [follows, why]))
+        if not self._world.is_main and not follows:
             host = self._processes[rank].host
             line = f"{host}: failed: {host} (rank {rank}; {self._doing}): {why}"
-            self._briefly(lambda: self.tell(line))
+            briefly(lambda: self.tell(line))
 
     def _say_alive(self) -> None:
         self._beats += 1
@@ -235,53 +236,52 @@ class Watchdog:
         line = f"{self._processes[self._world.rank].host}: {what}"
         print(line, file=sys.stderr, flush=True)
         if tells and self._world.rank // self._world.local_size < 2:
-            self._briefly(lambda: self.tell(line))
+            briefly(lambda: self.tell(line))
 
     def _end(self) -> None:
         """Say the verdict and exit."""
         self._say(self._verdict)
-        self._briefly(self.dump)
+        briefly(self.dump)
         if self._world.is_main:
-            self._briefly(lambda: self._mailbox.put(_VERDICT, self._verdict))
+            briefly(lambda: self._mailbox.put(_VERDICT, self._verdict))
         # The others need the store, which may be in this process, and to see that this one lives.
         time.sleep(4 * _BEAT)
         os._exit(FAILED)
 
-    @staticmethod
-    def _briefly(act: Callable[[], None]) -> None:
-        """Do what may block, for 2 seconds at most; or fail, where the store has ended."""
-
-        def attempt() -> None:
-            with suppress(RuntimeError):
-                act()
-
-        thread = threading.Thread(target=attempt, daemon=True, name=f"{NETWORK}briefly")
-        thread.start()
-        thread.join(2.0)
-
     def _name_the_gone(self) -> str:
-        """Name the ranks that have ended, if any, before any rank prints its error."""
-        end = time.monotonic() + 5 * _BEAT
-        while not (gone := self._gone()) and time.monotonic() < end:
+        """Name the ranks that have ended, if any, before any rank prints its error.
+
+        Those whose end followed from another's are named only where no other is found.
+        """
+        end, words = time.monotonic() + 5 * _BEAT, self._words()
+        while all(follows for follows, _ in words.values()) and time.monotonic() < end:
             time.sleep(0.1)
-        if not gone:
-            return ""
-        self._lost |= gone
-        words = {rank: why for rank in gone if (why := self._word_of(rank))}
-        said = [f"failed: {self._named({rank})}: {why}" for rank, why in sorted(words.items())]
-        for each in said:  # which has logged it itself
+            words = self._words()
+        self._lost |= words.keys()
+        causes = {rank: why for rank, (follows, why) in words.items() if not follows}
+        causes = causes or {rank: why for rank, (_, why) in words.items()}
+        said = [f"failed: {self._named({r})}: {why}" for r, why in sorted(causes.items()) if why]
+        for each in said:  # which has logged it, or else is noted with the run's end
             self._say(each, tells=False)
-        if gone - words.keys():
-            said.append(f"lost: {self._named(gone - words.keys())}: ended")
+        if lost := {rank for rank, why in causes.items() if not why}:
+            said.append(f"lost: {self._named(lost)}: ended")
             self._say(said[-1])
-        time.sleep(2 * _BEAT)  # all errors come after what the lowest rank has said
+        if said:
+            time.sleep(2 * _BEAT)  # all errors come after what the lowest rank has said
         return "; ".join(said)
 
-    def _word_of(self, rank: int) -> str:
-        """Why a rank has ended, if it left word."""
+    def _words(self) -> dict[int, tuple[bool, str]]:
+        """Of the ranks that have ended: whether that followed from another's end, and why."""
+        return {rank: self._word_of(rank) for rank in self._gone()}
+
+    def _word_of(self, rank: int) -> tuple[bool, str]:
+        """What a rank that has ended left word of: nothing, where it was killed."""
         found: list[Any] = []
-        self._briefly(lambda: found.extend(self._mailbox.take([f"error {rank}"])))
-        return found[0] if found and isinstance(found[0], str) else ""
+        briefly(lambda: found.extend(self._mailbox.take([f"error {rank}"])))
+        match found:
+            case [[bool(follows), str(why)]]:
+                return follows, why
+        return False, ""
 
     def _gone(self) -> set[int]:
         """The ranks that are known to have ended, here or by their silence."""
