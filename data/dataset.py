@@ -18,7 +18,7 @@ import numpy as np
 
 from data import files
 from data.config import FetchConfig, expanded, is_local, shown
-from data.index import map_index, parse_index, rows_at
+from data.index import map_index, parse_index
 from data.manifest import (
     MANIFEST,
     NO_CLASS,
@@ -75,11 +75,6 @@ class Shards(Manifest):
         """As `data.index.map_index`, of one local shard."""
         entry = self.shards[shard]
         return map_index(Path(self.root, entry.index), samples=entry.samples)
-
-    def rows_at(self, shard: int) -> int:
-        """As `data.index.rows_at`, of one local shard."""
-        entry = self.shards[shard]
-        return rows_at(Path(self.root, entry.index), samples=entry.samples)
 
     def parse_index(self, shard: int, content: bytes, *, glimpse: Glimpse) -> Index:
         """As `data.index.parse_index`, of one shard; `glimpse` reads what a message names.

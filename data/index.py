@@ -40,17 +40,6 @@ def map_index(path: Path, *, samples: int) -> Index:
     return _checked(index, samples, path)
 
 
-def rows_at(path: Path, *, samples: int) -> int:
-    """The byte of a local index file at which its rows begin; `samples` is at least 1.
-
-    Raises:
-        OSError, ValueError: as `map_index`.
-    """
-    index = map_index(path, samples=samples)
-    assert isinstance(index, np.memmap), "a shard without samples has no rows"
-    return index.offset
-
-
 def parse_index(content: bytes, *, samples: int, where: Path | str) -> Index:
     """The rows (samples,) in the content of an index file; `where` names it in messages.
 

@@ -115,7 +115,9 @@ class StoredImages:
     def _local_row(self, shard: int, row: int) -> Index:
         """A row read from its file: mapping each index would keep all of them open."""
         if shard not in self._rows_at:
-            self._rows_at[shard] = self._shards.rows_at(shard)
+            index = self._shards.index(shard)
+            assert isinstance(index, np.memmap), "a shard without samples has no rows"
+            self._rows_at[shard] = index.offset
         first = self._rows_at[shard] + row * INDEX_DTYPE.itemsize
         name = self._shards.shards[shard].index
         try:

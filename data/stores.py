@@ -17,7 +17,7 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import IO, Any
 
 from data import descriptors
@@ -203,26 +203,17 @@ class FsspecStore(Store):
         Raises:
             OSError: the driver raised anything at all.
         """
-        with _as_oserror(path):
-            if self._files.async_impl:
-                call = getattr(self._files, f"_{what}")
-                return self._sync(
-                    self._files.loop, call, path, timeout=self._timeout_s, **arguments
-                )
-            return getattr(self._files, what)(path, **arguments)
-
-
-@contextmanager
-def _as_oserror(path: str) -> Iterator[None]:
-    """Drivers raise the exceptions of their own libraries; any of them is worth another attempt."""
-    try:
-        yield
-    except FINAL as error:
-        raise type(error)(f"{path}: {error}") from error
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        try:
+            if not self._files.async_impl:
+                return getattr(self._files, what)(path, **arguments)
+            call, timeout = getattr(self._files, f"_{what}"), self._timeout_s
+            return self._sync(self._files.loop, call, path, timeout=timeout, **arguments)
+        except FINAL as error:
+            raise type(error)(f"{path}: {error}") from error
+        except OSError:
+            raise
+        except Exception as error:  # of a driver's own library: it is worth another attempt
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class PipeStore(Store):
