@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster
 from launch.shell import quoted
+from trainer import settings
 from trainer.adm.config import check
 from trainer.ranks import world
 
@@ -125,8 +126,7 @@ class Job:
         words = ["-m", "trainer.train", f"{self.records}/preset.toml", "--run", str(self.run)]
         words += ["--ds-config", str(self.ds_config_copy), "--ranks", str(self.ranks)]
         words += ["--patience", str(self.cluster.patience), *self.gpus_shown]
-        words += [word for change in self.overrides for word in ("--set", change)]
-        words += [word for name in self.unset for word in ("--unset", name)]
+        words += settings.words(self.overrides, self.unset)
         words += ["--init", str(self.init)] if self.init else []
         words += ["--init-skip", *self.init_skip] if self.init_skip else []
         words += ["--from", self.back] if self.back else []

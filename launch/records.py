@@ -47,9 +47,9 @@ class Submitted:
     def of(cls, run: Path) -> "Submitted | None":
         """As recorded in the run directory; None where there is no readable record."""
         try:
-            facts = json.loads((run / "launch" / "job.json").read_text())
-            submitted: Submitted = settings.build(cls, facts)
-        except (OSError, ValueError, TypeError):
+            text = (run / "launch" / "job.json").read_text()
+            submitted: Submitted = settings.from_json(cls, text)
+        except (OSError, ValueError):
             return None
         return submitted
 

@@ -148,8 +148,7 @@ def submit(
     if not arguments.dry_run:
         _record_all(found, runs=runs)
     words = ["--rows", arguments.set_name, "--runs", str(runs), "--cluster", arguments.cluster]
-    words += [word for change in arguments.set for word in ("--set", change)]
-    words += [word for name in arguments.unset for word in ("--unset", name)]
+    words += settings.words(arguments.set, arguments.unset)
     words += ["--dry-run"] * arguments.dry_run
     command = [sys.executable, "-m", "launch", "sweep", *words, *options]
     with Commands() as commands:
@@ -191,9 +190,8 @@ def _left(found: AblationSet, row: Row, *, runs: Path) -> Iterator[list[str]]:
     """The commands of a row that are still to be run."""
     here, samples = runs / row.directory, found.samples
     run, drawn, figures = here / "run", here / "samples.npz", here / "figures.json"
-    changes = [word for change in found.changes(row) for word in ("--set", change)]
-    changes += [word for name in row.unset for word in ("--unset", name)]
     if _state(run) != "finished":
+        changes = settings.words(found.changes(row), row.unset)
         yield ["trainer.train", found.base, "--run", str(run), *changes]
     if not figures.exists() or ablation_rows.outdated(found, row, runs=runs):
         count = ["--images", str(samples.images), "--steps", samples.steps]

@@ -7,6 +7,7 @@ its value and what it must be. No torch here: a login node reads settings too.
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import tomllib
 import types
@@ -14,6 +15,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from trainer.adm.config import check_choice
 
 Table = dict[str, Any]
 
@@ -34,6 +37,12 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         metavar="training.clip",
         help="leave a setting out; may be repeated (default: none)",
     )
+
+
+def words(overrides: Iterable[str], unset: Iterable[str]) -> list[str]:
+    """The options of `add_overrides` that make these changes."""
+    given = [("--set", change) for change in overrides] + [("--unset", name) for name in unset]
+    return [word for option in given for word in option]
 
 
 def find(name: str | Path, *, directory: Path, kind: str = "preset") -> Path:
@@ -122,6 +131,14 @@ def build(kind: Any, table: Mapping[str, Any], *, name: str = "") -> Any:
     return kind(**{k: _convert(hints[k], v, name=join(name, k)) for k, v in table.items()})
 
 
+def from_json(kind: Any, text: str) -> Any:
+    """An instance of dataclass `kind` from JSON, where null is absent; ValueError as `build`."""
+    table = json.loads(text)
+    if not isinstance(table, dict):
+        raise ValueError(f"{table!r:.80}: must be an object")
+    return build(kind, {key: value for key, value in table.items() if value is not None})
+
+
 def join(section: str, key: str) -> str:
     """The dotted name of a setting."""
     return f"{section}.{key}" if section else key
@@ -158,7 +175,8 @@ def _convert(hint: Any, value: Any, *, name: str) -> Any:
             raise ValueError(f"{name} = {value!r}: must be a section, [{name}]")
         return build(hint, value, name=name)
     if origin is Literal:
-        return _choose(arguments, value, name=name)
+        check_choice(name, value, hint)
+        return value
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], v, name=f"{name}[{i}]") for i, v in enumerate(value))
     if isinstance(value, Mapping) and _is_mapping(origin):
@@ -167,13 +185,6 @@ def _convert(hint: Any, value: Any, *, name: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise ValueError(f"{name} = {value!r}: must be {_said(hint)}")
-    return value
-
-
-def _choose(choices: tuple[Any, ...], value: Any, *, name: str) -> Any:
-    if value not in choices:
-        known = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"{name} = {value!r}: must be one of {known}")
     return value
 
 

@@ -14,9 +14,9 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
 
 from data import files
+from trainer import settings
 from trainer.ranks.process import Process, has_ended
 from trainer.ranks.world import scheduler_job
 from trainer.runstate import RunState
@@ -43,7 +43,7 @@ class Holder:
     #: Tells a machine and its process numbers from another of the same name.
     machine: str
     #: The scheduler's number of the job, and how often it was started again before.
-    job: str | None
+    job: str | None = None
     start: int
     #: The run's directory; None in files of earlier releases.
     run: str | None = None
@@ -87,14 +87,6 @@ class Holder:
         return has_ended(self.pid, on=self.machine)
 
 
-# What the entries of the file must be; some other program's may be anything.
-_TYPES: dict[str, type | UnionType] = {
-    **dict.fromkeys(("token", "host", "machine"), str),
-    **dict.fromkeys(("job", "run"), str | None),
-    **dict.fromkeys(("pid", "start"), int),
-}
-
-
 def holder(run: Path) -> Holder | None:
     """The process that holds the run; None if there is none, or the file is damaged or copied.
 
@@ -102,15 +94,13 @@ def holder(run: Path) -> Holder | None:
         OSError: it cannot be read now.
     """
     try:
-        found = Holder(**json.loads(_file(run).read_text()))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        found: Holder = settings.from_json(Holder, _file(run).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
         if error.errno == errno.ESTALE:  # its server has begun anew: it shows as if it were missing
             return None
         raise
-    if not all(isinstance(value, _TYPES[name]) for name, value in vars(found).items()):
-        return None
     return found if found.writes(run) else None
 
 
