@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -176,20 +176,16 @@ def _choices(over: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _values(text: str) -> tuple[str, list[Any]]:
     expected = "one setting with a list of different values, as in 'training.lr = [1e-4, 2e-4]'"
-    name, value = "", _toml(text)
+    name = ""
+    value: Any = None
+    with suppress(tomllib.TOMLDecodeError):
+        value = tomllib.loads(text)
     while isinstance(value, dict) and len(value) == 1:
         key, value = next(iter(value.items()))
         name = settings.join(name, key)
     differ = isinstance(value, list) and value and all(value.count(v) == 1 for v in value)
     check(bool(differ), "--over", text, expected)
     return name, value
-
-
-def _toml(text: str) -> Any:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        return None
 
 
 def _where(arguments: argparse.Namespace) -> Mapping[str, Any]:

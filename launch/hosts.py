@@ -136,12 +136,11 @@ def _torchrun(job: Job) -> tuple[str, str]:
 def _alone(job: Job) -> str:
     if job.ranks == 1:
         return f"exec {command(job.cluster.python, *job.rank_words)}"
-    torchrun = ["-m", "torch.distributed.run", "--standalone"]
     options = [f"--nproc-per-node={job.gpus_per_node}", *job.cluster.options]
     return fill(
         "alone-ranks.sh",
         seconds=job.cluster.seconds_to_save,
         python=quoted([job.cluster.python]),
-        torchrun=quoted([*torchrun]),
+        torchrun="-m torch.distributed.run --standalone",
         options=command(*options, "-m", "--", *job.rank_words[1:]),
     )

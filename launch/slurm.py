@@ -58,7 +58,7 @@ def array_text(jobs: Sequence[Job], *, at_most: int) -> str:
     directory, array = directory_of(jobs), f"0-{len(jobs) - 1}%{at_most}"
     output = sbatch_path(directory, "sweep-%A-%a.out")
     header = _header(jobs[0], output=output, array=array, name=f"{directory.name}-sweep")
-    scripts = "\n".join(f"  {quoted([job.records / 'job.sh'])}" for job in jobs)
+    scripts = "\n".join(f"  {quoted([job.script])}" for job in jobs)
     start = 'exec bash "${scripts[$SLURM_ARRAY_TASK_ID]}"'
     return f"{header}\nscripts=(\n{scripts}\n)\n{start}\n"
 

@@ -169,10 +169,9 @@ def make(arguments: argparse.Namespace) -> int:
     config = (run / "config.toml").read_text()
     sums = build(found, {width: each.coefficients for width, each in combinations.items()})
     for width, tensors in sums.items():
-        file = out or found.last.path.with_name(f"{averages.power(width)}-{found.last.path.name}")
-        file = file.with_name(file.name.removesuffix(".safetensors") + ".safetensors")
-        images = str(found.last.images_seen)
-        kind = averages.power(width)
+        kind, images = averages.power(width), str(found.last.images_seen)
+        last = found.last.path
+        file = out or last.with_name(f"{kind}-{last.name}.safetensors")
         weights.save(file, tensors, metadata={"kind": kind, "images": images, "config": config})
         print(f"wrote {file}")
     return 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data import files
 from data.dataset import Shards, open_shards
-from data.mixture import Dataset, Mixture
+from data.mixture import Dataset
 from data.progress import Progress
 from data.stream import Batch, Stream, to_device
 from trainer import averages, classes, compute
@@ -82,8 +82,7 @@ class ValidationSet:
         found = cls.open(shards, config, images=images)
         found.stream.require_room(config.training.micro_batch)
         held_out = shards.made_by.get("split") == "val"
-        parts = training.parts if isinstance(training, Mixture) else (training,)
-        in_full = all(part.made_by.get("split") != "train" for part in parts)
+        in_full = all(part.made_by.get("split") != "train" for part in training.parts)
         return replace(
             found,
             is_training=shards.fingerprint == training.fingerprint,

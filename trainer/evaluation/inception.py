@@ -126,14 +126,14 @@ def _mixed_5(inputs: int, *, pooled: int) -> Mixed:
     return Mixed(inputs, branches, pooled=pooled)
 
 
-def _mixed_6a(inputs: int) -> Mixed:
+def _mixed_6a() -> Mixed:
     double = {
         "branch3x3dbl_1": (64, _ONE),
         "branch3x3dbl_2": (96, _THREE),
         "branch3x3dbl_3": (96, _THREE),
     }
     branches = [Branch({"branch3x3": (384, _THREE)}, halves=True), Branch(double, halves=True)]
-    return Mixed(inputs, branches, pooled=None)
+    return Mixed(288, branches, pooled=None)
 
 
 def _mixed_6(width: int) -> Mixed:
@@ -200,7 +200,7 @@ class Inception(nn.Module):
         self.Mixed_5b = _mixed_5(192, pooled=32)
         self.Mixed_5c = _mixed_5(256, pooled=64)
         self.Mixed_5d = _mixed_5(288, pooled=64)
-        self.Mixed_6a = _mixed_6a(288)
+        self.Mixed_6a = _mixed_6a()
         self.Mixed_6b = _mixed_6(128)
         self.Mixed_6c = _mixed_6(160)
         self.Mixed_6d = _mixed_6(160)

@@ -91,11 +91,11 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     return replace(world, own_gpu=own_gpu)
 
 
-def launched(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def launched() -> tuple[int, int]:
     """Which of how many processes of its launcher this is, without joining them; alone (0, 1)."""
     for name, count in _COUNTS:
-        if name in env and count in env:
-            return _number(env, name), _number(env, count, least=1)
+        if name in os.environ and count in os.environ:
+            return _number(os.environ, name), _number(os.environ, count, least=1)
     return 0, 1
 
 
