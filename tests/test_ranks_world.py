@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
+from trainer.ranks import world as worlds
 from trainer.ranks.group import connected
-from trainer.ranks.world import join
+from trainer.ranks.world import World, join
 
 STEP = {
     "SLURM_JOB_ID": "41",
@@ -49,6 +50,20 @@ def test_two_steps_of_one_allocation_meet_at_ports_of_their_own() -> None:
     ports = {join({**STEP, "SLURM_STEP_ID": str(step)}).port for step in steps}
     others = {join({**STEP, "SLURM_JOB_ID": str(41 + n)}).port for n in steps}
     assert len(ports | others) == 7
+
+
+def test_ranks_of_mpich_inside_a_slurm_job_are_not_its_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They inherit those of the shell that `srun --pty` started: each would be the only rank."""
+    monkeypatch.setattr(worlds, "_from_mpi", lambda env: World(launcher="mpi", size=2))
+    shell = {**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert join({**shell, "PMI_RANK": "0", "PMI_SIZE": "2"}).launcher == "mpi"
+    assert join({**shell, "PMI_RANK": "1", "PMI_SIZE": "2"}).launcher == "mpi"
+    assert join({**STEP, "PMI_RANK": "5", "PMI_SIZE": "6"}).launcher == "slurm"  # --mpi=pmi2
+    monkeypatch.setattr(worlds, "_from_mpi", lambda env: World(launcher="mpi"))  # of Open MPI
+    with pytest.raises(ValueError, match=r"1 processes came up \(mpi\), 2 were asked for: "):
+        join({"PMI_RANK": "1", "PMI_SIZE": "2"})
 
 
 def test_a_host_file_that_orders_the_ranks_says_where_they_meet(tmp_path: Path) -> None:

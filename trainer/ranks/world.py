@@ -72,8 +72,7 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         world = _from_torch(env)
-    elif "OMPI_COMM_WORLD_RANK" not in env and "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        # Inside a Slurm job mpirun may start its own daemons by srun: those are no ranks of ours.
+    elif _is_task(env):
         world = _from_slurm(env)
     elif any(name in env for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")):
         world = _from_mpi(env)
@@ -81,6 +80,8 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
         if expected_size != 1:
             _check_alone(env)
         world = World(port=_free_port())
+    if expected_size is None and world.size == 1:
+        expected_size = launched(env)[1]
     if expected_size is not None and world.size != expected_size:
         raise ValueError(
             f"{world.size} processes came up ({world.launcher}), {expected_size} were asked for: "
@@ -91,11 +92,23 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
     return replace(world, own_gpu=own_gpu)
 
 
-def launched() -> tuple[int, int]:
+def _is_task(env: Mapping[str, str]) -> bool:
+    """Whether srun has started this process as a rank.
+
+    Inside a Slurm job mpirun's ranks inherit the numbers of a shell, or of the daemon that mpirun
+    has started by srun: MPICH's own are others. Those of `srun --mpi=pmi2` are the same.
+    """
+    if "OMPI_COMM_WORLD_RANK" in env or not {"SLURM_STEP_ID", "SLURM_PROCID"} <= env.keys():
+        return False
+    same = (("PMI_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
+    return all(env.get(mpi) in (None, env.get(slurm)) for mpi, slurm in same)
+
+
+def launched(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Which of how many processes of its launcher this is, without joining them; alone (0, 1)."""
     for name, count in _COUNTS:
-        if name in os.environ and count in os.environ:
-            return _number(os.environ, name), _number(os.environ, count, least=1)
+        if name in env and count in env:
+            return _number(env, name), _number(env, count, least=1)
     return 0, 1
 
 
