@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from trainer.evaluation.results import Figure
 from trainer.plots import Bar
 from trainer.watch import history, tensorboard
 
+# The figures of the rows that have them, by row and name.
+_Figures = dict[str, dict[str, Figure]]
+
 
 def write(found: AblationSet, *, runs: Path, say: Callable[[str], None]) -> None:
     """Write all of it into `runs`, of the rows that are done."""
-    files.write(runs / "table.md", table(found, runs=runs))
-    files.write(runs / "table.csv", as_csv(found, runs=runs))
     figures = _figures(found, runs=runs)
+    files.write(runs / "table.md", _table(found, figures))
+    files.write(runs / "table.csv", _csv(figures))
     if not figures:
         return
     tensorboard.hparams(runs / "hparams", _hparams(found, figures))
@@ -31,8 +34,7 @@ def write(found: AblationSet, *, runs: Path, say: Callable[[str], None]) -> None
         say("no plot.png: it needs matplotlib (pip install matplotlib)")
 
 
-def _figures(found: AblationSet, *, runs: Path) -> dict[str, dict[str, Figure]]:
-    """The figures of the rows that have them, by row and name."""
+def _figures(found: AblationSet, *, runs: Path) -> _Figures:
     there = {row.name: runs / row.directory / "figures.json" for row in found.rows}
     stored = {row: json.loads(path.read_text()) for row, path in there.items() if path.exists()}
     return {
@@ -41,12 +43,11 @@ def _figures(found: AblationSet, *, runs: Path) -> dict[str, dict[str, Figure]]:
     }
 
 
-def table(found: AblationSet, *, runs: Path) -> str:
+def _table(found: AblationSet, figures: _Figures) -> str:
     """The rows in Markdown: their figures, or the difference to the row that they are held against.
 
     Figures' names carry N, the number of samples; ± is the standard error over fourths of them.
     """
-    figures = _figures(found, runs=runs)
     names = list(next(iter(figures.values()), {}))
     lines = [f"| {' | '.join(['row', 'against', *names])} |", f"|{'---|' * (2 + len(names))}"]
     for row in found.rows:
@@ -63,13 +64,13 @@ def _cell(figure: Figure | None, base: Figure | None) -> str:
     return str(figure) if base is None else f"{figure - base:+.3g}"
 
 
-def as_csv(found: AblationSet, *, runs: Path) -> str:
+def _csv(figures: _Figures) -> str:
     """The figures themselves, one line for each row and figure."""
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(["row", "figure", "value", "error"])
-    for row, figures in _figures(found, runs=runs).items():
-        writer.writerows([row, name, f.value, f.error] for name, f in figures.items())
+    for row, each in figures.items():
+        writer.writerows([row, name, f.value, f.error] for name, f in each.items())
     return out.getvalue()
 
 
@@ -80,7 +81,7 @@ def _against(found: AblationSet, row: Row) -> str:
     return "" if row.name in bases else (row.against or first)
 
 
-def _bars(found: AblationSet, figures: Mapping[str, Mapping[str, Figure]]) -> tuple[list[Bar], str]:
+def _bars(found: AblationSet, figures: _Figures) -> tuple[list[Bar], str]:
     """The difference of each row to the one that it is compared with, in the first figure."""
     name = next(iter(next(iter(figures.values()))))
     bars = []
@@ -110,7 +111,7 @@ def _curves(found: AblationSet, *, runs: Path) -> dict[str, list[tuple[int, floa
 
 
 def _hparams(
-    found: AblationSet, figures: Mapping[str, Mapping[str, Figure]]
+    found: AblationSet, figures: _Figures
 ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
     """The settings that rows differ in, as each row has them, and its figures."""
     flat = {row.name: configs.flatten(found.config(row)) for row in found.rows}

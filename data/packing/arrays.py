@@ -5,9 +5,7 @@ too large for each process's memory, so they are unpacked once, into a directory
 """
 
 import codecs
-import hashlib
 import io
-import os
 import pickle
 import shutil
 import sys
@@ -23,7 +21,7 @@ import numpy as np
 from data import files, npz
 from data.manifest import NO_CLASS
 from data.packing.listing import Listing, by_number
-from data.packing.sources import Archives, OneFile
+from data.packing.sources import Archives, OneFile, unpacked_name
 from data.transforms import Pixels, png
 
 # What the pickles of CIFAR contain besides lists, numbers and texts; numpy 2 moved the first.
@@ -81,9 +79,7 @@ class SampleFile(OneFile):
             shutil.copyfileobj(npz.member(archive, "arr_0"), unpacked, 1 << 20)
 
     def _unpacked(self) -> Path:
-        identity = f"{self._path.resolve()} {self.stamp('')}"
-        key = hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
-        return self._staging / f"{key}.blob"
+        return self._staging / f"{unpacked_name(self._path)}.blob"
 
 
 class Cifar(Archives):

@@ -4,11 +4,9 @@ Packing reads images in shuffled order, and parquet compresses them in groups: i
 into a directory of the packing.
 """
 
-import hashlib
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +18,7 @@ import numpy as np
 from data import files
 from data.labels import LABEL_KEYS, Label, label_of
 from data.packing.listing import Listing, by_label_if_any
-from data.packing.sources import Archives, read_extent
+from data.packing.sources import Archives, read_extent, unpacked_name
 
 # Columns of images in parquet, in the order in which they are preferred.
 _IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels", "image_bytes")
@@ -29,8 +27,7 @@ _IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels"
 class Parquet(Archives):
     """Hugging Face image datasets: a column of image files, and perhaps one of class labels.
 
-    A name is `FILE@ROW`. What was unpacked is named after the file's path, size and time, so that
-    no other file's images can take its place.
+    A name is `FILE@ROW`.
     """
 
     def listing(self) -> Listing:
@@ -85,9 +82,8 @@ class Parquet(Archives):
 
     def _unpacked(self, file: Path) -> tuple[Path, Path]:
         """Where the ends of a file's images are, and the images."""
-        identity = f"{file.resolve()} {self.stamp(file.name)}"
-        key = hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]
-        return self._staging / f"{key}.ends.npy", self._staging / f"{key}.blob"
+        name = unpacked_name(file)
+        return self._staging / f"{name}.ends.npy", self._staging / f"{name}.blob"
 
 
 def _labels(file: Path, table: Any) -> Iterator[Label | None]:

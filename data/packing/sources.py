@@ -4,6 +4,7 @@ The planning process lists them once; whichever process makes a shard reads them
 all that reading needs, so that a plan can be sent to any process or node.
 """
 
+import hashlib
 import os
 import zipfile
 import zlib
@@ -77,6 +78,11 @@ def stamp_of(path: Path) -> Stamp:
     """Size and time of the last change of a file; OSError where it is out of reach."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
+
+
+def unpacked_name(path: Path) -> str:
+    """Names what is unpacked of a file, by its path, size and time: no other's takes its place."""
+    return hashlib.sha256(os.fsencode(f"{path.resolve()} {stamp_of(path)}")).hexdigest()[:16]
 
 
 class Folder(Source):

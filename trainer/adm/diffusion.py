@@ -33,8 +33,8 @@ class Prediction:
 class Diffusion:
     """The process of a configuration, all timesteps or respaced (see `kept_timesteps`).
 
-    Public tables are on the CPU: `betas` and `alphas_cumprod` float64, `timestep_map` int64, each
-    (steps,). The float32 copies that the methods read go to a device once and stay.
+    Public tables are on the CPU: `betas` float64, `timestep_map` int64, each (steps,). The float32
+    copies that the methods read go to a device once and stay.
     """
 
     def __init__(self, config: DiffusionConfig, *, respacing: str | None = None) -> None:
@@ -44,7 +44,6 @@ class Diffusion:
         self.steps = len(kept)
         self.timestep_map = torch.tensor(kept)
         self.betas = _respaced_betas(full(config.steps), kept)
-        self.alphas_cumprod = (1 - self.betas).cumprod(0)
         self._tables = _tables(self.betas)
         self._placed: dict[torch.device, dict[str, Tensor]] = {}
 

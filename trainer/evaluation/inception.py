@@ -73,7 +73,6 @@ class Mixed(nn.Module):
         super().__init__()
         self._chains: list[tuple[list[str], list[str]]] = []
         self._maximum = maximum
-        self.outputs = pooled if pooled is not None else inputs
         for units, abreast, halves in branches:
             width, names = inputs, list(units)
             chain, last = names[:-abreast], names[-abreast:]
@@ -81,7 +80,6 @@ class Mixed(nn.Module):
                 stride = 2 if halves and name in last else 1
                 self.add_module(name, Unit(width, outputs, kernel=kernel, stride=stride))
                 width = outputs if name in chain else width
-                self.outputs += outputs if name in last else 0
             self._chains.append((chain, last))
         if pooled is not None:
             self.branch_pool = Unit(inputs, pooled)

@@ -126,14 +126,11 @@ class Metrics:
         }
         return sums, dict(zip(self._terms, rows, strict=True))
 
-    def pause(self, since: float, *, on: str) -> float:
-        """Leave the time since a reading of `clock`, spent `on` something else (saving, drawing,
-        ...), out of the rate; returns its seconds.
-        """
+    def pause(self, since: float, *, on: str) -> None:
+        """Leave the time since a reading of `clock`, `on` something else, out of the rate."""
         seconds = self.clock() - since
         self._since += seconds
         self._spent[on] = self._spent.get(on, 0.0) + seconds
-        return seconds
 
     @property
     def spent(self) -> Mapping[str, float]:
