@@ -248,14 +248,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in held_out.COMMANDS:
-        return held_out.main(words)
-    makes = words[:1] == ["reference"]
-    arguments = reference_parser().parse_args(words[1:]) if makes else parser().parse_args(words)
+        arguments, work = held_out.parser().parse_args(words), held_out.measure
+    elif words and words[0] == "reference":
+        arguments, work = reference_parser().parse_args(words[1:]), make_reference
+    else:
+        arguments, work = parser().parse_args(words), evaluate
     world = join()
     # Ranks wait while the main one computes the figures.
     with connected(world, patience=4 * 3600) as device:
         common.check(common.command_facts(arguments))
-        work = make_reference if makes else evaluate
         return work(arguments, world=world, device=device)
 
 

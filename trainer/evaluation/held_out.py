@@ -10,7 +10,7 @@ share, and the result is the same.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ from trainer.adm.objective import Classify, low_resolution, to_range
 from trainer.evaluation import outputs
 from trainer.networks import TrainedNetwork
 from trainer.options import add_local_rank
-from trainer.ranks.group import agreed, connected, from_main
-from trainer.ranks.world import World, join
+from trainer.ranks.group import agreed, from_main
+from trainer.ranks.world import World
 from trainer.validation import SEED, Terms, ValidationSet, means
 from trainer.watch.metrics import QUARTERS
 
@@ -261,12 +261,3 @@ def parser() -> argparse.ArgumentParser:
         add("--out", type=Path, help="a .json for all values (default: none)")
         add_local_rank(command)
     return p
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit status."""
-    arguments = parser().parse_args(argv)
-    world = join()
-    with connected(world, patience=4 * 3600) as device:
-        common.check(common.command_facts(arguments))
-        return measure(arguments, world=world, device=device)
