@@ -71,7 +71,7 @@ def decode(
                 )
         except ValueError:
             pass  # perhaps damage from which Pillow recovers
-    pixels = np.asarray(open_rgb(content))
+    pixels = np.asarray(open_over(content).image)
     return pixels if colours == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
 
 
@@ -97,11 +97,6 @@ def decode_into(
     out.reshape(-1, row).view(ours)[:] = pixels.reshape(-1, row).view(theirs)[:, ::-1]
 
 
-def open_rgb(content: bytes | memoryview) -> Image.Image:
-    """Decode an image file with Pillow to an RGB image, or raise one of `UNDECODABLE`."""
-    return open_over(content).image
-
-
 class Opened(NamedTuple):
     """An image file as an RGB image, and what is known of the file."""
 
@@ -115,7 +110,11 @@ class Opened(NamedTuple):
 
 
 def open_over(content: bytes | memoryview, background: str = "white") -> Opened:
-    """As `open_rgb`; `background` shows through where an image is transparent."""
+    """Decode an image file with Pillow; `background` shows through where it is transparent.
+
+    Raises:
+        one of `UNDECODABLE`.
+    """
     with _opened(content) as image:
         turn = _turn(image)
         if image.mode == "F":

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 import weakref
 from collections import deque
@@ -205,11 +204,7 @@ def _start(setup: Setup, memory: int) -> tuple["subprocess.Popen[bytes]", Connec
 
 def _shared_memory(size: int) -> int:
     """A descriptor of anonymous memory: it is freed with the last process that uses it."""
-    if sys.platform == "linux":
-        memory = os.memfd_create("images")
-    else:
-        with tempfile.TemporaryFile() as file:
-            memory = os.dup(file.fileno())
+    memory = os.memfd_create("images")
     os.ftruncate(memory, size)
     return memory
 

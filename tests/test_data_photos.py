@@ -15,7 +15,7 @@ from data.pack import pack
 from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from data.stream import Stream
-from data.transforms import center_crop, open_rgb
+from data.transforms import center_crop, open_over
 
 CLASSES, PER_CLASS, SIZE = 1000, 2, 64
 
@@ -53,7 +53,7 @@ def test_the_stream_serves_the_reference_crops(photos: Path, shards: Shards) -> 
                 served[image.numpy().tobytes()] = int(label)
     assert len(served) == CLASSES * PER_CLASS
     for path in sorted(photos.rglob("*.JPEG"))[::97]:
-        crop = center_crop(open_rgb(path.read_bytes()), size=SIZE).transpose(2, 0, 1)
+        crop = center_crop(open_over(path.read_bytes()).image, size=SIZE).transpose(2, 0, 1)
         assert shards.classes[served[crop.tobytes()]] == path.parent.name
 
 

@@ -24,7 +24,7 @@ from data.packing.indexing import merge
 from data.packing.plan import PackConfig
 from data.samples import crop_remark
 from data.tars import scan_tar
-from data.transforms import decode, open_rgb
+from data.transforms import decode, open_over
 from tests.support import ranks
 from tests.support.data_fixtures import content, image_file, packed, write_folder
 from trainer.sampling.samplefile import ShardSamples
@@ -43,13 +43,13 @@ def file_of(image: Image.Image, kind: str, **options: object) -> bytes:
 )
 def test_grey_of_16_bits_keeps_its_shades(kind: str, dtype: str) -> None:
     image = Image.fromarray(RAMP.astype(dtype))
-    pixels = np.asarray(open_rgb(file_of(image, kind)))
+    pixels = np.asarray(open_over(file_of(image, kind)).image)
     assert (pixels == np.round(RAMP.astype("i4") / 257)[:, :, None]).all()
 
 
 def test_grey_of_16_bits_in_pgm_keeps_its_shades() -> None:
     content_ = b"P5 20 20 65535\n" + RAMP.astype(">u2").tobytes()
-    assert len(np.unique(np.asarray(open_rgb(content_)))) == 256
+    assert len(np.unique(np.asarray(open_over(content_).image))) == 256
 
 
 def test_a_16_bit_png_is_packed_with_its_shades_and_kept_unchanged(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_there_is_a_worker_for_each_cpu_that_a_process_may_use() -> None:
 def test_white_shows_through_transparent_pixels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
 ) -> None:
-    pixels = np.asarray(open_rgb(transparent(mode)))
+    pixels = np.asarray(open_over(transparent(mode)).image)
     assert (pixels[:, :10] == 255).all() and (pixels[:, 10:] == 90).all()
     (tmp_path / "P").mkdir()
     (tmp_path / "P" / "a.png").write_bytes(transparent(mode))
@@ -175,7 +175,7 @@ def test_opaque_images_are_decoded_as_before(mode: str) -> None:
     picture = Image.open(io.BytesIO(image_file(3, width=20, height=20))).convert(mode)
     content_ = file_of(picture, "TIFF" if mode == "CMYK" else "PNG")
     with Image.open(io.BytesIO(content_)) as image:
-        assert (np.asarray(open_rgb(content_)) == np.asarray(image.convert("RGB"))).all()
+        assert (np.asarray(open_over(content_).image) == np.asarray(image.convert("RGB"))).all()
 
 
 def test_a_part_of_an_enlarged_strip_is_that_of_the_whole() -> None:
@@ -294,4 +294,4 @@ def test_a_long_text_in_a_png_is_no_reason_to_leave_it_out() -> None:
     texts.add_text("workflow", "x" * 3_000_000, zip=True)
     buffer = io.BytesIO()
     Image.fromarray(RAMP.astype("u1")).save(buffer, format="PNG", pnginfo=texts)
-    assert (np.asarray(open_rgb(buffer.getvalue()))[..., 0] == RAMP.astype("u1")).all()
+    assert (np.asarray(open_over(buffer.getvalue()).image)[..., 0] == RAMP.astype("u1")).all()

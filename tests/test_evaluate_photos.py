@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.features import ImageNetFeatures, export
 from bench.photos import make_photos
-from data.transforms import center_crop, open_rgb
+from data.transforms import center_crop, open_over
 from tests.support import ranks
 from trainer.evaluate import main
 from trainer.evaluation.features import open_network
@@ -38,7 +38,7 @@ def photographs(root: Path) -> tuple[Images, NDArray[np.int64]]:
     """Pieces of both photographs, mixed, and the number of each one's photograph."""
     make_photos(root, images=2 * COUNT, classes=2, longest=200)
     files = sorted(root.rglob("*.JPEG"), key=lambda file: int(file.stem.split("_")[1]))
-    images = [center_crop(open_rgb(file.read_bytes()), size=SIDE) for file in files]
+    images = [center_crop(open_over(file.read_bytes()).image, size=SIDE) for file in files]
     names = sorted({file.parent.name for file in files})
     return np.stack(images), np.array([names.index(file.parent.name) for file in files])
 
