@@ -39,7 +39,7 @@ class Stream:
         self.config, self.shards, self.seed = config, shards, seed
         self.bad = 0
         self._samples = Samples(shards, config=config, seed=seed)
-        self.log: Callable[[str], None] = _to_stderr
+        self.log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
         self._running: list[Workers] = []
 
     def __enter__(self) -> "Stream":
@@ -245,7 +245,3 @@ def _single_pass(
     mine = range(rank, count, ranks)
     for i in range(0, -(-count // ranks), micro_batch_size):
         yield BatchRequest(mine[i : i + micro_batch_size], once=True)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

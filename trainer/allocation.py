@@ -169,13 +169,6 @@ def _timed(tensor: torch.Tensor) -> float:
     return min(times)
 
 
-def _expected_host(rank: int, *, world: World) -> str:
-    """The host on which a rank without an answer should run."""
-    nodes = step_hosts()
-    index = rank // world.local_size
-    return nodes[index] if index < len(nodes) else "?"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m launch check",
@@ -247,6 +240,7 @@ def _part(world: World, *, store: dist.TCPStore, found: Sequence[Facts]) -> None
 
 def _missing(world: World, found: Sequence[Facts]) -> dict[int, str]:
     """The ranks without an answer, and where they should run."""
-    answered = {facts.rank for facts in found}
-    absent = (rank for rank in range(world.size) if rank not in answered)
-    return {rank: _expected_host(rank, world=world) for rank in absent}
+    nodes, answered = step_hosts(), {facts.rank for facts in found}
+    absent = set(range(world.size)) - answered
+    places = {rank: rank // world.local_size for rank in sorted(absent)}
+    return {rank: nodes[n] if n < len(nodes) else "?" for rank, n in places.items()}

@@ -65,8 +65,9 @@ def count(config: Config) -> NetCosts:
 def _count(model: UNetConfig | ClassifierConfig, dtype: torch.dtype, is_fused: bool) -> NetCosts:
     with torch.device("meta"):
         net = build(model).to(dtype)
-        if is_fused:
-            _fuse_norms(net)
+        for norm in net.modules():
+            if is_fused and isinstance(norm, GroupNorm):
+                norm.forward = partial(_fused, norm)  # type: ignore[method-assign]
         sizes = tuple(p.numel() for p in net.parameters())
         kept = [_saved_bytes(net, example_inputs(model, images=n)) for n in (1, 2)]
         parts = _parts(net, example_inputs(model, images=1))
@@ -112,12 +113,6 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise AssertionError("costs are of the forward pass")
-
-
-def _fuse_norms(net: torch.nn.Module) -> None:
-    for norm in net.modules():
-        if isinstance(norm, GroupNorm):
-            norm.forward = partial(_fused, norm)  # type: ignore[method-assign]
 
 
 def _fused(norm: GroupNorm, x: Tensor, film: Tensor | None = None, **given: Any) -> Tensor:
