@@ -1,5 +1,6 @@
 """Averages of the weights in real runs: their closed form, skipped steps, runs of version 0.1."""
 
+import json
 import re
 import shutil
 from itertools import pairwise
@@ -194,6 +195,20 @@ def test_a_width_made_afterwards_can_be_drawn_from(runs: Place) -> None:
     request = [str(out), "--out", str(runs.root / "drawn.npz"), "--images", "2", "--steps", "2"]
     assert ranks.sample(runs.root / "drawing", request) == [0]
     assert ranks.arrays(runs.root / "drawn.npz")[0].shape == (2, 8, 8, 3)
+
+
+def test_a_snapshot_right_after_a_rollback_is_that_of_the_checkpoint(runs: Place) -> None:
+    run, back, now = runs.root / "back", updates(runs, "spans2")[-1], 2 * LAST
+    shutil.copytree(runs.run("spans2"), run)
+    shutil.copytree(run / "averages" / f"{LAST:012d}", run / "averages" / f"{now:012d}")
+    state = run / "averages" / f"{now:012d}" / "state.json"
+    entries = json.loads(state.read_text())
+    assert entries["updated_at"] == back
+    state.write_text(json.dumps({**entries, "updated_at": now, "gaps": [[back, now]]}))
+    assert ema.main([str(run), "--sigma", "0.06"]) == 0
+    assert ema.main([str(run), "--sigma", "0.06", "--at", str(LAST)]) == 0
+    made = (load_file(run / "averages" / f"power-0.06-{n:012d}.safetensors") for n in (now, LAST))
+    assert equal(*made)
 
 
 MODEL = "model.safetensors"

@@ -60,8 +60,12 @@ class Snapshot:
         """One snapshot's directory; ValueError where its state.json is missing or damaged."""
         try:
             entries = json.loads((path / STATE).read_text())
-            gaps = tuple((before, after) for before, after in entries.get("gaps", []))
-            found = cls(path, entries["updated_at"], gaps, entries["files"])
+            gaps = [(before, after) for before, after in entries.get("gaps", [])]
+            updated_at = entries["updated_at"]
+            # Nothing was averaged since the run went back: these are the averages of then.
+            while gaps and gaps[-1][1] == updated_at:
+                updated_at, _ = gaps.pop()
+            found = cls(path, updated_at, tuple(gaps), entries["files"])
             for name, facts in found.files.items():
                 found.profile(name), facts["bytes"], facts["sha256"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
