@@ -8,6 +8,7 @@ checks a config before anything is queued.
 
 import argparse
 import dataclasses
+import json
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -208,8 +209,8 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        # JSON's strings are TOML's, but for DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)
