@@ -141,6 +141,17 @@ def test_every_auto_is_filled_from_the_preset() -> None:
         ds_configs.resolve(ds_configs.load("ds_config.json"), config=config, ranks=3)
 
 
+def test_an_auto_that_no_preset_fills_is_deepspeeds_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, printed = tmp_path / "ds.json", []
+    for more in ({}, {"reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}):
+        file.write_text(json.dumps({"zero_optimization": {"stage": 3, **more}}))
+        assert plan.main(["digits", "--gpus", "2", "--ds-config", str(file)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_of_micro_batches_are_added_up_in_fp32_in_bf16(stage: int) -> None:
     raw = {"zero_optimization": {"stage": stage}}

@@ -104,6 +104,10 @@ def load(path: str | Path | None) -> dict[str, Any]:
     stage = _lookup(ds_config, "zero_optimization.stage")
     if stage not in (1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3")
+    # Files for transformers have more of them; DeepSpeed, too, takes its own defaults there.
+    zero = ds_config["zero_optimization"]
+    for name in [n for n, value in zero.items() if value == "auto" and n != "overlap_comm"]:
+        del zero[name]
     _check_numerics(ds_config, path=path)
     return ds_config
 
