@@ -17,9 +17,9 @@ from trainer import operators, train
 from trainer.measures import due
 
 
-def lock_of(root: Path, *, age: float) -> Path:
+def lock_of(root: Path, *, age: float, operator: str = "deepspeed_shm_comm") -> Path:
     """What a process leaves behind that was killed while it compiled."""
-    lock = root / "deepspeed_shm_comm" / "lock"
+    lock = root / operator / "lock"
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (time.time() - age,) * 2)
@@ -49,6 +49,7 @@ def test_a_lock_that_may_be_in_use_is_named_and_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock_of(tmp_path, age=7200, operator="of_another_project")
     assert operators.locks() == []
     assert [said.startswith("DeepSpeed compiles") for said in operators.notice()] == [True]
     lock = lock_of(tmp_path, age=90)
@@ -56,6 +57,8 @@ def test_a_lock_that_may_be_in_use_is_named_and_waited_for(
     assert re.match(rf"{lock} was made 1 min 3\d s ago", said) and "waits for it" in said
     (lock.parent / "deepspeed_shm_comm.so").touch()
     assert operators.notice() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert operators.locks() == []
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,13 @@ def _find_ninja() -> None:
 
 
 def locks() -> list[str]:
-    """What is to be said of locks of operators that torch compiles; DeepSpeed waits for them.
+    """What is to be said of the lock of that operator, for which a start waits. GPUs need none.
 
     Raises:
-        ValueError: one is older than an hour, so that nothing is compiling there.
+        ValueError: it is older than an hour, so that nothing is compiling there.
     """
     said = []
-    for lock in _compiled("*/lock"):
+    for lock in [] if torch.cuda.is_available() else _compiled("lock"):
         with suppress(FileNotFoundError):  # it was released just now
             age = time.time() - lock.stat().st_mtime
             made = f"{lock} was made {duration(age)} ago by a process that compiles"
@@ -60,15 +60,13 @@ def locks() -> list[str]:
 
 def notice() -> list[str]:
     """What is to be said where DeepSpeed has yet to compile its operator for CPUs."""
-    if torch.cuda.is_available() or _compiled("deepspeed_shm_comm/*.so"):
+    if torch.cuda.is_available() or _compiled("*.so"):
         return []
     return ["DeepSpeed compiles its operator for CPUs, once on this machine: up to some minutes"]
 
 
 def _compiled(names: str) -> list[Path]:
-    """The files of these names where torch keeps the operators that it compiles."""
+    """The files of these names where torch compiles the operator."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
-    is_named = os.environ.get(caches.OPERATORS)
-    return sorted(
-        caches.directory(caches.OPERATORS).glob(names if is_named else f"{python}_*/{names}")
-    )
+    above = "" if os.environ.get(caches.OPERATORS) else f"{python}_*/"
+    return sorted(caches.directory(caches.OPERATORS).glob(f"{above}deepspeed_shm_comm/{names}"))
