@@ -119,6 +119,8 @@ def test_a_setting_can_be_left_out() -> None:
     absent = ["model.head_channels", "intervals.samples"]
     config = configs.load("digits", ["model.heads = 2"], unset=absent)
     assert (config.model.heads, config.model.head_channels) == (2, None)
+    with pytest.raises(ValueError, match=r"model\.heads_up = 7: must be a divisor of the \[128\]"):
+        configs.load("digits", ["model.heads = 2", "model.heads_up = 7"], unset=absent)
     assert config.intervals.samples is None
     message = r"--unset model.head_chanels: the preset .* \(nearest: 'model.head_channels'\)"
     with pytest.raises(ValueError, match=message):

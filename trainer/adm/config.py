@@ -110,10 +110,6 @@ class EncoderConfig:
         assert self.heads is not None
         return self.heads
 
-    def attention_heads(self) -> tuple[int, ...]:
-        """Every fixed number of heads in the net."""
-        return () if self.heads is None else (self.heads,)
-
     def _check_levels(self) -> None:
         mult, size, levels = self.channel_mult, self.image_size, len(self.channel_mult)
         check(levels >= 1, "model.channel_mult", mult, "one multiplier for each level")
@@ -167,12 +163,11 @@ class EncoderConfig:
             for width, resolution in zip(self.level_channels, self.resolutions, strict=True)
             if resolution in self.attention
         }
-        name = "model.heads" if self.head_channels is None else "model.head_channels"
-        divisors = self.attention_heads() if self.head_channels is None else (self.head_channels,)
-        for divisor in divisors:
+        for name in ("head_channels", "heads", "heads_up"):  # a classifier has no way up
+            divisor = getattr(self, name, None)
             check(
-                divisor >= 1 and all(width % divisor == 0 for width in widths),
-                name,
+                divisor is None or (divisor >= 1 and all(w % divisor == 0 for w in widths)),
+                f"model.{name}",
                 divisor,
                 f"a divisor of the {sorted(widths)} channels of the maps with attention",
             )
@@ -222,10 +217,6 @@ class UNetConfig(EncoderConfig):
     def out_channels(self) -> int:
         """Channels of the net's output: prediction, and with `learn_sigma` the variance's."""
         return 6 if self.learn_sigma else 3
-
-    def attention_heads(self) -> tuple[int, ...]:
-        """Every fixed number of heads in the net."""
-        return tuple(heads for heads in (self.heads, self.heads_up) if heads is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
