@@ -177,6 +177,12 @@ def test_the_disk_is_what_real_checkpoints_take(place: Place) -> None:
     assert found and float(found[1]) == pytest.approx(size / 1e6, rel=0.05)
     # The newest three, one that is being written, and one for each 36 images.
     assert int(found[2]) == 3 + 1 + config.training.images // 36
+    widths = ["training.ema_widths = [0.05, 0.1]", "intervals.averages = 36"]
+    config = configs.load(place.preset, [*widths, "intervals.keep_every = 1"])
+    disk, averages = plan._disk_lines(config, 10**9)
+    assert f", {config.training.images // config.intervals.checkpoint} by intervals.keep" in disk
+    count = config.training.images // 36
+    assert averages == f"and {count} snapshots of averages, 4.00 GB each: {4 * count} GB"
 
 
 @pytest.mark.parametrize(

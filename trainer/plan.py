@@ -25,6 +25,7 @@ from trainer import config as configs
 from trainer import costs, ds_config, settings
 from trainer.adm.config import check
 from trainer.averages import kept
+from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.prediction import (
     GB,
@@ -145,7 +146,8 @@ def _row(name: str, cells: Sequence[str]) -> str:
 def _disk_lines(config: Config, parameters: int) -> Iterable[str]:
     every, training = config.intervals, config.training
     size = 4 * parameters * (3 + len(kept(training))) / GB
-    stay = training.images // every.keep_every if every.keep_every else 0
+    # Not more than there are checkpoints.
+    stay = training.images // max(every.keep_every, every.checkpoint) if every.keep_every else 0
     # One is being written while the newest are kept.
     most = every.keep + 1 + stay
     count = training.images // every.checkpoint
@@ -153,6 +155,12 @@ def _disk_lines(config: Config, parameters: int) -> Iterable[str]:
         f"\nDisk: {size:.2f} GB per checkpoint, {count:,} of them; up to {most:,} at once "
         f"(intervals.keep = {every.keep}, {stay:,} by intervals.keep_every): {size * most:,.0f} GB"
     )
+    if every.averages is not None:
+        each = (
+            len(training.ema_widths) * parameters * DTYPES[every.averages_precision].itemsize / GB
+        )
+        times = training.images // every.averages
+        yield f"and {times:,} snapshots of averages, {each:.2f} GB each: {times * each:,.0f} GB"
 
 
 def _data_lines(config: Config, now: Step) -> Iterable[str]:
