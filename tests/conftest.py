@@ -166,6 +166,14 @@ def nets(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, list
     }
 
 
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fixed random network of features as an exported program."""
+    from tests.support.exported import save  # imports DeepSpeed
+
+    return save(tmp_path_factory.mktemp("network") / "convolutions.pt2")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """A small dataset, for streams that break."""

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests.support import ranks
-from tests.support.exported import save
 from trainer.ablate import load, main
 from trainer.adm.unet import build
 
@@ -98,10 +97,9 @@ def test_what_no_row_could_do_without_is_said_once_before_the_first(
 
 
 def test_what_samples_are_compared_with_is_opened_before_the_first_row(
-    tmp_path: Path, digits: Path, tiny: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, digits: Path, network: Path, tiny: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    network, run, large = tmp_path / "n.pt2", tmp_path / "run", tmp_path / "large.npz"
-    save(network)
+    run, large = tmp_path / "run", tmp_path / "large.npz"
     np.savez(large, arr_0=np.zeros((20, 16, 16, 3), np.uint8))
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((20, 8, 8, 3), np.float32))
     train = ["train", str(tiny), "--run", str(run), "--set", "training.images = 8"]
@@ -124,9 +122,8 @@ def test_what_samples_are_compared_with_is_opened_before_the_first_row(
 
 @pytest.mark.slow
 def test_a_set_is_trained_drawn_evaluated_and_tabulated_and_resumes(
-    tiny: Path, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    tiny: Path, digits: Path, network: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    network = save(tmp_path / "network.pt2")
     path = tmp_path / "set.toml"
     path.write_text(f"""
 base = "{tiny}"

@@ -14,7 +14,6 @@ import pytest
 
 from data.exits import FAILED, REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
-from tests.support.exported import save
 from trainer.ablate import main
 from trainer.ablation_rows import outdated, remove_outdated, training_status
 from trainer.ablations import load
@@ -106,10 +105,15 @@ def test_figures_and_samples_are_of_the_finished_run(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_saves_ends_the_set_and_is_resumed(
-    number: signal.Signals, tiny: Path, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    number: signal.Signals,
+    tiny: Path,
+    digits: Path,
+    network: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
 ) -> None:
     """On two ranks, whose torchrun ends with 1; TERM to one process, Ctrl-C to the group."""
-    network, path, runs = save(tmp_path / "n.pt2"), tmp_path / "set.toml", tmp_path / "runs"
+    path, runs = tmp_path / "set.toml", tmp_path / "runs"
     path.write_text(SET.format(tiny=tiny, images=100_000, digits=digits, network=network))
     words = [str(path), "--runs", str(runs), "--ranks", "2"]
     run, here = runs / "base" / "run", runs / "base"

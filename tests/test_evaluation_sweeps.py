@@ -6,19 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from PIL import Image
 
-from tests.support.exported import save
+from tests.support.exported import refused
 from trainer.evaluate import main
 from trainer.sampling.samplefile import open_samples
 
 SCALES = (0.0, 0.25, 0.5)
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("network") / "convolutions.pt2")
 
 
 def drawn(path: Path, images: np.ndarray, **request: Any) -> Path:
@@ -79,10 +73,3 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_computed(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused([str(a), str(b), *plot, *common], "--plot: needs matplotlib: pip install matplotlib")
     assert not list(tmp_path.glob("*.json"))
-
-
-def refused(words: list[str], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        main(words)
-    if dist.is_initialized():  # left open where a thread of another test still runs
-        dist.destroy_process_group()

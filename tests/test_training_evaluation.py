@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.exits import FAILED
 from tests.support import faults, ranks
-from tests.support.exported import save
 from tests.support.runs import EVERY, STEP, Place, equal
 from trainer import evaluate
 from trainer.runstate import RunState
@@ -28,11 +27,6 @@ END = 4 * STEP
 KINDS = {"two": (2, "fp32"), "three": (3, "bf16")}
 COMMON = (*EVERY, f"training.images = {END}", "model.dropout = 0.2")
 FIGURES = ("fid", "precision", "recall", "kid")
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("network") / "convolutions.pt2")
 
 
 @pytest.fixture(scope="module")

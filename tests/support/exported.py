@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from trainer.evaluate import main
 
 
 class Convolutions(nn.Module):
@@ -26,3 +30,11 @@ def save(path: Path) -> Path:
     program = torch.export.export(Convolutions(), (images,), dynamic_shapes=shapes, strict=False)
     torch.export.save(program, path)
     return path
+
+
+def refused(words: list[str], said: str) -> None:
+    """Return if an evaluation by this command line is refused so."""
+    with pytest.raises(ValueError, match=said):
+        main(words)
+    if dist.is_initialized():  # left open where a thread of another test still runs
+        dist.destroy_process_group()
