@@ -263,3 +263,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_drawing(
     (tmp_path / "b.npz").mkdir()
     (status,) = ranks.sample(tmp_path, [*weights["unet"], "--out", tmp_path / "b.npz"])
     assert "b.npz exists: name another --out" in str(status)
+    (tmp_path / "link").symlink_to(tmp_path / "b.npz")  # which no directory can replace
+    (status,) = ranks.sample(tmp_path, [*weights["unet"], "--out", f"{tmp_path}/link/"])
+    assert "link exists: name another --out" in str(status)

@@ -216,7 +216,12 @@ class Output(ABC):
         self._remove_work()
 
     def _is_taken(self) -> bool:
-        """Whether something has the output's name; an empty directory may be filled."""
+        """Whether something has the output's name; an empty directory may be filled.
+
+        A link may not: a directory cannot be renamed to its name.
+        """
+        if self.path.is_symlink():
+            return True
         return self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
 
     def _check_left(self) -> None:
