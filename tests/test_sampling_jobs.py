@@ -1,19 +1,27 @@
 """Sampling as a job: its shares, its state, and how it is stopped."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from data.exits import TO_BE_CONTINUED
 from launch import status
 from launch.__main__ import main as launch
 from tests.support import ranks
 from tests.support.cluster import ROOT
+from trainer import sample
+from trainer.networks import SampleInputs
 from trainer.ranks.lease import claim, live_holder
 from trainer.runstate import RunState
+from trainer.sampling import drawing
+from trainer.sampling.drawing import DrawJob
+from trainer.sampling.requests import base_jobs
 
 FEW = ["--images", "10", "--batch", "2", "--steps", "4"]
 
@@ -40,6 +48,45 @@ def test_the_whole_is_not_drawn_beside_one_of_its_shares(tmp_path: Path, weights
     assert "is drawing" in str(said) and "share-0-of-3" in str(said)
     share.release()
     assert ranks.sample(tmp_path, words) == [0]
+
+
+def job_of(words: list[str]) -> DrawJob:
+    """The only job of a command line."""
+    arguments = sample.parser().parse_args([*words])
+    inputs, cpu = SampleInputs.find(arguments), torch.device("cpu")
+    (job,) = base_jobs(arguments, inputs, low_res_checksum=None, device=cpu)
+    return job
+
+
+def begin(words: list[str]) -> None:
+    job_of(words).output.open()
+
+
+def test_shares_may_begin_and_end_at_the_same_time(
+    tmp_path: Path, weights: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*weights["unet"], *FEW, "--out", str(tmp_path / "x.npz"), "--share", "0/2"]
+    job, other = job_of(words), ranks.forks().Process(target=begin, args=(words,))
+    fsync = os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.undo()
+        other.start()
+        other.join()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    job.output.open()
+    assert other.exitcode == 0 and job.output.is_begun()
+    labels = job.all_labels()
+    assert labels is not None
+    for part, own in enumerate(np.split(labels, job.request.parts)):
+        job.output.write(part, np.zeros((len(own), 8, 8, 3), np.uint8), own)
+    joining = claim(job.output.work)
+    assert "another share" in drawing._publish_shares(job)
+    joining.release()
+    assert drawing._publish_shares(job) == "" and job.output.is_drawn()
+    assert "another share" in drawing._publish_shares(job)
 
 
 def start(directory: Path, *words: object) -> "subprocess.Popen[str]":

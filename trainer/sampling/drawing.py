@@ -20,7 +20,7 @@ from data.progress import Progress, duration
 from trainer.adm.config import UNetConfig
 from trainer.networks import TrainedNetwork
 from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
-from trainer.ranks.lease import Lease
+from trainer.ranks.lease import Lease, live_holder
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World
 from trainer.sampling.draw import tile, to_pixels
@@ -212,15 +212,17 @@ class _Progress:
 def _publish_shares(job: DrawJob) -> str:
     """Make the output if this share was the last one; otherwise what is missing."""
     missing = job.request.parts - len(job.output.listed())
-    if missing:
-        return f"{missing} of {job.request.parts} batches are left to the other shares"
     try:
+        if job.output.is_drawn():
+            return "another share made the output"
+        if missing:
+            return f"{missing} of {job.request.parts} batches are left to the other shares"
         with job.output.claimed() as lease:
             return _publish(job, lease)
     except ValueError:
-        if job.output.is_drawn():
-            return "another share made the output"
-        raise
+        if live_holder(job.output.work) is None and not job.output.is_drawn():
+            raise
+        return "another share makes the output"
 
 
 def _publish(job: DrawJob, lease: Lease | None) -> str:

@@ -168,7 +168,8 @@ class Output(ABC):
             return
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            files.write(self.work / REQUEST, json.dumps(_plain(self.request)))
+            text = json.dumps(_plain(self.request))
+            files.write(self.work / REQUEST, text, writer=self.writer)  # as other shares may now
             files.sync(self.work.parent)
         except OSError as error:
             raise ValueError(f"cannot write {self.work}: {error}; name another --out") from None
