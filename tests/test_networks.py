@@ -52,7 +52,9 @@ def test_an_upsampler_fits_what_a_base_draws() -> None:
             check_upsampler(network(upsampler), base=network(base), classes=classes)
 
 
-def test_a_state_of_the_optimizer_is_no_weights_file(tmp_path: Path, tiny: Path) -> None:
+def test_of_a_checkpoint_weights_and_the_config_of_its_run_are_found(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = ["--run", str(tmp_path / "run"), "--set", "training.images = 8"]
     job = ranks.start(tmp_path / "job", ranks=1, runs=[["train", str(tiny), *run]])
     job.wait()
@@ -68,6 +70,17 @@ def test_a_state_of_the_optimizer_is_no_weights_file(tmp_path: Path, tiny: Path)
     save_file(names, tmp_path / "adam-m.safetensors", metadata={"images": "8"})
     with pytest.raises(ValueError, match="holds adam-m"):
         weights.load(tmp_path / "adam-m.safetensors")
+    # A checkpoint's config is that of its run: through a link, from within, on another disk.
+    (tmp_path / "best").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint.parent)
+    config = configs.load(tmp_path / "run" / "config.toml")
+    for place in (tmp_path / "best", Path(checkpoint.name)):
+        assert TrainedNetwork.find(place, preset=None, decay=None).config == config
+    checkpoint.parent.rename(tmp_path / "disk")
+    checkpoint.parent.symlink_to(tmp_path / "disk")
+    assert TrainedNetwork.find(checkpoint, preset=None, decay=None).config == config
+    with pytest.raises(ValueError, match=r"there is no .*config\.toml: add --preset"):
+        TrainedNetwork.find(tmp_path / "disk" / checkpoint.name, preset=None, decay=None)
 
 
 def test_without_its_label_an_image_gets_the_embedding_of_its_timestep_alone(tiny: Path) -> None:

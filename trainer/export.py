@@ -24,7 +24,7 @@ from trainer import diffusers_format, weights
 from trainer.adm.config import UNetConfig, check
 from trainer.compute import DTYPES
 from trainer.config import Config
-from trainer.networks import TrainedNetwork
+from trainer.networks import TrainedNetwork, run_of
 from trainer.watch import history
 
 _CARD = """\
@@ -121,7 +121,7 @@ def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwor
         (aside / "config.toml").write_text(configs.to_toml(config))
         (aside / "README.md").write_text(_card(to, named, found=found))
         # The run that a checkpoint's file belongs to.
-        metrics = [row for run in found.file.parents[2:3] for row in history.read(run)]
+        metrics = history.read(run_of(found.file.parent))
         if metrics:
             _write_json(aside / "metrics.json", metrics[-1])
         for path in (*aside.rglob("*"), aside):

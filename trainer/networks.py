@@ -60,8 +60,10 @@ class TrainedNetwork:
             return cls(config, file, files.sha256(file), name, own)
         if path.is_dir():
             found = _newest(path)
-            run = found.path.parent.parent
-            config = configs.load(run / "config.toml" if preset is None else preset)
+            own_config = run_of(found.path) / "config.toml"
+            if preset is None and not own_config.is_file():
+                raise ValueError(f"{path}: there is no {own_config}: add {option}")
+            config = configs.load(own_config if preset is None else preset)
             average = averages.exponential(config.training.ema[0] if decay is None else decay)
             file = found.file(average)
             if file.name not in found.files:
@@ -137,6 +139,12 @@ def _newest(path: Path) -> checkpoints.Checkpoint:
             return checkpoints.read(one)
         print(f"skipped {one}: {faults[0]}", file=sys.stderr)
     raise ValueError(f"{path} has no valid checkpoint")
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run of a checkpoint, which a link, or a name from within the run, may stand for."""
+    places = [path.parent.parent for path in (checkpoint.resolve(), checkpoint.absolute())]
+    return next((run for run in places if (run / "config.toml").is_file()), places[-1])
 
 
 # What a classifier must share with the network that it guides, where the network has it: the
