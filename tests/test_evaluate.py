@@ -165,6 +165,8 @@ def test_an_output_replaces_nothing_but_the_same_result(
         (but(draw, "--out", mine), r"mine\.json exists and is no evaluation: name another"),
         (but(draw, "--reference", half), r"own\.json exists with other results \(reference"),
         (but(draw, "--network", other), "holds features of"),
+        ([str(half), *draw[1:]], r"own\.json exists with other results \(samples"),
+        ([str(samples), *draw[:3], *with_network], "SAMPLES = .*: must be of different names"),
         ([*measure, str(samples)], "must be a file that ends in .json"),
         ([*measure, str(own)], r"own\.json exists and is no result of `nll`"),
         ([*measure, str(tmp_path)], "must be a file that ends in .json"),

@@ -62,7 +62,7 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
     if arguments.plot is not None:
         option, scales = agreed(lambda: sweeps.scales_of(every))
     evaluator = _evaluator(arguments, world=world, device=device)
-    _check_earlier(arguments, evaluator, size=every[0].size)
+    _check_earlier(arguments, evaluator, every)
     reference = evaluator.reference(arguments.reference, size=every[0].size)
     results = []
     for samples in every:
@@ -170,24 +170,29 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
 def _check_outputs(arguments: argparse.Namespace) -> None:
     count, out = len(arguments.samples), arguments.out
     check(out is None or count == 1, "--out", str(out), f"absent with {count} samples")
+    outs = _outs(arguments)
+    different = "of different names: the figures of each go beside it"
+    check(len({*outs}) == len(outs), "SAMPLES", [*map(str, arguments.samples)], different)
     plots.check_plot(arguments.plot)
-    for path in _outs(arguments):
+    for path in outs:
         outputs.check_place(path, suffix=".json", kind="evaluation", earlier=_earlier(path))
 
 
 def _check_earlier(
-    arguments: argparse.Namespace, evaluator: Evaluator, *, size: tuple[int, int]
+    arguments: argparse.Namespace, evaluator: Evaluator, every: Sequence[Samples]
 ) -> None:
-    """Refuse figures that are there already of another reference or network."""
-    there = from_main(lambda: [path for path in _outs(arguments) if path.exists()])
+    """Refuse figures that are there already of other samples, another reference or network."""
+    samples_of = dict(zip(_outs(arguments), every, strict=True))
+    there = from_main(lambda: [path for path in samples_of if path.exists()])
     if not there:
         return
-    found = evaluator.check(arguments.reference, size=size)
+    found = evaluator.check(arguments.reference, size=every[0].size)
     checksum = found.checksum if isinstance(found, Reference) else found.checksum()
     wanted = {"reference": checksum, "network": evaluator.network.sha256}
 
     def check_same() -> None:
         for path in there:
+            wanted["samples"] = samples_of[path].checksum()
             outputs.check_same(path, _earlier(path), wanted)
 
     from_main(check_same)
@@ -197,7 +202,8 @@ def _earlier(path: Path) -> dict[str, Any] | None:
     """The checksums of what the figures in a file are of; None where it has none."""
     about = (outputs.stored_json(path) or {}).get("about") or {}
     try:
-        return {"reference": about["reference"]["checksum"], "network": about["network"]["sha256"]}
+        checksums = {name: about[name]["checksum"] for name in ("reference", "samples")}
+        return {**checksums, "network": about["network"]["sha256"]}
     except (KeyError, TypeError):
         return None
 

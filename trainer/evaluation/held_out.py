@@ -165,10 +165,11 @@ def measure(arguments: argparse.Namespace, *, world: World, device: torch.device
         "fingerprint": held_out.images.stream.shards.fingerprint,
         "images": held_out.images.images,
     }
-    if arguments.out is not None:
-        same = {name: facts[name] for name in ("sha256", "fingerprint", "images")}
-        agreed(lambda: outputs.check_same(arguments.out, outputs.stored_json(arguments.out), same))
     is_nll = arguments.command == "nll"
+    facts |= {"steps": arguments.steps} if is_nll else {}
+    if arguments.out is not None:
+        same = {name: facts[name] for name in facts if name not in ("network", "data")}
+        agreed(lambda: outputs.check_same(arguments.out, outputs.stored_json(arguments.out), same))
     found = likelihood(held_out, steps=arguments.steps) if is_nll else accuracy(held_out)
     if world.is_main:
         print("\n".join(_lines(found, images=held_out.images.images)))
