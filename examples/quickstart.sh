@@ -34,7 +34,7 @@ step "Rerun the same command to resume"
 "${digits[@]}"
 
 step "Draw 200 images, 20 of each digit, with and without classifier guidance"
-rm -f "$out"/{guided,unguided}.npz
+rm -rf "$out"/{guided,unguided}.{npz,png,parts}
 "${sample[@]}" --out "$out/guided.npz" --classifier "$out/classifier" --scale 2
 "${sample[@]}" --out "$out/unguided.npz"
 
