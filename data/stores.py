@@ -24,6 +24,8 @@ from data import descriptors
 from data.config import is_local, login_and_url, shown
 
 _PIECE = 1 << 16
+# Bytes of one read from a local file.
+_LARGE = 1 << 26
 # Bytes of one request to an fsspec driver: each must arrive within `timeout_s`.
 _RANGE = 1 << 20
 
@@ -72,9 +74,12 @@ class LocalStore(Store):
         self._lock = threading.Lock()
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
-        """As `Store.pieces`, in one piece."""
+        """As `Store.pieces`; an image is one piece."""
         file = self._file(name)
-        yield os.pread(file.number, last - first, first)
+        # One call reads 2 GiB at most, and would need memory for all of it.
+        while first < last and (piece := os.pread(file.number, min(last - first, _LARGE), first)):
+            yield piece
+            first += len(piece)
 
     def size(self, name: str) -> int:
         """As `Store.size`."""

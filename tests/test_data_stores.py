@@ -117,6 +117,14 @@ def test_a_file_is_not_closed_under_the_read_of_another_thread(tmp_path: Path) -
     assert not open_below(tmp_path)
 
 
+def test_a_file_of_more_than_one_read_is_read_in_full(tmp_path: Path) -> None:
+    """Linux reads 2 GiB at once at most."""
+    (tmp_path / "large.tar").touch()
+    os.truncate(tmp_path / "large.tar", size := 2**31 + 1)
+    pieces = LocalStore(str(tmp_path), sharers=1).pieces("large.tar", first=0, last=size)
+    assert sum(map(len, pieces)) == size
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_file_systems_of_fsspec_serve_the_same(whole: Shards, workers: int) -> None:
     assert epoch(f"file://{whole.root}", workers=workers) == epoch(whole.root)
