@@ -153,7 +153,8 @@ class DataConfig(FetchConfig):
         )
         above_0 = all(share > 0 for share in self.mix_shares)
         check(
-            above_0 and sum(self.mix_shares) < 1,
+            # Rounded, since 0.7 + 0.2 + 0.1 is less than 1 in floating point.
+            above_0 and round(sum(self.mix_shares), 9) < 1,
             "data.mix_shares",
             list(self.mix_shares),
             "above 0, and below 1 together: the rest is the share of data.shards",

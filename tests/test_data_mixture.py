@@ -173,6 +173,10 @@ def test_a_single_dataset_is_in_the_order_that_it_always_was(sets: tuple[Shards,
         ({"mix_shares": ()}, r"data\.mix_shares = \[\]: must be one share for each of the 1"),
         ({"mix_shares": (1.0,)}, r"data\.mix_shares = \[1\.0\]: must be above 0, and below 1"),
         ({"mix_shares": (0.0,)}, r"data\.mix_shares = \[0\.0\]: must be above 0"),
+        (
+            {"mix": ("x",) * 3, "mix_shares": (0.7, 0.2, 0.1)},
+            r"0\.1\]: must be above 0, and below 1",
+        ),
         ({"mix_shares": (0.123456,)}, r"must be decimals of at most 4 digits"),
     ],
 )
