@@ -45,6 +45,7 @@ class CachedReader:
             chunks += -(-size // CHUNK)
         self._locks = [threading.Lock() for _ in range(64)]
         self._usable = True
+        self._wrong: set[Path] = set()
         self._attempt(self._open)
 
     def read(self, name: str, *, first: int, size: int) -> bytes:
@@ -73,7 +74,11 @@ class CachedReader:
     def forget(self, name: str, *, first: int, size: int) -> None:
         """Delete the chunks of a range: their content was wrong."""
         for chunk in range(first // CHUNK, -(-(first + size) // CHUNK)):
-            self._slot(name, chunk).unlink(missing_ok=True)
+            slot = self._slot(name, chunk)
+            try:
+                slot.unlink(missing_ok=True)
+            except OSError:  # of another user, say: it is not read any more
+                self._wrong.add(slot)
 
     def close(self) -> None:
         """Close all files."""
@@ -98,8 +103,11 @@ class CachedReader:
         return self._locks[what % len(self._locks)]
 
     def _lookup(self, name: str, chunk: int, low: int, high: int) -> bytes | None:
+        slot = self._slot(name, chunk)
+        if slot in self._wrong:
+            return None
         try:
-            with self._slot(name, chunk).open("rb") as file:
+            with slot.open("rb") as file:
                 stamp = file.read(_STAMP.size)
                 if stamp != _STAMP.pack(self._first[name] + chunk):
                     return None

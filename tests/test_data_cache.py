@@ -1,8 +1,10 @@
 """A node's cache: damaged, too small or on a full disk, it costs time and nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,23 @@ def test_a_cache_of_many_chunks_serves_the_same(
                 some = epoch(root, cache=str(cache), cache_gb=chunks * 1508 / 2**30, retries=4)
                 assert some == epoch(whole.root)
                 assert 1 < len([p for p in cache.glob("*/*") if not p.suffix]) <= chunks
+
+
+def test_a_damaged_chunk_that_may_not_be_deleted_is_not_read_again(whole: Shards) -> None:
+    """Users share the cache of a node, and one has written it."""
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        copy, cache = shutil.copytree(whole.root, f"{place}/shards"), f"{place}/cache"
+        wanted = epoch(copy, cache=cache)
+        for slot in Path(cache).glob("*/*[0-9]"):
+            slot.write_bytes(slot.read_bytes()[:8] + bytes(slot.stat().st_size - 8))
+        os.seteuid(65534)
+        try:
+            assert epoch(copy, cache=cache) == wanted
+        finally:
+            os.seteuid(0)
 
 
 def test_a_damaged_index_in_the_cache_is_fetched_again(whole: Shards, tmp_path: Path) -> None:
