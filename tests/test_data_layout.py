@@ -108,7 +108,7 @@ def test_one_class_folder_is_one_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [as_it_is, zipped])
-@pytest.mark.parametrize("inside", ["", "archive/"])
+@pytest.mark.parametrize("inside", ["", "archive/", "archive/train/"])
 def test_images_beside_class_folders_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object, inside: str
 ) -> None:

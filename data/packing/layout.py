@@ -49,9 +49,14 @@ def class_directories(
 
 def _above_classes(parts: list[list[str]]) -> int:
     """How many directories, each the only one in the one before, hold all class directories."""
-    ends = zip(min(parts, default=[]), max(parts, default=[]), strict=False)
-    common = sum(1 for _ in takewhile(lambda end: end[0] == end[1], ends))
+    common = _in_common(parts)
     return common if all(len(part) > common for part in parts) else 0
+
+
+def _in_common(parts: list[list[str]]) -> int:
+    """How many directories, from the first on, all images have in common."""
+    ends = zip(min(parts, default=[]), max(parts, default=[]), strict=False)
+    return sum(1 for _ in takewhile(lambda end: end[0] == end[1], ends))
 
 
 def _names_at(above: list[str], directories: Iterable[str]) -> set[str]:
@@ -76,10 +81,11 @@ def _loose_images(images: Sequence[str], classes: list[str], root: str) -> str:
 
 def _loose_in_only_directory(images: Sequence[str], parts: list[list[str]], where: str) -> str:
     """As `_loose_images`, where one directory holds all class folders, and images beside them."""
-    inner = [part[1] if len(part) > 1 else NO_CLASS for part in parts]
-    if len({tuple(part[:1]) for part in parts}) > 1 or len({*inner} - {NO_CLASS}) < 2:
+    common = _in_common(parts)
+    inner = [part[common] if len(part) > common else NO_CLASS for part in parts]
+    if len({*inner} - {NO_CLASS}) < 2:
         return ""
-    return _loose_images(images, inner, "/".join((where, *parts[0][:1])))
+    return _loose_images(images, inner, "/".join((where, *parts[0][:common])))
 
 
 def _splits(classes: list[str], root: str) -> str:
