@@ -11,8 +11,9 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -183,9 +184,14 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     run = options.pop("run")
+    return reported(lambda: _stoppable(run, options))
+
+
+def _stoppable(run: Callable[..., int], options: dict[str, Any]) -> int:
+    """The exit status of a command, also of one that a signal stops."""
     try:
         with interrupted_by_signals():
-            return reported(lambda: run(**options))
+            return run(**options)
     except KeyboardInterrupt as signal:
         print(f"stopped by {signal or 'Ctrl-C'}; run the same command again", file=sys.stderr)
         return TO_BE_CONTINUED

@@ -1,6 +1,8 @@
 """Tars: ours are what webdataset writes and reads, and those of others are checked strictly."""
 
 import io
+import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import webdataset as wds
 
 from data.dataset import open_shards, verify
-from data.exits import REFUSED
+from data.exits import REFUSED, TO_BE_CONTINUED
 from data.packing.indexing import index_directory
 from data.shards import main as shards_main
 from data.tars import scan_tar
@@ -169,6 +171,25 @@ def test_merged_datasets_are_one(folder: Path, tmp_path: Path) -> None:
     other = packed(tmp_path / "more", tmp_path / "d")
     assert shards_main(["merge", str(tmp_path / "c"), first.root, other.root]) == REFUSED
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("command", ["index", "merge"])
+def test_an_interrupted_command_can_be_run_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    link, out = os.link, tmp_path / "out"
+
+    def interrupted(file: Path, to: Path) -> None:
+        link(file, to)
+        signal.raise_signal(signal.SIGTERM)
+
+    arguments = [command, str(out), packed(folder, tmp_path).root]
+    if command == "index":
+        arguments = [command, str(write_tars(folder, tmp_path / "tars")), "--out", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", interrupted)
+        assert shards_main(arguments) == TO_BE_CONTINUED
+    assert shards_main(arguments) == 0 and open_shards(out).count == IMAGES
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ manifest over the shards of several datasets.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,14 @@ def index_directory(root: Path, *, out: Path | None = None) -> Shards:
         except ValueError as error:
             raise ValueError(f"{tar}: {error}; rename it") from None
     indexes, classes = _indexes(tars)
-    if out:
-        _make_empty(out)
-        for tar in tars:
-            _link(tar, out / tar.name)
-    shards = [_write(home / tar.name, index) for tar, index in zip(tars, indexes, strict=True)]
-    made_by = {"index": "tars made by others"}
-    text = manifest_text(tuple(shards), classes=classes, image_size=None, made_by=made_by)
-    files.write(home / MANIFEST, text)
+    with _new(out) if out else nullcontext():
+        if out:
+            for tar in tars:
+                _link(tar, out / tar.name)
+        shards = [_write(home / tar.name, index) for tar, index in zip(tars, indexes, strict=True)]
+        made_by = {"index": "tars made by others"}
+        text = manifest_text(tuple(shards), classes=classes, image_size=None, made_by=made_by)
+        files.write(home / MANIFEST, text)
     return open_shards(home)
 
 
@@ -79,18 +81,20 @@ def merge(out: Path, roots: list[str]) -> Shards:
             )
     if len({part.fingerprint for part in parts}) < len(parts):
         raise ValueError("a dataset is given twice: every image would count twice")
-    _make_empty(out)
-    shards = []
-    for number, part in enumerate(parts):
-        for shard in part.shards:
-            name = f"{number}-{shard.name}"
-            for suffix in (".tar", ".idx.npy"):
-                _link(Path(part.root, shard.name + suffix), out / (name + suffix))
-            shards.append(Shard(**{**vars(shard), "name": name}))
-    text = manifest_text(
-        tuple(shards), classes=first.classes, image_size=first.image_size, made_by=_merged(parts)
+    shards = tuple(
+        Shard(**{**vars(shard), "name": f"{number}-{shard.name}"})
+        for number, part in enumerate(parts)
+        for shard in part.shards
     )
-    files.write(out / MANIFEST, text)
+    text = manifest_text(
+        shards, classes=first.classes, image_size=first.image_size, made_by=_merged(parts)
+    )
+    with _new(out):
+        for shard in shards:
+            number, _, name = shard.name.partition("-")
+            for suffix in (".tar", ".idx.npy"):
+                _link(Path(parts[int(number)].root, name + suffix), out / (shard.name + suffix))
+        files.write(out / MANIFEST, text)
     return open_shards(out)
 
 
@@ -139,11 +143,21 @@ def _write(tar: Path, index: Index) -> Shard:
     return describe(tar, index, content)
 
 
-def _make_empty(out: Path) -> None:
-    """Make a directory, or raise ValueError if there is one that holds something."""
+@contextmanager
+def _new(out: Path) -> Iterator[None]:
+    """Make a directory, or raise ValueError if there is one that holds something.
+
+    What is put there within stays only if that succeeds, so that the command can be run again.
+    """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"OUT = {out} is not empty: choose another OUT")
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in out.iterdir():
+            path.unlink()
+        raise
 
 
 def _link(file: Path, link: Path) -> None:
