@@ -75,6 +75,7 @@ def test_webdataset_shards_pack_with_their_labels(
     folder: Path, wanted: set[tuple[bytes, int]], tmp_path: Path, json_labels: bool
 ) -> None:
     tars = write_tars(folder, tmp_path / "tars", json_labels=json_labels)
+    (tars / "._other-000.tar").write_bytes(b"litter of macOS")
     shards = packed(tars, tmp_path)
     assert content(shards) == wanted and shards.classes == ("0", "1", "2")
 

@@ -126,7 +126,8 @@ def _files(path: Path, suffix: str) -> tuple[list[Path], str]:
         return [path], path.name
     else:
         found, pattern = path.parent.glob(path.name), path.name
-    return sorted(f for f in found if f.suffix.lower() == suffix and f.is_file()), pattern
+    wanted = (f for f in found if f.suffix.lower() == suffix and not litter(f.name))
+    return sorted(f for f in wanted if f.is_file()), pattern
 
 
 def _is_metadata(file: Path) -> bool:
