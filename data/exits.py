@@ -8,6 +8,7 @@ such program).
 import argparse
 import difflib
 import dis
+import io
 import os
 import re
 import select
@@ -43,6 +44,9 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         help_text = "print the version, and the commit of a git checkout, and exit"
         self.register("type", Path, lambda text: Path(path_text(text)))
+        # Names of files and classes may be of any bytes, and the locale without their letters.
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")
         none = argparse.SUPPRESS  # it is no value of the command line
         self.add_argument(
             "--version", action=_Version, nargs=0, dest=none, default=none, help=help_text

@@ -8,7 +8,6 @@ python -m data.shards merge OUT DIR DIR ...    one dataset of the shards of seve
 """
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -180,9 +179,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run `python -m data.shards`; returns the exit status."""
     options = vars(_parser().parse_args(arguments))
     descriptors.raise_limit()
-    # Names of classes may be of any bytes.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     run = options.pop("run")
     return reported(lambda: _stoppable(run, options))
 

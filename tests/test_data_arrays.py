@@ -1,5 +1,6 @@
 """Sample files and CIFAR's own files as sources, shards as a sample file, and `--dry-run`."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -167,10 +168,12 @@ def test_a_dry_run_says_what_would_be_packed_and_writes_nothing(
 ) -> None:
     source = write_folder(tmp_path / "P", images=30)
     (source / "n0001" / "notes.txt").write_text("x")
+    (source / "n0002").rename(os.fsdecode(os.fsencode(source) + b"/caf\xe9"))
     assert pack_at(source, tmp_path / "out", 16, "--dry-run") == 0
     text = capsys.readouterr().out
     assert "30 images in 3 classes" in text and "1 skipped (.txt 1)" in text
-    assert "  n0001: 10\n" in text and "in 30 files" in text and "8 shards, about 0." in text
+    assert "  n0001: 10\n" in text and "  caf\\udce9: 10\n" in text
+    assert "in 30 files" in text and "8 shards, about 0." in text
     assert [path.name for path in tmp_path.iterdir()] == ["P"]
     (source / "n0009").mkdir()
     assert pack_at(source, tmp_path / "out", 16, "--dry-run") == REFUSED
