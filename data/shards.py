@@ -25,8 +25,8 @@ from data.export import export
 from data.packing.indexing import index_directory, merge
 from data.packing.pool import interrupted_by_signals
 from data.reader import Reader
-from data.tars import Index
-from data.transforms import decode
+from data.tars import HEADER, Index
+from data.transforms import UNDECODABLE, Pixels, decode
 
 # Thumbnails on a contact sheet.
 _THUMBNAILS = 64
@@ -84,27 +84,33 @@ def _index_of(shards: Shards, number: int, reader: Reader) -> Index:
     return shards.parse_index(number, content, glimpse=reader.glimpse)
 
 
-def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[bytes]:
-    """Image files at equal distances through the dataset."""
+def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[Pixels]:
+    """Images at equal distances through the dataset.
+
+    Raises:
+        ValueError: one cannot be decoded.
+    """
     ends = np.cumsum(shards.sizes)
     for image in np.linspace(0, shards.count - 1, min(count, shards.count), dtype=int):
         shard = int(np.searchsorted(ends, image, side="right"))
-        entry = _index_of(shards, shard, reader)[image - ends[shard]]
-        yield reader.read(
-            shards.shards[shard].tar, first=int(entry["offset"]), size=int(entry["size"])
-        )
+        index, tar = _index_of(shards, shard, reader), shards.shards[shard].tar
+        offset, size, _, _ = index[image - ends[shard]].item()
+        content = reader.read(tar, first=offset, size=size)
+        try:
+            pixels = decode(content)
+        except UNDECODABLE as error:
+            row = len(index) + int(image - ends[shard])
+            key = shards.key(shard, row, first=offset - HEADER, glimpse=reader.glimpse)
+            raise ValueError(f"{shards.where}/{tar}: {key} cannot be decoded: {error}") from None
+        yield pixels
     reader.close()
 
 
-def _contact_sheet(stored: Iterable[bytes]) -> Image.Image:
-    """Draw image files as thumbnails of at most `_TILE` pixels, in rows of a square sheet.
-
-    Raises:
-        one of `data.transforms.UNDECODABLE`.
-    """
+def _contact_sheet(stored: Iterable[Pixels]) -> Image.Image:
+    """Draw images as thumbnails of at most `_TILE` pixels, in rows of a square sheet."""
     thumbnails = []
-    for content in stored:
-        image = Image.fromarray(decode(content))
+    for pixels in stored:
+        image = Image.fromarray(pixels)
         scale = _TILE / max(image.size)
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
         # Small images are shown pixel by pixel, large ones smoothly.

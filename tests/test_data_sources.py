@@ -27,6 +27,7 @@ from tests.support.data_fixtures import (
     image_files,
     packed,
     write_folder,
+    write_tar,
     write_tars,
 )
 
@@ -142,6 +143,10 @@ def test_info_shows_what_is_there(
     assert Image.open(sheet).size == (6 * 128, 5 * 128)
     assert shards_main(["verify", shards.root, "--full"]) == 0
     assert shards_main(["info", str(tmp_path)]) == REFUSED
+    write_tar(tmp_path / "others" / "0.tar", {"a.png": b"no image"})
+    assert shards_main(["index", str(tmp_path / "others")]) == 0
+    assert shards_main(["info", str(tmp_path / "others"), "--sheet", str(sheet)]) == REFUSED
+    assert "/0.tar: a cannot be decoded: no image that" in capsys.readouterr().err
 
 
 def test_what_is_no_source_is_one_clear_error(tmp_path: Path) -> None:
