@@ -40,10 +40,8 @@ def text_label(content: bytes, *, where: str) -> Label:
         ValueError: it is neither a number without a fraction nor a name.
     """
     text = content.decode("utf-8", "replace").strip()
-    try:
+    if re.fullmatch(r"[-+]?\d+", text):  # `int` takes 2019_05, too
         return int(text)
-    except ValueError:
-        pass
     try:
         return label_of(float(text) if _NUMBERS.fullmatch(text) else text, where=where)
     except ValueError:

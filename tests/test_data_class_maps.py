@@ -81,6 +81,7 @@ def test_names_and_classes_may_have_spaces(tmp_path: Path) -> None:
             + "".join(f'{{"file_name": "{n}", "label": 0}}\n' for n in NAMES[1:]),
             "1 images have the class ''",
         ),
+        ('"a.png cat\n' + "x" * 2**17, "is no text of names and classes: field larger than"),
         ("a.png,cat\nb.png,dog,x\nc.png,dog\nd.png,cat\n", "'b.png dog x': must be NAME CLASS"),
     ],
 )

@@ -56,6 +56,7 @@ def test_ctrl_c_is_one_line(capfd: pytest.CaptureFixture) -> None:
     [
         (["--size", "0"], "--size = 0: must be at least 1"),
         (["--quality", "101"], "--quality = 101: must be from 1 to 100"),
+        (["--seed", str(2**64)], "--seed = 18446744073709551616: must be between"),
         (["--workers", "0"], "--workers = 0: must be at least 1"),
         (["--class-map", "nowhere"], "--class-map = nowhere cannot be read"),
         (["--classes-of", "nowhere"], "no dataset at nowhere"),

@@ -56,6 +56,11 @@ def test_names_in_tars_are_labels(tmp_path: Path, suffix: str, stored: list[byte
         index_directory(tars)
 
 
+def test_a_date_is_the_name_of_a_class(tmp_path: Path) -> None:
+    tars = labelled_tar(tmp_path, b"2020_01", b"2019_05", suffix="cls")
+    assert packed(tars, tmp_path).classes == ("2019_05", "2020_01")
+
+
 @pytest.mark.parametrize(
     ("suffix", "stored", "message"),
     [

@@ -104,7 +104,10 @@ def _rows(path: Path) -> _Rows:
         return objects
     marks = [mark for mark in "\t,;" if all(mark in line for line in lines)]
     rows = csv.reader(lines, delimiter=marks[0] if marks else "\x1f", skipinitialspace=True)
-    return [[cell.strip().removeprefix("./") for cell in row] for row in rows]
+    try:
+        return [[cell.strip().removeprefix("./") for cell in row] for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"--class-map = {path} is no text of names and classes: {error}") from None
 
 
 def _objects(lines: list[str]) -> _Rows:

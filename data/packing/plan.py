@@ -72,6 +72,7 @@ class PackConfig:
     def __post_init__(self) -> None:
         check(self.size >= 1, "--size", self.size, "at least 1")
         check(self.per_shard >= 1, "--per-shard", self.per_shard, "at least 1")
+        check(abs(self.seed) < 2**63, "--seed", self.seed, "between -2^63 and 2^63")
         check(self.format in (None, "png", "jpg"), "--format", self.format, "png or jpg")
         check(1 <= self.quality <= 100, "--quality", self.quality, "from 1 to 100")
         names = 'a colour such as black or "#808080"'
