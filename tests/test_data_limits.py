@@ -1,13 +1,17 @@
-"""A full disk and few open files: nothing finished is lost, and nothing needs more."""
+"""Full and odd disks, and few open files: nothing finished is lost, and nothing needs more."""
 
+import errno
+import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from data import files
 from data.dataset import Shards, open_shards, verify
 from data.exits import FAILED
 from tests.support import ranks
@@ -96,3 +100,19 @@ def test_a_command_raises_the_soft_limit_of_open_files(many: Shards) -> None:
     )
     done = few_files(["-c", script, many.root])
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_system_that_cannot_sync_directories_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SMB's and some others that programs mount."""
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    files.write(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"
