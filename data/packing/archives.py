@@ -16,6 +16,7 @@ from data.packing.listing import Listing, by_directory_name, by_label_if_any
 from data.packing.names import is_image, litter
 from data.packing.parquet import Parquet
 from data.packing.sources import Archives, Digits, Folder, OneFile, Source, Zip, read_extent
+from data.packing.splits import check_files
 from data.tars import scan_tar
 
 
@@ -77,7 +78,7 @@ class Tars(Archives):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        self.check_files()
+        check_files(self.files, pattern=self._pattern)
         names: list[str] = []
         labels: list[Label | None] = []
         members: list[list[str]] = []

@@ -19,6 +19,7 @@ from data import files
 from data.labels import LABEL_KEYS, Label, label_of
 from data.packing.listing import Listing, by_label_if_any
 from data.packing.sources import Archives, read_extent, unpacked_name
+from data.packing.splits import check_files
 
 # Columns of images in parquet, in the order in which they are preferred.
 _IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels", "image_bytes")
@@ -32,7 +33,7 @@ class Parquet(Archives):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        self.check_files()
+        check_files(self.files, pattern=self._pattern)
         names: list[str] = []
         labels: list[Label | None] = []
         # The first file with each list of classes.

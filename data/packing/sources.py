@@ -23,7 +23,6 @@ from data.packing.dataset_json import DATASET_JSON, by_dataset_json
 from data.packing.layout import by_directory
 from data.packing.listing import Listing
 from data.packing.names import LINK_UP, is_image
-from data.packing.splits import check_files
 from data.transforms import png
 
 # Size in bytes and time of the last change in ns: they differ when a file was changed.
@@ -209,10 +208,6 @@ class Archives(Source):
     def stamp(self, holder: str) -> Stamp:
         """As `Source.stamp`."""
         return stamp_of(self._root / holder)
-
-    def check_files(self) -> None:
-        """Raise ValueError if files of several splits are there, or not all files of a set."""
-        check_files(self.files, pattern=self._pattern)
 
 
 class Digits(Source):
