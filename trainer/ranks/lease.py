@@ -51,14 +51,14 @@ class Holder:
     @classmethod
     def here(cls, run: Path) -> "Holder":
         """This process, as the writer of `run`."""
-        job, me = scheduler_job(), Process.here()
+        (job, start), me = scheduler_job(), Process.here()
         return cls(
             token=secrets.token_hex(8),
             host=me.host,
             pid=me.pid,
             machine=me.machine,
-            job=job.job_id,
-            start=job.start,
+            job=job,
+            start=start,
             run=str(run.absolute()),
         )
 

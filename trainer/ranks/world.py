@@ -133,23 +133,14 @@ def process_name() -> str:
     return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
 
 
-@dataclass(frozen=True)
-class SchedulerJob:
-    """The scheduler's job that this process is part of, and how often it was started before."""
-
-    job_id: str | None
-    start: int
-
-
 def step_hosts() -> list[str]:
     """The hosts of this Slurm step; none under another launcher."""
     return hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
 
 
-def scheduler_job() -> SchedulerJob:
-    """What Slurm tells this process, under whichever launcher."""
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return SchedulerJob(os.environ.get("SLURM_JOB_ID"), restarts)
+def scheduler_job() -> tuple[str | None, int]:
+    """Slurm's id of the job of this process, under any launcher, and how often it was restarted."""
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _from_torch(env: Mapping[str, str]) -> World:

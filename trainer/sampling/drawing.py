@@ -153,10 +153,14 @@ class Drawing:
 
     def _write(self, job: DrawJob, write: Callable[[], str]) -> str:
         """What `write` returns on the main rank; Broken where it cannot write."""
-        result, fault = from_main(lambda: _attempt(write))
-        if fault is not None:
-            raise Broken(_cannot_write(job, fault))
-        return result
+
+        def attempt() -> str:
+            try:
+                return write()
+            except OSError as error:
+                raise OSError(_cannot_write(job, error)) from None
+
+        return from_main(attempt)
 
     def _undrawn(self, job: DrawJob) -> list[int]:
         """The missing or damaged parts; each rank checks its share, and all learn of all."""
@@ -242,14 +246,6 @@ def _publish(job: DrawJob, lease: Lease | None) -> str:
         grid.save(stream, format="png", pnginfo=about)
     job.output.publish(whole)
     return ""
-
-
-def _attempt(write: Callable[[], str]) -> tuple[str, OSError | None]:
-    """What `write` returns, or the error for which it could not write."""
-    try:
-        return write(), None
-    except OSError as error:
-        return "", error
 
 
 def _cannot_write(job: DrawJob, why: object) -> str:

@@ -34,7 +34,7 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[Callable[[Sta
 
     def note(state: State, why: str | None = None) -> None:
         if job is not None:
-            writer, job_id = f"{socket.gethostname()}.{os.getpid()}", scheduler_job().job_id
+            writer, job_id = f"{socket.gethostname()}.{os.getpid()}", scheduler_job()[0]
             RunState(state=state, why=why, job_id=job_id).write(job, writer=writer)
 
     def watch() -> None:
