@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import os
 import re
 import signal
@@ -169,7 +168,7 @@ def _choices(over: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """
     spans = [_values(text) for text in over]
     for values in itertools.product(*(values for _, values in spans)):
-        chosen = [(name, json.dumps(v)) for (name, _), v in zip(spans, values, strict=True)]
+        chosen = [(n, configs.toml_value(v)) for (n, _), v in zip(spans, values, strict=True)]
         words = [f"-{n.rpartition('.')[2]}{re.sub(r'[^A-Za-z0-9.-]+', '-', v)}" for n, v in chosen]
         yield "".join(words).rstrip("-"), tuple(f"{name} = {value}" for name, value in chosen)
 

@@ -90,15 +90,17 @@ def test_an_answer_without_a_job_id_is_shown(
 def test_a_sweep_over_settings_has_a_run_for_each_combination(sbatch: Sbatch) -> None:
     sbatch("echo 7")
     Path("site.toml").write_text("")
-    over = ["training.lr = [1e-4, 2e-4]", "training.ema = [[0.99], [0.9, 0.99]]"]
+    over = ["guards.spike = [9.0, inf]", "training.ema = [[0.99], [0.9, 0.99]]"]
     sets = [word for change in over for word in ("--over", change)]
     assert main(["sweep", "digits", "--runs", "runs", *sets, "--cluster", "site.toml"]) == 0
     scripts = {file.parents[1].name: file.read_text() for file in Path("runs").glob("*/*/job.sh")}
     assert set(scripts) == {
-        f"digits-lr{lr}-ema{ema}" for lr in ("0.0001", "0.0002") for ema in ("-0.99", "-0.9-0.99")
+        f"digits-spike{spike}-ema{ema}"
+        for spike in ("9.0", "inf")
+        for ema in ("-0.99", "-0.9-0.99")
     }
-    text = scripts["digits-lr0.0002-ema-0.9-0.99"]
-    assert "--set 'training.lr = 0.0002'" in text and "'training.ema = [0.9, 0.99]'" in text
+    text = scripts["digits-spikeinf-ema-0.9-0.99"]
+    assert "--set 'guards.spike = inf'" in text and "'training.ema = [0.9, 0.99]'" in text
     assert "#SBATCH --array=0-3%1" in Path("runs/sweep.sh").read_text()
 
 

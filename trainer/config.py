@@ -211,7 +211,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, str):
         # JSON's strings are TOML's, but for DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)
 
