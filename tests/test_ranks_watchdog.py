@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,28 +86,30 @@ def test_the_lowest_rank_that_lives_names_the_main_rank_before_any_other_error(
     assert "Traceback" not in job.text
 
 
-def lose_a_machine(told: Path) -> int:
-    """Three ranks on machines of their own: none sees the others' processes. The last is killed."""
-    world = join()
-    processes.machine = lambda: f"machine {world.rank}"
+def lose(killed: int, told: Path) -> int:
+    """Two machines of two ranks, which see none of the other's processes. One rank is killed."""
+    world = replace(join(), local_rank=int(os.environ["RANK"]) % 2, local_size=2)
+    processes.machine = lambda: f"machine {world.rank // 2}"
     with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=ranks.LIMIT) as watchdog:
         watchdog.tell = lambda line: files.append(told, f"{line}\n")
         watchdog.mark("computing")
-        if world.rank == 2:
+        if world.rank == killed:
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.zeros(8))
     return 0
 
 
+@pytest.mark.parametrize("killed", [0, 2])
 def test_a_rank_that_only_loses_its_connection_is_not_named_as_the_fault(
-    jobs: dict[str, ranks.Job],
+    jobs: dict[str, ranks.Job], killed: int
 ) -> None:
-    """Rank 1 fails too, sees nobody gone, and would note its own error last, for the run's end."""
-    job = jobs["apart"]
+    """Its host would be excluded, or its error noted in place of what the main rank has found."""
+    job = jobs[f"lost {killed}"]
     job.wait()
-    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED, -signal.SIGKILL]
-    (line,) = (job.directory / "told").read_text().splitlines()
-    assert re.fullmatch(r"\S+: lost: \S+ \(rank 2; \w+\): ended", line), job.text
+    assert sorted(p.exitcode or 0 for p in job.ranks) == [-signal.SIGKILL, *3 * [FAILED]]
+    said = (job.directory / "told").read_text().splitlines()
+    lost = rf"\S+: lost: \S+ \(rank {killed}(; [^)]*)?\): ended"
+    assert said and all(re.fullmatch(lost, line) for line in said), job.text
 
 
 def stand_still(directory: Path) -> int:
@@ -131,7 +134,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ranks.J
         "hung": (2, partial(stand_still, root / "hung")),
         "killed": (3, partial(stop_in_mid_run, signal.SIGKILL)),
         "stopped": (3, partial(stop_in_mid_run, signal.SIGSTOP)),
-        "apart": (3, partial(lose_a_machine, root / "apart" / "told")),
+        "lost 0": (4, partial(lose, 0, root / "lost 0" / "told")),
+        "lost 2": (4, partial(lose, 2, root / "lost 2" / "told")),
         "strangers": (2, go_on_among_strangers),
         "refused": (1, refuse),
     }

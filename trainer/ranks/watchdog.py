@@ -281,7 +281,7 @@ class Watchdog:
         match found:
             case [[bool(follows), str(why)]]:
                 return follows, why
-        return False, ""
+        return rank > 0 and not found, ""  # the store has ended, and with it the main rank
 
     def _gone(self) -> set[int]:
         """The ranks that are known to have ended, here or by their silence."""
