@@ -14,6 +14,10 @@ _REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS"
 # Options whose variables users set once in their shell, such as SBATCH_ACCOUNT. They count where
 # the script has no such option; for Slurm alone a variable would outrank the script.
 _DEFAULTS = ("account", "partition", "qos", "reservation")
+# Variables by which users shorten what squeue shows: they would hide a job that is there.
+_FILTERS = tuple(
+    f"SQUEUE_{by}" for by in ("ACCOUNT", "LICENSES", "NAMES", "PARTITION", "QOS", "STATES", "USERS")
+)
 # What sbatch answers, with --parsable and where a site's script leaves that out.
 _ANSWER = r"^(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?$"
 # States of jobs that have ended, which squeue shows for some minutes more.
@@ -147,6 +151,8 @@ def cancel(job_id: str) -> None:
 
 
 def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
+    if env is None:
+        env = {name: value for name, value in os.environ.items() if name not in _FILTERS}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except FileNotFoundError:

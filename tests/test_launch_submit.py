@@ -152,8 +152,10 @@ def test_the_status_has_one_line_for_what_squeue_says(
 ) -> None:
     squeue = tmp_path / "squeue"
     squeue.write_text(
-        "#!/bin/bash\nprintf 'squeue: error: one\\nsqueue: error: two\\n' >&2; exit 1"
+        "#!/bin/bash\n"
+        "printf 'squeue: error: one\\nsqueue: error: two%s\\n' $SQUEUE_STATES >&2; exit 1"
     )
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")  # the user's, which would hide the job
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "run" / "launch").mkdir(parents=True)
