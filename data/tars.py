@@ -190,6 +190,10 @@ def _members(path: Path, file: BinaryIO, skipped: Counter[str]) -> Iterator[tarf
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
+                if info.issparse():
+                    raise ValueError(
+                        f"{path}: {info.name} is stored with holes: make the tar without --sparse"
+                    )
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.isreg():
                     found[posixpath.normpath(info.name)] = info

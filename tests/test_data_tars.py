@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_tars_joined_by_cat_are_an_error(folder: Path, tmp_path: Path) -> None:
     for read in (lambda: packed(first.parent, tmp_path), lambda: index_directory(first.parent)):
         with pytest.raises(ValueError, match=r"other-000\.tar ends at byte \d+, and another tar"):
             read()
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_a_tar_with_holes_is_an_error(tmp_path: Path, form: str) -> None:
+    with (tmp_path / "a.bmp").open("wb") as file:
+        file.seek(2**20)
+        file.write(b"x")
+    (tmp_path / "b.jpg").write_bytes(image_file(0, width=20, height=20))
+    command = ["tar", "--sparse", f"--format={form}", "-cf", "a.tar", "a.bmp", "b.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(ValueError, match=r"a\.tar: a\.bmp is stored with holes"):
+        scan_tar(tmp_path / "a.tar")
 
 
 def test_links_in_a_tar_are_second_names(
