@@ -119,10 +119,13 @@ def test_what_vanishes_as_the_cache_is_opened_does_not_turn_it_off(
     cache.mkdir()
     for n in range(5):
         (cache / f"0000000{n}.77.{n}").symlink_to(tmp_path / "renamed")
-    (cache / "99999999").touch()
+    for name in ("99999999", "00000009.77.9", "00000009.78.9"):
+        (cache / name).touch()
+    os.utime(cache / "00000009.77.9", (0, 0))  # its process was killed
     assert epoch(whole.root, cache=str(tmp_path)) == epoch(whole.root)
     assert capfd.readouterr().err == "" and (cache / "00000000").is_file()
-    assert not (cache / "99999999").exists()
+    assert not (cache / "99999999").exists() and not (cache / "00000009.77.9").exists()
+    assert (cache / "00000009.78.9").exists()
 
 
 def test_a_mounted_directory_is_cached_too(whole: Shards, tmp_path: Path) -> None:
