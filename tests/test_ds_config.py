@@ -64,6 +64,7 @@ def test_without_a_name_it_is_that_of_the_working_directory_or_else_the_checkout
         ("compile", "deepcompile"),
         ("data_efficiency", "enabled"),
         ("hybrid_engine", "enabled"),
+        ("zero_optimization", "zenflow"),
     ],
 )
 def test_deepspeed_settings_that_would_train_something_else_are_refused(
@@ -74,6 +75,15 @@ def test_deepspeed_settings_that_would_train_something_else_are_refused(
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(ds_config))
     with pytest.raises(ValueError, match=rf"{section}\.{setting} = True: must be absent: "):
+        ds_configs.load(file)
+
+
+def test_an_optimizer_of_deepspeeds_own_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    offload = {"device": "cpu", "super_offload": True}
+    zero = {"stage": 3, "offload_optimizer": offload}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(ValueError, match=r"super_offload = True: .* keeps no averages"):
         ds_configs.load(file)
 
 

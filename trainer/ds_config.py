@@ -43,6 +43,7 @@ _KNOWN = frozenset((
     "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 ))  # fmt: skip
+_OWN_OPTIMIZER = "its own optimizer keeps no averages of the weights"
 _MASTERS = "weights, averages and moments are kept in fp32 here"
 # Settings that DeepSpeed takes, and why a run under them would go wrong.
 _WRONG = {
@@ -57,7 +58,9 @@ _WRONG = {
     "says which micro-batches fit",
     "compile.deepcompile": "training.compile decides whether the network is compiled",
     "data_efficiency.enabled": "the seed alone decides which image comes when",
-    "zero_force_ds_cpu_optimizer": "its own optimizer keeps no averages of the weights",
+    "zero_force_ds_cpu_optimizer": _OWN_OPTIMIZER,
+    "zero_optimization.offload_optimizer.super_offload": _OWN_OPTIMIZER,
+    "zero_optimization.zenflow": _OWN_OPTIMIZER,
     "hybrid_engine.enabled": "it is for networks that generate text",
     "sequence_parallel_size": "each rank computes whole images",
     "tensor_parallel": "each rank computes with whole weights; ZeRO divides what they take",
