@@ -12,6 +12,7 @@ import torch
 from tests.support import ranks
 from tests.support.exported import refused
 from trainer.evaluate import main
+from trainer.evaluation import features
 from trainer.sampling.samplefile import open_samples
 
 DRAWN = 600
@@ -67,6 +68,13 @@ def test_figures_say_what_is_wrong_with_samples(
     assert found["much"]["precision"] < found["little"]["precision"] < 1.0
     assert found["three"]["precision"] == 1.0
     assert found["three"]["recall"] < 0.6 < found["real"]["recall"]
+
+
+def test_an_exported_network_computes_on_another_device(network: Path) -> None:
+    meta = torch.device("meta")
+    found = features._exported(network, dino=False, device=meta)
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8, device=meta)
+    assert found.compute(images).pool.shape == (3, 48)
 
 
 def test_copies_among_samples_are_counted(

@@ -19,7 +19,9 @@ class Convolutions(nn.Module):
         self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3)
 
     def forward(self, images: Tensor) -> Tensor:
-        h = torch.relu(self.second(torch.relu(self.first(images.float() / 127.5 - 1))))
+        # The program that is exported says of this tensor that it is on the CPU.
+        x = images.float() / torch.full((1,), 127.5) - 1
+        h = torch.relu(self.second(torch.relu(self.first(x))))
         return torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1)
 
 

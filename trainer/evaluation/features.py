@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from data import files
 from trainer import common, diffusers_format, weights
@@ -133,7 +134,8 @@ def _classifier(found: TrainedNetwork, path: Path, *, device: torch.device) -> F
 
 def _exported(path: Path, *, dino: bool, device: torch.device) -> FeatureNetwork:
     try:
-        net: nn.Module = torch.export.load(path).module().to(device)
+        # A program also names the device of each tensor that it makes: `.to` would leave these.
+        net: nn.Module = move_to_device_pass(torch.export.load(path), device).module()
     except Exception as error:  # zip, pickle and schema errors of many types
         said = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"network {path}: cannot be loaded: {said[0]}") from None
