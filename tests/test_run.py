@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.support.faults import full_disk
+from trainer import config as configs
 from trainer.ranks.group import Broken, Refused
-from trainer.run import Run
+from trainer.run import Run, fixed_among
 from trainer.runstate import RunState
 
 
@@ -64,3 +65,26 @@ def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Pat
         "state.json",
         "timeline.jsonl",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_fixed"),
+    [
+        ("model.blocks = 2", True),
+        ('diffusion.predict = "x0"', True),
+        ("training.seed = 1", True),
+        ('training.timesteps = "loss-second-moment"', True),
+        ("training.label_dropout = 0.1", True),
+        ("training.ema = [0.9]", True),
+        ("training.ema_images = 1", True),
+        ("training.ema_warmup = 0.5", True),
+        ("data.streams = 7", True),
+        ("data.block = 7", True),
+        ("model.checkpoint = true", False),
+        ("training.lr = 1", False),
+        ("data.workers = 0", False),
+    ],
+)
+def test_what_makes_it_another_experiment_is_fixed(change: str, is_fixed: bool) -> None:
+    changes = configs.changes(configs.load("digits"), configs.load("digits", [change]))
+    assert [said.split(" = ")[0] for said in fixed_among(changes)] == [*changes] * is_fixed
