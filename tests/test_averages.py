@@ -18,6 +18,7 @@ from tests.support.runs import END, EVERY, HALF, STEP, Place, build_start, equal
 from trainer import config as configs
 from trainer import ema
 from trainer.adm.ema import Average, Exponential, PowerFunction
+from trainer.checkpoint import read
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.snapshots import Snapshots
@@ -33,6 +34,8 @@ SPANS = (
     *EVERY,
 )
 ADAMW = ("training.betas = [0.8, 0.99]", "training.weight_decay = 0.1", "training.clip = 0.1")
+# What is drawn follows from losses, after ten of each t.
+LEARNED = ('training.timesteps = "loss-second-moment"', "diffusion.steps = 2")
 SLOWER = ("training.batch = 6", "intervals.log = 6", "intervals.checkpoint = 6")
 NAMES = ("spans2", "spans3", "spans2-slower", "spans3-slower")
 
@@ -48,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
         place.arguments(f"spans{n}", stage=n, fp16=True, sets=(*SPANS, stored))
         for n, stored in ((2, 'intervals.averages_precision = "fp32"'), (3, "intervals.keep = 8"))
     ]
-    per_step = place.arguments("per-step", sets=(*EVERY, *ADAMW))
+    per_step = place.arguments("per-step", sets=(*EVERY, *ADAMW, *LEARNED))
     assert place.train(*half, per_step, world=2, fp16=True) == [0, 0, 0]
     for n in (2, 3):
         place.fork(f"spans{n}", f"spans{n}-slower", images=HALF)
@@ -65,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
         for n in (2, 3)
     ]
     today = (f"training.ema_images = {STEP}", "training.ema_warmup = 0.1")
-    older = place.arguments("older", sets=(*today, *ADAMW))
+    older = place.arguments("older", sets=(*today, *ADAMW, *LEARNED))
     assert place.train(*slower, older, world=2, fp16=True) == [0, 0, 0]
     return place
 
@@ -98,8 +101,10 @@ def test_averages_by_images_pass_over_skipped_steps_and_changed_batches(
             assert last[f"{kind}:{key}"].double().allclose(value, rtol=1e-5, atol=1e-7), name
 
 
-def test_a_run_that_counts_its_averages_per_step_goes_on_so(runs: Place) -> None:
+def test_a_run_goes_on_with_averages_per_step_and_with_the_losses_of_timesteps(runs: Place) -> None:
     assert equal(runs.checkpoint("older", END), runs.checkpoint("per-step", END))
+    learned = read(runs.run("older") / "checkpoints" / f"{HALF:012d}").state.timesteps
+    assert all(len(losses) == 10 for losses in learned["losses"])
     assert "ema is per step" in runs.log("older")
 
 
