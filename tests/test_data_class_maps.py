@@ -4,20 +4,23 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data.dataset import Shards, open_shards
-from data.pack import main
+from data.pack import pack
+from data.packing.begun import Request
+from data.packing.plan import PackConfig
 from tests.support.classes import NAMES, folder, labels, refusal
 from tests.support.data_fixtures import image_file, write_tar
 
 CLASSES = ("cat", "dog", "dog", "cat")
 
 
-def packed(source: Path, *options: str) -> Shards:
+def packed(source: Path, **options: Any) -> Shards:
     out = source.parent / f"o{source.name}"
-    assert main([str(source), str(out), "--size", "16", "--workers", "1", *options]) == 0
+    pack(Request(str(source), PackConfig(size=16), **options), out=out)
     return open_shards(out)
 
 
@@ -49,14 +52,14 @@ def test_a_class_map_is_understood(tmp_path: Path, text: str) -> None:
     inside = "images/" if "images/" in text else ""
     source = folder(tmp_path / "P", tuple(f"{inside}{name}" for name in NAMES))
     (tmp_path / "map.csv").write_text(text)
-    shards = packed(source, "--class-map", str(tmp_path / "map.csv"))
+    shards = packed(source, class_map=tmp_path / "map.csv")
     assert shards.classes == ("cat", "dog") and labels(shards) == WANTED
 
 
 def test_names_and_classes_may_have_spaces(tmp_path: Path) -> None:
     source = folder(tmp_path / "P", ("my photo.png", "b.png"))
     (tmp_path / "map").write_text("my photo.png cat\nb.png great white shark\n")
-    shards = packed(source, "--class-map", str(tmp_path / "map"))
+    shards = packed(source, class_map=tmp_path / "map")
     assert labels(shards) == {"my_photo.png": "cat", "b.png": "great white shark"}
 
 
@@ -101,7 +104,7 @@ def test_one_name_of_two_images_is_refused(
     text = refusal(capsys, source, "--class-map", str(tmp_path / "map"))
     assert "a.png is the name of 2 images" in text
     (tmp_path / "map").write_text("x/a.png cat\ny/a.png dog\n")
-    assert packed(source, "--class-map", str(tmp_path / "map")).classes == ("cat", "dog")
+    assert packed(source, class_map=tmp_path / "map").classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize("numbers", [("2019", "2020"), ("1", "2")])
@@ -111,7 +114,7 @@ def test_years_and_numbers_from_one_in_a_map_are_names(
     source = folder(tmp_path / "P")
     lines = [f"{name} {numbers[label == 'dog']}\n" for name, label in PAIRS]
     (tmp_path / "map").write_text("".join(lines))
-    assert packed(source, "--class-map", str(tmp_path / "map")).classes == numbers
+    assert packed(source, class_map=tmp_path / "map").classes == numbers
     names = packed(folder(tmp_path / "N", ("x/a.png", "y/b.png")))  # two classes, by name
     options = ("--class-map", str(tmp_path / "map"), "--classes-of", names.root)
     assert "has no class" in refusal(capsys, source, *options)  # 2 is one too many
@@ -132,7 +135,7 @@ def test_prefixes_are_classes_as_in_the_reference(tmp_path: Path, form: str) -> 
             for name in names:
                 tar.add(source / name, name)
         source = tmp_path / "P.tar"
-    shards = packed(source, "--class-from", "prefix")
+    shards = packed(source, class_from="prefix")
     assert labels(shards) == dict(zip(names, CLASSES, strict=True))
 
 
@@ -172,7 +175,7 @@ def test_directories_in_a_tar_may_be_preferred_to_its_labels(tmp_path: Path) -> 
         image = image_file(i, width=16, height=16, kind="PNG")
         members |= {f"{CLASSES[i]}/{name[0]}.png": image, f"{CLASSES[i]}/{name[0]}.cls": b"7"}
     write_tar(tmp_path / "P.tar", members)
-    shards = packed(tmp_path / "P.tar", "--class-from", "directory")
+    shards = packed(tmp_path / "P.tar", class_from="directory")
     assert labels(shards) == WANTED
 
 

@@ -1,18 +1,16 @@
 """Killed at random moments, restarted on other ranks: the sequence is the uninterrupted one."""
 
-import os
 import random
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from data.dataset import Shards
 from tests.support.data_fixtures import pack_folder
-from tests.support.data_trainer import BATCH, main
-from tests.support.ranks import LIMIT
+from tests.support.data_trainer import BATCH, serve
+from tests.support.ranks import LIMIT, fork
 
 END = 120 * BATCH
 
@@ -29,22 +27,15 @@ def live(
     life.mkdir(parents=True)
     for rank in range(ranks):
         (life / f"position-{rank}").write_text(str(images_seen))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.data_trainer", shards.root, str(life)]
-            + [str(n) for n in (rank, ranks, workers, images_seen, END, int(kill is not None))],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(ranks)
-    ]
-    if kill is not None:
+    where = {"images_seen": images_seen, "end": END, "endless": kill is not None}
+    job = fork(life, partial(serve, shards.root, life, workers=workers, **where), ranks=ranks)
+    if kill is None:
+        job.wait()
+        assert [process.exitcode for process in job.ranks] == [0] * ranks, job.text
+    else:
         wait_until_all_are_past(life, images_seen)
         time.sleep(kill)
-        for process in processes:
-            process.kill()
-    for process in processes:
-        status = process.wait(timeout=LIMIT)
-        assert kill is not None or status == 0
+        job.kill()
     return min(int(file.read_text()) for file in life.glob("position-*"))
 
 
@@ -68,16 +59,7 @@ def read(life: Path) -> dict[int, str]:
 
 def test_killed_and_restarted_equals_uninterrupted(shards: Shards, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
-    main(
-        shards.root,
-        tmp_path / "whole",
-        rank=0,
-        ranks=1,
-        workers=0,
-        images_seen=0,
-        end=END,
-        endless=0,
-    )
+    serve(shards.root, tmp_path / "whole", workers=0, images_seen=0, end=END, endless=False)
     wanted = read(tmp_path / "whole")
     assert sorted(wanted) == list(range(END))
 

@@ -5,6 +5,7 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -51,19 +52,16 @@ def as_it_is(folder: Path) -> Path:
     return folder
 
 
-def pack_16(source: Path) -> int:
+def packed_16(source: Path, **options: Any) -> Shards:
     out = source.parent / f"o{source.name}"
-    return main([str(source), str(out), "--size", "16", "--workers", "1"])
-
-
-def packed_16(source: Path) -> Shards:
-    assert pack_16(source) == 0
-    return open_shards(source.parent / f"o{source.name}")
+    pack(Request(str(source), PackConfig(size=16), **options), out=out)
+    return open_shards(out)
 
 
 def refusal(source: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    assert pack_16(source) == REFUSED
+    out = source.parent / f"o{source.name}"
+    assert main([str(source), str(out), "--size", "16", "--workers", "1"]) == REFUSED
     return capsys.readouterr().err
 
 
@@ -254,32 +252,28 @@ def test_a_split_of_numbered_folders_takes_the_training_sets_labels(
     tmp_path: Path, train: tuple[str, ...], val: tuple[str, ...], labels: set[int] | None
 ) -> None:
     of = packed_16(class_folders(tmp_path / "train", classes=train))
-    source, out = class_folders(tmp_path / "val", classes=val), tmp_path / "oval"
-    arguments = [str(source), str(out), "--size", "16", "--workers", "1", "--classes-of", of.root]
+    source = class_folders(tmp_path / "val", classes=val)
     if labels is None:
-        assert main(arguments) == REFUSED
+        with pytest.raises(ValueError, match="--classes-of has no class"):
+            packed_16(source, classes_of=of.root)
         return
-    assert main(arguments) == 0
-    shards = open_shards(out)
+    shards = packed_16(source, classes_of=of.root)
     assert shards.classes == of.classes
     assert {label for _, label in content(shards)} == labels
 
 
 def test_a_class_map_of_years_takes_the_training_sets_labels(tmp_path: Path) -> None:
     of = packed_16(class_folders(tmp_path / "train", classes=("2019", "2020")))
-    source, out = tree(tmp_path / "val", "a.jpg", "b.jpg"), tmp_path / "oval"
+    source = tree(tmp_path / "val", "a.jpg", "b.jpg")
     (tmp_path / "map").write_text("a.jpg 2020\nb.jpg 2019\n")
-    arguments = [str(source), str(out), "--size", "16", "--workers", "1", "--classes-of", of.root]
-    assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 0
-    assert {label for _, label in content(open_shards(out))} == {0, 1}
+    shards = packed_16(source, classes_of=of.root, class_map=tmp_path / "map")
+    assert {label for _, label in content(shards)} == {0, 1}
 
 
 def test_a_class_map_takes_the_place_of_any_layout(tmp_path: Path) -> None:
     source = tree(tmp_path / "P", "train/a.jpg", "val/b.jpg", "c.jpg")
     (tmp_path / "map").write_text("a.jpg cat\nb.jpg dog\nc.jpg cat\n")
-    arguments = [str(source), str(tmp_path / "oP"), "--size", "16", "--workers", "1"]
-    assert main([*arguments, "--class-map", str(tmp_path / "map")]) == 0
-    assert open_shards(tmp_path / "oP").classes == ("cat", "dog")
+    assert packed_16(source, class_map=tmp_path / "map").classes == ("cat", "dog")
 
 
 def test_a_packing_that_the_last_release_began_is_finished(tmp_path: Path) -> None:

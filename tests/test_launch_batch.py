@@ -1,5 +1,7 @@
 """The batch script under bash, with stand-ins for Slurm's programs: what is started again."""
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,22 +15,36 @@ def bash(tmp_path: Path) -> Bash:
     return Bash(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "ranks",
-    [
-        "tell USR1; exec sleep 300",  # they die from the signal
-        f"trap 'exit 75' USR1; tell USR1; {LAST}",
-        f"trap 'exit 0' USR1; tell USR1; {LAST}",
-        f"trap 'exit 1' USR1; tell USR1; {LAST}",
-        f"trap '' USR1; tell USR1; {LAST}",
-        "tell TERM; kill -TERM $$",
-    ],
-    ids=["killed", "75", "0", "1", "stays", "TERM"],
-)
-def test_a_job_that_is_told_to_leave_at_every_start_goes_on(bash: Bash, ranks: str) -> None:
-    for number in range(2):  # a fault would end it at the second
-        bash.start(number, ranks=ranks)
-        assert bash.requeued, bash.events
+LEAVES = {
+    "killed": "tell USR1; exec sleep 300",  # they die from the signal
+    "75": f"trap 'exit 75' USR1; tell USR1; {LAST}",
+    "0": f"trap 'exit 0' USR1; tell USR1; {LAST}",
+    "1": f"trap 'exit 1' USR1; tell USR1; {LAST}",
+    "stays": f"trap '' USR1; tell USR1; {LAST}",
+    "TERM": "tell TERM; kill -TERM $$",
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Bash]]]:
+    """A job for each way in which ranks leave, at two starts: they mostly wait, so all at once."""
+
+    def start_twice(name: str) -> Bash:
+        bash = Bash(tmp_path_factory.mktemp(name))
+        for number in range(2):  # a fault would end it at the second
+            bash.start(number, ranks=LEAVES[name])
+            assert bash.requeued, bash.events
+        return bash
+
+    with ThreadPoolExecutor(len(LEAVES)) as threads:
+        yield {name: threads.submit(start_twice, name) for name in LEAVES}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_job_that_is_told_to_leave_at_every_start_goes_on(
+    told: dict[str, Future[Bash]], name: str
+) -> None:
+    bash = told[name].result()
     assert bash.events.count("requeued, resumes from checkpoint none") == 2
     assert "failed" not in bash.events and not bash.text("run/launch/failed-at")
 

@@ -15,7 +15,7 @@ from launch import records
 from tests.support.cluster import LIMIT, ROOT, wait_until
 
 SAVES_ON_A_SIGNAL = """\
-trap 'sleep 1; touch saved; exit 75' INT HUP TERM
+trap 'sleep 0.3; touch saved; exit 75' INT HUP TERM
 touch started
 for try in {1..600}; do sleep 0.1; done"""
 

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer.ranks.lease import claim
-held = claim(Path(sys.argv[1]))
+from trainer.ranks import lease
+lease.BEAT = 0.2
+held = lease.claim(Path(sys.argv[1]))
 print("held", flush=True)
 while True:
     time.sleep(0.1)

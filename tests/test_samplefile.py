@@ -5,7 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import pack
+from data.pack import pack
+from data.packing.begun import Request
+from data.packing.plan import PackConfig
+from tests.support.data_fixtures import write_folder
 from trainer.sampling.samplefile import open_samples
 
 
@@ -27,7 +30,9 @@ def test_shards_are_read_in_their_order_with_their_labels(digits: Path, tmp_path
     some = samples.images(1000, 1003)
     assert some.shape == (3, 8, 8, 3) and np.array_equal(some[1:], samples.images(1001, 1003))
     assert samples.checksum() == samples.shards.fingerprint  # type: ignore[attr-defined]
-    assert pack.main(["digits", str(tmp_path / "own"), "--size", "8", "--keep-original"]) == 0
+    write_folder(tmp_path / "P", images=3)
+    config = PackConfig(size=8, keep_original=True)
+    pack(Request(str(tmp_path / "P"), config), out=tmp_path / "own")
     assert open_samples(tmp_path / "own", size=16).images(0, 2).shape == (2, 16, 16, 3)
 
 

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from data.exits import REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
+from trainer import train
 from trainer.runstate import RunState
 
 #: Tells on stdout that the trainer imports torch, and waits for a line on stdin.
@@ -33,24 +35,16 @@ sys.meta_path.insert(0, Stop())
 LONG = ["--set", "training.images = 80000000", "--set", "intervals.checkpoint = 80000000"]
 
 
-def start(run: Path, preset: Path, *, pause: Path | None = None) -> "subprocess.Popen[str]":
-    """`python -m trainer.train`; with `pause`, a directory, it waits where it imports torch."""
-    env = ranks.environment()
-    if pause is not None:
-        (pause / "sitecustomize.py").write_text(_SITE)
-        env["PYTHONPATH"] = str(pause)
-    return subprocess.Popen(
-        [sys.executable, "-m", "trainer.train", str(preset), "--run", str(run)],
-        cwd=ranks.ROOT, env=env, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
-    )  # fmt: skip
-
-
 def signalled_in_import(run: Path, preset: Path, number: signal.Signals) -> tuple[int, str]:
     """The status of a trainer that gets a signal as it imports torch, and what it printed."""
     run.parent.mkdir(exist_ok=True)
-    process = start(run, preset, pause=run.parent)
+    (run.parent / "sitecustomize.py").write_text(_SITE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.train", str(preset), "--run", str(run)],
+        cwd=ranks.ROOT, env=ranks.environment() | {"PYTHONPATH": str(run.parent)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "importing\n"
     process.send_signal(number)
     said = process.communicate("\n", timeout=ranks.LIMIT)[0]
@@ -75,10 +69,9 @@ def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
         "stopped by a signal before the first step; rerun the same command to resume\n"
     )
     assert not (run / "checkpoints").exists()
-    again = start(run, tiny)
-    said = again.communicate(timeout=ranks.LIMIT)[0]
-    assert again.returncode == 0 and "finished" in said, said
-    assert "starts: denoise" in said
+    job = ranks.start(tmp_path / "job", ranks=1, runs=[["train", str(tiny), "--run", str(run)]])
+    said = job.wait()
+    assert job.statuses == [0] and "finished" in said and "starts: denoise" in said, said
 
 
 def test_ctrl_c_while_torch_is_imported_ends_the_process_without_a_traceback(
@@ -108,19 +101,18 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny: Path) -> None:
     assert state.checkpoint == f"{state.images_seen:012d}"
 
 
+def train_with_few_files(words: list[str]) -> int:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    return train.main(words)
+
+
 def test_training_with_too_few_open_files_is_refused_before_the_ranks_connect(
     tmp_path: Path, tiny: Path
 ) -> None:
     """At 247 ranks the main rank would be full at the usual limit of 1024, hours into a queue."""
-    command = [sys.executable, "-m", "trainer.train", str(tiny), "--run", str(tmp_path / "run")]
-    done = subprocess.run(
-        command,
-        cwd=ranks.ROOT,
-        env=ranks.environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
-    )
-    assert done.returncode == REFUSED
-    assert "at most 256 files may be open" in done.stderr and "1 ranks need 604" in done.stderr
+    words = [str(tiny), "--run", str(tmp_path / "run")]
+    job = ranks.fork(tmp_path / "job", partial(train_with_few_files, words), ranks=1)
+    said = job.wait()
+    assert job.ranks[0].exitcode == REFUSED
+    assert "at most 256 files may be open" in said and "1 ranks need 604" in said
     assert not (tmp_path / "run").exists()

@@ -1,15 +1,12 @@
 """A trainer reduced to its data: one rank that serves, records, and saves its position.
 
-    python -m tests.support.data_trainer SHARDS LIFE RANK RANKS WORKERS IMAGES END ENDLESS
-
-From position IMAGES to END, every step appends lines `INDEX HASH` to LIFE/served-RANK, then saves
-the position in LIFE/position-RANK, as a checkpoint would be saved. With ENDLESS = 1 the last step
+From one position to another, every step appends lines `INDEX HASH` to LIFE/served-RANK, then saves
+the position in LIFE/position-RANK, as a checkpoint would be saved. With `endless` the last step
 waits until the rank is killed.
 """
 
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -20,17 +17,9 @@ from data.stream import Stream
 BATCH = 24
 
 
-def main(
-    root: str,
-    life: Path,
-    rank: int,
-    ranks: int,
-    workers: int,
-    images_seen: int,
-    end: int,
-    endless: int,
-) -> None:
-    """Serve one rank's part of the images [images_seen, end)."""
+def serve(root: str, life: Path, *, workers: int, images_seen: int, end: int, endless: bool) -> int:
+    """Serve this rank's part of the images [images_seen, end)."""
+    rank, ranks = (int(os.environ.get(*each)) for each in (("RANK", "0"), ("WORLD_SIZE", "1")))
     config = DataConfig(shards=root, image_size=16, streams=8, block=7, workers=workers)
     served = (life / f"served-{rank}").open("w")
     with Stream(open_shards(root), config=config, seed=9) as stream:
@@ -52,7 +41,4 @@ def main(
             (life / f"aside-{rank}").write_text(str(position))
             os.replace(life / f"aside-{rank}", life / f"position-{rank}")
             time.sleep(0.005)  # stands for the step
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    return 0
