@@ -162,20 +162,17 @@ def test_a_checkpoint_under_the_name_of_another_is_skipped(place: Place) -> None
     assert "images = 12: must be 24, as the directory is named" in place.log("renamed")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_that_explodes_stops_and_keeps_its_good_checkpoints(
-    place: Place, precision: str
-) -> None:
+def test_a_run_that_explodes_stops_and_keeps_its_good_checkpoints(place: Place) -> None:
     """By a learning rate of 1e20; in fp16 the loss scale is constant."""
-    name = f"exploded-{precision}"
-    place.fork("2x2", name, images=HALF)
-    before = place.checkpoint(name, HALF)
-    sets = ("training.lr = 1e20", f'training.precision = "{precision}"', "intervals.keep = 1")
-    arguments = place.arguments(name, sets=(*EVERY, *sets), loss_scale=128)
-    (status,) = place.train(arguments, world=2, fp16=True)
-    assert f"the run has diverged after image {END}: its last 2 steps" in status
-    assert names(place.run(name))[-1] == HALF
-    assert equal(place.checkpoint(name, HALF), before)
+    runs, sets = {}, (*EVERY, "training.lr = 1e20", "intervals.keep = 1")
+    for precision in ("fp32", "bf16", "fp16"):
+        place.fork("2x2", name := f"exploded-{precision}", images=HALF)
+        own = (*sets, f'training.precision = "{precision}"')
+        runs[name] = place.arguments(name, sets=own, loss_scale=128)
+    for name, status in zip(runs, place.train(*runs.values(), world=2, fp16=True), strict=True):
+        assert f"the run has diverged after image {END}: its last 2 steps" in status
+        assert names(place.run(name))[-1] == HALF
+        assert equal(place.checkpoint(name, HALF), place.checkpoint("2x2", HALF))
 
 
 def test_checkpoints_by_time_are_agreed_by_all_ranks_and_change_nothing(

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_no_good_step_was_taken_from_is_not_gone_back_to(here:
 
     Where it is the only one that is kept, it is better than none.
     """
-    grids = (f"intervals.samples = {STEP}", "intervals.samples_count = 2", *GRIDS[2:])
+    grids = (f"intervals.samples = {3 * STEP}", "intervals.samples_count = 2", *GRIDS[2:])
     ends = ("guards.in_a_row = 2", "guards.rollbacks = 1", f"training.images = {9 * STEP}")
     factors = dict.fromkeys(range(3 * STEP, 5 * STEP), math.nan)
     sets = (*ends, *EVERY, *grids)

@@ -246,13 +246,12 @@ def test_a_finished_run_says_so_and_refusals_touch_nothing(place: Place) -> None
 
 
 def test_sixteen_bits_learn_alike(place: Place) -> None:
-    brain = [
-        place.arguments(f"brain{stage}", stage=stage, sets=('training.precision = "bf16"',))
-        for stage in STAGES
-    ]
+    sets = ('training.precision = "bf16"', f"training.images = {4 * STEP}")
+    brain = [place.arguments(f"brain{stage}", stage=stage, sets=sets) for stage in STAGES]
     assert place.train(*brain, world=2) == [0, 0, 0]
     for stage in STAGES:
-        assert place.losses(f"brain{stage}") == pytest.approx(place.losses("2x2"), rel=0.02)
+        losses = place.losses("2x2")[:4]
+        assert place.losses(f"brain{stage}") == pytest.approx(losses, rel=0.02)
 
 
 @pytest.mark.slow

@@ -283,7 +283,7 @@ def test_an_upsampler_enlarges_the_images_of_the_validation_in_the_features_of_a
         place.arguments("without", sets=(*COMMON, *sets)),
         place.arguments("up", sets=validated),
     ]
-    trained, refused, status = place.train(*words, world=3)
+    trained, refused, status = place.train(*words, world=2)
     assert "data.validation = None: must be set if an upsampler" in str(refused)
     assert trained == status == 0
     assert list(place.values("up", f"evaluation/fid_{IMAGES}")) == [2 * STEP, END]
