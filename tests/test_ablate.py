@@ -179,6 +179,8 @@ def test_the_processes_of_a_launcher_are_refused_in_one_line(
     capfd: pytest.CaptureFixture,
 ) -> None:
     """They would train the rows beside each other."""
+    for name in ("RANK", "WORLD_SIZE"):  # of a test that was a rank in this process
+        monkeypatch.delenv(name, raising=False)
     said = "error: trainer.ablate: 2 processes were started: start it alone; --ranks 2 starts the "
     for rank, line in ((0, f"{said}ranks\n"), (1, "")):
         for name, value in zip(names, (rank, 2), strict=True):

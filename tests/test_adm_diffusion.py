@@ -187,6 +187,8 @@ def test_respacing(respacing: str | None, count: int) -> None:
         assert [sum(200 * i <= t < 200 * i + 200 for t in kept) for i in range(5)] == [
             90, 60, 60, 20, 20,
         ]  # fmt: skip
+        # Of sections that cannot be equal the first are longer by one.
+        assert kept_timesteps(10, "3,2,2") == [0, 2, 3, 4, 6, 7, 9]
 
 
 @pytest.mark.parametrize("steps", [1000, 4000])
