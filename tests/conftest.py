@@ -25,8 +25,10 @@ from trainer.adm.unet import build
 # On a busy machine any example may take long.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
-# Shells let what they start in the background ignore Ctrl-C, and it would pass that on.
+# A shell's background ignores Ctrl-C, and nohup HUP: so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 TINY = """
 objective = "denoise"

@@ -43,7 +43,6 @@ def signalled_in_import(run: Path, preset: Path, number: signal.Signals) -> tupl
         [sys.executable, "-m", "trainer.train", str(preset), "--run", str(run)],
         cwd=ranks.ROOT, env=ranks.environment() | {"PYTHONPATH": str(run.parent)}, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "importing\n"
     process.send_signal(number)
