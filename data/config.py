@@ -3,6 +3,7 @@
 Neither torch nor numpy is imported here: a login node checks presets with Python alone.
 """
 
+import math
 import os
 import re
 import urllib.parse
@@ -101,7 +102,7 @@ class FetchConfig:
     def __post_init__(self) -> None:
         check(self.retries >= 0, "data.retries", self.retries, "at least 0")
         check(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "above 0")
-        check(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
+        check(0 < self.cache_gb < math.inf, "data.cache_gb", self.cache_gb, "above 0, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)

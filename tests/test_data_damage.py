@@ -156,4 +156,6 @@ def test_an_index_of_another_packing_is_refused(copy: Shards) -> None:
 def test_wrong_settings_of_reading_are_errors() -> None:
     with pytest.raises(ValueError, match=r"data.timeout_s = 0"):
         config_for("x", timeout_s=0)
+    with pytest.raises(ValueError, match=r"data.cache_gb = inf: must be above 0, and finite"):
+        config_for("x", cache_gb=np.inf)
     assert np.isclose(config_for("x").timeout_s, 30)

@@ -219,6 +219,17 @@ def test_splits_of_parquet_do_not_mix(tmp_path: Path) -> None:
     assert "decoded" not in (text := (tmp_path / "one/packed/left-out.txt").read_text()) and text
 
 
+@pytest.mark.parametrize("part", [0.5, 0.99])  # a page, the footer
+def test_damage_in_parquet_names_the_file(folder: Path, tmp_path: Path, part: float) -> None:
+    damaged = write_parquet(folder, tmp_path / "parquet") / "train-1.parquet"
+    raw = bytearray(damaged.read_bytes())
+    at = int(part * len(raw))
+    raw[at - 200 : at] = bytes(200)
+    damaged.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"train-1\.parquet is no readable parquet file: "):
+        packed(damaged.parent, tmp_path)
+
+
 def test_a_damaged_member_of_a_zip_costs_one_image(folder: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path, _ in image_files(folder):

@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,27 +101,42 @@ def _labels(file: Path, table: Any) -> Iterator[Label | None]:
     if label is None:
         yield from itertools.repeat(None, table.metadata.num_rows)
         return
-    for batch in table.iter_batches(columns=[label]):
-        for number in batch.column(label).to_pylist():
-            yield -1 if number is None else label_of(number, where=f"{file}: {label}")
+    for number in _values(file, table, label):
+        yield -1 if number is None else label_of(number, where=f"{file}: {label}")
 
 
 def _images(file: Path) -> Iterator[bytes]:
     """The image file of each row: b"", which cannot be decoded, where there is none."""
     table = _open(file)
-    column = _image_column(file, table)
-    for batch in table.iter_batches(batch_size=256, columns=[column]):
-        for value in batch.column(column).to_pylist():
-            yield (value["bytes"] if isinstance(value, dict) else value) or b""
+    for value in _values(file, table, _image_column(file, table)):
+        yield (value["bytes"] if isinstance(value, dict) else value) or b""
+
+
+def _values(file: Path, table: Any, column: str) -> Iterator[Any]:
+    """The values of a column; ValueError where the file is damaged there."""
+    with _reading(file):
+        for batch in table.iter_batches(batch_size=256, columns=[column]):
+            yield from batch.column(column).to_pylist()
 
 
 def _open(file: Path) -> Any:
     """A parquet file; ValueError where it is damaged, or something else."""
-    from pyarrow import ArrowException, parquet  # optional: only this source needs it
+    from pyarrow import parquet  # optional: only this source needs it
+
+    with _reading(file):
+        return parquet.ParquetFile(file)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """What pyarrow says of a damaged file names none, and is an OSError in part."""
+    from pyarrow import ArrowException  # optional: only this source needs it
 
     try:
-        return parquet.ParquetFile(file)
-    except ArrowException as error:
+        yield
+    except (ArrowException, OSError) as error:
+        if getattr(error, "errno", None):
+            raise  # of the disk
         raise ValueError(f"{file} is no readable parquet file: {error}") from None
 
 
