@@ -112,6 +112,28 @@ def test_a_rank_that_only_loses_its_connection_is_not_named_as_the_fault(
     assert said and all(re.fullmatch(lost, line) for line in said), job.text
 
 
+def lose_the_network(told: Path) -> int:
+    """Rank 1 ends by a connection's error, and no rank is lost."""
+    world = join()
+    with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=ranks.LIMIT) as watchdog:
+        watchdog.tell = lambda line: files.append(told, f"{line}\n")
+        if world.rank == 1:
+            raise RuntimeError("[/gloo/transport] no route to host")
+        dist.all_reduce(torch.zeros(8))
+    return 0
+
+
+def test_the_error_of_a_connection_is_logged_where_no_rank_is_lost(
+    jobs: dict[str, ranks.Job],
+) -> None:
+    job = jobs["cut"]
+    job.wait()
+    told = job.directory / "told"
+    said = told.read_text() if told.exists() else ""
+    failed = r"\S+: failed: \S+ \(rank 1; \w+\): .* no route to host\n"
+    assert re.fullmatch(failed, said), f"{said}\n{job.texts}"
+
+
 def stand_still(directory: Path) -> int:
     """Three steps of two ranks, of which rank 1 does not come back from the third."""
     world = join()
@@ -134,6 +156,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ranks.J
         "hung": (2, partial(stand_still, root / "hung")),
         "killed": (3, partial(stop_in_mid_run, signal.SIGKILL)),
         "stopped": (3, partial(stop_in_mid_run, signal.SIGSTOP)),
+        "cut": (2, partial(lose_the_network, root / "cut" / "told")),
         "lost 0": (4, partial(lose, 0, root / "lost 0" / "told")),
         "lost 2": (4, partial(lose, 2, root / "lost 2" / "told")),
         "strangers": (2, go_on_among_strangers),

@@ -259,11 +259,11 @@ class Watchdog:
             words = self._words()
         self._lost |= words.keys()
         causes = {rank: why for rank, (follows, why) in words.items() if not follows}
-        causes = causes or {rank: why for rank, (_, why) in words.items()}
-        said = [f"failed: {self._named({r})}: {why}" for r, why in sorted(causes.items()) if why]
-        for each in said:  # which has logged it, or else is noted with the run's end
-            self._say(each, tells=False)
-        if lost := {rank for rank, why in causes.items() if not why}:
+        named = causes or {rank: why for rank, (_, why) in words.items()}
+        said = [f"failed: {self._named({r})}: {why}" for r, why in sorted(named.items()) if why]
+        for each in said:
+            self._say(each, tells=not causes)  # a cause has logged it itself
+        if lost := {rank for rank, why in named.items() if not why}:
             said.append(f"lost: {self._named(lost)}: ended")
             self._say(said[-1])
         if said:
