@@ -12,7 +12,8 @@ import pytest
 from data.exits import FAILED
 from tests.support import faults, ranks
 from tests.support.runs import STEP, Place
-from trainer.guards.audit import blame_weights
+from trainer.guards.audit import blame_weights, minority
+from trainer.guards.replay import Replay
 
 HOST = socket.gethostname()
 SETS = (f"intervals.audit = {STEP}", f"intervals.checkpoint = {STEP}")
@@ -87,3 +88,10 @@ def test_sound_machines_pass_every_audit_and_train_on_as_without_it(
 def test_who_differs_from_its_own_masters_is_blamed_and_not_those_who_differ_from_it() -> None:
     assert blame_weights([{}, {0: "a"}, {}]) == {1: "has other weights than the masters: a"}
     assert set(blame_weights([{1: "a"}, {1: "a"}, {1: "a"}])) == {1}
+
+
+def test_ranks_that_no_majority_agrees_with_are_outvoted() -> None:
+    same = dict.fromkeys(("losses", "norms", "products", "micro_norms"), (1.0,))
+    a, b = (Replay(**same, loss_bits=(0,), bits=(bits,)) for bits in (0, 1))
+    for votes, outvoted in (([a, b, a], [1]), ([a, b, a, b], [0, 1, 2, 3]), ([a, a], [])):
+        assert minority(votes, bound=0.0) == outvoted

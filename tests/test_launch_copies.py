@@ -178,13 +178,19 @@ def test_a_job_begins_from_weights_or_an_earlier_checkpoint_and_says_it_again_wh
     assert "was done before: the run resumes" in capfd.readouterr().err
 
 
-def test_a_job_reads_its_own_copy_of_ds_config(tmp_path: Path) -> None:
+def test_a_job_reads_its_own_copy_of_ds_config_and_nothing_of_an_earlier_job(
+    tmp_path: Path,
+) -> None:
     mine = tmp_path / "ds.json"
     mine.write_text("{}")
     size = {"nodes": 1, "gpus_per_node": 1}
     job = Job(run=tmp_path / "a", **size, cluster=Cluster(), directory=tmp_path, ds_config=mine)
     records.prepare(job, preset=None)
     mine.unlink()
+    earlier = [job.records / name for name in ("stop", "failed-at", "lost-hosts", "job")]
+    for file in earlier:
+        file.write_text("n2\n")
     again = replace(job, ds_config=job.ds_config_copy)
     records.prepare(again, preset=None)
+    assert not any(file.exists() for file in earlier)
     assert again.ds_config_copy.read_text() == "{}"
