@@ -83,10 +83,13 @@ def test_a_file_added_since_costs_nothing(tmp_path: Path) -> None:
     clean = packed_with(source, tmp_path / "clean")
     out = half_packed(source, tmp_path / "out")
     before = times(out)
+    del before["00001.tar"]
+    damaged = (out / "00001.tar").read_bytes()[:-1] + b"x"
+    (out / "00001.tar").write_bytes(damaged)
     (source / "n0001" / "added.png").write_bytes(image_file(9, width=20, height=20, kind="PNG"))
     (source / "n0007").mkdir()
     pack(Request(str(source), CONFIG), out=out)
-    assert open_shards(out).fingerprint == clean.fingerprint
+    assert open_shards(out).fingerprint == clean.fingerprint and verify(out, full=True) == []
     assert before.items() <= times(out).items()
     with pytest.raises(ValueError, match="n0007"):  # a new packing sees it
         pack(Request(str(source), CONFIG), out=tmp_path / "new")
