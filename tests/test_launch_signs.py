@@ -94,6 +94,21 @@ def test_clocks_that_differ_change_nothing(minutes: int, tmp_path: Path) -> None
     assert found.age is not None and abs(found.age) < 30
 
 
+def test_a_machine_that_dies_while_it_is_watched_is_not_shown_as_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.signs._WAIT", 1.0)
+    run = make_run(tmp_path / "run", images=500)
+    elsewhere = {**vars(Holder.here(run)), "machine": "another", "host": "gpu7"}
+    (run / "launch" / "writer.json").write_text(json.dumps(elsewhere))
+    signs = Signs()
+    signs.look([run])
+    assert signs.is_alive(run)
+    time.sleep(1.0)
+    signs.look([run])
+    assert not signs.is_alive(run)
+
+
 def test_where_the_time_went_is_shown_and_in_the_json(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images=500)
     (run / "launch" / "timeline.jsonl").write_text(
