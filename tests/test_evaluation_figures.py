@@ -1,6 +1,7 @@
 """The figures of evaluation against the ADM evaluator's own, and against their definitions."""
 
 from fractions import Fraction
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from tests.support import golden
 from trainer.evaluation import figures
+from trainer.evaluation.extraction import Extracted
+from trainer.evaluation.reference import Reference
+from trainer.evaluation.results import compare
 
 TABLE = golden.table("evaluation")
 RECORDED = golden.tensors("evaluation")
@@ -70,6 +74,19 @@ def test_the_inception_score_is_the_recorded_one(case: str) -> None:
         logits = logits[logits.argmax(dim=1).argsort(stable=True)]
     found = figures.inception_score(logits, split=wanted["split"])
     assert found == pytest.approx(wanted["float64"], rel=1e-9)
+
+
+def test_the_error_of_the_inception_score_is_the_spread_over_every_fourth_sample() -> None:
+    """Classes that are told apart in some fourths alone: scores of 1, 1, 2 and 2."""
+    one, other = [30.0, 0.0], [0.0, 30.0]
+    logits = torch.tensor([one, one, one, one, one, one, other, other] * 4)
+    features = torch.rand(32, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pool = figures.statistics(features)
+    found = Extracted(count=32, pool=(pool,) * 5, spatial=(), features=features, logits=logits)
+    kept = {"pool": pool, "spatial": None, "features": features}
+    same = Reference(name="same", checksum="0", count=32, **kept)
+    figure = compare(found, same, labels=None, about={}, warnings=[]).figures["is_32"]
+    assert figure.error == pytest.approx(stdev([1, 1, 2, 2]) / 2, rel=1e-6)
 
 
 def test_the_inception_score_is_the_mean_over_splits_of_5000() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data.exits import TO_BE_CONTINUED
 from tests.support import ranks
-from trainer.sampling.draw import tile
+from trainer.sampling.draw import tile, to_pixels
 from trainer.sampling.npz_output import NpzOutput
 
 
@@ -181,6 +182,12 @@ def test_a_picture_of_something_else_is_not_overwritten(
     assert drawn == again == 0 and picture.read_bytes() == grid
     assert f"{picture} exists, where the grid of {tmp_path}/cat would go" in str(other)
     assert "seed was 0, is 1" in str(seed)
+
+
+def test_grey_levels_are_the_nearest_or_as_the_published_samples_the_ones_below() -> None:
+    values = torch.tensor([-1.5, -1.0, 0.0, 0.999, 1.0, 1.5, torch.nan])
+    assert to_pixels(values).tolist() == [0, 0, 128, 255, 255, 255, 0]
+    assert to_pixels(values, truncate=True).tolist() == [0, 0, 127, 254, 255, 255, 0]
 
 
 def test_a_grid_holds_every_image_once() -> None:
