@@ -55,7 +55,8 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_computed(
     again = drawn(tmp_path / "again.npz", images, scale=1.0)
     other = drawn(tmp_path / "other.npz", images, scale=2.0, cfg=3.0)
     few = drawn(tmp_path / "few.npz", images[:18], scale=2.0)
-    enlarged = [drawn(tmp_path / f"up-scale{i}.npz", images, low_res="x") for i in (0, 0)]
+    names = ("up-scale0.npz", "upper-scale0.npz")
+    enlarged = [drawn(tmp_path / name, images, low_res="x") for name in names]
     plot, common = ["--plot", str(tmp_path / "p.png")], ["--reference", str(digits)]
     cases = [
         ([a, plain, *plot], "does not say how it was drawn"),
