@@ -1,5 +1,6 @@
 """Batches: what was loaded as tensors, on the device."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Bat
     Shapes and dtypes stay those of `Batch`. For a GPU, the batches should be pinned. Each is
     requested only when it is needed.
     """
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = _copying(device) if device.type == "cuda" else None
     for batch in batches:
         with torch.cuda.stream(side):
             tensors = [
@@ -53,6 +54,12 @@ def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Bat
             for tensor in tensors:
                 tensor.record_stream(compute)
         yield Batch(images=tensors[0], labels=tensors[1], indices=tensors[2], bad=batch.bad)
+
+
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream of copies; the allocator would keep memory for each of several by itself."""
+    return torch.cuda.Stream(device)
 
 
 def _tensor(array: np.ndarray, pin: bool) -> Tensor:
