@@ -128,6 +128,12 @@ def test_the_manifest_is_what_kubeflow_takes(monkeypatch: pytest.MonkeyPatch) ->
         subprocess.run(["bash", "-n", "-c", script], check=True)
 
 
+@pytest.mark.parametrize("site", ["kubernetes", "kubernetes-trainer"])
+def test_a_name_that_is_a_word_of_yaml_stays_a_name(site: str) -> None:
+    job = dataclasses.replace(big_job(site), run=Path("/runs/on"))
+    assert {each["metadata"]["name"] for each in yaml.safe_load_all(records.text(job))} == {"on"}
+
+
 def test_a_train_job_has_a_runtime_with_the_pods_of_a_pytorch_job() -> None:
     """The TrainJob of Kubeflow Trainer can only patch the pods of a runtime."""
     text = records.text(big_job("kubernetes-trainer"))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -153,7 +155,7 @@ def test_a_gpu_that_holds_less_is_told_what_to_set() -> None:
 
 
 def test_a_run_tells_the_planner_the_speed_of_each_rank(
-    place: Place, capsys: pytest.CaptureFixture
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = place.run("3x2")
     config = configs.load(place.preset)
@@ -165,6 +167,14 @@ def test_a_run_tells_the_planner_the_speed_of_each_rank(
         plan.measured(machine(tflops=1e-9), config=config, run=run)
     assert plan.main(["imagenet64", "--gpus", "8", "--from", str(run)]) == 78
     assert "trains another network" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(run / "config.toml", bare)
+    with pytest.raises(ValueError, match=r"bare: a speed in metrics\.jsonl = None: must be there"):
+        plan.measured(machine(), config=config, run=bare)
+    shutil.copy(run / "metrics.jsonl", bare)
+    with pytest.raises(ValueError, match=r"bare: ranks in its checkpoints = None: must be there"):
+        plan.measured(machine(), config=config, run=bare)
 
 
 def test_the_disk_is_what_real_checkpoints_take(place: Place) -> None:

@@ -58,13 +58,15 @@ def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
         raise ValueError(f"--from {run}: it trains another network than this preset")
     try:
         # Rows of validations and evaluations have none.
-        rate = statistics.median(r[_RATE] for r in history.read(run)[-_ROWS:] if _RATE in r)
-        ranks = checkpoints.read(checkpoints.committed(run / "checkpoints")[0]).state.ranks
+        rates = [row[_RATE] for row in history.read(run)[-_ROWS:] if _RATE in row]
+        newest = checkpoints.committed(run / "checkpoints")
+        # Checkpoints of version 0.1 do not say how many ranks wrote them.
+        ranks = checkpoints.read(newest[0]).state.ranks if newest else 0
     except (OSError, ValueError, LookupError) as error:
-        raise ValueError(
-            f"--from {run}: no speed in its metrics.jsonl and newest checkpoint ({error!r})"
-        ) from None
-    mfu = rate / ranks * operations(config) / (machine.tflops * 1e12)
+        raise ValueError(f"--from {run}: {error}") from None
+    for there, what in ((rates, "a speed in metrics.jsonl"), (ranks, "ranks in its checkpoints")):
+        check(bool(there), f"--from {run}: {what}", None, "there: name a run that has trained")
+    mfu = statistics.median(rates) / ranks * operations(config) / (machine.tflops * 1e12)
     check(mfu <= 1, f"--from {run}: MFU", round(mfu, 2), "at most 1: give its GPUs' peak, --tflops")
     return dataclasses.replace(machine, mfu=mfu)
 
