@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,12 @@ def run(*words: object) -> str:
 
 def test_photographs_are_cut_packed_and_fit_every_preset(tmp_path: Path) -> None:
     photos = tmp_path / "jpegs"
-    run("python", EXAMPLES / "photos.py", photos, "--images", 8)
+    run(sys.executable, EXAMPLES / "photos.py", photos, "--images", 8)
     files = sorted(photos.rglob("*.*"))
     assert [f.suffix for f in files] == [".jpg"] * 8 * len(SUBJECTS)
     content = files[-1].read_bytes()
     files[-1].unlink()
-    run("python", EXAMPLES / "photos.py", photos, "--images", 8)
+    run(sys.executable, EXAMPLES / "photos.py", photos, "--images", 8)
     assert files[-1].read_bytes() == content
     sizes = {Image.open(file).size for file in files}
     assert min(min(size) for size in sizes) >= 40 and len(sizes) > 20
@@ -80,7 +81,7 @@ def test_the_curve_shows_training_and_validation(tmp_path: Path) -> None:
     rows[-1]["validation/loss"] = 0.25
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
-    said = run("python", EXAMPLES / "curve.py", tmp_path / "curve.png", tmp_path / "run")
+    said = run(sys.executable, EXAMPLES / "curve.py", tmp_path / "curve.png", tmp_path / "run")
     assert "64 images, loss 0.1250, validation loss 0.2500, validation accuracy 80.0%" in said
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 16)) > 20
