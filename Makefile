@@ -23,7 +23,7 @@ photos: $(VENV)/installed
 	bash examples/photos.sh "$(PHOTOS)"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
