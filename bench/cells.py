@@ -125,6 +125,8 @@ def _step(cell: Figures, *, images: int) -> Figures:
         backend = "inductor" if GPU else "aot_eager"
         # CUDA graphs of the forward and of the backward pass of every part.
         inductor.triton.cudagraphs = "graphs" in cell["system"]
+        # Kernels launched from C++ instead of Python.
+        inductor.cpp_wrapper = "C++" in cell["system"]
         if isinstance(net.module, UNet):  # as in training
             compute.compile_forward(net.module, say=lambda _: None, backend=backend)
         else:
