@@ -55,7 +55,9 @@ def test_reading_a_hostile_dataset_writes_nothing_outside_the_cache(
     name = name.replace("/{tmp}", str(tmp_path))
     rewrite(shards, lambda body: body["shards"][0].update(name=name))
     pipe = f"pipe:cat {shards.root}/$(echo {{name}} | sed 's/.*escaped/0/')"  # which has them all
-    with pytest.raises(ValueError, match=r"shards\[0\]: name = .*: must be letters"):
+    with pytest.raises(
+        ValueError, match=r"manifest\.json: shards\[0\]: name = '.*: must be letters"
+    ):
         epoch(pipe, cache=str(tmp_path / "node" / "cache"))
     assert not list(tmp_path.rglob("*escaped*"))
 

@@ -62,10 +62,11 @@ def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
         newest = checkpoints.committed(run / "checkpoints")
         # Checkpoints of version 0.1 do not say how many ranks wrote them.
         ranks = checkpoints.read(newest[0]).state.ranks if newest else 0
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--from {run}: {error}") from None
+    expected = "there: name a run that this release has trained and saved"
     for there, what in ((rates, "a speed in metrics.jsonl"), (ranks, "ranks in its checkpoints")):
-        check(bool(there), f"--from {run}: {what}", None, "there: name a run that has trained")
+        check(bool(there), f"--from {run}: {what}", None, expected)
     mfu = statistics.median(rates) / ranks * operations(config) / (machine.tflops * 1e12)
     check(mfu <= 1, f"--from {run}: MFU", round(mfu, 2), "at most 1: give its GPUs' peak, --tflops")
     return dataclasses.replace(machine, mfu=mfu)
