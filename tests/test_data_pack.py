@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits, load_sample_image
 
@@ -19,7 +20,7 @@ from data.exits import REFUSED
 from data.pack import LEFT_OUT, main, pack
 from data.packing.begun import Request
 from data.packing.claim import WORK
-from data.packing.jobs import make_shard
+from data.packing.jobs import encode, make_shard
 from data.packing.plan import PackConfig, plan
 from data.packing.sources import Folder
 from data.stream import Stream
@@ -206,3 +207,23 @@ def test_the_ranks_of_mpirun_pack_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run(command, env=ranks.environment(), check=True, timeout=ranks.LIMIT)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert main([str(source), str(tmp_path / "alone"), "--size", "16", "--mpi"]) == REFUSED
+
+
+def test_originals_that_are_scaled_are_stored_as_pixels_alone() -> None:
+    """Without a transparent colour that scaling makes, a comment too long for JPEG, a profile."""
+
+    def stored(image: Image.Image, kind: str, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, **options)
+        return encode(buffer.getvalue(), config=config).content
+
+    edge = Image.fromarray(np.repeat([0, 100], 20).astype("u1").repeat(40).reshape(40, 40))
+    texts = PngInfo()
+    texts.add_text("comment", "x" * 70_000)
+    for form in ("png", "jpg"):
+        config = PackConfig(size=16, keep_original=True, format=form)
+        plain = stored(edge, "PNG")
+        assert all(stored(edge, "PNG", transparency=key) == plain for key in range(1, 100))
+        assert stored(edge, "PNG", pnginfo=texts) == plain
+        lab = Image.open(io.BytesIO(stored(Image.new("LAB", (40, 40)), "TIFF")))
+        assert "icc_profile" not in lab.info  # the one that Pillow makes has a date

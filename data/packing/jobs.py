@@ -135,6 +135,9 @@ def encode(content: bytes, *, config: PackConfig) -> Encoded:
 
 def _encode(content: bytes, config: PackConfig) -> Encoded:
     image, is_transparent, is_dim, turn = open_over(content, config.background)
+    # Pillow would store what else the file holds: a long comment is no JPEG's, a transparent colour
+    # may be one that scaling makes, and the profile that it makes for LAB has the time in it.
+    image.info = {}
     is_huge = image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf)
     is_enlarged = min(image.size) < config.size
     counted = (is_transparent, is_dim, turn is not None, is_enlarged, is_huge)
