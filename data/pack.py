@@ -11,13 +11,12 @@ after an interruption the same command keeps the finished shards and makes the o
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Executor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from data import files
 from data.config import check
@@ -26,7 +25,7 @@ from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status
 from data.manifest import MANIFEST, manifest_text, parse_manifest
 from data.packing import begun, pool
 from data.packing.archives import open_source
-from data.packing.begun import Request
+from data.packing.begun import Begun, Request
 from data.packing.claim import LEFT_OUT, PLAN, WORK, claimed
 from data.packing.dry_run import dry_run
 from data.packing.jobs import Made, TooManyLeftOut, make_shard
@@ -66,19 +65,21 @@ def pack(
     check(0 <= max_bad <= 1, "--max-bad", max_bad, "a share between 0 and 1")
     with claimed(out):
         images = open_source(wanted.source, staging=out / WORK)
-        start, found = begun.load(out), wanted.values()
-        before = None if start is None else start.request
-        is_new = before != found
-        if start is None or is_new:
-            listing = wanted.listing(images)
-            start = begun.begin(found, listing=listing, source=images)
+        before, request = begun.load(out), wanted.values()
+        start = before
+        if start is None or start.request != request:
+            start = begun.begin(request, listing=wanted.listing(images), source=images)
         work = plan(start.listing, source=wanted.source, out=out, config=wanted.config)
-        if _already_packed(out, work, before=before, wanted=found, again=again):
-            print(f"{out} holds this dataset already", file=sys.stderr)
+        if _already_packed(out, work, before=before, start=start, again=again):
+            print(
+                f"{out} is packed already, of images with these names, classes and options; to "
+                "pack others, choose another OUT or remove it",
+                file=sys.stderr,
+            )
             return 0
         if again:  # the shards from which images are missing are made again
             start = begun.again(start, out=out, source=images)
-        if again or is_new:
+        if again or start is not before:
             begun.save(start, out)
         files.write(out / WORK / PLAN, work.digest)
         images.stage()
@@ -102,27 +103,29 @@ def _already_packed(
     out: Path,
     work: PackPlan,
     *,
-    before: Mapping[str, Any] | None,
-    wanted: Mapping[str, Any],
+    before: Begun | None,
+    start: Begun,
     again: bool,
 ) -> bool:
     """Whether `out` is finished as planned, and nothing is to be tried again.
 
     Raises:
-        ValueError: it holds another dataset; `before` is the request for that, if it is recorded.
+        ValueError: it holds another dataset; `before` is what that began with, if it is recorded.
     """
     found, mark = None, out / WORK / PLAN
+    asked = None if before is None else before.request
     is_finished = (out / MANIFEST).exists()
     if is_finished:
         manifest = parse_manifest(f"{out}/{MANIFEST}", (out / MANIFEST).read_bytes())
         found = manifest.made_by.get("plan")
-        before = before or begun.options_of(manifest.made_by)
+        asked = asked or begun.options_of(manifest.made_by)
     elif mark.exists():
         found = mark.read_text()
-    if found not in (None, work.digest):
+    if found not in (None, work.digest) or (before and start.has_other_files(before)):
         state = "" if is_finished else "unfinished; "
-        what = begun.differences(before, wanted) if before else "other images, classes or options"
-        since = "" if before else ", or begun by an earlier release"
+        what = "other images, classes or options"
+        what = begun.differences(asked, start.request) if asked else what
+        since = "" if asked else ", or begun by an earlier release"
         raise ValueError(
             f"OUT = {out} holds another dataset ({state}{what}{since}): choose another OUT, or "
             "remove it to pack anew"

@@ -100,9 +100,12 @@ def packed_with(source: Path, out: Path) -> Shards:
     return open_shards(out)
 
 
-def test_other_options_are_another_dataset(tmp_path: Path) -> None:
+def test_other_options_and_files_are_another_dataset(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=40)
     out = half_packed(source, tmp_path / "out")
+    other = write_folder(tmp_path / "other", images=40)  # of the same names
+    with pytest.raises(ValueError, match=r"\(unfinished; SOURCE was .*/source, is .*/other\)"):
+        pack(Request(str(other), CONFIG), out=out)
     with pytest.raises(ValueError, match=r"another dataset \(unfinished; --seed was 0, is 1\)"):
         pack(Request(str(source), PackConfig(size=16, per_shard=5, seed=1)), out=out)
     (out / WORK / "begun.json").unlink()
@@ -182,6 +185,7 @@ def test_more_than_max_bad_stops_and_is_continued(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"11 images were left out .*--max-bad allows 10"):
         pack(Request(str(source), CONFIG), out=out)
     away.rename(moved)
+    source = source.rename(tmp_path / "renamed")
     assert pack(Request(str(source), CONFIG), out=out) == 0
     assert open_shards(out).fingerprint == clean.fingerprint
 

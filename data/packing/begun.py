@@ -102,6 +102,11 @@ class Begun:
     listing: Listing
     stamps: Mapping[str, Stamp]
 
+    def has_other_files(self, before: "Begun") -> bool:
+        """Whether a file that both name is not the same: of another source, or changed since."""
+        common = self.stamps.keys() & before.stamps.keys()
+        return any(self.stamps[holder] != before.stamps[holder] for holder in common)
+
 
 def begin(request: Mapping[str, Any], *, listing: Listing, source: Source) -> Begun:
     """A packing that begins now."""
