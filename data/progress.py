@@ -40,7 +40,10 @@ def seconds_left(elapsed: float, *, done: int, rest: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """How far work has come: items, units of work such as images, units a second, the time left."""
+    """How far work has come: items, units of work such as images, units a second, the time left.
+
+    The time left is "?" where nobody knows how much work there is.
+    """
 
     items: int
     done: int
@@ -51,22 +54,26 @@ class Step:
 def with_progress(
     items: Iterable[T],
     *,
-    total: int,
     said: Callable[[Step], str],
+    total: int | None = None,
     units: Callable[[T], int] = lambda _: 1,
     closing: bool = False,
 ) -> Iterator[T]:
     """Pass items on, and print to stderr at most once a second what `said` makes of it.
 
-    `total` counts units, of which each item is `units`. With `closing`, the end is printed too.
+    `total` counts units, of which each item is `units`; None where it is not known beforehand. With
+    `closing`, the end is printed too.
     """
     begin = shown = time.monotonic()
     done = 0
     for number, item in enumerate(items, start=1):
         done += units(item)
-        if (now := time.monotonic()) - shown > 1 or (closing and done >= total):
-            left = duration(seconds_left(now - begin, done=done, rest=total - done))
-            print(said(Step(number, done, done / (now - begin), left)), file=sys.stderr)
+        ends = closing and total is not None and done >= total
+        if (now := time.monotonic()) - shown > 1 or ends:
+            spent, left = now - begin, "?"
+            if total is not None:
+                left = duration(seconds_left(spent, done=done, rest=total - done))
+            print(said(Step(number, done, done / spent, left)), file=sys.stderr)
             shown = now
         yield item
 

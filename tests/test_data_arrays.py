@@ -2,7 +2,9 @@
 
 import os
 import pickle
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +163,18 @@ def test_a_directory_of_cifar_100_asks_for_a_split(
     train = tmp_path / "cifar" / "train"
     assert f"give one: {train} or {tmp_path}/cifar/test" in capsys.readouterr().err
     assert pack_at(train, tmp_path / "out", 32) == 0
+
+
+def test_listing_many_files_shows_how_far_it_has_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system takes minutes for the names of a million files, and for their times."""
+    source = write_folder(tmp_path / "source", images=9)
+    monkeypatch.setattr("data.progress.time", SimpleNamespace(monotonic=count(step=2).__next__))
+    assert pack_at(source, tmp_path / "out", 16, "--dry-run") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:12] == [f"listed {n} names in {source}" for n in range(1, 13)]
+    assert lines[12] == "looked at 9 of 9 files, 4 files/s, 0 s left"
 
 
 def test_a_dry_run_says_what_would_be_packed_and_writes_nothing(

@@ -25,6 +25,7 @@ from data.packing.plan import PackConfig, PackPlan
 from data.packing.report import warn_of_missing_labels
 from data.packing.sources import Source, Stamp
 from data.packing.splits import split_of
+from data.progress import with_progress
 
 # The file in `WORK` that holds it.
 BEGUN = "begun.json"
@@ -191,7 +192,15 @@ def _stamps(source: Source, names: Iterable[str]) -> dict[str, Stamp]:
     holders = list(dict.fromkeys(map(source.holder, names)))
     parts = [holders[first : first + _PART] for first in range(0, len(holders), _PART)]
     with ThreadPoolExecutor(_REQUESTS) as threads:
-        found = threads.map(lambda part: [(each, _stamp(source, each)) for each in part], parts)
+        found = with_progress(
+            threads.map(lambda part: [(each, _stamp(source, each)) for each in part], parts),
+            said=lambda step: (
+                f"looked at {step.done} of {len(holders)} files, {step.rate:.0f} files/s, "
+                f"{step.left} left"
+            ),
+            total=len(holders),
+            units=len,
+        )
         return {holder: stamp for part in found for holder, stamp in part if stamp is not None}
 
 

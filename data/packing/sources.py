@@ -23,6 +23,7 @@ from data.packing.dataset_json import DATASET_JSON, by_dataset_json
 from data.packing.layout import by_directory
 from data.packing.listing import Listing
 from data.packing.names import LINK_UP, is_image
+from data.progress import with_progress
 from data.transforms import png
 
 # Size in bytes and time of the last change in ns: they differ when a file was changed.
@@ -95,7 +96,10 @@ class Folder(Source):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        listing = by_directory(self.paths(), where=str(self.root))
+        paths = with_progress(
+            self.paths(), said=lambda step: f"listed {step.done} names in {self.root}"
+        )
+        listing = by_directory(paths, where=str(self.root))
         if (labels := self.root / DATASET_JSON).is_file():
             listing = by_dataset_json(listing, labels.read_bytes(), where=str(self.root))
         return listing
