@@ -182,7 +182,7 @@ def check_free(run: Path) -> None:
 def prepare(job: Job, *, preset: Path | None) -> Path:
     """Copy the code, the preset and DeepSpeed's settings; returns the file of the text, written.
 
-    Requests and records of an earlier job (`stop`, `failed-at`, `lost-hosts`, `job`) are removed.
+    Requests and records of an earlier job (`stop`, `failed-at`, `job`, ...) are removed.
     """
     job.records.mkdir(parents=True, exist_ok=True)
     _copy_code(job.code)
@@ -190,7 +190,7 @@ def prepare(job: Job, *, preset: Path | None) -> Path:
         _copy(preset, job.records / _PRESET)
     if job.ds_config is not None:
         _copy(job.ds_config, job.ds_config_copy)
-    for earlier in ("stop", "failed-at", "lost-hosts", "job"):
+    for earlier in ("stop", "failed-at", "limited-at", "lost-hosts", "job"):
         (job.records / earlier).unlink(missing_ok=True)
     facts: Mapping[str, object] = {
         "launcher": job.cluster.launcher,

@@ -35,6 +35,8 @@ def text(job: Job) -> str:
         run=quoted([job.run]),
         tenth=f"{seconds / 10:g}",
         seconds=f"{seconds * 9 / 10:g}",
+        # Slurm may send the signal a minute early.
+        margin=seconds + 60,
         preamble=preamble(job),
         check=check,
         srun=_srun(job, *_WITHOUT_SIGNALS, python, *job.rank_words),

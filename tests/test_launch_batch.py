@@ -95,6 +95,19 @@ def test_what_was_not_told_to_leave_fails_twice(bash: Bash) -> None:
     assert "failed with status 1, for the second time at checkpoint none" in bash.events
 
 
+@pytest.mark.parametrize("at_limit", [False, True])
+def test_a_time_limit_that_leaves_no_time_to_train_comes_twice(bash: Bash, at_limit: bool) -> None:
+    """A preemption is none, however often it comes."""
+    (bash.directory / "limit").touch() if at_limit else None
+    state = '{\n "state": "stopped",\n "why": "by a signal before the first step"\n}\n'
+    ranks = f"tell USR1; printf '%s' '{state}' > run/launch/state.json; exit 75"
+    for number in range(2):
+        assert bash.start(number, ranks=ranks) == 75
+        assert bash.requeued == (number == 0 or not at_limit)
+    again = "first step by its time limit, for the second time at checkpoint none: not started"
+    assert (again in bash.events) == at_limit
+
+
 def test_what_is_refused_or_faulty_is_not_started_again(bash: Bash) -> None:
     assert bash.start(ranks="tell USR1; exit 78") == 78
     assert bash.start(ranks="exit 0", check="exit 1") == 78

@@ -187,7 +187,9 @@ def test_a_job_reads_its_own_copy_of_ds_config_and_nothing_of_an_earlier_job(
     job = Job(run=tmp_path / "a", **size, cluster=Cluster(), directory=tmp_path, ds_config=mine)
     records.prepare(job, preset=None)
     mine.unlink()
-    earlier = [job.records / name for name in ("stop", "failed-at", "lost-hosts", "job")]
+    earlier = [
+        job.records / name for name in ("stop", "failed-at", "limited-at", "lost-hosts", "job")
+    ]
     for file in earlier:
         file.write_text("n2\n")
     again = replace(job, ds_config=job.ds_config_copy)

@@ -63,7 +63,8 @@ ask() {
 
 # A cancelled job stays cancelled, and a script whose node Slurm gave up must not requeue the next
 # start. A second failure without a new checkpoint in between ends the job. A start that was told to
-# leave has not failed, whatever its status.
+# leave has not failed, whatever its status; but where a time limit left no time to train twice, it
+# would do so for ever.
 again() {
   if ! ask scontrol show job -o "$job"; then
     say "$1; not requeued: $answer: rerun the same command to resume"
@@ -83,6 +84,13 @@ again() {
       return
     fi
     newest > "$run/launch/failed-at"
+  elif [ "$1" != saved ] && at_limit; then
+    if [ "$(cat "$run/launch/limited-at" 2> /dev/null)" = "$(newest)" ]; then
+      say "$1 by its time limit, for the second time at checkpoint $(newest): not started again; \
+raise time in the cluster file and rerun the same command"
+      return
+    fi
+    newest > "$run/launch/limited-at"
   fi
   trap '' TERM  # as Slurm requeues a job it kills all that runs, before it is said here
   if [ -n "$bad" ]; then
@@ -97,6 +105,22 @@ again() {
   else
     follow_up "$1" "not requeued: $answer"
   fi
+}
+
+# Whether the job's time ends in this minute or while the ranks save, by the answer of scontrol.
+at_limit() {
+  [[ $answer =~ " RunTime="([0-9:-]+)" TimeLimit="([0-9:-]+)" " ]] || return 1
+  ran=$(seconds "${BASH_REMATCH[1]}")
+  [ $(($(seconds "${BASH_REMATCH[2]}") - ran)) -le 360 ]
+}
+
+# Those of a duration such as 1-02:03:04.
+seconds() {
+  IFS=-: read -r -a parts <<< "$1"
+  total=0
+  for part in "${parts[@]: -3}"; do total=$((total * 60 + 10#$part)); done
+  [ ${#parts[@]} -lt 4 ] || total=$((total + 10#${parts[0]} * 86400))
+  echo $total
 }
 
 # The hosts, with commas between them, that lost ranks in this start and in an earlier one.
