@@ -36,17 +36,20 @@ def test_a_run_goes_back_once_and_sets_aside_what_came_after(bare: Place) -> Non
         for name in (f"{HALF:012d}", f"{HALF + STEP:012d}", f"{END:012d}", "my-own"):
             (bare.run("back") / directory / f"{name}.{suffix}").touch()
     odd = bare.arguments("back", sets=(*EVERY, "training.batch = 16", "training.images = 80"))
-    other, *refused, done = bare.train(odd, torn, unknown, foreign, back, world=2)
+    late = [*odd, "--from", str(HALF)]
+    other, later, *refused, done = bare.train(odd, late, torn, unknown, foreign, back, world=2)
     assert f"training.batch = 16: must divide the {END} images that the run has seen" in other
     assert other.endswith(f"keep the batch that it has, or go back with --from {48:012d}")
+    # Refused before anything is set aside: all of it is there for the next ones.
+    assert f"must divide the {HALF} images that the run has seen: keep the batch" in later
     assert "is damaged: adam-m.safetensors has" in refused[0]
     assert f"has no such checkpoint; it has: {END:012d}, " in refused[1]
     assert "(weights of another run: --init)" in refused[2]
     assert done == 0
-    later = range(HALF + STEP, END + 1, STEP)
+    clocks = range(HALF + STEP, END + 1, STEP)
     aside = sorted(checkpoints.glob("*.set-aside"))
-    assert [int(path.name[:12]) for path in aside] == list(later)
-    assert rows(bare.run("back") / "metrics.set-aside.jsonl") == list(later)
+    assert [int(path.name[:12]) for path in aside] == list(clocks)
+    assert rows(bare.run("back") / "metrics.set-aside.jsonl") == list(clocks)
     assert rows(bare.run("back") / "metrics.jsonl") == list(range(STEP, END + 1, STEP))
     for directory, suffix in beside.items():
         names = sorted(path.name for path in (bare.run("back") / directory).iterdir())

@@ -5,20 +5,25 @@ What came after it is renamed, never deleted: checkpoints, grids and evaluations
 it, so that the same command, which a scheduler may run again, does not go back a second time.
 """
 
+from collections.abc import Callable
+
 from data import files
 from trainer import checkpoint as checkpoints
 from trainer import origin
+from trainer.checkpoint import Checkpoint
 from trainer.run import Run
 from trainer.watch import history
 
 _ASIDE = "set-aside"
 
 
-def go_back(run: Run, wanted: str) -> None:
+def go_back(run: Run, wanted: str, *, check: Callable[[Checkpoint], None]) -> None:
     """Set aside what is newer than the checkpoint `wanted`: its name, its images, or its path.
 
+    `check` raises ValueError where the run may not resume from it; nothing is set aside then.
+
     Raises:
-        ValueError: the run has no such checkpoint, or it is damaged.
+        ValueError: as `check`; or the run has no such checkpoint, or it is damaged.
         OSError: something cannot be renamed.
     """
     if origin.was_done(run.path, wanted):
@@ -30,6 +35,7 @@ def go_back(run: Run, wanted: str) -> None:
     target = origin.find(run.path, wanted)
     if faults := checkpoints.faults_of(target):
         raise ValueError(f"--from {wanted}: the checkpoint is damaged: {faults[0]}")
+    check(checkpoints.read(target))
     run.check_lease()
     later = [path for path in checkpoints.committed(run.checkpoints) if path.name > target.name]
     # Like checkpoints these are named by the clock.

@@ -76,16 +76,19 @@ def resume_point(run: Run, *, config: Config, stream: Stream, world: World) -> C
             f"{run.checkpoints} away"
         )
     if found is not None:
-        agreed(lambda: stream.check_identity(found.state.order))
-        agreed(lambda: _check_batch(found, run=run, config=config))
+        agreed(lambda: check_found(found, run=run, config=config, stream=stream))
         if world.is_main:
             for path in damaged:
                 _move_away(path, run=run)
     return found
 
 
-def _check_batch(found: Checkpoint, *, run: Run, config: Config) -> None:
-    """Raise ValueError unless steps of `training.batch` lead from a checkpoint to the end."""
+def check_found(found: Checkpoint, *, run: Run, config: Config, stream: Stream) -> None:
+    """Raise ValueError unless the run may go on from a checkpoint.
+
+    It was trained on these images, and steps of `training.batch` lead from there to the end.
+    """
+    stream.check_identity(found.state.order)
     batch, seen = config.training.batch, found.images_seen
     if seen >= config.training.images or seen % batch == 0:
         return

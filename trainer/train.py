@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from trainer.ranks.signals import Preemption
@@ -162,7 +163,8 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     context.watchdog.mark("verifying checkpoints")
     if plan.back is not None:
         back = plan.back
-        from_main(lambda: go_back(run, back))
+        check = partial(start.check_found, run=run, config=config, stream=plan.stream)
+        from_main(lambda: go_back(run, back, check=check))
     found = start.resume_point(run, config=config, stream=plan.stream, world=world)
     images_seen = 0 if found is None else found.images_seen
     if world.is_main:
