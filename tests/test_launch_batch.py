@@ -95,17 +95,35 @@ def test_what_was_not_told_to_leave_fails_twice(bash: Bash) -> None:
     assert "failed with status 1, for the second time at checkpoint none" in bash.events
 
 
-@pytest.mark.parametrize("at_limit", [False, True])
-def test_a_time_limit_that_leaves_no_time_to_train_comes_twice(bash: Bash, at_limit: bool) -> None:
+@pytest.mark.parametrize(
+    ("at_limit", "checkpoint", "why"),
+    [
+        (False, "none", "by a signal before the first step"),
+        (True, "none", "by a signal before the first step"),
+        (True, "000000000640", "by a signal"),  # in the evaluation that a start begins with
+    ],
+)
+def test_a_time_limit_that_leaves_no_time_to_train_comes_twice(
+    bash: Bash, at_limit: bool, checkpoint: str, why: str
+) -> None:
     """A preemption is none, however often it comes."""
     (bash.directory / "limit").touch() if at_limit else None
-    state = '{\n "state": "stopped",\n "why": "by a signal before the first step"\n}\n'
-    ranks = f"tell USR1; printf '%s' '{state}' > run/launch/state.json; exit 75"
+    known = f' "checkpoint": "{checkpoint}",\n' if checkpoint != "none" else ""
+    state = bash.directory / "run" / "launch" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(f'{{\n{known} "why": "{why}"\n}}\n')
     for number in range(2):
-        assert bash.start(number, ranks=ranks) == 75
+        assert bash.start(number, ranks="tell USR1; exit 75") == 75
         assert bash.requeued == (number == 0 or not at_limit)
-    again = "first step by its time limit, for the second time at checkpoint none: not started"
+    again = f" by its time limit, for the second time at checkpoint {checkpoint}: not started"
     assert (again in bash.events) == at_limit
+
+
+def test_a_time_limit_while_images_are_drawn_comes_often(bash: Bash) -> None:
+    (bash.directory / "limit").touch()
+    for number in range(2):
+        assert bash.start(number, ranks="tell USR1; exit 75") == 75
+        assert bash.requeued
 
 
 def test_what_is_refused_or_faulty_is_not_started_again(bash: Bash) -> None:

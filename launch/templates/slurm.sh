@@ -68,7 +68,7 @@ again() {
       return
     fi
     newest > "$run/launch/failed-at"
-  elif [ "$1" != saved ] && at_limit; then
+  elif { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
     if [ "$(cat "$run/launch/limited-at" 2> /dev/null)" = "$(newest)" ]; then
       say "$1 by its time limit, for the second time at checkpoint $(newest): not started again; \
 raise time in the cluster file and rerun the same command"
@@ -188,6 +188,7 @@ for program in srun scancel scontrol; do
     refuse "there is no $program on $(hostname), and without it the run could not save and requeue: \
 add its directory to PATH in setup"
 done
+at=$(state checkpoint)  # of what draws there is none: it goes on without
 say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
 @check@if [ -n "$told" ]; then
   end_timer
