@@ -213,6 +213,8 @@ def test_every_kind_of_export_loads_as_the_network_that_it_was(
         loaded = found.weights()
         assert loaded.keys() == wanted.keys()
         assert all(torch.equal(loaded[key], value) for key, value in wanted.items())
+        with pytest.raises(ValueError, match=r"--ema = 0\.99: must be absent for a weights file"):
+            TrainedNetwork.find(path, preset=preset, decay=0.99)
     card = (folder / "README.md").read_text()
     assert "10 classes" in card
     assert "Licence" in card

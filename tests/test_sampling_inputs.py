@@ -231,7 +231,6 @@ def test_an_upsampler_refuses_a_torn_low_res_file_and_labels_it_does_not_know(
     [
         (["--scale", "2"], "--scale = 2.0: must be absent without --classifier"),
         (["--classifier-preset", "x"], "--classifier-preset = 'x': must be absent without"),
-        (["--ema", "0.5"], "--ema = 0.5: must be absent for a weights file"),
         (["--eta", "-1"], "--eta = -1.0: must be from 0 to 1"),
         (["--eta", "2"], "--eta = 2.0: must be from 0 to 1"),
         (["--eta", "nan"], "--eta = nan: must be from 0 to 1"),

@@ -185,3 +185,8 @@ def test_the_command_prints_it(capsys: Any) -> None:
     assert configs.main(["--from-flags", "--image_size 64"]) == 0
     assert "image_size = 64" in capsys.readouterr().out
     assert configs.main(["--from-flags", "--image_sise 64"]) == 78
+    for change in (["--set", "training.lr = 1e-3"], ["--unset", "training.clip"]):
+        assert configs.main(["--from-flags", "--image_size 64", *change]) == 78
+        assert f"{change[0]} = ['{change[1]}']: must be absent with" in capsys.readouterr().err
+    assert configs.main(["--from-flags", "--image_size 64", "--ranks", "7"]) == 78
+    assert "does not divide among 7 ranks" in capsys.readouterr().err

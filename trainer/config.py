@@ -241,6 +241,8 @@ def _print(arguments: argparse.Namespace) -> int:
     if arguments.from_flags is not None:
         from trainer import flags  # reads presets with this module
 
+        for name, value in {"--set": arguments.set, "--unset": arguments.unset}.items():
+            check(not value, name, value, "absent with --from-flags: change what it prints")
         print(flags.to_preset(arguments.from_flags, ranks=ranks), end="")
         return 0
     config = load(arguments.preset, arguments.set, unset=arguments.unset)

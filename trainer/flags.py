@@ -91,7 +91,8 @@ def to_preset(text: str, *, ranks: int | None) -> str:
     """The TOML of the preset that these flags mean, with remarks on those that have no place in it.
 
     Raises:
-        ValueError: a flag is unknown or has a wrong value, or is of something that is not here.
+        ValueError: a flag is unknown or has a wrong value, or is of something that is not here; or
+            the batch does not divide among the ranks.
     """
     given = _parse(text)
     of_classifier = [n for n in given if n.startswith("classifier_") and n not in ELSEWHERE]
@@ -130,6 +131,8 @@ def to_preset(text: str, *, ranks: int | None) -> str:
         table["intervals"].pop("samples", None)
     remarks = [f"from guided-diffusion's flags; what they do not say is from the preset {name}"]
     config = from_table(table)
+    if ranks is not None:
+        config.training.micro_batch_on(ranks)
     remarks += training_flags.remarks(
         chosen, training=config.training, is_classifier=is_classifier, ranks=ranks
     )

@@ -17,7 +17,7 @@ from data.dataset import class_names
 from trainer import averages, compute, diffusers_format, weights
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
-from trainer.adm.config import ClassifierConfig, UNetConfig
+from trainer.adm.config import ClassifierConfig, UNetConfig, check
 from trainer.adm.unet import build
 from trainer.compute import DTYPES
 from trainer.config import Config
@@ -49,7 +49,10 @@ class TrainedNetwork:
         """
         name = str(path) if preset is None else f"{path} (preset {preset})"
         own = preset is None
-        if (file := diffusers_format.find(path)) is not None:
+        file = diffusers_format.find(path)
+        is_run = file is None and not path.is_file()
+        check(is_run or decay is None, "--ema", decay, "absent for a weights file")
+        if file is not None:
             if preset is None and path.name == "unet":
                 raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
             if preset is None and not (path / "config.toml").is_file():

@@ -91,7 +91,7 @@ def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
 def check_options(arguments: argparse.Namespace) -> None:
     """Raise ValueError for options that would be ignored, and values that mean nothing."""
     _check_values(arguments)
-    guided, from_file = arguments.classifier is not None, arguments.source.is_file()
+    guided = arguments.classifier is not None
     scale, at = arguments.scale, arguments.guide_at
     shown = scale[0] if scale and len(scale) == 1 else scale
     check(guided or scale is None, "--scale", shown, "absent without --classifier")
@@ -106,9 +106,6 @@ def check_options(arguments: argparse.Namespace) -> None:
         check(absent, f"--upsampler-{option}", value, "absent without --upsampler")
     whole = arguments.share == (0, 1) or arguments.upsampler is None
     check(whole, "--share", arguments.share, "absent with --upsampler, which needs all images")
-    check(
-        not from_file or arguments.ema is None, "--ema", arguments.ema, "absent for a weights file"
-    )
 
 
 def _check_values(arguments: argparse.Namespace) -> None:
