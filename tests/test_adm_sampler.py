@@ -38,7 +38,7 @@ def begin() -> tuple[Tensor, sampler.Noise]:
     return start, sampler.step_noise(NUMBERS, seed=0, shape=SHAPE)
 
 
-@pytest.mark.parametrize("respacing", ["50", "ddim25", "10,5,5"])
+@pytest.mark.parametrize("respacing", ["50", "ddim25", "10,5,5", "2"])
 def test_a_perfect_net_recovers_its_image(respacing: str) -> None:
     diffusion = process(respacing)
     start, noise = begin()

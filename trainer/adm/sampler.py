@@ -146,7 +146,9 @@ def ddim_step(
         x0 = diffusion.x0_from_eps(x_t, t, eps)
     now, before = diffusion.at("alpha_bar", t), diffusion.at("alpha_bar_before", t)
     sigma = eta * ((1 - before) / (1 - now)).sqrt() * (1 - now / before).sqrt()
-    mean = before.sqrt() * x0 + (1 - before - sigma.square()).sqrt() * eps
+    # From 0: at eta 1 and in few steps it may be smaller than its rounding error.
+    rest = (1 - before - sigma.square()).clamp(min=0)
+    mean = before.sqrt() * x0 + rest.sqrt() * eps
     return mean if noise is None else mean + sigma * noise
 
 
