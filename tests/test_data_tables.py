@@ -92,6 +92,10 @@ def test_one_name_in_two_forms_of_unicode_is_one_class(
     (tmp_path / "map.txt").write_text(f"{whole}/c.png x\ntea/d.png y\n")
     third = packed_here(other, "third", class_map=tmp_path / "map.txt")
     assert labels(third) == {"c.png": "x", "d.png": "y"}
+    lines = ({"file_name": f"{name}.png", "label": name[0]} for name in (f"{apart}/c", "tea/d"))
+    (tmp_path / "map.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    fourth = packed_here(other, "fourth", class_map=tmp_path / "map.jsonl")
+    assert labels(fourth) == {"c.png": "c", "d.png": "t"}
     both = folder(tmp_path / "R", (f"{whole}/a.png", f"{apart}/c.png"))
     assert "have the same name in two forms of Unicode" in refusal(capsys, both)
 

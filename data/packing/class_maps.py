@@ -117,7 +117,11 @@ def _objects(lines: list[str]) -> _Rows:
     except (ValueError, AttributeError):
         return []
     names = [*{name: None for each in found for name in each}]
-    return [names, *([str(each.get(n, "")) for n in names] for each in found)] if names else []
+    return (
+        [names, *([composed(str(each.get(n, ""))) for n in names] for each in found)]
+        if names
+        else []
+    )
 
 
 def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
