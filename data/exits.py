@@ -67,14 +67,24 @@ class CommandParser(argparse.ArgumentParser):
         return f" (nearest: {close[0]})" if close else ""
 
 
-def path_text(text: str) -> str:
-    """The path that an option names, as it is written; every `type=Path` is checked by it.
+def place_text(text: str) -> str:
+    """The path, pattern or URL that an option names, as it is written.
 
     Raises:
-        argparse.ArgumentTypeError: an empty variable, or a ~ that the shell did not replace.
+        argparse.ArgumentTypeError: an empty variable, which would mean the working directory.
     """
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is no path: is a variable empty?")
+    return text
+
+
+def path_text(text: str) -> str:
+    """As `place_text`, of a path alone; every `type=Path` is checked by it.
+
+    Raises:
+        argparse.ArgumentTypeError: also a ~ that the shell did not replace.
+    """
+    place_text(text)
     if text.partition("/")[0].startswith("~") and not Path(text).exists():
         raise argparse.ArgumentTypeError(
             f"{text!r}: the shell replaces ~ only at the beginning of a word: write a space in "

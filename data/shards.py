@@ -20,7 +20,7 @@ from PIL import Image
 from data import descriptors, files
 from data.config import FetchConfig, is_local, shown
 from data.dataset import Shards, open_shards, verify
-from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, reported
+from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, place_text, reported
 from data.export import export
 from data.packing.indexing import index_directory, merge
 from data.packing.pool import interrupted_by_signals
@@ -140,9 +140,10 @@ def _export(root: str, out: Path) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m data.shards", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    anywhere = "directory or URL of the dataset"
     command = commands.add_parser("verify", help="compare a dataset with its manifest")
     command.set_defaults(run=_verify)
-    command.add_argument("root", metavar="DIR", help="directory or URL of the dataset")
+    command.add_argument("root", metavar="DIR", type=place_text, help=anywhere)
     command.add_argument(
         "--full",
         action="store_true",
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command = commands.add_parser("info", help="print counts, classes and sizes")
     command.set_defaults(run=_show)
-    command.add_argument("root", metavar="DIR", help="directory or URL of the dataset")
+    command.add_argument("root", metavar="DIR", type=place_text, help=anywhere)
     command.add_argument(
         "--classes", action="store_true", help=f"list all classes (default: the first {_LISTED})"
     )
@@ -172,12 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     command = commands.add_parser("export", help="write a sample file of all images")
     command.set_defaults(run=_export)
-    command.add_argument("root", metavar="DIR", help="directory or URL of the dataset")
+    command.add_argument("root", metavar="DIR", type=place_text, help=anywhere)
     command.add_argument("out", metavar="OUT.npz", type=Path, help="the file to be made")
     command = commands.add_parser("merge", help="one dataset of the shards of several, by links")
     command.set_defaults(run=_merge)
     command.add_argument("out", metavar="OUT", type=Path, help="directory to be made")
-    command.add_argument("roots", metavar="DIR", nargs="+", help="directories of datasets")
+    add = command.add_argument
+    add("roots", metavar="DIR", nargs="+", type=place_text, help="directories of datasets")
     return parser
 
 

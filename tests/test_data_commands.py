@@ -1,13 +1,18 @@
 """The data layer's commands: exit statuses, help, and what a refused command leaves behind."""
 
+import os
 import signal
+import time
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 
-from data import pack
+from data import pack, shards
 from data.exits import FAILED, REFUSED, CommandParser, exit_status, reported
+from data.packing import pool
 from data.progress import duration
 from tests.support.data_fixtures import write_folder
 
@@ -51,6 +56,20 @@ def test_ctrl_c_is_one_line(capfd: pytest.CaptureFixture) -> None:
     assert capfd.readouterr() == ("", "interrupted\n")
 
 
+def test_an_interruption_ends_processes_that_are_waited_for() -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pool.interrupted_by_signals(),
+        pool.processes(1) as executor,
+    ):
+        executor.submit(os.kill, os.getpid(), signal.SIGTERM)
+        executor.submit(time.sleep, 30)
+    deadline = time.monotonic() + 10
+    while active_children():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -79,6 +98,23 @@ def test_a_missing_source_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert pack.main(["/nowhere", str(tmp_path / "empty")]) == REFUSED
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (pack.main, ["", "out"]),
+        (pack.main, ["digits", "out", "--classes-of", ""]),
+        (shards.main, ["verify", " "]),
+        (shards.main, ["merge", "out", "a", ""]),
+    ],
+)
+def test_an_empty_variable_is_not_the_working_directory(
+    main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=str(REFUSED)):
+        main(arguments)
+    assert "is no path: is a variable empty?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip"])

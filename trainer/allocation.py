@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import expanded, is_local
-from data.exits import FAILED, REFUSED, CommandParser
+from data.exits import FAILED, REFUSED, CommandParser, place_text
 from data.version import digest
 from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.options import add_ranks
@@ -178,9 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run", type=Path, help="a directory that must be writable (default: none is tried)"
     )
-    parser.add_argument(
-        "--data", help="a directory of shards that must be readable (default: none is tried)"
-    )
+    data = "a directory of shards that must be readable (default: none is tried)"
+    parser.add_argument("--data", type=place_text, help=data)
     parser.add_argument(
         "--seconds",
         type=float,

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from data.exits import CommandParser
+from data.exits import CommandParser, place_text
 from data.packing import pool
 from data.packing.splits import VAL_SHARE
 
@@ -30,6 +30,7 @@ def _add_images(add: Callable[..., object]) -> None:
     add(
         "source",
         metavar="SOURCE",
+        type=place_text,
         help="folder, zip, tars, parquet or lmdb of images, or a pattern of files such as "
         "'DIR/*train*.tar'; a sample file (.npz), the batches of CIFAR, or digits",
     )
@@ -50,6 +51,7 @@ def _add_images(add: Callable[..., object]) -> None:
     add(
         "--classes-of",
         metavar="DIR",
+        type=place_text,
         help="number the classes as this packed dataset does, a directory or URL (default: in "
         "sorted order)",
     )

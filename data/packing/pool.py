@@ -29,12 +29,12 @@ def processes(count: int) -> Iterator[Executor]:
     executor = ProcessPoolExecutor(count, get_context("spawn"), initializer=_end_with_parent)
     try:
         yield executor
-    except BaseException:
+        executor.shutdown(cancel_futures=True)
+    except BaseException:  # also one that comes while processes are still starting, and waited for
         for child in active_children():
             child.kill()
-        raise
-    finally:
         executor.shutdown(cancel_futures=True)
+        raise
 
 
 def submit(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data import files
 from data.dataset import class_names, open_shards
-from data.exits import CommandParser
+from data.exits import CommandParser, place_text
 from data.progress import Progress
 from data.stream import Batch
 from trainer import classes, common
@@ -252,7 +252,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (nll, accuracies):
         add = command.add_argument
         add("run", type=Path, help="a run, one of its checkpoints, or a weights file")
-        add("--data", required=True, help="the shards, which the network has not learned from")
+        data = "the shards, which the network has not learned from"
+        add("--data", required=True, type=place_text, help=data)
         add("--images", type=int, help="so many, evenly spread over the shards (default: all)")
         add("--batch", type=int, default=64, help="images at once (default: %(default)s)")
         add("--preset", help="the preset of a weights file (default: the run's own)")
