@@ -21,7 +21,7 @@ from pathlib import Path
 from data import files
 from data.config import check
 from data.dataset import open_shards
-from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status
+from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status, reported
 from data.manifest import MANIFEST, manifest_text, parse_manifest
 from data.packing import begun, pool
 from data.packing.archives import open_source
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
             executor = _executor(workers, mpi)
             wanted = Request(config=PackConfig(**given), **of)
             if options.pop("dry_run"):
-                return dry_run(wanted, out=options["out"], workers=workers)
+                return reported(lambda: dry_run(wanted, out=options["out"], workers=workers))
             pack(wanted, executor=executor, **options)
     except KeyboardInterrupt as signal:
         print(f"packing stopped by {signal or 'Ctrl-C'}; {_CONTINUE}", file=sys.stderr)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from data.config import DataConfig
-from data.exits import CommandParser
+from data.exits import CommandParser, reported
 from trainer import settings
 from trainer.adm.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from trainer.config import Config, toml_value
@@ -102,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     CommandParser(prog="python -m trainer.describe", description=about).parse_args(argv)
     known = {field.name for field in dataclasses.fields(Config)} - {"objective"}
     assert known == _SECTIONS.keys() - {"classifier"}, "a section is missing here"
+    return reported(_print)
+
+
+def _print() -> int:
     sys.stdout.write("\n".join(page()))
     return 0
 

@@ -36,7 +36,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import files
-from data.exits import REFUSED, CommandParser
+from data.exits import REFUSED, CommandParser, reported
 from data.version import version as code_version
 from trainer import caches, machine
 from trainer.machine import Finding, Torch
@@ -242,6 +242,10 @@ def _nvcc_release() -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit status."""
     CommandParser(prog="python -m trainer.preflight", description=__doc__).parse_args(argv)
+    return reported(_check)
+
+
+def _check() -> int:
     print(f"adm-trainer {code_version()} on {platform.platform()}", flush=True)
     missing = []
     for finding in findings():
