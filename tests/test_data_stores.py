@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from data.config import FetchConfig
-from data.dataset import Shards, open_shards
+from data.dataset import Shards, open_shards, verify
 from data.stores import LocalStore
 from data.stream import Stream
 from tests.support.cluster import wait_until
@@ -67,6 +67,7 @@ def test_pipes_serve_the_same(whole: Shards, tmp_path: Path) -> None:
     assert epoch(seeking) == epoch(whole.root)
     forward = f"pipe:cat {whole.root}/{{name}}"
     assert epoch(forward, cache=str(tmp_path)) == epoch(whole.root)
+    assert verify(seeking, full=True) == verify(forward, full=True) == []
     with pytest.raises(ValueError, match=r"or set data.cache"):
         epoch(forward)
     with pytest.raises(ValueError, match=r"manifest.json cannot be read: .* exit status 1"):
