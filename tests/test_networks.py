@@ -1,5 +1,6 @@
 """Which classifiers may guide which networks, what counts as weights, and nets without a label."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ from safetensors.torch import save_file
 
 from tests.support import golden, ranks
 from trainer import config as configs
-from trainer import weights
+from trainer import sample, weights
 from trainer.adm.config import NO_LABEL
 from trainer.adm.unet import build
-from trainer.networks import TrainedNetwork, check_guide, check_upsampler
+from trainer.networks import SampleInputs, TrainedNetwork, check_guide, check_upsampler
+from trainer.sampling.output import begun
 
 
 @pytest.mark.parametrize(
@@ -55,10 +57,24 @@ def test_an_upsampler_fits_what_a_base_draws() -> None:
 def test_of_a_checkpoint_weights_and_the_config_of_its_run_are_found(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = ["--run", str(tmp_path / "run"), "--set", "training.images = 8"]
-    job = ranks.start(tmp_path / "job", ranks=1, runs=[["train", str(tiny), *run]])
-    job.wait()
+    run = [str(tiny), "--run", str(tmp_path / "run"), "--set"]
+    runs = [["train", *run, f"training.images = {images}"] for images in (8, 16)]
+    ranks.start(tmp_path / "job", ranks=1, runs=runs).wait()
     checkpoint = tmp_path / "run" / "checkpoints" / "000000000008"
+    # The newest, unless images are half drawn of another.
+    words = [str(tmp_path / "run"), "--images", "2", "--out"]
+    for out, parts, name in (
+        ("a.npz", "b", "000000000016"),
+        ("a.npz", "a-scale1e-05-cfg-1-base", checkpoint.name),
+        ("a/", "a", checkpoint.name),
+    ):
+        request = tmp_path / f"{parts}.parts" / "request.json"
+        request.parent.mkdir()
+        sources = [TrainedNetwork.find(checkpoint, preset=None, decay=None).sha256]
+        request.write_text(json.dumps({"sources": sources}))
+        arguments = sample.parser().parse_args([*words, str(tmp_path / out)])
+        found = SampleInputs.find(arguments, begun=begun(arguments.out))
+        assert found.denoiser.file.parent.name == name
     for kind in ("adam-m", "adam-v"):
         renamed = tmp_path / f"weights-{kind}.safetensors"
         renamed.write_bytes((checkpoint / f"{kind}.safetensors").read_bytes())

@@ -4,7 +4,8 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,18 @@ class TrainedNetwork:
 
     @classmethod
     def find(
-        cls, path: Path, *, preset: str | None, decay: float | None, option: str = "--preset"
+        cls,
+        path: Path,
+        *,
+        preset: str | None,
+        decay: float | None,
+        option: str = "--preset",
+        begun: Collection[str] = (),
     ) -> "TrainedNetwork":
         """In a run (its newest valid checkpoint), a checkpoint, a file, or a folder of diffusers.
 
-        A file or folder that does not say of which network it is needs its preset, by `option`.
+        A file or folder that does not say of which network it is needs its preset, by `option`. Of
+        a run, a checkpoint with a file of a checksum in `begun` comes before newer ones.
 
         Raises:
             ValueError: there is nothing of that kind at `path`.
@@ -62,7 +70,7 @@ class TrainedNetwork:
             config = configs.load(path / "config.toml" if preset is None else preset)
             return cls(config, file, files.sha256(file), name, own)
         if path.is_dir():
-            found = _newest(path)
+            found = _newest(path, begun=begun)
             own_config = run_of(found.path) / "config.toml"
             if preset is None and not own_config.is_file():
                 raise ValueError(f"{path}: there is no {own_config}: add {option}")
@@ -129,19 +137,28 @@ def _written_config(path: Path, option: str) -> Config:
         return configs.from_table(tomllib.loads(text))
 
 
-def _newest(path: Path) -> checkpoints.Checkpoint:
-    """A checkpoint, or a run's newest valid one."""
+def _newest(path: Path, *, begun: Collection[str]) -> checkpoints.Checkpoint:
+    """A checkpoint, or a run's newest valid one, but first those with a file of `begun`."""
     is_checkpoint = (path / checkpoints.STATE).is_file()
     if not is_checkpoint and not (path / "checkpoints").is_dir():
         raise ValueError(
             f"{path} is no run and no checkpoint: give a directory with checkpoints/ in it, one of "
             "those in there, or a weights file"
         )
-    for one in [path] if is_checkpoint else checkpoints.committed(path / "checkpoints"):
+    places = [path] if is_checkpoint else checkpoints.committed(path / "checkpoints")
+    for one in sorted(places, key=lambda place: not _holds(place, begun)):
         if not (faults := checkpoints.faults_of(one)):
             return checkpoints.read(one)
         print(f"skipped {one}: {faults[0]}", file=sys.stderr)
     raise ValueError(f"{path} has no valid checkpoint")
+
+
+def _holds(checkpoint: Path, wanted: Collection[str]) -> bool:
+    """Whether a committed checkpoint, as far as it can be read, has a file of these checksums."""
+    with suppress(ValueError, OSError):
+        found = checkpoints.read(checkpoint).files.values() if wanted else ()
+        return any(facts["sha256"] in wanted for facts in found)
+    return False
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -236,8 +253,8 @@ class SampleInputs:
         return count
 
     @classmethod
-    def find(cls, arguments: argparse.Namespace) -> "SampleInputs":
-        """What the command line names.
+    def find(cls, arguments: argparse.Namespace, *, begun: Collection[str] = ()) -> "SampleInputs":
+        """What the command line names; of runs, what was `begun` with, as in `TrainedNetwork`.
 
         Raises:
             ValueError: something of it is not there.
@@ -248,9 +265,12 @@ class SampleInputs:
             path, preset = given[name], given[f"{name}_preset"]
             if path is None:
                 return None
-            return TrainedNetwork.find(path, preset=preset, decay=None, option=f"--{name}-preset")
+            option = f"--{name}-preset"
+            return TrainedNetwork.find(path, preset=preset, decay=None, option=option, begun=begun)
 
-        source = TrainedNetwork.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
+        source = TrainedNetwork.find(
+            arguments.source, preset=arguments.preset, decay=arguments.ema, begun=begun
+        )
         found = cls(source, other("classifier"), other("upsampler"))
         found._check()
         return found

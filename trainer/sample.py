@@ -30,6 +30,7 @@ from trainer.ranks.world import World, join
 from trainer.sampling.drawing import Drawing, DrawJob
 from trainer.sampling.jobstate import noted
 from trainer.sampling.labels import BALANCED
+from trainer.sampling.output import begun
 from trainer.sampling.parts import Pixels
 from trainer.sampling.requests import (
     base_jobs,
@@ -48,7 +49,8 @@ def sample(
     """Draw what was asked for; returns the exit status."""
     agreed(lambda: check_options(arguments))
     common.check(common.software())
-    inputs = from_main(lambda: SampleInputs.find(arguments))
+    # A run may have a newer checkpoint by now than its images are drawn of.
+    inputs = from_main(lambda: SampleInputs.find(arguments, begun=begun(arguments.out)))
     checksum = from_main(lambda: low_res_checksum(arguments.low_res, inputs=inputs))
     jobs = agreed(lambda: base_jobs(arguments, inputs, low_res_checksum=checksum, device=device))
     later: list[DrawJob] = []

@@ -7,6 +7,7 @@ gets its name when all of it is on disk.
 
 import json
 import os
+import re
 import shutil
 import socket
 from abc import ABC, abstractmethod
@@ -271,6 +272,15 @@ def _recorded(record: Path) -> dict[str, Any] | None:
         return None
     earlier = _EARLIER if found.get("classes") else {**_EARLIER, "labels": None}
     return {**earlier, **found}
+
+
+def begun(out: str) -> set[str]:
+    """Checksums of the weights that the half-drawn outputs of an `--out` are of."""
+    path = Path(out.rstrip("/").removesuffix(".npz"))
+    name = re.compile(rf"{re.escape(path.name)}(-(scale|cfg)[-+.\de]+)*(-base)?\.parts")
+    works = [work for work in path.parent.glob("*.parts") if name.fullmatch(work.name)]
+    requests = [_recorded(work / REQUEST) or {} for work in works]
+    return {checksum for request in requests for checksum in request.get("sources", ())}
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
