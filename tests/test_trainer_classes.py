@@ -192,7 +192,8 @@ def test_training_on_fewer_classes_than_the_network_has_is_in_the_log(
     job.wait()
     assert job.statuses == [0, 0, 0]
     more, one_more, equal = ((tmp_path / f"run-{i}" / "log.txt").read_text() for i in range(3))
-    assert f"{digits} has 10 classes, the network 12: classes 10 to 11 are never trained" in more
+    assert f"{digits} has 10 classes, the network 12: classes 10 to 11 are never trained, " in more
+    assert "else set model.num_classes to 10" in more
     assert f"{digits} has 10 classes, the network 11: class 10 is never trained" in one_more
     assert "never trained" not in equal
     assert "starts: denoise" in equal and "1,797 images in 10 classes, 0.0 epochs" in equal

@@ -49,7 +49,10 @@ def untrained(config: Config, shards: Dataset) -> str:
         return ""
     last = classes - 1
     which = f"class {last} is" if found == last else f"classes {found} to {last} are"
-    return f"{shards.where} has {found} classes, the network {classes}: {which} never trained"
+    return (
+        f"{shards.where} has {found} classes, the network {classes}: {which} never trained, but "
+        f"drawn where --classes is absent; else set model.num_classes to {found}"
+    )
 
 
 def extent(config: Config, shards: Dataset) -> str:
