@@ -22,6 +22,10 @@ _LONGEST_PAUSE_S = 10.0
 _TRANSIENT = (OSError, http.client.HTTPException)
 
 
+class _WrongChecksumError(OSError):
+    """Content was transferred wrongly, or is wrong where it is."""
+
+
 class Reader:
     """Reads ranges of files under `root`: a directory, an http(s) or fsspec URL, or `pipe:...`.
 
@@ -70,7 +74,8 @@ class Reader:
         """All of a small file.
 
         Raises:
-            OSError: it could not be read, or had another checksum than `sha256` each time.
+            OSError: it could not be read.
+            ValueError: it had another checksum than `sha256` each time.
         """
 
         def attempt() -> bytes:
@@ -81,10 +86,18 @@ class Reader:
             if size not in (None, len(content)):
                 raise OSError(f"it has {len(content)} bytes instead of {size}")
             if sha256 not in (None, hashlib.sha256(content).hexdigest()):
-                raise OSError("its checksum is not the manifest's")
+                raise _WrongChecksumError
             return content
 
-        return self._persist(name, attempt)
+        try:
+            return self._persist(name, attempt)
+        except OSError as error:
+            if not isinstance(error.__cause__, _WrongChecksumError):
+                raise
+            raise ValueError(
+                f"{self.name}/{name} is damaged or of another packing: its checksum is not the "
+                "manifest's; copy or pack it again"
+            ) from None
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """The bytes [first, last) in pieces, resuming from the byte reached after a failure.

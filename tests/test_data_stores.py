@@ -62,6 +62,14 @@ def test_a_missing_remote_shard_is_found_before_training(copy: Shards) -> None:
         open_shards(url)
 
 
+def test_a_damaged_remote_index_is_no_fault_of_the_machine(copy: Shards) -> None:
+    index = Path(copy.root) / "00004.idx.npy"
+    index.write_bytes(index.read_bytes()[:-1] + b"\xff")
+    with serving(Path(copy.root), fault=lambda n, path: None) as url:
+        shards = open_shards(url)
+        fails(shards, ValueError, r"00004\.idx\.npy is damaged or of another packing: its checksum")
+
+
 def test_pipes_serve_the_same(whole: Shards, tmp_path: Path) -> None:
     seeking = f"pipe:tail -c +$(({{first}} + 1)) {whole.root}/{{name}}; : {{last}}"
     assert epoch(seeking) == epoch(whole.root)
