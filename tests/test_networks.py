@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -63,15 +64,21 @@ def test_of_a_checkpoint_weights_and_the_config_of_its_run_are_found(
     checkpoint = tmp_path / "run" / "checkpoints" / "000000000008"
     # The newest, unless images are half drawn of another.
     words = [str(tmp_path / "run"), "--images", "2", "--out"]
+    sources = [TrainedNetwork.find(checkpoint, preset=None, decay=None).sha256]
+    record = json.dumps({"sources": sources})
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "c-base.npz", arr_0=images, request=np.array(record))  # enlarged then
     for out, parts, name in (
         ("a.npz", "b", "000000000016"),
         ("a.npz", "a-scale1e-05-cfg-1-base", checkpoint.name),
         ("a/", "a", checkpoint.name),
+        ("c.npz", "c", checkpoint.name),
     ):
         request = tmp_path / f"{parts}.parts" / "request.json"
         request.parent.mkdir()
-        sources = [TrainedNetwork.find(checkpoint, preset=None, decay=None).sha256]
-        request.write_text(json.dumps({"sources": sources}))
+        request.write_text(
+            json.dumps({"sources": ["of the upsampler"]}) if out[0] == "c" else record
+        )
         arguments = sample.parser().parse_args([*words, str(tmp_path / out)])
         found = SampleInputs.find(arguments, begun=begun(arguments.out))
         assert found.denoiser.file.parent.name == name

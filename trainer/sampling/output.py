@@ -12,7 +12,7 @@ import shutil
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -275,11 +275,15 @@ def _recorded(record: Path) -> dict[str, Any] | None:
 
 
 def begun(out: str) -> set[str]:
-    """Checksums of the weights that the half-drawn outputs of an `--out` are of."""
+    """Checksums of the weights of half-drawn outputs of an `--out`, and of what they enlarge."""
     path = Path(out.rstrip("/").removesuffix(".npz"))
     name = re.compile(rf"{re.escape(path.name)}(-(scale|cfg)[-+.\de]+)*(-base)?\.parts")
     works = [work for work in path.parent.glob("*.parts") if name.fullmatch(work.name)]
     requests = [_recorded(work / REQUEST) or {} for work in works]
+    bases = [f"{work.stem}-base{end}" for work in works for end in ("", ".npz")]
+    for base in bases:
+        with suppress(ValueError):  # there is none
+            requests.append(dict(open_samples(path.with_name(base)).record or {}))
     return {checksum for request in requests for checksum in request.get("sources", ())}
 
 
