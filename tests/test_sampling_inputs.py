@@ -20,6 +20,8 @@ from trainer import sample
 from trainer.adm.unet import build
 from trainer.ema import Averages
 from trainer.networks import SampleInputs, TrainedNetwork, check_names
+from trainer.sampling.drawing import DrawJob
+from trainer.sampling.requests import base_jobs, enlarging_job
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -141,6 +143,33 @@ def test_a_classifier_of_other_names_is_refused_where_the_shards_tell(tmp_path: 
         check_names(found["b"], network=found["a"], option="--classifier")
     as_preset = replace(found["b"], has_own_config=False)
     check_names(as_preset, network=found["a"], option="--classifier")
+    # Images have the names of the network that knows classes, or those of what is enlarged.
+    changes = [f"data.shards = '{tmp_path / 'sa'}'"]
+    free = configs.load("digits", changes, unset=["model.num_classes"])
+    up = configs.load("digits", [*changes, "model.small_size = 4"], unset=["model.num_classes"])
+    guide = configs.load(
+        "digits_classifier", [f"data.shards = '{tmp_path / 'sb'}'", "model.num_classes = 3"]
+    )
+    base, enlarger, classifier = (
+        TrainedNetwork(config, Path("w.pt"), "0", "name", True) for config in (free, up, guide)
+    )
+
+    ask, cpu = ["w.pt", "--out", "d/", "--steps", "2"], torch.device("cpu")
+
+    def job(*words: str, inputs: SampleInputs) -> DrawJob:
+        arguments = sample.parser().parse_args([*ask, *words])
+        return base_jobs(arguments, inputs, low_res_checksum=None, device=cpu)[0]
+
+    guided = job("--classes", "z,w", inputs=SampleInputs(base, classifier, None))
+    assert guided.labels is not None and guided.labels.classes == (2, 0)
+    large = enlarging_job(guided, upsampler=enlarger, arguments=sample.parser().parse_args(ask))
+    low_res = ["--low-res", str(tmp_path / "sb")]
+    for each in (guided, large, job(*low_res, inputs=SampleInputs(enlarger, None, None))):
+        assert each.classes == ("w", "x", "z")
+    told = replace(up, model=replace(up.model, num_classes=3))
+    conditional = SampleInputs(replace(enlarger, config=told), None, None)
+    with pytest.raises(ValueError, match=r"--low-res: its class 0 is 'w'.*--classes-of .*sa"):
+        job(*low_res, inputs=conditional)
     shutil.rmtree(tmp_path / "sb")
     check_names(found["b"], network=found["a"], option="--classifier")
 
@@ -197,6 +226,7 @@ def test_images_that_are_not_finite_are_refused(
     said = [str(status) for status in ranks.sample(tmp_path, *asks)]
     assert "nan.pt: out.2.bias has values that are not finite" in said[0]
     assert "images [0, 1]... are not finite" in said[1]
+    assert "(bf16 or fp32) to another --out" in said[1]  # this one has its parts
     assert "half.pt: out.2.bias has values that are not finite in torch.float16: give" in said[2]
     assert not [*tmp_path.glob("*.npz")]
 

@@ -1,5 +1,8 @@
 """Whether the classes of the shards fit those of the network, and what a run is trained on."""
 
+import itertools
+from collections.abc import Sequence
+
 from data.config import shown
 from data.mixture import Dataset
 from trainer.config import Config
@@ -40,6 +43,18 @@ def check_held_out(
         f"{named} = {shards.where}: class {first} is {here}, in data.shards "
         f"{there}: pack it again with --classes-of {shown(config.data.shards)}"
     )
+
+
+def difference(own: Sequence[str] | None, theirs: Sequence[str] | None, *, named: str) -> str:
+    """The first class that is another than the network's own, in words; or nothing.
+
+    None: the names are not known.
+    """
+    if own is None or theirs is None or tuple(own) == tuple(theirs):
+        return ""
+    pairs = enumerate(itertools.zip_longest(own, theirs, fillvalue="missing"))
+    first, here, there = next((i, a, b) for i, (a, b) in pairs if a != b)
+    return f"its class {first} is {there!r}, that of {named} {here!r}"
 
 
 def untrained(config: Config, shards: Dataset) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data import files
 from data.config import is_local, naming
 from data.dataset import class_names
-from trainer import averages, compute, diffusers_format, weights
+from trainer import averages, classes, compute, diffusers_format, weights
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
 from trainer.adm.config import ClassifierConfig, UNetConfig, check
@@ -192,20 +192,16 @@ def check_guide(classifier: TrainedNetwork, *, network: TrainedNetwork) -> None:
 
 def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) -> None:
     """Raise ValueError unless both number the same classes alike, as far as their shards tell."""
-    own, theirs = _class_names(network), _class_names(other)
-    if own is None or theirs is None or own == theirs:
-        return
-    first = next((i for i, name in enumerate(own) if theirs[i : i + 1] != (name,)), len(own))
-    here, there = (names[first] if first < len(names) else "missing" for names in (own, theirs))
-    raise ValueError(
-        f"{option} {other.name}: its class {first} is {there!r} (data.shards = "
-        f"{other.config.data.shards}), that of {network.name} {here!r}: train it on shards that "
-        "were packed with --classes-of; if those shards were packed anew since, give the "
-        "checkpoint's file and a preset"
-    )
+    own, theirs = trained_names(network), trained_names(other)
+    if differs := classes.difference(own, theirs, named=network.name):
+        raise ValueError(
+            f"{option} {other.name}: {differs}: train it on shards that were packed with "
+            f"--classes-of; if its own, {other.config.data.shards}, were packed anew since, give "
+            "the checkpoint's file and a preset"
+        )
 
 
-def _class_names(network: TrainedNetwork) -> tuple[str, ...] | None:
+def trained_names(network: TrainedNetwork) -> tuple[str, ...] | None:
     """The names of the classes that it was trained on, from its shards if they are there."""
     config = network.config
     shards = config.data.shards
@@ -245,11 +241,15 @@ class SampleInputs:
     upsampler: TrainedNetwork | None
 
     @property
+    def labelled(self) -> TrainedNetwork:
+        """The network whose classes the images are of, if any knows classes."""
+        knows = self.denoiser.config.model.num_classes is not None
+        return self.denoiser if knows or self.classifier is None else self.classifier
+
+    @property
     def classes(self) -> int | None:
         """How many classes the images may be of; None if no network knows classes."""
-        count: int | None = self.denoiser.config.model.num_classes
-        if self.classifier is not None:
-            count = self.classifier.config.model.num_classes
+        count: int | None = self.labelled.config.model.num_classes
         return count
 
     @classmethod
@@ -285,6 +285,6 @@ class SampleInputs:
             check_names(self.classifier, network=source, option="--classifier")
         if self.upsampler is not None:
             check_upsampler(self.upsampler, base=source, classes=self.classes)
-            check_names(self.upsampler, network=self.classifier or source, option="--upsampler")
+            check_names(self.upsampler, network=self.labelled, option="--upsampler")
             # Its turn comes when all images are drawn.
             self.upsampler.check_weights()

@@ -42,6 +42,8 @@ class DrawJob:
     source: TrainedNetwork
     classifier: TrainedNetwork | None
     labels: Labels | None
+    #: The names of the classes, by number; none where there are no classes.
+    classes: Sequence[str]
     #: The images that an upsampler enlarges.
     low_res: Samples | None
     #: What tells its output from those of other scales: the end of its name.

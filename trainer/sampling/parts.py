@@ -119,7 +119,7 @@ class PartSampler:
         if not images.isfinite().all():
             raise ValueError(
                 f"images {indices.tolist()[:3]}... are not finite: draw in another --precision "
-                "(bf16 or fp32), or check the weights"
+                "(bf16 or fp32) to another --out, or check the weights"
             )
         pixels = to_pixels(images, truncate=self._request.pixels == "adm")
         return pixels.permute(0, 2, 3, 1).cpu().numpy(), recorded(self._labels, indices)

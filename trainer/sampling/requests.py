@@ -19,8 +19,9 @@ from data.config import naming
 from data.dataset import class_names
 from trainer.adm.config import UNetConfig
 from trainer.adm.respacing import kept_timesteps
+from trainer.classes import difference
 from trainer.config import Config
-from trainer.networks import SampleInputs, TrainedNetwork
+from trainer.networks import SampleInputs, TrainedNetwork, trained_names
 from trainer.sampling.draw import default_eta
 from trainer.sampling.drawing import DrawJob
 from trainer.sampling.labels import LOW_RES, Labels, choose
@@ -60,9 +61,11 @@ def base_jobs(
         low_res=None if low_res is None else low_res.labels,
         count=inputs.classes,
         enlarges=low_res is not None,
-        names=lambda: _names(source.config),
+        names=lambda: _names(inputs.labelled.config),
         seed=arguments.seed,
     )
+    if low_res is not None:
+        _check_names(low_res.classes, network=source)
     if arguments.cfg and not source.config.training.label_dropout:
         raise ValueError(f"--cfg: {source.name} was trained without training.label_dropout")
     with naming("--steps"):
@@ -105,12 +108,14 @@ def _base_job(
     variant = f"-scale{request.scale:g}" if len(arguments.scale or ()) > 1 else ""
     variant += f"-cfg{request.cfg:g}" if len(arguments.cfg or ()) > 1 else ""
     end = variant if inputs.upsampler is None else f"{variant}-base"
+    classes = _class_list(inputs.labelled.config, labels, low_res)
     return DrawJob(
         request=request,
-        output=_output(arguments.out, end, request, source=inputs.denoiser, labels=labels),
+        output=_output(arguments.out, end, request, source=inputs.denoiser, classes=classes),
         source=inputs.denoiser,
         classifier=inputs.classifier,
         labels=labels,
+        classes=classes,
         low_res=low_res,
         variant=variant,
     )
@@ -142,10 +147,11 @@ def enlarging_job(
     out: str = arguments.out
     return DrawJob(
         request=request,
-        output=_output(out, base.variant, request, source=upsampler, labels=labels),
+        output=_output(out, base.variant, request, source=upsampler, classes=base.classes),
         source=upsampler,
         classifier=None,
         labels=labels,
+        classes=base.classes,
         low_res=None,
         variant=base.variant,
     )
@@ -197,6 +203,13 @@ def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | Non
     return samples
 
 
+def _check_names(theirs: Sequence[str] | None, *, network: TrainedNetwork) -> None:
+    """Raise ValueError unless images to enlarge have the network's classes, as far as known."""
+    if differs := difference(trained_names(network), theirs, named=network.name):
+        shards = network.config.data.shards
+        raise ValueError(f"--low-res: {differs}: pack the images with --classes-of {shards}")
+
+
 def _count(asked: int | None, *, low_res: Samples | None, labels: Labels | None) -> int:
     """How many images are drawn: as many as there are low-resolution ones, or labels in a file."""
     limits = {"--low-res": low_res.count} if low_res is not None else {}
@@ -209,7 +222,7 @@ def _count(asked: int | None, *, low_res: Samples | None, labels: Labels | None)
 
 
 def _output(
-    out: str, end: str, request: SampleRequest, *, source: TrainedNetwork, labels: Labels | None
+    out: str, end: str, request: SampleRequest, *, source: TrainedNetwork, classes: Sequence[str]
 ) -> Output:
     """Where the images of a request go: `--out`, with `end` after its name."""
     size = source.config.model.image_size
@@ -217,14 +230,16 @@ def _output(
         path = Path(out.removesuffix(".npz") + end + ".npz")
         return NpzOutput(path, size=size, request=vars(request))
     path = Path(out.rstrip("/") + end)
-    names = () if labels is None else _class_list(source.config, labels)
-    return ShardOutput(path, size=size, request=vars(request), classes=names)
+    return ShardOutput(path, size=size, request=vars(request), classes=classes)
 
 
-def _class_list(config: Config, labels: Labels) -> Sequence[str]:
-    """The names of the classes of drawn shards: those of the training, or else numbers."""
+def _class_list(config: Config, labels: Labels | None, low_res: Samples | None) -> Sequence[str]:
+    """The names of the classes: the enlarged images' own, those of the training, or numbers."""
+    if labels is None:
+        return ()
+    known = None if low_res is None else low_res.classes
     try:
-        known = class_names(config.data.shards)
+        known = known or class_names(config.data.shards)
     except ValueError:
         known = ()
     largest = int(labels.given.max()) if labels.given is not None else max(labels.classes or (0,))

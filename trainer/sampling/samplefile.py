@@ -4,7 +4,7 @@ Images are read by their place, so that neither a file nor a dataset need fit in
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,8 @@ class Samples(Protocol):
     size: tuple[int, int]
     #: The class of each image, int64 (count,); None where images have no classes.
     labels: NDArray[np.int64] | None
+    #: The names of the classes, by number; None where they are not known.
+    classes: Sequence[str] | None
     #: How the images were drawn (`SampleRequest`); None if that is not known.
     record: Mapping[str, Any] | None
 
@@ -93,6 +95,7 @@ class NpzSamples:
             raise ValueError(f"{path}: images are {kind} {shape} instead of uint8 (N, H, W, 3)")
         self.count, self.size = shape[0], (shape[1], shape[2])
         self.labels = None if labels is None else self._checked(labels)
+        self.classes: Sequence[str] | None = None
 
     def images(self, first: int, last: int) -> NDArray[np.uint8]:
         """As `Samples.images`."""
@@ -126,10 +129,14 @@ class ShardSamples:
         self._side = side
         self.count, self.size = self.shards.count, (side, side)
         # Copies: a kept view would keep its index's file open.
-        numbers = range(len(self.shards.shards))
-        labels = [self.shards.index(i)["label"].astype(np.int64) for i in numbers]
+        count = len(self.shards.shards)
+        labels = [self.shards.index(i)["label"].astype(np.int64) for i in range(count)]
         self.labels = np.concatenate(labels) if self.shards.labelled else None
         self.record = self.shards.made_by.get(RECORD)
+        numbers = [str(i) for i in range(len(self.shards.classes))]
+        # Drawn images have numbers where the names were not known.
+        is_named = self.shards.labelled and not (self.record and [*self.shards.classes] == numbers)
+        self.classes: Sequence[str] | None = self.shards.classes if is_named else None
         self._ends = np.cumsum(self.shards.sizes)
         self._stored = StoredImages(self.shards, config=FetchConfig())
 
