@@ -106,21 +106,22 @@ def test_what_was_not_told_to_leave_fails_twice(bash: Bash) -> None:
 def test_a_time_limit_that_leaves_no_time_to_train_comes_twice(
     bash: Bash, at_limit: bool, checkpoint: str, why: str
 ) -> None:
-    """A preemption is none, however often it comes."""
-    (bash.directory / "limit").touch() if at_limit else None
+    """A preemption is none, however often it comes; and a longer limit counts anew."""
+    limit = bash.directory / "limit"
     known = f' "checkpoint": "{checkpoint}",\n' if checkpoint != "none" else ""
     state = bash.directory / "run" / "launch" / "state.json"
     state.parent.mkdir(parents=True)
     state.write_text(f'{{\n{known} "why": "{why}"\n}}\n')
-    for number in range(2):
+    for number, time in enumerate(("1-00:01:08", "1-00:01:10", "1-00:01:10")):
+        limit.write_text(time) if at_limit else None
         assert bash.start(number, ranks="tell USR1; exit 75") == 75
-        assert bash.requeued == (number == 0 or not at_limit)
+        assert bash.requeued == (number < 2 or not at_limit)
     again = f" by its time limit, for the second time at checkpoint {checkpoint}: not started"
     assert (again in bash.events) == at_limit
 
 
 def test_a_time_limit_while_images_are_drawn_comes_often(bash: Bash) -> None:
-    (bash.directory / "limit").touch()
+    (bash.directory / "limit").write_text("1-00:01:10")
     for number in range(2):
         assert bash.start(number, ranks="tell USR1; exit 75") == 75
         assert bash.requeued

@@ -85,12 +85,12 @@ again() {
     fi
     newest > "$run/launch/failed-at"
   elif { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
-    if [ "$(cat "$run/launch/limited-at" 2> /dev/null)" = "$(newest)" ]; then
+    if [ "$(cat "$run/launch/limited-at" 2> /dev/null)" = "$(newest) $limit" ]; then
       say "$1 by its time limit, for the second time at checkpoint $(newest): not started again; \
 raise time in the cluster file and rerun the same command"
       return
     fi
-    newest > "$run/launch/limited-at"
+    echo "$(newest) $limit" > "$run/launch/limited-at"
   fi
   trap '' TERM  # as Slurm requeues a job it kills all that runs, before it is said here
   if [ -n "$bad" ]; then
@@ -110,8 +110,8 @@ raise time in the cluster file and rerun the same command"
 # Whether the job's time ends in this minute or while the ranks save, by the answer of scontrol.
 at_limit() {
   [[ $answer =~ " RunTime="([0-9:-]+)" TimeLimit="([0-9:-]+)" " ]] || return 1
-  ran=$(seconds "${BASH_REMATCH[1]}")
-  [ $(($(seconds "${BASH_REMATCH[2]}") - ran)) -le 360 ]
+  limit=${BASH_REMATCH[2]}
+  [ $(($(seconds "$limit") - $(seconds "${BASH_REMATCH[1]}"))) -le 360 ]
 }
 
 # Those of a duration such as 1-02:03:04.

@@ -30,7 +30,7 @@ case "$1 $2" in
     [ -e fixed ] && requeue=0
     [ -e excluded ] && excluded=$(cat excluded)
     facts="Requeue=${requeue:-1} Restarts=$SLURM_RESTART_COUNT BatchFlag=1"
-    [ -e limit ] && facts="$facts RunTime=1-00:00:09 TimeLimit=1-00:01:10 EndTime=Unknown"
+    [ -e limit ] && facts="$facts RunTime=1-00:00:09 TimeLimit=$(cat limit) EndTime=Unknown"
     facts="$facts ExcNodeList=${excluded:-(null)} Comment="
     echo " JobState=${state:-RUNNING} Reason=None Dependency=(null) $facts " ;;
   requeue*)
