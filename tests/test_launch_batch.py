@@ -29,8 +29,11 @@ LEAVES = {
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Bash]]]:
     """A job for each way in which ranks leave, at two starts: they mostly wait, so all at once."""
 
+    # Pytest makes its directory at the first call, and in two threads it makes two.
+    places = {name: tmp_path_factory.mktemp(name) for name in LEAVES}
+
     def start_twice(name: str) -> Bash:
-        bash = Bash(tmp_path_factory.mktemp(name))
+        bash = Bash(places[name])
         for number in range(2):  # a fault would end it at the second
             bash.start(number, ranks=LEAVES[name])
             assert bash.requeued, bash.events
