@@ -253,6 +253,8 @@ def test_weights_that_are_not_finite_are_not_written(
         assert main([*words, "--to", str(tmp_path / "b.pt")]) != 0
         assert message in capsys.readouterr().err
         assert not (tmp_path / "b.pt").exists()
+    assert main([*words, "--to", str(tmp_path / "new" / "b.pt")]) != 0
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_of_diffusers_is_given_whole_and_with_its_network(

@@ -79,7 +79,6 @@ def export(arguments: argparse.Namespace) -> int:
     check(not to.exists(), "--to", target, "a name that does not exist yet")
     kinds = target.endswith("/") or to.suffix in (".safetensors", ".pt")
     check(kinds, "--to", target, "FILE.safetensors, FILE.pt, or a directory, which ends in /")
-    files.make_parent(to, option="--to")
     if target.endswith("/"):
         diffusers_format.assert_expressible(found.config.model)
     dtype = DTYPES[arguments.precision]
@@ -88,6 +87,7 @@ def export(arguments: argparse.Namespace) -> int:
     named = {n: value.to(dtype).contiguous() for n, value in read.items()}
     hint = f" in {arguments.precision}: give --precision bf16 or fp32"
     weights.check_finite(named, source=found.file, hint=hint)
+    files.make_parent(to, option="--to")
     if to.suffix == ".safetensors":
         metadata = {"kind": found.file.stem, "config": configs.to_toml(found.config)}
         weights.save(to, named, metadata=metadata)
