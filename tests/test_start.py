@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
+from torch.utils import cpp_extension
 
 from data.dataset import open_shards
 from data.exits import REFUSED
@@ -34,6 +36,7 @@ def plan(extensions: Path, preset: Path, run: Path) -> int:
     return 0
 
 
+@pytest.mark.skipif(not hasattr(cpp_extension, "FileBaton"), reason="torch before 2.14")
 def test_a_stale_lock_of_a_killed_compiler_is_named_before_anything_waits_for_it(
     tmp_path: Path, tiny: Path
 ) -> None:
@@ -45,10 +48,26 @@ def test_a_stale_lock_of_a_killed_compiler_is_named_before_anything_waits_for_it
     assert "delete it" in said and said.count("\n") == 1
 
 
+def test_a_lock_of_the_system_is_named_while_it_is_held_however_old_its_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since torch 2.14 the file stays."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delattr(cpp_extension, "FileBaton", raising=False)
+    lock = lock_of(tmp_path, age=7200)
+    assert operators.locks() == []
+    with FileLock(lock):
+        assert operators.locks() == [
+            f"{lock} is held by a process that compiles; this start waits for it"
+        ]
+    assert operators.locks() == []
+
+
 def test_a_lock_that_may_be_in_use_is_named_and_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)
     lock_of(tmp_path, age=7200, operator="of_another_project")
     assert operators.locks() == []
     assert [said.startswith("DeepSpeed compiles") for said in operators.notice()] == [True]

@@ -1,5 +1,6 @@
 """The operator that DeepSpeed compiles for CPUs at the first start: its tools and its locks."""
 
+import fcntl
 import os
 import shutil
 import sys
@@ -44,18 +45,41 @@ def _find_ninja() -> None:
 def locks() -> list[str]:
     """What is to be said of the lock of that operator, for which a start waits. GPUs need none.
 
+    Until torch 2.13 the file is the lock, and outlives its maker; since 2.14 the system locks it,
+    and it stays.
+
     Raises:
-        ValueError: it is older than an hour, so that nothing is compiling there.
+        ValueError: the file is the lock, and older than an hour, so that nothing is compiling.
     """
+    if torch.cuda.is_available() or not (found := _compiled("lock")):
+        return []
+    from torch.utils import cpp_extension  # takes a second, which DeepSpeed takes anyway
+
     said = []
-    for lock in [] if torch.cuda.is_available() else _compiled("lock"):
+    for lock in found:
         with suppress(FileNotFoundError):  # it was released just now
+            if not hasattr(cpp_extension, "FileBaton"):
+                if _is_locked(lock):
+                    said.append(
+                        f"{lock} is held by a process that compiles; this start waits for it"
+                    )
+                continue
             age = time.time() - lock.stat().st_mtime
             made = f"{lock} was made {duration(age)} ago by a process that compiles"
             if age > 3600.0:
                 raise ValueError(f"{made}, and was killed meanwhile: delete it")
             said.append(f"{made}; this start waits for it. If nothing compiles there, delete it")
     return said
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the file's lock now."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:  # a file system may have no locks
+            return isinstance(error, BlockingIOError)
+    return False
 
 
 def notice() -> list[str]:
