@@ -65,6 +65,7 @@ def test_without_a_name_it_is_that_of_the_working_directory_or_else_the_checkout
         ("data_efficiency", "enabled"),
         ("hybrid_engine", "enabled"),
         ("zero_optimization", "zenflow"),
+        ("zero_optimization", "legacy_stage1"),
     ],
 )
 def test_deepspeed_settings_that_would_train_something_else_are_refused(

@@ -61,6 +61,7 @@ _WRONG = {
     "zero_force_ds_cpu_optimizer": _OWN_OPTIMIZER,
     "zero_optimization.offload_optimizer.super_offload": _OWN_OPTIMIZER,
     "zero_optimization.zenflow": _OWN_OPTIMIZER,
+    "zero_optimization.legacy_stage1": "DeepSpeed 0.19 has it no more",
     "hybrid_engine.enabled": "it is for networks that generate text",
     "sequence_parallel_size": "each rank computes whole images",
     "tensor_parallel": "each rank computes with whole weights; ZeRO divides what they take",
