@@ -96,7 +96,7 @@ class Samples:
                 labels[i] = self._put(stored(), draw, out[i])
             except BadSampleError as error:
                 if request.once:
-                    raise ValueError(f"{error}; a validation split must be intact") from None
+                    raise ValueError(f"{error}; all of these images must be intact") from None
                 bad.append(str(error))
                 labels[i] = self._stand_in(draw, out[i], str(error))
         return Loaded(labels, tuple(bad))

@@ -93,7 +93,7 @@ def test_an_undecodable_image_costs_one_image(tmp_path: Path) -> None:
     check_one_replaced(shards, "0.tar: key7.png cannot be decoded")
     with (
         Stream(shards, config=config_for(shards.root), seed=1) as stream,
-        pytest.raises(ValueError, match=r"key7\.png .* a validation split must be intact"),
+        pytest.raises(ValueError, match=r"key7\.png .* all of these images must be intact"),
     ):
         list(stream.once(micro_batch_size=10, rank=0, ranks=1))
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data.config import naming
 from data.stream import Batch, Stream
 from trainer import compute
 from trainer.adm.config import UNetConfig
@@ -28,7 +29,7 @@ from trainer.adm.sampler import (
 )
 from trainer.config import Config
 from trainer.copies import network_of
-from trainer.ranks.group import gather_to_main
+from trainer.ranks.group import agreed, gather_to_main
 from trainer.ranks.world import World
 from trainer.sections import IntervalConfig
 
@@ -226,8 +227,22 @@ def check_shown(config: Config, stream: Stream, *, ranks: int) -> None:
 
 
 def shown(config: Config, stream: Stream, *, world: World) -> Batch | None:
-    """The first images of the shards, for an upsampler to enlarge in its grids."""
+    """The first images of the shards, for an upsampler to enlarge in its grids.
+
+    All ranks must call it.
+
+    Raises:
+        Refused, Broken: one of them is damaged or cannot be read.
+    """
     if config.intervals.samples is None or getattr(config.model, "small_size", None) is None:
         return None
     share = len(grid_indices(config.intervals, world=world))
-    return next(stream.once(micro_batch_size=share, rank=world.rank, ranks=world.size))
+    mine = stream.once(micro_batch_size=share, rank=world.rank, ranks=world.size)
+
+    def load() -> Batch:
+        with naming(
+            "an upsampler's grids enlarge the first images (none: --unset intervals.samples)"
+        ):
+            return next(mine)
+
+    return agreed(load)
