@@ -90,6 +90,17 @@ def test_the_status_of_a_trainer_tells_a_user_error_from_a_library_s(
         assert abs(told.timestamp - time.time()) < 600
 
 
+def test_an_executor_that_was_left_open_does_not_keep_a_rank() -> None:
+    """Its threads wait for work: those of a stream that reads through `data.cache`, say."""
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from trainer.ranks.ending import run_as_rank\n"
+        "pool = ThreadPoolExecutor(2)\n"
+        "run_as_rank(lambda: pool.submit(int).result())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=ranks.LIMIT / 10).returncode == 0
+
+
 def test_a_library_that_ends_the_process_has_not_finished_the_run(tmp_path: Path) -> None:
     """DeepSpeed's autotuning does so in the fifth step, with status 0."""
     with (

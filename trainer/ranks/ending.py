@@ -99,9 +99,8 @@ def _leave(status: int) -> None:
     lock. Python ends a thread that asks for it meanwhile, in a way that aborts the process: a job
     that has done its work would have failed.
     """
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join()
+    # The threads of an executor that was left open wait for work until this wakes them.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     leave_mpi()
     _exit(status)
