@@ -201,6 +201,7 @@ def test_the_disk_is_what_real_checkpoints_take(place: Place) -> None:
         (["--gpus", "0"], "--gpus = 0: must be above 0"),
         (["--gpus", "7"], "does not divide among 7 ranks"),
         (["--gpus", "8", "--mfu", "1.2"], "--mfu = 1.2: must be above 0, at most 1"),
+        (["--gpus", "8", "--host-ms", "inf"], "--host-ms = inf: must be a finite number from 0"),
         (
             ["--gpus", "8", "--reserve", "90"],
             "--reserve = 90.0: must be from 0 to below --gpu-memory = 80",

@@ -46,7 +46,8 @@ class Machine:
         check(0 <= self.overlap <= 1, "--overlap", self.overlap, "from 0 to 1")
         for name in ("host_ms", "latency"):
             value = getattr(self, name)
-            check(value >= 0, f"--{name.replace('_', '-')}", value, "at least 0")
+            finite = "a finite number from 0"
+            check(0 <= value < math.inf, f"--{name.replace('_', '-')}", value, finite)
         below = f"from 0 to below --gpu-memory = {self.gpu_memory:g}"
         check(0 <= self.reserve < self.gpu_memory, "--reserve", self.reserve, below)
 
