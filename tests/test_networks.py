@@ -56,7 +56,10 @@ def test_an_upsampler_fits_what_a_base_draws() -> None:
 
 
 def test_of_a_checkpoint_weights_and_the_config_of_its_run_are_found(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = [str(tiny), "--run", str(tmp_path / "run"), "--set"]
     runs = [["train", *run, f"training.images = {images}"] for images in (8, 16)]
@@ -82,6 +85,8 @@ def test_of_a_checkpoint_weights_and_the_config_of_its_run_are_found(
         arguments = sample.parser().parse_args([*words, str(tmp_path / out)])
         found = SampleInputs.find(arguments, begun=begun(arguments.out))
         assert found.denoiser.file.parent.name == name
+        said = f"goes on with {checkpoint}, of which images are drawn already"
+        assert (said in capsys.readouterr().err) == (name == checkpoint.name)
     for kind in ("adam-m", "adam-v"):
         renamed = tmp_path / f"weights-{kind}.safetensors"
         renamed.write_bytes((checkpoint / f"{kind}.safetensors").read_bytes())

@@ -146,7 +146,14 @@ def _newest(path: Path, *, begun: Collection[str]) -> checkpoints.Checkpoint:
             "those in there, or a weights file"
         )
     places = [path] if is_checkpoint else checkpoints.committed(path / "checkpoints")
-    for one in sorted(places, key=lambda place: not _holds(place, begun)):
+    ordered = sorted(places, key=lambda place: not _holds(place, begun))
+    if ordered != places:
+        print(
+            f"goes on with {ordered[0]}, of which images are drawn already; another --out takes "
+            "the newest checkpoint",
+            file=sys.stderr,
+        )
+    for one in ordered:
         if not (faults := checkpoints.faults_of(one)):
             return checkpoints.read(one)
         print(f"skipped {one}: {faults[0]}", file=sys.stderr)
