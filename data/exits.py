@@ -55,7 +55,7 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and exit with `REFUSED`."""
         self.print_usage(sys.stderr)
-        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        unknown = re.match("unrecognized arguments: (--[^ =]+|[^ =]+(?==))", message)
         hint = self._instead_of(unknown[1]) if unknown else ""
         self.exit(REFUSED, f"{self.prog}: error: {message}{hint}\n")
 

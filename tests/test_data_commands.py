@@ -32,6 +32,8 @@ def test_descriptions_keep_their_line_breaks() -> None:
     [
         ("--rum=x", "unrecognized arguments: --rum=x (nearest: --run)"),
         ("--training.lr", " (a setting: --set 'training.lr = VALUE', as in the file)"),
+        ("training.lr=3", " (a setting: --set 'training.lr = VALUE', as in the file)"),
+        ("lr=3", "unrecognized arguments: lr=3"),
         ("--cards", "unrecognized arguments: --cards"),
     ],
 )
