@@ -123,8 +123,8 @@ def _already_packed(
         found = mark.read_text()
     if found not in (None, work.digest) or (before and start.has_other_files(before)):
         state = "" if is_finished else "unfinished; "
-        what = "other images, classes or options"
-        what = begun.differences(asked, start.request) if asked else what
+        unknown = "other images, classes or options"
+        what = begun.differences(asked, start.request) if asked else unknown
         since = "" if asked else ", or begun by an earlier release"
         raise ValueError(
             f"OUT = {out} holds another dataset ({state}{what}{since}): choose another OUT, or "

@@ -42,7 +42,7 @@ def seconds_left(elapsed: float, *, done: int, rest: int) -> float:
 class Step:
     """How far work has come: items, units of work such as images, units a second, the time left.
 
-    The time left is "?" where nobody knows how much work there is.
+    The time left is "?" where the total is not known.
     """
 
     items: int

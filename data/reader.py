@@ -17,7 +17,7 @@ from data.stores import FINAL, open_store
 _T = TypeVar("_T")
 
 # Beyond the end of any file.
-END = 1 << 62
+_END = 1 << 62
 _LONGEST_PAUSE_S = 10.0
 _TRANSIENT = (OSError, http.client.HTTPException)
 
@@ -81,7 +81,7 @@ class Reader:
         def attempt() -> bytes:
             size = self._store.size(name)
             content = b"".join(
-                self._store.pieces(name, first=0, last=END if size is None else size)
+                self._store.pieces(name, first=0, last=_END if size is None else size)
             )
             if size not in (None, len(content)):
                 raise OSError(f"it has {len(content)} bytes instead of {size}")

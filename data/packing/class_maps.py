@@ -117,11 +117,8 @@ def _objects(lines: list[str]) -> _Rows:
     except (ValueError, AttributeError):
         return []
     names = [*{name: None for each in found for name in each}]
-    return (
-        [names, *([composed(str(each.get(n, ""))) for n in names] for each in found)]
-        if names
-        else []
-    )
+    rows = [[composed(str(each.get(name, ""))) for name in names] for each in found]
+    return [names, *rows] if names else []
 
 
 def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
