@@ -53,6 +53,12 @@ def make_parent(path: Path, *, option: str) -> None:
         ) from None
 
 
+def check_link(path: Path) -> None:
+    """Raise ValueError where a path is a link to nothing, such as a disk not mounted now."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+
+
 def nearest(path: Path) -> Path:
     """That path, or the nearest above it that exists."""
     return next((place for place in (path, *path.parents) if place.exists()), path)

@@ -134,8 +134,9 @@ def claimed(run: Path) -> Iterator[TextIO]:
     A job without a scheduler inherits it: a second launch could come before the ranks claim it.
 
     Raises:
-        ValueError: another has it.
+        ValueError: another has it, or the run's path is a link to nothing.
     """
+    files.check_link(run)
     directory = run / "launch"
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / _LOCK).open("a") as file:

@@ -153,6 +153,9 @@ def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     (other / "thesis.tex").write_text("precious")
     assert main([str(tmp_path / "source"), str(other), "--size", "16"]) == REFUSED
     assert contents(other) == {"thesis.tex": b"precious"}
+    (linked := tmp_path / "linked").symlink_to(tmp_path / "unmounted")
+    assert main([str(tmp_path / "source"), str(linked), "--size", "16"]) == REFUSED
+    assert f"{linked} is a link to {tmp_path}/unmounted, which" in capsys.readouterr().err
 
 
 def test_open_names_what_is_wrong(tmp_path: Path) -> None:

@@ -270,8 +270,10 @@ def test_a_folder_of_diffusers_is_given_whole_and_with_its_network(
 def test_a_name_that_is_taken_or_means_nothing_is_refused(
     weights_file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    (linked := tmp_path / "linked").symlink_to(tmp_path / "unmounted")
     for to, said in [
         (f"{folder}/", "does not exist yet"),
+        (f"{linked}/", "does not exist yet"),
         (str(tmp_path / "weights.bin"), "FILE.safetensors, FILE.pt, or a directory"),
         (str(weights_file / "a.pt"), "its directory cannot be made (File exists)"),
     ]:

@@ -67,6 +67,12 @@ def test_two_launches_of_a_run_at_once_do_not_write_into_each_others_files(tmp_p
         pass
 
 
+def test_a_link_to_a_disk_that_is_not_mounted_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match="is a link to"), records.claimed(tmp_path / "run"):
+        pass
+
+
 def test_a_rank_in_the_shell_is_not_believed(tmp_path: Path) -> None:
     shell = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere"}
     assert start(tmp_path, ranks='exit "${WORLD_SIZE:-0}"', **shell).wait(timeout=LIMIT) == 0

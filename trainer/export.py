@@ -8,6 +8,7 @@ what diffusers loads, with a model card, our config and the run's last metrics. 
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,7 @@ def export(arguments: argparse.Namespace) -> int:
     target = str(arguments.to)
     found = TrainedNetwork.find(arguments.source, preset=arguments.preset, decay=arguments.ema)
     to = Path(target)
-    check(not to.exists(), "--to", target, "a name that does not exist yet")
+    check(not os.path.lexists(to), "--to", target, "a name that does not exist yet")
     kinds = target.endswith("/") or to.suffix in (".safetensors", ".pt")
     check(kinds, "--to", target, "FILE.safetensors, FILE.pt, or a directory, which ends in /")
     if target.endswith("/"):

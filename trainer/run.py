@@ -175,9 +175,8 @@ class Run:
         Raises:
             ValueError: the directory holds something else, or a run that `config` cannot continue.
         """
-        for path in (self.path, self.checkpoints):  # a disk that is not mounted now
-            if path.is_symlink() and not path.exists():
-                raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+        for path in (self.path, self.checkpoints):
+            files.check_link(path)
         if not self.path.exists() or (self.path.is_dir() and not any(self._contents())):
             return {}
         if not self.config_file.is_file():

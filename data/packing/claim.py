@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data import files
 from data.manifest import MANIFEST
 
 # The directory in OUT for what only a packing needs; it is removed in the end.
@@ -32,6 +33,7 @@ def claimed(out: Path) -> Iterator[None]:
         ValueError: `out` holds something else than a packing, or another process packs there.
         OSError: `out` cannot be made.
     """
+    files.check_link(out)
     if out.exists() and not {WORK, MANIFEST} & set(os.listdir(out)) and any(out.iterdir()):
         raise ValueError(f"OUT = {out} is not empty and no packed dataset; choose another OUT")
     work = out / WORK
