@@ -4,26 +4,13 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from data.dataset import Shards, open_shards
-from data.pack import pack
-from data.packing.begun import Request
-from data.packing.plan import PackConfig
-from tests.support.classes import NAMES, folder, labels, refusal
+from tests.support.classes import NAMES, folder, labels, packed, refusal
 from tests.support.data_fixtures import image_file, write_tar
 
 CLASSES = ("cat", "dog", "dog", "cat")
-
-
-def packed(source: Path, **options: Any) -> Shards:
-    out = source.parent / f"o{source.name}"
-    pack(Request(str(source), PackConfig(size=16), **options), out=out)
-    return open_shards(out)
-
-
 WANTED = dict(zip(NAMES, CLASSES, strict=True))
 PAIRS = list(WANTED.items())
 

@@ -1,37 +1,24 @@
 """What users pack in another layout: counted or refused, never mislabelled."""
 
 import io
-import json
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
-from data.dataset import Shards, open_shards
-from data.exits import REFUSED
-from data.pack import main, pack
-from data.packing.begun import Request
-from data.packing.claim import WORK
-from data.packing.jobs import make_shard
-from data.packing.plan import PackConfig, plan
-from data.packing.sources import Folder
+from data.dataset import open_shards
+from data.pack import main
+from tests.support.classes import folder, packed, refusal
 from tests.support.data_fixtures import content, image_file
 
-
-def tree(root: Path, *names: str) -> Path:
-    """A folder with a picture under each of these names."""
-    for i, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image_file(i, width=20, height=20))
-    return root
+Form = Callable[[Path], Path]
 
 
 def class_folders(root: Path, *, classes: tuple[str, ...] = ("n01", "n02")) -> Path:
-    return tree(root, *(f"{name}/{i}.jpg" for name in classes for i in range(4)))
+    return folder(root, tuple(f"{name}/{i}.jpg" for name in classes for i in range(4)))
 
 
 def zipped(folder: Path) -> Path:
@@ -52,31 +39,17 @@ def as_it_is(folder: Path) -> Path:
     return folder
 
 
-def packed_16(source: Path, **options: Any) -> Shards:
-    out = source.parent / f"o{source.name}"
-    pack(Request(str(source), PackConfig(size=16), **options), out=out)
-    return open_shards(out)
-
-
-def refusal(source: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    out = source.parent / f"o{source.name}"
-    assert main([str(source), str(out), "--size", "16", "--workers", "1"]) == REFUSED
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize("form", [as_it_is, zipped])
 def test_litter_beside_class_folders_is_no_class(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Form
 ) -> None:
-    assert callable(form)
-    clean = packed_16(form(class_folders(tmp_path / "clean")))
+    clean = packed(form(class_folders(tmp_path / "clean")))
     source = class_folders(tmp_path / "P")
-    tree(source, ".ipynb_checkpoints/0-checkpoint.jpg", "__MACOSX/n01/._0.jpg", "n01/._1.jpg")
+    folder(source, (".ipynb_checkpoints/0-checkpoint.jpg", "__MACOSX/n01/._0.jpg", "n01/._1.jpg"))
     for name in (".DS_Store", "Thumbs.db", "n02/Thumbs.db"):
         (source / name).write_bytes(b"x")
     capsys.readouterr()
-    shards = packed_16(form(source))
+    shards = packed(form(source))
     text = capsys.readouterr().err
     assert shards.classes == ("n01", "n02") and shards.fingerprint == clean.fingerprint
     assert "8 images in 2 classes (n01, n02), 0 left out, 6 skipped (Thumbs.db 2, " in text
@@ -85,35 +58,33 @@ def test_litter_beside_class_folders_is_no_class(
 
 def test_litter_in_a_tar_is_no_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = class_folders(tmp_path / "P")
-    tree(source, "n01/._0.jpg", "n01/._1.jpg")
-    assert packed_16(tarred(source)).count == 8
+    folder(source, ("n01/._0.jpg", "n01/._1.jpg"))
+    assert packed(tarred(source)).count == 8
     assert "2 skipped (._* 2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", [as_it_is, zipped])
-def test_the_only_top_directory_is_descended(tmp_path: Path, form: object) -> None:
-    assert callable(form)
-    clean = packed_16(form(class_folders(tmp_path / "clean")))
+def test_the_only_top_directory_is_descended(tmp_path: Path, form: Form) -> None:
+    clean = packed(form(class_folders(tmp_path / "clean")))
     class_folders(tmp_path / "P" / "archive" / "train")
     for name in ("README.txt", "manifest.json"):  # of another program
         (tmp_path / "P" / "archive" / name).write_text('{"format": "another"}')
-    shards = packed_16(form(tmp_path / "P"))
+    shards = packed(form(tmp_path / "P"))
     assert shards.classes == ("n01", "n02") and content(shards) == content(clean)
 
 
 def test_one_class_folder_is_one_class(tmp_path: Path) -> None:
-    assert packed_16(tree(tmp_path / "P", "cat/a.jpg", "cat/more/b.jpg")).classes == ("cat",)
+    assert packed(folder(tmp_path / "P", ("cat/a.jpg", "cat/more/b.jpg"))).classes == ("cat",)
 
 
 @pytest.mark.parametrize("form", [as_it_is, zipped])
 @pytest.mark.parametrize("inside", ["", "archive/", "archive/train/"])
 def test_images_beside_class_folders_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object, inside: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Form, inside: str
 ) -> None:
-    assert callable(form)
     class_folders(tmp_path / "P" / inside)
-    tree(tmp_path / "P", f"{inside}preview.jpg")
-    text = refusal(form(tmp_path / "P"), capsys)
+    folder(tmp_path / "P", (f"{inside}preview.jpg",))
+    text = refusal(capsys, form(tmp_path / "P"))
     assert f"1 images, such as {inside}preview.jpg, lie beside the class folders" in text
     assert "--class-map" in text
 
@@ -121,14 +92,13 @@ def test_images_beside_class_folders_are_refused(
 @pytest.mark.parametrize("form", [as_it_is, zipped])
 @pytest.mark.parametrize("inside", ["", "imagenet/"])
 def test_splits_are_no_classes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object, inside: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Form, inside: str
 ) -> None:
-    assert callable(form)
     for split in ("train", "val", "test"):
         class_folders(tmp_path / "P" / f"{inside}{split}")
-    text = refusal(form(tmp_path / "P"), capsys)
+    text = refusal(capsys, form(tmp_path / "P"))
     assert "holds the splits test, train, val, not classes" in text and "--classes-of" in text
-    assert packed_16(tmp_path / "P" / f"{inside}train").classes == ("n01", "n02")
+    assert packed(tmp_path / "P" / f"{inside}train").classes == ("n01", "n02")
 
 
 def test_out_within_source_is_no_class(tmp_path: Path) -> None:
@@ -144,9 +114,9 @@ def test_out_within_source_is_no_class(tmp_path: Path) -> None:
 def test_images_and_archives_beside_those_of_the_source_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, beside: str
 ) -> None:
-    source = tree(tmp_path / "P", beside)
+    source = folder(tmp_path / "P", (beside,))
     (source / name).write_bytes(b"")
-    assert f"holds {name} and {beside}: move one of them" in refusal(source, capsys)
+    assert f"holds {name} and {beside}: move one of them" in refusal(capsys, source)
 
 
 def test_what_is_no_image_may_lie_beside_tars(tmp_path: Path) -> None:
@@ -156,9 +126,9 @@ def test_what_is_no_image_may_lie_beside_tars(tmp_path: Path) -> None:
     tar.rename(tmp_path / "P" / "0.tar")
     for name in ("0.parquet", "0.json", ".sheet.png", "notes.mtga"):
         (tmp_path / "P" / name).write_bytes(b"")
-    packed_16(tmp_path / "Q")
+    packed(tmp_path / "Q")
     (tmp_path / "oQ").rename(tmp_path / "P" / "packed")
-    assert packed_16(tmp_path / "P").count == 8
+    assert packed(tmp_path / "P").count == 8
 
 
 def test_a_class_folder_without_images_is_refused_by_name(
@@ -166,16 +136,15 @@ def test_a_class_folder_without_images_is_refused_by_name(
 ) -> None:
     source = class_folders(tmp_path / "P")
     (source / "n03").mkdir()
-    assert "no image in the class folders n03" in refusal(source, capsys)
+    assert "no image in the class folders n03" in refusal(capsys, source)
     (source / "n03" / "notes.txt").write_text("x")
-    assert "no image in the class folders n03" in refusal(zipped(source), capsys)
+    assert "no image in the class folders n03" in refusal(capsys, zipped(source))
 
 
 @pytest.mark.parametrize("form", [as_it_is, zipped, tarred])
 def test_what_pillow_opens_is_packed_and_the_rest_is_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Form
 ) -> None:
-    assert callable(form)
     source = class_folders(tmp_path / "P")
     for i, suffix in enumerate(("gif", "tif", "tiff", "jfif", "avif", "pgm", "tga", "jp2")):
         picture = Image.open(io.BytesIO(image_file(i, width=20, height=20)))
@@ -185,7 +154,7 @@ def test_what_pillow_opens_is_packed_and_the_rest_is_counted(
         )
     for name in ("n01/a.txt", "n01/b.txt", "c.TXT", "n02/d.mat", "n02/LICENSE", "n02/e.mtga"):
         (source / name).write_text("two words")
-    assert packed_16(form(source)).count == 16
+    assert packed(form(source)).count == 16
     text = capsys.readouterr().err
     assert "16 images in 2 classes (n01, n02), 0 left out, 6 skipped" in text
     assert "(.txt 3, .mat 1, .mtga 1, without a suffix 1)" in text
@@ -197,41 +166,40 @@ def test_a_folder_of_unknown_files_is_refused_with_their_count(
     (tmp_path / "P").mkdir()
     for i in range(3):
         (tmp_path / "P" / f"{i}.heic").write_bytes(b"x")
-    assert "holds no images; 3 skipped (.heic 3)" in refusal(tmp_path / "P", capsys)
+    assert "holds no images; 3 skipped (.heic 3)" in refusal(capsys, tmp_path / "P")
 
 
 @pytest.mark.parametrize("form", [zipped, tarred])
 def test_an_archive_of_archives_is_to_be_unpacked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: object
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Form
 ) -> None:
     """As ILSVRC2012_img_train.tar, which holds a tar of each class."""
-    assert callable(form)
-    tree(tmp_path / "P", "n01.tar", "n02.tar")
+    folder(tmp_path / "P", ("n01.tar", "n02.tar"))
     text = "2 skipped (.tar 2): unpack it, and give the directory or pattern of the .tar files in"
-    assert text in refusal(form(tmp_path / "P"), capsys)
+    assert text in refusal(capsys, form(tmp_path / "P"))
 
 
 def test_a_mask_beside_a_photo_in_a_tar_stays_a_mask(tmp_path: Path) -> None:
-    source = tree(tmp_path / "P", "a.jpg", "a.gif", "b.jpg", "b.seg.tif")
-    assert packed_16(tarred(source)).count == 2
+    source = folder(tmp_path / "P", ("a.jpg", "a.gif", "b.jpg", "b.seg.tif"))
+    assert packed(tarred(source)).count == 2
 
 
 def test_years_are_names_of_classes(tmp_path: Path) -> None:
-    shards = packed_16(class_folders(tmp_path / "P", classes=("2020", "2019", "999")))
+    shards = packed(class_folders(tmp_path / "P", classes=("2020", "2019", "999")))
     assert shards.classes == ("999", "2019", "2020")
     assert {label for _, label in content(shards)} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("names", [("1", "2", "10"), ("01", "02", "10")])
 def test_numbers_from_one_are_names_of_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
-    assert packed_16(class_folders(tmp_path / "P", classes=names)).classes == names
+    assert packed(class_folders(tmp_path / "P", classes=names)).classes == names
 
 
 def test_one_number_spelled_twice_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = class_folders(tmp_path / "P", classes=("1", "01", "2"))
-    assert "the class folders 01 and 1 are the same number" in refusal(source, capsys)
+    assert "the class folders 01 and 1 are the same number" in refusal(capsys, source)
 
 
 @pytest.mark.parametrize(
@@ -251,44 +219,26 @@ def test_one_number_spelled_twice_is_refused(
 def test_a_split_of_numbered_folders_takes_the_training_sets_labels(
     tmp_path: Path, train: tuple[str, ...], val: tuple[str, ...], labels: set[int] | None
 ) -> None:
-    of = packed_16(class_folders(tmp_path / "train", classes=train))
+    of = packed(class_folders(tmp_path / "train", classes=train))
     source = class_folders(tmp_path / "val", classes=val)
     if labels is None:
         with pytest.raises(ValueError, match="--classes-of has no class"):
-            packed_16(source, classes_of=of.root)
+            packed(source, classes_of=of.root)
         return
-    shards = packed_16(source, classes_of=of.root)
+    shards = packed(source, classes_of=of.root)
     assert shards.classes == of.classes
     assert {label for _, label in content(shards)} == labels
 
 
 def test_a_class_map_of_years_takes_the_training_sets_labels(tmp_path: Path) -> None:
-    of = packed_16(class_folders(tmp_path / "train", classes=("2019", "2020")))
-    source = tree(tmp_path / "val", "a.jpg", "b.jpg")
+    of = packed(class_folders(tmp_path / "train", classes=("2019", "2020")))
+    source = folder(tmp_path / "val", ("a.jpg", "b.jpg"))
     (tmp_path / "map").write_text("a.jpg 2020\nb.jpg 2019\n")
-    shards = packed_16(source, classes_of=of.root, class_map=tmp_path / "map")
+    shards = packed(source, classes_of=of.root, class_map=tmp_path / "map")
     assert {label for _, label in content(shards)} == {0, 1}
 
 
 def test_a_class_map_takes_the_place_of_any_layout(tmp_path: Path) -> None:
-    source = tree(tmp_path / "P", "train/a.jpg", "val/b.jpg", "c.jpg")
+    source = folder(tmp_path / "P", ("train/a.jpg", "val/b.jpg", "c.jpg"))
     (tmp_path / "map").write_text("a.jpg cat\nb.jpg dog\nc.jpg cat\n")
-    assert packed_16(source, class_map=tmp_path / "map").classes == ("cat", "dog")
-
-
-def test_a_packing_that_the_last_release_began_is_finished(tmp_path: Path) -> None:
-    """Its records of finished shards do not count transparent images."""
-    source, out = class_folders(tmp_path / "P"), tmp_path / "half"
-    config = PackConfig(size=16)
-    work = plan(Folder(source).listing(), source=str(source), out=out, config=config)
-    (out / WORK).mkdir(parents=True)
-    (out / WORK / "plan").write_text(work.digest)
-    make_shard(work.jobs[0])
-    record = out / WORK / f"{work.jobs[0].name}.json"
-    saved = json.loads(record.read_text())
-    del saved["transparent"]
-    record.write_text(json.dumps(saved))
-    untouched = (out / "00000.tar").stat().st_mtime_ns
-    pack(Request(str(source), config), out=out)
-    assert (out / "00000.tar").stat().st_mtime_ns == untouched
-    assert open_shards(out).fingerprint == packed_16(source).fingerprint
+    assert packed(source, class_map=tmp_path / "map").classes == ("cat", "dog")

@@ -6,19 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.dataset import Shards, open_shards
-from data.pack import pack
-from data.packing.begun import Request
-from data.packing.plan import PackConfig
-from tests.support.classes import NAMES, folder, labels, refusal
+from tests.support.classes import NAMES, folder, labels, packed, refusal
 from tests.support.data_fixtures import image_file
-
-
-def packed_here(source: Path, out: str, **options: Path) -> Shards:
-    """As `packed`, in this process."""
-    pack(Request(str(source), PackConfig(size=16), **options), out=source.parent / out)
-    return open_shards(source.parent / out)
-
 
 SHUFFLED = (8, *range(8), *range(9, 12))
 
@@ -35,7 +24,7 @@ SHUFFLED = (8, *range(8), *range(9, 12))
 def test_numbers_are_classes_by_their_value(tmp_path: Path, text: str) -> None:
     source = folder(tmp_path / "P", tuple(f"{i}.png" for i in range(12)))
     (tmp_path / "map.csv").write_text(text)
-    shards = packed_here(source, "o", class_map=tmp_path / "map.csv")
+    shards = packed(source, "o", class_map=tmp_path / "map.csv")
     assert shards.classes == tuple(map(str, range(12)))
     assert labels(shards) == {f"{i}.png": str(11 - i) for i in range(12)}
 
@@ -65,7 +54,7 @@ def test_two_columns_that_may_be_names_are_refused(
     source = folder(tmp_path / "P", ("0.png", "1.png", "2.png"))
     for i, text in enumerate(("label,id\n2,0\n0,1\n1,2\n", "n,label,id\n1,0,1\n2,1,2\n3,2,0\n")):
         (tmp_path / "map.csv").write_text(text)
-        shards = packed_here(source, f"o{i}", class_map=tmp_path / "map.csv")
+        shards = packed(source, f"o{i}", class_map=tmp_path / "map.csv")
         assert labels(shards) == {"0.png": "2", "1.png": "0", "2.png": "1"}
     (tmp_path / "map.csv").write_text("2,0\n0,1\n1,2\n")
     message = "columns 1 and 2 may both be names of images"
@@ -78,7 +67,7 @@ def test_labels_of_images_that_are_not_there_are_counted(
     source = folder(tmp_path / "P")
     listed = [[name, 0] for name in (*NAMES, "lost.png", "too.png")]
     (source / "dataset.json").write_text(json.dumps({"labels": listed}))
-    packed_here(source, "o")
+    packed(source, "o")
     assert "dataset.json: 2 labels are of no image in SOURCE" in capsys.readouterr().err
 
 
@@ -86,15 +75,15 @@ def test_one_name_in_two_forms_of_unicode_is_one_class(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, apart = "caf\u00e9", "cafe\u0301"
-    first = packed_here(folder(tmp_path / "P", (f"{whole}/a.png", "tea/b.png")), "first")
+    first = packed(folder(tmp_path / "P", (f"{whole}/a.png", "tea/b.png")), "first")
     other = folder(tmp_path / "Q", (f"{apart}/c.png", "tea/d.png"))
-    assert packed_here(other, "second", classes_of=tmp_path / "first").classes == first.classes
+    assert packed(other, "second", classes_of=tmp_path / "first").classes == first.classes
     (tmp_path / "map.txt").write_text(f"{whole}/c.png x\ntea/d.png y\n")
-    third = packed_here(other, "third", class_map=tmp_path / "map.txt")
+    third = packed(other, "third", class_map=tmp_path / "map.txt")
     assert labels(third) == {"c.png": "x", "d.png": "y"}
     lines = ({"file_name": f"{name}.png", "label": name[0]} for name in (f"{apart}/c", "tea/d"))
     (tmp_path / "map.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    fourth = packed_here(other, "fourth", class_map=tmp_path / "map.jsonl")
+    fourth = packed(other, "fourth", class_map=tmp_path / "map.jsonl")
     assert labels(fourth) == {"c.png": "c", "d.png": "t"}
     both = folder(tmp_path / "R", (f"{whole}/a.png", f"{apart}/c.png"))
     assert "have the same name in two forms of Unicode" in refusal(capsys, both)
@@ -106,7 +95,7 @@ def test_a_zip_with_backslashes_and_replaced_files(
     with zipfile.ZipFile(tmp_path / "P.zip", "w") as archive, pytest.warns(UserWarning):
         for i, name in enumerate(("cat\\a.png", "dog\\a.png", "dog\\b.png", "dog\\b.png")):
             archive.writestr(name, image_file(i, width=16, height=16, kind="PNG"))
-    shards = packed_here(tmp_path / "P.zip", "o")
+    shards = packed(tmp_path / "P.zip", "o")
     assert shards.classes == ("cat", "dog") and shards.count == 3
     assert "1 skipped (replaced in the zip 1)" in capsys.readouterr().err
 
@@ -118,4 +107,4 @@ def test_two_labels_of_one_image_are_refused(
     listed = [[name, 0] for name in NAMES]
     for twice, message in (([NAMES[1], 0], ""), ([NAMES[1], 2], "b.png twice, with different")):
         (source / "dataset.json").write_text(json.dumps({"labels": [*listed, twice]}))
-        assert (message in refusal(capsys, source)) if message else packed_here(source, "o")
+        assert (message in refusal(capsys, source)) if message else packed(source, "o")

@@ -2,12 +2,15 @@
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data.dataset import Shards
+from data.dataset import Shards, open_shards
 from data.exits import REFUSED
-from data.pack import main
+from data.pack import main, pack
+from data.packing.begun import Request
+from data.packing.plan import PackConfig
 from tests.support.data_fixtures import image_file
 
 NAMES = ("a.png", "b.png", "c.png", "d.png")
@@ -19,6 +22,13 @@ def folder(root: Path, names: tuple[str, ...] = NAMES) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image_file(i, width=16, height=16, kind="PNG"))
     return root
+
+
+def packed(source: Path, out: str = "", **options: Any) -> Shards:
+    """A source packed at 16 pixels into `out` beside it, by default o and its name."""
+    to = source.parent / (out or f"o{source.name}")
+    pack(Request(str(source), PackConfig(size=16), **options), out=to)
+    return open_shards(to)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], source: Path, *options: str) -> str:
