@@ -17,9 +17,17 @@ from data.progress import duration
 from tests.support.data_fixtures import write_folder
 
 
-@pytest.mark.parametrize("error", [ValueError(), ImportError(), FileNotFoundError()])
-def test_user_errors_are_refused(error: Exception) -> None:
-    assert exit_status(error) == REFUSED
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        *((error, REFUSED) for error in (ValueError(), ImportError(), FileNotFoundError())),
+        *((error, FAILED) for error in (OSError(28, "No space left"), BrokenExecutor())),
+    ],
+)
+def test_user_errors_are_refused_and_faults_of_the_machine_are_failures(
+    error: Exception, status: int
+) -> None:
+    assert exit_status(error) == status
 
 
 def test_descriptions_keep_their_line_breaks() -> None:
@@ -46,11 +54,6 @@ def test_an_unknown_option_has_a_hint(
     with pytest.raises(SystemExit):
         parser.parse_args([given])
     assert capsys.readouterr().err.endswith(f"{hint}\n")
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), BrokenExecutor()])
-def test_faults_of_the_machine_are_failures(error: Exception) -> None:
-    assert exit_status(error) == FAILED
 
 
 def test_ctrl_c_is_one_line(capfd: pytest.CaptureFixture) -> None:

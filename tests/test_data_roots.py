@@ -10,13 +10,7 @@ from data.dataset import Shards, open_shards
 from data.exits import REFUSED
 from data.pack import main as pack_main
 from data.shards import main
-from tests.support.data_fixtures import pack_folder
 from tests.support.data_server import serving
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    return pack_folder(tmp_path_factory.mktemp("whole"), images=20)
 
 
 def test_home_and_variables_are_expanded(whole: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +66,7 @@ def test_a_password_is_sent_and_never_printed(
         text = "".join(capsys.readouterr())
     login = base64.b64encode(b"me:se cret").decode()
     assert {headers["Authorization"] for headers in seen} == {f"Basic {login}"}
-    assert "20 images 16 x 16" in text and "no dataset at http://***@127" in text
+    assert "60 images 16 x 16" in text and "no dataset at http://***@127" in text
     assert "cret" not in text
 
 

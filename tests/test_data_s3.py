@@ -11,15 +11,9 @@ from moto.server import ThreadedMotoServer
 
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards
-from tests.support.data_fixtures import pack_folder
-from tests.support.data_streams import IMAGES, epoch, fails
+from tests.support.data_streams import epoch, fails
 
 BUCKET = "s3://images"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    return pack_folder(tmp_path_factory.mktemp("s3"), images=IMAGES)
 
 
 @pytest.fixture(scope="module")

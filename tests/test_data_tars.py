@@ -59,6 +59,8 @@ def test_tars_by_others_can_be_indexed_where_they_are(
     tars = write_tars(folder, tmp_path / "tars", json_labels=json_labels)
     shards = index_directory(tars)
     assert shards.count == IMAGES and shards.image_size is None
+    # Runs on them resume after they were indexed again.
+    assert shards.made_by == {"index": "tars made by others"}
     assert verify(tars, full=True) == []
     labels = np.concatenate([shards.index(i)["label"] for i in range(len(shards.shards))])
     assert np.bincount(labels).tolist() == [10, 10, 10]
@@ -141,9 +143,11 @@ def class_tars(root: Path, *, names: tuple[str, ...], member: str) -> Path:
         (("cats-000", "cats-001"), "{i}.jpg", ("",)),
         (("000", "001"), "{i}.jpg", ("",)),
         (("s-0", "s-1"), "ant/{i}{name}.jpg", ("",)),
+        (("n01", "n02"), "./{name}/{name}_{i}.JPEG", ("n01", "n02")),
+        (("00000", "00001"), "{name}/{i}.jpg", ("",)),
     ],
 )
-def test_a_flat_tar_of_each_class_is_a_class(
+def test_tars_and_directories_in_them_are_classes_unless_they_are_shards(
     tmp_path: Path, names: tuple[str, ...], member: str, classes: tuple[str, ...]
 ) -> None:
     source = class_tars(tmp_path / "tars", names=names, member=member)

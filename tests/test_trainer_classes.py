@@ -1,6 +1,5 @@
 """Networks with classes train on labelled images only, and the log says on which."""
 
-import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -149,36 +148,12 @@ def test_resuming_a_run_that_was_trained_without_labels_says_to_start_another(
         make(run.path, tiny, shards)
 
 
-def test_indexing_tars_with_captions_for_labels_is_refused(tmp_path: Path) -> None:
-    captioned = tars(tmp_path, suffix="json", texts=IMAGES * ['{"label": "a cat"}'])
-    with pytest.raises(ValueError, match="has the label 'a cat': must be a class number"):
-        index_directory(captioned)
-
-
 def test_indexing_tars_of_which_some_have_no_labels_is_refused(tmp_path: Path) -> None:
     root = tars(tmp_path, suffix="cls", texts=[str(i) for i in range(IMAGES)])
     plain = tars(tmp_path / "plain", suffix="txt", texts=IMAGES * [""])
     shutil.copy(plain / "1.tar", root / "1.tar")
     with pytest.raises(ValueError, match=r"1\.tar has no labels, and .*0\.tar has"):
         index_directory(root)
-
-
-@pytest.mark.parametrize("label", [-1, 2**31])
-def test_indexing_tars_with_labels_out_of_range_is_refused(tmp_path: Path, label: int) -> None:
-    root = tars(tmp_path, suffix="cls", texts=[*(IMAGES - 1) * ["3"], str(label)])
-    said = (
-        rf"1\.tar: 11\.png has the label {label}: must be the number of a class, from 0 to 1048575"
-    )
-    with pytest.raises(ValueError, match=said):
-        index_directory(root)
-
-
-def test_indexing_labelled_tars_keeps_their_manifest(tmp_path: Path) -> None:
-    """Runs on them resume after they were indexed again."""
-    root = tars(tmp_path, suffix="cls", texts=[str(i % 3) for i in range(IMAGES)])
-    assert index_directory(root).classes == ("0", "1", "2")
-    manifest = json.loads((root / "manifest.json").read_text())
-    assert manifest["made_by"] == {"index": "tars made by others"}
 
 
 def test_training_on_fewer_classes_than_the_network_has_is_in_the_log(
