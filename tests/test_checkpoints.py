@@ -16,7 +16,7 @@ from data.exits import FAILED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, equal
 from trainer import config as configs
-from trainer.checkpoint import best, committed, faults_of, superseded
+from trainer.checkpoint import best, committed, fault_of, superseded
 from trainer.run import Run
 
 
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(place: Place
         os.seteuid(65534)
     try:
         with pytest.raises(PermissionError):
-            faults_of(newest)
+            fault_of(newest)
     finally:
         os.seteuid(own)
 

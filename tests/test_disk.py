@@ -203,7 +203,7 @@ def test_a_disk_that_cannot_be_read_is_no_damage(bare: Place, tmp_path: Path) ->
     (path / "model.safetensors").unlink()
     os.symlink("/proc/self/mem", path / "model.safetensors")  # reads as EIO
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoints._own_fault(path, kinds=["model"], world=World())
+        checkpoints.fault_of(path, kinds=["model"])
     path.rename(bare.run("base") / "checkpoints" / path.name)
 
 

@@ -55,11 +55,6 @@ class Checkpoint:
         """The file of one kind of state."""
         return self.path / f"{kind}.safetensors"
 
-    def faults(self) -> list[str]:
-        """What is wrong with the files: missing, torn or damaged. Reads every byte."""
-        found = (_file_fault(self.path / name, facts) for name, facts in self.files.items())
-        return [fault for fault in found if fault is not None]
-
 
 def committed(checkpoints: Path) -> list[Path]:
     """The committed checkpoints of a run, newest first."""
@@ -101,14 +96,26 @@ def config_of(checkpoints: Path) -> str | None:
     return None
 
 
-def faults_of(path: Path) -> list[str]:
-    """As `Checkpoint.faults`, of a committed directory, also one that `read` finds damaged."""
+def fault_of(path: Path, *, kinds: Sequence[str] = (), rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a committed directory: with its state.json, or this rank's share of files.
+
+    A file is missing, torn or damaged, or there is none of one of these kinds. Reads every byte.
+
+    Raises:
+        Newer, OSError: as `read`.
+    """
     try:
-        return read(path).faults()
+        checkpoint = read(path)
     except Newer:
         raise
     except ValueError as error:
-        return [str(error)]
+        return str(error)
+    missing = [kind for kind in kinds if checkpoint.file(kind).name not in checkpoint.files]
+    if missing:
+        return f"{STATE} lists no {', '.join(missing)}"
+    mine = sorted(checkpoint.files.items())[rank::ranks]
+    found = (_file_fault(path / name, facts) for name, facts in mine)
+    return next((fault for fault in found if fault is not None), None)
 
 
 def sealed(state: TrainState, *, files: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,29 +154,12 @@ def latest_valid(
         if until is not None and int(path.name) > until:
             continue
         # A disk that cannot be read now is no damage.
-        own = agreed(partial(_own_fault, path, kinds=kinds, world=world))
-        faults = gather(own)
-        fault = next((fault for fault in faults if fault), None)
+        own = agreed(partial(fault_of, path, kinds=kinds, rank=world.rank, ranks=world.size))
+        fault = next((fault for fault in gather(own) if fault), None)
         if fault is None:
             return read(path), skipped
         skipped[path] = fault
     return None, skipped
-
-
-def _own_fault(path: Path, *, kinds: Sequence[str], world: World) -> str | None:
-    """The first thing that is wrong with this rank's share of a checkpoint."""
-    try:
-        checkpoint = read(path)
-    except Newer:
-        raise
-    except ValueError as error:
-        return str(error)
-    missing = [kind for kind in kinds if checkpoint.file(kind).name not in checkpoint.files]
-    if missing:
-        return f"{STATE} lists no {', '.join(missing)}"
-    mine = sorted(checkpoint.files.items())[world.rank :: world.size]
-    found = (_file_fault(path / name, facts) for name, facts in mine)
-    return next((fault for fault in found if fault is not None), None)
 
 
 def _file_fault(file: Path, facts: Any) -> str | None:

@@ -33,8 +33,8 @@ def go_back(run: Run, wanted: str, *, check: Callable[[Checkpoint], None]) -> No
         )
         return
     target = origin.find(run.path, wanted)
-    if faults := checkpoints.faults_of(target):
-        raise ValueError(f"--from {wanted}: the checkpoint is damaged: {faults[0]}")
+    if fault := checkpoints.fault_of(target):
+        raise ValueError(f"--from {wanted}: the checkpoint is damaged: {fault}")
     check(checkpoints.read(target))
     run.check_lease()
     later = [path for path in checkpoints.committed(run.checkpoints) if path.name > target.name]

@@ -154,9 +154,9 @@ def _newest(path: Path, *, begun: Collection[str]) -> checkpoints.Checkpoint:
             file=sys.stderr,
         )
     for one in ordered:
-        if not (faults := checkpoints.faults_of(one)):
+        if (fault := checkpoints.fault_of(one)) is None:
             return checkpoints.read(one)
-        print(f"skipped {one}: {faults[0]}", file=sys.stderr)
+        print(f"skipped {one}: {fault}", file=sys.stderr)
     raise ValueError(f"{path} has no valid checkpoint")
 
 
