@@ -6,7 +6,6 @@ on its way to the host: one collective for each parameter would cost thousands i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +17,6 @@ from trainer.ranks.group import gather
 
 # Numbers that all ranks together send in one collective: 256 MiB of fp32.
 _PIECE = 2**26
-
-
-@dataclass(frozen=True)
-class Part:
-    """The numbers [start, start + size) of a flattened parameter."""
-
-    start: int
-    size: int
 
 
 class Partition:
@@ -40,16 +31,16 @@ class Partition:
         self._shapes = dict(shapes)
         self._device: torch.device = next(iter(self._parameters.values())).device
         self._parts = gather([_held(parameter) for parameter in self._parameters.values()])
-        self._longest = max(sum(part.size for part in parts) for parts in self._parts)
+        self._longest = max(sum(map(len, parts)) for parts in self._parts)
 
     def set(self, name: str, key: str | None, value: Tensor) -> None:
         """Set this rank's part of a parameter's state from the whole `value`, of any shape."""
         parameter, part = self._parameters[name], _held(self._parameters[name])
-        own = value.flatten()[part.start : part.start + part.size].to(self._device, torch.float32)
+        own = value.flatten()[part.start : part.stop].to(self._device, torch.float32)
         if hasattr(parameter, "ds_id"):
             # All parts are equally long, and DeepSpeed leaves the end of the last uninitialized,
             # which would count in norms. Its setter of whole tensors needs sizes that divide.
-            own = F.pad(own, (0, parameter.ds_tensor.numel() - part.size))
+            own = F.pad(own, (0, parameter.ds_tensor.numel() - len(part)))
             parameter._z3_optimizer.set_local_hp_param(own, parameter, key)
         elif parameter._hp_mapping is not None:
             parameter._hp_mapping.get_hp_fragment(key).data.copy_(own)
@@ -73,7 +64,7 @@ class Partition:
 
         They go to rank `to` alone, and the other ranks get nothing; None means to every rank.
         """
-        held = [_own(p, key) for p in self._parameters.values() if _held(p).size]
+        held = [_own(p, key) for p in self._parameters.values() if _held(p)]
         flat = torch.cat(held) if held else torch.empty(0)
         flat = F.pad(flat, (0, self._longest - len(flat)))
         ranks, receives = len(self._parts), to in (None, dist.get_rank())
@@ -99,7 +90,7 @@ class Partition:
         found = {}
         for rank in range(len(owners)) if whole else [me]:
             parts = zip(copies.values(), self._parts[rank], strict=True)
-            mine = _checksums([c.flatten()[p.start : p.start + p.size] for c, p in parts])
+            mine = _checksums([c.flatten()[p.start : p.stop] for c, p in parts])
             wrong = [n for n, a, b in zip(names, mine, owners[rank], strict=True) if a != b]
             if wrong:
                 found[rank] = wrong[0]
@@ -110,32 +101,31 @@ class Partition:
         for flat, parts in zip(flats, self._parts, strict=True):
             first = 0
             for value, part in zip(values, parts, strict=True):
-                own = flat[first : first + part.size]
-                value[part.start : part.start + part.size].copy_(own)
-                first += part.size
+                value[part.start : part.stop].copy_(flat[first : first + len(part)])
+                first += len(part)
         named = zip(self._shapes.items(), values, strict=True)
         return {name: value.view(shape) for (name, shape), value in named}
 
 
-def _held(parameter: Any) -> Part:
+def _held(parameter: Any) -> range:
     """Which numbers of a parameter this rank holds; all parts of ZeRO-3 but the last are full."""
     if hasattr(parameter, "ds_id"):
-        size = parameter.ds_tensor.numel()
-        start = min(dist.get_rank() * size, parameter.ds_numel)
-        return Part(start, min(size, parameter.ds_numel - start))
+        size, end = parameter.ds_tensor.numel(), parameter.ds_numel
+        start = min(dist.get_rank() * size, end)
+        return range(start, min(start + size, end))
     if parameter._hp_mapping is None:
-        return Part(0, 0)
+        return range(0)
     address = parameter._hp_mapping.lp_fragment_address
-    return Part(address.start, address.numel)
+    return range(address.start, address.start + address.numel)
 
 
 def _own(parameter: Any, key: str | None) -> Tensor:
     """The numbers that this rank holds of a parameter's state, flat, if any."""
-    if not _held(parameter).size:
+    if not _held(parameter):
         return torch.empty(0)
     if hasattr(parameter, "ds_id"):
         part: Tensor = parameter._z3_optimizer.get_local_fp32_param(parameter, key)
-        return part[: _held(parameter).size]
+        return part[: len(_held(parameter))]
     fragment: Tensor = parameter._hp_mapping.get_hp_fragment(key)
     return fragment.detach().flatten()
 
