@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from data import files
 from data.config import shown
 from data.progress import on_terminal
+from data.transforms import png
 from data.version import version
 from trainer import config as configs
 from trainer.checkpoint import committed, config_of
@@ -100,7 +100,9 @@ class Run:
             raise
         finally:
             with suppress(OSError, LeaseLost):
-                run.note_end()
+                run.check_lease()
+                state = RunState.read(self.path)
+                goodput.note(self.path, "end", state=state.state if state else "")
             with suppress(OSError):
                 lease.release()
 
@@ -115,12 +117,6 @@ class Run:
             # The device's error may be its machine's fault, as for the other ranks.
             if isinstance(error, torch.AcceleratorError):
                 self._note(lost=socket.gethostname())
-
-    def note_end(self) -> None:
-        """Note the end of this start in the timeline."""
-        self.check_lease()
-        state = RunState.read(self.path)
-        goodput.note(self.path, "end", state=state.state if state else "")
 
     def check_lease(self) -> None:
         """Raise LeaseLost unless this process may still write. Ahead of every append and commit."""
@@ -204,7 +200,6 @@ class Run:
     def open(self, config: Config, *, ds_config: dict[str, Any]) -> None:
         """Create the directory, or update its record of the config."""
         self.check_lease()
-        self.path.mkdir(parents=True, exist_ok=True)
         files.write(self.config_file, configs.to_toml(configs.public(config)))
         files.write(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
@@ -238,22 +233,18 @@ class Run:
 
     def picture(self, name: str, grid: NDArray[np.uint8]) -> None:
         """Keep uint8 (3, H, W) as `samples/NAME.png`."""
-
-        def save() -> None:
-            self.samples.mkdir(exist_ok=True)
-            with files.whole(self.samples / f"{name}.png") as file:
-                Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="png")
-
-        self.attempt("samples/", save)
+        self._keep(self.samples / f"{name}.png", png(grid.transpose(1, 2, 0)))
 
     def evaluation(self, name: str, text: str) -> None:
         """Keep the results of an evaluation as `evaluations/NAME.json`."""
+        self._keep(self.evaluations / f"{name}.json", text)
 
-        def save() -> None:
-            self.evaluations.mkdir(exist_ok=True)
-            files.write(self.evaluations / f"{name}.json", text)
+    def _keep(self, file: Path, content: bytes | str) -> None:
+        def write() -> None:
+            file.parent.mkdir(exist_ok=True)
+            files.write(file, content)
 
-        self.attempt("evaluations/", save)
+        self.attempt(f"{file.parent.name}/", write)
 
     def log(self, text: str) -> None:
         """A dated line to the terminal and to log.txt."""
