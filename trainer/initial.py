@@ -22,6 +22,7 @@ from trainer.checkpoint import committed
 from trainer.config import Config
 from trainer.networks import TrainedNetwork
 from trainer.run import Run
+from trainer.settings import is_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Initial:
         return initial
 
     def _is_skipped(self, name: str) -> bool:
-        return any(_is_in(name, skip) for skip in self.skip)
+        return any(is_in(name, skip) for skip in self.skip)
 
     def _read(self, config: Config) -> dict[str, Tensor]:
         """The file's weights, but for those that are skipped."""
@@ -66,7 +67,7 @@ class Initial:
             own = build(config.model).state_dict()
         loaded = diffusers_format.ours(weights.load(self.file), config=config.model)
         for skip in self.skip:
-            if not any(_is_in(name, skip) for name in (*own, *loaded)):
+            if not any(is_in(name, skip) for name in (*own, *loaded)):
                 modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in (*own, *loaded)))
                 raise ValueError(
                     f"--init-skip {skip}: neither the network nor {self.file} has such a part; "
@@ -140,11 +141,6 @@ def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
             f"{run.path} was started with --init {before.init}{with_skip}: leave --init out to "
             "resume it, or name another --run directory"
         )
-
-
-def _is_in(name: str, part: str) -> bool:
-    """Whether a parameter is that part of the network, or in it."""
-    return name == part or name.startswith(f"{part}.")
 
 
 def _hint(names: Sequence[str], *, own: frozenset[str]) -> str:

@@ -33,6 +33,7 @@ from trainer.ranks import lease as leases
 from trainer.ranks.lease import Lease, LeaseLost
 from trainer.ranks.watchdog import named_hosts
 from trainer.runstate import RunState
+from trainer.settings import is_in
 from trainer.watch import goodput
 
 # What a run may not change when it is resumed: its weights or its order would mean another thing.
@@ -280,5 +281,5 @@ def fixed_among(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [
         f"{name} = {a!r} (now {b!r})"
         for name, (a, b) in changes.items()
-        if name not in _FREE and any(name == f or name.startswith(f + ".") for f in _FIXED)
+        if name not in _FREE and any(is_in(name, part) for part in _FIXED)
     ]

@@ -87,7 +87,7 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
     for change in changes:
         _merge(table, change, path=())
     for name in unset:
-        if any(_names(change, name.split(".")) for change in changes):
+        if any(is_in(each, name) for each in names):
             raise ValueError(f"--unset {name}: --set sets it, too; give one of them")
         _remove(table, name)
     return table
@@ -142,6 +142,11 @@ def from_json(kind: Any, text: str) -> Any:
 def join(section: str, key: str) -> str:
     """The dotted name of a setting."""
     return f"{section}.{key}" if section else key
+
+
+def is_in(name: str, part: str) -> bool:
+    """Whether a dotted name is `part`, or within it."""
+    return name == part or name.startswith(f"{part}.")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -232,15 +237,6 @@ def _leaves(change: Mapping[str, Any], section: str = "") -> list[str]:
         name = join(section, key)
         found += _leaves(value, name) if isinstance(value, Mapping) else [name]
     return found
-
-
-def _names(change: object, path: list[str]) -> bool:
-    """Whether a change sets something at the path."""
-    for key in path:
-        if not isinstance(change, Mapping) or key not in change:
-            return False
-        change = change[key]
-    return True
 
 
 def _remove(table: Table, name: str) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -61,16 +61,16 @@ class TrainingPlan:
     ds_config: dict[str, Any]
     stream: Stream
     validation: ValidationSet | None
+    #: The settings that this start changes in the run that is there.
+    changes: Mapping[str, tuple[Any, Any]]
+    #: The checkpoint of `--from`, which the run goes back to.
+    back: str | None
+    #: Steps to profile.
+    profile: int
     #: The figures of samples, if the config asks for them, as far as they need no GPU's time.
     evaluation: Evaluation | None = None
-    #: The settings that this start changes in the run that is there.
-    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     #: The weights of `--init`, where the run starts from them.
     initial: Initial | None = None
-    #: The checkpoint of `--from`, which the run goes back to.
-    back: str | None = None
-    #: Steps to profile.
-    profile: int = 0
 
     @classmethod
     def make(
@@ -161,8 +161,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     if context.must_leave():
         return _leave_early(plan, context, log=log)
     context.watchdog.mark("verifying checkpoints")
-    if plan.back is not None:
-        back = plan.back
+    if (back := plan.back) is not None:
         check = partial(start.check_found, run=run, config=config, stream=plan.stream)
         from_main(lambda: go_back(run, back, check=check))
     found = start.resume_point(run, config=config, stream=plan.stream, world=world)

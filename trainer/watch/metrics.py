@@ -113,17 +113,15 @@ class Metrics:
         for name, row in zip(columns, sums, strict=True):
             self._terms[name] = self._terms[name] + row if name in self._terms else row
 
-    def _reduced(self) -> tuple[dict[str, tuple[float, float]], dict[str, Tensor]]:
-        """The sums of all ranks, and those of the terms by quarter on the host."""
+    def _reduced(self) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+        """The sums and counts of all ranks, and those of the terms by quarter on the host."""
         own = torch.tensor(list(self._sums.values()), dtype=torch.float64).view(-1)
         flat = torch.cat([own.to(self._device), *self._terms.values()])
         dist.all_reduce(flat)
         whole = flat.cpu()
         pairs = whole[: len(own)].view(-1, 2).tolist()
         rows = whole[len(own) :].view(-1, QUARTERS)
-        sums = {
-            name: (total, count) for name, (total, count) in zip(self._sums, pairs, strict=True)
-        }
+        sums = dict(zip(self._sums, pairs, strict=True))
         return sums, dict(zip(self._terms, rows, strict=True))
 
     def pause(self, since: float, *, on: str) -> None:
