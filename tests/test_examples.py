@@ -23,20 +23,13 @@ SUBJECTS = runpy.run_path(str(EXAMPLES / "photos.py"))["SUBJECTS"]
 
 def network(preset: str) -> TrainedNetwork:
     """A network of an example's preset, as if it were trained."""
-    found = EXAMPLES / f"{preset}.toml"
-    path = found if found.exists() else Path(preset)
+    path = EXAMPLES / f"{preset}.toml"
     return TrainedNetwork(configs.load(path), file=path, sha256="", name=preset)
 
 
-@pytest.mark.parametrize(
-    ("base", "classifier"), [("photos16", "photos16_classifier"), ("digits", "digits_classifier")]
-)
-def test_the_classifier_of_an_example_guides_its_base(base: str, classifier: str) -> None:
-    check_guide(network(classifier), network=network(base))
-
-
-def test_the_upsampler_enlarges_what_the_base_draws_and_the_classifier_sees_random_crops() -> None:
+def test_the_networks_fit_each_other_and_the_classifier_sees_random_crops() -> None:
     base, classifier, upsampler = map(network, PHOTOS)
+    check_guide(classifier, network=base)
     classes = base.config.model.num_classes
     assert classes == len(SUBJECTS)
     check_upsampler(upsampler, base=base, classes=classes)

@@ -17,8 +17,12 @@ from trainer.networks import SampleInputs, TrainedNetwork, check_guide, check_up
 from trainer.sampling.output import begun
 
 
+def network(preset: str) -> TrainedNetwork:
+    return TrainedNetwork(configs.load(preset), Path(), "", preset)
+
+
 @pytest.mark.parametrize(
-    ("network", "classifier"),
+    ("base", "classifier"),
     [
         ("imagenet64", "classifier64"),
         ("imagenet128", "classifier128"),
@@ -31,15 +35,8 @@ from trainer.sampling.output import begun
         ("digits", "digits_classifier"),
     ],
 )
-def test_the_presets_of_a_published_pair_fit(network: str, classifier: str) -> None:
-    guide, guided = (
-        TrainedNetwork(configs.load(preset), Path(), "", preset) for preset in (classifier, network)
-    )
-    check_guide(guide, network=guided)
-
-
-def network(preset: str) -> TrainedNetwork:
-    return TrainedNetwork(configs.load(preset), Path(), "", preset)
+def test_the_presets_of_a_published_pair_fit(base: str, classifier: str) -> None:
+    check_guide(network(classifier), network=network(base))
 
 
 def test_an_upsampler_fits_what_a_base_draws() -> None:
