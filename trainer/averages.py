@@ -37,7 +37,7 @@ def kept(training: TrainingConfig) -> dict[str, Average]:
 
 
 def stated(training: TrainingConfig) -> str:
-    """A line for the log about the spans of the exponential averages."""
+    """A line for the log about the spans of the exponential averages; "" without any."""
     if training.ema_images is None:
         return "training.ema is per step, whatever the batch: training.ema_images is absent"
     spans = [
@@ -45,7 +45,7 @@ def stated(training: TrainingConfig) -> str:
         for decay in training.ema
         if decay
     ]
-    return f"EMA: {', '.join(spans)}"
+    return f"EMA: {', '.join(spans)}" if spans else ""
 
 
 def attach(
