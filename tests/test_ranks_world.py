@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
 from trainer.ranks import world as worlds
+from trainer.ranks.faults import Broken
 from trainer.ranks.group import connected
+from trainer.ranks.meeting import meeting_store
 from trainer.ranks.world import World, join
 
 STEP = {
@@ -133,6 +136,20 @@ def meet_at_a_store_that_stays(port: int) -> int:
         dist.all_reduce(total, group=group)
         print(f"{total.item():g} ranks", flush=True)
         os._exit(3)
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, "ranks 1"), (1, "the main rank")])
+def test_ranks_whose_torchruns_have_stores_of_their_own_say_what_helps(
+    rank: int, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `--nnodes 1:2`, when a node has joined and has rank 0."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = World(rank=rank, size=2, port=store.port, launcher="torchrun")
+    for name, value in world.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(Broken, match=f"{missing} did not come .*SHARE_RDZV_TCP_STORE=1 in"):
+        meeting_store(world, timeout=timedelta(seconds=0.2))
 
 
 def test_ranks_that_torchrun_starts_again_meet_each_other_and_not_those_that_ended(

@@ -18,6 +18,11 @@ from trainer.ranks.world import World
 
 # Seconds between two looks at the store.
 _LOOK = 0.05
+# Nodes of torchrun that stay keep the store of before, where one that joins opens another.
+_ELASTIC = (
+    "did not come in time: where nodes of torchrun come and go, start it on each with "
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+)
 
 
 def meeting_store(world: World, *, timeout: timedelta) -> dist.Store:
@@ -59,7 +64,7 @@ def _answer_all(store: dist.Store, world: World, *, end: float) -> str:
             elif (word := _read(store, f"word {rank}")) is not None:
                 store.set(f"answer {rank}", f"{word} {name}")
         if missing and time.monotonic() > end:
-            raise Broken(f"ranks {', '.join(map(str, sorted(missing)))} did not come in time")
+            raise Broken(f"ranks {', '.join(map(str, sorted(missing)))} {_ELASTIC}")
         time.sleep(_LOOK if missing else 0)
     return name
 
@@ -74,7 +79,7 @@ def _ask(store: dist.Store, world: World, *, end: float) -> str:
             store.set(f"heard {world.rank}", name)
             return name
         if time.monotonic() > end:
-            raise Broken("the main rank did not come in time")
+            raise Broken(f"the main rank {_ELASTIC}")
         time.sleep(_LOOK)
 
 
