@@ -69,7 +69,7 @@ class DigitFeatures(nn.Module):
         return scores
 
 
-def trained_on_digits(*, epochs: int = 30) -> DigitFeatures:
+def trained_on_digits() -> DigitFeatures:
     """The classifier, trained on every second of scikit-learn's digits with a little noise."""
     torch.manual_seed(0)
     digits = load_digits()
@@ -77,7 +77,7 @@ def trained_on_digits(*, epochs: int = 30) -> DigitFeatures:
     labels = torch.from_numpy(digits.target).long()
     net = DigitFeatures()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
-    for _ in range(epochs):
+    for _ in range(30):
         for some in (2 * torch.randperm(len(labels) // 2)).split(64):
             noisy = pixels[some] + 10 * torch.randn(len(some), 1, 8, 8)
             optimizer.zero_grad()

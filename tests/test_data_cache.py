@@ -84,7 +84,7 @@ def test_a_damaged_chunk_that_may_not_be_deleted_is_not_read_again(whole: Shards
 
 
 def test_a_damaged_index_in_the_cache_is_fetched_again(whole: Shards, tmp_path: Path) -> None:
-    with serving(Path(whole.root), fault=lambda n, path: None) as url:
+    with serving(Path(whole.root)) as url:
         assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
         (index,) = tmp_path.glob("*/00003.idx.npy")
         good = index.read_bytes()
@@ -102,7 +102,7 @@ def test_a_full_cache_disk_costs_speed_only(whole: Shards, tmp_path: Path) -> No
         "from tests.support.data_streams import epoch\n"
         f"assert epoch(sys.argv[1], cache={str(tmp_path)!r}) == epoch({whole.root!r})\n"
     )
-    with serving(Path(whole.root), fault=lambda n, path: None) as url:
+    with serving(Path(whole.root)) as url:
         done = subprocess.run(
             [sys.executable, "-c", script, url], capture_output=True, text=True, timeout=ranks.LIMIT
         )

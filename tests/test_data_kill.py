@@ -1,5 +1,10 @@
-"""Killed at random moments, restarted on other ranks: the sequence is the uninterrupted one."""
+"""Killed at random moments, restarted on other ranks: the sequence is the uninterrupted one.
 
+A rank here is a trainer reduced to its data: it serves, records, and saves its position.
+"""
+
+import hashlib
+import os
 import random
 import time
 from functools import partial
@@ -7,17 +12,51 @@ from pathlib import Path
 
 import pytest
 
-from data.dataset import Shards
+from data.config import DataConfig
+from data.dataset import Shards, open_shards
+from data.stream import Stream
 from tests.support.data_fixtures import pack_folder
-from tests.support.data_trainer import BATCH, serve
 from tests.support.ranks import LIMIT, fork
 
+BATCH = 24
 END = 120 * BATCH
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return pack_folder(tmp_path_factory.mktemp("kill"), images=100)
+
+
+def serve(root: str, life: Path, *, workers: int, images_seen: int, endless: bool) -> int:
+    """Serve this rank's part of the images [images_seen, END).
+
+    Every step appends lines `INDEX HASH` to LIFE/served-RANK, then saves the position in
+    LIFE/position-RANK, as a checkpoint would be saved. With `endless` the last step waits until the
+    rank is killed.
+    """
+    rank, ranks = (int(os.environ.get(*each)) for each in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    config = DataConfig(shards=root, image_size=16, streams=8, block=7, workers=workers)
+    served = (life / f"served-{rank}").open("w")
+    with Stream(open_shards(root), config=config, seed=9) as stream:
+        batches = stream.batches(
+            images_seen=images_seen,
+            batch_size=BATCH,
+            micro_batch_size=BATCH // ranks,
+            rank=rank,
+            ranks=ranks,
+        )
+        for position in range(images_seen + BATCH, END + 1, BATCH):
+            while endless and position == END:
+                time.sleep(1)
+            batch = next(batches)
+            for image, index in zip(batch.images, batch.indices, strict=True):
+                digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+                served.write(f"{int(index)} {digest}\n")
+            served.flush()
+            (life / f"aside-{rank}").write_text(str(position))
+            os.replace(life / f"aside-{rank}", life / f"position-{rank}")
+            time.sleep(0.005)  # stands for the step
+    return 0
 
 
 def live(
@@ -27,7 +66,7 @@ def live(
     life.mkdir(parents=True)
     for rank in range(ranks):
         (life / f"position-{rank}").write_text(str(images_seen))
-    where = {"images_seen": images_seen, "end": END, "endless": kill is not None}
+    where = {"images_seen": images_seen, "endless": kill is not None}
     job = fork(life, partial(serve, shards.root, life, workers=workers, **where), ranks=ranks)
     if kill is None:
         job.wait()
@@ -59,7 +98,7 @@ def read(life: Path) -> dict[int, str]:
 
 def test_killed_and_restarted_equals_uninterrupted(shards: Shards, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
-    serve(shards.root, tmp_path / "whole", workers=0, images_seen=0, end=END, endless=False)
+    serve(shards.root, tmp_path / "whole", workers=0, images_seen=0, endless=False)
     wanted = read(tmp_path / "whole")
     assert sorted(wanted) == list(range(END))
 

@@ -133,7 +133,7 @@ def test_an_index_that_is_another_array_is_one_error(
     with pytest.raises(ValueError, match=rf"1\.idx\.npy {message}"):
         open_shards(shards.root)
     with (
-        serving(Path(shards.root), fault=lambda n, path: None) as url,
+        serving(Path(shards.root)) as url,
         pytest.raises(ValueError, match=rf"1\.idx\.npy {message}"),
     ):
         epoch(url)
@@ -152,7 +152,7 @@ def test_a_label_that_is_no_class_is_refused_as_the_index_is_first_opened(
     message = f"1.tar: key37 has the label {label}, and manifest.json names 2 classes: pack it"
     with pytest.raises(ValueError, match=message):
         open_shards(shards.root)
-    with serving(Path(shards.root), fault=lambda n, path: None) as url:
+    with serving(Path(shards.root)) as url:
         for command in (["info"], ["verify", "--full"]):
             for root in (shards.root, url):
                 assert shards_main([*command, root]) == REFUSED

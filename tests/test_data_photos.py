@@ -1,4 +1,4 @@
-"""A photo set in ImageNet's layout goes all the way: packed, verified, streamed, read by others."""
+"""A photo set in ImageNet's layout is packed, verified and streamed."""
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,7 +17,7 @@ from data.packing.plan import PackConfig
 from data.stream import Stream
 from data.transforms import center_crop, open_over
 
-CLASSES, PER_CLASS, SIZE = 1000, 2, 64
+CLASSES, PER_CLASS, SIZE = 300, 2, 64
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_a_password_is_sent_and_never_printed(
     whole: Shards, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = []
-    with serving(Path(whole.root), fault=lambda n, path: None, seen=seen) as url:
+    with serving(Path(whole.root), seen=seen) as url:
         secret = url.replace("://", "://me:se%20cret@")
         assert main(["verify", secret, "--full"]) == 0
         assert main(["info", secret]) == 0
@@ -75,7 +75,7 @@ def test_a_signature_stays_behind_the_names_of_files(
 ) -> None:
     (tmp_path / "gr\u00f6\u00dfe x").symlink_to(whole.root)
     query = "sv=1&sig=s3cr%2Bt"
-    with serving(tmp_path, fault=lambda n, path: None, query=query) as url:
+    with serving(tmp_path, query=query) as url:
         assert main(["verify", f"{url}/gr\u00f6\u00dfe x/?{query}", "--full"]) == 0
         words = [whole.root, str(tmp_path / "o"), "--size", "8", "--workers", "1"]
         assert pack_main([*words, "--classes-of", f"{url}/gr%C3%B6\u00dfe x?{query}"]) == 0
@@ -97,7 +97,7 @@ def test_what_is_no_url_is_refused_at_once(root: str, capsys: pytest.CaptureFixt
 def test_commands_say_what_a_remote_dataset_lacks(
     whole: Shards, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(Path(whole.root), fault=lambda n, path: None) as url:
+    with serving(Path(whole.root)) as url:
         assert main(["info", url]) == 0
         assert main(["info", f"{url}/no"]) == REFUSED
         assert main(["merge", "/nowhere/out", url, whole.root]) == REFUSED

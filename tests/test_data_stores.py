@@ -47,7 +47,7 @@ def test_a_dead_http_server_is_one_clear_error(whole: Shards) -> None:
 
 def test_redirections_are_followed(whole: Shards) -> None:
     seen: list[Message] = []
-    with serving(Path(whole.root), fault=lambda n, path: None, seen=seen) as url:
+    with serving(Path(whole.root), seen=seen) as url:
         assert epoch(url.replace("//", "//me:secret@") + "/moved") == epoch(whole.root)
     # Where to, the login is not told: it may be another's server.
     assert 2 * sum("Authorization" in headers for headers in seen) == len(seen) > 0
@@ -56,7 +56,7 @@ def test_redirections_are_followed(whole: Shards) -> None:
 def test_a_missing_remote_shard_is_found_before_training(copy: Shards) -> None:
     (Path(copy.root) / "00004.tar").unlink()
     with (
-        serving(Path(copy.root), fault=lambda n, path: None) as url,
+        serving(Path(copy.root)) as url,
         pytest.raises(ValueError, match=r"00004\.tar is missing"),
     ):
         open_shards(url)
@@ -65,7 +65,7 @@ def test_a_missing_remote_shard_is_found_before_training(copy: Shards) -> None:
 def test_a_damaged_remote_index_is_no_fault_of_the_machine(copy: Shards) -> None:
     index = Path(copy.root) / "00004.idx.npy"
     index.write_bytes(index.read_bytes()[:-1] + b"\xff")
-    with serving(Path(copy.root), fault=lambda n, path: None) as url:
+    with serving(Path(copy.root)) as url:
         shards = open_shards(url)
         fails(shards, ValueError, r"00004\.idx\.npy is damaged or of another packing: its checksum")
 

@@ -154,13 +154,13 @@ class Cluster:
         spaces = ["-n", "-u", "-m", "-i", "-p", f"--wdns={ROOT}"]
         return ["nsenter", "-t", str(self._pid(name)), *spaces, "--", *map(str, command)]
 
-    def run(self, name: str, *command: object, check: bool = True, limit: float = LIMIT) -> str:
+    def run(self, name: str, *command: object, check: bool = True) -> str:
         """Run a command on a machine, in the checkout; what it printed to stdout and stderr."""
         done = subprocess.run(
             self.on(name, *command),
             env=self.environment,
             text=True,
-            timeout=limit,
+            timeout=LIMIT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -18,7 +18,7 @@ Fault = str | None
 def serving(
     root: Path,
     *,
-    fault: Callable[[int, str], Fault],
+    fault: Callable[[int, str], Fault] = lambda n, path: None,
     seen: list[Message] | None = None,
     query: str = "",
 ) -> Iterator[str]:

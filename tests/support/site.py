@@ -116,8 +116,8 @@ class Site:
         """The loss by images of steps that were taken; of one done again, the last one."""
         return {row["images"]: row["loss"] for row in self.rows(name) if "loss" in row}
 
-    def wait_start(self, name: str, number: int, *, steps: int = 5) -> None:
-        """Wait until the run's start of that number, from 0, has trained a few steps."""
+    def wait_start(self, name: str, number: int) -> None:
+        """Wait until the run's start of that number, from 0, has trained five steps."""
         first: dict[int, int] = {}
 
         def trained() -> bool:
@@ -125,7 +125,7 @@ class Site:
             # A start first keeps the clock of the one before, then sets it to its checkpoint.
             seen, number_now = state.images_seen, state.starts - 1
             first[number_now] = min(first.get(number_now, seen), seen)
-            return number_now >= number and seen >= first[number_now] + steps * _BATCH
+            return number_now >= number and seen >= first[number_now] + 5 * _BATCH
 
         try:
             wait_until(trained, f"start {number} of {name}")
