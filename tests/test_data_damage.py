@@ -158,4 +158,3 @@ def test_wrong_settings_of_reading_are_errors() -> None:
         config_for("x", timeout_s=0)
     with pytest.raises(ValueError, match=r"data.cache_gb = inf: must be above 0, and finite"):
         config_for("x", cache_gb=np.inf)
-    assert np.isclose(config_for("x").timeout_s, 30)
