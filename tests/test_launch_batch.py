@@ -52,6 +52,15 @@ def test_a_job_that_is_told_to_leave_at_every_start_goes_on(
     assert "failed" not in bash.events and not bash.text("run/launch/failed-at")
 
 
+def test_on_a_full_disk_a_job_has_its_ranks_status_and_is_not_started_for_ever(
+    bash: Bash, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = "trap '' XFSZ; ulimit -f 0"
+    for status, said in ((REFUSED, "refused"), (1, "not requeued: cannot write")):
+        assert bash.start(ranks=f"exit {status}", setup=full) == status
+        assert said in capfd.readouterr().out and not bash.requeued
+
+
 def test_a_job_that_is_told_to_leave_before_its_ranks_start_starts_none(bash: Bash) -> None:
     assert bash.start(ranks="exit 1", setup="kill -USR1 $$") == 75
     assert "told to leave before the ranks were started; requeued, resumes" in bash.events

@@ -77,20 +77,23 @@ again() {
       return ;;
   esac
   bad=
+  mark=''
   if [ "$status" != 75 ] && [ -z "$told" ]; then
     bad=$(lost_twice)
-    if [ -z "$bad" ] && [ "$(cat "$run/launch/failed-at" 2> /dev/null)" = "$(newest)" ]; then
-      say "$1, for the second time at checkpoint $(newest): not started again"
-      return
-    fi
-    newest > "$run/launch/failed-at"
+    mark=failed-at now=$(newest) by='' way=''
   elif { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
-    if [ "$(cat "$run/launch/limited-at" 2> /dev/null)" = "$(newest) $limit" ]; then
-      say "$1 by its time limit, for the second time at checkpoint $(newest): not started again; \
-raise time in the cluster file and rerun the same command"
+    mark=limited-at now="$(newest) $limit" by=" by its time limit"
+    way="; raise time in the cluster file and rerun the same command"
+  fi
+  if [ -n "$mark" ]; then
+    if [ -z "$bad" ] && [ "$(cat "$run/launch/$mark" 2> /dev/null)" = "$now" ]; then
+      say "$1$by, for the second time at checkpoint $(newest): not started again$way"
       return
     fi
-    echo "$(newest) $limit" > "$run/launch/limited-at"
+    if ! echo "$now" > "$run/launch/$mark"; then  # a full disk: no start would know of this one
+      say "$1; not requeued: cannot write $run/launch/$mark: rerun the same command to resume"
+      return
+    fi
   fi
   trap '' TERM  # as Slurm requeues a job it kills all that runs, before it is said here
   if [ -n "$bad" ]; then
@@ -180,21 +183,21 @@ end_timer() {
 }
 
 # Run a command in the background, where a trap of this shell need not wait for it, and return its
-# status. The status goes through a file of this start's own, and there is no `wait`: when a trap comes
-# in a `wait`, bash loses the status, or waits for the timer of `leave` instead.
+# status. It comes through a pipe, which has room on a full disk, and so does the process number: `$!`
+# may be of what a trap has started meanwhile. There is no `wait`: when a trap comes in a `wait`, bash
+# loses the status, or waits for the timer of `leave` instead.
 attend() {
-  file=$run/launch/ended-$job-$start
-  rm -f "$file"
+  exec 9<> <(:)
   {
     trap : TERM USR1  # the command itself acts on them
-    "$@"
-    echo $? > "$file"
+    echo "$BASHPID" >&9
+    "$@" 9>&-
+    echo $? >&9
   } &
-  ranks=$!
+  until read -r -u 9 ranks; do :; done
   while kill -0 "$ranks" 2> /dev/null; do sleep 0.2; done
-  ended=$(cat "$file")
-  rm -f "$file"
-  return "${ended:-137}"
+  read -r -t 1 -u 9 ended || ended=137
+  return "$ended"
 }
 
 cd /home/me/adm || refuse 'cannot enter the directory'
