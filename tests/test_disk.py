@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data import files
 from data.exits import FAILED
 from tests.support import faults, ranks
-from tests.support.runs import END, ENDLESS, EVERY, STEP, Place, equal
+from tests.support.runs import ENDLESS, EVERY, STEP, Place, equal
 from trainer import checkpoint as checkpoints
 from trainer.ranks.world import World
 from trainer.run import Run
@@ -29,12 +29,9 @@ from trainer.sections import IntervalConfig
 from trainer.weights import compare
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
-    """A place with a run of 2 ranks that nothing disturbed."""
-    here = Place(tmp_path_factory.mktemp("disk"), tiny)
-    assert here.train(here.arguments("base", sets=EVERY), world=2) == [0]
-    return here
+@pytest.fixture
+def bare(tmp_path: Path, tiny: Path) -> Place:
+    return Place(tmp_path, tiny)
 
 
 def until(holds: Callable[[], object]) -> None:
@@ -107,7 +104,7 @@ def without_room(directory: Path, arguments: list, bad: int, file: Path) -> int:
 
 
 def test_what_is_kept_of_a_refused_step_waits_for_room(bare: Place) -> None:
-    bad, file = 60 * STEP, bare.run("incident") / "incidents.jsonl"
+    bad, file = 2 * STEP, bare.run("incident") / "incidents.jsonl"
     sets = (*ENDLESS, f"intervals.checkpoint = {400 * STEP}")
     arguments = bare.arguments("incident", sets=sets)
     task = partial(without_room, bare.root / "incident-job", arguments, bad, file)
@@ -193,18 +190,13 @@ def test_a_link_to_nowhere_is_named(bare: Place) -> None:
     )
 
 
-def test_a_disk_that_cannot_be_read_is_no_damage(bare: Place, tmp_path: Path) -> None:
-    path = tmp_path / f"{END:012d}"
-    (bare.run("base") / "checkpoints" / path.name).rename(path)
-    state = json.loads((path / "state.json").read_text())
-    del state["sha256"]
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
+    state = {"images": 8, "engine": {}, "timesteps": {}, "order": {}}
     state["files"] = {"model.safetensors": {"bytes": 0, "sha256": "0"}}
-    (path / "state.json").write_text(json.dumps(state))
-    (path / "model.safetensors").unlink()
-    os.symlink("/proc/self/mem", path / "model.safetensors")  # reads as EIO
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    os.symlink("/proc/self/mem", tmp_path / "model.safetensors")  # reads as EIO
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoints.fault_of(path, kinds=["model"])
-    path.rename(bare.run("base") / "checkpoints" / path.name)
+        checkpoints.fault_of(tmp_path, kinds=["model"])
 
 
 def test_a_file_that_reads_back_differently_is_no_checkpoint(tmp_path: Path) -> None:
