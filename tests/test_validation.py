@@ -102,7 +102,7 @@ def test_the_values_are_the_objective_of_the_averages_and_of_the_weights(
     objective = Denoise(config.diffusion, timesteps=timesteps, seed=0, class_conditional=True)
     for group, kind in (("validation", "ema-0.5"), ("validation/raw", "model")):
         file = runs.run("one-validated") / "checkpoints" / f"{END:012d}" / f"{kind}.safetensors"
-        net = network_of(config.model, load_file(file)).eval()
+        net = network_of(config, load_file(file)).eval()
         with torch.no_grad():
             terms = objective(net, batch.images, batch.labels, batch.indices)
         quarter = terms["t"] * 4 // 1000
@@ -268,7 +268,7 @@ def test_bits_per_dimension_are_measured_alike_on_any_number_of_ranks(
     images = ValidationSet.open(open_shards(digits), config, images=21)
     (batch,) = images.stream.parts(images=21, size=21, rank=0, ranks=1)
     checkpoint = runs.run("one") / "checkpoints" / f"{END:012d}"
-    net = network_of(config.model, load_file(checkpoint / "ema-0.5.safetensors")).eval()
+    net = network_of(config, load_file(checkpoint / "ema-0.5.safetensors")).eval()
     expected = bits_per_dimension(
         Diffusion(config.diffusion, respacing="8"),
         lambda x, t: net(x, t, batch.labels),

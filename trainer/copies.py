@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.adm.config import ClassifierConfig, UNetConfig
+from trainer import compute
 from trainer.adm.unet import build
+from trainer.config import Config
 
 
 class Copies:
@@ -65,9 +66,13 @@ class Copies:
             parts[0].partition(parts, has_been_updated=False)
 
 
-def network_of(config: UNetConfig | ClassifierConfig, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A network whose parameters are these tensors themselves: it takes no memory of its own."""
+def network_of(config: Config, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A network whose parameters are these tensors themselves: it takes no memory of its own.
+
+    It computes where they are, as the training does, but uncompiled.
+    """
     with torch.device("meta"):
-        net = build(config)
+        net = build(config.model)
     net.load_state_dict(dict(weights), assign=True)
-    return net
+    device = next(net.parameters()).device
+    return compute.prepare(net, training=config.training, device=device)

@@ -18,7 +18,7 @@ from data.dataset import Shards, open_shards
 from data.mixture import Dataset
 from data.progress import Progress
 from data.stream import Batch, Stream, to_device
-from trainer import averages, classes, compute
+from trainer import averages, classes
 from trainer.adm.config import check
 from trainer.checkpoint import VALIDATION
 from trainer.config import Config
@@ -191,8 +191,7 @@ class Validation:
         found: dict[str, float] = {}
         for group, kind in (("validation", first), ("validation/raw", WEIGHTS)):
             with engine.weights(kind) as tensors, torch.no_grad():
-                net = network_of(self._config.model, tensors).eval()
-                compute.prepare(net, training=self._config.training, device=engine.device)
+                net = network_of(self._config, tensors).eval()
                 table = self._set.table(
                     partial(self._terms, net),
                     part=self._config.training.micro_batch,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from data.progress import Progress
-from trainer import compute
 from trainer.adm.config import UNetConfig
 from trainer.adm.objective import low_resolution, to_range
 from trainer.config import Config
@@ -84,11 +83,9 @@ class Drawer:
         Raises:
             Refused: as `conditions`.
         """
-        config, device = self.config, self.evaluator.device
-        conditions = self.conditions()
-        net = network_of(self._model, tensors).eval()
-        compute.prepare(net, training=config.training, device=device)
-        sampler, parts = sampler_of(config), self._parts()
+        device, conditions = self.evaluator.device, self.conditions()
+        net = network_of(self.config, tensors).eval()
+        sampler, parts = sampler_of(self.config), self._parts()
         steps, share, black = sampler.diffusion.steps, Share(), 0
         progress = Progress(
             total=len(parts) * steps,

@@ -89,9 +89,8 @@ class Audit:
         self.parts.mark("replaying a step")
         torch.manual_seed(dropout_seed(training.seed, images_seen, rank))
         with engine.weights() as weights:
-            net = network_of(self.parts.config.model, weights)
             return replay(
-                compute.prepare(net, training=training, device=engine.device),
+                network_of(self.parts.config, weights),
                 self.parts.objective,
                 to_device(self._batches(rank, images_seen, micro_batches), device=engine.device),
                 loss_scale=engine.loss_scale / engine.accumulation,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from data.config import naming
 from data.stream import Batch, Stream
-from trainer import compute
 from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion, Net
 from trainer.adm.objective import low_resolution, to_range
@@ -150,9 +149,8 @@ def draw_grid(
     `grid_indices` names. `on_step` is called equally often on all ranks.
     """
     assert isinstance(config.model, UNetConfig)
-    net = network_of(config.model, weights).eval()
+    net = network_of(config, weights).eval()
     device = next(net.parameters()).device
-    compute.prepare(net, training=config.training, device=device)
     every = config.intervals
     indices = grid_indices(every, world=world)
     labels = _spread(indices, every.samples_count, config.model.num_classes)
