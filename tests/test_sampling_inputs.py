@@ -18,6 +18,7 @@ from tests.support.data_fixtures import image_file
 from trainer import config as configs
 from trainer import sample
 from trainer.adm.unet import build
+from trainer.classes import difference
 from trainer.ema import Averages
 from trainer.networks import SampleInputs, TrainedNetwork, check_names
 from trainer.sampling.drawing import DrawJob
@@ -109,23 +110,6 @@ def test_a_classifier_of_other_classes_or_noise_is_refused_before_drawing(
         assert not (tmp_path / f"{name}.parts").exists()
 
 
-def test_a_classifier_run_of_another_schedule_is_refused_by_its_directory(
-    tmp_path: Path, weights: dict[str, list[str]]
-) -> None:
-    ask = [*weights["unet"], "--images", "2", "--steps", "2", "--out", str(tmp_path / "a.npz")]
-    linear = ["--set", 'diffusion.schedule = "linear"', "--set", "training.images = 8"]
-    run = str(tmp_path / "c")
-    train = ["train", weights["guide"][3], *linear, "--run", run]
-    job = ranks.start(
-        tmp_path / "job", ranks=1, runs=[train, ["sample", *ask, "--classifier", run]]
-    )
-    job.wait()
-    trained, refused = job.statuses
-    assert trained == 0
-    assert f"--classifier {run} cannot guide the network {weights['unet'][0]}" in str(refused)
-    assert 'trained with diffusion.schedule = "linear" instead of "cosine";' in str(refused)
-
-
 def test_a_classifier_of_other_names_is_refused_where_the_shards_tell(tmp_path: Path) -> None:
     found = {}
     for name, folders in (("a", "xyz"), ("b", "xwz"), ("c", "xyz")):
@@ -143,6 +127,7 @@ def test_a_classifier_of_other_names_is_refused_where_the_shards_tell(tmp_path: 
         check_names(found["b"], network=found["a"], option="--classifier")
     as_preset = replace(found["b"], has_own_config=False)
     check_names(as_preset, network=found["a"], option="--classifier")
+    assert difference("x", "xy", named="a") == "its class 1 is 'y', that of a missing"
     # Images have the names of the network that knows classes, or those of what is enlarged.
     changes = [f"data.shards = '{tmp_path / 'sa'}'"]
     free = configs.load("digits", changes, unset=["model.num_classes"])

@@ -33,12 +33,9 @@ def check_held_out(
 
     `training` are the names of that set's classes.
     """
-    own, theirs = training, shards.classes
-    if config.model.num_classes is None or own == theirs:
+    if config.model.num_classes is None or training == shards.classes:
         return
-    numbers = range(max(len(own), len(theirs)))
-    first = next(n for n in numbers if own[n : n + 1] != theirs[n : n + 1])
-    here, there = (repr(each[first]) if first < len(each) else "missing" for each in (theirs, own))
+    first, there, here = _first_difference(training, shards.classes)
     raise ValueError(
         f"{named} = {shards.where}: class {first} is {here}, in data.shards "
         f"{there}: pack it again with --classes-of {shown(config.data.shards)}"
@@ -52,9 +49,16 @@ def difference(own: Sequence[str] | None, theirs: Sequence[str] | None, *, named
     """
     if own is None or theirs is None or tuple(own) == tuple(theirs):
         return ""
-    pairs = enumerate(itertools.zip_longest(own, theirs, fillvalue="missing"))
-    first, here, there = next((i, a, b) for i, (a, b) in pairs if a != b)
-    return f"its class {first} is {there!r}, that of {named} {here!r}"
+    first, here, there = _first_difference(own, theirs)
+    return f"its class {first} is {there}, that of {named} {here}"
+
+
+def _first_difference(own: Sequence[str], theirs: Sequence[str]) -> tuple[int, str, str]:
+    """The number of the first class that has two names, and both, as messages have them."""
+    pairs = enumerate(itertools.zip_longest(own, theirs))
+    first, names = next((i, names) for i, names in pairs if names[0] != names[1])
+    here, there = ("missing" if name is None else repr(name) for name in names)
+    return first, here, there
 
 
 def untrained(config: Config, shards: Dataset) -> str:
