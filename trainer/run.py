@@ -187,7 +187,7 @@ class Run:
         # Credentials of an address may change, and are not written.
         changes = configs.changes(configs.public(before), configs.public(config))
         # Before the first checkpoint there is nothing that another config could not continue.
-        if fixed := fixed_among(changes) if committed(self.checkpoints) else []:
+        if committed(self.checkpoints) and (fixed := fixed_among(changes)):
             raise ValueError(
                 f"the run was started with another config: {', '.join(fixed)}; "
                 "give the same preset and --set, or another --run directory"

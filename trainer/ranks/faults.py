@@ -18,7 +18,7 @@ class PeerLost(Exception):
 
 
 class StoppedError(Exception):
-    """All ranks leave their work between two of its steps, because one was stopped."""
+    """Work is left between two of its steps, because a rank was stopped."""
 
 
 @dataclass(frozen=True)

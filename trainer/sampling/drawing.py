@@ -19,6 +19,7 @@ from data.exits import TO_BE_CONTINUED
 from data.progress import Progress, duration
 from trainer.adm.config import UNetConfig
 from trainer.networks import TrainedNetwork
+from trainer.ranks.faults import StoppedError
 from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
 from trainer.ranks.lease import Lease, live_holder
 from trainer.ranks.signals import Preemption
@@ -138,16 +139,16 @@ class Drawing:
         def on_step() -> None:
             progress.advance()
             if self.preemption.stop_requested:
-                raise _StoppedError
+                raise StoppedError
 
         ended: str | None = None
         try:
             while (turn := turns.take()) < len(todo):
                 job.output.write(todo[turn], *sampler.draw(todo[turn], on_step=on_step))
                 progress.show(turns.taken())
-        except (_StoppedError, OSError) as error:
+        except (StoppedError, OSError) as error:
             turns.end()  # the others finish their parts
-            ended = "" if isinstance(error, _StoppedError) else f"part {todo[turn]}: {error}"
+            ended = "" if isinstance(error, StoppedError) else f"part {todo[turn]}: {error}"
         everyone = gather(ended)
         if faults := [f"rank {r}: {e}" for r, e in enumerate(everyone) if e]:
             raise Broken(_cannot_write(job, faults[0]))
@@ -185,10 +186,6 @@ class Drawing:
     def _say(self, text: str) -> None:
         if self.world.is_main:
             print(text, flush=True)
-
-
-class _StoppedError(Exception):
-    """A signal has come between two denoising steps."""
 
 
 class _Progress:
