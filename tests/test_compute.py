@@ -176,6 +176,7 @@ def test_a_cpu_says_that_it_computes_otherwise(stage: int) -> None:
     said = compute.remarks(configs.load("imagenet64").training, stage=stage, ranks=8)
     settings = [line.split()[0] for line in said]
     assert settings == ["training.kernels", "training.precision", "training.compile"]
+    assert '"fp16" is some 50 times slower' in said[1]
     assert not compute.remarks(configs.load("digits").training, stage=stage, ranks=8)
 
 

@@ -13,7 +13,6 @@ import pytest
 from tests.support import faults
 from tests.support.runs import END, EVERY, GRIDS, STEP, Place, distance, equal
 from trainer import config as configs
-from trainer import ds_config as ds_configs
 from trainer.checkpoint import STATE, committed, read, sealed
 from trainer.guards.audit import Finding
 from trainer.guards.gate import StepReport
@@ -260,17 +259,3 @@ def test_a_run_may_let_spikes_pass_and_its_config_says_so(tmp_path: Path) -> Non
     assert guards.judge(1e30, 1e30) is None
     assert guards.judge(math.nan, 1.0) == "the loss is nan"
     assert guards.judge(1.0, math.inf) == "the gradients are not finite"
-
-
-@pytest.mark.parametrize(
-    ("section", "setting"),
-    [("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")],
-)
-def test_deepspeed_may_not_be_told_to_look_at_no_gradient(
-    tmp_path: Path, section: str, setting: str
-) -> None:
-    ds_config = json.loads(Path("ds_config.json").read_text())
-    ds_config.setdefault(section, {})[setting] = False
-    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
-    with pytest.raises(ValueError, match=rf"{section}\.{setting} = False: must be true"):
-        ds_configs.load(tmp_path / "ds.json")

@@ -59,11 +59,3 @@ def test_the_shards_of_the_readmes_are_those_of_presets() -> None:
     text = "".join(Path(name, "README.md").read_text() for name in (".", "data", "launch"))
     named = set(re.findall(r"data\.pack \S+/train (\S+)", text))
     assert named and named <= known
-
-
-def test_fp16_on_a_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = configs.load("imagenet64").training
-    for gpu in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        said = " ".join(compute.remarks(training, stage=2, ranks=8))
-        assert said.count("50 times slower") == (not gpu)
