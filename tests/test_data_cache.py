@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -11,10 +9,10 @@ import pytest
 
 from data.cache import CHUNK
 from data.dataset import Shards
-from tests.support import ranks
 from tests.support.data_fixtures import pack_folder
 from tests.support.data_server import serving
 from tests.support.data_streams import epoch
+from tests.support.faults import full_disk
 
 
 def test_a_damaged_cache_is_refetched_and_bounded(whole: Shards, tmp_path: Path) -> None:
@@ -94,20 +92,12 @@ def test_a_damaged_index_in_the_cache_is_fetched_again(whole: Shards, tmp_path: 
             assert index.read_bytes() == good
 
 
-def test_a_full_cache_disk_costs_speed_only(whole: Shards, tmp_path: Path) -> None:
-    """A limit on the size of files is a disk that is full for all but small ones."""
-    script = (
-        "import sys, resource\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "from tests.support.data_streams import epoch\n"
-        f"assert epoch(sys.argv[1], cache={str(tmp_path)!r}) == epoch({whole.root!r})\n"
-    )
-    with serving(Path(whole.root)) as url:
-        done = subprocess.run(
-            [sys.executable, "-c", script, url], capture_output=True, text=True, timeout=ranks.LIMIT
-        )
-    assert done.returncode == 0, done.stderr
-    assert "File too large; continuing without the cache" in done.stderr
+def test_a_full_cache_disk_costs_speed_only(
+    whole: Shards, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Path(whole.root)) as url, full_disk(4096):  # full for all but small files
+        assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
+    assert "File too large; continuing without the cache" in capfd.readouterr().err
     assert not any(path.is_file() and path.stat().st_size > 4096 for path in tmp_path.rglob("*"))
 
 

@@ -11,35 +11,29 @@ from pathlib import Path
 
 import pytest
 
-from data import files
+from data import files, pack
 from data.dataset import Shards, open_shards, verify
 from data.exits import FAILED
 from tests.support import ranks
 from tests.support.data_fixtures import image_file, pack_folder, write_shards
+from tests.support.faults import full_disk
 
 
-def test_packing_to_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
+def test_packing_to_a_full_disk_keeps_what_is_finished(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     done = pack_folder(tmp_path, images=40)
     (Path(done.root) / "manifest.json").unlink()
     (Path(done.root) / "00003.tar").unlink()
     sizes = [shard.bytes for shard in done.shards]
-    arguments = [sys.executable, "-m", "data.pack", str(tmp_path / "source")]
-    arguments += [str(tmp_path / "again"), "--size", "16", "--per-shard", "9", "--workers", "1"]
-
-    def run(limit: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            arguments,
-            capture_output=True,
-            text=True,
-            timeout=ranks.LIMIT,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        )
-
-    stopped = run(max(sizes) - 1024)
-    assert stopped.returncode == FAILED
-    assert "File too large" in stopped.stderr and "rerun the same command" in stopped.stderr
+    arguments = [str(tmp_path / "source"), str(tmp_path / "again"), "--size", "16"]
+    arguments += ["--per-shard", "9", "--workers", "1"]
+    with full_disk(max(sizes) - 1024):
+        assert pack.main(arguments) == FAILED
+    said = capfd.readouterr().err
+    assert "File too large" in said and "rerun the same command" in said
     assert not (tmp_path / "again" / "manifest.json").exists()
-    assert run(10**9).returncode == 0
+    assert pack.main(arguments) == 0
     assert open_shards(tmp_path / "again").fingerprint == done.fingerprint
     assert verify(tmp_path / "again", full=True) == []
 

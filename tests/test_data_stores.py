@@ -12,7 +12,7 @@ import pytest
 
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards, verify
-from data.stores import LocalStore
+from data.stores import _LARGE, LocalStore
 from data.stream import Stream
 from tests.support.cluster import wait_until
 from tests.support.data_server import serving
@@ -131,9 +131,8 @@ def test_a_file_is_not_closed_under_the_read_of_another_thread(tmp_path: Path) -
 
 
 def test_a_file_of_more_than_one_read_is_read_in_full(tmp_path: Path) -> None:
-    """Linux reads 2 GiB at once at most."""
     (tmp_path / "large.tar").touch()
-    os.truncate(tmp_path / "large.tar", size := 2**31 + 1)
+    os.truncate(tmp_path / "large.tar", size := _LARGE + 1)
     pieces = LocalStore(str(tmp_path), sharers=1).pieces("large.tar", first=0, last=size)
     assert sum(map(len, pieces)) == size
 

@@ -213,16 +213,9 @@ def test_a_file_that_reads_back_differently_is_no_checkpoint(tmp_path: Path) -> 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "log.txt"
     files.append(file, "first\n")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
-        for write in (files.append, files.write):
-            with pytest.raises(OSError, match=r"File too large: '.*log\.txt'"):
-                write(file, "a second line\n")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    for write in (files.append, files.write):
+        with faults.full_disk(10), pytest.raises(OSError, match=r"File too large: '.*log\.txt'"):
+            write(file, "a second line\n")
     files.append(file, "third\n")
     assert file.read_text() == "first\nthird\n"
 

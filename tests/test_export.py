@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from tests.support import golden
+from tests.support.faults import full_disk
 from trainer import config as configs
 from trainer import diffusers_format, weights
 from trainer.adm.config import UNetConfig
@@ -120,13 +120,13 @@ def test_a_diffusers_pipeline_draws_our_images(folder: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     labels = [3, 8]
     theirs = pipeline(
-        batch_size=2, class_labels=labels, num_inference_steps=250,
+        batch_size=2, class_labels=labels, num_inference_steps=50,
         generator=torch.Generator().manual_seed(5), output_type="pt",
     ).images  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     shape = (2, 3, 8, 8)
     x = torch.randn(shape, generator=generator)
-    diffusion = Diffusion(found.config.diffusion, respacing="250")
+    diffusion = Diffusion(found.config.diffusion, respacing="50")
     y = torch.tensor(labels)
     with torch.no_grad():
         steps = ancestral(
@@ -188,14 +188,8 @@ def test_a_disk_that_is_full_is_one_line_that_names_the_file(
     weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     command = [str(weights_file), "--preset", "digits", "--to", str(tmp_path / "a.safetensors")]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
+    with full_disk(1000):
         assert main(command) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     assert capsys.readouterr().err.startswith(f"error: cannot write {command[-1]}: ")
     assert os.listdir(tmp_path) == []
 

@@ -4,7 +4,6 @@ import json
 import os
 import pkgutil
 import resource
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,16 +17,14 @@ from tests.support.runs import Place
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
-    """While entered, no file can be written, as on a disk that is full."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+def full_disk(size: int = 0) -> Iterator[None]:
+    """While entered, no file can grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def spoil(factors: Mapping[int, float]) -> None:
