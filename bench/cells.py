@@ -91,8 +91,9 @@ def system(cell: Figures) -> Net:
         return net
     layout = torch.contiguous_format if "channels first" in name else torch.channels_last
     kernels: Kernels = "fused" if "fused" in name and GPU else "plain"
+    doubled = nets.DOUBLED.get(name.split(", ")[-1])
     with DEVICE:
-        net = nets.ours(model, kernels=kernels, layout=layout)
+        net = nets.ours(model, kernels=kernels, layout=layout, doubled=doubled)
     net.module.to(DEVICE, DTYPES[half])
     return net
 

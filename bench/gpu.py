@@ -19,8 +19,9 @@ is lent by the quarter of an hour, these are two commands, and a third on the ne
 On a CPU each cell is small (16 pixels, compiled by aot_eager).
 
 Systems: ours in channels first as it was; in channels last with torch's norm; with the fused norm;
-each of them compiled; the best with CUDA graphs, and with kernels launched from C++, at few images,
-where the host limits; guided-diffusion in fp16; diffusers compiled in both layouts.
+each of them compiled; the best with doubled maps convolved in two other ways (`bench/nets.py`), and
+at few images, where the host limits, with CUDA graphs and with kernels launched from C++;
+guided-diffusion in fp16; diffusers compiled in both layouts.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def cells(*, sizes: Sequence[int], guided_diffusion: Path | None, gpu: bool) -> 
 
 def others(size: int, *, peers: Sequence[str], gpu: bool) -> Iterator[Cell]:
     """Further steps of a size: at the most images, at few, and ours without its parts."""
-    yield {"system": BEST, "images": LARGEST[size]}
+    for name in (BEST, f"{BEST}, phases", f"{BEST}, transposed"):
+        yield {"system": name, "images": LARGEST[size]}
     if size == 64:
         for name in (BEST, f"{BEST}, graphs", f"{BEST}, C++"):
             yield {"system": name, "images": SHARE}

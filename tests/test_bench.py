@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import cells, cpu_step, gpu, scale
+from bench import cells, cpu_step, gpu, nets, scale
 from tests.support.ranks import LIMIT
 from tests.test_plan import machine
 from trainer import config as configs
@@ -51,6 +53,23 @@ def test_a_step_is_measured_and_shown() -> None:
     assert found["images/s"] > 0
     rows = [{"kind": "ceilings", "fp32 TFLOP/s": 1.0}, {**cell, **found}]
     assert "| 64 | ours | fp32 | 2 |" in gpu.table(rows)
+
+
+@pytest.mark.parametrize("name", nets.DOUBLED)
+def test_other_ways_to_convolve_a_doubled_map_give_the_same_network(name: str) -> None:
+    config = replace(cells.SMALL, channel_mult=(1, 1, 2), attention=())
+    inputs = nets.inputs(config, images=3, device=torch.device("cpu"))
+    found = []
+    for doubled in (None, nets.DOUBLED[name]):
+        torch.manual_seed(0)
+        net = nets.ours(config, doubled=doubled)
+        module = net.module.double()
+        torch.nn.init.normal_(module.out[-1].weight)
+        out = net.forward(*inputs)
+        assert out.abs().max() > 1
+        found.append((out, *torch.autograd.grad(out.square().sum(), [*module.parameters()])))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_the_step_on_a_cpu_is_compared(
