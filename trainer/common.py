@@ -8,13 +8,14 @@ import argparse
 import hashlib
 import json
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version as version_of
 from typing import Any
 
 from data.mixture import Dataset
 from data.version import digest
 from trainer import config as configs
+from trainer import settings
 from trainer.config import Config
 from trainer.ranks.group import Refused, gather
 
@@ -44,7 +45,7 @@ def facts(
     return {
         **software(),
         **{name: str(value) for name, value in flat.items() if name not in _PLACES},
-        **dict(_leaves("ds_config", ds_config)),
+        **{n: json.dumps(value) for n, value in settings.leaves(ds_config, "ds_config").items()},
         **{f"images of {name}": data.fingerprint for name, data in datasets.items() if data},
         **{f"--{name.replace('_', '-')}": str(vars(options).get(name)) for name in _OPTIONS},
     }
@@ -87,15 +88,6 @@ def _differences(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str:
         f"rank{'s' * (len(own) > 1)} {', '.join(map(str, own))} {text}"
         for text, own in said.items()
     )
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The entries of nested tables, by their dotted names."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(f"{name}.{key}", inner)
-    else:
-        yield name, json.dumps(value)
 
 
 def _short(value: str | None) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -161,16 +161,8 @@ _DERIVED = {
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every setting by its dotted name, without those that are absent."""
-
-    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        for field in dataclasses.fields(value):
-            inner, key = getattr(value, field.name), settings.join(name, field.name)
-            if dataclasses.is_dataclass(inner):
-                yield from walk(inner, key)
-            elif inner is not None and key not in _DERIVED:
-                yield key, inner
-
-    return dict(walk(config, ""))
+    every = settings.leaves(dataclasses.asdict(config))
+    return {k: v for k, v in every.items() if v is not None and k not in _DERIVED}
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -80,7 +80,7 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
     except RecursionError:
         raise ValueError(f"{path} is not valid: its values are nested too deeply") from None
     changes = [_parse_change(change) for change in overrides]
-    names = [name for change in changes for name in _leaves(change)]
+    names = [name for change in changes for name in leaves(change)]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{name} is set more than once on the command line: give one value")
@@ -95,8 +95,8 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
 
 def without(changes: Iterable[str], later: Iterable[str]) -> tuple[str, ...]:
     """The changes, but for those of which `later` changes every setting."""
-    changed = {name for change in later for name in _leaves(_parse_change(change))}
-    return tuple(c for c in changes if not changed.issuperset(_leaves(_parse_change(c))))
+    changed = {name for change in later for name in leaves(_parse_change(change))}
+    return tuple(c for c in changes if not changed.issuperset(leaves(_parse_change(c))))
 
 
 def fields(kind: Any, *, derived: bool = False) -> list["dataclasses.Field[Any]"]:
@@ -142,6 +142,15 @@ def from_json(kind: Any, text: str) -> Any:
 def join(section: str, key: str) -> str:
     """The dotted name of a setting."""
     return f"{section}.{key}" if section else key
+
+
+def leaves(table: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """The values in a table and in the tables within it, by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = join(section, key)
+        found |= leaves(value, name) if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def is_in(name: str, part: str) -> bool:
@@ -228,15 +237,6 @@ def _merge(table: Table, change: Mapping[str, Any], *, path: tuple[str, ...]) ->
             _merge(inner, value, path=(*path, key))
         else:
             table[key] = value
-
-
-def _leaves(change: Mapping[str, Any], section: str = "") -> list[str]:
-    """The dotted names of the settings in a change."""
-    found = []
-    for key, value in change.items():
-        name = join(section, key)
-        found += _leaves(value, name) if isinstance(value, Mapping) else [name]
-    return found
 
 
 def _remove(table: Table, name: str) -> None:

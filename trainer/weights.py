@@ -11,16 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data import files
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-class NotWeightsError(ValueError):
-    """A checkpoint's file of another kind."""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
@@ -65,14 +61,11 @@ def load(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"no such weights file: {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is no weights file: it is empty")
+    is_safe = path.suffix == ".safetensors"
+    if is_safe:
+        _check_kind(path, metadata(path))
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                _check_kind(path, file.metadata() or {})
-                return _named({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        found = _unpickle(path)
-    except NotWeightsError:
-        raise
+        found = load_file(path) if is_safe else _unpickle(path)
     except (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is no weights file: {why}") from None
@@ -135,7 +128,7 @@ def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
     # Files of version 0.1 say in their metadata only that they are a checkpoint's.
     kind = metadata.get("kind", path.stem if "images" in metadata else "model")
     if kind.startswith("adam"):
-        raise NotWeightsError(
+        raise ValueError(
             f"{path} holds {kind}, a state of the optimizer: give an ema-* file, or model"
         )
 
