@@ -80,7 +80,7 @@ def test_shares_may_begin_and_end_at_the_same_time(
     assert other.exitcode == 0 and job.output.is_begun()
     labels = job.all_labels()
     assert labels is not None
-    for part, own in enumerate(np.split(labels, job.request.parts)):
+    for part, own in enumerate(np.split(labels, job.output.parts)):
         job.output.write(part, np.zeros((len(own), 8, 8, 3), np.uint8), own)
     joining = claim(job.output.work)
     assert "another share" in drawing._publish_shares(job)

@@ -15,10 +15,11 @@ from trainer.config import Config
 
 Weights = dict[str, Tensor]
 
+_NAME = "diffusion_pytorch_model"
 #: The weights in a folder.
-FILE = "unet/diffusion_pytorch_model.safetensors"
+FILE = f"unet/{_NAME}.safetensors"
 # Where they are in folders of a pipeline, and in those of a model alone.
-_FILES = [f"{place}{FILE[5:-11]}{end}" for place in ("unet/", "") for end in ("safetensors", "bin")]
+_FILES = [f"{place}{_NAME}.{end}" for place in ("unet/", "") for end in ("safetensors", "bin")]
 
 _RES = {
     "in_layers.0": "norm1",
@@ -239,15 +240,10 @@ def _join(parts: list[Tensor], *, config: UNetConfig) -> Tensor:
 
 
 def scheduler(config: Config) -> dict[str, Any]:
-    """The options of diffusers' DDPMScheduler that step as our ancestral sampler does.
-
-    Raises:
-        ValueError: diffusers has no such diffusion.
-    """
+    """The options of diffusers' DDPMScheduler that step as our ancestral sampler does."""
     diffusion = config.diffusion
     schedules = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
     learned = diffusion.variance == "learned"
-    variances = {"fixed_large": "fixed_large", "fixed_small": "fixed_small"}
     # The reference scales the linear betas of fewer steps.
     scale = 1000 / diffusion.steps
     return {
@@ -256,7 +252,7 @@ def scheduler(config: Config) -> dict[str, Any]:
         "beta_schedule": schedules[diffusion.schedule],
         "beta_start": 0.0001 * scale,
         "beta_end": 0.02 * scale,
-        "variance_type": "learned_range" if learned else variances[diffusion.variance],
+        "variance_type": "learned_range" if learned else diffusion.variance,
         "prediction_type": "epsilon" if diffusion.predict == "eps" else "sample",
         "clip_sample": True,
         "timestep_spacing": "linspace",

@@ -107,7 +107,9 @@ class Averages:
         )
 
 
-def build(found: Averages, coefficients: Mapping[float, Sequence[float]]) -> dict:
+def build(
+    found: Averages, coefficients: Mapping[float, Sequence[float]]
+) -> dict[float, dict[str, Tensor]]:
     """The averages of several widths, fp32 tensors by width and name, in one pass over the files.
 
     Raises:

@@ -147,21 +147,21 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
     agreed(lambda: place(out, earlier=references.earlier(out)))
     samples = agreed(lambda: open_samples(arguments.shards, size=arguments.size))
     agreed(lambda: references.check_images(samples, size=samples.size))
-    evaluation = _evaluator(arguments, world=world, device=device)
+    evaluator = _evaluator(arguments, world=world, device=device)
 
     def check_same() -> None:
         if (earlier := references.earlier(out)) is not None:
-            network = evaluation.network.sha256
+            network = evaluator.network.sha256
             wanted = {"images_checksum": samples.checksum(), "network_sha256": network}
             outputs.check_same(out, earlier, wanted)
 
     from_main(check_same)
-    found = evaluation.of_images(samples)
+    found = evaluator.of_images(samples)
 
     def write() -> None:
         assert found is not None
-        references.save(out, found, samples=samples, network=evaluation.network)
-        print(f"written: {out}: {found.count:,} images, {evaluation.network.name}")
+        references.save(out, found, samples=samples, network=evaluator.network)
+        print(f"written: {out}: {found.count:,} images, {evaluator.network.name}")
 
     from_main(write)
     return 0

@@ -90,9 +90,8 @@ def report(
         f"{machine.reserve:g} GiB of {machine.gpu_memory:g} reserved"
     )
     yield from _memory_lines(config, machine=machine, zero=zero)
-    now = step(config, machine=machine, gpus=machine.gpus, zero=zero)
     yield from _disk_lines(config, net.parameters)
-    yield from _data_lines(config, now)
+    yield from _data_lines(config, step(config, machine=machine, gpus=machine.gpus, zero=zero))
     yield from _scale_lines(config, machine=machine, zero=zero)
 
 

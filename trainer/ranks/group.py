@@ -245,8 +245,7 @@ class Agreement:
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
         """What all ranks together raised at the last call; starts the exchange of `flags`."""
-        if self._work is not None:
-            self._work.wait()
+        self.close()
         known = tuple(bool(flag) for flag in self._flags.tolist())
         self._flags = torch.tensor(flags, dtype=torch.int32)
         self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)

@@ -123,7 +123,7 @@ class Drawing:
                 self._say("stopped by a signal; rerun the same command to resume")
                 return TO_BE_CONTINUED
             if self.share == (0, 1):
-                self._say(f"joining {job.request.parts:,} batches")
+                self._say(f"joining {job.output.parts:,} batches")
                 self._write(job, lambda: _publish(job, lease))
         if self.share != (0, 1) and (missing := self._write(job, lambda: _publish_shares(job))):
             self._say(f"share {self.share[0]} of {self.share[1]} is drawn; {missing}")
@@ -181,7 +181,7 @@ class Drawing:
             name = f"part {part} of {job.output.work}"
             self._say(f"{name} is damaged and is drawn again: {damaged[part]}")
         whole = set(listed) - set(damaged)
-        return [part for part in range(share, job.request.parts, shares) if part not in whole]
+        return [part for part in range(share, job.output.parts, shares) if part not in whole]
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
@@ -214,12 +214,12 @@ class _Progress:
 
 def _publish_shares(job: DrawJob) -> str:
     """Make the output if this share was the last one; otherwise what is missing."""
-    missing = job.request.parts - len(job.output.listed())
+    missing = job.output.parts - len(job.output.listed())
     try:
         if job.output.is_drawn():
             return "another share made the output"
         if missing:
-            return f"{missing} of {job.request.parts} batches are left to the other shares"
+            return f"{missing} of {job.output.parts} batches are left to the other shares"
         with job.output.claimed() as lease:
             return _publish(job, lease)
     except ValueError:

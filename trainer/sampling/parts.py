@@ -52,11 +52,6 @@ class SampleRequest:
         """The image indices of one part, (B,) int64."""
         return torch.arange(part * self.batch, min((part + 1) * self.batch, self.images))
 
-    @property
-    def parts(self) -> int:
-        """How many parts the images are drawn in."""
-        return -(-self.images // self.batch)
-
 
 class PartSampler:
     """Draws the parts of a request with networks that are on the device.

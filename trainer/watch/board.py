@@ -53,8 +53,8 @@ class Board:
         self._log = log
         self._began, self._start = time.monotonic(), images_seen
         self._texted = -math.inf
-        # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
         self._unwritten: list[str] = []
+        # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
         earlier = _drop_rows(run, after=images_seen)
         text = configs.to_toml(configs.public(config))
         self._tensorboard = TensorBoard(
