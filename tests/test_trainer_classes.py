@@ -18,6 +18,7 @@ from data.packing.plan import PackConfig
 from tests.support import ranks
 from tests.support.data_fixtures import image_file
 from trainer import config as configs
+from trainer.classes import untrained
 from trainer.run import Run
 from trainer.train import TrainingPlan, parser
 
@@ -159,16 +160,14 @@ def test_indexing_tars_of_which_some_have_no_labels_is_refused(tmp_path: Path) -
 def test_training_on_fewer_classes_than_the_network_has_is_in_the_log(
     tmp_path: Path, tiny: Path, digits: Path
 ) -> None:
-    runs, changes = [], (["model.num_classes = 12"], ["model.num_classes = 11"], [])
-    for i, sets in enumerate(changes):
-        words = [word for change in (*sets, "training.images = 8") for word in ("--set", change)]
-        runs.append(["train", str(tiny), "--run", str(tmp_path / f"run-{i}"), *words])
-    job = ranks.start(tmp_path / "job", ranks=1, runs=runs)
+    run = ["train", str(tiny), "--run", str(tmp_path / "run"), "--set", "training.images = 8"]
+    job = ranks.start(tmp_path / "job", ranks=1, runs=[[*run, "--set", "model.num_classes = 12"]])
     job.wait()
-    assert job.statuses == [0, 0, 0]
-    more, one_more, equal = ((tmp_path / f"run-{i}" / "log.txt").read_text() for i in range(3))
-    assert f"{digits} has 10 classes, the network 12: classes 10 to 11 are never trained, " in more
-    assert "else set model.num_classes to 10" in more
-    assert f"{digits} has 10 classes, the network 11: class 10 is never trained" in one_more
-    assert "never trained" not in equal
-    assert "starts: denoise" in equal and "1,797 images in 10 classes, 0.0 epochs" in equal
+    assert job.statuses == [0]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"{digits} has 10 classes, the network 12: classes 10 to 11 are never trained, " in log
+    assert "else set model.num_classes to 10" in log
+    assert "starts: denoise" in log and "1,797 images in 10 classes, 0.0 epochs" in log
+    shards, one_more = open_shards(digits), configs.load(tiny, ["model.num_classes = 11"])
+    assert "the network 11: class 10 is never trained" in untrained(one_more, shards)
+    assert untrained(configs.load(tiny), shards) == ""
