@@ -255,7 +255,7 @@ def test_snapshots_beyond_the_clock_are_set_aside_also_where_none_is_taken(tmp_p
         (tmp_path / "averages" / f"{images_seen:012d}").mkdir(parents=True)
     with Run(tmp_path).claimed() as run:
         config = configs.load("digits")
-        Snapshots(run, config, world=World(), log=run.log).open(STEP, parameters=1)
+        Snapshots(run, config, world=World()).open(STEP, parameters=1)
     kept = sorted(path.name for path in (tmp_path / "averages").iterdir())
     assert kept == [f"{STEP:012d}", f"{2 * STEP:012d}.superseded"]
 

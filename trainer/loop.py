@@ -60,7 +60,7 @@ class Loop(Parts):
         self._compiles = compute.is_compiled(training, device=engine.device, stage=engine.stage)
         self._saving = Saving(parts=self, saver=self.saver, tried_at=self.images_seen)
         self._incidents = Incidents(parts=self, audit=Audit(self), saver=self.saver)
-        self._snapshots = Snapshots(self.run, self.config, world=self.world, log=self.log)
+        self._snapshots = Snapshots(self.run, self.config, world=self.world)
         validation = None
         if self.validation_set is not None:
             validation = Validation(self.validation_set, config=self.config, world=self.world)

@@ -8,7 +8,7 @@ other widths of them, for which it needs all, back to the first.
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +85,8 @@ class Snapshots:
     on: averages that are made afterwards are then a little less exact.
     """
 
-    def __init__(
-        self, run: Run, config: Config, *, world: World, log: Callable[[str], None]
-    ) -> None:
-        self._run, self._world, self._log = run, world, log
+    def __init__(self, run: Run, config: Config, *, world: World) -> None:
+        self._run, self._world = run, world
         self._total, self._every = config.training.images, config.intervals.averages
         self._names = [averages.power(width) for width in config.training.ema_widths]
         self._precision = config.intervals.averages_precision
@@ -102,7 +100,9 @@ class Snapshots:
         need = left * len(self._names) * parameters * DTYPES[self._precision].itemsize
         free = shutil.disk_usage(self._run.path).free
         lack = f", of which the disk has {_gib(free)}" if free < need else ""
-        self._log(f"averages: {left} snapshots in {self._precision} to come, {_gib(need)}{lack}")
+        self._run.log(
+            f"averages: {left} snapshots in {self._precision} to come, {_gib(need)}{lack}"
+        )
 
     def take(
         self,
@@ -137,12 +137,12 @@ class Snapshots:
                     raise ValueError(fault)
                 self._commit(partial, {"updated_at": updated_at, "gaps": gaps, "files": listed})
                 seconds = time.monotonic() - began
-                self._log(f"averages of image {images_seen:,} kept in {seconds:.1f} s")
+                self._run.log(f"averages of image {images_seen:,} kept in {seconds:.1f} s")
             except LeaseLost:
                 raise
             except (OSError, ValueError) as error:
                 shutil.rmtree(partial, ignore_errors=True)
-                self._log(f"averages of image {images_seen:,} are not kept: {error}")
+                self._run.log(f"averages of image {images_seen:,} are not kept: {error}")
 
     def _write(self, partial: Path, name: str, whole: Mapping[str, Tensor]) -> Path:
         """Write one file to disk.
@@ -181,7 +181,7 @@ class Snapshots:
             with suppress(OSError):
                 files.set_aside(path, _ASIDE)
         if later:
-            self._log(
+            self._run.log(
                 f"averages: {len(later)} snapshots beyond image {images_seen:,} are not of the run "
                 f"any more: they are now *.{_ASIDE}*"
             )
