@@ -7,8 +7,10 @@ import signal
 
 import pytest
 
-from tests.support.cluster import LIMIT, ROOT, wait_until
+from launch import records
+from tests.support.cluster import LIMIT, wait_until
 from tests.support.site import ENDLESS, Site
+from tests.test_launch_texts import big_job
 
 pytestmark = pytest.mark.timeout(4 * LIMIT)
 IMAGES = 4000
@@ -160,7 +162,8 @@ def test_an_old_rank_that_outlives_its_job_does_not_write(site: Site) -> None:
 
 @pytest.mark.parametrize("site_file", ["slurm", "slurm-pyxis"])
 def test_slurm_would_start_the_job_of_512_gpus(site: Site, site_file: str) -> None:
-    script = ROOT / "tests" / "recorded" / f"{site_file}.sh"
+    script = site.cluster.home / f"{site_file}.sh"
+    script.write_text(records.text(big_job(site_file)))
     said = site.cluster.run("ctl", "sbatch", "--test-only", script)
     assert re.search(r"to start at .* using 6144 processors on nodes big\[01-64\]", said)
 
