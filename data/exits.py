@@ -41,6 +41,7 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
+        open_streams()
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         help_text = "print the version, and the commit of a git checkout, and exit"
         self.register("type", Path, lambda text: Path(path_text(text)))
@@ -99,6 +100,19 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(f"adm-trainer {version()}")
         parser.exit()
+
+
+def open_streams() -> None:
+    """Drop what is printed where this process was started with its output or errors closed.
+
+    Without their numbers taken, the next file that is opened would get what libraries print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
 
 
 def is_ours(error: BaseException) -> bool:

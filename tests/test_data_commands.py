@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
@@ -59,6 +61,12 @@ def test_an_unknown_option_has_a_hint(
 def test_ctrl_c_is_one_line(capfd: pytest.CaptureFixture) -> None:
     assert reported(lambda: signal.raise_signal(signal.SIGINT) or 0) == 128 + signal.SIGINT
     assert capfd.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize("words", ["trainer.config digits", "trainer.train --version"])
+def test_a_closed_output_is_no_fault(words: str) -> None:
+    command = f"{sys.executable} -m {words} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command]).returncode == 0
 
 
 def test_an_interruption_ends_processes_that_are_waited_for() -> None:

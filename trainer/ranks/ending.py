@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from data.exits import FAILED, REFUSED, TO_BE_CONTINUED, is_ours
+from data.exits import FAILED, REFUSED, TO_BE_CONTINUED, is_ours, open_streams
 from trainer.ranks.faults import Broken, PeerLost, Refused, describe
 from trainer.ranks.world import is_main_process, leave_mpi, process_name
 
@@ -133,6 +133,7 @@ class _Lossy(io.FileIO):
 
 def _tolerate_loss() -> None:
     """Let stdout and stderr of this process drop what they cannot write."""
+    open_streams()
     for name, number in (("stdout", 1), ("stderr", 2)):
         before = getattr(sys, name)
         before.flush()
