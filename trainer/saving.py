@@ -6,6 +6,8 @@
 import time
 from dataclasses import dataclass, field
 
+import torch
+
 from trainer import config as configs
 from trainer.ranks.group import Agreement
 from trainer.saver import Saver
@@ -66,14 +68,15 @@ class Saving:
             return
         norm = engine.parameter_norm() if norm is None else norm
         guards.check_weights(norm, images_seen=images_seen)
-        state = TrainState.capture(
+        state = TrainState(
             images_seen=images_seen,
-            engine=engine,
-            timesteps=parts.objective.timesteps,
-            guards=guards,
+            engine=engine.scalars(),
+            timesteps=parts.objective.timesteps.state(),
+            guards=guards.state(),
             order=parts.stream.identity,
             config=configs.to_toml(configs.public(parts.config)),
             ranks=parts.world.size,
+            torch=torch.__version__,
         )
         self._updates = engine.updates, self._saved
         self.saver.save(engine, state=state, prunes=not self._waits, ends=ends)

@@ -166,7 +166,8 @@ def _restore(
         # Mapped: a rank reads no more than its part of each tensor.
         with safe_open(found.file(kind), framework="pt") as tensors:
             engine.scatter(kind, tensors.get_tensor)
-    found.state.restore(engine=engine, timesteps=objective.timesteps)
+    engine.load_scalars(found.state.engine)
+    objective.timesteps.load(found.state.timesteps)
 
 
 def roll_back(parts: Parts, *, images_seen: int) -> Checkpoint:

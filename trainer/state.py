@@ -1,4 +1,4 @@
-"""All that a checkpoint holds beside tensors, captured and restored side by side.
+"""All that a checkpoint holds beside tensors.
 
 What a run needs beyond this is a function of its config and of the clock `images_seen`.
 """
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -24,16 +23,6 @@ class Gathered(Protocol):
     def gather(self, kind: str, *, to: int | None) -> dict[str, Tensor]:
         """Whole fp32 tensors on the host by parameter name, on rank `to`."""
         ...
-
-
-class _Engine(Protocol):
-    def scalars(self) -> dict[str, Any]: ...
-    def load_scalars(self, state: dict[str, Any]) -> None: ...
-
-
-class _Stateful(Protocol):
-    def state(self) -> dict[str, Any]: ...
-    def load(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,35 +43,6 @@ class TrainState:
     #: For people: where it was written.
     ranks: int
     torch: str
-
-    @classmethod
-    def capture(
-        cls,
-        *,
-        images_seen: int,
-        engine: _Engine,
-        timesteps: _Stateful,
-        guards: _Stateful,
-        order: dict[str, Any],
-        config: str,
-        ranks: int,
-    ) -> "TrainState":
-        """The state of the parts of a run."""
-        return cls(
-            images_seen=images_seen,
-            engine=engine.scalars(),
-            timesteps=timesteps.state(),
-            guards=guards.state(),
-            order=order,
-            config=config,
-            ranks=ranks,
-            torch=torch.__version__,
-        )
-
-    def restore(self, *, engine: _Engine, timesteps: _Stateful) -> None:
-        """Restore the parts. The caller uses the clock and the guards, and compares the order."""
-        engine.load_scalars(self.engine)
-        timesteps.load(self.timesteps)
 
     def to_json(self) -> dict[str, Any]:
         """Its entries in a checkpoint's state.json, where the clock is called "images"."""
