@@ -27,8 +27,8 @@ LOW_RES = "low-res"
 
 Names = Callable[[], Sequence[str]]
 """The names of the classes, by number; asked for once, where classes are given."""
-Numbers = Callable[[], Mapping[str, int]]
-"""The numbers of the classes, by name."""
+Numbers = Callable[[], Mapping[str, int] | ValueError]
+"""The numbers of the classes, by name, or why they are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,22 +105,16 @@ def choose(
 
 
 def _numbers(names: Names) -> Numbers:
-    """The numbers by name, or the error of the names, found once: a file may have many labels."""
+    """The numbers by name, found once, where they are asked for: a file may have many labels."""
 
     @cache
     def found() -> Mapping[str, int] | ValueError:
         try:
-            known = names()
+            return {name: i for i, name in enumerate(names())}
         except ValueError as error:
             return error
-        return {name: i for i, name in enumerate(known)}
 
-    def numbers() -> Mapping[str, int]:
-        if isinstance(each := found(), ValueError):
-            raise each
-        return each
-
-    return numbers
+    return found
 
 
 def class_numbers(text: str, *, count: int, names: Numbers) -> Sequence[int]:
@@ -199,11 +193,9 @@ def columns(labels: NDArray[np.int64] | None) -> int | None:
 
 def _words(line: str, names: Numbers) -> list[str]:
     if "," in line and re.search(r"[^\d,\s-]", line):
-        try:
-            if line in names():
-                return [line]
-        except ValueError:
-            pass  # a word that is no number says so
+        known = names()
+        if not isinstance(known, ValueError) and line in known:
+            return [line]
     return [word.strip() for word in line.split(",")]
 
 
@@ -213,11 +205,10 @@ def _number(word: str, *, option: str, count: int, names: Numbers) -> int:
     # Longer ones are in no range, and Python refuses to convert very long ones.
     number = int(word) if is_number and len(word) < 20 else -1
     in_range = 0 <= number < count
-    try:
-        known = names()
-    except ValueError as error:
+    known = names()
+    if isinstance(known, ValueError):
         if not is_number:
-            raise ValueError(f"{option}: {error}") from None
+            raise ValueError(f"{option}: {known}")
         known = {}
     named = known.get(word, number)
     if not in_range and word in known:
