@@ -157,12 +157,12 @@ def test_a_gpu_that_holds_less_is_told_what_to_set() -> None:
 def test_a_run_tells_the_planner_the_speed_of_each_rank(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run = place.run("3x2")
+    run = place.run("2x2")
     config = configs.load(place.preset)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line)["images_per_second"] for line in lines]
     there = plan.measured(machine(), config=config, run=run)
-    assert there.mfu * 989e12 == pytest.approx(median(rates) / 3 * operations(config))
+    assert there.mfu * 989e12 == pytest.approx(median(rates) / 2 * operations(config))
     with pytest.raises(ValueError, match=r"MFU = [\d.]+: must be at most 1: .* --tflops"):
         plan.measured(machine(tflops=1e-9), config=config, run=run)
     assert plan.main(["imagenet64", "--gpus", "8", "--from", str(run)]) == 78
@@ -179,7 +179,7 @@ def test_a_run_tells_the_planner_the_speed_of_each_rank(
 
 def test_the_disk_is_what_real_checkpoints_take(place: Place) -> None:
     config = configs.load(place.preset, ["intervals.keep = 3", "intervals.keep_every = 36"])
-    newest = max((place.run("3x2") / "checkpoints").iterdir())
+    newest = max((place.run("2x2") / "checkpoints").iterdir())
     size = sum(file.stat().st_size for file in newest.glob("*.safetensors"))
     parameters = sum(p.numel() for p in build(config.model).parameters())
     line = "".join(plan._disk_lines(config, 1000 * parameters))

@@ -95,7 +95,10 @@ class Place:
         return job.statuses
 
     def train_all(self, world: int) -> None:
-        """Train on so many ranks in every ZeRO stage, once: see the fixture `place`."""
+        """Train on so many ranks in every ZeRO stage, once: see the fixture `place`.
+
+        On 3 also "3x1-offload" to "3x3-offload", with the optimizer's state on the host.
+        """
         names = [f"{world}x{stage}" for stage in STAGES]
         done = self.root / f"all-on-{world}"
         if done.exists():
