@@ -55,38 +55,28 @@ class TrainedNetwork:
         Raises:
             ValueError: there is nothing of that kind at `path`.
         """
-        name = str(path) if preset is None else f"{path} (preset {preset})"
         own = preset is None
+        name = str(path) if preset is None else f"{path} (preset {preset})"
         file = diffusers_format.find(path)
         is_run = file is None and not path.is_file()
         check(is_run or decay is None, "--ema", decay, "absent for a weights file")
-        if file is not None:
-            if preset is None and path.name == "unet":
-                raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
-            if preset is None and not (path / "config.toml").is_file():
-                raise ValueError(
-                    f"{path} has no config.toml, which trainer.export writes: add {option}"
-                )
-            config = configs.load(path / "config.toml" if preset is None else preset)
+        if not is_run:
+            file = file or path
+            config = _written_config(path, option) if preset is None else configs.load(preset)
             return cls(config, file, files.sha256(file), name, own)
-        if path.is_dir():
-            found = _newest(path, begun=begun)
-            own_config = run_of(found.path) / "config.toml"
-            if preset is None and not own_config.is_file():
-                raise ValueError(f"{path}: there is no {own_config}: add {option}")
-            config = configs.load(own_config if preset is None else preset)
-            average = averages.exponential(config.training.ema[0] if decay is None else decay)
-            file = found.file(average)
-            if file.name not in found.files:
-                kinds = ", ".join(sorted(n.removesuffix(".safetensors") for n in found.files))
-                raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
-            return cls(config, file, found.files[file.name]["sha256"], name, own)
-        if not path.is_file():
+        if not path.is_dir():
             raise ValueError(f"no such run or weights file: {path}")
-        if preset is None and path.suffix != ".safetensors":
-            raise ValueError(f"{path} is no run directory; for a weights file, add {option}")
-        config = _written_config(path, option) if preset is None else configs.load(preset)
-        return cls(config, path, files.sha256(path), name, own)
+        found = _newest(path, begun=begun)
+        own_config = run_of(found.path) / "config.toml"
+        if preset is None and not own_config.is_file():
+            raise ValueError(f"{path}: there is no {own_config}: add {option}")
+        config = configs.load(own_config if preset is None else preset)
+        average = averages.exponential(config.training.ema[0] if decay is None else decay)
+        file = found.file(average)
+        if file.name not in found.files:
+            kinds = ", ".join(sorted(n.removesuffix(".safetensors") for n in found.files))
+            raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
+        return cls(config, file, found.files[file.name]["sha256"], name, own)
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the file, by our names; ValueError as `trainer.weights.load`."""
@@ -127,7 +117,17 @@ class TrainedNetwork:
 
 
 def _written_config(path: Path, option: str) -> Config:
-    """The config that a weights file holds, as those of `python -m trainer.ema` do."""
+    """The config that a folder of diffusers or a weights file has, where we wrote it."""
+    if path.is_dir():
+        if path.name == "unet":
+            raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
+        if not (path / "config.toml").is_file():
+            raise ValueError(
+                f"{path} has no config.toml, which trainer.export writes: add {option}"
+            )
+        return configs.load(path / "config.toml")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no run directory; for a weights file, add {option}")
     text = weights.metadata(path).get("config")
     if text is None:
         of = path.parent
