@@ -29,16 +29,17 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[Callable[[Sta
     Raises:
         ValueError: another process draws for this job.
     """
-    done = threading.Event()
-    lease = None if job is None else claim(job)
+    if job is None:
+        yield lambda _: None
+        return
+    done, lease = threading.Event(), claim(job)
 
     def note(state: State, why: str | None = None) -> None:
-        if job is not None:
-            writer, job_id = f"{socket.gethostname()}.{os.getpid()}", scheduler_job()[0]
-            RunState(state=state, why=why, job_id=job_id).write(job, writer=writer)
+        writer, job_id = f"{socket.gethostname()}.{os.getpid()}", scheduler_job()[0]
+        RunState(state=state, why=why, job_id=job_id).write(job, writer=writer)
 
     def watch() -> None:
-        while lease is not None and not done.wait(_EVERY):
+        while not done.wait(_EVERY):
             if lease.stop_requested:
                 preemption.stop_requested = True
 
@@ -56,5 +57,4 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[Callable[[Sta
         raise
     finally:
         done.set()
-        if lease is not None:
-            lease.release()
+        lease.release()
