@@ -1,8 +1,8 @@
 """The run directory: a run is a directory, and the same command on it resumes.
 
-`RUN/`: `config.toml` and `ds_config.json` as resolved, `log.txt`, `metrics.jsonl`,
-`incidents.jsonl`, `tensorboard/`, `samples/`, `evaluations/`, `checkpoints/`, `launch/` with
-`state.json`.
+`RUN/`: `config.toml` and `ds_config.json` as resolved, `init.json`, `log.txt`, `metrics.jsonl`,
+`incidents.jsonl`, `tensorboard/`, `samples/`, `evaluations/`, `checkpoints/`, `averages/`,
+`launch/` with `state.json`.
 """
 
 import json

@@ -100,11 +100,12 @@ class TrainingConfig:
 
     def learning_rate(self, images_seen: int) -> float:
         """Of the step that starts at `images_seen`: linear warm-up, then linear anneal to 0."""
-        warm = (
-            min(1.0, (images_seen + self.batch) / self.warmup_images) if self.warmup_images else 1.0
-        )
-        left = 1.0 - images_seen / self.images if self.anneal else 1.0
-        return self.lr * warm * max(left, 0.0)
+        rate = self.lr
+        if self.warmup_images:
+            rate *= min(1.0, (images_seen + self.batch) / self.warmup_images)
+        if self.anneal:
+            rate *= max(0.0, 1.0 - images_seen / self.images)
+        return rate
 
     def micro_batch_on(self, ranks: int) -> int:
         """The largest even cut of a rank's share that is at most `micro_batch`.
