@@ -28,6 +28,7 @@ def text(job: Job) -> str:
             "hosts.sh",
             refused=REFUSED,
             preamble=preamble(job),
+            python=quoted([job.cluster.python]),
             modes=modes,
             before=_before(job),
             stop=quoted([stop_file(job.run)]),
@@ -44,11 +45,12 @@ def _rank_modes(job: Job) -> str:
 
 
 def _before(job: Job) -> str:
-    """What the script checks before it starts anything: its programs, and that ssh reaches all."""
+    """What the script checks before it starts anything: its programs, and all machines by ssh."""
     options, launcher = job.cluster.options, job.cluster.launcher
     if launcher == "mpirun":
         return "need mpiexec" if job.cluster.mpi == "mpich" else "need mpirun"
-    hosts, reach = f"hosts=({quoted(job.cluster.hosts)})", fill("reach.sh").rstrip()
+    hosts = f"hosts=({quoted(job.cluster.hosts)})"
+    reach = fill("reach.sh", command=quoted([quoted(["bash", job.script, "try"])])).rstrip()
     if launcher == "torchrun":
         return f"{hosts}\nneed ssh\n{reach}"
     if "--launcher" in options or "--no_ssh_check" in options:

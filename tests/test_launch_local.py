@@ -95,18 +95,34 @@ def test_a_detached_run_outlives_the_terminal_and_says_how_to_watch_it(tmp_path:
         assert command in said
 
 
-def test_torchrun_gets_the_names_of_machines_and_ssh_their_users(tmp_path: Path) -> None:
+def start_by_ssh(place: Path, *, setup: str = "true") -> "subprocess.CompletedProcess[str]":
+    """Start two machines by torchrun, with stand-ins for python and ssh, which sets HOST."""
     for name, text in {
-        "ssh": 'echo "$@" >> ssh.txt; exec bash -c "${*: -1}"',
+        "ssh": 'echo "$@" >> ssh.txt; HOST=${@: -2:1} exec bash -c "${*: -1}"',
         "python3": 'echo "$@" >> "$$.rank"',
     }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "site.toml").write_text(
-        f'launcher = "torchrun"\npython = "{tmp_path}/python3"\nhosts = ["me@n1", "you@n2"]\n'
+        (place / name).write_text(f"#!/bin/bash\ncd {place}\n{text}\n")
+        (place / name).chmod(0o755)
+    (place / "site.toml").write_text(
+        f'launcher = "torchrun"\npython = "{place}/python3"\nhosts = ["me@n1", "you@n2"]\n'
+        f"setup = {json.dumps([setup])}\n"
     )
-    words = ["digits", "--run", tmp_path / "run", "--cluster", tmp_path / "site.toml"]
-    subprocess.run([sys.executable, "-m", "launch", *words, "--nodes", "2"], cwd=ROOT, check=True)
+    words = ["digits", "--run", place / "run", "--cluster", place / "site.toml", "--nodes", "2"]
+    launch = [sys.executable, "-m", "launch", *words]
+    return subprocess.run(launch, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_nothing_starts_where_a_machine_cannot_start_its_ranks(tmp_path: Path) -> None:
+    done = start_by_ssh(tmp_path, setup='[ "$HOST" != you@n2 ]')
+    assert done.returncode == REFUSED
+    first, last = done.stderr.splitlines()
+    assert "the setup line failed with status 1: [" in first
+    assert last.endswith(": you@n2 cannot start the job, see above")
+    assert not list(tmp_path.glob("*.rank"))
+
+
+def test_torchrun_gets_the_names_of_machines_and_ssh_their_users(tmp_path: Path) -> None:
+    assert start_by_ssh(tmp_path).returncode == 0
     reached = (tmp_path / "ssh.txt").read_text()
     assert "me@n1" in reached and "you@n2" in reached
     ranks = sorted(path.read_text() for path in tmp_path.glob("*.rank"))

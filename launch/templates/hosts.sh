@@ -5,16 +5,17 @@ refuse() {
 
 @preamble@
 
-case $1 in
-@modes@
-esac
-
 need() {
   for program; do
     command -v "$program" > /dev/null ||
       refuse "there is no $program here: install it, or add its directory to PATH in setup"
   done
 }
+
+case $1 in
+  try) need @python@; exit ;;
+@modes@
+esac
 
 @before@
 

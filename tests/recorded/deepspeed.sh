@@ -13,7 +13,15 @@ export NCCL_SOCKET_IFNAME=eth0
 export PYTHONPATH=/runs/imagenet64/code
 export PYTHONSAFEPATH=1
 
+need() {
+  for program; do
+    command -v "$program" > /dev/null ||
+      refuse "there is no $program here: install it, or add its directory to PATH in setup"
+  done
+}
+
 case $1 in
+  try) need /home/me/adm/.venv/bin/python; exit ;;
   rank) exec /home/me/adm/.venv/bin/python -m trainer.train /runs/imagenet64/launch/preset.toml \
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \
@@ -24,24 +32,25 @@ case $1 in
   --set 'training.precision = "bf16"' ;;
 esac
 
-need() {
-  for program; do
-    command -v "$program" > /dev/null ||
-      refuse "there is no $program here: install it, or add its directory to PATH in setup"
-  done
-}
-
 hosts=(n1 n2 n3 n4 n5 n6 n7 n8 n9 n10 n11 n12 n13 n14 n15 n16 n17 n18 n19 n20 n21 n22 n23 n24 n25 n26 n27 n28 n29 n30 n31 n32 n33 n34 n35 n36 n37 n38 n39 n40 n41 n42 n43 n44 n45 n46 n47 n48 n49 n50 n51 n52 n53 n54 n55 n56 n57 n58 n59 n60 n61 n62 n63 n64)
 need ssh pdsh
-# A host that ssh does not reach would keep the others waiting: all are tried before any is started.
-tries=() far=()
+# A host that cannot start its ranks would keep the others waiting: all are tried before any is started.
+tries=() far=() bad=()
 for host in "${hosts[@]}"; do
-  ssh -o BatchMode=yes -o ConnectTimeout=60 -o LogLevel=ERROR "$host" true < /dev/null &
+  ssh -o BatchMode=yes -o ConnectTimeout=60 -o LogLevel=ERROR "$host" 'bash /runs/imagenet64/launch/job.sh try' < /dev/null > /dev/null &
   tries+=($!)
 done
-for i in "${!hosts[@]}"; do wait "${tries[i]}" || far+=("${hosts[i]}"); done
+for i in "${!hosts[@]}"; do
+  wait "${tries[i]}"
+  case $? in
+    0) ;;
+    255) far+=("${hosts[i]}") ;;  # of ssh itself
+    *) bad+=("${hosts[i]}") ;;
+  esac
+done
 [ ${#far[@]} = 0 ] ||
   refuse "ssh to ${far[*]} failed, see above: every machine of hosts must accept ssh without a password"
+[ ${#bad[@]} = 0 ] || refuse "${bad[*]} cannot start the job, see above"
 
 # Ctrl-C, TERM and a closed terminal ask the ranks by a file to save and leave. The launcher has a
 # session of its own, which the terminal's signals do not reach; what it prints passes a process that

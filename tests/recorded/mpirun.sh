@@ -13,7 +13,15 @@ export NCCL_SOCKET_IFNAME=eth0
 export PYTHONPATH=/runs/imagenet64/code
 export PYTHONSAFEPATH=1
 
+need() {
+  for program; do
+    command -v "$program" > /dev/null ||
+      refuse "there is no $program here: install it, or add its directory to PATH in setup"
+  done
+}
+
 case $1 in
+  try) need /home/me/adm/.venv/bin/python; exit ;;
   rank) exec /home/me/adm/.venv/bin/python -m trainer.train /runs/imagenet64/launch/preset.toml \
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \
@@ -23,13 +31,6 @@ case $1 in
   --set 'training.lr = 1e-4' \
   --set 'training.precision = "bf16"' ;;
 esac
-
-need() {
-  for program; do
-    command -v "$program" > /dev/null ||
-      refuse "there is no $program here: install it, or add its directory to PATH in setup"
-  done
-}
 
 need mpirun
 
