@@ -260,7 +260,7 @@ def _start(
     return loaded
 
 
-def origin(*, found: Checkpoint | None, initial: Initial | None) -> str:
+def beginning(*, found: Checkpoint | None, initial: Initial | None) -> str:
     """Where the run begins, in words."""
     if found is not None:
         return f"resumes from checkpoint {found.path.name}"

@@ -186,7 +186,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     engine, objective, guards = start.begin(
         config, ds_config=ds_config, found=found, initial=plan.initial, context=context, log=log
     )
-    begins = start.origin(found=found, initial=plan.initial)
+    begins = start.beginning(found=found, initial=plan.initial)
     log(f"{begins}: {start.describe(config, engine, world=world, shards=shards)}")
     if context.must_leave():
         return _leave_early(plan, context, log=log)
