@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,14 +35,8 @@ def open_board(
     (run / "launch").mkdir(exist_ok=True)
     mfu = Mfu(flops_per_image=1e9, measured=1e12, datasheet=2e12)
     config = configs.load("digits", sets)
-    return Board(
-        run,
-        config=config,
-        images_seen=images_seen,
-        mfu=mfu,
-        log=log,
-        attempt=attempt,
-    )
+    of: Any = SimpleNamespace(path=run, log=log, attempt=attempt)
+    return Board(of, config=config, images_seen=images_seen, mfu=mfu)
 
 
 def attempt(_: str, write: Callable[[], object]) -> None:

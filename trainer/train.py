@@ -250,16 +250,8 @@ def _loop(
 
 
 def _board(plan: TrainingPlan, images_seen: int, *, mfu: Mfu) -> Board:
-    run = plan.run
-    run.log(f"{mfu}")
-    return Board(
-        run.path,
-        config=plan.config,
-        images_seen=images_seen,
-        mfu=mfu,
-        log=run.log,
-        attempt=run.attempt,
-    )
+    plan.run.log(f"{mfu}")
+    return Board(plan.run, config=plan.config, images_seen=images_seen, mfu=mfu)
 
 
 def _leave_early(plan: TrainingPlan, context: RankContext, *, log: Callable[[str], None]) -> int:

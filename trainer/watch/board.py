@@ -12,6 +12,7 @@ from data import files
 from data.progress import duration, seconds_left
 from trainer import config as configs
 from trainer.config import Config
+from trainer.run import Run
 from trainer.runstate import RunState
 from trainer.watch import goodput, history
 from trainer.watch.goodput import Goodput
@@ -30,42 +31,33 @@ _UNWRITTEN = 10_000
 class Board:
     """The records of a run from this start on. Only the main rank has one.
 
-    `attempt` passes over, and tells, what the disk does not let it write.
+    The run passes over, and tells, what the disk does not let it write.
 
     Raises:
         OSError: what earlier starts wrote cannot be continued.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        *,
-        config: Config,
-        images_seen: int,
-        mfu: Mfu,
-        log: Callable[[str], None],
-        attempt: Callable[[str, Callable[[], object]], None],
-    ) -> None:
-        self._run = run
-        self._attempt = attempt
+    def __init__(self, run: Run, *, config: Config, images_seen: int, mfu: Mfu) -> None:
+        self._run, self._path = run, run.path
         self._total = config.training.images
         self._mfu = mfu
-        self._log = log
         self._began, self._start = time.monotonic(), images_seen
         self._texted = -math.inf
         self._unwritten: list[str] = []
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
-        earlier = _drop_rows(run, after=images_seen)
+        earlier = _drop_rows(self._path, after=images_seen)
         text = configs.to_toml(configs.public(config))
         self._tensorboard = TensorBoard(
-            run / "tensorboard", images_seen=images_seen, config=text, log=log
+            self._path / "tensorboard", images_seen=images_seen, config=text, log=run.log
         )
         if self._tensorboard.is_old:
             self._show_again(earlier)
         project = config.board.wandb
-        self._wandb = WandB(run, project=project, config=text, log=log) if project else None
-        goodput.note(run, "training", images=images_seen)
-        self._timeline = goodput.read(run)
+        self._wandb: WandB | None = None
+        if project:
+            self._wandb = WandB(self._path, project=project, config=text, log=run.log)
+        goodput.note(self._path, "training", images=images_seen)
+        self._timeline = goodput.read(self._path)
         self._found: Goodput | None = None
         self._accounts_at = -math.inf
 
@@ -96,7 +88,7 @@ class Board:
             text = self._status(
                 values, images_seen=images_seen, hours=hours, slow=slow, found=found
             )
-            self._attempt(
+            self._run.attempt(
                 "tensorboard/",
                 lambda: self._tensorboard.text("0_overview/status", text, images_seen=images_seen),
             )
@@ -109,7 +101,7 @@ class Board:
 
     def _show(self, act: Callable[[TensorBoard | WandB], None]) -> None:
         """Show something on all boards."""
-        self._attempt("tensorboard/", lambda: act(self._tensorboard))
+        self._run.attempt("tensorboard/", lambda: act(self._tensorboard))
         if self._wandb is not None:
             act(self._wandb)
 
@@ -117,11 +109,11 @@ class Board:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         row = history.text({"images": images_seen, "time": time.time(), **finite})
         self._unwritten = [*self._unwritten, row][-_UNWRITTEN:]
-        self._attempt("metrics.jsonl", self._write_rows)
+        self._run.attempt("metrics.jsonl", self._write_rows)
 
     def _write_rows(self) -> None:
         """Write the rows, those too that had no room before."""
-        files.append(history.file(self._run), "".join(self._unwritten))
+        files.append(history.file(self._path), "".join(self._unwritten))
         self._unwritten = []
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
@@ -132,7 +124,7 @@ class Board:
         """Add to the timeline what a start has measured since its last report."""
         if spent.keys() - {"saving"}:
             facts = {**spent, "saves": int("saving" in spent), "images": images_seen}
-            self._timeline.append(goodput.note(self._run, "report", **facts))
+            self._timeline.append(goodput.note(self._path, "report", **facts))
 
     def closing(self) -> list[str]:
         """The lines that end the log of a start: where the time of the run went."""
@@ -151,7 +143,7 @@ class Board:
             "images": images_seen,
             "images_per_second": values["images_per_second"],
         }
-        self._timeline.append(goodput.note(self._run, "report", **facts))
+        self._timeline.append(goodput.note(self._path, "report", **facts))
         began = time.monotonic()
         if began >= self._accounts_at:
             self._found = goodput.account(self._timeline, now=time.time())
@@ -173,7 +165,7 @@ class Board:
         found: Goodput | None,
     ) -> str:
         """The state of the run, as a table in Markdown."""
-        state, done = RunState.read(self._run), f"{100 * images_seen / self._total:.1f} %"
+        state, done = RunState.read(self._path), f"{100 * images_seen / self._total:.1f} %"
         mfu = [f"{100 * values[n]:.1f} % of {w}" for n, w in _MFU if n in values]
         rows = {
             "images": f"{images_seen:,} of {self._total:,} ({done})",
@@ -200,7 +192,7 @@ class Board:
             first = _overview(known, done=images / self._total, hours=None)
             moved = {name: v for name, v in known.items() if is_moved(name)}
             self._tensorboard.scalars({**first, **moved}, images_seen=images, at=at)
-        self._log(
+        self._run.log(
             f"TensorBoard: {len(earlier)} rows of metrics.jsonl are shown under their new tags"
         )
 
