@@ -152,7 +152,7 @@ def claimed(run: Path) -> Iterator[TextIO]:
 def is_claimed(run: Path) -> bool:
     """Whether another process prepares a job of this run, or is that job, without a scheduler."""
     try:
-        with (run / "launch" / _LOCK).open("a") as file:
+        with (run / "launch" / _LOCK).open("r+") as file:  # to lock it, and not to make it
             return not _lock(file)
     except OSError:
         return False

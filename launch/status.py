@@ -199,10 +199,14 @@ def _job(run: Path, signs: Signs) -> tuple[str, bool]:
 
 
 def _writer(run: Path, signs: Signs) -> tuple[str, bool]:
-    """A line about the process that holds the lease, and whether it shows signs of life."""
+    """A line about the process that holds the lease, and whether it shows signs of life.
+
+    Ranks without a scheduler take minutes to claim the run, and their job holds its lock meanwhile.
+    """
     found = lease.holder(run)
     if found is None or found.is_gone():
-        return "no job", False
+        is_begun = records.is_claimed(run)
+        return ("`python -m launch` starts or ends it", True) if is_begun else ("no job", False)
     if not signs.is_alive(run):
         quiet = time.time() - _written(run / "launch" / "writer.json")
         return f"{found}: no sign of life for {duration(quiet)}", False

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
-from launch import records
+from launch import records, status
 from tests.support.cluster import LIMIT, ROOT, wait_until
 
 SAVES_ON_A_SIGNAL = """\
@@ -85,6 +85,7 @@ def test_a_detached_run_outlives_the_terminal_and_says_how_to_watch_it(tmp_path:
     assert job.returncode == 0
     wait_until((tmp_path / "started").exists, "the ranks")
     assert records.is_claimed(tmp_path / "run")
+    assert status.read(tmp_path / "run").health == "starting: the run is not claimed yet"
     with pytest.raises(ProcessLookupError):  # its process group is empty
         os.killpg(job.pid, signal.SIGHUP)
     (tmp_path / "go").touch()
