@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,11 +242,11 @@ def test_a_run_that_weights_and_biases_has_shown_resumes_where_it_does_not_answe
     assert said == [f"wandb does not start, and shows nothing of this start: {why}"]
 
 
-def test_a_board_that_is_not_installed_is_refused() -> None:
+def test_a_board_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "find_spec", lambda name: None)
     wandb.check(None)
-    if find_spec("wandb") is None:
-        with pytest.raises(ValueError, match=r"board.wandb = 'adm': wandb is not installed"):
-            wandb.check("adm")
+    with pytest.raises(ValueError, match=r"board.wandb = 'adm': wandb is not installed"):
+        wandb.check("adm")
 
 
 def test_a_start_whose_timeline_cannot_be_written_ends_without_an_account(tmp_path: Path) -> None:

@@ -65,9 +65,8 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
     _check_earlier(arguments, evaluator, every)
     reference = evaluator.reference(arguments.reference, size=every[0].size)
     results = []
-    for samples in every:
+    for samples, out in zip(every, _outs(arguments), strict=True):
         found = evaluator.extract(samples, kept=range(samples.count))
-        out = arguments.out or _out(samples.path)
         finish = partial(_finish, samples, found, reference, network=evaluator.network, out=out)
         results.append(from_main(finish))
     if (path := arguments.plot) is not None:
@@ -90,12 +89,6 @@ def _open_all(paths: Sequence[Path]) -> list[Samples]:
         if other.size != every[0].size:
             raise ValueError(f"{every[0].path} and {other.path} have images of different sizes")
     return every
-
-
-def _out(samples: Path) -> Path:
-    """Where figures are written by default; the scale in a name may have a point."""
-    name = samples.name.removesuffix(".npz")
-    return samples.with_name(f"{name}.evaluation.json")
 
 
 def _finish(
@@ -209,8 +202,14 @@ def _earlier(path: Path) -> dict[str, Any] | None:
 
 
 def _outs(arguments: argparse.Namespace) -> list[Path]:
-    """Where the figures are written."""
-    return [arguments.out] if arguments.out is not None else [*map(_out, arguments.samples)]
+    """Where the figures are written: by default beside the samples."""
+    if arguments.out is not None:
+        return [arguments.out]
+    # Not `with_suffix`: the scale in a name may have a point.
+    return [
+        samples.with_name(f"{samples.name.removesuffix('.npz')}.evaluation.json")
+        for samples in arguments.samples
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
