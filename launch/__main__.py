@@ -36,7 +36,6 @@ from launch.signs import Signs
 from trainer import settings
 from trainer.config import PRESETS
 from trainer.ranks import lease
-from trainer.runstate import RunState
 
 
 def stop(argv: Sequence[str]) -> int:
@@ -51,9 +50,7 @@ def stop(argv: Sequence[str]) -> int:
         raise ValueError(f"{run} is not a run directory")
     job_id = records.job_id(run)
     state = queue.state(job_id) if job_id else None
-    recorded = RunState.read(run)
-    is_finished = recorded is not None and recorded.state == "finished"
-    if is_finished and not state and not lease.live_holder(run):
+    if status.is_finished(run) and not state and not lease.live_holder(run):
         print(f"{run} is finished: there is nothing to stop")
         return 0
     lease.request_stop(run)

@@ -93,8 +93,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
     last = next((row for row in reversed(rows) if "loss" in row), {})
     job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)
-    is_finished = state.state == "finished" if state else total is not None and saved >= total
-    now = signs.now(run)
+    finished, now = is_finished(run), signs.now(run)
     return Status(
         name=str(run),
         is_sampling=not any((run / f).exists() for f in ("config.toml", "launch/preset.toml")),
@@ -108,13 +107,21 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         restarts=max(state.starts - 1, 0) if state else None,
         job=job,
         is_running=is_running,
-        is_finished=is_finished,
+        is_finished=finished,
         health="finished"
-        if is_finished
+        if finished
         else _health(run, state, rows, now=now if is_running else None),
         goodput=goodput.account(goodput.read(run), now=now if is_running else None),
         event=_last_event(run),
     )
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run is at its end; one begun by the last release, whether that is saved."""
+    state, total = RunState.read(run), _total(run)
+    if state is not None:
+        return state.state == "finished"
+    return total is not None and _checkpoint(run)[0] >= total
 
 
 def _is_number(value: object) -> bool:

@@ -59,10 +59,15 @@ def note(run: Path, **entries: object) -> None:
     RunState(**entries).write(run, writer="test")  # type: ignore[arg-type]
 
 
-def test_a_finished_run_is_not_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("release", ["last", "this"])
+def test_a_finished_run_is_not_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], release: str
+) -> None:
     """It could not be trained further by the trainer alone: a file `stop` forbids that."""
     run = make_run(tmp_path / "run", images=1000)
-    note(run, state="finished", images_seen=1000)
+    (run / "checkpoints" / "000000001000").mkdir(parents=True)
+    if release == "this":
+        note(run, state="finished", images_seen=1000)
     assert main(["stop", str(run)]) == 0
     assert "is finished: there is nothing to stop" in capsys.readouterr().out
     assert not stop_file(run).exists()
