@@ -141,10 +141,9 @@ def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int, commands: 
     return 0
 
 
-def submit(
-    found: AblationSet, arguments: argparse.Namespace, options: Sequence[str], *, runs: Path
-) -> int:
+def submit(found: AblationSet, arguments: argparse.Namespace, options: Sequence[str]) -> int:
     """Submit the training of the rows that are left; returns the exit status."""
+    runs = arguments.runs
     if not arguments.dry_run:
         _record_all(found, runs=runs)
     words = ["--rows", arguments.set_name, "--runs", str(runs), "--cluster", arguments.cluster]
@@ -239,8 +238,8 @@ def _do(arguments: argparse.Namespace, options: Sequence[str]) -> int:
     rank, ranks = launched()
     if rank > 0:
         return REFUSED  # process 0 says it
-    said = f"{ranks} processes were started: start it alone; --ranks {ranks} starts the ranks"
     if ranks > 1:
+        said = f"{ranks} processes were started: start it alone; --ranks {ranks} starts the ranks"
         raise ValueError(f"trainer.ablate: {said}")
     found = load(arguments.set_name, arguments.set, unset=arguments.unset)
     check(arguments.ranks >= 1, "--ranks", arguments.ranks, "at least 1")
@@ -252,7 +251,7 @@ def _do(arguments: argparse.Namespace, options: Sequence[str]) -> int:
         print("\n".join(plan(found, tflops=arguments.tflops, mfu=arguments.mfu)))
         return 0
     if arguments.cluster is not None:
-        return submit(found, arguments, options, runs=arguments.runs)
+        return submit(found, arguments, options)
     for row in found.rows:
         found.config(row).training.micro_batch_on(arguments.ranks)
     _check_inputs(found, runs=arguments.runs)
