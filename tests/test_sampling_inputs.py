@@ -26,7 +26,7 @@ from trainer.sampling.requests import base_jobs, enlarging_job
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
-    tmp_path: Path, weights: dict[str, list[str]]
+    tmp_path: Path, weights: dict[str, list[str]], nets: dict[str, list[str]]
 ) -> None:
     out = ["--out", tmp_path / "never.npz", "--images", "2"]
     guide = weights["guide"]
@@ -45,6 +45,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         [*weights["unet"], *out, "--classifier", *weights["unet"][:1], "--classifier-preset",
          weights["unet"][2]],
         [*weights["unet"], *out, *guide, "--scale", "0.5,0.50000001"],
+        [*nets["base"], *out, "--upsampler", nets["base"][0], *nets["and"][2:4]],
     )  # fmt: skip
     expected = [
         "10 is not among the classes 0 to 9",
@@ -57,6 +58,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         "norun",
         "is no classifier",
         "two outputs would be",
+        "does not fit the network of this preset",
     ]
     for status, message in zip(statuses, expected, strict=True):
         assert message in str(status) and len(str(status).splitlines()) == 1
@@ -271,12 +273,15 @@ def test_a_place_that_cannot_be_written_is_refused_before_drawing(
     tmp_path: Path, weights: dict[str, list[str]]
 ) -> None:
     (tmp_path / "file").touch()
-    out = tmp_path / "file" / "a.npz"
-    (status,) = ranks.sample(tmp_path, [*weights["unet"], "--images", "2", "--out", out])
-    assert "cannot write" in str(status) and "name another --out" in str(status)
     (tmp_path / "b.npz").mkdir()
-    (status,) = ranks.sample(tmp_path, [*weights["unet"], "--out", tmp_path / "b.npz"])
-    assert "b.npz exists: name another --out" in str(status)
     (tmp_path / "link").symlink_to(tmp_path / "b.npz")  # which no directory can replace
-    (status,) = ranks.sample(tmp_path, [*weights["unet"], "--out", f"{tmp_path}/link/"])
-    assert "link exists: name another --out" in str(status)
+    below, taken, linked = ranks.sample(
+        tmp_path,
+        *(
+            [*weights["unet"], "--out", f"{tmp_path}/{out}"]
+            for out in ("file/a.npz", "b.npz", "link/")
+        ),
+    )
+    assert "cannot write" in str(below) and "name another --out" in str(below)
+    assert "b.npz exists: name another --out" in str(taken)
+    assert "link exists: name another --out" in str(linked)

@@ -38,16 +38,15 @@ def test_a_sweep_has_an_output_for_each_scale_and_factor(
     half = tmp_path / "t-scale3.parts"
     half.mkdir()
     (half / "request.json").write_text(json.dumps({**record, "images": 99}))
-    (refused,) = ranks.sample(
-        tmp_path, [*ask, *guide, "--scale", "0,3", "--out", tmp_path / "t.npz"]
+    refused, undropped = ranks.sample(
+        tmp_path,
+        [*ask, *guide, "--scale", "0,3", "--out", tmp_path / "t.npz"],
+        [*weights["unet"], "--cfg", "2", "--out", tmp_path / "never.npz"],
     )
     assert "t-scale3.parts holds parts of another request" in str(refused)
     assert "images was 99, is 4" in str(refused)
     assert not (tmp_path / "t-scale0.parts").exists()
-    (refused,) = ranks.sample(
-        tmp_path, [*weights["unet"], "--cfg", "2", "--out", tmp_path / "never.npz"]
-    )
-    assert "was trained without training.label_dropout" in str(refused)
+    assert "was trained without training.label_dropout" in str(undropped)
 
 
 def test_drawn_shards_are_enlarged_and_trained_on(
@@ -146,13 +145,3 @@ def test_classes_have_the_names_of_the_training_shards(
     assert samples.labels is not None and samples.labels.tolist() == [1, 3, 0, 1]
     assert dataset.open_shards(tmp_path / "a").classes == tuple(names)
     assert "names of classes are in the manifest of data.shards, and no dataset at" in str(refused)
-
-
-def test_an_upsampler_of_other_weights_is_refused_before_the_base_is_drawn(
-    tmp_path: Path, nets: dict[str, list[str]]
-) -> None:
-    option, preset = nets["and"][2:4]
-    ask = [*nets["base"], "--images", "2", "--steps", "2", "--out", tmp_path / "a.npz"]
-    (refused,) = ranks.sample(tmp_path, [*ask, "--upsampler", nets["base"][0], option, preset])
-    assert f"{nets['base'][0]} does not fit the network of this preset" in str(refused)
-    assert not list(tmp_path.glob("a*"))

@@ -35,15 +35,10 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_a_preset_builds_the_published_model(preset: str) -> None:
-    expected = golden.table("published_models")[PUBLISHED[preset]]
-    config = configs.load(preset)
     with torch.device("meta"):
-        net = build(config.model)
-    assert {k: list(v.shape) for k, v in net.state_dict().items()} == expected["state"]
-    flags = expected["flags"]
-    if config.objective == "denoise":
-        assert config.diffusion.schedule == flags["noise_schedule"]
-        assert config.model.dropout == flags.get("dropout", 0.0)
+        net = build(configs.load(preset).model)
+    expected = golden.table("published_models")[PUBLISHED[preset]]["state"]
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == expected
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in configs.PRESETS.glob("*.toml")))
