@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dataset import Shards, open_shards
+from data.dataset import Shards
 from data.order import Order
 from data.stream import Batch, DataConfig, Stream, to_device
 from data.transforms import flips
@@ -252,7 +252,7 @@ def test_settings_that_do_not_fit_are_errors(shards: Shards) -> None:
 def test_resuming_with_other_data_is_an_error(shards: Shards, tmp_path: Path) -> None:
     with Stream(shards, config=config_for(shards), seed=3) as stream:
         saved = stream.identity
-    other = open_shards(pack_folder(tmp_path, images=50, size=SIZE).root)
+    other = pack_folder(tmp_path, images=50, size=SIZE)
     with Stream(other, config=config_for(other), seed=4) as stream:
         with pytest.raises(ValueError, match=r"seed was 3, is 4; fingerprint was"):
             stream.check_identity(saved)

@@ -38,11 +38,10 @@ def write_folder(root: Path, *, images: int, classes: int = 3) -> Path:
     return root
 
 
-def pack_folder(root: Path, *, images: int, size: int = 16, per_shard: int = 9) -> Shards:
+def pack_folder(root: Path, *, images: int, size: int = 16) -> Shards:
     """A packed dataset under `root` of that many pictures."""
     source = write_folder(root / "source", images=images)
-    config = PackConfig(size=size, per_shard=per_shard)
-    pack(Request(str(source), config), out=root / "shards")
+    pack(Request(str(source), PackConfig(size=size, per_shard=9)), out=root / "shards")
     return open_shards(root / "shards")
 
 
