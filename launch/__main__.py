@@ -54,13 +54,10 @@ def stop(argv: Sequence[str]) -> int:
         print(f"{run} is finished: there is nothing to stop")
         return 0
     lease.request_stop(run)
-    if job_id and state and state.startswith("PENDING"):
-        queue.cancel(job_id)
-        print(f"job {job_id} was {state}; removed from the queue")
-        return 0
     try:
-        print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
-        while (job_id and queue.state(job_id)) or lease.live_holder(run) or records.is_claimed(run):
+        if not (state and queue.is_waiting(state)):
+            print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
+        while not _has_ended(run):
             time.sleep(2)
     except KeyboardInterrupt:
         print("\nnot waiting any more: the ranks save and stop by themselves")
@@ -68,6 +65,20 @@ def stop(argv: Sequence[str]) -> int:
     saved = status.last_checkpoint(run) or "none"
     print(f"stopped; last checkpoint: {saved}; {lease.way_to_resume(run)}")
     return 0
+
+
+def _has_ended(run: Path) -> bool:
+    """Whether nothing of a run is left that trains or is going to.
+
+    Its job is removed where it waits in the queue: Slurm, or the job itself, may requeue it now.
+    """
+    job_id = records.job_id(run)
+    state = queue.state(job_id) if job_id else None
+    if job_id and state and queue.is_waiting(state):
+        queue.cancel(job_id)
+        print(f"job {job_id} was {state}; removed from the queue")
+        state = None
+    return not (state or lease.live_holder(run) or records.is_claimed(run))
 
 
 def show(argv: Sequence[str]) -> int:

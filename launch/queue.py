@@ -25,6 +25,8 @@ _ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 )
+# States of jobs that wait to be started, also of held ones.
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 # Seconds between two questions about the same jobs.
 _EVERY = 30.0
@@ -75,6 +77,11 @@ def state(job_id: str) -> str | None:
         raise
     name, _, reason = found.partition("|")
     return _with_reason(name, reason) or None
+
+
+def is_waiting(state: str) -> bool:
+    """Whether a job of this `state` is queued and not started."""
+    return state.startswith(_WAITING)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         is_finished=finished,
         health="finished"
         if finished
+        else "suspended: no rank runs until Slurm resumes the job"
+        if ": SUSPENDED" in job
         else _health(run, state, rows, now=now if is_running else None),
         goodput=goodput.account(goodput.read(run), now=now if is_running else None),
         event=_last_event(run),

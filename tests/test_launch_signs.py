@@ -142,3 +142,33 @@ def test_a_row_of_a_validation_hides_neither_the_loss_nor_the_rate(tmp_path: Pat
     make_writer(run)
     assert "0.2500, loss scale 65536" in text(run) and "10.0 images/s" in text(run)
     assert status.read(run).health == "ok"
+
+
+def test_a_suspended_job_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    note(run, state="running", images_seen=500, starts=1, began=time.time() - 100)
+    (run / "launch" / "job").write_text("7\n")
+    monkeypatch.setattr(queue, "_slurm", slurm({"7": "SUSPENDED|None"}, ended={}))
+    assert "health  suspended: no rank runs until Slurm resumes the job" in text(run)
+
+
+@pytest.mark.parametrize("then", ["PENDING|BeginTime", "SPECIAL_EXIT|job requeued in held state"])
+def test_a_job_that_is_requeued_while_it_is_stopped_leaves_the_queue(
+    then: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = make_run(tmp_path / "run", images=500)
+    (run / "launch" / "job").write_text("7\n")
+    states = [then, "COMPLETING|None"]
+
+    def answer(*command: str, env: object = None) -> str:
+        if command[0] == "scancel":
+            states.clear()
+        return states.pop() if len(states) > 1 else "".join(states)
+
+    monkeypatch.setattr(queue, "_slurm", answer)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert main(["stop", str(run)]) == 0
+    assert "removed from the queue" in capsys.readouterr().out and not states
