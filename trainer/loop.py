@@ -15,7 +15,6 @@ from data.progress import Progress, duration
 from data.stream import Batch
 from trainer import compute
 from trainer.evaluation.in_training import Evaluation
-from trainer.guards.audit import Audit
 from trainer.guards.incidents import Incidents
 from trainer.guards.replay import dropout_seed
 from trainer.measures import Measures, due
@@ -59,7 +58,7 @@ class Loop(Parts):
         training, engine = self.config.training, self.engine
         self._compiles = compute.is_compiled(training, device=engine.device, stage=engine.stage)
         self._saving = Saving(parts=self, saver=self.saver, tried_at=self.images_seen)
-        self._incidents = Incidents(parts=self, audit=Audit(self), saver=self.saver)
+        self._incidents = Incidents(self, saver=self.saver)
         self._snapshots = Snapshots(self.run, self.config, world=self.world)
         validation = None
         if self.validation_set is not None:

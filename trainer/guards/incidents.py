@@ -8,7 +8,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,15 +25,13 @@ from trainer.start import Parts, roll_back
 _NAMED = 8
 
 
-@dataclass(frozen=True, kw_only=True)
 class Incidents:
     """Handles refused steps. All ranks call each method together."""
 
-    parts: Parts
-    audit: Audit
-    saver: Saver
-    #: Rows of `incidents.jsonl` that had no room.
-    _unwritten: list[str] = field(default_factory=list)
+    def __init__(self, parts: Parts, *, saver: Saver) -> None:
+        self.parts, self._saver, self._audit = parts, saver, Audit(parts)
+        # Rows of `incidents.jsonl` that had no room.
+        self._unwritten: list[str] = []
 
     def meet(self, report: StepReport, seen: Seen, *, images_seen: int, now: int) -> int | None:
         """Record a refused step from `images_seen` to `now`; after too many in a row go back.
@@ -46,7 +43,7 @@ class Incidents:
             Refused: the run cannot go back any more.
         """
         losses = torch.cat([terms["loss"].detach().float() for _, terms in seen]).cpu()
-        finding = self.audit.check(images_seen, micro_batches=len(seen), losses=losses)
+        finding = self._audit.check(images_seen, micro_batches=len(seen), losses=losses)
         too_many = self.parts.guards.count(images_seen=images_seen)
         entry = {
             "images": images_seen,
@@ -64,7 +61,7 @@ class Incidents:
         self._end_if_faulty(finding)
         if not too_many:
             return None
-        self.saver.flush(failing_since=self.parts.guards.failing_since)
+        self._saver.flush(failing_since=self.parts.guards.failing_since)
         return roll_back(self.parts, images_seen=now).images_seen
 
     def check(self, images_seen: int) -> None:
@@ -73,7 +70,7 @@ class Incidents:
         Raises:
             Broken: a machine is at fault.
         """
-        finding = self.audit.check(images_seen, micro_batches=1)
+        finding = self._audit.check(images_seen, micro_batches=1)
         if finding.faults:
             fault = "the audit in ordinary running"
             self._keep({"images": images_seen, "fault": fault, "replay": finding.stated()})
