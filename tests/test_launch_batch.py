@@ -112,6 +112,7 @@ def test_what_was_not_told_to_leave_fails_twice(bash: Bash) -> None:
     [
         (False, "none", "by a signal before the first step"),
         (True, "none", "by a signal before the first step"),
+        (True, "none", ""),  # in the first batch that is drawn
         (True, "000000000640", "by a signal"),  # in the evaluation that a start begins with
     ],
 )
@@ -133,9 +134,10 @@ def test_a_time_limit_that_leaves_no_time_to_train_comes_twice(
 
 
 def test_a_time_limit_while_images_are_drawn_comes_often(bash: Bash) -> None:
-    (bash.directory / "limit").write_text("1-00:01:10")
-    for number in range(2):
-        assert bash.start(number, ranks="tell USR1; exit 75") == 75
+    (bash.directory / "limit").write_text("1-00:01:08")
+    for number in range(3):
+        drawn = f"""printf '{{\n "checkpoint": "{number + 1:012d}"\n}}\n' > run/launch/state.json"""
+        assert bash.start(number, ranks=f"{drawn}; tell USR1; exit 75") == 75
         assert bash.requeued
 
 

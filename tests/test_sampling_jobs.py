@@ -103,9 +103,9 @@ def start(directory: Path, *words: object) -> "subprocess.Popen[str]":
 
 def test_a_job_that_draws_stops_on_request(tmp_path: Path, weights: dict) -> None:
     words = [*weights["unet"], "--batch", 2, "--images", 50_000, "--out", "x.npz"]
-    job, drawing = tmp_path / "x.job", start(tmp_path, *words, "--steps", 1000)
+    job, drawing = tmp_path / "x.job", start(tmp_path, *words, "--steps", 10)
     end = time.monotonic() + ranks.LIMIT
-    while (state := RunState.read(job)) is None or state.state != "running":
+    while (state := RunState.read(job)) is None or state.checkpoint is None:
         assert time.monotonic() < end and drawing.poll() is None, drawing.communicate()[0]
         time.sleep(0.1)
     assert status.read(job).is_running
@@ -116,4 +116,5 @@ def test_a_job_that_draws_stops_on_request(tmp_path: Path, weights: dict) -> Non
     assert drawing.returncode == TO_BE_CONTINUED, said
     state = RunState.read(job)
     assert state is not None and state.state == "stopped"
+    assert state.checkpoint == f"{len(list(tmp_path.glob('x.parts/*.npz'))):012d}"
     assert not (tmp_path / "x.npz").exists()

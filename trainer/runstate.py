@@ -27,7 +27,7 @@ class RunState:
     starts: int = 0
     #: When the last start claimed the run, in seconds since 1970; None in earlier releases' files.
     began: float | None = None
-    #: The name of the last checkpoint that was committed.
+    #: The name of the last checkpoint that was committed; of a drawing job, its batches so far.
     checkpoint: str | None = None
     #: Why the run is no longer running.
     why: str | None = None

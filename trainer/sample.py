@@ -28,7 +28,7 @@ from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World, join
 from trainer.sampling.drawing import Drawing, DrawJob
-from trainer.sampling.jobstate import noted
+from trainer.sampling.jobstate import JobState, noted
 from trainer.sampling.labels import BALANCED
 from trainer.sampling.output import begun
 from trainer.sampling.parts import Pixels
@@ -44,7 +44,12 @@ from trainer.sampling.samplefile import open_samples
 
 
 def sample(
-    arguments: argparse.Namespace, *, world: World, device: torch.device, preemption: Preemption
+    arguments: argparse.Namespace,
+    *,
+    world: World,
+    device: torch.device,
+    preemption: Preemption,
+    state: JobState,
 ) -> int:
     """Draw what was asked for; returns the exit status."""
     agreed(lambda: check_options(arguments))
@@ -62,7 +67,7 @@ def sample(
     room = from_main(lambda: _check_outputs(jobs, later))
     if world.is_main:
         print(f"{len(jobs + later)} x {jobs[0].request.images:,} images: {room}", flush=True)
-    draw = Drawing(world=world, device=device, preemption=preemption, share=share)
+    draw = Drawing(world=world, device=device, preemption=preemption, state=state, share=share)
     status = draw.all(jobs)
     if status or not later:
         return status
@@ -203,10 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         Preemption() as preemption,
         connected(world, patience=patience, gpus=arguments.gpus) as device,
-        noted(arguments.job if world.is_main else None, preemption=preemption) as note,
+        noted(arguments.job if world.is_main else None, preemption=preemption) as state,
     ):
-        status = sample(arguments, world=world, device=device, preemption=preemption)
-        note("stopped" if status else "finished")
+        status = sample(arguments, world=world, device=device, preemption=preemption, state=state)
+        state.note("stopped" if status else "finished")
         return status
 
 

@@ -215,8 +215,8 @@ for program in srun scancel scontrol; do
     refuse "there is no $program on $(hostname), and without it the run could not save and requeue: \
 add its directory to PATH in setup"
 done
-at=$(state checkpoint)  # of what draws there is none: it goes on without
-say "begins on $SLURM_JOB_NODELIST at checkpoint $(newest)"
+at=$(newest)
+say "begins on $SLURM_JOB_NODELIST at checkpoint $at"
 attend srun \
   --export=ALL \
   --kill-on-bad-exit=0 \

@@ -193,6 +193,7 @@ def work(directory: Path, runs: list[list[str]], fp16: bool, patience: float = L
     from trainer.ranks.signals import Preemption
     from trainer.ranks.watchdog import Watchdog
     from trainer.ranks.world import join
+    from trainer.sampling.jobstate import JobState
 
     if fp16:  # DeepSpeed refuses fp16 on most CPUs by this check alone
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -206,7 +207,8 @@ def work(directory: Path, runs: list[list[str]], fp16: bool, patience: float = L
         Watchdog(world, patience=patience) as watchdog,
     ):
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)
-        draw = partial(sample.sample, world=world, device=device, preemption=preemption)
+        told = {"preemption": preemption, "state": JobState(None)}
+        draw = partial(sample.sample, world=world, device=device, **told)
         tools: dict[str, tuple[Callable, Callable]] = {
             "train": (train.parser, partial(train.train, context=context)),
             "sample": (sample.parser, draw),

@@ -25,6 +25,7 @@ from trainer.ranks.lease import Lease, live_holder
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import World
 from trainer.sampling.draw import tile, to_pixels
+from trainer.sampling.jobstate import JobState
 from trainer.sampling.labels import Labels, columns
 from trainer.sampling.output import Output
 from trainer.sampling.parts import PartSampler, SampleRequest, conditions, recorded
@@ -82,6 +83,8 @@ class Drawing:
     world: World
     device: torch.device
     preemption: Preemption
+    #: What is told of each batch.
+    state: JobState
     #: Which of how many shares of the parts these ranks draw; other jobs draw the others.
     share: tuple[int, int] = (0, 1)
 
@@ -142,14 +145,18 @@ class Drawing:
                 raise StoppedError
 
         ended: str | None = None
+        written = 0
         try:
             while (turn := turns.take()) < len(todo):
                 job.output.write(todo[turn], *sampler.draw(todo[turn], on_step=on_step))
+                written += 1
+                self.state.advance()
                 progress.show(turns.taken())
         except (StoppedError, OSError) as error:
             turns.end()  # the others finish their parts
             ended = "" if isinstance(error, StoppedError) else f"part {todo[turn]}: {error}"
-        everyone = gather(ended)
+        everyone, counts = zip(*gather((ended, written)), strict=True)
+        self.state.advance(sum(counts) - written)
         if faults := [f"rank {r}: {e}" for r, e in enumerate(everyone) if e]:
             raise Broken(_cannot_write(job, faults[0]))
         return all(each is None for each in everyone)

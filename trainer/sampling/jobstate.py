@@ -7,7 +7,7 @@ it stands, and it stops while there is a file `launch/stop`.
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,40 +20,60 @@ from trainer.runstate import RunState, State
 _EVERY = 2.0
 
 
-@contextmanager
-def noted(job: Path | None, *, preemption: Preemption) -> Iterator[Callable[[State], None]]:
-    """While entered, the job's state is "running"; then it is what the function was called with.
+class JobState:
+    """How a job stands, for programs; nothing is noted without a job."""
 
-    A process without a job notes nothing.
+    def __init__(self, job: Path | None) -> None:
+        before = RunState.read(job) if job is not None else None
+        self._job = job
+        self._drawn = int((before.checkpoint if before else None) or 0)
+
+    def note(self, state: State, why: str | None = None) -> None:
+        """Write the state, with the batches drawn by all starts."""
+        if self._job is not None:
+            RunState(
+                state=state,
+                why=why,
+                job_id=scheduler_job()[0],
+                checkpoint=f"{self._drawn:012d}" if self._drawn else None,
+            ).write(self._job, writer=f"{socket.gethostname()}.{os.getpid()}")
+
+    def advance(self, batches: int = 1) -> None:
+        """Note that so many more batches are drawn: a start without any has made no progress."""
+        self._drawn += batches
+        with suppress(OSError):  # the batches are on disk
+            self.note("running")
+
+
+@contextmanager
+def noted(job: Path | None, *, preemption: Preemption) -> Iterator[JobState]:
+    """While entered, the job's state is "running"; then it is what was noted last.
 
     Raises:
         ValueError: another process draws for this job.
     """
+    state = JobState(job)
     if job is None:
-        yield lambda _: None
+        yield state
         return
     done, lease = threading.Event(), claim(job)
-
-    def note(state: State, why: str | None = None) -> None:
-        writer, job_id = f"{socket.gethostname()}.{os.getpid()}", scheduler_job()[0]
-        RunState(state=state, why=why, job_id=job_id).write(job, writer=writer)
 
     def watch() -> None:
         while not done.wait(_EVERY):
             if lease.stop_requested:
                 preemption.stop_requested = True
 
-    note("running")
+    state.note("running")
     threading.Thread(target=watch, daemon=True).start()
     try:
-        yield note
+        yield state
     except KeyboardInterrupt:
         with suppress(OSError):
-            note("stopped", "by Ctrl-C")
+            state.note("stopped", "by Ctrl-C")
         raise
     except Exception as error:
         with suppress(OSError):
-            note("refused" if isinstance(error, ValueError) else "failed", f"{error}")
+            state.note("refused" if isinstance(error, ValueError) else "failed", f"{error}")
         raise
     finally:
         done.set()
