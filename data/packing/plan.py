@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import ImageColor
 
@@ -60,7 +60,7 @@ class PackConfig:
 
     size: int
     keep_original: bool = False
-    format: Literal["png", "jpg"] | None = None
+    format: str | None = None
     quality: int = 95
     seed: int = 0
     per_shard: int = 2048
@@ -73,9 +73,11 @@ class PackConfig:
         check(self.size >= 1, "--size", self.size, "at least 1")
         check(self.per_shard >= 1, "--per-shard", self.per_shard, "at least 1")
         check(abs(self.seed) < 2**63, "--seed", self.seed, "between -2^63 and 2^63")
+        check(self.format in (None, "png", "jpg"), "--format", self.format, "png or jpg")
         check(1 <= self.quality <= 100, "--quality", self.quality, "from 1 to 100")
         names = 'a colour such as black or "#808080"'
         check(_is_colour(self.background), "--background", self.background, names)
+        check(self.split in (None, "train", "val"), "--split", self.split, "train or val")
         share = self.val_share
         check(share is None or 0 < share < 1, "--val-share", share, "above 0 and below 1")
         alone = share is not None and self.split is None
