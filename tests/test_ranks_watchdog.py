@@ -134,6 +134,26 @@ def test_the_error_of_a_connection_is_logged_where_no_rank_is_lost(
     assert re.fullmatch(failed, said), f"{said}\n{job.texts}"
 
 
+def form_a_group() -> int:
+    """The main rank waits in the store for rank 1, which sees it report meanwhile."""
+    world = join()
+    with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=ranks.LIMIT) as watchdog:
+        heard = set()
+        if not world.is_main:
+            end = time.monotonic() + 3 * PATIENCE
+            while len(heard) < 4 and time.monotonic() < end:
+                heard.add(str(watchdog._mailbox.take(["rank 0"])))
+                time.sleep(0.1)
+        dist.new_group(backend="gloo")
+        return 0 if world.is_main or len(heard) == 4 else 1
+
+
+def test_a_rank_that_waits_for_others_in_the_store_is_heard(jobs: dict[str, ranks.Job]) -> None:
+    job = jobs["forming"]
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [0, 0], job.text
+
+
 def stand_still(directory: Path) -> int:
     """Three steps of two ranks, of which rank 1 does not come back from the third."""
     world = join()
@@ -160,6 +180,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ranks.J
         "lost 0": (4, partial(lose, 0, root / "lost 0" / "told")),
         "lost 2": (4, partial(lose, 2, root / "lost 2" / "told")),
         "strangers": (2, go_on_among_strangers),
+        "forming": (2, form_a_group),
         "refused": (1, refuse),
     }
     started = {name: ranks.fork(root / name, task, ranks=n) for name, (n, task) in tasks.items()}
@@ -262,12 +283,12 @@ def test_a_compiler_below_a_process_is_seen(tmp_path: Path) -> None:
 
 
 def compile_slowly(compiler: Path) -> int:
-    """Rank 1 compiles for twice the patience of the watchdog."""
+    """Rank 1 compiles for twice the patience of the watchdog; the main rank forms a group."""
     world = join()
     with connected(world, patience=ranks.LIMIT), Watchdog(world, patience=PATIENCE):
         if world.rank == 1:
             subprocess.run([compiler, str(2 * PATIENCE)], check=True)
-        dist.barrier()
+        dist.new_group(backend="gloo")
     return 0
 
 

@@ -24,7 +24,10 @@ class Mailbox:
     """A place for one message under each name. All ranks must make it together."""
 
     def __init__(self) -> None:
-        self._store: dist.Store = dist.PrefixStore("watch", _get_default_store())
+        # A connection of its own: a thread that waits in the store, as one does while ranks form a
+        # group, keeps that of the process group from all others.
+        own = _get_default_store().clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+        self._store: dist.Store = dist.PrefixStore("watch", own)
         self._secret: bytes = from_main(lambda: secrets.token_bytes(16))
 
     def put(self, name: str, message: Any) -> None:
