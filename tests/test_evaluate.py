@@ -13,6 +13,7 @@ from tests.support import ranks
 from tests.support.exported import refused
 from trainer.evaluate import main
 from trainer.evaluation import features
+from trainer.networks import TrainedNetwork
 from trainer.sampling.samplefile import open_samples
 
 DRAWN = 600
@@ -134,6 +135,8 @@ def test_results_say_what_was_compared(
     assert set(found["figures"]) == {f"{name}_600" for name in NAMES}
     parts = [write(tmp_path / f"{i}.npz", images[i::4]) for i in range(4)]
     assert main([*map(str, (*parts, *against))]) == 0
+    table = capfd.readouterr().out.splitlines()[-6:]  # one, with a row for each file
+    assert [row.split(" | ")[0] for row in table[2:]] == [f"| {part}" for part in parts]
     of_parts = [json.loads(p.with_suffix(".evaluation.json").read_text())["figures"] for p in parts]
     fourths = [[part[f"{n}_150"]["value"] for n in NAMES] for part in of_parts]
     errors = [found["figures"][f"{n}_600"]["error"] for n in NAMES]
@@ -252,6 +255,8 @@ def test_a_classifier_run_gives_features_and_an_inception_score(
     found = figures(samples, "--reference", digits, "--network", run)
     assert 1 <= found["is"] <= 10
     assert found["precision"] == 1.0
+    with pytest.raises(ValueError, match=r" has no ema-0\.7; it has: ema-0\.5, ema-0\.9$"):
+        TrainedNetwork.find(run, preset=None, decay=0.7)
     out = tmp_path / "held-out.json"
     measure = ["classifier", str(run), "--data", str(digits), "--out", str(out), "--images"]
     assert main([*measure, "16"]) == main([*measure, "16"]) == 0

@@ -29,7 +29,7 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork, open_network
 from trainer.evaluation.reference import Reference
-from trainer.evaluation.results import Results, compare
+from trainer.evaluation.results import Results, compare, table
 from trainer.options import add_local_rank
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
@@ -69,6 +69,8 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
         found = evaluator.extract(samples, kept=range(samples.count))
         finish = partial(_finish, samples, found, reference, network=evaluator.network, out=out)
         results.append(from_main(finish))
+    if world.is_main:
+        _say(table(dict(zip((str(each.path) for each in every), results, strict=True))))
     if (path := arguments.plot) is not None:
         of_scales = dict(zip(scales, results, strict=True))
         from_main(lambda: sweeps.plot(path, of_scales, option=option, count=every[0].count))
@@ -99,7 +101,7 @@ def _finish(
     network: FeatureNetwork,
     out: Path,
 ) -> Results:
-    """Compute, print and write the figures, on the main rank."""
+    """Compute and write the figures, on the main rank."""
     assert found is not None
     assert reference is not None
     about = {
@@ -117,7 +119,7 @@ def _finish(
         "network": {"name": network.name, "sha256": network.sha256},
         "torch": torch.__version__,
     }
-    _say("figures")
+    _say(f"figures of {samples.path}")
     results: Results = compare(
         found,
         reference,
@@ -126,7 +128,6 @@ def _finish(
         warnings=[network.warning] if network.warning else [],
     )
     files.write(out, results.to_json())
-    print(results.table())
     for warning in results.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"written: {out}")

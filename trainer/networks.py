@@ -74,7 +74,8 @@ class TrainedNetwork:
         average = averages.exponential(config.training.ema[0] if decay is None else decay)
         file = found.file(average)
         if file.name not in found.files:
-            kinds = ", ".join(sorted(n.removesuffix(".safetensors") for n in found.files))
+            kept = (n.removesuffix(".safetensors") for n in found.files if n.startswith("ema-"))
+            kinds = ", ".join(sorted(kept))
             raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
         return cls(config, file, found.files[file.name]["sha256"], name, own)
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics as numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,10 +51,14 @@ class Results:
         """As a file for programs."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
-    def table(self) -> str:
-        """The figures as a table in Markdown."""
-        names, cells = list(self.figures), [str(figure) for figure in self.figures.values()]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), cells))
+
+def table(results: Mapping[str, Results]) -> str:
+    """The figures of all samples as a table in Markdown, a row for each."""
+    names = list(dict.fromkeys(name for each in results.values() for name in each.figures))
+    rows = [["samples", *names], ["---"] * (1 + len(names))]
+    for samples, each in results.items():
+        rows.append([samples, *(str(each.figures.get(name, "")) for name in names)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def short(count: int) -> str:
