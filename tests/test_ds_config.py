@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from trainer import config as configs
 from trainer import ds_config as ds_configs
@@ -99,9 +100,11 @@ def test_an_optimizer_of_deepspeeds_own_is_refused(tmp_path: Path) -> None:
         ('"zero_optimizaton": {"stage": 3}', "no setting 'zero_optimizaton' .nearest: 'zero_opt"),
         ('"zero_optimization": {"stage": 3}', "'zero_optimization' is there twice"),
         ('"activation_checkpointing": {"cpu_checkpointing": true}', "model.checkpoint decides"),
+        ('"amp": {"enabled": false}', "DeepSpeed has no setting 'amp'"),
+        ('"wandb": {"enabled": true}', "board.wandb of the preset shows the run there"),
         ('"sequence_parallel_size": 2', "each rank computes whole images"),
         ('"tensor_parallel": {"autotp_size": 2}', "each rank computes with whole weights"),
-        ('"gradient_allreduce_op": "sum"', 'must be "average", or absent: the gradient'),
+        ('"gradient_allreduce_op": "sum"', 'must be "mean", or absent: the gradient'),
         ('"managed_gradient_accumulation": false', "= False: must be true, or absent: a step is"),
     ],
 )
@@ -112,6 +115,37 @@ def test_what_deepspeed_would_leave_unused_in_silence_is_refused(
     file.write_text(Path("ds_config.json").read_text().rstrip().removesuffix("}") + f", {text}}}")
     with pytest.raises(ValueError, match=message):
         ds_configs.load(file)
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"overlap_com": True}, "setting 'zero_optimization.overlap_com' .nearest: 'overlap_comm'"),
+        ({"reduce_bucket_size": "5e8"}, "reduce_bucket_size = '5e8': must be a number of at least"),
+        (True, r"zero_optimization = True: must be a table, as in \{\.\.\.\}"),
+    ],
+)
+def test_what_a_plan_cannot_count_with_and_deepspeed_refuses_is_refused(
+    tmp_path: Path, zero: object, message: str
+) -> None:
+    file = tmp_path / "ds.json"
+    section = {"stage": 3, **zero} if isinstance(zero, dict) else zero
+    file.write_text(json.dumps({"zero_optimization": section}))
+    with pytest.raises(ValueError, match=message):
+        ds_configs.load(file)
+
+
+def test_what_is_null_is_absent_and_every_known_name_is_deepspeeds(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 3, "overlap_comm": None}
+    given = {"zero_optimization": zero, "bf16": None, "activation_checkpointing": None}
+    file.write_text(json.dumps({**given, "gradient_allreduce_op": "mean"}))
+    found = ds_configs.load(file)
+    assert found == {"zero_optimization": {"stage": 3}, "gradient_allreduce_op": "mean"}
+    config = configs.load("digits", ['training.precision = "fp32"'])
+    DeepSpeedConfig(ds_configs.resolve(found, config=config, ranks=1))
+    names = {name.removeprefix("stage3_") for name in DeepSpeedZeroConfig.model_fields}
+    assert names == ds_configs._ZERO
 
 
 class Asked(dict):
@@ -142,7 +176,7 @@ def test_every_key_that_deepspeed_reads_is_known() -> None:
     owned = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
     DeepSpeedConfig(Asked(owned))
     assert len(Asked.keys_asked) > 50
-    assert Asked.keys_asked <= ds_configs._KNOWN
+    assert Asked.keys_asked - ds_configs._KNOWN == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
 
 
 def test_every_auto_is_filled_from_the_preset() -> None:

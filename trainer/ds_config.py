@@ -25,24 +25,40 @@ _PRESET_OWNS = (
     "fp16.enabled",
 )
 _NOT_HERE = ("optimizer", "scheduler")
-# All that DeepSpeed 0.19 reads. What it does not know it leaves unused in silence.
+# All that DeepSpeed 0.19 reads. What it does not know it leaves unused in silence, or refuses once
+# a job runs.
 _KNOWN = frozenset((
-    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "bfloat16", "checkpoint",
-    "comet", "comms_logger", "communication_data_type", "compile", "compression_training",
-    "csv_monitor", "curriculum_learning", "data_efficiency", "data_types",
-    "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "disable_python_gc",
-    "dump_state", "eigenvalue", "elasticity", "expert_parallel", "flops_profiler", "fp16",
+    "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet",
+    "comms_logger", "communication_data_type", "compile", "csv_monitor", "data_efficiency",
+    "data_types", "dataloader_drop_last", "datastates_ckpt", "disable_allgather",
+    "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "fp16",
     "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
-    "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "log_level",
-    "managed_gradient_accumulation", "memory_breakdown", "nebula", "optimizer", "pipeline",
-    "prescale_gradients", "progressive_layer_drop", "quantize_training", "scheduler",
-    "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention",
-    "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard", "timers",
-    "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
-    "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb",
-    "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
+    "gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation",
+    "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "steps_per_print",
+    "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size",
+    "wall_clock_breakdown", "wandb", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
 ))  # fmt: skip
+# The same of zero_optimization, where names may begin with "stage3_".
+_ZERO = frozenset((
+    "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "compute_grad_norm",
+    "contiguous_gradients", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory",
+    "elastic_checkpoint", "enable_sanity_checks", "gather_16bit_weights_on_model_save",
+    "gather_fp16_weights_on_model_save", "ignore_unused_parameters", "leaf_module", "legacy_stage1",
+    "load_from_fp32_weights", "log_trace_cache_warnings", "max_live_parameters",
+    "max_reuse_distance", "memory_efficient_linear", "model_persistence_threshold",
+    "module_granularity_threshold", "offload_optimizer", "offload_param", "overlap_comm",
+    "override_module_apply", "param_persistence_threshold", "parameter_alignment",
+    "pipeline_loading_checkpoint", "prefetch_bucket_size", "reduce_bucket_size", "reduce_scatter",
+    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage", "sub_group_size",
+    "use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zenflow",
+    "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
+    "zero_quantized_weights",
+))  # fmt: skip
+# Those of them, all sizes, that a plan counts with.
+_SIZES = "reduce_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"
 _OWN_OPTIMIZER = "its own optimizer keeps no averages of the weights"
 _MASTERS = "weights, averages and moments are kept in fp32 here"
 # Settings that DeepSpeed takes, and why a run under them would go wrong.
@@ -63,6 +79,8 @@ _WRONG = {
     "zero_optimization.zenflow": _OWN_OPTIMIZER,
     "zero_optimization.legacy_stage1": "DeepSpeed 0.19 has it no more",
     "hybrid_engine.enabled": "it is for networks that generate text",
+    "wandb.enabled": "board.wandb of the preset shows the run there",
+    "datastates_ckpt": "checkpoints are written by the trainer",
     "sequence_parallel_size": "each rank computes whole images",
     "tensor_parallel": "each rank computes with whole weights; ZeRO divides what they take",
 }
@@ -95,9 +113,7 @@ def load(path: str | Path | None) -> dict[str, Any]:
         raise ValueError(f"cannot read the DeepSpeed config {path}: {error}") from None
     if not isinstance(ds_config, dict):
         raise ValueError(f"cannot read the DeepSpeed config {path}: must be a table, as in {{...}}")
-    for key in ds_config:
-        if key not in _KNOWN:
-            raise ValueError(f"{path}: DeepSpeed has no setting {key!r}{nearest(key, _KNOWN)}")
+    _check_names(ds_config, path=path)
     claimed = [name for name in _PRESET_OWNS if _lookup(ds_config, name) not in (None, "auto")]
     claimed += [name for name in _NOT_HERE if name in ds_config]
     if claimed:
@@ -116,13 +132,31 @@ def load(path: str | Path | None) -> dict[str, Any]:
     return ds_config
 
 
+def _check_names(ds_config: dict[str, Any], *, path: Path) -> None:
+    """Refuse what DeepSpeed does not know, and sections that are none."""
+    for key in ds_config:
+        if key not in _KNOWN:
+            raise ValueError(f"{path}: DeepSpeed has no setting {key!r}{nearest(key, _KNOWN)}")
+    for name in ("zero_optimization", "bf16", "fp16"):
+        section = ds_config.get(name, {})
+        if not isinstance(section, dict):
+            raise ValueError(f"{path}: {name} = {section!r}: must be a table, as in {{...}}")
+    for key in ds_config.get("zero_optimization", {}):
+        if key.removeprefix("stage3_") not in _ZERO:
+            name = f"zero_optimization.{key}"
+            raise ValueError(f"{path}: DeepSpeed has no setting {name!r}{nearest(key, _ZERO)}")
+
+
 def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A table of the file; of a key that is there twice, JSON would take the last in silence."""
+    """A table of the file, without what is null, which is absent.
+
+    Of a key that is there twice, JSON would take the last in silence.
+    """
     table = dict(entries)
     if len(table) < len(entries):
         keys = [key for key, _ in entries]
         raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} is there twice")
-    return table
+    return {key: value for key, value in table.items() if value is not None}
 
 
 def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:
@@ -135,10 +169,16 @@ def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:
     for name, why in _NEEDED.items():
         if _lookup(ds_config, name) is False:
             raise ValueError(f"{path}: {name} = False: must be true, or absent: {why}")
-    operation = ds_config.get("gradient_allreduce_op", "average")
-    if operation != "average":
+    for name in _SIZES:
+        size = ds_config["zero_optimization"].get(name, 0)
+        if not (isinstance(size, int | float) and size >= 0):
+            raise ValueError(
+                f"{path}: zero_optimization.{name} = {size!r}: must be a number of at least 0"
+            )
+    operation = ds_config.get("gradient_allreduce_op", "mean")
+    if operation != "mean":
         raise ValueError(
-            f'{path}: gradient_allreduce_op = {operation!r}: must be "average", or absent: the '
+            f'{path}: gradient_allreduce_op = {operation!r}: must be "mean", or absent: the '
             "gradient, its clipping and what counts as unusual would grow with the number of ranks"
         )
     floor = _lookup(ds_config, "fp16.min_loss_scale")
