@@ -143,7 +143,7 @@ class Reader:
         if failures >= self._config.retries:
             raise OSError(
                 f"{self.name}/{name}: reading stopped at byte {at} after {failures + 1} attempts: "
-                f"{error or type(error).__name__}"
+                f"{str(error) or type(error).__name__}"
             ) from error
         # Jitter, so that a thousand ranks do not return to a weak server at the same instant.
         time.sleep(min(0.2 * 2**failures, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))

@@ -92,7 +92,7 @@ class WandB:
         except Exception as error:  # of many kinds: its service was killed, a full disk
             self._run = None
             self._log(
-                f"wandb shows nothing any more of this start: {error or type(error).__name__}"
+                f"wandb shows nothing any more of this start: {str(error) or type(error).__name__}"
             )
 
 
