@@ -33,9 +33,11 @@ def test_the_papers_rows_have_its_parameters_and_iterations() -> None:
 
 
 def test_a_plan_has_the_days_of_every_row(capsys: pytest.CaptureFixture) -> None:
-    rows = 'rows = [{name = "Table 3"}]'
+    name = "Table 3, with a name that is longer than most"
+    rows = f'rows = [{{name = "{name}"}}]'
     assert main(["paper", "--set", rows, "--dry-run", "--mfu", "1", "--tflops", "100"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Table 3")]
+    header, line, _ = capsys.readouterr().out.splitlines()
+    assert line.startswith(name) and len(line) == len(header)
     # 8.4e19 operations, the paper's own figure, at 1e14 per second.
     assert float(line.split()[-1]) == pytest.approx(8.4e19 / 1e14 / 86400, rel=0.01)
     assert main(["digits", "--dry-run"]) == 0

@@ -141,7 +141,7 @@ def test_the_micro_batch_of_a_preset_is_the_largest_power_of_two_that_80_gb_hold
     assert preset != f"imagenet{size}" or gpu.LARGEST.get(size, micro) == micro
 
 
-def test_a_gpu_that_holds_less_is_told_what_to_set() -> None:
+def test_a_gpu_that_holds_less_is_told_what_to_set(capsys: pytest.CaptureFixture) -> None:
     config = configs.load("digits")
     need = {
         size: sum(memory(config, zero=ZERO, ranks=2, micro_batch=size).values())
@@ -152,6 +152,10 @@ def test_a_gpu_that_holds_less_is_told_what_to_set() -> None:
     assert said is not None and "set training.micro_batch = 16" in said
     said = memory_remark(config, zero=ZERO, ranks=2, room=need[16] / 2)
     assert said is not None and "set model.checkpoint = true" in said
+    assert plan.main(["imagenet256", "--gpus", "8", "--gpu-memory", "40"]) == 0
+    assert "and it has 36 for them: if it runs out of memory, set training.micro_batch = 16" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_run_tells_the_planner_the_speed_of_each_rank(

@@ -239,7 +239,7 @@ def test_a_finished_run_says_so_and_refusals_touch_nothing(place: Place) -> None
     log = place.run("2x2") / "log.txt"
     state = place.run("2x2") / "launch" / "state.json"
     assert json.loads(after.pop(state))["starts"] == json.loads(before.pop(state))["starts"] + 1
-    assert after.pop(log).endswith(b"the run is finished: 72 images\n")
+    assert after.pop(log).endswith(b"finished: 72 images; to train longer, raise training.images\n")
     before.pop(log)
     timeline = place.run("2x2") / "launch" / "timeline.jsonl"
     assert after.pop(timeline).startswith(before.pop(timeline))

@@ -42,7 +42,8 @@ _STOPPED = -1
 
 def plan(found: AblationSet, *, tflops: float, mfu: float) -> Iterator[str]:
     """What each row would cost: parameters, operations, GPU days."""
-    yield f"{'row':<32}{'parameters':>14}{'GFLOP/image':>13}{'images':>15}{'GPU days':>10}"
+    width = 2 + max(len(row.name) for row in found.rows)
+    yield f"{'row':<{width}}{'parameters':>14}{'GFLOP/image':>13}{'images':>15}{'GPU days':>10}"
     total = 0.0
     for row in found.rows:
         config = found.config(row)
@@ -53,7 +54,7 @@ def plan(found: AblationSet, *, tflops: float, mfu: float) -> Iterator[str]:
             f"{net.parameters:>14,}{net.forward_flops / 1e9:>13,.1f}"
             f"{config.training.images:>15,}{seconds / 86400:>10,.1f}"
         )
-        yield f"{row.name:<32}{cells}"
+        yield f"{row.name:<{width}}{cells}"
     yield f"{total:,.1f} GPU days of training at {mfu:.0%} of {tflops:g} TFLOP/s"
 
 

@@ -34,6 +34,7 @@ from trainer.prediction import (
     Step,
     largest_micro_batch,
     memory,
+    memory_remark,
     operations,
     overlaps,
     scaled,
@@ -139,6 +140,8 @@ def _memory_lines(config: Config, *, machine: Machine, zero: Mapping[str, Any]) 
     most = [largest_micro_batch(config, zero=s, machine=machine) for s in stages]
     yield _row("largest micro-batch", [str(size or "none fits") for size in most])
     yield "(* the stage of --ds-config; the largest micro-batch is at most a rank's share)"
+    remark = memory_remark(config, zero=zero, ranks=ranks, room=machine.memory_room)
+    yield from () if remark is None else (remark,)
 
 
 def _row(name: str, cells: Sequence[str]) -> str:

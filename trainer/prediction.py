@@ -51,6 +51,11 @@ class Machine:
         below = f"from 0 to below --gpu-memory = {self.gpu_memory:g}"
         check(0 <= self.reserve < self.gpu_memory, "--reserve", self.reserve, below)
 
+    @property
+    def memory_room(self) -> float:
+        """Bytes of a GPU that training may take."""
+        return (self.gpu_memory - self.reserve) * GIB
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -209,8 +214,7 @@ def memory(
 
 def largest_micro_batch(config: Config, *, zero: Mapping[str, Any], machine: Machine) -> int:
     """The most images at once that a rank's memory holds, at most its share of the batch; or 0."""
-    room = (machine.gpu_memory - machine.reserve) * GIB
-    return _most(config, zero=zero, ranks=machine.gpus, room=room)
+    return _most(config, zero=zero, ranks=machine.gpus, room=machine.memory_room)
 
 
 def _most(config: Config, *, zero: Mapping[str, Any], ranks: int, room: float) -> int:
@@ -238,6 +242,6 @@ def memory_remark(
     fits = max((n for n in range(1, most + 1) if training.batch // ranks % n == 0), default=0)
     way = f"training.micro_batch = {fits}" if fits else "model.checkpoint = true"
     return (
-        f"micro-batches of {micro} images need about {need / GIB:.0f} GiB of a GPU, and this one "
-        f"has {room / GIB:.0f}: if it runs out of memory, set {way}"
+        f"micro-batches of {micro} images need about {need / GIB:.0f} GiB of a GPU, and it "
+        f"has {room / GIB:.0f} for them: if it runs out of memory, set {way}"
     )

@@ -169,7 +169,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     if world.is_main:
         start.note(run, found)
     if images_seen >= config.training.images and not missing(run, config, images_seen=images_seen):
-        log(f"the run is finished: {images_seen:,} images")
+        log(f"the run is finished: {images_seen:,} images; to train longer, raise training.images")
         return _leave(plan, context, status=0, state="finished")
     if context.must_leave():
         return _leave_early(plan, context, log=log)
