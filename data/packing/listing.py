@@ -127,9 +127,13 @@ def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     unknown = [name for name in used if _key(name, are_numbers) not in number]
     if unknown:
         shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+        # Those of ILSVRC2012_validation_ground_truth.txt, where less 1 would be another class.
+        hint = "; numbers from 1 may count in another order, as ImageNet's own do: give names"
+        from_one = are_numbers and unknown == [str(len(classes))]
         raise ValueError(
             f"--classes-of has no class {unknown[0]!r} ({len(unknown)} are unknown): must be a "
             f"name or label of its classes, which are {shown} (0 to {len(classes) - 1})"
+            f"{hint if from_one else ''}"
         )
     labels = [number[_key(listing.classes[label], are_numbers)] for label in listing.labels]
     return replace(listing, labels=labels, classes=classes)
