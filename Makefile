@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
+# Tests run beside each other: more threads in each would only wait for a processor, by spinning.
+test test-slow: export OMP_NUM_THREADS := 1
+
 .PHONY: quickstart photos test test-slow test-cluster docs-check chaos check format
 quickstart: $(VENV)/installed
 	bash examples/quickstart.sh
