@@ -17,7 +17,7 @@ from tests.support import golden
 from tests.support.cluster import Cluster, missing
 from tests.support.data_fixtures import pack_folder
 from tests.support.data_streams import IMAGES, SIZE
-from tests.support.runs import Place
+from tests.support.runs import EVERY, GRIDS, Place
 from tests.support.site import Site
 from trainer import config as configs
 from trainer.adm.unet import build
@@ -114,13 +114,9 @@ def site(cluster: Cluster, digits: Path) -> Site:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
-    """Two ranks have trained 6 steps in every ZeRO stage, keeping every checkpoint.
-
-    The run in stage 3, say, is "2x3"; "2x3-again" is the same, forked at its third step and
-    resumed. A test of 3 or 4 ranks asks `Place.train_all` for theirs.
-    """
+    """Two ranks have trained 6 steps in ZeRO stage 2, the run "2x2", keeping every checkpoint."""
     here = Place(tmp_path_factory.mktemp("runs"), tiny)
-    here.train_all(2)
+    assert here.train(here.arguments("2x2", sets=(*EVERY, *GRIDS)), world=2) == [0]
     return here
 
 

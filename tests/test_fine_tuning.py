@@ -149,14 +149,14 @@ def test_a_run_starts_from_weights_of_any_origin_and_records_them(
     torch.save(formula, file)
     checkpoint = place.run("2x2") / "checkpoints" / f"{HALF:012d}"
     averages = load_file(checkpoint / "ema-0.5.safetensors")
-    origins = {"by-run": place.run("2x1"), "by-checkpoint": checkpoint, "by-file": file}
+    origins = {"by-run": place.run("2x2"), "by-checkpoint": checkpoint, "by-file": file}
     runs = [
         [*place.arguments(name, stage=stage, sets=ONE), "--init", str(origin)]
         for stage, (name, origin) in enumerate(origins.items(), 1)
     ]
     skip = [*place.arguments("skipped", sets=ONE), "--init", str(file), "--init-skip", "label_emb"]
     assert place.train(*runs, skip, world=2) == [0] * 4
-    newest = sorted((place.run("2x1") / "checkpoints").iterdir())[-1]
+    newest = sorted((place.run("2x2") / "checkpoints").iterdir())[-1]
     expected = {
         "by-run": load_file(newest / "ema-0.5.safetensors"),
         "by-checkpoint": averages,
@@ -178,14 +178,14 @@ def _resume(place: Place, file: Path) -> None:
     file.rename(file.with_suffix(".gone"))
     more = (*ONE[1:], f"training.images = {2 * STEP}")
     words = place.arguments("by-file", stage=1, sets=more)
-    other = [*words, "--init", str(place.run("2x1"))]
+    other = [*words, "--init", str(place.run("2x2"))]
     skipped = [*words, "--init", str(file), "--init-skip", "label_emb"]
-    unknown = [*place.arguments("2x1", sets=more), "--init", str(file)]
+    unknown = [*place.arguments("2x2", sets=more), "--init", str(file)]
     statuses = place.train([*words, "--init", str(file)], other, skipped, unknown, world=2)
     assert statuses[0] == 0 and f"resumes from checkpoint {STEP:012d}" in place.log("by-file")
     for status in statuses[1:3]:
         assert f"was started with --init {file}: leave --init out to resume it" in status
-    assert "2x1 was started from its seed and has a checkpoint: leave --init out" in statuses[3]
+    assert "2x2 was started from its seed and has a checkpoint: leave --init out" in statuses[3]
 
 
 def test_an_init_that_came_to_nothing_is_forgotten(tmp_path: Path) -> None:
