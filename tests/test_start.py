@@ -36,6 +36,26 @@ def plan(extensions: Path, preset: Path, run: Path) -> int:
     return 0
 
 
+def with_own_operators(directory: Path, extensions: Path, arguments: list[str]) -> int:
+    """As `ranks.work`, with another directory of operators on rank 1."""
+    if os.environ["RANK"] == "1":
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+    return ranks.work(directory, [arguments], fp16=False)
+
+
+def test_an_operator_that_one_machine_cannot_compile_ends_all_ranks_with_the_reason(
+    tmp_path: Path, tiny: Path
+) -> None:
+    no_directory = tmp_path / "deepspeed_shm_comm"
+    no_directory.touch()
+    arguments = ["train", str(tiny), "--run", str(tmp_path / "run")]
+    task = partial(with_own_operators, tmp_path, tmp_path, arguments)
+    job = ranks.fork(tmp_path, task, ranks=2)
+    job.wait()
+    (said,) = map(str, job.statuses)
+    assert said.startswith(f"rank 1: {no_directory}") and said.endswith("Not a directory"), said
+
+
 @pytest.mark.skipif(not hasattr(cpp_extension, "FileBaton"), reason="torch before 2.14")
 def test_a_stale_lock_of_a_killed_compiler_is_named_before_anything_waits_for_it(
     tmp_path: Path, tiny: Path

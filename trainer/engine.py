@@ -5,11 +5,12 @@ preset owns is "auto" there and filled here. Checkpoints see the sharded state t
 and `scatter`, by the network's own parameter names, whatever the stage and the world size.
 """
 
+import io
 import os
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.comm.torch import build_shm_op
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from trainer.config import Config
 from trainer.copies import Copies
 from trainer.guards.gate import Gate, Judge, LossScale, StepReport
 from trainer.partition import Partition
+from trainer.ranks.faults import Refused
 from trainer.sections import TrainingConfig
 from trainer.weights import materialize
 
@@ -237,10 +240,24 @@ class Engine:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def load_operator() -> None:
+    """Compile DeepSpeed's operator for CPUs, or load it, which may fail on one machine alone.
+
+    DeepSpeed itself does it where the other ranks wait in the store, and hear nothing.
+    """
+    with redirect_stdout(io.StringIO()):  # it says so again, as it takes what is loaded
+        build_shm_op()
+
+
 def _initialize(
     net: nn.Module, optimizer: torch.optim.Optimizer, ds: dict[str, Any], *, device: torch.device
 ) -> tuple[Any, Any]:
-    """DeepSpeed's engine and its optimizer; ValueError where it refuses the settings."""
+    """DeepSpeed's engine and its optimizer.
+
+    Raises:
+        Refused: on every rank, where it refuses the settings.
+        ValueError: what they need cannot be imported here.
+    """
     # DeepSpeed would take the GPU of this rank's number; Slurm may show each task only its own.
     where = Namespace(device_rank=device.index or 0)
     try:
@@ -249,7 +266,8 @@ def _initialize(
         )
     except _REFUSALS as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"DeepSpeed refuses its settings (--ds-config): {said}") from error
+        kind = ValueError if isinstance(error, ImportError) else Refused
+        raise kind(f"DeepSpeed refuses its settings (--ds-config): {said}") from error
     return engine, wrapped
 
 

@@ -21,7 +21,7 @@ from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
 from trainer.adm.unet import build
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
-from trainer.engine import WEIGHTS, Engine, kinds
+from trainer.engine import WEIGHTS, Engine, kinds, load_operator
 from trainer.guards.policy import Guards
 from trainer.initial import Initial
 from trainer.ranks.context import RankContext
@@ -148,9 +148,9 @@ def begin(
     compute.prepare(net, training=training, device=context.device, stage=stage, say=say)
     main = context.world.is_main
     start = agreed(lambda: _start(config, found=found, initial=initial) if main else None)
-    engine = agreed(
-        lambda: Engine(net, config=config, ds_config=ds_config, device=context.device, start=start)
-    )
+    agreed(load_operator)
+    # Not `agreed`: the ranks meet in it, and would wait there for one that has failed alone.
+    engine = Engine(net, config=config, ds_config=ds_config, device=context.device, start=start)
     objective = build_objective(config)
     guards = Guards(config)
     if found is not None:
