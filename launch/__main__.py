@@ -55,6 +55,9 @@ def stop(argv: Sequence[str]) -> int:
         return 0
     lease.request_stop(run)
     try:
+        if state and state.startswith("SUSPENDED"):
+            now = f"`scancel {job_id}` ends it now, without saving"
+            print(f"job {job_id} is suspended: it saves when Slurm resumes it; {now}")
         if not (state and queue.is_waiting(state)):
             print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
         while not _has_ended(run):

@@ -144,12 +144,20 @@ def test_a_row_of_a_validation_hides_neither_the_loss_nor_the_rate(tmp_path: Pat
     assert status.read(run).health == "ok"
 
 
-def test_a_suspended_job_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suspended_job_has_not_ended_and_stop_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tmp_path / "run", images=500)
     note(run, state="running", images_seen=500, starts=1, began=time.time() - 100)
     (run / "launch" / "job").write_text("7\n")
     monkeypatch.setattr(queue, "_slurm", slurm({"7": "SUSPENDED|None"}, ended={}))
     assert "health  suspended: no rank runs until Slurm resumes the job" in text(run)
+    states = ["", "SUSPENDED|None"]
+    monkeypatch.setattr(queue, "_slurm", lambda *_, **__: states.pop())
+    assert main(["stop", str(run)]) == 0
+    assert (
+        "job 7 is suspended: it saves when Slurm resumes it; `scancel 7`" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("then", ["PENDING|BeginTime", "SPECIAL_EXIT|job requeued in held state"])
