@@ -28,6 +28,14 @@ def real(digits: Path) -> tuple[np.ndarray, np.ndarray]:
     return samples.images(0, samples.count), samples.labels
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, network: Path, digits: Path) -> Path:
+    """The features of all digits."""
+    out = tmp_path_factory.mktemp("reference") / "R.npz"
+    assert main(["reference", str(digits), "--out", str(out), "--network", str(network)]) == 0
+    return out
+
+
 def write(path: Path, images: np.ndarray, labels: np.ndarray | None = None) -> Path:
     arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})
     np.savez(path, **arrays)
@@ -44,7 +52,7 @@ def figures(samples: Path, *words: Any) -> dict[str, float]:
 
 
 def test_figures_say_what_is_wrong_with_samples(
-    network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
+    network: Path, reference: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     images, labels = real
     half = images[::2]
@@ -57,7 +65,7 @@ def test_figures_say_what_is_wrong_with_samples(
     }
     found = {
         name: figures(
-            write(tmp_path / f"{name}.npz", pixels), "--reference", digits, "--network", network
+            write(tmp_path / f"{name}.npz", pixels), "--reference", reference, "--network", network
         )
         for name, pixels in sets.items()
     }
@@ -80,12 +88,12 @@ def test_an_exported_network_computes_on_another_device(network: Path) -> None:
 
 def test_copies_among_samples_are_counted(
     network: Path,
-    digits: Path,
+    reference: Path,
     real: tuple[np.ndarray, np.ndarray],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    against = ("--reference", digits, "--network", network)
+    against = ("--reference", reference, "--network", network)
     images = np.concatenate([real[0][:40], real[0][20:40], real[0][30:40]])
     figures(write(tmp_path / "twice.npz", images), *against)
     assert "warning: 30 of 70 samples equal an earlier one" in capsys.readouterr().err
@@ -187,7 +195,11 @@ def test_an_output_replaces_nothing_but_the_same_result(
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(
-    network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
+    network: Path,
+    digits: Path,
+    reference: Path,
+    real: tuple[np.ndarray, np.ndarray],
+    tmp_path: Path,
 ) -> None:
     samples = write(tmp_path / "samples.npz", real[0][:DRAWN])
     large = write(tmp_path / "large.npz", real[0][:50].repeat(2, axis=1).repeat(2, axis=2))
@@ -195,8 +207,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     plain = tmp_path / "evaluator.npz"
     np.savez(plain, mu=np.zeros(48), sigma=np.eye(48))
     other = tmp_path / "other.npz"
-    assert main(["reference", str(digits), "--out", str(other), "--network", str(network)]) == 0
-    with np.load(other) as stored:
+    with np.load(reference) as stored:
         arrays = dict(stored)
     about = json.loads(str(arrays["reference"])) | {"network_sha256": "0" * 64}
     np.savez(other, **{**arrays, "reference": json.dumps(about)})
@@ -238,8 +249,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         (samples, digits, plain, "is no plain weights file|is no weights file"),
         (samples, tmp_path / "none", network, "no such file or directory of shards"),
     ]
-    for drawn, reference, net, said in cases:
-        refused([str(drawn), "--reference", str(reference), "--network", str(net)], said)
+    for drawn, against, net, said in cases:
+        refused([str(drawn), "--reference", str(against), "--network", str(net)], said)
 
 
 def test_a_classifier_run_gives_features_and_an_inception_score(
