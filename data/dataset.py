@@ -27,6 +27,7 @@ from data.manifest import (
     parse_manifest,
 )
 from data.reader import Reader
+from data.stores import FINAL
 from data.tars import HEADER, Index, read_header
 
 # Shards that are looked at at the same time: each asks for sizes, and reads an index at most.
@@ -127,6 +128,7 @@ def open_shards(
     Raises:
         ValueError: there is no dataset, or a file is missing or not what the manifest says, or a
             label is no class.
+        OSError: its server does not answer.
     """
     reader = Reader(expanded(str(root), name=named), config=fetch or FetchConfig())
     shards = _read_manifest(reader)
@@ -139,7 +141,10 @@ def open_shards(
 def class_names(root: str | Path) -> tuple[str, ...]:
     """The names of a dataset's classes, by number, from its manifest; ValueError without one."""
     path = expanded(str(root), name="data.shards")
-    return _read_manifest(Reader(path, config=FetchConfig(retries=0))).classes
+    try:
+        return _read_manifest(Reader(path, config=FetchConfig(retries=0))).classes
+    except OSError as error:
+        raise ValueError(str(error)) from None
 
 
 def verify(root: str | Path, *, full: bool = False) -> list[str]:
@@ -180,7 +185,9 @@ def _read_manifest(reader: Reader) -> Shards:
             "`python -m data.pack`"
         ) from None
     except OSError as error:
-        raise ValueError(f"{reader.name}/{MANIFEST} cannot be read: {error}") from None
+        # A server that does not answer now is no user error: the same command may succeed later.
+        kind = ValueError if isinstance(error, FINAL) else OSError
+        raise kind(f"{reader.name}/{MANIFEST} cannot be read: {error}") from None
     manifest = parse_manifest(f"{reader.name}/{MANIFEST}", content)
     return Shards(root=reader.root, **vars(manifest))
 
@@ -217,7 +224,7 @@ def _fault(
             size = size_of(name)
         except (KeyError, FileNotFoundError):
             return f"{shards.where}/{name} is missing: the manifest lists it; copy or pack it again"
-        except OSError as error:
+        except FINAL as error:
             return str(error)
         if name == shard.tar and size not in (None, shard.bytes):
             return (

@@ -89,5 +89,5 @@ def test_a_server_that_does_not_answer_is_left(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         s3fs.S3FileSystem.clear_instance_cache()
         fails(opened, OSError, r"at byte 0 after 2 attempts: FSTimeoutError", timeout_s=0.5)
-        with pytest.raises(ValueError, match=r"manifest\.json cannot be read"):
+        with pytest.raises(OSError, match=r"manifest\.json cannot be read"):
             open_shards(f"{BUCKET}/set", fetch=FetchConfig(retries=1, timeout_s=0.5))
