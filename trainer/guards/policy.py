@@ -200,6 +200,6 @@ class Guards:
             f"the run has diverged after image {images_seen:,}: {why}; {self.incidents} steps were "
             f"skipped and {self.rollbacks} rollbacks made (incidents.jsonl names their images); "
             "its checkpoints are intact: lower training.lr or set training.clip, or raise "
-            "guards.spike or guards.rollbacks, and rerun the same command to resume from the last "
-            "one"
+            "guards.spike or guards.rollbacks, and rerun the same command: it resumes from the "
+            "last one, if there is any"
         )
