@@ -114,7 +114,10 @@ def site(cluster: Cluster, digits: Path) -> Site:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
-    """Two ranks have trained 6 steps in ZeRO stage 2, the run "2x2", keeping every checkpoint."""
+    """Two ranks have trained 6 steps in ZeRO stage 2, the run "2x2", keeping every checkpoint.
+
+    A test of the other stages, or of 3 or 4 ranks, asks `Place.train_all` for theirs.
+    """
     here = Place(tmp_path_factory.mktemp("runs"), tiny)
     assert here.train(here.arguments("2x2", sets=(*EVERY, *GRIDS)), world=2) == [0]
     return here

@@ -36,10 +36,7 @@ SPANS = (
 ADAMW = ("training.betas = [0.8, 0.99]", "training.weight_decay = 0.1", "training.clip = 0.1")
 # What is drawn follows from losses, after ten of each t.
 LEARNED = ('training.timesteps = "loss-second-moment"', "diffusion.steps = 2")
-SLOWER = (
-    "training.batch = 6", "intervals.log = 6", "intervals.checkpoint = 6",
-    f"training.images = {5 * STEP}",
-)  # fmt: skip
+SLOWER = ("training.batch = 6", "intervals.log = 6", "intervals.checkpoint = 6")
 NAMES = ("spans2", "spans3", "spans2-slower", "spans3-slower")
 
 
@@ -157,13 +154,13 @@ def test_snapshots_beyond_the_checkpoint_are_set_aside_and_taken_again(runs: Pla
     names = sorted(p.name for p in (runs.run("spans2-slower") / "averages").iterdir())
     beyond = [f"{images:012d}" for images in range(4 * STEP, LAST + 1, STEP)]
     assert {name for name in names if "." in name} == {f"{name}.superseded" for name in beyond}
-    assert set(beyond) & set(names) == {f"{n * STEP:012d}" for n in (4, 5)}
+    assert set(beyond) < set(names)
     assert "5 snapshots beyond image 36 are not of the run any more" in runs.log("spans2-slower")
 
 
 def test_a_snapshot_that_cannot_be_written_stops_nothing(runs: Place) -> None:
     """Its run has a file in place of the directory; its checkpoints are tested above."""
-    assert "averages of image 60 are not kept" in runs.log("spans3-slower")
+    assert "averages of image 96 are not kept" in runs.log("spans3-slower")
 
 
 def test_a_width_made_afterwards_is_the_one_kept_all_along(

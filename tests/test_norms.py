@@ -111,7 +111,7 @@ def compare(directory: Path) -> int:
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     from trainer import norms, shortcuts
-    from trainer.ranks.group import connected
+    from trainer.ranks.group import Refused, connected
     from trainer.ranks.world import join
 
     # DeepSpeed refuses fp16 on most CPUs by this check alone.
@@ -139,7 +139,7 @@ def compare(directory: Path) -> int:
         with pytest.MonkeyPatch.context() as patched:
             in_fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
             patched.setattr(ds_config, "resolve", lambda *a, **k: resolve(*a, **k) | in_fp32)
-            with pytest.raises(ValueError, match="grad_accum_dtype needs ZeRO stage 2 or 3"):
+            with pytest.raises(Refused, match="grad_accum_dtype needs ZeRO stage 2 or 3"):
                 train((1, "bf16", None), world=world, device=device)
     (directory / f"{world.rank}.json").write_text(json.dumps(found))
     (directory / f"device-{world.rank}.json").write_text(json.dumps([len(waits), list(devices)]))

@@ -18,16 +18,17 @@ ROWS = {row.name: row for row in ablate.load("paper", (), unset=()).rows}
 
 
 def step(config: Config) -> None:
-    """The loss and gradients of a whole network, whose numbers are never computed."""
-    size = config.model.image_size
+    """One training step of a whole network, whose numbers are never computed."""
+    training, size = config.training, config.model.image_size
     with torch.device("meta"):
-        net = build(config.model).to(compute.DTYPES[config.training.precision])
+        net = build(config.model).to(compute.DTYPES[training.precision])
         images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
         labels, indices = torch.zeros(2, dtype=torch.int64), torch.arange(2)
     terms = start.build_objective(config)(net, images, labels, indices)
     assert terms["loss"].shape == (2,) and terms["loss"].dtype == torch.float32
     terms["loss"].mean().backward()
     assert all(p.grad is not None for p in net.parameters())
+    torch.optim.AdamW(net.parameters(), lr=training.lr, betas=training.betas).step()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,6 +1,6 @@
 """Properties of real runs: real ranks over gloo, real DeepSpeed-ZeRO, real shards.
 
-Tiny runs of 6 steps are trained once on 2 and 3 ranks in ZeRO stages, in a handful of jobs
+Tiny runs of 6 steps are trained once on 2 and 3 ranks in every ZeRO stage, in a handful of jobs
 (those on 4 are slow); each test holds what they left on disk against a property.
 """
 
@@ -28,7 +28,7 @@ from tests.support.runs import (
     STAGES,
     STEP,
     STEPS,
-    TRAINED,
+    WORLDS,
     Place,
     build_start,
     distance,
@@ -36,24 +36,13 @@ from tests.support.runs import (
 )
 from trainer.ranks.lease import request_stop, stop_file
 
-wherever_trained = pytest.mark.parametrize(
-    ("world", "stage"),
-    [
-        pytest.param(world, stage, marks=[pytest.mark.slow] if world == 4 else [])
-        for world, stages in TRAINED.items()
-        for stage in stages
-    ],
-)
+four = pytest.param(4, marks=pytest.mark.slow)
+on_every_world = pytest.mark.parametrize("world", [*WORLDS, four])
+in_every_stage = pytest.mark.parametrize("stage", STAGES)
 
 
-@pytest.fixture(scope="module")
-def place(place: Place) -> Place:
-    """Two ranks have trained in the other stages too; a test of 3 or 4 asks for theirs."""
-    place.train_all(2)
-    return place
-
-
-@wherever_trained
+@on_every_world
+@in_every_stage
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     place: Place, world: int, stage: int
 ) -> None:
@@ -69,7 +58,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert recorded[0]["files"] == recorded[1]["files"]  # their checksums
 
 
-@pytest.mark.parametrize("stage", TRAINED[3])
+@in_every_stage
 def test_offload_to_the_host_learns_alike(place: Place, stage: int) -> None:
     place.train_all(3)
     name = f"3x{stage}"
@@ -78,19 +67,29 @@ def test_offload_to_the_host_learns_alike(place: Place, stage: int) -> None:
 
 
 def test_a_killed_run_resumes_bit_for_bit(place: Place) -> None:
-    endless = place.arguments("killed", sets=ENDLESS)
-    job = ranks.start(place.root / "kill", ranks=2, runs=[endless])
-    # A checkpoint at step 3 alone; the ranks are killed, at no chosen moment, after it.
-    checkpoints = place.run("killed") / "checkpoints"
-    ranks.wait_for(checkpoints / f"{HALF:012d}")
-    job.kill()
-    for later in checkpoints.iterdir():
-        if later.name != f"{HALF:012d}":
-            shutil.rmtree(later)
-    assert place.train(place.arguments("killed"), world=2) == [0]
-    assert "resumes from" in place.log("killed")
-    assert place.losses("killed")[:STEPS] == place.losses("2x2")
-    assert equal(place.checkpoint("killed", END), place.checkpoint("2x2", END))
+    place.train_all(2)
+    jobs = [
+        ranks.start(
+            place.root / f"kill-{stage}",
+            ranks=2,
+            runs=[place.arguments(f"killed{stage}", stage=stage, sets=ENDLESS)],
+        )
+        for stage in STAGES
+    ]
+    for stage, job in zip(STAGES, jobs, strict=True):
+        # A checkpoint at step 3 alone; the ranks are killed, at no chosen moment, after it.
+        checkpoints = place.run(f"killed{stage}") / "checkpoints"
+        ranks.wait_for(checkpoints / f"{HALF:012d}")
+        job.kill()
+        for later in checkpoints.iterdir():
+            if later.name != f"{HALF:012d}":
+                shutil.rmtree(later)
+    runs = [place.arguments(f"killed{stage}", stage=stage) for stage in STAGES]
+    assert place.train(*runs, world=2) == [0, 0, 0]
+    for stage in STAGES:
+        assert "resumes from" in place.log(f"killed{stage}")
+        assert place.losses(f"killed{stage}")[:STEPS] == place.losses(f"2x{stage}")
+        assert equal(place.checkpoint(f"killed{stage}", END), place.checkpoint(f"2x{stage}", END))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,8 @@ def alone(place: Place) -> str:
     return "one"
 
 
-@wherever_trained
+@on_every_world
+@in_every_stage
 def test_the_number_of_ranks_and_the_stage_change_no_step_and_no_grid(
     place: Place, alone: str, world: int, stage: int
 ) -> None:
@@ -149,6 +149,7 @@ def test_tensorboard_has_what_a_run_is_watched_by(place: Place) -> None:
 
 
 def test_a_checkpoint_resumes_in_another_world_and_stage(place: Place) -> None:
+    place.train_all(2)
     place.fork("2x2", "moved", images=HALF)
     place.fork("2x3", "gathered", images=HALF)
     place.fork("2x1", "spread", images=HALF)
@@ -160,7 +161,8 @@ def test_a_checkpoint_resumes_in_another_world_and_stage(place: Place) -> None:
         assert distance(place.checkpoint(name, END), place.checkpoint("2x2", END)) < 5e-5
 
 
-@wherever_trained
+@on_every_world
+@in_every_stage
 def test_sharded_averages_equal_their_closed_form(place: Place, world: int, stage: int) -> None:
     place.train_all(world)
     name = f"{world}x{stage}"

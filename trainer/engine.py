@@ -224,7 +224,7 @@ class Engine:
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             if hasattr(self._optimizer, name):
                 return list(getattr(self._optimizer, name))
-        raise ValueError("data_types.grad_accum_dtype needs ZeRO stage 2 or 3 (--ds-config)")
+        raise Refused("data_types.grad_accum_dtype needs ZeRO stage 2 or 3 (--ds-config)")
 
     def _fill_states(self) -> None:
         """Make the optimizer's states now, as AdamW would at its first step, and the averages."""

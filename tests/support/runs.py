@@ -16,9 +16,8 @@ from trainer import settings
 from trainer.adm.unet import build
 
 STAGES = (1, 2, 3)
-#: Number of ranks -> ZeRO stages. No parameter's size divides by 3, where stages 1 and 2 lay out
-#: and gather alike; the slow tests train on 4 as well.
-TRAINED = {2: STAGES, 3: (2, 3), 4: STAGES}
+#: Numbers of ranks; no parameter's size divides by 3. The slow tests train on 4 as well.
+WORLDS = (2, 3)
 #: Images of a step, which divide among 1, 2, 3 and 4 ranks; a run has 6 steps.
 STEP, STEPS = 12, 6
 HALF, END = STEPS // 2 * STEP, STEPS * STEP
@@ -96,22 +95,22 @@ class Place:
         return job.statuses
 
     def train_all(self, world: int) -> None:
-        """Train 6 steps on so many ranks in ZeRO stages, once, keeping every checkpoint.
+        """Train 6 steps on so many ranks in every ZeRO stage, once, keeping every checkpoint.
 
-        The run on 2 ranks in stage 3, say, is "2x3"; "2x3-again" is the same, forked at its third
-        step and resumed. "3x2-offload" and "3x3-offload" have the optimizer's state on the host.
+        The run in stage 3, say, is "2x3"; "2x3-again" is the same, forked at its third step and
+        resumed. On 3 also "3x1-offload" to "3x3-offload", with the optimizer's state on the host.
         """
-        names = {f"{world}x{stage}": stage for stage in TRAINED[world]}
+        names = [f"{world}x{stage}" for stage in STAGES]
         done = self.root / f"all-on-{world}"
         if done.exists():
             return
         runs = [
             self.arguments(name, stage=stage, sets=(*EVERY, *GRIDS))
-            for name, stage in names.items()
+            for stage, name in zip(STAGES, names, strict=True)
         ]
         assert self.train(*runs, world=world) == [0] * len(runs)
         again = []
-        for name, stage in names.items():
+        for stage, name in zip(STAGES, names, strict=True):
             for suffix in ("again", "offload") if world == 3 else ("again",):
                 if not self.run(f"{name}-{suffix}").exists():  # where a test was ended in between
                     self.fork(name, f"{name}-{suffix}", images=HALF)
