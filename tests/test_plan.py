@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench import gpu
+from tests.support.data_fixtures import pack_folder
 from tests.support.runs import Place
 from trainer import config as configs
 from trainer import costs, ds_config, plan
@@ -197,6 +198,24 @@ def test_the_disk_is_what_real_checkpoints_take(place: Place) -> None:
     assert f", {config.training.images // config.intervals.checkpoint} by intervals.keep" in disk
     count = config.training.images // 36
     assert averages == f"and {count} snapshots of averages, 4.00 GB each: {4 * count} GB"
+
+
+def test_bytes_of_images_are_those_of_the_datasets_by_their_shares(
+    place: Place, tmp_path: Path
+) -> None:
+    other = pack_folder(tmp_path, images=6)
+    kilobytes = []
+    for sets in ([], [f'data.shards = "{other.root}"'], [f'data.mix = ["{other.root}"]']):
+        mixed = ["data.mix_shares = [0.25]"] if "mix" in "".join(sets) else []
+        config = configs.load(place.preset, [*sets, *mixed])
+        now = step(config, machine=machine(), gpus=2, zero=ZERO)
+        line = next(iter(plan._data_lines(config, now)))
+        found = re.search(r"MB/s at ([\d.]+) kB per image", line)
+        assert found, line
+        kilobytes.append(float(found[1]))
+    digit, image, both = kilobytes
+    assert image > 1.5 * digit
+    assert both == pytest.approx(0.75 * digit + 0.25 * image, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import naming
-from data.dataset import open_shards
+from data.mixture import open_dataset
 from data.exits import CommandParser, reported
 from data.progress import duration
 from trainer import checkpoint as checkpoints
@@ -171,12 +171,16 @@ def _disk_lines(config: Config, parameters: int) -> Iterable[str]:
 def _data_lines(config: Config, now: Step) -> Iterable[str]:
     rate = now.batch / now.seconds
     line = f"Data: {rate:,.0f} images/s in all, {rate / now.gpus:,.1f} per GPU"
+    data = config.data
     try:
-        shards = open_shards(config.data.shards)
-    except (ValueError, OSError):
-        yield f"{line} ({config.data.shards} cannot be read here, so no bytes)"
+        dataset = open_dataset(data.shards, mix=data.mix, shares=data.mix_shares)
+    except (ValueError, OSError) as error:
+        yield f"{line}; bytes are not known here: {error}"
     else:
-        mean = sum(shard.bytes for shard in shards.shards) / max(shards.count, 1)
+        mean = sum(
+            share * sum(shard.bytes for shard in part.shards) / max(part.count, 1)
+            for part, share in dataset.shares
+        )
         yield f"{line}: {rate * mean / 1e6:,.1f} MB/s at {mean / 1e3:.1f} kB per image"
     seconds = config.training.images / rate
     days = seconds / 86400
