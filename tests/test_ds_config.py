@@ -148,6 +148,18 @@ def test_what_is_null_is_absent_and_every_known_name_is_deepspeeds(tmp_path: Pat
     assert names == ds_configs._ZERO
 
 
+def test_older_names_are_counted_with_as_deepspeed_takes_them(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    older = {"cpu_offload": True, "cpu_offload_param": False, "param_persistence_threshold": 10}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **older}}))
+    zero = ds_configs.load(file)["zero_optimization"]
+    asked, taken = (DeepSpeedZeroConfig(**given) for given in ({"stage": 3, **older}, zero))
+    assert zero["offload_optimizer"]["device"] == asked.offload_optimizer.device == "cpu"
+    assert "offload_param" not in zero and asked.offload_param is None
+    name = "param_persistence_threshold"
+    assert zero[f"stage3_{name}"] == getattr(taken, name) == getattr(asked, name) == 10
+
+
 class Asked(dict):
     """A table that remembers which keys it was asked for."""
 

@@ -59,6 +59,8 @@ _ZERO = frozenset((
 ))  # fmt: skip
 # Those of them, all sizes, that a plan counts with.
 _SIZES = "reduce_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"
+# What DeepSpeed called offloading to the host's memory, and calls it now.
+_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _OWN_OPTIMIZER = "its own optimizer keeps no averages of the weights"
 _MASTERS = "weights, averages and moments are kept in fp32 here"
 # Settings that DeepSpeed takes, and why a run under them would go wrong.
@@ -124,10 +126,7 @@ def load(path: str | Path | None) -> dict[str, Any]:
     stage = _lookup(ds_config, "zero_optimization.stage")
     if stage not in (1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3")
-    # Files for transformers have more of them; DeepSpeed, too, takes its own defaults there.
-    zero = ds_config["zero_optimization"]
-    for name in [n for n, value in zero.items() if value == "auto" and n != "overlap_comm"]:
-        del zero[name]
+    _name_as_now(ds_config["zero_optimization"])
     _check_numerics(ds_config, path=path)
     return ds_config
 
@@ -145,6 +144,18 @@ def _check_names(ds_config: dict[str, Any], *, path: Path) -> None:
         if key.removeprefix("stage3_") not in _ZERO:
             name = f"zero_optimization.{key}"
             raise ValueError(f"{path}: DeepSpeed has no setting {name!r}{nearest(key, _ZERO)}")
+
+
+def _name_as_now(zero: dict[str, Any]) -> None:
+    """Take out what is DeepSpeed's default, and call by one name what has several there."""
+    # Files for transformers have more of them; DeepSpeed, too, takes its own defaults there.
+    for name in [n for n, value in zero.items() if value == "auto" and n != "overlap_comm"]:
+        del zero[name]
+    for name in zero.keys() & {"max_live_parameters", "param_persistence_threshold"}:
+        zero[f"stage3_{name}"] = zero.pop(name)
+    for name in zero.keys() & _OFFLOADS.keys():
+        if zero.pop(name):
+            zero[_OFFLOADS[name]] = {"device": "cpu"}
 
 
 def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:

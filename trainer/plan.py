@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data.config import naming
-from data.mixture import open_dataset
 from data.exits import CommandParser, reported
+from data.mixture import open_dataset
 from data.progress import duration
 from trainer import checkpoint as checkpoints
 from trainer import config as configs
