@@ -1,8 +1,10 @@
 """Who a rank is, by the variables of its launcher; and what refuses to be one."""
 
 import os
+import re
 import socket
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -87,6 +89,12 @@ def test_a_script_of_sbatch_n4_without_srun_is_not_one_rank() -> None:
     assert join(dict(batch), expected_size=1).size == 1  # it was asked for
 
 
+def wait_in_vain(rank: int) -> int:
+    os.environ["RANK"] = str(rank)
+    meeting_store(replace(join(), size=2), timeout=timedelta(seconds=0.5))
+    return 0
+
+
 def connect(*, gpus: int | None = None, port: int | None = None) -> int:
     """Meet the other ranks, as every command does."""
     if port is not None:
@@ -123,6 +131,18 @@ def test_a_port_that_another_run_uses_is_named_in_one_line(tmp_path: Path) -> No
         assert statuses(job) == [FAILED]
     lines = [line for line in job.texts[0].splitlines() if "error:" in line]
     assert lines == [line for line in lines if f"port {port} of " in line] and len(lines) == 1
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "1/2 clients joined"), (1, "trying to connect")])
+def test_a_rank_that_no_other_meets_says_where_it_waited_in_one_line(
+    rank: int, said: str, tmp_path: Path
+) -> None:
+    """As where a firewall is between the nodes, or two ranks have one number."""
+    job = ranks.fork(tmp_path, partial(wait_in_vain, rank), ranks=1)
+    assert statuses(job) == [FAILED]
+    line = job.texts[0].splitlines()[-1]
+    assert re.search(f"rank {rank} on .*: error: the ranks did not meet at 127.*{said}", line)
+    assert "Traceback" not in job.texts[0]
 
 
 def meet_at_a_store_that_stays(port: int) -> int:

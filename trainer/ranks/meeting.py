@@ -29,14 +29,19 @@ def meeting_store(world: World, *, timeout: timedelta) -> dist.Store:
     """The store on the main rank's host, or torchrun's, as if it were empty. All ranks call it.
 
     Raises:
-        Broken: its port is taken, or a rank did not come.
+        Broken: its port is taken, or a rank of torchrun did not come.
+        TimeoutError: a rank did not come, or cannot reach the store.
     """
     try:
         meet = dist.rendezvous("env://", world.rank, world.size, timeout=timeout)
         store: dist.Store = next(iter(meet))[0]
-    except dist.DistNetworkError as error:
+    except dist.DistError as error:
         if "EADDRINUSE" not in str(error):
-            raise
+            raise TimeoutError(
+                f"the ranks did not meet at {world.address}:{world.port}: {error} See that all "
+                f"{world.size} are started, each with its own RANK, and that their nodes reach "
+                "this address (MASTER_ADDR, MASTER_PORT)"
+            ) from None
         raise Broken(
             f"port {world.port} of {socket.gethostname()} is in use, perhaps by another run: set "
             "MASTER_PORT, or the launcher's option, as in `deepspeed --master_port 29511 ...`"
