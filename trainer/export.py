@@ -93,12 +93,21 @@ def export(arguments: argparse.Namespace) -> int:
         metadata = {"kind": found.file.stem, "config": configs.to_toml(found.config)}
         weights.save(to, named, metadata=metadata)
     elif to.suffix == ".pt":
-        with files.whole(to) as stream:
-            torch.save(named, stream)
+        _write_pt(to, named)
     else:
         _write_folder(to, named, found=found)
     print(f"written: {to}: {found.file} ({arguments.precision})")
     return 0
+
+
+def _write_pt(to: Path, named: Mapping[str, Tensor]) -> None:
+    """What guided-diffusion loads."""
+    with files.whole(to) as stream:
+        try:
+            torch.save(named, stream)
+        except RuntimeError as error:
+            # After a full disk or Ctrl-C torch still ends its archive, and raises why it cannot.
+            raise error.__context__ or error from None
 
 
 def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> None:
