@@ -166,6 +166,11 @@ def preamble(job: Job) -> str:
 
 
 def setup_lines(job: Job) -> list[str]:
-    """The site's setup; a line that fails ends the job and is named."""
+    """The site's setup; a line that fails ends the job and is named.
+
+    It may set variables, but not how the script after it ends: a file that it sources may begin
+    with `set -euo pipefail`.
+    """
     run = 'eval "$setup" || refuse "the setup line failed with status $?: $setup"'
-    return [f"setup={quoted([line])}; {run}" for line in job.cluster.setup]
+    lines = [f"setup={quoted([line])}; {run}" for line in job.cluster.setup]
+    return [*lines, "set +eEu; trap - ERR"] if lines else []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
-from tests.support.batch import LAST, Bash
+from tests.support.batch import LAST, STRICT, Bash
 
 
 @pytest.fixture
@@ -170,6 +170,14 @@ def test_a_node_without_scontrol_is_named_before_it_trains(bash: Bash) -> None:
     assert bash.start(ranks="exit 75", setup=hidden) == REFUSED
     assert "there is no scontrol on" in bash.events and "in setup; not started" in bash.events
     assert not bash.text("started")
+
+
+def test_what_a_setup_line_sets_for_its_own_script_does_not_end_the_job(bash: Bash) -> None:
+    setup = f"{STRICT}; run=/nowhere job=9 start=4"
+    assert bash.start(ranks="exit 1", setup=setup) == 1
+    assert "job 7 start 0: failed with status 1; requeued, resumes" in bash.events
+    assert bash.start(1, ranks=LEAVES["TERM"], setup=setup) == 143
+    assert "start 1: told to leave, ended with status 143; requeued, resumes" in bash.events
 
 
 def test_a_setup_line_that_fails_on_a_node_ends_the_job_and_is_named(bash: Bash) -> None:

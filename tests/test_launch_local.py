@@ -12,6 +12,7 @@ import pytest
 
 from data.exits import REFUSED
 from launch import records, status
+from tests.support.batch import STRICT
 from tests.support.cluster import LIMIT, ROOT, wait_until
 
 SAVES_ON_A_SIGNAL = """\
@@ -135,7 +136,7 @@ def test_torchrun_gets_the_names_of_machines_and_ssh_their_users(tmp_path: Path)
 @pytest.mark.parametrize(
     ("launcher", "host", "setup", "message"),
     [
-        ("torchrun", "nowhere.invalid", "true", "ssh to nowhere.invalid failed, see above: "),
+        ("torchrun", "nowhere.invalid", STRICT, "ssh to nowhere.invalid failed, see above: "),
         ("deepspeed", "nowhere.invalid", "true", "ssh to nowhere.invalid failed, see above: "),
         ("torchrun", "n1", "PATH=bin", "there is no ssh here: "),
         ("deepspeed", "n1", "PATH=bin", "there is no ssh here: "),

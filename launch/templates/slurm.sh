@@ -1,15 +1,21 @@
 # @name@: @nodes@ nodes x @gpus@ ranks, from the code and the preset in @run@.
-run=@run@
-# The job id of an array's last task is that of the whole array.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
-start=${SLURM_RESTART_COUNT:-0}
 told=
 timer=
 status=
+
+# Once more after the setup, which may have variables and traps of these names.
+begin() {
+  run=@run@
+  # The job id of an array's last task is that of the whole array.
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
+  start=${SLURM_RESTART_COUNT:-0}
+  trap leave USR1
+  trap told=yes TERM  # the ranks get it too; this shell stays to record how they ended
+}
+
+begin
 before=$(cat "$run/launch/state.json" 2> /dev/null)
-trap leave USR1
-trap told=yes TERM  # the ranks get it too; this shell stays to record how they ended
 
 say() {
   printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$job" "$start" "$*" |
@@ -185,6 +191,7 @@ attend() {
 }
 
 @preamble@
+begin
 
 for program in srun scancel scontrol; do
   command -v $program > /dev/null ||

@@ -15,17 +15,23 @@
 #SBATCH --exclusive
 
 # imagenet64: 64 nodes x 8 ranks, from the code and the preset in /runs/imagenet64.
-run=/runs/imagenet64
-# The job id of an array's last task is that of the whole array.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
-start=${SLURM_RESTART_COUNT:-0}
 told=
 timer=
 status=
+
+# Once more after the setup, which may have variables and traps of these names.
+begin() {
+  run=/runs/imagenet64
+  # The job id of an array's last task is that of the whole array.
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
+  start=${SLURM_RESTART_COUNT:-0}
+  trap leave USR1
+  trap told=yes TERM  # the ranks get it too; this shell stays to record how they ended
+}
+
+begin
 before=$(cat "$run/launch/state.json" 2> /dev/null)
-trap leave USR1
-trap told=yes TERM  # the ranks get it too; this shell stays to record how they ended
 
 say() {
   printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$job" "$start" "$*" |
@@ -203,12 +209,14 @@ attend() {
 cd /home/me/adm || refuse 'cannot enter the directory'
 [ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 setup='module load cuda/12.6'; eval "$setup" || refuse "the setup line failed with status $?: $setup"
+set +eEu; trap - ERR
 export PATH=/home/me/adm/.venv/bin:$PATH
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export OMP_NUM_THREADS=4
 export PYTHONPATH=/runs/imagenet64/code
 export PYTHONSAFEPATH=1
+begin
 
 for program in srun scancel scontrol; do
   command -v $program > /dev/null ||

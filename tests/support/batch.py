@@ -48,6 +48,8 @@ echo "sbatch: a warning" >&2
 echo '8;east'""",
 }
 DENIAL = "Requested operation is presently disabled for job 7"
+# How many a site's scripts begin, which a setup line may source.
+STRICT = "set -Eeuo pipefail; trap 'exit 9' ERR TERM"
 # A minute, or until the job is put back into the queue, when Slurm kills its ranks.
 LAST = "for try in {1..600}; do [ ! -e requeued ] || kill -9 $$; sleep 0.1; done"
 
