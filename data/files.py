@@ -44,13 +44,19 @@ def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
 
 
 def make_parent(path: Path, *, option: str) -> None:
-    """Make the directory of an output that a command was given by `option`, or raise ValueError."""
+    """Make the directory of an output, which a command was given by `option`.
+
+    Raises:
+        ValueError: it cannot be made, or nothing can be written there.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"{option} = {str(path)!r}: its directory cannot be made ({error.strerror})"
         ) from None
+    if fault := write_fault(path.parent):
+        raise ValueError(f"{option} = {str(path)!r}: {fault}: name another {option}")
 
 
 def check_link(path: Path) -> None:

@@ -189,6 +189,7 @@ def test_an_output_replaces_nothing_but_the_same_result(
         ([*measure, str(samples)], "must be a file that ends in .json"),
         ([*measure, str(own)], r"own\.json exists and is no result of `nll`"),
         ([*measure, str(tmp_path)], "must be a file that ends in .json"),
+        (but(draw, "--out", Path("/proc/f.json")), "/proc is not writable .*: name another --out"),
     ):
         refused(words, said)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

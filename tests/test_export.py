@@ -271,6 +271,7 @@ def test_a_name_that_is_taken_or_means_nothing_is_refused(
         (f"{linked}/", "does not exist yet"),
         (str(tmp_path / "weights.bin"), "FILE.safetensors, FILE.pt, or a directory"),
         (str(weights_file / "a.pt"), "its directory cannot be made (File exists)"),
+        ("/proc/a.pt", "name another --to"),
     ]:
         assert main([str(weights_file), "--preset", "digits", "--to", to]) == 78
         assert said in capsys.readouterr().err
