@@ -15,7 +15,9 @@ COMMIT = "COMMIT"
 def commit(root: Path = _ROOT) -> str:
     """The commit of the code under `root`, "-dirty" where files differ from it; "" if unknown."""
     if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        # A checkout may be another user's, as in a container: its code runs, so git may read it.
+        git = ["git", "-c", "safe.directory=*", "-C", str(root)]
+        command = [*git, "describe", "--always", "--dirty", "--exclude=*"]
         with suppress(OSError):  # no git here
             found = subprocess.run(command, capture_output=True, text=True, check=False)
             return found.stdout.strip()

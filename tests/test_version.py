@@ -30,7 +30,9 @@ def test_every_command_prints_version_and_commit() -> None:
         assert said.startswith(f"adm-trainer {VERSION}") and commit() in said
 
 
-def test_the_commit_is_that_of_the_checkout_or_of_the_copy(tmp_path: Path) -> None:
+def test_the_commit_is_that_of_the_checkout_or_of_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert commit(tmp_path) == ""
     (tmp_path / COMMIT).write_text("3eb1603\n")
     assert commit(tmp_path) == "3eb1603"
@@ -40,6 +42,8 @@ def test_the_commit_is_that_of_the_checkout_or_of_the_copy(tmp_path: Path) -> No
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     found = commit(tmp_path)
     assert len(found) >= 7 and head.stdout.startswith(found)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert commit(tmp_path) == found, "a checkout of another user"
     (tmp_path / COMMIT).write_text("changed\n")
     assert commit(tmp_path) == f"{found}-dirty"
 
