@@ -122,6 +122,8 @@ def test_what_deepspeed_would_leave_unused_in_silence_is_refused(
     [
         ({"overlap_com": True}, "setting 'zero_optimization.overlap_com' .nearest: 'overlap_comm'"),
         ({"reduce_bucket_size": "5e8"}, "reduce_bucket_size = '5e8': must be a number of at least"),
+        ({"offload_optimizer": {"device": "nvme"}}, "'nvme': must be one of none, cpu"),
+        ({"offload_param": "cpu"}, 'offload_param = .cpu.: must be {"device": "cpu"}'),
         (True, r"zero_optimization = True: must be a table, as in \{\.\.\.\}"),
     ],
 )

@@ -59,6 +59,9 @@ _ZERO = frozenset((
 ))  # fmt: skip
 # Those of them, all sizes, that a plan counts with.
 _SIZES = "reduce_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"
+# Where states can be, and weights in stage 3: DeepSpeed starts with states that are empty when they
+# are to be files, and the averages have to start from them.
+_DEVICES = {"offload_optimizer": ("none", "cpu"), "offload_param": ("none", "cpu", "nvme")}
 # What DeepSpeed called offloading to the host's memory, and calls it now.
 _OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _OWN_OPTIMIZER = "its own optimizer keeps no averages of the weights"
@@ -126,7 +129,8 @@ def load(path: str | Path | None) -> dict[str, Any]:
     stage = _lookup(ds_config, "zero_optimization.stage")
     if stage not in (1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3")
-    _name_as_now(ds_config["zero_optimization"])
+    _name_as_now(zero := ds_config["zero_optimization"])
+    _check_offload(zero, path=path)
     _check_numerics(ds_config, path=path)
     return ds_config
 
@@ -144,6 +148,21 @@ def _check_names(ds_config: dict[str, Any], *, path: Path) -> None:
         if key.removeprefix("stage3_") not in _ZERO:
             name = f"zero_optimization.{key}"
             raise ValueError(f"{path}: DeepSpeed has no setting {name!r}{nearest(key, _ZERO)}")
+
+
+def _check_offload(zero: dict[str, Any], *, path: Path) -> None:
+    """Refuse places that DeepSpeed does not know, or from which the averages do not return."""
+    for name, devices in _DEVICES.items():
+        section = zero.get(name, {})
+        if not isinstance(section, dict):
+            raise ValueError(
+                f'{path}: zero_optimization.{name} = {section!r}: must be {{"device": "cpu"}}'
+            )
+        if (device := section.get("device", "none")) not in devices:
+            raise ValueError(
+                f"{path}: zero_optimization.{name}.device = {device!r}: must be one of "
+                + ", ".join(devices)
+            )
 
 
 def _name_as_now(zero: dict[str, Any]) -> None:
