@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From JPEGs in class folders to pictures guided and enlarged, in 10 minutes on two CPU cores: a base
+# From JPEGs in class folders to pictures guided and enlarged, in 10 to 20 minutes on two cores: a base
 # of 16 pixels, a classifier trained on random crops, an upsampler 16 -> 32, each validated on images
 # that were held out. Without an argument the photographs are cut from scikit-learn's two.
 # Usage: examples/photos.sh [DIRECTORY]. Ctrl-C stops it; the same command resumes.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole path in 4 minutes, on this machine's GPUs or, without one, on two CPU processes: pack real
+# The whole path in some minutes, on this machine's GPUs or, without one, on two CPU processes: pack real
 # images, train both networks (one is interrupted and resumed), draw guided samples, and have an
 # independent classifier judge them. All files are written to runs/quickstart.
 set -euo pipefail
