@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data import files
 from data.exits import REFUSED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, build_start, equal
@@ -220,7 +221,9 @@ def test_a_snapshot_right_after_a_rollback_is_that_of_the_checkpoint(runs: Place
 MODEL = "model.safetensors"
 
 
-def test_what_cannot_be_made_is_one_line(runs: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_made_is_one_line(
+    runs: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, damaged = runs.run("spans2"), runs.root / "damaged"
     shutil.copytree(whole, damaged)
     file = damaged / "averages" / f"{LAST:012d}" / "power-0.1.safetensors"
@@ -248,6 +251,10 @@ def test_what_cannot_be_made_is_one_line(runs: Place, capsys: pytest.CaptureFixt
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
         assert sorted(p for p in runs.root.rglob("*") if p.is_file()) == before
+    # Somebody else's run: this is said before the snapshots are read.
+    monkeypatch.setattr(files, "write_fault", lambda place: f"{place} is not writable")
+    assert ema.main([str(damaged), "--sigma", "0.075"]) == REFUSED
+    assert f"{file.parent.parent} is not writable: name another --out" in capsys.readouterr().err
 
 
 def test_snapshots_beyond_the_clock_are_set_aside_also_where_none_is_taken(tmp_path: Path) -> None:

@@ -166,13 +166,12 @@ def make(arguments: argparse.Namespace) -> int:
         print(f"width {width:g}: expected error {combination.error:.2%} of its profile")
     if not arguments.sigma:
         return 0
-    if out is not None:
-        files.make_parent(out, option="--out")
+    last = found.last.path
+    files.make_parent(out or last, option="--out")
     config = (run / "config.toml").read_text()
     sums = build(found, {width: each.coefficients for width, each in combinations.items()})
     for width, tensors in sums.items():
         kind, images = averages.power(width), str(found.last.images_seen)
-        last = found.last.path
         file = out or last.with_name(f"{kind}-{last.name}.safetensors")
         weights.save(file, tensors, metadata={"kind": kind, "images": images, "config": config})
         print(f"wrote {file}")
