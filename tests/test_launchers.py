@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import ranks
+from tests.support.cluster import LIMIT, wait_until
+from tests.support.runs import ENDLESS
+from trainer.runstate import RunState
 
 TRAIN = "trainer.train"
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
@@ -47,3 +51,15 @@ def test_all_launchers_train_the_same_run(tmp_path: Path, tiny: Path) -> None:
         assert f"{1 if launcher == 'alone' else 2} ranks" in log
         reference = reference or losses
         assert losses == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_usr1_to_mpirun_saves_the_run(tmp_path: Path, tiny: Path) -> None:
+    """At TERM and Ctrl-C it kills its ranks (open-mpi/ompi#12149)."""
+    words = [*LAUNCHERS["mpirun"], tiny, "--run", tmp_path / "run", "--set", ENDLESS[0]]
+    job = subprocess.Popen(words, cwd=ranks.ROOT, env=ranks.environment())
+    wait_until((tmp_path / "run" / "metrics.jsonl").exists, "steps")
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=LIMIT)
+    state = RunState.read(tmp_path / "run")
+    assert state is not None and state.state == "stopped" and state.checkpoint

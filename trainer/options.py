@@ -10,7 +10,8 @@ from trainer import origin, settings
 _ABOUT = """Train a preset, or resume the run that is there.
 
 Started by torchrun, mpirun, srun, `deepspeed` or alone. Ctrl-C or TERM saves and leaves with
-status 75; the same command resumes. A finished run says so and leaves with status 0.
+status 75 (under a bare mpirun or `deepspeed`, `python -m launch stop RUN` does); the same command
+resumes. A finished run says so and leaves with status 0.
 """
 
 # Shorter, a busy machine reports too late; longer, torch's timers would overflow. In seconds.
