@@ -41,6 +41,13 @@ def test_in_enroot_which_tells_no_local_size_it_is_that_of_slurm() -> None:
     assert join({**ENROOT, "LOCAL_SIZE": "3"}).local_size == 3  # `deepspeed`
 
 
+def test_ranks_of_torchrun_in_the_shell_of_a_task_have_no_gpu_each() -> None:
+    """Two ranks on the one GPU of `srun --gpus=1 --pty bash` would both take it."""
+    shell = {**STEP, "CUDA_VISIBLE_DEVICES": "0"}
+    assert join(dict(shell)).own_gpu and join({**shell, **ENROOT}).own_gpu
+    assert not join({**shell, **ENROOT, "TORCHELASTIC_RUN_ID": "7"}).own_gpu
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("RANK", ""), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"), ("MASTER_PORT", "99999")],

@@ -88,7 +88,9 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
             "the launcher's ranks did not find each other; check its --mpi or --nnodes options"
         )
     env.update(world.environment())
-    own_gpu = "SLURM_PROCID" in env and "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
+    # Other launchers, inside of a job, hand one task's GPU on to all their ranks.
+    tasks = "SLURM_PROCID" in env and world.launcher in ("slurm", "environment")
+    own_gpu = tasks and "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
     return replace(world, own_gpu=own_gpu)
 
 
