@@ -7,12 +7,14 @@ the seed, the shards and the configuration, so there is no loader state to save.
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 import numpy as np
 
 from data.batches import Batch, batch_of, to_device
-from data.config import DataConfig
+from data.config import DataConfig, is_local
+from data.manifest import MANIFEST
 from data.mixture import Dataset, open_dataset
 from data.order import share
 from data.packing.pool import cpus
@@ -70,6 +72,21 @@ class Stream:
                 f"data.shards = {self.shards.where}: the run began with other data "
                 f"({'; '.join(differing)}); restore its shards and settings, or start another run"
             )
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError where other shards are now in a directory than when it was opened.
+
+        What is read over a network is checked against the indexes of then.
+        """
+        for part in self.shards.parts:
+            content = b""
+            with suppress(OSError):  # open files stay readable where the directory is gone
+                content = Path(part.root, MANIFEST).read_bytes() if is_local(part.root) else b""
+            if content and part.fingerprint.encode() not in content:
+                raise ValueError(
+                    f"{part.where} has other shards now than when this start opened it: restore "
+                    "those and rerun the same command, or start another run"
+                )
 
     def batches(
         self,

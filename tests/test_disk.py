@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -18,12 +19,15 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data import files
+from data.dataset import open_shards
 from data.exits import FAILED
+from data.manifest import MANIFEST
 from tests.support import faults, ranks
 from tests.support.runs import ENDLESS, EVERY, STEP, Place, equal
 from trainer import checkpoint as checkpoints
 from trainer.ranks.world import World
 from trainer.run import Run
+from trainer.runstate import RunState
 from trainer.saver import Saver
 from trainer.sections import IntervalConfig
 from trainer.weights import compare
@@ -56,6 +60,24 @@ def limited(directory: Path, arguments: list, size: int) -> int:
     shown.stdin.close()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
     return ranks.work(directory, [arguments], False)
+
+
+@pytest.mark.slow
+def test_shards_that_take_the_place_of_a_run_s_own_end_it_before_it_saves(
+    bare: Place, digits: Path
+) -> None:
+    shards = shutil.copytree(digits, bare.root / "shards")
+    sets = (*EVERY, *ENDLESS, f'data.shards = "{shards}"')
+    job = ranks.start(bare.root / "job", ranks=1, runs=[bare.arguments("run", sets=sets)])
+    ranks.wait_for(bare.run("run") / "checkpoints" / f"{STEP:012d}")
+    manifest = shards / MANIFEST
+    own = open_shards(shards, check_files=False).fingerprint
+    files.write(manifest, manifest.read_text().replace(own, own[::-1]))  # the last file to change
+    job.wait()
+    (said,) = job.statuses
+    assert said.startswith(f"{shards} has other shards now than when this start opened it: "), said
+    state = RunState.read(bare.run("run"))
+    assert state is not None and state.state == "refused"
 
 
 def test_training_goes_on_while_the_disk_is_full(bare: Place) -> None:

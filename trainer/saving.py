@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trainer import config as configs
-from trainer.ranks.group import Agreement
+from trainer.ranks.group import Agreement, from_main
 from trainer.saver import Saver
 from trainer.start import Parts
 from trainer.state import TrainState
@@ -66,6 +66,7 @@ class Saving:
         is_saved = engine.updates == self._saved
         if is_saved and (images_seen == before or self._passes_over(images_seen)):
             return
+        from_main(parts.stream.check_unchanged)
         norm = engine.parameter_norm() if norm is None else norm
         guards.check_weights(norm, images_seen=images_seen)
         state = TrainState(
