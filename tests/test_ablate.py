@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import ranks
-from trainer.ablate import load, main
+from trainer.ablate import load, main, parser
 from trainer.adm.unet import build
 
 # Parameters of rows of Table 1, measured on the reference.
@@ -40,7 +40,10 @@ def test_a_plan_has_the_days_of_every_row(capsys: pytest.CaptureFixture) -> None
     assert line.startswith(name) and len(line) == len(header)
     # 8.4e19 operations, the paper's own figure, at 1e14 per second.
     assert float(line.split()[-1]) == pytest.approx(8.4e19 / 1e14 / 86400, rel=0.01)
-    assert main(["digits", "--dry-run"]) == 0
+    # With the changes that --help has as examples.
+    helped = {action.dest: str(action.metavar).strip("'") for action in parser()._actions}
+    changes = ["--set", helped["set"], "--unset", helped["unset"]]
+    assert main(["digits", *changes, "--dry-run"]) == 0
 
 
 def test_a_row_may_set_what_the_set_sets_for_every_row() -> None:

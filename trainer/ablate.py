@@ -213,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = CommandParser(prog="python -m trainer.ablate", description=__doc__)
     p.add_argument("set_name", metavar="SET", help="a name in trainer/sets, or a .toml file")
-    settings.add_overrides(p)
+    settings.add_overrides(p, example="samples.images = 2000", left="samples.steps")
     p.add_argument("--runs", type=Path, help="the directory of all rows (required to run)")
     cluster = "submit the training: site settings, as of python -m launch (default: train here)"
     p.add_argument("--cluster", metavar="TOML", help=cluster)

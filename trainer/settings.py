@@ -21,20 +21,25 @@ from trainer.adm.config import check_choice
 Table = dict[str, Any]
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """The options by which every command changes settings of a preset."""
+def add_overrides(
+    parser: argparse.ArgumentParser,
+    *,
+    example: str = "training.lr = 1e-4",
+    left: str = "training.clip",
+) -> None:
+    """The options by which every command changes settings of its file, such as a preset."""
     parser.add_argument(
         "--set",
         action="append",
         default=[],
-        metavar="'training.lr = 1e-4'",
+        metavar=f"'{example}'",
         help="change a setting, written as in the file; may be repeated (default: none)",
     )
     parser.add_argument(
         "--unset",
         action="append",
         default=[],
-        metavar="training.clip",
+        metavar=left,
         help="leave a setting out; may be repeated (default: none)",
     )
 
