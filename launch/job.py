@@ -118,8 +118,8 @@ class Job:
         """The command line of a rank after `python`."""
         if self.sample is None:
             return self._train_words
-        words = ["-m", "trainer.sample", *self.sample, "--job", str(self.run)]
-        return (*words, "--ranks", str(self.ranks), *self.gpus_shown)
+        words = ["-m", "trainer.sample", "--patience", str(self.cluster.patience), *self.sample]
+        return (*words, "--job", str(self.run), "--ranks", str(self.ranks), *self.gpus_shown)
 
     @property
     def _train_words(self) -> tuple[str, ...]:

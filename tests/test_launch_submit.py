@@ -114,9 +114,8 @@ def test_sampling_is_a_job_of_every_launcher(
     words = ["runs/a", "--out", f"{tmp_path}/a.npz", "--scale", "0,1", "--gpus-per-node", "2"]
     assert main(["sample", *words, "--cluster", str(site), "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.replace("\\\n", "").split())
-    rank = (
-        f"trainer.sample runs/a --scale 0,1 --out {tmp_path}/a.npz --job {tmp_path}/a.job --ranks 2"
-    )
+    draw = "trainer.sample --patience 600 runs/a --scale 0,1"
+    rank = f"{draw} --out {tmp_path}/a.npz --job {tmp_path}/a.job --ranks 2"
     assert rank in said and not (tmp_path / "a.job").exists()
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 
 from data.exits import FAILED
 from tests.support import ranks
+from trainer import sample
+from trainer.runstate import RunState
 from trainer.sampling.parts import PartSampler
 
 
@@ -102,6 +105,37 @@ def test_killed_at_any_moment_two_stages_give_the_bytes_of_an_undisturbed_run(
     assert ranks.sample(tmp_path, [*ask, "--out", f"{killed}/{out}"], world=2) == [0]
     assert content(killed) == content(whole)
     assert {"a.png", "a-base.png"} <= content(whole).keys()
+
+
+def end_at_the_first_part(words: list[str], number: signal.Signals) -> int:
+    """Rank 1 of two is killed or stopped as it begins a part."""
+    draw = PartSampler.draw
+
+    def ended(sampler: PartSampler, part: int, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+        return draw(sampler, part, **kwargs)
+
+    PartSampler.draw = ended  # type: ignore[method-assign]
+    return sample.main(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_drawing_and_is_named(
+    tmp_path: Path, nets: dict[str, list[str]], number: signal.Signals
+) -> None:
+    ask = [*nets["base"], "--images", "8", "--batch", "1", "--steps", "2", "--patience", "10"]
+    words = [*ask, "--out", str(tmp_path / "a.npz"), "--job", str(tmp_path / "a.job")]
+    task = partial(end_at_the_first_part, words, number)
+    job = ranks.fork(tmp_path / "job", task, ranks=2)
+    job.ranks[0].join(ranks.LIMIT)
+    job.kill()
+    assert job.ranks[0].exitcode == FAILED, job.text
+    state = RunState.read(tmp_path / "a.job")
+    assert state is not None and state.state == "failed", job.text
+    assert re.search(r": lost: \S+ \(rank 1; [^)]*\): ", state.why or ""), state
+    assert "Traceback" not in job.text
 
 
 def hold_until_others_have_drawn(directory: Path, run: list[str], parts: Path) -> int:

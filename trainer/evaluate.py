@@ -30,9 +30,10 @@ from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork, open_network
 from trainer.evaluation.reference import Reference
 from trainer.evaluation.results import Results, compare, table
-from trainer.options import add_local_rank
+from trainer.options import PATIENCE, add_local_rank
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
+from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import World, join
 from trainer.sampling.samplefile import Samples, open_samples
 from trainer.sections import FEWEST_SAMPLES
@@ -260,8 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         arguments, work = parser().parse_args(words), evaluate
     world = join()
-    # Ranks wait while the main one computes the figures.
-    with connected(world, patience=4 * 3600) as device:
+    with (
+        connected(world, patience=PATIENCE, watched=True) as device,
+        Watchdog(world, patience=PATIENCE, is_marked=False),
+    ):
         common.check(common.command_facts(arguments))
         return work(arguments, world=world, device=device)
 

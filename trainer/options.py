@@ -14,6 +14,8 @@ status 75 (under a bare mpirun or `deepspeed`, `python -m launch stop RUN` does)
 resumes. A finished run says so and leaves with status 0.
 """
 
+#: Seconds after which a rank that is lost ends the job.
+PATIENCE = 600.0
 # Shorter, a busy machine reports too late; longer, torch's timers would overflow. In seconds.
 _PATIENCE = (10, 10**6)
 
@@ -47,6 +49,12 @@ def add_local_rank(p: argparse.ArgumentParser) -> None:
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
+def add_patience(p: argparse.ArgumentParser, *, ends: str) -> None:
+    """The option that says for how long a rank may be what `ends` the job."""
+    patience = f"end the job when a rank is {ends} for so long (default: %(default)s)"
+    p.add_argument("--patience", type=seconds, default=PATIENCE, metavar="SECONDS", help=patience)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = CommandParser(prog="python -m trainer.train", description=_ABOUT)
@@ -60,11 +68,5 @@ def parser() -> argparse.ArgumentParser:
     add_ranks(p, work="train")
     profile = "profile so many steps on the main rank, into RUN/profile/ (default: none)"
     p.add_argument("--profile", type=count, default=0, metavar="STEPS", help=profile)
-    p.add_argument(
-        "--patience",
-        type=seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="end the job when a rank is lost or hung for so long (default: %(default)s)",
-    )
+    add_patience(p, ends="lost or hung")
     return p

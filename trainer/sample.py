@@ -10,6 +10,7 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -22,10 +23,11 @@ from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
 from trainer.compute import DTYPES
 from trainer.networks import SampleInputs
-from trainer.options import add_ranks
+from trainer.options import add_patience, add_ranks
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.signals import Preemption
+from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import World, join
 from trainer.sampling.drawing import Drawing, DrawJob
 from trainer.sampling.jobstate import JobState, noted
@@ -195,6 +197,7 @@ def parser() -> argparse.ArgumentParser:
     share = "draw the K-th of N shares; the last of N processes to end makes the output of them"
     add("--share", type=_share, default=(0, 1), metavar="K/N", help=share)
     add_ranks(p, work="draw")
+    add_patience(p, ends="lost")
     add("--job", type=Path, help=argparse.SUPPRESS)  # `python -m launch sample` passes it
     return p
 
@@ -203,13 +206,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     world = join(expected_size=arguments.ranks)
-    # Ranks wait for the slowest one's last batch, which may take long.
-    patience = 4 * 3600
+    patience = arguments.patience
     with (
         Preemption() as preemption,
-        connected(world, patience=patience, gpus=arguments.gpus) as device,
+        connected(world, patience=patience, gpus=arguments.gpus, watched=True) as device,
+        Watchdog(world, patience=patience, is_marked=False) as watchdog,
         noted(arguments.job if world.is_main else None, preemption=preemption) as state,
+        ExitStack() as stack,
     ):
+        stack.push(watchdog.name_the_gone)
+        watchdog.tell = state.fail
         status = sample(arguments, world=world, device=device, preemption=preemption, state=state)
         state.note("stopped" if status else "finished")
         return status

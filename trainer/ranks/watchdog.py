@@ -60,13 +60,14 @@ class Watchdog:
 
     `mark` says what the rank does next. When a rank is lost, or none makes progress, for `patience`
     seconds, every rank's process ends with status 1 and `tell` receives what happened; before that,
-    `dump` writes where this rank stands. `clock` leaves out what the job was suspended for.
+    `dump` writes where this rank stands. `clock` leaves out what the job was suspended for. Ranks
+    that do not mark their progress are only found where they are lost.
     """
 
-    def __init__(self, world: World, *, patience: float) -> None:
+    def __init__(self, world: World, *, patience: float, is_marked: bool = True) -> None:
         self._world = world
-        self._patience = patience
-        self._doing, self._marks, self._beats = "starting", 0, 0
+        self._patience, self._is_marked = patience, is_marked
+        self._doing, self._marks, self._beats = "starting" if is_marked else "working", 0, 0
         self._done = threading.Event()
         self._heard = [_Rank() for _ in range(world.size if world.is_main else 1)]
         self._moved = 0.0
@@ -198,7 +199,7 @@ class Watchdog:
             # Ranks lost together may have sent their last reports some beats apart.
             self._lost = {n for n, s in enumerate(silent) if s > self._patience - 4 * _BEAT}
             return f"lost: {self._named(self._lost)}: not heard from for {self._patience:g} s"
-        if self._world.is_main and now - self._moved > self._patience:
+        if self._is_marked and self._world.is_main and now - self._moved > self._patience:
             least = min(rank.marks for rank in self._heard)
             behind = [n for n, rank in enumerate(self._heard) if rank.marks == least]
             return f"hung: {self._named(behind)}: no rank made progress for {self._patience:g} s"

@@ -27,10 +27,16 @@ class JobState:
         before = RunState.read(job) if job is not None else None
         self._job = job
         self._drawn = int((before.checkpoint if before else None) or 0)
+        self._has_failed = False
+
+    def fail(self, why: str) -> None:
+        """Note that this start fails, whatever is drawn and noted until it has ended."""
+        self.note("failed", why)
+        self._has_failed = True
 
     def note(self, state: State, why: str | None = None) -> None:
         """Write the state, with the batches drawn by all starts."""
-        if self._job is not None:
+        if self._job is not None and not self._has_failed:
             RunState(
                 state=state,
                 why=why,
