@@ -1,6 +1,7 @@
 """Drawn images: the same on any number of ranks, in the evaluator's layout, never mixed or lost."""
 
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from data.exits import TO_BE_CONTINUED
 from tests.support import ranks
+from trainer.networks import TrainedNetwork
 from trainer.sampling.draw import tile, to_pixels
 from trainer.sampling.npz_output import NpzOutput
 
@@ -162,6 +164,31 @@ def test_samples_that_appear_while_drawing_are_not_overwritten(
     job.wait()
     assert f"{out} exists" in str(job.statuses[0])
     assert out.read_bytes() == b"another's" and first.exists()
+
+
+def draw_late(directory: Path, run: list[str], done: Path, out: Path) -> int:
+    """Draw, where another job ends the same output while the network is read."""
+    net = TrainedNetwork.net
+
+    def read(self: TrainedNetwork, **options: Any) -> torch.nn.Module:
+        shutil.copy(done, out)
+        return net(self, **options)
+
+    TrainedNetwork.net = read  # type: ignore[method-assign]
+    return ranks.work(directory, [run], False)
+
+
+def test_what_another_job_has_drawn_since_the_start_is_not_drawn_again(
+    tmp_path: Path, weights: dict[str, list[str]]
+) -> None:
+    done, out = tmp_path / "done.npz", tmp_path / "a.npz"
+    ask = [*weights["unet"], "--images", "4", "--batch", "2", "--steps", "3", "--out"]
+    assert ranks.sample(tmp_path, [*ask, done]) == [0]
+    task = partial(draw_late, tmp_path / "late", ["sample", *ask, str(out)], done, out)
+    job = ranks.fork(tmp_path / "late", task, ranks=1)
+    job.wait()
+    assert job.statuses == [0] and f"{out} is drawn already" in job.text
+    assert not (tmp_path / "a.parts").exists()
 
 
 def test_a_picture_of_something_else_is_not_overwritten(

@@ -90,11 +90,7 @@ class Drawing:
 
     def all(self, jobs: Sequence[DrawJob]) -> int:
         """Draw jobs that share their networks; returns the exit status."""
-        drawn = from_main(lambda: [job.output.is_drawn() for job in jobs])
-        for job, is_drawn in zip(jobs, drawn, strict=True):
-            if is_drawn:
-                self._say(f"{job.output.path} is drawn already")
-        todo = [job for job, is_drawn in zip(jobs, drawn, strict=True) if not is_drawn]
+        todo = [job for job in jobs if not self._is_drawn(job)]
         if not todo:
             return 0
         source, classifier = todo[0].source, todo[0].classifier
@@ -108,6 +104,8 @@ class Drawing:
     def one(self, job: DrawJob, *, net: nn.Module, guide: nn.Module | None) -> int:
         """Draw one job's output; returns the exit status."""
         output = job.output
+        if self._is_drawn(job):  # by another job, since this one began
+            return 0
         from_main(output.open)
         with ExitStack() as stack:
             claim: AbstractContextManager[Lease | None]
@@ -133,6 +131,12 @@ class Drawing:
             return 0
         self._say(f"wrote {output.path} and {output.picture}")
         return 0
+
+    def _is_drawn(self, job: DrawJob) -> bool:
+        is_drawn = from_main(job.output.is_drawn)
+        if is_drawn:
+            self._say(f"{job.output.path} is drawn already")
+        return is_drawn
 
     def _draw(self, job: DrawJob, sampler: PartSampler) -> bool:
         """Draw the missing parts, each by the next rank that is free; whether all are there."""
