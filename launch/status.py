@@ -204,6 +204,8 @@ def _job(run: Path, signs: Signs) -> tuple[str, bool]:
         return f"{where}: unknown ({str(error).splitlines()[-1]})", signs.is_alive(run)
     if job is not None and job.is_queued:
         return f"{where}: {job.state}", job.state.startswith("RUNNING")
+    if job is None and signs.is_alive(run):  # of another cluster, or hidden from this user
+        return f"{where}: running; this Slurm shows no record of it", True
     return f"{where}: gone ({job.state if job else 'no record in Slurm'})", False
 
 
