@@ -62,6 +62,8 @@ again() {
   fi
   case $answer in
     *" JobState=RUNNING "*" Restarts=$start "*) ;;
+    # A limit that was made shorter, or whose warning found no controller.
+    *" JobState=COMPLETING Reason=TimeLimit "*" Restarts=$start "*) ;;
     *)
       say "$1; cancelled, or already started again"
       return ;;

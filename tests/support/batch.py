@@ -27,6 +27,7 @@ case "$1 $2" in
   "show hostnames") echo "$SLURM_JOB_NODELIST" | tr , '\\n' ;;
   show*)
     [ -e requeued ] && state=COMPLETING
+    [ -e over ] && state="COMPLETING Reason=TimeLimit"
     [ -e fixed ] && requeue=0
     [ -e excluded ] && excluded=$(cat excluded)
     facts="Requeue=${requeue:-1} Restarts=$SLURM_RESTART_COUNT BatchFlag=1"
