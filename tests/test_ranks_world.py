@@ -152,6 +152,21 @@ def test_a_rank_that_no_other_meets_says_where_it_waited_in_one_line(
     assert "Traceback" not in job.texts[0]
 
 
+def meet_one_that_ends() -> int:
+    """Rank 1 ends as it is about to connect, as one does that a firewall or a name keeps out."""
+    if os.environ["RANK"] == "1":
+        dist.init_process_group = lambda *_, **__: os._exit(0)
+    with connected(join(), patience=3 - 60, watched=True):
+        return 0
+
+
+def test_a_rank_that_no_other_connects_to_ends_in_time_and_says_what_helps(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, meet_one_that_ends, ranks=2)
+    assert statuses(job) == [FAILED, 0]
+    line = job.texts[0].splitlines()[-1]
+    assert "error: the ranks do not reach each other: " in line and "GLOO_SOCKET_IFNAME" in line
+
+
 def meet_at_a_store_that_stays(port: int) -> int:
     """Connect as ranks of torchrun do, and end as a killed process does."""
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")

@@ -72,20 +72,31 @@ def connected(
 
     Raises:
         Refused: on every rank, if one has no device.
+        ConnectionError: this rank does not reach another, or is not reached.
     """
     os.environ.update(world.environment())
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED))
     timeout = timedelta(seconds=patience + 60)
     store = meeting_store(world, timeout=timeout)
     device = _agreed_device(world, store=store, gpus=gpus)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=_WATCHED if watched else timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            # Gloo waits five times as long for a connection that another rank opens.
+            timeout=timeout / 5,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        if isinstance(error, dist.DistBackendError) or not is_of_a_collective(error):
+            raise
+        raise ConnectionError(
+            f"the ranks do not reach each other: {error}: set GLOO_SOCKET_IFNAME to a network "
+            "interface that connects their nodes (`ip addr` lists them)"
+        ) from None
+    distributed_c10d._set_pg_timeout(_WATCHED if watched else timeout)
     try:
         yield device
     except (Refused, Broken):
