@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -182,6 +184,20 @@ def test_a_kill_leaves_no_name_and_the_next_write_takes_its_rest_away(
     assert not (tmp_path / "a.safetensors").exists()
     weights.save(tmp_path / "a.safetensors", tensors, metadata={})
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_folder_is_utf_8_whatever_the_locale(weights_file: Path, tmp_path: Path) -> None:
+    preset, to = tmp_path / "größe.toml", tmp_path / "café"
+    text = (configs.PRESETS / "digits.toml").read_text()
+    preset.write_text(text.replace('shards = "', 'shards = "größe/'), encoding="utf-8")
+    posix = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [weights_file, "--preset", os.fsencode(preset), "--to", os.fsencode(f"{to}/")]
+    command = [sys.executable, "-m", "trainer.export", *words]
+    done = subprocess.run(command, env={**os.environ, **posix}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert configs.load(to / "config.toml").data.shards.startswith("größe/")
+    assert "# café" in (to / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])

@@ -74,7 +74,7 @@ def run_all(found: AblationSet, runs: Path, *, ranks: int) -> int:
             if statuses[-1] == _STOPPED:
                 return TO_BE_CONTINUED
             ablation_results.write(found, runs=runs, say=print)
-    print((runs / "table.md").read_text(), end="")
+    print((runs / "table.md").read_text(encoding="utf-8"), end="")
     return next((status for status in statuses if status), 0)
 
 

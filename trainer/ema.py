@@ -168,7 +168,7 @@ def make(arguments: argparse.Namespace) -> int:
         return 0
     last = found.last.path
     files.make_parent(out or last, option="--out")
-    config = (run / "config.toml").read_text()
+    config = (run / "config.toml").read_text(encoding="utf-8")
     sums = build(found, {width: each.coefficients for width, each in combinations.items()})
     for width, tensors in sums.items():
         kind, images = averages.power(width), str(found.last.images_seen)

@@ -128,8 +128,8 @@ def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwor
         weights.save(aside / diffusers_format.FILE, contiguous, metadata={"format": "pt"})
         if config.model.small_size is None:
             _write_json(aside / "model_index.json", _index(config))
-        (aside / "config.toml").write_text(configs.to_toml(config))
-        (aside / "README.md").write_text(_card(to, named, found=found))
+        files.write(aside / "config.toml", configs.to_toml(config))
+        files.write(aside / "README.md", _card(to, named, found=found))
         # The run that a checkpoint's file belongs to.
         metrics = history.read(run_of(found.file.parent))
         if metrics:

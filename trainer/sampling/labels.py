@@ -236,6 +236,6 @@ def _checked(labels: NDArray[Any], count: int | None, *, option: str) -> NDArray
 
 def _text(path: Path, *, option: str) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{option} {path} is not readable: {error}") from None
