@@ -167,6 +167,21 @@ def test_a_rank_that_no_other_connects_to_ends_in_time_and_says_what_helps(tmp_p
     assert "error: the ranks do not reach each other: " in line and "GLOO_SOCKET_IFNAME" in line
 
 
+def come_late(debug: dist.DebugLevel) -> int:
+    dist.set_debug_level(debug)
+    with connected(join(), patience=3 - 60, watched=True):
+        time.sleep(1.5 * dist.get_rank())
+        dist.barrier()
+        return 0
+
+
+@pytest.mark.parametrize("debug", [dist.DebugLevel.OFF, dist.DebugLevel.DETAIL])
+def test_ranks_that_are_watched_wait_for_one_that_is_late(
+    debug: dist.DebugLevel, tmp_path: Path
+) -> None:
+    assert statuses(ranks.fork(tmp_path, partial(come_late, debug), ranks=2)) == [0, 0]
+
+
 def meet_at_a_store_that_stays(port: int) -> int:
     """Connect as ranks of torchrun do, and end as a killed process does."""
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")

@@ -79,6 +79,9 @@ def connected(
     timeout = timedelta(seconds=patience + 60)
     store = meeting_store(world, timeout=timeout)
     device = _agreed_device(world, store=store, gpus=gpus)
+    later = _WATCHED if watched else timeout
+    # What wraps it for TORCH_DISTRIBUTED_DEBUG=DETAIL keeps the timeout that it is made with.
+    is_kept = dist.get_debug_level() == dist.DebugLevel.DETAIL
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -86,7 +89,7 @@ def connected(
             rank=world.rank,
             world_size=world.size,
             # Gloo waits five times as long for a connection that another rank opens.
-            timeout=timeout / 5,
+            timeout=later if is_kept else timeout / 5,
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:
@@ -96,7 +99,8 @@ def connected(
             f"the ranks do not reach each other: {error}: set GLOO_SOCKET_IFNAME to a network "
             "interface that connects their nodes (`ip addr` lists them)"
         ) from None
-    distributed_c10d._set_pg_timeout(_WATCHED if watched else timeout)
+    if not is_kept:
+        distributed_c10d._set_pg_timeout(later)
     try:
         yield device
     except (Refused, Broken):
