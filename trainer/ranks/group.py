@@ -101,6 +101,8 @@ def connected(
         ) from None
     if not is_kept:
         distributed_c10d._set_pg_timeout(later)
+    # DeepSpeed makes groups of its own, and would leave them torch's half an hour.
+    distributed_c10d.default_pg_timeout = later
     try:
         yield device
     except (Refused, Broken):
