@@ -226,15 +226,15 @@ def test_a_live_run_that_does_not_learn_is_not_healthy(
 def test_a_run_is_alive_by_its_lease_where_slurm_does_not_respond_or_show_its_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make_run(tmp_path / "run", images=500)
+    make_writer(run := make_run(tmp_path / "run", images=500))
     (run / "launch" / "job").write_text("7\n")
-    make_writer(run)
     monkeypatch.setenv("PATH", "")
-    assert "unknown (there is no squeue" in status.read(run).job and status.read(run).is_running
+    assert status.read(run).job.startswith("job 7: unknown (there is no squeue")
+    assert status.read(run).is_running
     monkeypatch.setattr(queue, "_slurm", slurm({}, ended={"7": "CANCELLED by 0"}))
     assert (gone := status.read(run)).job == "job 7: gone (CANCELLED by 0)" and not gone.is_running
     monkeypatch.setattr(queue, "_slurm", slurm({}, ended={}))
-    assert "running; this Slurm shows" in status.read(run).job and status.read(run).is_running
+    assert "running; this Slurm shows" in (hidden := status.read(run)).job and hidden.is_running
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"state": 5}', "[]", "null", "\0\0", "x = ", WRONG])
