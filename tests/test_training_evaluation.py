@@ -22,9 +22,10 @@ from trainer.runstate import RunState
 from trainer.watch import goodput
 
 IMAGES = 50  # no multiple of a part on any number of ranks
-END = 4 * STEP
-#: Stage and precision of each run.
-KINDS = {"two": (2, "fp32"), "three": (3, "bf16")}
+END = 3 * STEP
+EVERY_SO_MANY = 3 * STEP // 2  # images: after the second and the third step
+#: Stage, precision and micro-batch of each run.
+KINDS = {"two": (2, "fp32", 4), "three": (3, "bf16", 6)}
 COMMON = (*EVERY, f"training.images = {END}", "model.dropout = 0.2")
 FIGURES = ("fid", "precision", "recall", "kid")
 
@@ -36,7 +37,7 @@ def sets(digits: Path, network: Path) -> tuple[str, ...]:
         f'evaluation.network = "{network}"',
         f"evaluation.images = {IMAGES}",
         'evaluation.steps = "ddim3"',
-        f"intervals.evaluate = {2 * STEP}",
+        f"intervals.evaluate = {EVERY_SO_MANY}",
     )
 
 
@@ -87,8 +88,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sets: tuple, lack
     """Runs with and without evaluation; and one that is stopped in its first grid, and resumed."""
     place = Place(tmp_path_factory.mktemp("evaluation"), tiny)
     words = []
-    for name, (stage, precision) in KINDS.items():
+    for name, (stage, precision, micro_batch) in KINDS.items():
         own = (*COMMON, f'training.precision = "{precision}"')
+        own = (*own, f"training.micro_batch = {micro_batch}")
         words.append(place.arguments(name, stage=stage, sets=own))
         words.append(place.arguments(f"{name}-evaluated", stage=stage, sets=(*own, *sets)))
     for every in (1, 2):
@@ -122,10 +124,9 @@ def test_figures_are_named_by_n_and_stand_with_their_spread_on_the_boards(runs: 
         assert found["figures"][f"{figure}_{IMAGES}"]["value"] == values[END]
         assert f"{figure}_{IMAGES}" in runs.log("two-evaluated")
     assert set(runs.values("two-evaluated", f"evaluation/not_finite_{IMAGES}").values()) == {0.0}
-    # Three steps for each of 50 samples, against three passes for each of 24 images.
-    assert f"about {IMAGES * 3 / (3 * 2 * STEP):.1%} of the training's compute" in runs.log(
-        "two-evaluated"
-    )
+    # Three steps for each of 50 samples, against three passes for each of 18 images.
+    share = f"about {IMAGES * 3 / (3 * EVERY_SO_MANY):.1%} of the training's compute"
+    assert share in runs.log("two-evaluated")
     spent = goodput.account(goodput.read(runs.run("two-evaluated")))
     told = re.findall(r"evaluation of 50 samples: .*; ([0-9.]+) s", runs.log("two-evaluated"))
     assert len(told) == 2 and spent is not None

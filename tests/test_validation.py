@@ -33,7 +33,8 @@ from trainer.ranks.world import join
 from trainer.validation import ValidationSet, means
 
 IMAGES = 50  # no multiple of a part on any number of ranks
-END = 4 * STEP
+END = 3 * STEP
+EVERY_SO_MANY = 3 * STEP // 2  # images: after the second and the third step
 #: Stage and precision of each run.
 KINDS = {"one": (1, "fp32"), "three": (3, "fp16")}
 
@@ -42,7 +43,7 @@ def sets(digits: Path) -> tuple[str, ...]:
     return (
         f'data.validation = "{digits}"',
         f"data.validation_images = {IMAGES}",
-        f"intervals.validate = {2 * STEP}",
+        f"intervals.validate = {EVERY_SO_MANY}",
     )
 
 
@@ -50,7 +51,7 @@ def sets(digits: Path) -> tuple[str, ...]:
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) -> Place:
     """Runs with and without validation; a classifier; and one whose best checkpoint comes early."""
     place = Place(tmp_path_factory.mktemp("validation"), tiny)
-    common = (*EVERY, f"training.images = {END}", "model.dropout = 0.2")
+    common = (*EVERY, f"training.images = {END}", "training.micro_batch = 6", "model.dropout = 0.2")
     words = []
     for name, (stage, precision) in KINDS.items():
         own = (*common, f'training.precision = "{precision}"')
@@ -86,8 +87,8 @@ def test_a_run_with_validation_is_the_one_without_bit_for_bit(runs: Place, name:
     assert list(runs.values(f"{name}-validated", "validation/loss")) == [2 * STEP, END]
     log = runs.log(f"{name}-validated")
     assert "validation on 50 images: loss" in log and "validation: 50 images of" in log
-    share = f"about {2 * IMAGES / (3 * 2 * STEP):.1%} of"
-    assert f"which is the training set itself every {2 * STEP}, {share}" in log
+    share = f"about {2 * IMAGES / (3 * EVERY_SO_MANY):.1%} of"
+    assert f"which is the training set itself every {EVERY_SO_MANY}, {share}" in log
 
 
 def test_the_values_are_the_objective_of_the_averages_and_of_the_weights(
@@ -293,8 +294,7 @@ def test_it_is_told_where_the_run_may_train_on_what_was_held_out(tmp_path: Path)
         pack.pack(Request(str(source), config), out=tmp_path / str(config.split))
     held_out = f'data.validation = "{tmp_path}/val"'
     sets = (held_out, "model.num_classes = 3", "intervals.validate = 256")
+    config = configs.load("digits", sets)
     for part, told in (("None", True), ("train", False)):
-        found = ValidationSet.of(
-            configs.load("digits", sets), training=open_shards(tmp_path / part)
-        )
+        found = ValidationSet.of(config, training=open_shards(tmp_path / part))
         assert found is not None and found.is_in_training is told

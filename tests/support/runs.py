@@ -97,8 +97,8 @@ class Place:
     def train_all(self, world: int) -> None:
         """Train 6 steps on so many ranks in every ZeRO stage, once, keeping every checkpoint.
 
-        The run in stage 3, say, is "2x3"; "2x3-again" is the same, forked at its third step and
-        resumed. On 3 also "3x1-offload" to "3x3-offload", with the optimizer's state on the host.
+        The run in stage 3, say, is "3x3". On more than 2, "3x3-again" is the same, forked at its
+        third step and resumed; on 3 also "3x3-offload", with the optimizer's state on the host.
         """
         names = [f"{world}x{stage}" for stage in STAGES]
         done = self.root / f"all-on-{world}"
@@ -110,8 +110,9 @@ class Place:
         ]
         assert self.train(*runs, world=world) == [0] * len(runs)
         again = []
+        suffixes = {2: (), 3: ("again", "offload")}.get(world, ("again",))
         for stage, name in zip(STAGES, names, strict=True):
-            for suffix in ("again", "offload") if world == 3 else ("again",):
+            for suffix in suffixes:
                 if not self.run(f"{name}-{suffix}").exists():  # where a test was ended in between
                     self.fork(name, f"{name}-{suffix}", images=HALF)
                 offload = suffix == "offload"
