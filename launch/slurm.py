@@ -7,6 +7,7 @@ on nodes whose own Python may be old.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def array_text(jobs: Sequence[Job], *, at_most: int) -> str:
     """
     directory, array = directory_of(jobs), f"0-{len(jobs) - 1}%{at_most}"
     output = sbatch_path(directory, "sweep-%A-%a.out")
-    header = _header(jobs[0], output=output, array=array, name=f"{directory.name}-sweep")
+    # sbatch would take what follows a space for another option, and what follows # for a comment.
+    name = re.sub(r"[^\w.-]+", "-", f"{directory.name}-sweep")
+    header = _header(jobs[0], output=output, array=array, name=name)
     scripts = "\n".join(f"  {quoted([job.script])}" for job in jobs)
     start = 'exec bash "${scripts[$SLURM_ARRAY_TASK_ID]}"'
     return f"{header}\nscripts=(\n{scripts}\n)\n{start}\n"

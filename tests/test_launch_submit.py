@@ -92,8 +92,9 @@ def test_a_sweep_over_settings_has_a_run_for_each_combination(sbatch: Sbatch) ->
     Path("site.toml").write_text("")
     over = ["guards.spike = [9.0, inf]", "training.ema = [[0.99], [0.9, 0.99]]"]
     sets = [word for change in over for word in ("--over", change)]
-    assert main(["sweep", "digits", "--runs", "runs", *sets, "--cluster", "site.toml"]) == 0
-    scripts = {file.parents[1].name: file.read_text() for file in Path("runs").glob("*/*/job.sh")}
+    runs = Path("runs, #2")
+    assert main(["sweep", "digits", "--runs", f"{runs}", *sets, "--cluster", "site.toml"]) == 0
+    scripts = {file.parents[1].name: file.read_text() for file in runs.glob("*/*/job.sh")}
     assert set(scripts) == {
         f"digits-spike{spike}-ema{ema}"
         for spike in ("9.0", "inf")
@@ -101,7 +102,9 @@ def test_a_sweep_over_settings_has_a_run_for_each_combination(sbatch: Sbatch) ->
     }
     text = scripts["digits-spikeinf-ema-0.9-0.99"]
     assert "--set 'guards.spike = inf'" in text and "'training.ema = [0.9, 0.99]'" in text
-    assert "#SBATCH --array=0-3%1" in Path("runs/sweep.sh").read_text()
+    lines = (runs / "sweep.sh").read_text().splitlines()
+    # sbatch splits a line at its spaces, and a comment begins with #.
+    assert lines[1:3] == ["#SBATCH --job-name=runs-2-sweep", "#SBATCH --array=0-3%1"]
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "mpirun", "deepspeed", "torchrun", "alone"])
