@@ -94,9 +94,10 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
     job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)
     finished, now = is_finished(run), signs.now(run)
+    is_sampling = not any((run / f).exists() for f in ("config.toml", "launch/preset.toml"))
     return Status(
         name=str(run),
-        is_sampling=not any((run / f).exists() for f in ("config.toml", "launch/preset.toml")),
+        is_sampling=is_sampling,
         images_seen=(state.images_seen if state else 0) or (rows[-1]["images"] if rows else saved),
         total=total,
         rate=_number(last, "images_per_second"),
@@ -112,7 +113,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         if finished
         else "suspended: no rank runs until Slurm resumes the job"
         if ": SUSPENDED" in job
-        else _health(run, state, rows, now=now if is_running else None),
+        else _health(run, state, rows, now=now if is_running else None, draws=is_sampling),
         goodput=goodput.account(goodput.read(run), now=now if is_running else None),
         event=_last_event(run),
     )
@@ -138,12 +139,16 @@ def _number(row: Row, name: str) -> float | None:
     return float(value) if _is_number(value) and math.isfinite(value) else math.nan
 
 
-def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, now: float | None) -> str:
+def _health(
+    run: Path, state: RunState | None, rows: Sequence[Row], *, now: float | None, draws: bool
+) -> str:
     """How a run that is not finished is doing `now`, or, if None, how its last start ended."""
     if now is None:
         return _ending(state)
     if (state is None and not rows) or (state is not None and state.state != "running"):
         return "starting: the run is not claimed yet"
+    if draws and state is not None:
+        return _drawing(run, state, now=now)
     # Where all steps of an interval were refused, it has no loss.
     last = next((row for row in reversed(rows) if row.keys() & {"loss", "skipped"}), {"time": 0.0})
     # An earlier release notes no beginning, and its state again and again.
@@ -163,6 +168,14 @@ def _health(run: Path, state: RunState | None, rows: Sequence[Row], *, now: floa
             return "every step of the last interval was skipped: log.txt says why"
         return "every step of the last interval was skipped: gradients overflow"
     return "ok"
+
+
+def _drawing(run: Path, state: RunState, *, now: float) -> str:
+    """Of a job that draws: it notes each batch, and has no metrics."""
+    noted = duration(now - _written(runstate.file(run)))
+    if state.checkpoint is None:
+        return f"starting for {noted}: nothing drawn yet"
+    return f"drawing: {int(state.checkpoint):,} batches so far, last change {noted} ago"
 
 
 def _starting(seconds: float) -> str:

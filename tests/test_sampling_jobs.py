@@ -108,7 +108,8 @@ def test_a_job_that_draws_stops_on_request(tmp_path: Path, weights: dict) -> Non
     while (state := RunState.read(job)) is None or state.checkpoint is None:
         assert time.monotonic() < end and drawing.poll() is None, drawing.communicate()[0]
         time.sleep(0.1)
-    assert status.read(job).is_running
+    shown = status.read(job)
+    assert shown.is_running and shown.health.startswith("drawing: ")
     # It waits until nothing is drawn any more.
     assert launch(["stop", str(job)]) == 0
     assert live_holder(job) is None
