@@ -1,15 +1,65 @@
-"""How the ranks leave together."""
+"""How the ranks come and leave together."""
 
 import os
+import socket
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
-from data.exits import REFUSED
+import pytest
+import torch.distributed as dist
+
+from data.exits import FAILED, REFUSED
 from tests.support import ranks
-from trainer.ranks.group import connected
+from trainer.ranks import watchdog
+from trainer.ranks.group import all_come, connected
 from trainer.ranks.world import join
+
+
+def meet_as(variable: str, value: str) -> int:
+    if os.environ["RANK"] == "2":
+        os.environ[variable] = value
+    with connected(join(), patience=ranks.LIMIT):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("RANK", "3", "rank 3 of 3 on {0}"),
+        ("RANK", "1", "rank 1 of 3 on {0}, rank 1 of 3 on {0}"),
+        ("WORLD_SIZE", "4", "rank 2 of 4 on {0}"),
+    ],
+)
+def test_a_process_with_the_number_of_no_rank_ends_all_at_once(
+    variable: str, value: str, said: str, tmp_path: Path
+) -> None:
+    job = ranks.fork(tmp_path, partial(meet_as, variable, value), ranks=3)
+    line = f"error: the ranks of a job of 3 came up as {said.format(socket.gethostname())}: start "
+    assert job.wait().startswith(line), job.text
+    assert [process.exitcode for process in job.ranks] == [REFUSED] * 3
+    assert job.text.count("error: ") == 1
+
+
+def fail_alone() -> int:
+    """The main rank waits for rank 1 in the store, which an error of that one does not end."""
+    watchdog._GRACE = watchdog._BEAT = 0.2
+    world = join()
+    with connected(world, patience=ranks.LIMIT), watchdog.Watchdog(world, patience=ranks.LIMIT):
+        assert all_come()
+        if not world.is_main and not all_come(within=0.1):
+            raise ValueError("refused here alone")
+        dist.new_group()
+    return 0
+
+
+def test_the_error_of_one_rank_ends_those_that_wait_for_it_in_the_store(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, fail_alone, ranks=2)
+    said = job.wait()
+    host = socket.gethostname()
+    assert said == f"{host}: failed: {host} (rank 1; starting): ValueError: refused here alone\n"
+    assert [process.exitcode for process in job.ranks] == [FAILED, REFUSED]
 
 
 def meet_on(interfaces: str) -> int:

@@ -26,7 +26,7 @@ from data.exits import FAILED, REFUSED, CommandParser, place_text
 from data.version import digest
 from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.options import add_ranks
-from trainer.ranks.group import device_of
+from trainer.ranks.device import device_of
 from trainer.ranks.world import World, join, step_hosts
 
 # The size of the all-reduce that measures bandwidth, and how often it is timed.

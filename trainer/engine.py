@@ -32,6 +32,7 @@ from trainer.copies import Copies
 from trainer.guards.gate import Gate, Judge, LossScale, StepReport
 from trainer.partition import Partition
 from trainer.ranks.faults import Refused
+from trainer.ranks.group import all_come
 from trainer.sections import TrainingConfig
 from trainer.weights import materialize
 
@@ -255,8 +256,8 @@ def _initialize(
     """DeepSpeed's engine and its optimizer.
 
     Raises:
-        Refused: on every rank, where it refuses the settings.
-        ValueError: what they need cannot be imported here.
+        Refused: on every rank, where it refuses the settings on all.
+        ValueError: it refuses them here alone, or what they need cannot be imported here.
     """
     # DeepSpeed would take the GPU of this rank's number; Slurm may show each task only its own.
     where = Namespace(device_rank=device.index or 0)
@@ -266,7 +267,7 @@ def _initialize(
         )
     except _REFUSALS as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        kind = ValueError if isinstance(error, ImportError) else Refused
+        kind = ValueError if isinstance(error, ImportError) or not all_come() else Refused
         raise kind(f"DeepSpeed refuses its settings (--ds-config): {said}") from error
     return engine, wrapped
 

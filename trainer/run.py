@@ -30,8 +30,8 @@ from trainer import config as configs
 from trainer.checkpoint import committed, config_of
 from trainer.config import Config
 from trainer.ranks import lease as leases
+from trainer.ranks.faults import named_hosts
 from trainer.ranks.lease import Lease, LeaseLost
-from trainer.ranks.watchdog import named_hosts
 from trainer.runstate import RunState
 from trainer.settings import is_in
 from trainer.watch import goodput

@@ -1,5 +1,6 @@
 """Errors that every rank raises alike, so that one of them reports them."""
 
+import re
 from dataclasses import dataclass
 
 from data.exits import REFUSED, exit_status
@@ -44,3 +45,11 @@ def describe(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def named_hosts(verdict: str) -> list[str]:
+    """The hosts whose ranks a verdict names, such as n2 in "n1: lost: n2 (rank 3; computing)".
+
+    None where these ranks failed by themselves.
+    """
+    return [] if ": failed: " in verdict else re.findall(r"(\S+) \(ranks? \d", verdict)

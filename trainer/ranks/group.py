@@ -6,9 +6,10 @@ the launcher ends the others and its message is the first.
 
 import itertools
 import os
-import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import astuple
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from data.exits import is_ours
+from trainer.ranks.device import check_interfaces, device_of
 from trainer.ranks.ending import is_held_up
 from trainer.ranks.faults import Broken, Fault, Refused, StoppedError
-from trainer.ranks.meeting import meeting_store
+from trainer.ranks.meeting import exchange, meeting_store
 from trainer.ranks.world import World
 
 T = TypeVar("T")
@@ -29,34 +31,6 @@ T = TypeVar("T")
 _REMEMBERED = 2000
 # Longer than any job is suspended; in milliseconds it has less than 32 bits.
 _WATCHED = timedelta(days=14)
-
-
-def device_of(world: World, *, gpus: int | None = None) -> torch.device:
-    """This rank's GPU, or the CPU on a machine that has none.
-
-    `gpus` is how many this machine must show: 0 asks for CPUs, and None for whatever there is.
-
-    Raises:
-        ValueError: fewer GPUs than `gpus`, or than ranks on this machine, or any for 0.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # Slurm may show each task only its own GPU; then that one is number 0.
-    needed = min(gpus or 0, 1) if world.own_gpu else gpus or 0
-    shows = f"{socket.gethostname()} shows {count} GPUs"
-    if count < needed:
-        raise ValueError(
-            f"{shows}, and the job needs {needed}: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES "
-            "there; to train on CPUs, set cpu = true in the cluster file, or start with --gpus 0"
-        )
-    if gpus == 0 and count:
-        raise ValueError(f"--gpus 0, but {shows}: hide them with CUDA_VISIBLE_DEVICES=''")
-    if not count:
-        return torch.device("cpu")
-    index = 0 if count == 1 and world.local_size > 1 and world.own_gpu else world.local_rank
-    if index >= count:
-        raise ValueError(f"{world.local_size} ranks but {shows}: start one rank for each GPU")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 @contextmanager
@@ -71,7 +45,7 @@ def connected(
     `device_of`.
 
     Raises:
-        Refused: on every rank, if one has no device.
+        Refused, Broken: on every rank, if one has no device, or is not the rank that it says.
         ConnectionError: this rank does not reach another, or is not reached.
     """
     os.environ.update(world.environment())
@@ -128,31 +102,17 @@ def alone() -> Iterator[World]:
 
 def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torch.device:
     """This rank's device, once every rank has one. There is no process group yet."""
-    device, fault = torch.device("cpu"), ""
+    device, fault = torch.device("cpu"), None
     try:
         device = device_of(world, gpus=gpus)
-        _check_interfaces()
+        check_interfaces()
     except ValueError as error:
-        fault = str(error)
-    everyone = range(world.size)
-    store.set(f"device {world.rank}", fault)
-    faults = [said.decode() for said in store.multi_get([f"device {n}" for n in everyone])]
-    store.set(f"heard {world.rank}", "")
-    if world.is_main:  # the store may end with this process
-        store.wait([f"heard {n}" for n in everyone])
-    _refuse([Fault(said, True) if said else None for said in faults])
+        fault = Fault(str(error), True)
+    except RuntimeError as error:  # a GPU that is broken, or that another process fills
+        fault = Fault(str(error).partition("\n")[0], False)
+    faults = exchange(store, world, fault and astuple(fault))
+    _refuse([said and Fault(*said) for said in faults])
     return device
-
-
-def _check_interfaces() -> None:
-    """Raise ValueError unless the network interfaces that gloo is told to use are here."""
-    own = [name for _, name in socket.if_nameindex()]
-    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
-        if name not in own:
-            raise ValueError(
-                f"GLOO_SOCKET_IFNAME = {name!r}: {socket.gethostname()} has no such network "
-                f"interface; it has: {', '.join(own)}"
-            )
 
 
 def agreed(check: Callable[[], T]) -> T:
@@ -248,6 +208,18 @@ class Turns:
     def end(self) -> None:
         """Let every rank's next number be beyond any count, so that all stop."""
         self._store.add(self._name, 2**48)
+
+
+def all_come(*, within: float = 10.0) -> bool:
+    """Whether every rank calls this in so many seconds. It waits in no collective."""
+    turns, end = Turns(), time.monotonic() + within
+    with suppress(dist.DistError):  # the main rank has seen all, and has ended
+        turns.take()
+        while turns.taken() < dist.get_world_size():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+    return True
 
 
 class Agreement:

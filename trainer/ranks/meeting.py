@@ -5,15 +5,18 @@ what the ones before have left, such as addresses at which nobody answers any mo
 count of restarts may differ from node to node. So every start uses a part of its own.
 """
 
+import json
 import os
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-from trainer.ranks.faults import Broken
+from trainer.ranks.faults import Broken, Refused
 from trainer.ranks.world import World
 
 # Seconds between two looks at the store.
@@ -52,6 +55,42 @@ def meeting_store(world: World, *, timeout: timedelta) -> dist.Store:
     end = time.monotonic() + timeout.total_seconds()
     name = _answer_all(store, world, end=end) if world.is_main else _ask(store, world, end=end)
     return dist.PrefixStore(name, store)
+
+
+def exchange(store: dist.Store, world: World, mine: Any) -> list[Any]:
+    """What every rank has, plain JSON, in the order of the ranks. All ranks must call it, once.
+
+    Raises:
+        Refused: on every rank, unless the processes that came are the ranks that they should be.
+    """
+    if world.is_main:
+        store.set("size", str(world.size))
+    size = int(store.get("size"))
+    # Two may have one RANK, or one RANK be too high: what each leaves is under a number of its own.
+    number = store.add("came", 1)
+    store.set(f"came {number}", json.dumps([world.rank, world.size, socket.gethostname(), mine]))
+    everyone = range(1, size + 1)
+    found = [json.loads(said) for said in store.multi_get([f"came {n}" for n in everyone])]
+    store.set(f"heard {number}", "")
+    if world.is_main:  # the store may end with this process
+        store.wait([f"heard {n}" for n in everyone])
+    _check(found, size=size)
+    return [said for *_, said in sorted(found, key=lambda each: each[0])]
+
+
+def _check(found: Sequence[Sequence[Any]], *, size: int) -> None:
+    """Raise Refused unless these are the ranks of `size`, each once."""
+    ranks = [rank for rank, *_ in found]
+    odd = sorted(
+        f"rank {rank} of {of} on {host}"
+        for rank, of, host, _ in found
+        if of != size or rank >= size or ranks.count(rank) > 1
+    )
+    if odd:
+        raise Refused(
+            f"the ranks of a job of {size} came up as {', '.join(odd)}: start each process with "
+            f"its own RANK, from 0 to {size - 1}, and all with WORLD_SIZE={size}"
+        )
 
 
 def _answer_all(store: dist.Store, world: World, *, end: float) -> str:

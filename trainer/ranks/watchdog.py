@@ -11,7 +11,6 @@ On each machine the lowest rank that lives speaks, before any other error is pri
 """
 
 import os
-import re
 import sys
 import threading
 import time
@@ -32,8 +31,10 @@ from trainer.ranks.process import Process, RunningClock, compiles
 from trainer.ranks.world import World
 
 _BEAT = 1.0
-# What the main rank has found; empty while all is well.
-_VERDICT = "verdict"
+# What the main rank has found, and the error that a rank ended with; empty while all is well.
+_VERDICT, _ERROR = "verdict", "error"
+# Seconds in which the ranks end by themselves once one has failed, unless they wait for it.
+_GRACE = 10.0
 
 
 @dataclass
@@ -71,7 +72,8 @@ class Watchdog:
         self._done = threading.Event()
         self._heard = [_Rank() for _ in range(world.size if world.is_main else 1)]
         self._moved = 0.0
-        self._verdict = ""
+        self._verdict = self._error = ""
+        self._failed_at = 0.0
         self._lost: set[int] = set()
         # Whether a collective failed, and the ranks that ended have been looked for.
         self._has_looked = False
@@ -88,6 +90,7 @@ class Watchdog:
         self._mailbox = Mailbox()
         if self._world.is_main:
             self._mailbox.put(_VERDICT, "")
+            self._mailbox.put(_ERROR, "")
         self._say_alive()
         dist.barrier()
         self._moved = time.monotonic()
@@ -143,10 +146,13 @@ class Watchdog:
         """
         rank, why = self._world.rank, shown(why)
         briefly(lambda: self._mailbox.put(f"error {rank}", [follows, why]))
-        if not self._world.is_main and not follows:
-            host = self._processes[rank].host
-            line = f"{host}: failed: {host} (rank {rank}; {self._doing}): {why}"
-            briefly(lambda: self.tell(line))
+        if follows:
+            return
+        host = self._processes[rank].host
+        said = f"failed: {host} (rank {rank}; {self._doing}): {why}"
+        briefly(lambda: self._mailbox.put(_ERROR, said))
+        if not self._world.is_main:
+            briefly(lambda: self.tell(f"{host}: {said}"))
 
     def _say_alive(self) -> None:
         self._beats += 1
@@ -161,8 +167,10 @@ class Watchdog:
         try:
             while not self._done.wait(_BEAT):
                 self._say_alive()
-                *reports, verdict = self._mailbox.take([*keys, _VERDICT])
+                *reports, verdict, self._error = self._mailbox.take([*keys, _VERDICT, _ERROR])
                 self._listen(reports)
+                if self._error and not self._failed_at:
+                    self._failed_at = time.monotonic()
                 self._verdict = self._verdict or verdict or ""
         except RuntimeError:
             return  # `_judge` notices that reports are missing
@@ -194,6 +202,8 @@ class Watchdog:
     def _find(self) -> str:
         """What is wrong, or nothing."""
         now = time.monotonic()
+        if self._failed_at and now - self._failed_at > _GRACE and not self._has_looked:
+            return self._error
         silent = [now - rank.heard for rank in self._heard]
         if max(silent) > self._patience:
             # Ranks lost together may have sent their last reports some beats apart.
@@ -222,12 +232,11 @@ class Watchdog:
 
     def _speaks(self) -> bool:
         """Whether this is the lowest rank of its machine that lives."""
-        mine = self._world.rank
+        before, mine = self._processes[: self._world.rank], self._processes[self._world.rank]
         return all(
-            rank in self._lost
-            or self._processes[rank].has_ended()
-            or self._processes[rank].is_stopped()
-            for rank in range(mine - self._world.local_rank, mine)
+            rank in self._lost or process.has_ended() or process.is_stopped()
+            for rank, process in enumerate(before)
+            if process.machine == mine.machine
         )
 
     def _say(self, what: str, *, tells: bool = True) -> None:
@@ -289,11 +298,3 @@ class Watchdog:
         silent = time.monotonic() - 4 * _BEAT
         ended = {n for n, process in enumerate(self._processes) if process.has_ended()}
         return ended | {n for n, rank in enumerate(self._heard) if rank.heard < silent}
-
-
-def named_hosts(verdict: str) -> list[str]:
-    """The hosts whose ranks a verdict names, such as n2 in "n1: lost: n2 (rank 3; computing)".
-
-    None where these ranks failed by themselves.
-    """
-    return [] if ": failed: " in verdict else re.findall(r"(\S+) \(ranks? \d", verdict)
