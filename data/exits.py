@@ -14,8 +14,9 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -145,8 +146,9 @@ def reported(command: Callable[[], int]) -> int:
     Where the reader of its output has left, such as `head`, that of a program that SIGPIPE ended.
     """
     try:
-        status = command()
-        sys.stdout.flush()
+        with interruptible():
+            status = command()
+            sys.stdout.flush()
     except REPORTED as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             return 128 + signal.SIGPIPE
@@ -156,6 +158,22 @@ def reported(command: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return status
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, Ctrl-C raises KeyboardInterrupt; before and after, it ends a command without a word.
+
+    Where it means something else, as it does to nohup, that stays.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if before == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, before)
 
 
 def _is_unread() -> bool:

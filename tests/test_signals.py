@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import termios
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,9 @@ import pytest
 from data.exits import REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
 from trainer import train
+from trainer.ranks.group import connected
+from trainer.ranks.signals import Preemption
+from trainer.ranks.world import join
 from trainer.runstate import RunState
 
 #: Tells on stdout that the trainer imports torch, and waits for a line on stdin.
@@ -35,12 +40,14 @@ sys.meta_path.insert(0, Stop())
 LONG = ["--set", "training.images = 80000000", "--set", "intervals.checkpoint = 80000000"]
 
 
-def signalled_in_import(run: Path, preset: Path, number: signal.Signals) -> tuple[int, str]:
-    """The status of a trainer that gets a signal as it imports torch, and what it printed."""
+def signalled_in_import(
+    run: Path, number: signal.Signals, *command: str, name: str = "torch"
+) -> tuple[int, str]:
+    """The status of a command that gets a signal as it imports `name`, and what it printed."""
     run.parent.mkdir(exist_ok=True)
-    (run.parent / "sitecustomize.py").write_text(_SITE)
+    (run.parent / "sitecustomize.py").write_text(_SITE.replace('"torch"', repr(name)))
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.train", str(preset), "--run", str(run)],
+        [sys.executable, "-m", *command],
         cwd=ranks.ROOT, env=ranks.environment() | {"PYTHONPATH": str(run.parent)}, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -62,7 +69,8 @@ def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
     tmp_path: Path, tiny: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "own" / "run"
-    status, said = signalled_in_import(run, tiny, number)
+    words = ["trainer.train", str(tiny), "--run", str(run)]
+    status, said = signalled_in_import(run, number, *words)
     assert status == TO_BE_CONTINUED, said
     assert said.endswith(
         "stopped by a signal before the first step; rerun the same command to resume\n"
@@ -73,12 +81,35 @@ def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
     assert job.statuses == [0] and "finished" in said and "starts: denoise" in said, said
 
 
-def test_ctrl_c_while_torch_is_imported_ends_the_process_without_a_traceback(
-    tmp_path: Path, tiny: Path
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("trainer.train", "torch"), ("data.pack", "numpy"), ("launch", "trainer.config")],
+)
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(
+    tmp_path: Path, command: str, name: str
 ) -> None:
-    status, said = signalled_in_import(tmp_path / "own" / "run", tiny, signal.SIGINT)
+    status, said = signalled_in_import(tmp_path / "run", signal.SIGINT, command, name=name)
     assert (status, said) == (-signal.SIGINT, "")
-    assert not (tmp_path / "own" / "run").exists()
+
+
+def meet_nobody() -> int:
+    with Preemption(), connected(replace(join(), size=2), patience=ranks.LIMIT):
+        return 0
+
+
+def test_ctrl_c_while_the_ranks_meet_ends_the_process(tmp_path: Path) -> None:
+    """Torch waits there for the others, and runs no handler of Python's."""
+    job = ranks.fork(tmp_path, meet_nobody, ranks=1)
+    caught, end = 0, time.monotonic() + ranks.LIMIT
+    while not caught >> (signal.SIGTERM - 1) & 1 or caught >> (signal.SIGINT - 1) & 1:
+        assert time.monotonic() < end, job.text
+        time.sleep(0.05)
+        status = Path(f"/proc/{job.ranks[0].pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    time.sleep(0.2)  # torch waits for rank 1
+    job.signal(0, signal.SIGINT)
+    job.wait()
+    assert job.ranks[0].exitcode == -signal.SIGINT and job.text == ""
 
 
 def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny: Path) -> None:

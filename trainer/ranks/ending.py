@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from data.exits import FAILED, REFUSED, TO_BE_CONTINUED, is_ours, open_streams
+from data.exits import FAILED, REFUSED, TO_BE_CONTINUED, interruptible, is_ours, open_streams
 from trainer.ranks.faults import Broken, PeerLost, Refused, describe
 from trainer.ranks.world import is_main_process, leave_mpi, process_name
 
@@ -36,7 +36,8 @@ def run_as_rank(main: Callable[[], int]) -> None:
     """
     _tolerate_loss()
     try:
-        status = main()
+        with interruptible():
+            status = main()
         if status == TO_BE_CONTINUED:
             _tell_torchrun("saved and stopped early; rerun the same command to resume")
         _leave(status)

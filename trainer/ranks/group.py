@@ -23,6 +23,7 @@ from trainer.ranks.device import check_interfaces, device_of
 from trainer.ranks.ending import is_held_up
 from trainer.ranks.faults import Broken, Fault, Refused, StoppedError
 from trainer.ranks.meeting import exchange, meeting_store
+from trainer.ranks.signals import ended_by_ctrl_c
 from trainer.ranks.world import World
 
 T = TypeVar("T")
@@ -51,9 +52,22 @@ def connected(
     os.environ.update(world.environment())
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED))
     timeout = timedelta(seconds=patience + 60)
+    device = _meet(world, timeout=timeout, later=_WATCHED if watched else timeout, gpus=gpus)
+    try:
+        yield device
+    except (Refused, Broken):
+        # All ranks are here alike. Where a peer is gone, leaving the group may wait for it.
+        if not is_held_up():
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@ended_by_ctrl_c()
+def _meet(world: World, *, timeout: timedelta, later: timedelta, gpus: int | None) -> torch.device:
+    """Make the process group, whose collectives wait `later` as long; returns the device."""
     store = meeting_store(world, timeout=timeout)
     device = _agreed_device(world, store=store, gpus=gpus)
-    later = _WATCHED if watched else timeout
     # What wraps it for TORCH_DISTRIBUTED_DEBUG=DETAIL keeps the timeout that it is made with.
     is_kept = dist.get_debug_level() == dist.DebugLevel.DETAIL
     try:
@@ -77,14 +91,7 @@ def connected(
         distributed_c10d._set_pg_timeout(later)
     # DeepSpeed makes groups of its own, and would leave them torch's half an hour.
     distributed_c10d.default_pg_timeout = later
-    try:
-        yield device
-    except (Refused, Broken):
-        # All ranks are here alike. Where a peer is gone, leaving the group may wait for it.
-        if not is_held_up():
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    return device
 
 
 @contextmanager

@@ -7,7 +7,8 @@ a collective. The training loop folds `stop_requested` into what all ranks agree
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -18,6 +19,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Seconds after which another Ctrl-C means it. torchrun passes on the one that its terminal also
 # gave to the ranks.
 PATIENCE = 3.0
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Within, Ctrl-C ends the process: no handler of Python's runs while torch waits for a peer."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Preemption:
@@ -46,7 +59,7 @@ class Preemption:
         self._stop_requested = requested
 
     def record_early(self) -> None:
-        """Set `stop_requested` before this is entered too; but let Ctrl-C end the process at once.
+        """Set `stop_requested` before this is entered too, but by Ctrl-C.
 
         For a process that has long imports ahead of it, in which a signal would kill it.
         """
@@ -54,8 +67,6 @@ class Preemption:
             signal.signal(number, self._on_signal)
             # A signal that is repeated must not kill Python while it ends.
             self._before[number] = signal.SIG_IGN
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # without a traceback
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __enter__(self) -> Self:
         for number in self._signals:
