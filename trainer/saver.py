@@ -64,6 +64,8 @@ class Saver:
         self.is_lost = False
         self._prunes, self._ends = True, False
         self._failing_since: float | None = None
+        # What could not be removed, and has been said.
+        self._stuck: set[Path] = set()
         # Whether the last `flag`, and the one before, were about the save that is pending.
         self._flagged = self._known = False
 
@@ -246,17 +248,24 @@ class Saver:
         self._remove(path for path in paths if path != spared)
 
     def _remove(self, directories: Iterable[Path]) -> None:
-        """Remove directories and what earlier attempts left; a failure is logged and tried again.
+        """Remove directories and what earlier attempts left; a failure is logged once.
 
         A directory is renamed first, so that one that is half removed does not look committed.
         """
         left = list(self._run.checkpoints.glob(f".*{_REMOVED}"))
         for path in [*left, *directories]:
             try:
-                aside = path if path in left else path.rename(_aside(path))
-                shutil.rmtree(aside)
+                if path not in left:
+                    path = path.rename(_aside(path))
+                shutil.rmtree(path)
             except OSError as error:
-                self._run.log(f"cannot remove {path}: {error}; tried again at the next checkpoint")
+                if path not in self._stuck:
+                    self._stuck.add(path)
+                    why = error.strerror or error
+                    self._run.log(
+                        f"cannot remove {path}: {why}; tried again at each checkpoint. Where it "
+                        "stays, let its owner remove it"
+                    )
 
 
 def _fault(act: Callable[[], object]) -> str | None:
