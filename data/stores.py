@@ -103,8 +103,11 @@ class LocalStore(Store):
         return file
 
 
-class _SameMethod(urllib.request.HTTPRedirectHandler):
-    """Follows a redirected HEAD with HEAD: urllib would send GET and receive the whole file."""
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirected HEAD with HEAD: urllib would send GET and receive the whole file.
+
+    The login goes along to the same host and port, as curl has it; another must not see it.
+    """
 
     def redirect_request(
         self,
@@ -118,10 +121,13 @@ class _SameMethod(urllib.request.HTTPRedirectHandler):
         moved = super().redirect_request(req, fp, code, msg, headers, newurl)
         if moved is not None:
             moved.method = req.get_method()
+            login = req.unredirected_hdrs.get("Authorization")
+            if login and (moved.type, moved.host) == (req.type, req.host):
+                moved.add_unredirected_header("Authorization", login)
         return moved
 
 
-_OPENER = urllib.request.build_opener(_SameMethod)
+_OPENER = urllib.request.build_opener(_Redirects)
 
 
 class HttpStore(Store):
@@ -162,7 +168,7 @@ class HttpStore(Store):
         url = self._parts._replace(path=path).geturl()
         request = urllib.request.Request(url, method=method, headers=headers)
         for key, value in self._headers.items():
-            request.add_unredirected_header(key, value)  # another host must not see it
+            request.add_unredirected_header(key, value)  # see `_Redirects`
         try:
             response = _OPENER.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:

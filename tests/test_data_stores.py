@@ -45,12 +45,14 @@ def test_a_dead_http_server_is_one_clear_error(whole: Shards) -> None:
         fails(open_shards(url), ValueError, r"does not serve byte ranges")
 
 
-def test_redirections_are_followed(whole: Shards) -> None:
+@pytest.mark.parametrize(("place", "told"), [("moved", 2), ("away", 1)])
+def test_redirections_are_followed_and_another_host_is_not_told_the_login(
+    place: str, told: int, whole: Shards
+) -> None:
     seen: list[Message] = []
     with serving(Path(whole.root), seen=seen) as url:
-        assert epoch(url.replace("//", "//me:secret@") + "/moved") == epoch(whole.root)
-    # Where to, the login is not told: it may be another's server.
-    assert 2 * sum("Authorization" in headers for headers in seen) == len(seen) > 0
+        assert epoch(f"{url.replace('//', '//me:secret@')}/{place}") == epoch(whole.root)
+    assert 2 * sum("Authorization" in headers for headers in seen) == told * len(seen) > 0
 
 
 def test_a_missing_remote_shard_is_found_before_training(copy: Shards) -> None:

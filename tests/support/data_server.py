@@ -87,15 +87,19 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(body, fault)
 
     def _file(self) -> Path | None:
-        """The file that is asked for. What is below /moved/ is elsewhere now."""
+        """The file that is asked for. What is below /moved/ is elsewhere now, /away/ elsewhere on
+        another host.
+        """
         self.server.seen.append(self.headers)
         asked, _, query = self.path.partition("?")
         path = self.server.root / unquote(asked).lstrip("/")
         if query != self.server.query:
             self.send_error(403)
-        elif self.path.startswith("/moved/"):
+        elif self.path.startswith(("/moved/", "/away/")):
             self.send_response(302)
-            self.send_header("Location", self.path.removeprefix("/moved"))
+            _, place, rest = self.path.split("/", 2)
+            other = f"http://localhost:{self.server.server_address[1]}"
+            self.send_header("Location", f"{other if place == 'away' else ''}/{rest}")
             self.end_headers()
         elif path.is_file():
             return path
