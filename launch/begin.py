@@ -100,56 +100,65 @@ def _sweep_rows(arguments: argparse.Namespace) -> int:
     check(arguments.init is None, "--init", arguments.init, "absent with --rows")
     found = ablations.load(arguments.rows, arguments.set, unset=arguments.unset)
     preset = settings.find(found.base, directory=configs.PRESETS)
-    jobs = []
-    for row in found.rows:
-        run = arguments.runs / row.directory / "run"
-        job = _job(
+    jobs = [
+        _job(
             arguments,
-            run=run,
+            run=arguments.runs / row.directory / "run",
             preset=preset,
             overrides=found.changes(row),
             unset=row.unset,
         )
-        if (why := _is_taken(job.run)) is None:
-            jobs.append(job)
-        else:
-            print(f"row {row.name!r} is left out: {why}")
-    if not jobs:
-        print("no row is left to be submitted")
-        return 0
-    return _begin_array(jobs, presets=[preset] * len(jobs), arguments=arguments)
+        for row in found.rows
+    ]
+    presets = [preset] * len(jobs)
+    return _begin_array(jobs, presets=presets, arguments=arguments, extends=False)
 
 
-def _is_taken(run: Path) -> str | None:
-    """Why a run need not be submitted; None where it must."""
-    state = RunState.read(run)
-    if state is not None and state.state == "finished":
-        return "finished"
+def _is_left(job: Job, *, extends: bool, locks: ExitStack | None) -> bool:
+    """Whether a job of an array is to be submitted; if not, it says why.
+
+    A finished run is where the command `extends` runs. `locks` takes the run's lock, unless None.
+    """
+    state = RunState.read(job.run)
+    why = "finished" if not extends and state is not None and state.state == "finished" else None
     try:
-        records.check_free(run)
-    except ValueError as error:
-        return str(error)
-    return None
+        if why is None and locks is not None:
+            locks.enter_context(records.claimed(job.run))
+        if why is None:
+            records.check_free(job.run)
+    except records.Busy as error:
+        why = str(error)
+    if why is not None:
+        print(f"{job.run} is left out: {why}")
+    return why is None
 
 
 def _begin_array(
-    jobs: Sequence[Job], *, presets: Sequence[Path | None], arguments: argparse.Namespace
+    jobs: Sequence[Job],
+    *,
+    presets: Sequence[Path | None],
+    arguments: argparse.Namespace,
+    extends: bool = True,
 ) -> int:
-    """Submit jobs of the same size as one Slurm array."""
+    """Submit those jobs, of the same size, that no other job does as one Slurm array."""
     at_most, launcher = arguments.at_most, jobs[0].cluster.launcher
     check(at_most >= 1, "--at-most", at_most, "at least 1")
     check(launcher == "slurm", "launcher", launcher, '"slurm" for an array')
-    text = slurm.array_text(jobs, at_most=at_most)
     for job in jobs:
         records.check_directory(job.run)
-    if arguments.dry_run:
-        print(text, end="")
-        return 0
     with ExitStack() as stack:
-        for job in jobs:
-            stack.enter_context(records.claimed(job.run))
-            records.check_free(job.run)
-        for job, preset in zip(jobs, presets, strict=True):
+        locks = None if arguments.dry_run else stack
+        pairs = zip(jobs, presets, strict=True)
+        left = [pair for pair in pairs if _is_left(pair[0], extends=extends, locks=locks)]
+        if not left:
+            print("no run is left to be submitted")
+            return 0
+        jobs = [job for job, _ in left]
+        text = slurm.array_text(jobs, at_most=at_most)
+        if arguments.dry_run:
+            print(text, end="")
+            return 0
+        for job, preset in left:
             records.prepare(job, preset=preset)
         script = slurm.directory_of(jobs) / records.SWEEP
         files.write(script, text)

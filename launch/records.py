@@ -33,6 +33,10 @@ _COPIED = {*_CODE, "ds_config.json", version.COMMIT}
 _OURS = {_LOCK, "job.json", "state.json", "writer.json", "timeline.jsonl"}
 
 
+class Busy(ValueError):
+    """A run that a job waits for, or that a process writes."""
+
+
 @dataclass(frozen=True)
 class Submitted:
     """The job that was last started on a run: its launcher, its size, the run's directory."""
@@ -169,15 +173,15 @@ def _lock(file: TextIO) -> bool:
 
 
 def check_free(run: Path) -> None:
-    """Raise ValueError where a job is queued for the run, or a process is writing it."""
+    """Raise Busy where a job is queued for the run, or a process is writing it."""
     stop = f"wait for it, or stop it with `python -m launch stop {run}`"
     queued = job_id(run)
     state = queue.state(queued) if queued else None
     if state is not None:
-        raise ValueError(f"job {queued} of {run} is {state}: {stop}")
+        raise Busy(f"job {queued} of {run} is {state}: {stop}")
     busy = lease.live_holder(run)
     if busy is not None:
-        raise ValueError(f"{busy} is writing {run}: {stop}")
+        raise Busy(f"{busy} is writing {run}: {stop}")
 
 
 def prepare(job: Job, *, preset: Path | None) -> Path:

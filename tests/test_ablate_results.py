@@ -150,11 +150,11 @@ def test_rows_are_submitted_as_one_array_and_only_those_that_are_left(
     finish(runs / "base" / "run")
     assert main(words) == 0
     said = capfd.readouterr().out
-    assert "row 'Base' is left out: finished" in said and "3 jobs, 2 at once" in said
+    assert "/base/run is left out: finished" in said and "3 jobs, 2 at once" in said
     for row in ("added", "wide-slow", "later"):
         finish(runs / row / "run")
     assert main(words) == 0
-    assert "no row is left to be submitted" in capfd.readouterr().out
+    assert "no run is left to be submitted" in capfd.readouterr().out
     assert main([*words[:-2], "--set", "samples.images = 20"]) == 78
     assert "row 'Base' was another when" in capfd.readouterr().err
 

@@ -87,13 +87,16 @@ def test_an_answer_without_a_job_id_is_shown(
     )
 
 
-def test_a_sweep_over_settings_has_a_run_for_each_combination(sbatch: Sbatch) -> None:
+def test_a_sweep_over_settings_has_a_run_for_each_combination(
+    sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sbatch("echo 7")
     Path("site.toml").write_text("")
     over = ["guards.spike = [9.0, inf]", "training.ema = [[0.99], [0.9, 0.99]]"]
     sets = [word for change in over for word in ("--over", change)]
     runs = Path("runs, #2")
-    assert main(["sweep", "digits", "--runs", f"{runs}", *sets, "--cluster", "site.toml"]) == 0
+    words = ["sweep", "digits", "--runs", f"{runs}", *sets, "--cluster", "site.toml"]
+    assert main(words) == 0
     scripts = {file.parents[1].name: file.read_text() for file in runs.glob("*/*/job.sh")}
     assert set(scripts) == {
         f"digits-spike{spike}-ema{ema}"
@@ -105,6 +108,15 @@ def test_a_sweep_over_settings_has_a_run_for_each_combination(sbatch: Sbatch) ->
     lines = (runs / "sweep.sh").read_text().splitlines()
     # sbatch splits a line at its spaces, and a comment begins with #.
     assert lines[1:3] == ["#SBATCH --job-name=runs-2-sweep", "#SBATCH --array=0-3%1"]
+    # One job of the array still runs.
+    squeue = Path("bin/squeue")
+    squeue.write_text('#!/bin/bash\n[ "$3" != 7_1 ] || echo "RUNNING|None"\n')
+    squeue.chmod(0o755)
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "digits-spike9.0-ema-0.9-0.99 is left out: job 7_1 of" in said
+    assert "as job array 7: 3 jobs, 1 at once" in said
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "mpirun", "deepspeed", "torchrun", "alone"])
