@@ -87,8 +87,17 @@ def test_a_compiled_guide_has_the_same_gradient_also_in_a_smaller_batch() -> Non
     torch.testing.assert_close(gradient(2), plain, rtol=1e-5, atol=1e-6)
 
 
+def stepped(engine: Any, *, images_seen: int) -> dict[str, dict[str, Tensor]]:
+    """The states after a step, by kind."""
+    for micro in range(engine.accumulation):
+        out = engine(*inputs(2))
+        engine.backward(out.square().mean() + micro * out.mean())
+    engine.step(lr=1e-2, images_seen=images_seen, **UNJUDGED)
+    return {kind: engine.gather(kind) for kind in engine.kinds}
+
+
 def train(directory: Path) -> int:
-    """Steps uncompiled, compiled, and from one to the other in between."""
+    """A step uncompiled and one compiled; then each goes on from the state of the other."""
     from trainer.engine import Engine
     from trainer.ranks.group import connected
     from trainer.ranks.world import join
@@ -98,31 +107,28 @@ def train(directory: Path) -> int:
     with connected(world, patience=ranks.LIMIT) as device:
         raw = ds_configs.load(ranks.ROOT / "ds_config.json")
         resolved = ds_configs.resolve(raw, config=config, ranks=world.size)
-        states: dict[str, dict[str, Tensor]] = {}
-        for name, before in {"off": None, "on": None, "off-on": "off", "on-off": "on"}.items():
+        engines, states = {}, {}
+        for name in ("off", "on"):
             net = filled(config.model)
-            if name.endswith("on"):
+            if name == "on":
                 compute.compile_forward(net, say=lambda _: None, backend="aot_eager")
             start = {n: p.detach().clone() for n, p in net.named_parameters()}
             given = start if world.is_main else None
             engine = Engine(net, config=config, ds_config=resolved, device=device, start=given)
-            kinds = engine.kinds
-            if before is not None:
-                for kind in kinds:
-                    engine.scatter(kind, states[f"{before} {kind}"].__getitem__)
-            for micro in range(engine.accumulation):
-                out = engine(*inputs(2))
-                engine.backward(out.square().mean() + micro * out.mean())
-            engine.step(lr=1e-2, images_seen=8, **UNJUDGED)
-            states |= {f"{name} {kind}": engine.gather(kind) for kind in kinds}
+            engines[name], states[name] = engine, stepped(engine, images_seen=8)
+        for before, name in (("off", "on"), ("on", "off")):
+            for kind, tensors in states[before].items():
+                engines[name].scatter(kind, tensors.__getitem__)
+            engines[name].renew(images_seen=8)
+            states[f"{before}-{name}"] = stepped(engines[name], images_seen=16)
         for a, b in (("off", "on"), ("off-on", "on-off")):
-            for kind in kinds:
-                one, other = states[f"{a} {kind}"], states[f"{b} {kind}"]
+            for kind, one in states[a].items():
+                other = states[b][kind]
                 assert list(one) == list(other)
                 # Adam makes whole steps of gradients that are rounding errors, as of keys' biases:
                 # those moments are compared, and the weights that other gradients moved.
                 all_of_it = kind.startswith("adam")
-                felt = {n: all_of_it | (v > 1e-16) for n, v in states[f"{a} adam-v"].items()}
+                felt = {n: all_of_it | (v > 1e-16) for n, v in states[a]["adam-v"].items()}
                 off = [((one[n] - other[n]).abs() * felt[n]).max() for n in one]
                 found[f"{a} {kind}"] = float(torch.stack(off).max())
     if world.is_main:
