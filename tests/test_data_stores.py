@@ -31,7 +31,7 @@ def test_a_bad_http_server_changes_nothing(whole: Shards, tmp_path: Path, cached
 def test_a_stalling_http_server_is_left_and_asked_again(whole: Shards) -> None:
     stalls = {3, 17}
     with serving(Path(whole.root), fault=lambda n, path: "stall" if n in stalls else None) as url:
-        assert epoch(url, timeout_s=1.0, retries=8) == epoch(whole.root)
+        assert epoch(url, timeout_s=0.5, retries=8) == epoch(whole.root)
 
 
 def test_a_dead_http_server_is_one_clear_error(whole: Shards) -> None:
@@ -88,7 +88,7 @@ def test_pipes_serve_the_same(whole: Shards, tmp_path: Path) -> None:
 def test_a_pipe_that_stalls_is_left(whole: Shards) -> None:
     sleep = f"sleep 600.{os.getpid()}"  # no other process on the machine is called so
     stalling = f"pipe:case {{name}} in *.tar) {sleep};; *) cat {whole.root}/{{name}};; esac"
-    config = config_for(f"{stalling}; : {{first}} {{last}}", timeout_s=2.0, retries=1)
+    config = config_for(f"{stalling}; : {{first}} {{last}}", timeout_s=1.0, retries=1)
     with (
         Stream(open_shards(config.shards, fetch=config), config=config, seed=1) as stream,
         pytest.raises(OSError, match=r"byte \d+ after 2 attempts: the command wrote nothing"),

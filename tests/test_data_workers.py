@@ -78,32 +78,29 @@ def test_workers_that_are_bound_to_the_trainers_cpu_are_named_in_the_log() -> No
         os.sched_setaffinity(0, allowed)
 
 
-def test_workers_outlive_signals_but_not_the_trainer(whole: Shards) -> None:
-    script = (
-        "import sys\n"
-        "from data.dataset import open_shards\n"
-        "from data.stream import Stream\n"
-        "from tests.support.data_streams import config_for\n"
-        "with Stream(open_shards(sys.argv[1]), config=config_for(sys.argv[1], workers=2), seed=1)"
-        " as stream:\n"
-        "  sizes = {'batch_size': 4, 'micro_batch_size': 4}\n"
-        "  for _ in stream.batches(images_seen=0, rank=0, ranks=1, **sizes):\n"
-        "    print('served', flush=True)\n"
-        "    sys.stdin.readline()\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, whole.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as trainer:
-        assert trainer.stdin and trainer.stdout
-        assert trainer.stdout.readline() == b"served\n"
-        workers = workers_of(psutil.Process(trainer.pid))
-        assert len(workers) == 2
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            workers[0].send_signal(number)
+def serve(root: Path, directory: Path) -> int:
+    """Take a batch, and when `signalled` is there 40 more; then wait to be killed."""
+    with Stream(open_shards(str(root)), config=config_for(root, workers=2), seed=1) as stream:
+        batches = stream.batches(images_seen=0, batch_size=4, micro_batch_size=4, rank=0, ranks=1)
+        next(batches)
+        (directory / "begun").touch()
+        ranks.wait_for(directory / "signalled")
         for _ in range(40):
-            trainer.stdin.write(b"\n")
-            trainer.stdin.flush()
-            assert trainer.stdout.readline() == b"served\n"
-        trainer.kill()
+            next(batches)
+        (directory / "served").touch()
+        signal.pause()
+    return 0
+
+
+def test_workers_outlive_signals_but_not_the_trainer(whole: Shards, tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(serve, whole.root, tmp_path), ranks=1)
+    ranks.wait_for(tmp_path / "begun")
+    workers = workers_of(psutil.Process(job.ranks[0].pid))
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        workers[0].send_signal(number)
+    (tmp_path / "signalled").touch()
+    ranks.wait_for(tmp_path / "served")
+    job.kill()
     gone, alive = psutil.wait_procs(workers, timeout=ranks.LIMIT)
     assert len(gone) == 2 and not alive

@@ -16,7 +16,7 @@ from trainer.evaluation import features
 from trainer.networks import TrainedNetwork
 from trainer.sampling.samplefile import open_samples
 
-DRAWN = 600
+DRAWN = 240
 NAMES = ("fid", "precision", "recall", "kid")
 
 
@@ -55,12 +55,12 @@ def test_figures_say_what_is_wrong_with_samples(
     network: Path, reference: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     images, labels = real
-    half = images[::2]
-    noise = np.random.default_rng(0).normal(size=half.shape)
+    fourth = images[::4]
+    noise = np.random.default_rng(0).normal(size=fourth.shape)
     sets = {
-        "real": half,
-        "little": (half + 20 * noise).clip(0, 255).astype(np.uint8),
-        "much": (half + 60 * noise).clip(0, 255).astype(np.uint8),
+        "real": fourth,
+        "little": (fourth + 20 * noise).clip(0, 255).astype(np.uint8),
+        "much": (fourth + 60 * noise).clip(0, 255).astype(np.uint8),
         "three": images[labels < 3],
     }
     found = {
@@ -117,7 +117,7 @@ def test_any_number_of_ranks_and_a_reference_file_give_the_same_figures(
     assert main(["reference", str(digits), "--out", str(reference), *common]) == 0
     whole = figures(samples, "--reference", digits, *common)
     assert figures(samples, "--reference", reference, *common) == pytest.approx(whole, rel=1e-6)
-    # 13 ranks' worth of batches among 3: some rank has one less.
+    # Of five batches, some rank has one less.
     for count in (2, 3):
         out = tmp_path / f"{count}.json"
         words = [str(samples), "--reference", str(reference), "--out", str(out), *common]
@@ -140,21 +140,21 @@ def test_results_say_what_was_compared(
     figures(samples, *against)
     said = capfd.readouterr()
     found = json.loads(samples.with_suffix(".evaluation.last.json").read_text())
-    assert set(found["figures"]) == {f"{name}_600" for name in NAMES}
+    assert set(found["figures"]) == {f"{name}_{DRAWN}" for name in NAMES}
     parts = [write(tmp_path / f"{i}.npz", images[i::4]) for i in range(4)]
     assert main([*map(str, (*parts, *against))]) == 0
     table = capfd.readouterr().out.splitlines()[-6:]  # one, with a row for each file
     assert [row.split(" | ")[0] for row in table[2:]] == [f"| {part}" for part in parts]
     of_parts = [json.loads(p.with_suffix(".evaluation.json").read_text())["figures"] for p in parts]
-    fourths = [[part[f"{n}_150"]["value"] for n in NAMES] for part in of_parts]
-    errors = [found["figures"][f"{n}_600"]["error"] for n in NAMES]
+    fourths = [[part[f"{n}_{DRAWN // 4}"]["value"] for n in NAMES] for part in of_parts]
+    errors = [found["figures"][f"{n}_{DRAWN}"]["error"] for n in NAMES]
     assert errors == pytest.approx(np.std(fourths, axis=0, ddof=1) / 2, rel=1e-6)
     assert errors[0] > 0
     assert found["about"]["samples"]["checksum"] == open_samples(samples).checksum()
     assert found["about"]["reference"]["count"] == 1797
-    assert "| fid_600 |" in said.out
+    assert f"| fid_{DRAWN} |" in said.out
     assert "sorted by class" in said.err
-    assert "600 samples: FID depends on their number" in said.err
+    assert f"{DRAWN} samples: FID depends on their number" in said.err
 
 
 def test_an_output_replaces_nothing_but_the_same_result(
