@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
+from trainer import sample
 from trainer.ranks import watchdog
 from trainer.ranks.group import all_come, connected
 from trainer.ranks.world import join
@@ -79,22 +80,12 @@ def test_a_network_interface_that_no_machine_has_is_one_line(tmp_path: Path) -> 
 def test_a_user_error_ends_every_rank_with_its_status(
     tmp_path: Path, weights: dict[str, list[str]]
 ) -> None:
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
-    ask = ["trainer.sample", *weights["unet"], "--classes", "99", "--out", str(tmp_path / "a.npz")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", *ask],
-            cwd=ranks.ROOT,
-            env={**ranks.environment(), **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=ranks.LIMIT)[1] for process in processes]
+    ask = [*weights["unet"], "--classes", "99", "--out", str(tmp_path / "a.npz")]
+    job = ranks.fork(tmp_path, partial(sample.main, ask), ranks=2)
+    job.wait()
     # With the group left open, the threads of torch aborted most processes here.
-    assert [process.returncode for process in processes] == [REFUSED] * 2, said
-    assert said[0] == "error: --classes: 99 is not among the classes 0 to 9\n"
+    assert [process.exitcode for process in job.ranks] == [REFUSED] * 2, job.text
+    assert job.texts == ["error: --classes: 99 is not among the classes 0 to 9\n", ""]
 
 
 ENDS = """
