@@ -109,7 +109,7 @@ def test_little_is_left_to_reduce_when_the_last_compiled_part_is_done(preset: st
 def test_one_image_more_than_the_largest_micro_batch_does_not_fit(stage: int) -> None:
     config = resized(configs.load("imagenet256"), batch=2048, micro_batch=8)
     there, zero = machine(), {**ZERO, "stage": stage}
-    most = largest_micro_batch(config, zero=zero, machine=there)
+    most = largest_micro_batch(config, zero=zero, ranks=there.gpus, room=there.memory_room)
     held = [
         sum(memory(config, zero=zero, ranks=8, micro_batch=size).values())
         for size in (most, most + 1)

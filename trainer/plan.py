@@ -137,10 +137,11 @@ def _memory_lines(config: Config, *, machine: Machine, zero: Mapping[str, Any]) 
     for part in dict.fromkeys(part for table in tables for part in table):
         yield _row(part, [f"{table[part] / GIB:.2f}" if part in table else "" for table in tables])
     yield _row("together", [f"{sum(table.values()) / GIB:.2f}" for table in tables])
-    most = [largest_micro_batch(config, zero=s, machine=machine) for s in stages]
+    room = machine.memory_room
+    most = [largest_micro_batch(config, zero=s, ranks=ranks, room=room) for s in stages]
     yield _row("largest micro-batch", [str(size or "none fits") for size in most])
     yield "(* the stage of --ds-config; the largest micro-batch is at most a rank's share)"
-    remark = memory_remark(config, zero=zero, ranks=ranks, room=machine.memory_room)
+    remark = memory_remark(config, zero=zero, ranks=ranks, room=room)
     yield from () if remark is None else (remark,)
 
 

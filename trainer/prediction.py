@@ -179,9 +179,8 @@ def scaled(
     """
     found: dict[int, Step | None] = {}
     for gpus, batch in batches.items():
-        there = dataclasses.replace(machine, gpus=gpus)
         sized = resized(config, batch=batch, micro_batch=max(batch // gpus, 1))
-        micro = largest_micro_batch(sized, zero=zero, machine=there)
+        micro = largest_micro_batch(sized, zero=zero, ranks=gpus, room=machine.memory_room)
         found[gpus] = None
         if micro:
             sized = resized(config, batch=batch, micro_batch=micro)
@@ -212,12 +211,8 @@ def memory(
     )
 
 
-def largest_micro_batch(config: Config, *, zero: Mapping[str, Any], machine: Machine) -> int:
-    """The most images at once that a rank's memory holds, at most its share of the batch; or 0."""
-    return _most(config, zero=zero, ranks=machine.gpus, room=machine.memory_room)
-
-
-def _most(config: Config, *, zero: Mapping[str, Any], ranks: int, room: float) -> int:
+def largest_micro_batch(config: Config, *, zero: Mapping[str, Any], ranks: int, room: float) -> int:
+    """The most images at once that `room` bytes of a rank hold, at most its share of the batch."""
     share = config.training.batch // ranks
 
     def need(size: int) -> int:
@@ -238,7 +233,7 @@ def memory_remark(
     need = sum(memory(config, zero=zero, ranks=ranks, micro_batch=micro).values())
     if need <= room:
         return None
-    most = _most(config, zero=zero, ranks=ranks, room=room)
+    most = largest_micro_batch(config, zero=zero, ranks=ranks, room=room)
     fits = max((n for n in range(1, most + 1) if training.batch // ranks % n == 0), default=0)
     way = f"training.micro_batch = {fits}" if fits else "model.checkpoint = true"
     return (

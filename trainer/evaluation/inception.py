@@ -107,30 +107,24 @@ class Mixed(nn.Module):
 
 _ONE, _THREE, _FIVE = (1, 1), (3, 3), (5, 5)
 _WIDE, _HIGH = (1, 7), (7, 1)
+_DOUBLE = {
+    "branch3x3dbl_1": (64, _ONE),
+    "branch3x3dbl_2": (96, _THREE),
+    "branch3x3dbl_3": (96, _THREE),
+}
 
 
 def _mixed_5(inputs: int, *, pooled: int) -> Mixed:
     branches = [
         Branch({"branch1x1": (64, _ONE)}),
         Branch({"branch5x5_1": (48, _ONE), "branch5x5_2": (64, _FIVE)}),
-        Branch(
-            {
-                "branch3x3dbl_1": (64, _ONE),
-                "branch3x3dbl_2": (96, _THREE),
-                "branch3x3dbl_3": (96, _THREE),
-            }
-        ),
+        Branch(_DOUBLE),
     ]
     return Mixed(inputs, branches, pooled=pooled)
 
 
 def _mixed_6a() -> Mixed:
-    double = {
-        "branch3x3dbl_1": (64, _ONE),
-        "branch3x3dbl_2": (96, _THREE),
-        "branch3x3dbl_3": (96, _THREE),
-    }
-    branches = [Branch({"branch3x3": (384, _THREE)}, halves=True), Branch(double, halves=True)]
+    branches = [Branch({"branch3x3": (384, _THREE)}, halves=True), Branch(_DOUBLE, halves=True)]
     return Mixed(288, branches, pooled=None)
 
 

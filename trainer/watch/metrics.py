@@ -88,7 +88,8 @@ class Metrics:
         means |= _means(terms)
         now = self.clock()
         seconds = now - self._since
-        ranks = self._by_rank(_peak_memory(self._device), _host_memory(), self.forward.read())
+        mine = (_peak_memory(self._device), _host_memory(), self.forward.read())
+        ranks = torch.tensor(gather(mine), dtype=torch.float64)
         if "data_wait_seconds" in sums:
             waited, _ = sums["data_wait_seconds"]
             means["data_wait_share"] = waited / (self._world.size * seconds)
@@ -134,13 +135,6 @@ class Metrics:
     def spent(self) -> Mapping[str, float]:
         """Seconds that were left out since the last `reduce`, by what they were spent on."""
         return dict(self._spent)
-
-    def _by_rank(self, *mine: float) -> Tensor:
-        """What each rank gives, as a row (R, N) on the host."""
-        row = torch.tensor(mine, dtype=torch.float64, device=self._device)
-        rows = [torch.empty_like(row) for _ in range(self._world.size)]
-        dist.all_gather(rows, row)
-        return torch.stack(rows).cpu()
 
     def _memory(self, ranks: Tensor) -> dict[str, float]:
         """The most that any rank uses, in GiB, and how much its host's has grown."""
