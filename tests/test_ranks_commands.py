@@ -61,6 +61,15 @@ def test_a_signal_is_passed_on_once_and_the_save_is_waited_for(
     assert (tmp_path / "saved").read_text() == came
 
 
+def test_a_command_saves_where_what_waits_for_it_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "all came").touch()
+    process = subprocess.Popen([sys.executable, "-c", WAITS, COMMAND, str(tmp_path)], cwd=ROOT)
+    wait_for(tmp_path / "ready")
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "saved")
+
+
 def test_without_a_signal_a_command_ends_as_it_does() -> None:
     with Commands() as commands:
         assert [commands.run([name]) for name in ("true", "false", "true")] == [0, 1, 0]

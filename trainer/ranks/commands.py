@@ -3,6 +3,7 @@
 subprocess.run would kill it a quarter of a second after Ctrl-C, and leave it behind after TERM.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -16,6 +17,17 @@ from trainer.ranks.signals import Preemption
 
 # torchrun kills ranks that have not saved so many seconds after a signal; its own default is 30.
 _SECONDS_TO_SAVE = 600
+
+
+# The C library, whose call the new process makes: looking for it there would take locks.
+_LIBC = ctypes.CDLL(None)
+# Linux' number of "send me a signal when my parent ends".
+_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Let this process be told to save and leave when what started it is killed."""
+    _LIBC.prctl(_PDEATHSIG, signal.SIGTERM)
 
 
 class Commands(Preemption):
@@ -36,7 +48,9 @@ class Commands(Preemption):
             return TO_BE_CONTINUED
         environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SECONDS_TO_SAVE), **os.environ}
         # A session of its own, which the terminal's Ctrl-C does not reach: it is passed on, once.
-        self._running = subprocess.Popen(command, env=environment, start_new_session=True)
+        self._running = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+        )
         if self.stop_requested:  # meanwhile
             self._running.send_signal(signal.SIGTERM)
         return self._running.wait()
