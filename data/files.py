@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 # Errors of writing alone: another may come from what the content is read from.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Bytes of the longest name of an output: until it is whole, files beside it have longer ones.
+_LONGEST = 255 - 16
 
 
 @contextmanager
@@ -47,8 +49,9 @@ def make_parent(path: Path, *, option: str) -> None:
     """Make the directory of an output, which a command was given by `option`.
 
     Raises:
-        ValueError: it cannot be made, or nothing can be written there.
+        ValueError: it cannot be made, nothing can be written there, or the name is too long.
     """
+    check_name(path, option=option)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,6 +60,14 @@ def make_parent(path: Path, *, option: str) -> None:
         ) from None
     if fault := write_fault(path.parent):
         raise ValueError(f"{option} = {str(path)!r}: {fault}: name another {option}")
+
+
+def check_name(path: Path, *, option: str) -> None:
+    """Raise ValueError where the name of an output is too long."""
+    if (length := len(os.fsencode(path.name))) > _LONGEST:
+        raise ValueError(
+            f"{option}: {path.name[:32]!r}... has {length} bytes: must be at most {_LONGEST}"
+        )
 
 
 def check_link(path: Path) -> None:

@@ -275,13 +275,15 @@ def test_a_place_that_cannot_be_written_is_refused_before_drawing(
     (tmp_path / "file").touch()
     (tmp_path / "b.npz").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "b.npz")  # which no directory can replace
-    below, taken, linked = ranks.sample(
+    below, taken, linked, long = ranks.sample(
         tmp_path,
         *(
             [*weights["unet"], "--out", f"{tmp_path}/{out}"]
-            for out in ("file/a.npz", "b.npz", "link/")
+            for out in ("file/a.npz", "b.npz", "link/", f"{'n' * 246}.npz")
         ),
     )
     assert "cannot write" in str(below) and "name another --out" in str(below)
     assert "b.npz exists: name another --out" in str(taken)
     assert "link exists: name another --out" in str(linked)
+    # The grid could not be written beside it once all is drawn.
+    assert str(long) == f"--out: '{'n' * 32}'... has 250 bytes: must be at most 239"

@@ -225,11 +225,11 @@ def _output(
     out: str, end: str, request: SampleRequest, *, source: TrainedNetwork, classes: Sequence[str]
 ) -> Output:
     """Where the images of a request go: `--out`, with `end` after its name."""
-    size = source.config.model.image_size
-    if not out.endswith("/"):
-        path = Path(out.removesuffix(".npz") + end + ".npz")
+    size, is_file = source.config.model.image_size, not out.endswith("/")
+    path = Path(f"{out.removesuffix('.npz')}{end}.npz" if is_file else f"{out.rstrip('/')}{end}")
+    files.check_name(path, option="--out")
+    if is_file:
         return NpzOutput(path, size=size, request=vars(request))
-    path = Path(out.rstrip("/") + end)
     return ShardOutput(path, size=size, request=vars(request), classes=classes)
 
 
