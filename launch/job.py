@@ -171,6 +171,8 @@ def setup_lines(job: Job) -> list[str]:
     It may set variables, but not how the script after it ends: a file that it sources may begin
     with `set -euo pipefail`.
     """
+    # Also where a line, or a file that it sources, exits: the job would end without a word.
+    ends = "trap 'refuse \"the setup line ended the script with status $?: $setup\"' EXIT"
     run = 'eval "$setup" || refuse "the setup line failed with status $?: $setup"'
     lines = [f"setup={quoted([line])}; {run}" for line in job.cluster.setup]
-    return [*lines, "set +eEu; trap - ERR"] if lines else []
+    return [ends, *lines, "set +eEu; trap - ERR EXIT"] if lines else []

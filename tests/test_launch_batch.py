@@ -175,7 +175,10 @@ def test_a_node_without_scontrol_is_named_before_it_trains(bash: Bash) -> None:
 
 
 def test_what_a_setup_line_sets_for_its_own_script_does_not_end_the_job(bash: Bash) -> None:
-    setup = f"{STRICT}; run=/nowhere job=9 start=4"
+    names = (
+        "told=1 timer=1 before=1; say() { :; }; again() { :; }; begin() { :; }; ask() { false; }"
+    )
+    setup = f"{STRICT}; run=/nowhere job=9 start=4 {names}"
     assert bash.start(ranks="exit 1", setup=setup) == 1
     assert "job 7 start 0: failed with status 1; requeued, resumes" in bash.events
     assert bash.start(1, ranks=LEAVES["TERM"], setup=setup) == 143
@@ -185,4 +188,7 @@ def test_what_a_setup_line_sets_for_its_own_script_does_not_end_the_job(bash: Ba
 def test_a_setup_line_that_fails_on_a_node_ends_the_job_and_is_named(bash: Bash) -> None:
     assert bash.start(ranks="exit 0", setup="false || (exit 3)") == REFUSED
     assert "the setup line failed with status 3: false || (exit 3); not started" in bash.events
+    assert bash.start(ranks="exit 0", setup="exit 0  # in a file") == REFUSED  # not finished
+    assert "the setup line ended the script with status 0: exit 0  # in a file;" in bash.events
+    assert bash.events.count("not started") == 2
     assert not bash.text("started") and not bash.requeued

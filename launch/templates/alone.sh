@@ -1,4 +1,5 @@
 refuse() {
+  trap - EXIT
   echo "error: $1" >&2
   exit @refused@
 }

@@ -1,4 +1,5 @@
 refuse() {
+  trap - EXIT
   echo "error: $(hostname): $1" >&2
   exit @refused@
 }

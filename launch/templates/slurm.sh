@@ -1,9 +1,9 @@
 # @name@: @nodes@ nodes x @gpus@ ranks, from the code and the preset in @run@.
-told=
-timer=
+adm_told=
+adm_timer=
 status=
 
-# Once more after the setup, which may have variables and traps of these names.
+# Once more after the setup, which may have variables, functions and traps of these names.
 begin() {
   run=@run@
   # The job id of an array's last task is that of the whole array.
@@ -11,11 +11,11 @@ begin() {
   job=${job:-$SLURM_JOB_ID}
   start=${SLURM_RESTART_COUNT:-0}
   trap leave USR1
-  trap told=yes TERM  # the ranks get it too; this shell stays to record how they ended
+  trap adm_told=yes TERM  # the ranks get it too; this shell stays to record how they ended
 }
 
 begin
-before=$(cat "$run/launch/state.json" 2> /dev/null)
+adm_before=$(cat "$run/launch/state.json" 2> /dev/null)
 
 say() {
   printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$job" "$start" "$*" |
@@ -23,6 +23,7 @@ say() {
 }
 
 refuse() {
+  trap - EXIT
   say "$1; not started"
   exit @refused@
 }
@@ -70,7 +71,7 @@ again() {
   esac
   bad=
   mark=''
-  if [ "$status" != @more@ ] && [ -z "$told" ]; then
+  if [ "$status" != @more@ ] && [ -z "$adm_told" ]; then
     bad=$(lost_twice)
     mark=failed-at now=$(newest) by='' way=''
   elif { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
@@ -120,7 +121,7 @@ seconds() {
 
 # The hosts, with commas between them, that lost ranks in this start and in an earlier one.
 lost_twice() {
-  if [ "$(cat "$run/launch/state.json" 2> /dev/null)" = "$before" ]; then return; fi
+  if [ "$(cat "$run/launch/state.json" 2> /dev/null)" = "$adm_before" ]; then return; fi
   mapfile -t lost < <(state lost | tr , '\n' | sed 's/[.].*//')
   for host in "${lost[@]}"; do
     scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF "$host" || continue
@@ -155,8 +156,8 @@ follow_up() {
 # The signal is repeated, since a rank that is starting ignores it. The job must requeue itself before
 # its time limit: after it Slurm would end the job for good.
 leave() {
-  told=yes
-  [ -z "$timer" ] || return
+  adm_told=yes
+  [ -z "$adm_timer" ] || return
   {
     for _ in 1 2 3 4 5 6 7 8 9; do
       scancel --signal=USR1 "$job" &
@@ -164,14 +165,14 @@ leave() {
     done
     again "did not leave in @seconds@ s"
   } &
-  timer=$!
+  adm_timer=$!
 }
 
 # End the timer of `leave`. While it hands the job on, it ignores this: then it is awaited, since a
 # second follower would be submitted beside its own.
 end_timer() {
-  [ -n "$timer" ] || return 0
-  while kill "$timer" 2> /dev/null; do sleep 0.1; done
+  [ -n "$adm_timer" ] || return 0
+  while kill "$adm_timer" 2> /dev/null; do sleep 0.1; done
 }
 
 # Run a command in the background, where a trap of this shell need not wait for it, and return its
@@ -192,7 +193,10 @@ attend() {
   return "$ended"
 }
 
+adm_functions=$(declare -f begin say refuse state newest ask again at_limit seconds lost_twice follow_up leave end_timer attend)
+
 @preamble@
+eval "$adm_functions"
 begin
 
 for program in srun scancel scontrol; do
@@ -202,7 +206,7 @@ add its directory to PATH in setup"
 done
 at=$(newest)
 say "begins on $SLURM_JOB_NODELIST at checkpoint $at"
-@check@if [ -n "$told" ]; then
+@check@if [ -n "$adm_told" ]; then
   end_timer
   again "told to leave before the ranks were started"
   exit @more@
@@ -230,7 +234,7 @@ case $status in
       again saved
     fi ;;
   *)
-    if [ -n "$told" ]; then
+    if [ -n "$adm_told" ]; then
       again "told to leave, ended with status $status"
     else
       again "failed with status $status"

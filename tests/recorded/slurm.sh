@@ -15,11 +15,11 @@
 #SBATCH --exclusive
 
 # imagenet64: 64 nodes x 8 ranks, from the code and the preset in /runs/imagenet64.
-told=
-timer=
+adm_told=
+adm_timer=
 status=
 
-# Once more after the setup, which may have variables and traps of these names.
+# Once more after the setup, which may have variables, functions and traps of these names.
 begin() {
   run=/runs/imagenet64
   # The job id of an array's last task is that of the whole array.
@@ -27,11 +27,11 @@ begin() {
   job=${job:-$SLURM_JOB_ID}
   start=${SLURM_RESTART_COUNT:-0}
   trap leave USR1
-  trap told=yes TERM  # the ranks get it too; this shell stays to record how they ended
+  trap adm_told=yes TERM  # the ranks get it too; this shell stays to record how they ended
 }
 
 begin
-before=$(cat "$run/launch/state.json" 2> /dev/null)
+adm_before=$(cat "$run/launch/state.json" 2> /dev/null)
 
 say() {
   printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$job" "$start" "$*" |
@@ -39,6 +39,7 @@ say() {
 }
 
 refuse() {
+  trap - EXIT
   say "$1; not started"
   exit 78
 }
@@ -86,7 +87,7 @@ again() {
   esac
   bad=
   mark=''
-  if [ "$status" != 75 ] && [ -z "$told" ]; then
+  if [ "$status" != 75 ] && [ -z "$adm_told" ]; then
     bad=$(lost_twice)
     mark=failed-at now=$(newest) by='' way=''
   elif { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
@@ -136,7 +137,7 @@ seconds() {
 
 # The hosts, with commas between them, that lost ranks in this start and in an earlier one.
 lost_twice() {
-  if [ "$(cat "$run/launch/state.json" 2> /dev/null)" = "$before" ]; then return; fi
+  if [ "$(cat "$run/launch/state.json" 2> /dev/null)" = "$adm_before" ]; then return; fi
   mapfile -t lost < <(state lost | tr , '\n' | sed 's/[.].*//')
   for host in "${lost[@]}"; do
     scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF "$host" || continue
@@ -171,8 +172,8 @@ follow_up() {
 # The signal is repeated, since a rank that is starting ignores it. The job must requeue itself before
 # its time limit: after it Slurm would end the job for good.
 leave() {
-  told=yes
-  [ -z "$timer" ] || return
+  adm_told=yes
+  [ -z "$adm_timer" ] || return
   {
     for _ in 1 2 3 4 5 6 7 8 9; do
       scancel --signal=USR1 "$job" &
@@ -180,14 +181,14 @@ leave() {
     done
     again "did not leave in 270 s"
   } &
-  timer=$!
+  adm_timer=$!
 }
 
 # End the timer of `leave`. While it hands the job on, it ignores this: then it is awaited, since a
 # second follower would be submitted beside its own.
 end_timer() {
-  [ -n "$timer" ] || return 0
-  while kill "$timer" 2> /dev/null; do sleep 0.1; done
+  [ -n "$adm_timer" ] || return 0
+  while kill "$adm_timer" 2> /dev/null; do sleep 0.1; done
 }
 
 # Run a command in the background, where a trap of this shell need not wait for it, and return its
@@ -208,16 +209,20 @@ attend() {
   return "$ended"
 }
 
+adm_functions=$(declare -f begin say refuse state newest ask again at_limit seconds lost_twice follow_up leave end_timer attend)
+
 cd /home/me/adm || refuse 'cannot enter the directory'
 [ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+trap 'refuse "the setup line ended the script with status $?: $setup"' EXIT
 setup='module load cuda/12.6'; eval "$setup" || refuse "the setup line failed with status $?: $setup"
-set +eEu; trap - ERR
+set +eEu; trap - ERR EXIT
 export PATH=/home/me/adm/.venv/bin:$PATH
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export OMP_NUM_THREADS=4
 export PYTHONPATH=/runs/imagenet64/code
 export PYTHONSAFEPATH=1
+eval "$adm_functions"
 begin
 
 for program in srun scancel scontrol; do
@@ -239,14 +244,14 @@ attend srun \
   --run /runs/imagenet64 \
   --data /scratch/shards/imagenet64
 status=$?
-if [ -z "$told" ] && [ $status -gt 128 ]; then
+if [ -z "$adm_told" ] && [ $status -gt 128 ]; then
   again "a signal ended the check: status $status"
   exit $status
-elif [ -z "$told" ] && [ $status != 0 ]; then
+elif [ -z "$adm_told" ] && [ $status != 0 ]; then
   say "the check above found a fault; not started"
   exit 78
 fi
-if [ -n "$told" ]; then
+if [ -n "$adm_told" ]; then
   end_timer
   again "told to leave before the ranks were started"
   exit 75
@@ -287,7 +292,7 @@ case $status in
       again saved
     fi ;;
   *)
-    if [ -n "$told" ]; then
+    if [ -n "$adm_told" ]; then
       again "told to leave, ended with status $status"
     else
       again "failed with status $status"
