@@ -59,6 +59,18 @@ def test_a_dead_writer_is_followed_at_once(tmp_path: Path) -> None:
     assert lease.holder(tmp_path) is None
 
 
+def test_the_wait_for_a_dead_writer_of_another_machine_is_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog of a start with a shorter patience would take it for a rank that hangs."""
+    kill(hold(tmp_path, job="7"))
+    file, marks = tmp_path / "launch" / "writer.json", list[str]()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "machine": "another"}))
+    monkeypatch.setattr(lease, "PATIENCE", 1.0)
+    lease.claim(tmp_path, mark=marks.append).release()
+    assert len(marks) > 2 and marks[0].startswith("waiting for a sign of life of job 7 on ")
+
+
 def test_the_same_job_started_again_takes_over_and_the_old_start_loses(tmp_path: Path) -> None:
     old = hold(tmp_path, job="7", start=0)
     new = hold(tmp_path, job="7", start=1)

@@ -67,14 +67,16 @@ class Run:
     _failing: set[str] = field(default_factory=set, compare=False)
 
     @contextmanager
-    def claimed(self) -> Iterator["Run"]:
+    def claimed(self, *, mark: Callable[[str], None] = leases.unmarked) -> Iterator["Run"]:
         """This run, with the right to write it. How it ends is noted in its state.
+
+        `mark` is told what it waits for.
 
         Raises:
             ValueError: another job writes it.
         """
         last_sign = leases.beat(self.path) / 1e9
-        lease = leases.claim(self.path)
+        lease = leases.claim(self.path, mark=mark)
         run = replace(self, lease=lease, token=lease.me.token)
         try:
             before = RunState.read(self.path)

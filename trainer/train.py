@@ -135,11 +135,13 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
         plan.config, validation=plan.validation, world=world, device=context.device
     )
     with ExitStack() as stack:
-        run = agreed(lambda: stack.enter_context(plan.run.claimed()) if world.is_main else plan.run)
+        mark = context.watchdog.mark
+        claimed = plan.run.claimed(mark=mark)
+        run = agreed(lambda: stack.enter_context(claimed) if world.is_main else plan.run)
         stack.enter_context(no_exit())
         run = replace(run, token=from_main(lambda: run.token))
         machine = from_main(process.machine)
-        agreed(lambda: leases.check_seen(run.path, token=run.token, machine=machine))
+        agreed(lambda: leases.check_seen(run.path, token=run.token, machine=machine, mark=mark))
         # The state is written before the claim of the run ends.
         stack.push(context.watchdog.name_the_gone)
         context.watchdog.tell = run.log_lost_rank

@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ BEAT, PATIENCE = 2.0, 30.0
 MOMENT = 3.0
 # Seconds after which another machine must see what was written.
 SEEN = 90.0
+
+
+def unmarked(_: str) -> None:
+    """No watchdog waits for this process."""
 
 
 class LeaseLost(ValueError):
@@ -104,13 +109,17 @@ def holder(run: Path) -> Holder | None:
     return found if found.writes(run) else None
 
 
-def live_holder(run: Path) -> Holder | None:
-    """Who writes the run now. Takes up to `PATIENCE` seconds when someone did and says nothing."""
+def live_holder(run: Path, *, mark: Callable[[str], None] = unmarked) -> Holder | None:
+    """Who writes the run now. Takes up to `PATIENCE` seconds when someone did and says nothing.
+
+    `mark` gets what is waited for, again and again: the patience of a watchdog may be shorter.
+    """
     found = holder(run)
     if found is None or found.is_gone():
         return None
     last, end = beat(run), time.monotonic() + PATIENCE
     while time.monotonic() < end:
+        mark(f"waiting for a sign of life of {found}")
         time.sleep(0.2)
         if beat(run) != last:
             return holder(run)
@@ -179,11 +188,11 @@ class Lease:
                 continue  # a network file system may fail for a while
 
 
-def claim(run: Path) -> Lease:
-    """Take the right to write `run`; ValueError where another job writes it."""
+def claim(run: Path, *, mark: Callable[[str], None] = unmarked) -> Lease:
+    """Take the right to write `run`; ValueError where another job does. `mark`: see above."""
     me, before = Holder.here(run), holder(run)
     if before is not None and not before.is_followed_by(me):
-        busy = live_holder(run)
+        busy = live_holder(run, mark=mark)
         if busy is not None:
             raise ValueError(
                 f"{busy} is writing {run}: wait for it, stop it with `python -m launch stop {run}`,"
@@ -194,7 +203,7 @@ def claim(run: Path) -> Lease:
     return Lease(run, me)
 
 
-def check_seen(run: Path, *, token: str, machine: str) -> None:
+def check_seen(run: Path, *, token: str, machine: str, mark: Callable[[str], None]) -> None:
     """Raise ValueError unless `run` is here the directory that the main rank has claimed."""
     # A network file system may show for a while that there was no file.
     end = time.monotonic() + (0 if machine == Process.here().machine else SEEN)
@@ -204,6 +213,7 @@ def check_seen(run: Path, *, token: str, machine: str) -> None:
                 f"{run.absolute()} is not the run directory of the main rank: all ranks write "
                 "--run, so put it on a disk that all machines share"
             )
+        mark("waiting to see the claim of the run")
         time.sleep(0.5)
 
 
