@@ -231,7 +231,11 @@ def _fault(
                 f"{shards.where}/{name} has {size} bytes, the manifest says {shard.bytes}: "
                 "it was truncated or replaced; copy or pack it again"
             )
-    return _index_fault(shards, reader, number) if is_local(shards.root) else None
+    if not is_local(shards.root):
+        return None
+    tar = Path(shards.root) / shard.tar
+    readable = os.access(tar, os.R_OK, effective_ids=True)
+    return _index_fault(shards, reader, number) if readable else files.denial(tar)
 
 
 def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:

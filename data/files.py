@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import pwd
 import tempfile
 import time
 from collections.abc import Iterator
@@ -89,6 +90,29 @@ def write_fault(directory: Path) -> str:
             return ""
     except OSError as error:
         return f"{place} is not writable ({error.strerror})"
+
+
+def denial(path: Path) -> str:
+    """What this user may not do with a path, and who can change that; or "", where it may all."""
+    path = path.absolute()
+    places = [(place, os.X_OK, "enter") for place in reversed(path.parents)]
+    last = path if os.path.exists(path) else path.parent
+    for place, right, what in (*places, (last, os.R_OK, "read"), (last, os.W_OK, "write")):
+        if os.path.exists(place) and not os.access(place, right, effective_ids=True):
+            found = place.stat()
+            me, owner = _user(os.geteuid()), _user(found.st_uid)
+            return (
+                f"user {me} may not {what} {place}, which belongs to {owner} (mode "
+                f"{found.st_mode & 0o7777:o}): let {owner} chmod it, or give another path"
+            )
+    return ""
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # a container may have no name for it
+        return str(number)
 
 
 def append(path: Path, content: bytes | str) -> None:

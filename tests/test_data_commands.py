@@ -1,12 +1,15 @@
 """The data layer's commands: exit statuses, help, and what a refused command leaves behind."""
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -56,6 +59,38 @@ def test_an_unknown_option_has_a_hint(
     with pytest.raises(SystemExit):
         parser.parse_args([given])
     assert capsys.readouterr().err.endswith(f"{hint}\n")
+
+
+def test_a_right_that_a_user_lacks_is_named_with_who_can_give_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if os.geteuid():
+        pytest.skip("only root can become a user without the right")
+
+    def use(path: Path) -> int:
+        path.open("rb" if path.name == "secret" else "ab").close()
+        return 0
+
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        closed, secret = Path(place) / "closed", Path(place) / "secret"
+        closed.mkdir(mode=0o700)
+        secret.touch(mode=0o600)
+        os.seteuid(65534)
+        try:
+            for path in (secret, closed / "a", Path(place) / "new"):
+                assert reported(partial(use, path)) == REFUSED
+        finally:
+            os.seteuid(0)
+    me, way = pwd.getpwuid(65534).pw_name, "let root chmod it, or give another path"
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: user {me} may not {what} {path}, which belongs to root (mode {mode}): {way}"
+        for what, path, mode in (
+            ("read", secret, 600),
+            ("enter", closed, 700),
+            ("write", place, 755),
+        )
+    ]
 
 
 def test_ctrl_c_is_one_line(capfd: pytest.CaptureFixture) -> None:

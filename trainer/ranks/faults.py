@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from data.exits import REFUSED, exit_status
+from data.exits import REFUSED, denied, exit_status
 
 
 class Refused(ValueError):
@@ -42,6 +42,8 @@ class Fault:
 
 def describe(error: ValueError | OSError) -> str:
     """An error in words, such as "runs/a/log.txt: No space left on device"."""
+    if said := denied(error):
+        return said
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
