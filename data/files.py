@@ -59,6 +59,12 @@ def make_parent(path: Path, *, option: str) -> None:
         raise ValueError(
             f"{option} = {str(path)!r}: its directory cannot be made ({error.strerror})"
         ) from None
+    check_parent(path, option=option)
+
+
+def check_parent(path: Path, *, option: str) -> None:
+    """As `make_parent`, which is left to who writes the output: a refused command leaves none."""
+    check_name(path, option=option)
     if fault := write_fault(path.parent):
         raise ValueError(f"{option} = {str(path)!r}: {fault}: name another {option}")
 

@@ -57,7 +57,7 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_computed(
     few = drawn(tmp_path / "few.npz", images[:18], scale=2.0)
     names = ("up-scale0.npz", "upper-scale0.npz")
     enlarged = [drawn(tmp_path / name, images, low_res="x") for name in names]
-    plot, common = ["--plot", str(tmp_path / "p.png")], ["--reference", str(digits)]
+    plot, common = ["--plot", str(tmp_path / "new" / "p.png")], ["--reference", str(digits)]
     cases = [
         ([a, plain, *plot], "does not say how it was drawn"),
         ([a, b, again, *plot], "two of the samples have the same --scale"),
@@ -73,4 +73,4 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_computed(
         refused([*map(str, words), *common], said)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused([str(a), str(b), *plot, *common], "--plot: needs matplotlib: pip install matplotlib")
-    assert not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.glob("*.json")) and not (tmp_path / "new").exists()

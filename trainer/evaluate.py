@@ -128,7 +128,7 @@ def _finish(
         about=about,
         warnings=[network.warning] if network.warning else [],
     )
-    files.write(out, results.to_json())
+    outputs.write(out, results.to_json())
     for warning in results.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"written: {out}")
@@ -155,6 +155,7 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
 
     def write() -> None:
         assert found is not None
+        files.make_parent(out, option="--out")
         references.save(out, found, samples=samples, network=evaluator.network)
         print(f"written: {out}: {found.count:,} images, {evaluator.network.name}")
 

@@ -22,7 +22,7 @@ def check_plot(path: Path | None) -> None:
     if path is None:
         return
     check(path.suffix in _SUFFIXES, "--plot", str(path), f"a file in {', '.join(_SUFFIXES)}")
-    files.make_parent(path, option="--plot")
+    files.check_parent(path, option="--plot")
     if not is_possible():
         raise ValueError("--plot: needs matplotlib: pip install matplotlib")
 
@@ -130,5 +130,6 @@ def _figure(*, columns: int, height: float = 3.6) -> "Picture":
 
 
 def _save(figure: "Picture", path: Path) -> None:
+    files.make_parent(path, option="--plot")
     with files.whole(path) as stream:
         figure.savefig(stream, format=path.suffix.removeprefix("."), dpi=150)

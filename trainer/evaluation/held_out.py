@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data import files
 from data.dataset import class_names, open_shards
 from data.exits import CommandParser, place_text
 from data.progress import Progress
@@ -175,7 +174,7 @@ def measure(arguments: argparse.Namespace, *, world: World, device: torch.device
         print("\n".join(_lines(found, images=held_out.images.images)))
     if arguments.out is not None:
         text = json.dumps({**facts, **found}, indent=1) + "\n"
-        from_main(lambda: files.write(arguments.out, text))
+        from_main(lambda: outputs.write(arguments.out, text))
     return 0
 
 

@@ -13,7 +13,7 @@ from trainer.adm.config import check
 
 
 def check_place(out: Path, *, suffix: str, kind: str, earlier: Mapping[str, Any] | None) -> None:
-    """Return if an output may be written to this path, whose directory is made.
+    """Return if an output may be written to this path by `write`.
 
     `earlier` is the result that is there, None where nothing is or something else.
 
@@ -24,7 +24,13 @@ def check_place(out: Path, *, suffix: str, kind: str, earlier: Mapping[str, Any]
     check(not out.is_dir(), "--out", str(out), "no directory")
     if out.exists() and earlier is None:
         raise ValueError(f"{out} exists and is no {kind}: name another --out, or remove it")
+    files.check_parent(out, option="--out")
+
+
+def write(out: Path, text: str) -> None:
+    """Write a result, and make its directory."""
     files.make_parent(out, option="--out")
+    files.write(out, text)
 
 
 def check_same(out: Path, earlier: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
