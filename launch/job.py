@@ -168,11 +168,15 @@ def preamble(job: Job) -> str:
 def setup_lines(job: Job) -> list[str]:
     """The site's setup; a line that fails ends the job and is named.
 
-    It may set variables, but not how the script after it ends: a file that it sources may begin
-    with `set -euo pipefail`.
+    It may set variables and clean up at the script's end, but not how the script after it ends: a
+    file that it sources may begin with `set -euo pipefail`.
     """
+    ended = "ended=$? failed=$setup setup="
+    said = 'with status $ended: $failed"'
     # Also where a line, or a file that it sources, exits: the job would end without a word.
-    ends = "trap 'refuse \"the setup line ended the script with status $?: $setup\"' EXIT"
-    run = 'eval "$setup" || refuse "the setup line failed with status $?: $setup"'
+    ends = (
+        f'trap \'{ended}; [ -z "$failed" ] || refuse "the setup line ended the script {said}\' EXIT'
+    )
+    run = f'eval "$setup" || {{ {ended}; refuse "the setup line failed {said}; }}'
     lines = [f"setup={quoted([line])}; {run}" for line in job.cluster.setup]
-    return [ends, *lines, "set +eEu; trap - ERR EXIT"] if lines else []
+    return [ends, *lines, "setup=; set +eEu; trap - ERR"] if lines else []

@@ -178,8 +178,9 @@ def test_what_a_setup_line_sets_for_its_own_script_does_not_end_the_job(bash: Ba
     names = (
         "told=1 timer=1 before=1; say() { :; }; again() { :; }; begin() { :; }; ask() { false; }"
     )
-    setup = f"{STRICT}; run=/nowhere job=9 start=4 {names}"
+    setup = f"{STRICT}; run=/nowhere job=9 start=4 {names}; trap 'touch cleaned' EXIT"
     assert bash.start(ranks="exit 1", setup=setup) == 1
+    assert (bash.directory / "cleaned").exists()
     assert "job 7 start 0: failed with status 1; requeued, resumes" in bash.events
     assert bash.start(1, ranks=LEAVES["TERM"], setup=setup) == 143
     assert "start 1: told to leave, ended with status 143; requeued, resumes" in bash.events

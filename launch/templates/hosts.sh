@@ -1,5 +1,4 @@
 refuse() {
-  trap - EXIT
   echo "error: $(hostname): $1" >&2
   exit @refused@
 }

@@ -23,7 +23,6 @@ say() {
 }
 
 refuse() {
-  trap - EXIT
   say "$1; not started"
   exit @refused@
 }

@@ -1,7 +1,6 @@
 #!/bin/bash
 # imagenet64: 64 x 8 ranks by deepspeed.
 refuse() {
-  trap - EXIT
   echo "error: $(hostname): $1" >&2
   exit 78
 }

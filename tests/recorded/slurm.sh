@@ -39,7 +39,6 @@ say() {
 }
 
 refuse() {
-  trap - EXIT
   say "$1; not started"
   exit 78
 }
@@ -213,9 +212,9 @@ adm_functions=$(declare -f begin say refuse state newest ask again at_limit seco
 
 cd /home/me/adm || refuse 'cannot enter the directory'
 [ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
-trap 'refuse "the setup line ended the script with status $?: $setup"' EXIT
-setup='module load cuda/12.6'; eval "$setup" || refuse "the setup line failed with status $?: $setup"
-set +eEu; trap - ERR EXIT
+trap 'ended=$? failed=$setup setup=; [ -z "$failed" ] || refuse "the setup line ended the script with status $ended: $failed"' EXIT
+setup='module load cuda/12.6'; eval "$setup" || { ended=$? failed=$setup setup=; refuse "the setup line failed with status $ended: $failed"; }
+setup=; set +eEu; trap - ERR
 export PATH=/home/me/adm/.venv/bin:$PATH
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
