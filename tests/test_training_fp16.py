@@ -18,14 +18,11 @@ from trainer.checkpoint import committed
 
 @pytest.fixture(scope="module")
 def half(place: Place) -> tuple[str, ...]:
-    """Runs of eight steps in fp16, in two stages; a window of the loss scale is two steps.
-
-    In stage 3 a rank's share is one micro-batch.
-    """
+    """Runs of eight steps in fp16, in two stages; a window of the loss scale is two steps."""
     names, sets = ("half2", "half3"), (*EVERY, f"training.images = {8 * STEP}")
     runs = [
-        place.arguments("half2", stage=2, fp16=True, sets=sets),
-        place.arguments("half3", stage=3, fp16=True, sets=(*sets, "training.micro_batch = 6")),
+        place.arguments(name, stage=stage, fp16=True, sets=sets)
+        for name, stage in zip(names, (2, 3), strict=True)
     ]
     assert place.train(*runs, world=2, fp16=True) == [0, 0]
     for run, name in zip(runs, names, strict=True):
