@@ -53,7 +53,8 @@ def test_an_operator_that_one_machine_cannot_compile_ends_all_ranks_with_the_rea
     job = ranks.fork(tmp_path, task, ranks=2)
     job.wait()
     (said,) = map(str, job.statuses)
-    assert said.startswith(f"rank 1: {no_directory}") and said.endswith("Not a directory"), said
+    why = ("Not a directory", "File exists")  # the second by torch 2.15
+    assert said.startswith(f"rank 1: {no_directory}") and said.endswith(why), said
 
 
 @pytest.mark.skipif(not hasattr(cpp_extension, "FileBaton"), reason="torch before 2.14")
