@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from trainer.adm import fused, kernels
@@ -45,7 +45,7 @@ POINTERS = {
     "apply_gradient": {"dy": HALF, "dx": HALF, "means": FULL, **SAVED},
 }
 TARGET = GPUTarget("cuda", 90, 32)
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+PTXAS = get_ptxas(TARGET.arch).path
 
 
 def cost(name: str, *, channels: int, length: int) -> dict[str, object]:

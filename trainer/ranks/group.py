@@ -88,7 +88,9 @@ def _meet(world: World, *, timeout: timedelta, later: timedelta, gpus: int | Non
             "interface that connects their nodes (`ip addr` lists them)"
         ) from None
     if not is_kept:
-        distributed_c10d._set_pg_timeout(later)
+        # Torch 2.15 has a public name for it, and warns of the other.
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(later)
     # DeepSpeed makes groups of its own, and would leave them torch's half an hour.
     distributed_c10d.default_pg_timeout = later
     return device
