@@ -178,7 +178,7 @@ def test_ranks_meet_in_the_order_of_a_host_file(site: Site) -> None:
     order = site.cluster.home / "hostfile"
     order.write_text("n2\nn2\nn1\nn1\n")
     env = ["env", f"SLURM_HOSTFILE={order}"]
-    words = [*env, "srun", "-N2", "-n4", "-m", "arbitrary", sys.executable, "-m", "launch", "check"]
+    words = [*env, "srun", "-n4", "-m", "arbitrary", sys.executable, "-m", "launch", "check"]
     said = site.cluster.run("ctl", *words, "--free", 0, "--seconds", LIMIT, check=False)
     assert "all nodes are ready" in said, said
     assert said.index("n2") < said.index("n1")
