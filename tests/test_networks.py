@@ -108,6 +108,19 @@ def test_of_a_checkpoint_weights_and_the_config_of_its_run_are_found(
         TrainedNetwork.find(tmp_path / "disk" / checkpoint.name, preset=None, decay=None)
 
 
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    file, tensors = tmp_path / "a.safetensors", {"b": torch.arange(3.0), "a": torch.ones(2)}
+    said = {f"key {n}": f'größe = "{n}\\"\n\t\x00\x1f\x7f\u2028\U0001f600' for n in range(6)}
+    for metadata in ({"kind": "model"}, said):
+        written = set()
+        for _ in range(3):
+            weights.save(file, tensors, metadata=metadata)
+            written.add(file.read_bytes())
+        assert len(written) == 1
+        assert weights.metadata(file) == metadata
+        assert all(value.equal(tensors[name]) for name, value in weights.load(file).items())
+
+
 def test_without_its_label_an_image_gets_the_embedding_of_its_timestep_alone(tiny: Path) -> None:
     net = build(configs.load(tiny).model)
     golden.set_formula_weights(net)

@@ -1,6 +1,7 @@
 """Weights in files: loading those of any origin, and filling a network with them."""
 
 import errno
+import json
 import re
 import shutil
 import zipfile
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from data import files
 
+# Where the header of a safetensors file has what it says of itself.
+_METADATA = "__metadata__"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -36,6 +39,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, st
         file.touch()
         mode = file.stat().st_mode
         save_file(dict(tensors), file, metadata=dict(metadata))
+        _sort_metadata(file)
         with suppress(OSError):  # some file systems have no modes
             file.chmod(mode)
         files.sync(file)
@@ -45,6 +49,18 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, st
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the metadata in order, in place: safetensors writes it in a random one."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header[_METADATA] = dict(sorted(header.get(_METADATA, {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(text) == size, "safetensors writes its header in another way"
+        stream.seek(8)
+        stream.write(text)
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
