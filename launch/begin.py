@@ -24,6 +24,7 @@ from trainer import ablations, origin, settings
 from trainer import config as configs
 from trainer import ds_config as ds_configs
 from trainer.adm.config import check
+from trainer.ranks.lease import stop_command
 from trainer.runstate import RunState
 
 
@@ -251,7 +252,7 @@ def _submit(job: Job, script: Path, *, lock: TextIO, detach: bool) -> int:
     Such a shell has the run's lock until it ends.
     """
     if job.cluster.launcher == "kubernetes":
-        print(f"wrote {script}; to start it, run: kubectl apply -f {script}")
+        print(f"wrote {script}; to start it, run: kubectl {quoted(['apply', '-f', script])}")
         return 0
     if job.cluster.launcher == "slurm":
         job_id = queue.submit(script)
@@ -279,9 +280,8 @@ def _detach(job: Job, script: Path, *, lock: TextIO) -> int:
             start_new_session=True,
             pass_fds=(lock.fileno(),),
         )
-    verb = "python -m launch"
     print(f"started {script} in the background, process {process.pid} of {socket.gethostname()}")
     print(f"  output: {quoted(['tail', '-F', output])}")
-    print(f"  state:  {verb} {quoted(['status', job.run])}")
-    print(f"  stop:   {verb} {quoted(['stop', job.run])}")
+    print(f"  state:  python -m launch {quoted(['status', job.run])}")
+    print(f"  stop:   {stop_command(job.run)}")
     return 0

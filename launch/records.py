@@ -18,6 +18,7 @@ from typing import TextIO
 from data import files, version
 from launch import hosts, kubernetes, queue, slurm
 from launch.job import Job
+from launch.shell import quoted
 from trainer import settings
 from trainer.ranks import lease
 
@@ -148,7 +149,7 @@ def claimed(run: Path) -> Iterator[TextIO]:
             check_free(run)
             raise ValueError(
                 f"another `python -m launch` of {run} is starting it, or its job has not ended: "
-                f"look at it with `python -m launch status {run}`"
+                f"look at it with `python -m launch {quoted(['status', run])}`"
             )
         yield file
 
@@ -174,7 +175,7 @@ def _lock(file: TextIO) -> bool:
 
 def check_free(run: Path) -> None:
     """Raise Busy where a job is queued for the run, or a process is writing it."""
-    stop = f"wait for it, or stop it with `python -m launch stop {run}`"
+    stop = f"wait for it, or stop it with `{lease.stop_command(run)}`"
     queued = job_id(run)
     state = queue.state(queued) if queued else None
     if state is not None:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from data.exits import REFUSED
 from launch import records, status
 from tests.support.batch import STRICT
 from tests.support.cluster import LIMIT, ROOT, wait_until
+from trainer.ranks import lease
 
 SAVES_ON_A_SIGNAL = """\
 trap 'sleep 0.3; touch saved; exit 75' INT HUP TERM
@@ -66,6 +70,22 @@ def test_two_launches_of_a_run_at_once_do_not_write_into_each_others_files(tmp_p
     assert job.wait(timeout=LIMIT) == 75
     with records.claimed(tmp_path / "run"):  # it ended with the ranks
         pass
+
+
+def test_a_command_that_an_error_names_can_be_pasted(tmp_path: Path) -> None:
+    run = tmp_path / "a run; of 'mine'"
+
+    def said(verb: str, refuse: Callable[[], object]) -> None:
+        with pytest.raises(ValueError) as error:
+            refuse()
+        command = re.findall(r"`(python -m launch \w.*?)`", str(error.value))[0]
+        assert shlex.split(command) == ["python", "-m", "launch", verb, str(run)]
+
+    with records.claimed(run):
+        said("status", lambda: records.claimed(run).__enter__())
+    lease.claim(run)
+    said("stop", lambda: records.check_free(run))
+    said("stop", lambda: lease.claim(run))
 
 
 def test_a_link_to_a_disk_that_is_not_mounted_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whether the classes of the shards fit those of the network, and what a run is trained on."""
 
 import itertools
+import shlex
 from collections.abc import Sequence
 
 from data.config import shown
@@ -38,7 +39,7 @@ def check_held_out(
     first, there, here = _first_difference(training, shards.classes)
     raise ValueError(
         f"{named} = {shards.where}: class {first} is {here}, in data.shards "
-        f"{there}: pack it again with --classes-of {shown(config.data.shards)}"
+        f"{there}: pack it again with --classes-of {shlex.quote(shown(config.data.shards))}"
     )
 
 

@@ -5,6 +5,7 @@ trainer.sample` and `trainer.evaluate` with the same settings, on any number of 
 the training is touched.
 """
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,8 +109,9 @@ class Evaluation:
             check_comparable(self._count, columns=len(found.pool.mean), reference=found)
             if self._path.is_dir() and (found.count or 0) > MANIFOLD:
                 say(
-                    "every start computes these features: to do it once, run `python -m "
-                    f"trainer.evaluate reference {self._path} --out FILE.npz` and name that file"
+                    "every start computes these features: to do it once, run `python -m trainer."
+                    f"evaluate reference {shlex.quote(str(self._path))} --out FILE.npz` and name "
+                    "that file"
                 )
 
         from_main(check)

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -195,8 +196,8 @@ def claim(run: Path, *, mark: Callable[[str], None] = unmarked) -> Lease:
         busy = live_holder(run, mark=mark)
         if busy is not None:
             raise ValueError(
-                f"{busy} is writing {run}: wait for it, stop it with `python -m launch stop {run}`,"
-                " or name another --run directory"
+                f"{busy} is writing {run}: wait for it, stop it with `{stop_command(run)}`, or "
+                "name another --run directory"
             )
     _file(run).parent.mkdir(parents=True, exist_ok=True)
     _write(run, me)
@@ -220,6 +221,11 @@ def check_seen(run: Path, *, token: str, machine: str, mark: Callable[[str], Non
 def stop_file(run: Path) -> Path:
     """While it exists, the run saves, leaves and is not started again."""
     return run / "launch" / "stop"
+
+
+def stop_command(run: Path) -> str:
+    """What a user types to stop the process that writes the run."""
+    return f"python -m launch stop {shlex.quote(str(run))}"
 
 
 def request_stop(run: Path) -> None:

@@ -6,6 +6,7 @@ that enlarges its images. All is checked here, before anything is drawn.
 
 import argparse
 import itertools
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from data import files
-from data.config import naming
+from data.config import naming, shown
 from data.dataset import class_names
 from trainer.adm.config import UNetConfig
 from trainer.adm.respacing import kept_timesteps
@@ -206,7 +207,7 @@ def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | Non
 def _check_names(theirs: Sequence[str] | None, *, network: TrainedNetwork) -> None:
     """Raise ValueError unless images to enlarge have the network's classes, as far as known."""
     if differs := difference(trained_names(network), theirs, named=network.name):
-        shards = network.config.data.shards
+        shards = shlex.quote(shown(network.config.data.shards))
         raise ValueError(f"--low-res: {differs}: pack the images with --classes-of {shards}")
 
 
