@@ -6,10 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.faults import full_disk
 from trainer import config as configs
+from trainer.run import Run
 from trainer.watch import goodput, wandb
 from trainer.watch.board import Board
 from trainer.watch.mfu import Mfu
@@ -34,13 +32,15 @@ def open_board(
     (run / "launch").mkdir(exist_ok=True)
     mfu = Mfu(flops_per_image=1e9, measured=1e12, datasheet=2e12)
     config = configs.load("digits", sets)
-    of: Any = SimpleNamespace(path=run, log=log, attempt=attempt)
-    return Board(of, config=config, images_seen=images_seen, mfu=mfu)
 
+    class Unclaimed(Run):
+        def check_lease(self) -> None:
+            pass
 
-def attempt(_: str, write: Callable[[], object]) -> None:
-    with suppress(OSError):
-        write()
+        def log(self, text: str) -> None:
+            log(text)
+
+    return Board(Unclaimed(run), config=config, images_seen=images_seen, mfu=mfu)
 
 
 def report(board: Board, loss: float, *, images_seen: int, **more: float) -> None:

@@ -172,7 +172,6 @@ class Loop(Parts):
             f"loss {means.get('loss', math.nan):.4f}  {means['images_per_second']:.1f} images/s  "
             f"{progress.left()} left"
         )
-        self._incidents.flush()
         self.guards.check_damaged(means, images=images)
         return norm
 

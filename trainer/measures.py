@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from data.stream import Batch
+from data.transforms import png
 from trainer import averages
 from trainer.config import Config
 from trainer.evaluation import in_training
@@ -122,7 +123,8 @@ class Measures:
             parts.log(f"the grid of image {images_seen:,} was interrupted and is left out")
         if self.board is not None and picture is not None:
             self.board.picture("samples", torch.from_numpy(picture), images_seen=images_seen)
-            parts.run.picture(f"{images_seen:012d}", picture)
+            file = parts.run.samples / f"{images_seen:012d}.png"
+            parts.run.keep(file, png(picture.transpose(1, 2, 0)))
         parts.metrics.pause(began, on="drawing")
         return is_done
 
@@ -142,7 +144,7 @@ class Measures:
         if self.board is not None and found is not None:
             values = {f"{in_training.GROUP}/{n}": f.value for n, f in found.figures.items()}
             self.board.values(values, images_seen=images_seen)
-            parts.run.evaluation(f"{images_seen:012d}", found.to_json())
+            parts.run.keep(parts.run.evaluations / f"{images_seen:012d}.json", found.to_json())
         count = parts.config.evaluation.images
         for line in in_training.describe(found, count=count, seconds=seconds):
             parts.log(line)

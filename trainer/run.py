@@ -11,20 +11,19 @@ import socket
 import threading
 import time
 import tomllib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from data import files
 from data.config import shown
 from data.progress import on_terminal
-from data.transforms import png
 from data.version import version
 from trainer import config as configs
 from trainer.checkpoint import committed, config_of
@@ -52,6 +51,8 @@ _FIXED = (
     "data.block",
 )
 _FREE = ("model.checkpoint",)
+# The most rows of a file that wait for room on a full disk.
+_WAITING = 10_000
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Run:
     token: str = ""
     # What could not be written the last time.
     _failing: set[str] = field(default_factory=set, compare=False)
+    # Rows that had no room, by the name of their file.
+    _waiting: dict[str, deque[str]] = field(default_factory=dict, compare=False)
 
     @contextmanager
     def claimed(self, *, mark: Callable[[str], None] = leases.unmarked) -> Iterator["Run"]:
@@ -234,20 +237,25 @@ class Run:
         writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
         replace(state, **changes).write(self.path, writer=writer)
 
-    def picture(self, name: str, grid: NDArray[np.uint8]) -> None:
-        """Keep uint8 (3, H, W) as `samples/NAME.png`."""
-        self._keep(self.samples / f"{name}.png", png(grid.transpose(1, 2, 0)))
+    def keep(self, file: Path, content: bytes | str) -> None:
+        """Write a file of a directory of the run, such as `samples/`, which is made if need be."""
 
-    def evaluation(self, name: str, text: str) -> None:
-        """Keep the results of an evaluation as `evaluations/NAME.json`."""
-        self._keep(self.evaluations / f"{name}.json", text)
-
-    def _keep(self, file: Path, content: bytes | str) -> None:
         def write() -> None:
             file.parent.mkdir(exist_ok=True)
             files.write(file, content)
 
         self.attempt(f"{file.parent.name}/", write)
+
+    def add_row(self, name: str, row: str) -> None:
+        """Append a row to a file; where there is no room it waits for the next row of any file."""
+        self._waiting.setdefault(name, deque(maxlen=_WAITING)).append(row)
+        for file, rows in self._waiting.items():
+            if rows:
+                self.attempt(file, partial(self._write_rows, file, rows))
+
+    def _write_rows(self, name: str, rows: deque[str]) -> None:
+        files.append(self.path / name, "".join(rows))
+        rows.clear()
 
     def log(self, text: str) -> None:
         """A dated line to the terminal and to log.txt."""

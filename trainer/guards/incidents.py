@@ -30,8 +30,6 @@ class Incidents:
 
     def __init__(self, parts: Parts, *, saver: Saver) -> None:
         self.parts, self._saver, self._audit = parts, saver, Audit(parts)
-        # Rows of `incidents.jsonl` that had no room.
-        self._unwritten: list[str] = []
 
     def meet(self, report: StepReport, seen: Seen, *, images_seen: int, now: int) -> int | None:
         """Record a refused step from `images_seen` to `now`; after too many in a row go back.
@@ -95,17 +93,8 @@ class Incidents:
     def _keep(self, entry: Mapping[str, Any]) -> None:
         """Append a row to `incidents.jsonl`."""
         if self.parts.world.is_main:
-            self._unwritten.append(json.dumps({"time": time.time(), **_plain(entry)}) + "\n")
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rows, those too that had no room before."""
-        if self._unwritten:
-            self.parts.run.attempt("incidents.jsonl", self._write)
-
-    def _write(self) -> None:
-        files.append(self.parts.run.path / "incidents.jsonl", "".join(self._unwritten))
-        self._unwritten.clear()
+            row = json.dumps({"time": time.time(), **_plain(entry)}) + "\n"
+            self.parts.run.add_row("incidents.jsonl", row)
 
     @staticmethod
     def _replayed(report: StepReport, finding: Finding) -> str:

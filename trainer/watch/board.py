@@ -24,8 +24,6 @@ from trainer.watch.wandb import WandB
 _TEXT_EVERY = 10.0
 # The share of the time that adding up the timeline may take: it grows with every report.
 _ACCOUNTING = 0.002
-# The most rows of metrics that wait for room on a full disk.
-_UNWRITTEN = 10_000
 
 
 class Board:
@@ -43,7 +41,6 @@ class Board:
         self._mfu = mfu
         self._began, self._start = time.monotonic(), images_seen
         self._texted = -math.inf
-        self._unwritten: list[str] = []
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
         earlier = _drop_rows(self._path, after=images_seen)
         text = configs.to_toml(configs.public(config))
@@ -108,13 +105,7 @@ class Board:
     def _append(self, values: Mapping[str, float], *, images_seen: int) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         row = history.text({"images": images_seen, "time": time.time(), **finite})
-        self._unwritten = [*self._unwritten, row][-_UNWRITTEN:]
-        self._run.attempt("metrics.jsonl", self._write_rows)
-
-    def _write_rows(self) -> None:
-        """Write the rows, those too that had no room before."""
-        files.append(history.file(self._path), "".join(self._unwritten))
-        self._unwritten = []
+        self._run.add_row("metrics.jsonl", row)
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
