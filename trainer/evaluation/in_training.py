@@ -16,7 +16,7 @@ from data.dataset import Shards
 from trainer import averages
 from trainer.config import Config
 from trainer.engine import Engine
-from trainer.evaluation.drawn import Drawer, sampler_of
+from trainer.evaluation.drawn import features_of_samples, sampler_of
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted, joined
 from trainer.evaluation.features import open_network
@@ -137,13 +137,14 @@ class Evaluation:
         network.net.to(device)
         kind = averages.exponential(self.config.training.ema[0])
         with engine.weights(kind) as tensors, torch.no_grad(), interruptible(stopped) as check:
-            drawn = Drawer(
+            drawn = features_of_samples(
+                tensors,
                 config=self.config,
                 evaluator=self.evaluator,
                 enlarged=self.enlarged,
                 mark=mark,
                 check=check,
-            ).draw(tensors)
+            )
         network.net.to("cpu")
         if drawn is None:
             return None
