@@ -6,6 +6,7 @@ is alive is asked of the queue, or read from the lease.
 
 import math
 import re
+import statistics
 import time
 import tomllib
 from collections.abc import Sequence
@@ -198,8 +199,8 @@ def _ending(state: RunState | None) -> str:
 def _usual_gap(rows: Sequence[Row]) -> float:
     """The median time between two reports, in seconds; 0.0 when it is unknown."""
     times = [row["time"] for row in rows[-20:]]
-    gaps = sorted(b - a for a, b in pairwise(times))
-    return gaps[len(gaps) // 2] if gaps else 0.0
+    gaps = [b - a for a, b in pairwise(times)]
+    return statistics.median_high(gaps) if gaps else 0.0
 
 
 def _job(run: Path, signs: Signs) -> tuple[str, bool]:

@@ -8,6 +8,7 @@ shows what a resumed start did again.
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -222,7 +223,7 @@ def _starts(rows: Sequence[Row]) -> list[_Start]:
 def _rate(rows: Sequence[Row]) -> float | None:
     """The images per second of the last reports."""
     rates = [row["images_per_second"] for row in rows[-20:] if row.get("images_per_second")]
-    return sorted(rates)[len(rates) // 2] if rates else None
+    return statistics.median_high(rates) if rates else None
 
 
 def file(run: Path) -> Path:
