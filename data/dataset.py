@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import files
+from data import files, npz
 from data.config import FetchConfig, expanded, is_local, shown
 from data.index import map_index, parse_index
 from data.manifest import (
@@ -165,8 +165,13 @@ def verify(root: str | Path, *, full: bool = False) -> list[str]:
     return faults
 
 
-def describe(tar: Path, index: Index, content: bytes) -> Shard:
-    """A finished shard's entry in the manifest, from its file, index and index file's content."""
+def write_index(tar: Path, index: Index, *, writer: str = "partial") -> Shard:
+    """Write the index of a finished tar beside it; the entry of both in the manifest.
+
+    `writer` is that of `data.files.whole`.
+    """
+    content = npz.npy(index)
+    files.write(tar.with_suffix(".idx.npy"), content, writer=writer)
     return Shard(
         name=tar.stem,
         samples=len(index),

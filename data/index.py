@@ -16,13 +16,6 @@ from data.tars import INDEX_DTYPE, Index
 _READING = threading.Lock()
 
 
-def index_bytes(index: Index) -> bytes:
-    """The content of an index file, from its rows (n,) of `INDEX_DTYPE`."""
-    buffer = io.BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    return buffer.getvalue()
-
-
 def map_index(path: Path, *, samples: int) -> Index:
     """The rows (samples,) of a local index file, mapped into memory that all processes share.
 

@@ -39,12 +39,17 @@ def image_header(shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
+def npy(array: NDArray[Any]) -> bytes:
+    """The content of an array's `.npy` file."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
 def add(archive: zipfile.ZipFile, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write small arrays, uncompressed and without a date, so that equal files are the same."""
     for name, array in arrays.items():
-        stream = io.BytesIO()
-        np.save(stream, array, allow_pickle=False)
-        archive.writestr(zipfile.ZipInfo(f"{name}.npy"), stream.getvalue())
+        archive.writestr(zipfile.ZipInfo(f"{name}.npy"), npy(array))
 
 
 def read(path: Path, name: str) -> NDArray[Any]:

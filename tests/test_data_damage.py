@@ -11,7 +11,7 @@ import torch
 
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards, verify
-from data.index import index_bytes
+from data.npz import npy
 from data.stored_images import StoredImages
 from data.stream import Stream, to_device
 from data.transforms import flips
@@ -145,7 +145,7 @@ def test_an_index_of_another_packing_is_refused(copy: Shards) -> None:
     path = Path(copy.root) / "00002.idx.npy"
     index = np.load(path)
     index["label"] = (index["label"] + 1) % len(copy.classes)
-    path.write_bytes(index_bytes(index))
+    path.write_bytes(npy(index))
     message = r"00002\.idx\.npy is damaged or of another packing: .*; copy or pack it again"
     with pytest.raises(ValueError, match=message):
         open_shards(copy.root)

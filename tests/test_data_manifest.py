@@ -11,8 +11,8 @@ import pytest
 
 from data.dataset import Shards, open_shards
 from data.exits import REFUSED
-from data.index import index_bytes
 from data.manifest import manifest_text, parse_manifest
+from data.npz import npy
 from data.packing.indexing import index_directory
 from data.shards import main as shards_main
 from data.tars import INDEX_DTYPE
@@ -120,8 +120,8 @@ def test_a_fingerprint_that_names_a_directory_is_refused(shards: Shards) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (index_bytes(np.zeros(29, INDEX_DTYPE)), "has 29 rows, the manifest says 30"),
-        (index_bytes(np.zeros(30)), "has 30 rows of another kind"),
+        (npy(np.zeros(29, INDEX_DTYPE)), "has 29 rows, the manifest says 30"),
+        (npy(np.zeros(30)), "has 30 rows of another kind"),
         (b"PK\x03\x04", "is damaged"),
     ],
 )
@@ -147,7 +147,7 @@ def test_a_label_that_is_no_class_is_refused_as_the_index_is_first_opened(
     for number, labels in enumerate((np.arange(30) % 2, np.where(np.arange(30) == 7, label, 1))):
         index = np.load(Path(shards.root) / f"{number}.idx.npy")
         index["label"] = labels
-        replace_index(shards, number, index_bytes(index))
+        replace_index(shards, number, npy(index))
     rewrite(shards, lambda body: body.update(classes=["cat", "dog"]))
     message = f"1.tar: key37 has the label {label}, and manifest.json names 2 classes: pack it"
     with pytest.raises(ValueError, match=message):

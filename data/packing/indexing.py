@@ -10,8 +10,7 @@ from typing import Any
 
 from data import files
 from data.config import is_local, shown
-from data.dataset import Shards, describe, open_shards
-from data.index import index_bytes
+from data.dataset import Shards, open_shards, write_index
 from data.manifest import MANIFEST, NO_CLASS, Shard, check_name, manifest_text
 from data.packing.archives import classes_of_tars
 from data.packing.splits import splits_among
@@ -48,7 +47,8 @@ def index_directory(root: Path, *, out: Path | None = None) -> Shards:
         if out:
             for tar in tars:
                 _link(tar, out / tar.name)
-        shards = [_write(home / tar.name, index) for tar, index in zip(tars, indexes, strict=True)]
+        pairs = zip(tars, indexes, strict=True)
+        shards = [write_index(home / tar.name, index) for tar, index in pairs]
         made_by = {"index": "tars made by others"}
         text = manifest_text(tuple(shards), classes=classes, image_size=None, made_by=made_by)
         files.write(home / MANIFEST, text)
@@ -134,13 +134,6 @@ def _indexes(tars: list[Path]) -> tuple[list[Index], tuple[str, ...]]:
     for index in indexes:
         index["label"] = [next(labels) for _ in index]
     return indexes, listing.classes
-
-
-def _write(tar: Path, index: Index) -> Shard:
-    """Write the index of a tar beside it; what the manifest has of them."""
-    content = index_bytes(index)
-    files.write(tar.with_suffix(".idx.npy"), content)
-    return describe(tar, index, content)
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from data import files
-from data.dataset import describe
-from data.index import index_bytes
+from data.dataset import write_index
 from data.manifest import Shard
 from data.packing import claim
 from data.packing.archives import open_source
@@ -103,10 +102,8 @@ def make_shard(job: PackJob) -> Made:
     tar, ours = out / f"{job.name}.tar", claim.writer()
     with files.whole(tar, writer=ours) as file:
         index, missed, noted = _write(job, file)
-    content = index_bytes(index)
-    files.write(out / f"{job.name}.idx.npy", content, writer=ours)
     made = Made(
-        shard=describe(tar, index, content),
+        shard=write_index(tar, index, writer=ours),
         left_out=tuple(f"{one.name}: {one.why}" for one in missed),
         missed=tuple(one.name for one in missed),
         unreadable=sum(one.is_unreadable for one in missed),

@@ -4,7 +4,6 @@ Packing reads images in shuffled order, and parquet compresses them in groups: i
 into a directory of the packing.
 """
 
-import io
 import itertools
 import json
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data import files
+from data import files, npz
 from data.labels import LABEL_KEYS, Label, label_of
 from data.packing.listing import Listing, by_label_if_any
 from data.packing.sources import Archives, read_extent, unpacked_name
@@ -78,9 +77,7 @@ class Parquet(Archives):
                 for image in _images(file):
                     unpacked.write(image)
                     at.append(at[-1] + len(image))
-            buffer = io.BytesIO()
-            np.save(buffer, np.array(at, dtype=np.int64))
-            files.write(ends, buffer.getvalue())
+            files.write(ends, npz.npy(np.array(at, dtype=np.int64)))
 
     def _unpacked(self, file: Path) -> tuple[Path, Path]:
         """Where the ends of a file's images are, and the images."""

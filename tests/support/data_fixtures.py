@@ -10,8 +10,7 @@ import webdataset as wds
 from PIL import Image
 
 from data.config import DataConfig
-from data.dataset import Shards, describe, open_shards
-from data.index import index_bytes
+from data.dataset import Shards, open_shards, write_index
 from data.manifest import manifest_text
 from data.pack import pack
 from data.packing.begun import Request
@@ -56,8 +55,7 @@ def write_shards(root: Path, *, stored: list[list[bytes]], image_size: int) -> S
                 writer.add(f"key{label}", image=image, suffix="png", label=label)
                 label += 1
             index = writer.close()
-        tar.with_suffix(".idx.npy").write_bytes(index_bytes(index))
-        shards.append(describe(tar, index, index_bytes(index)))
+        shards.append(write_index(tar, index))
     classes = tuple(str(i) for i in range(label))
     text = manifest_text(tuple(shards), classes=classes, image_size=image_size, made_by={})
     (root / "manifest.json").write_text(text)

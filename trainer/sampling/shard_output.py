@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import files
-from data.dataset import describe
-from data.index import index_bytes, parse_index
+from data.dataset import write_index
+from data.index import parse_index
 from data.manifest import MANIFEST, NO_CLASS, Shard, manifest_text
 from data.tars import ShardWriter
 from data.transforms import png
@@ -51,10 +51,8 @@ class ShardOutput(Output):
                 key = f"{part * self.batch + i:08d}"
                 writer.add(key, image=png(image), suffix="png", label=label)
             index = writer.close()
-        content = index_bytes(index)
-        files.write(self._shards / f"{part:06d}.idx.npy", content, writer=self.writer)
-        record = json.dumps(asdict(describe(tar, index, content)))
-        files.write(self._record(part), record, writer=self.writer)
+        shard = write_index(tar, index, writer=self.writer)
+        files.write(self._record(part), json.dumps(asdict(shard)), writer=self.writer)
 
     def listed(self) -> list[int]:
         """As `Output.listed`."""
