@@ -81,7 +81,7 @@ def with_progress(
 class Progress:
     """One line that is drawn again at every step on a terminal.
 
-    Elsewhere `say`, if it is given, hears of it once a minute.
+    Elsewhere `say`, if it is given, hears of it once a minute. Rate and time left are by `clock`.
     """
 
     def __init__(
@@ -92,10 +92,12 @@ class Progress:
         unit: str = "images",
         shown: bool = True,
         say: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._done, self._unit = total, done, unit
         self._start = done
-        self._began = self._said = time.monotonic()
+        self._clock = clock
+        self._began = self._said = clock()
         self._shown = shown and on_terminal()
         self._say = say if shown and not self._shown else None
 
@@ -105,8 +107,8 @@ class Progress:
         if self._shown:
             text = f"{self._done:,} of {self._total:,} {self._unit}  {self.left()} left"
             print(f"\r{text.ljust(79)}", end="\r", flush=True)
-        if self._say is not None and time.monotonic() > self._said + _EVERY:
-            self._said = time.monotonic()
+        if self._say is not None and self._clock() > self._said + _EVERY:
+            self._said = self._clock()
             rate = (self._done - self._start) / (self._said - self._began)
             done = f"{self._done:,} of {self._total:,} {self._unit}"
             self._say(f"{done}, {rate:,.1f} a second, {self.left()} left")
@@ -116,4 +118,4 @@ class Progress:
         if self._done == self._start:
             return "?"
         done, rest = self._done - self._start, self._total - self._done
-        return duration(seconds_left(time.monotonic() - self._began, done=done, rest=rest))
+        return duration(seconds_left(self._clock() - self._began, done=done, rest=rest))

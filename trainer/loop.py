@@ -81,7 +81,12 @@ class Loop(Parts):
         total, every = self.config.training.images, self.config.intervals
         self._snapshots.open(self.images_seen, parameters=self.engine.parameter_count)
         self._measures.announce()
-        progress = Progress(total=total, done=self.images_seen, shown=self.board is not None)
+        progress = Progress(
+            total=total,
+            done=self.images_seen,
+            shown=self.board is not None,
+            clock=self.metrics.clock,
+        )
         reported, stop = self.images_seen, not self._measures.catch_up(self.images_seen)
         while self.images_seen < total and not stop:
             self._step(batches)

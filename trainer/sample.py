@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from data.exits import CommandParser, path_text
 from trainer import common
 from trainer.adm.config import check
@@ -24,11 +22,12 @@ from trainer.adm.sampler import GuideAt
 from trainer.compute import DTYPES
 from trainer.networks import SampleInputs
 from trainer.options import add_patience, add_ranks
+from trainer.ranks.context import RankContext
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.signals import Preemption
 from trainer.ranks.watchdog import Watchdog
-from trainer.ranks.world import World, join
+from trainer.ranks.world import join
 from trainer.sampling.drawing import Drawing, DrawJob
 from trainer.sampling.jobstate import JobState, noted
 from trainer.sampling.labels import BALANCED
@@ -45,20 +44,14 @@ from trainer.sampling.requests import (
 from trainer.sampling.samplefile import open_samples
 
 
-def sample(
-    arguments: argparse.Namespace,
-    *,
-    world: World,
-    device: torch.device,
-    preemption: Preemption,
-    state: JobState,
-) -> int:
+def sample(arguments: argparse.Namespace, *, context: RankContext, state: JobState) -> int:
     """Draw what was asked for; returns the exit status."""
     agreed(lambda: check_options(arguments))
     common.check(common.software())
     # A run may have a newer checkpoint by now than its images are drawn of.
     inputs = from_main(lambda: SampleInputs.find(arguments, begun=begun(arguments.out)))
     checksum = from_main(lambda: low_res_checksum(arguments.low_res, inputs=inputs))
+    device = context.device
     jobs = agreed(lambda: base_jobs(arguments, inputs, low_res_checksum=checksum, device=device))
     later: list[DrawJob] = []
     if (upsampler := inputs.upsampler) is not None:
@@ -67,9 +60,9 @@ def sample(
     share = arguments.share
     common.check({"share": str(share), **facts(jobs + later)})
     room = from_main(lambda: _check_outputs(jobs, later))
-    if world.is_main:
+    if context.world.is_main:
         print(f"{len(jobs + later)} x {jobs[0].request.images:,} images: {room}", flush=True)
-    draw = Drawing(world=world, device=device, preemption=preemption, state=state, share=share)
+    draw = Drawing(context=context, state=state, share=share)
     status = draw.all(jobs)
     if status or not later:
         return status
@@ -216,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         stack.push(watchdog.name_the_gone)
         watchdog.tell = state.fail
-        status = sample(arguments, world=world, device=device, preemption=preemption, state=state)
+        context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)
+        status = sample(arguments, context=context, state=state)
         state.note("stopped" if status else "finished")
         return status
 

@@ -207,8 +207,7 @@ def work(directory: Path, runs: list[list[str]], fp16: bool, patience: float = L
         Watchdog(world, patience=patience) as watchdog,
     ):
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)
-        told = {"preemption": preemption, "state": JobState(None)}
-        draw = partial(sample.sample, world=world, device=device, **told)
+        draw = partial(sample.sample, context=context, state=JobState(None))
         tools: dict[str, tuple[Callable, Callable]] = {
             "train": (train.parser, partial(train.train, context=context)),
             "sample": (sample.parser, draw),

@@ -1,7 +1,6 @@
 """One output, and the ranks that draw it: each takes the next part that is missing."""
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from data.exits import TO_BE_CONTINUED
 from data.progress import Progress, duration
 from trainer.adm.config import UNetConfig
 from trainer.networks import TrainedNetwork
+from trainer.ranks.context import RankContext
 from trainer.ranks.faults import StoppedError
 from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
 from trainer.ranks.lease import Lease, live_holder
-from trainer.ranks.signals import Preemption
-from trainer.ranks.world import World
 from trainer.sampling.draw import tile, to_pixels
 from trainer.sampling.jobstate import JobState
 from trainer.sampling.labels import Labels, columns
@@ -78,11 +76,9 @@ class DrawJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """The ranks that draw, and how they are stopped."""
+    """The ranks that draw."""
 
-    world: World
-    device: torch.device
-    preemption: Preemption
+    context: RankContext
     #: What is told of each batch.
     state: JobState
     #: Which of how many shares of the parts these ranks draw; other jobs draw the others.
@@ -94,7 +90,7 @@ class Drawing:
         if not todo:
             return 0
         source, classifier = todo[0].source, todo[0].classifier
-        device, precision = self.device, todo[0].request.precision
+        device, precision = self.context.device, todo[0].request.precision
         net = source.net(device=device, precision=precision, say=self._say)
         guide = None
         if classifier is not None:
@@ -109,7 +105,7 @@ class Drawing:
         from_main(output.open)
         with ExitStack() as stack:
             claim: AbstractContextManager[Lease | None]
-            claim = output.claimed(self.share) if self.world.is_main else nullcontext()
+            claim = output.claimed(self.share) if self.context.world.is_main else nullcontext()
             lease = agreed(lambda: stack.enter_context(claim))
             sampler = PartSampler(
                 job.request,
@@ -118,7 +114,7 @@ class Drawing:
                 classifier=guide,
                 labels=job.labels,
                 low_res=job.low_res,
-                device=self.device,
+                device=self.context.device,
             )
             if not self._draw(job, sampler):
                 self._say("stopped by a signal; rerun the same command to resume")
@@ -141,11 +137,11 @@ class Drawing:
     def _draw(self, job: DrawJob, sampler: PartSampler) -> bool:
         """Draw the missing parts, each by the next rank that is free; whether all are there."""
         todo, turns = self._undrawn(job), Turns()
-        progress = _Progress(job, parts=len(todo), steps=sampler.steps, world=self.world)
+        progress = _Progress(job, parts=len(todo), steps=sampler.steps, context=self.context)
 
         def on_step() -> None:
             progress.advance()
-            if self.preemption.stop_requested:
+            if self.context.preemption.stop_requested:
                 raise StoppedError
 
         ended: str | None = None
@@ -183,7 +179,7 @@ class Drawing:
         if listed:
             self._say(f"checking {len(listed):,} batches that are there")
         mine: dict[int, str] = {}
-        for part in listed[self.world.rank :: self.world.size]:
+        for part in listed[self.context.world.rank :: self.context.world.size]:
             labels = recorded(job.labels, job.request.indices(part))
             if fault := job.output.fault(part, labels):
                 mine[part] = fault
@@ -195,18 +191,19 @@ class Drawing:
         return [part for part in range(share, job.output.parts, shares) if part not in whole]
 
     def _say(self, text: str) -> None:
-        if self.world.is_main:
+        if self.context.world.is_main:
             print(text, flush=True)
 
 
 class _Progress:
     """How far the drawing of an output has come, shown on the main rank."""
 
-    def __init__(self, job: DrawJob, *, parts: int, steps: int, world: World) -> None:
+    def __init__(self, job: DrawJob, *, parts: int, steps: int, context: RankContext) -> None:
+        world, clock = context.world, context.watchdog.clock
         self._parts, self._world, self._batch = parts, world, job.request.batch
-        self._began = time.monotonic()
-        total = -(-parts // world.size) * steps
-        self._line = Progress(total=total, unit="denoising steps", shown=world.is_main)
+        self._clock, self._began = clock, clock()
+        total, shown = -(-parts // world.size) * steps, world.is_main
+        self._line = Progress(total=total, unit="denoising steps", shown=shown, clock=clock)
 
     def advance(self) -> None:
         """This rank has made a denoising step."""
@@ -217,7 +214,7 @@ class _Progress:
         if not self._world.is_main:
             return
         done = max(1, min(taken, self._parts) - self._world.size + 1)
-        seconds = time.monotonic() - self._began
+        seconds = self._clock() - self._began
         left = duration(seconds / done * (self._parts - done))
         rate = f"{done * self._batch / seconds:,.2f} images/s"
         print(f"batch {done:,} of {self._parts:,}, {rate}, {left} left", flush=True)
