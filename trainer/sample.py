@@ -80,13 +80,10 @@ def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
             f"two outputs would be {min(twice)}: give --scale and --cfg values that differ in "
             "their first 6 digits"
         )
-    left: list[DrawJob] = []
-    for some, unknown in ((jobs, ()), (later, ("low_res",))):
-        undrawn = [job for job in some if not job.output.is_drawn(unknown=unknown)]
-        for job in undrawn:
-            job.output.is_begun(unknown=unknown)
-            job.output.check_picture(unknown=unknown)
-        left += undrawn
+    left = [job for job in (*jobs, *later) if not job.output.is_drawn()]
+    for job in left:
+        job.output.is_begun()
+        job.output.check_picture()
     return check_room(left) if left else "all are drawn already"
 
 

@@ -40,6 +40,8 @@ class Output(ABC):
         self.path, self.work = path, work
         #: What is drawn, and the height and width of its images.
         self.request, self.size = request, size
+        #: Entries of the request that are not known yet: those of an earlier start count.
+        self.unknown: tuple[str, ...] = ()
         #: The grid.
         self.picture = work.with_suffix(".png")
 
@@ -86,8 +88,8 @@ class Output(ABC):
         """How many parts there are."""
         return -(-self.images // self.batch)
 
-    def is_drawn(self, *, unknown: Sequence[str] = ()) -> bool:
-        """Whether the output is there, whole and of this request, but for entries yet unknown.
+    def is_drawn(self) -> bool:
+        """Whether the output is there, whole and of this request.
 
         Raises:
             ValueError: something else is there.
@@ -98,15 +100,18 @@ class Output(ABC):
             found = open_samples(self.path).record
         except ValueError:
             found = None
-        wanted = _plain(self.request)
-        if found:
-            wanted |= {name: found.get(name) for name in unknown}
+        wanted = self._wanted(found or {})
         if found != wanted:
             other = f" with other images ({_differing(found, wanted)})" if found else ""
             raise ValueError(f"{self.path} exists{other}: name another --out, or remove it")
         if self._is_left(wanted):
             self._remove_work()  # the last thing that a job does
         return True
+
+    def _wanted(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The request as it is recorded, if what was `found` is of it."""
+        plain: dict[str, Any] = json.loads(json.dumps(self.request))
+        return plain | {name: found.get(name) for name in self.unknown}
 
     def _is_left(self, request: Mapping[str, Any]) -> bool:
         """Whether the directory of the parts is what is left of an output of this request."""
@@ -128,18 +133,18 @@ class Output(ABC):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.work)
 
-    def is_begun(self, *, unknown: Sequence[str] = ()) -> bool:
-        """Whether the directory of the parts is there, of this request but for unknown entries.
+    def is_begun(self) -> bool:
+        """Whether the directory of the parts is there, of this request.
 
         Raises:
             ValueError: other images are half drawn, or it cannot be known of which request the
                 parts are.
         """
-        recorded, wanted = _recorded(self.work / REQUEST), _plain(self.request)
+        recorded = _recorded(self.work / REQUEST)
         if recorded is None:
             self._check_left()
             return False
-        wanted |= {name: recorded.get(name) for name in unknown}
+        wanted = self._wanted(recorded)
         if recorded != wanted:
             raise ValueError(
                 f"{self.work} holds parts of another request ({_differing(recorded, wanted)}): "
@@ -152,12 +157,12 @@ class Output(ABC):
             )
         return True
 
-    def check_picture(self, *, unknown: Sequence[str] = ()) -> None:
+    def check_picture(self) -> None:
         """Raise ValueError unless the grid may be written: none is there, or this request's."""
         if not self.picture.exists():
             return
-        found, wanted = picture_record(self.picture), _plain(self.request)
-        if found is None or found != wanted | {name: found.get(name) for name in unknown}:
+        found = picture_record(self.picture)
+        if found is None or found != self._wanted(found):
             raise ValueError(
                 f"{self.picture} exists, where the grid of {self.path} would go: name another "
                 "--out, or remove it"
@@ -169,7 +174,7 @@ class Output(ABC):
             return
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(_plain(self.request))
+            text = json.dumps(self.request)
             files.write(self.work / REQUEST, text, writer=self.writer)  # as other shares may now
             files.sync(self.work.parent)
         except OSError as error:
@@ -254,12 +259,6 @@ def _names(directory: Path) -> list[str]:
 def gib(size: int) -> str:
     """Bytes in words."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
-def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request as JSON gives it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(request))
-    return plain
 
 
 def _recorded(record: Path) -> dict[str, Any] | None:

@@ -146,9 +146,11 @@ def enlarging_job(
     with naming("--upsampler-steps"):
         kept_timesteps(upsampler.config.diffusion.steps, steps)
     out: str = arguments.out
+    output = _output(out, base.variant, request, source=upsampler, classes=base.classes)
+    output.unknown = ("low_res",)
     return DrawJob(
         request=request,
-        output=_output(out, base.variant, request, source=upsampler, classes=base.classes),
+        output=output,
         source=upsampler,
         classifier=None,
         labels=labels,
@@ -167,7 +169,7 @@ def facts(jobs: Sequence[DrawJob]) -> dict[str, str]:
 def with_low_res(job: DrawJob, *, base: DrawJob, checksum: str) -> DrawJob:
     """An `enlarging_job` whose low-resolution images are there now."""
     request = replace(job.request, low_res=checksum)
-    job.output.request = vars(request)
+    job.output.request, job.output.unknown = vars(request), ()
     return replace(job, request=request, low_res=open_samples(base.output.path))
 
 
