@@ -179,7 +179,9 @@ class Run:
         """
         for path in (self.path, self.checkpoints):
             files.check_link(path)
-        if not self.path.exists() or (self.path.is_dir() and not any(self._contents())):
+        # What the launcher, or a start without a step, leaves.
+        few = {"launch", "code", "log.txt"}
+        if not self.path.exists() or (self.path.is_dir() and few.issuperset(os.listdir(self.path))):
             return {}
         if not self.config_file.is_file():
             raise ValueError(
@@ -198,10 +200,6 @@ class Run:
                 "give the same preset and --set, or another --run directory"
             )
         return changes
-
-    def _contents(self) -> list[Path]:
-        """Entries other than the launcher's and log.txt, which a start without a step leaves."""
-        return [p for p in self.path.iterdir() if p.name not in ("launch", "code", "log.txt")]
 
     def open(self, config: Config, *, ds_config: dict[str, Any]) -> None:
         """Create the directory, or update its record of the config."""

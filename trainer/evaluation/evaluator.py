@@ -39,7 +39,8 @@ class Evaluator:
         Raises:
             Refused: an image is damaged, or its features are not finite.
         """
-        self._tell(f"features of {samples.count:,} images of {samples.path}")
+        if self.world.is_main:
+            self.say(f"features of {samples.count:,} images of {samples.path}")
         mine = agreed(lambda: self._share(samples))
         return joined(mine, count=samples.count, kept=kept, device=self.device)
 
@@ -116,7 +117,3 @@ class Evaluator:
             self.on_images(len(pixels))
             progress.advance(min(batch * world.size, samples.count - first))
         return own
-
-    def _tell(self, text: str) -> None:
-        if self.world.is_main:
-            self.say(text)

@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +61,8 @@ class HeldOut:
         Raises:
             Refused: something of it is not there, or does not fit.
         """
-        check_kind = partial(_check_kind, command=arguments.command)
-        network = from_main(
-            lambda: check_kind(
-                TrainedNetwork.find(arguments.run, preset=arguments.preset, decay=arguments.ema)
-            )
-        )
-        images = agreed(
-            lambda: _open_images(
-                arguments, network, check_files=world.local_rank == 0, told=world.is_main
-            )
-        )
+        network = from_main(lambda: _find(arguments))
+        images = agreed(lambda: _open_images(arguments, network, world=world))
         common.check({"images of --data": images.stream.shards.fingerprint})
         net = network.net(device=device, precision=arguments.precision)
         return cls(network, images, net, arguments.batch, world, device)
@@ -213,7 +203,9 @@ def _check_options(arguments: argparse.Namespace) -> None:
         outputs.check_place(out, suffix=".json", kind=kind, earlier=earlier)
 
 
-def _check_kind(network: TrainedNetwork, *, command: str) -> TrainedNetwork:
+def _find(arguments: argparse.Namespace) -> TrainedNetwork:
+    command = arguments.command
+    network = TrainedNetwork.find(arguments.run, preset=arguments.preset, decay=arguments.ema)
     is_net = isinstance(network.config.model, UNetConfig)
     if is_net is not (command == "nll"):
         other, kind = ("classifier", "classifier") if not is_net else ("nll", "diffusion model")
@@ -222,16 +214,17 @@ def _check_kind(network: TrainedNetwork, *, command: str) -> TrainedNetwork:
 
 
 def _open_images(
-    arguments: argparse.Namespace, network: TrainedNetwork, *, check_files: bool, told: bool
+    arguments: argparse.Namespace, network: TrainedNetwork, *, world: World
 ) -> ValidationSet:
     """The images of `--data`, whose classes are those of the training set as far as it is known."""
     config = network.config
+    check_files = world.local_rank == 0
     shards = open_shards(arguments.data, fetch=config.data, check_files=check_files)
     try:
         own = class_names(config.data.shards)
     except ValueError:
         own = shards.classes
-        if told and config.model.num_classes is not None:
+        if world.is_main and config.model.num_classes is not None:
             print(f"{config.data.shards} is not here: names of classes are not compared")
     count = config.model.num_classes
     fits = count is None or (shards.labelled and len(shards.classes) <= count)
