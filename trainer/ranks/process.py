@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,24 +91,28 @@ def machine() -> str:
 
 def _facts(pid: int) -> tuple[str, str]:
     """The state of a process, one letter, and when it began; X where there is none."""
+    after_name = proc(pid, "stat").rpartition(")")[2].split()
+    return (after_name[0], after_name[19]) if after_name else ("X", "")
+
+
+def proc(pid: int, file: str) -> str:
+    """A file of /proc about a process; empty where that has ended."""
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/{file}").read_text()
     except OSError:
-        return "X", ""
-    return after_name[0], after_name[19]
+        return ""
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+    return [int(n) for thread in threads for n in proc(pid, f"task/{thread}/children").split()]
 
 
 def compiles(pid: int | None = None) -> bool:
     """Whether this process, or that one, has a compiler at work below it."""
-    below: list[int] = []
-    with suppress(OSError):
-        for thread in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
-            below += map(int, (thread / "children").read_text().split())
-    return any(_name(child) in _COMPILERS or compiles(child) for child in below)
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
+    below = children(pid or os.getpid())
+    return any(proc(n, "comm").strip() in _COMPILERS or compiles(n) for n in below)

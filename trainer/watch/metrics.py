@@ -5,19 +5,19 @@ for the GPU until `reduce`, which reduces all sums in one collective, to the mea
 of all ranks.
 """
 
+import os
 import re
 import resource
 import socket
 import statistics
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trainer.ranks.group import gather
-from trainer.ranks.process import RunningClock
+from trainer.ranks.process import RunningClock, children, proc
 from trainer.ranks.world import World
 from trainer.watch.pace import SlowRanks, Stopwatch
 
@@ -185,15 +185,6 @@ def _peak_memory(device: torch.device) -> float:
 
 def _host_memory() -> float:
     """GiB: what this process and its workers have for themselves on the host."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    own = ["self", *(child for task in tasks for child in _read(task).split())]
-    kib = [re.search(r"RssAnon:\s+(\d+) kB", _read(Path(f"/proc/{pid}/status"))) for pid in own]
+    own = (os.getpid(), *children(os.getpid()))
+    kib = [re.search(r"RssAnon:\s+(\d+) kB", proc(pid, "status")) for pid in own]
     return sum(int(found[1]) for found in kib if found) / 2**20
-
-
-def _read(file: Path) -> str:
-    """A file of /proc; empty when its process has just ended."""
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
