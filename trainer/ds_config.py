@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.config import naming
+from trainer.adm.config import check
 from trainer.config import Config
 from trainer.settings import nearest
 
@@ -118,7 +120,8 @@ def load(path: str | Path | None) -> dict[str, Any]:
         raise ValueError(f"cannot read the DeepSpeed config {path}: {error}") from None
     if not isinstance(ds_config, dict):
         raise ValueError(f"cannot read the DeepSpeed config {path}: must be a table, as in {{...}}")
-    _check_names(ds_config, path=path)
+    with naming(f"{path}"):
+        _check_names(ds_config)
     claimed = [name for name in _PRESET_OWNS if _lookup(ds_config, name) not in (None, "auto")]
     claimed += [name for name in _NOT_HERE if name in ds_config]
     if claimed:
@@ -126,43 +129,37 @@ def load(path: str | Path | None) -> dict[str, Any]:
             f"{path} sets {', '.join(claimed)}, which the preset decides: "
             'write "auto" there (remove optimizer and scheduler), and set it in the preset'
         )
-    stage = _lookup(ds_config, "zero_optimization.stage")
-    if stage not in (1, 2, 3):
-        raise ValueError(f"{path}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3")
-    _name_as_now(zero := ds_config["zero_optimization"])
-    _check_offload(zero, path=path)
-    _check_numerics(ds_config, path=path)
+    with naming(f"{path}"):
+        stage = _lookup(ds_config, "zero_optimization.stage")
+        check(stage in (1, 2, 3), "zero_optimization.stage", stage, "1, 2 or 3")
+        _name_as_now(zero := ds_config["zero_optimization"])
+        _check_offload(zero)
+        _check_numerics(ds_config)
     return ds_config
 
 
-def _check_names(ds_config: dict[str, Any], *, path: Path) -> None:
+def _check_names(ds_config: dict[str, Any]) -> None:
     """Refuse what DeepSpeed does not know, and sections that are none."""
     for key in ds_config:
         if key not in _KNOWN:
-            raise ValueError(f"{path}: DeepSpeed has no setting {key!r}{nearest(key, _KNOWN)}")
+            raise ValueError(f"DeepSpeed has no setting {key!r}{nearest(key, _KNOWN)}")
     for name in ("zero_optimization", "bf16", "fp16"):
         section = ds_config.get(name, {})
-        if not isinstance(section, dict):
-            raise ValueError(f"{path}: {name} = {section!r}: must be a table, as in {{...}}")
+        check(isinstance(section, dict), name, section, "a table, as in {...}")
     for key in ds_config.get("zero_optimization", {}):
         if key.removeprefix("stage3_") not in _ZERO:
             name = f"zero_optimization.{key}"
-            raise ValueError(f"{path}: DeepSpeed has no setting {name!r}{nearest(key, _ZERO)}")
+            raise ValueError(f"DeepSpeed has no setting {name!r}{nearest(key, _ZERO)}")
 
 
-def _check_offload(zero: dict[str, Any], *, path: Path) -> None:
+def _check_offload(zero: dict[str, Any]) -> None:
     """Refuse places that DeepSpeed does not know, or from which the averages do not return."""
     for name, devices in _DEVICES.items():
         section = zero.get(name, {})
-        if not isinstance(section, dict):
-            raise ValueError(
-                f'{path}: zero_optimization.{name} = {section!r}: must be {{"device": "cpu"}}'
-            )
-        if (device := section.get("device", "none")) not in devices:
-            raise ValueError(
-                f"{path}: zero_optimization.{name}.device = {device!r}: must be one of "
-                + ", ".join(devices)
-            )
+        setting = f"zero_optimization.{name}"
+        check(isinstance(section, dict), setting, section, '{"device": "cpu"}')
+        device, known = section.get("device", "none"), f"one of {', '.join(devices)}"
+        check(device in devices, f"{setting}.device", device, known)
 
 
 def _name_as_now(zero: dict[str, Any]) -> None:
@@ -189,34 +186,25 @@ def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if value is not None}
 
 
-def _check_numerics(ds_config: dict[str, Any], *, path: str | Path) -> None:
+def _check_numerics(ds_config: dict[str, Any]) -> None:
     """Refuse the settings that a run would learn something else under, ignore, or fall over."""
     for name, why in _WRONG.items():
-        if _lookup(ds_config, name) not in (None, False):
-            raise ValueError(
-                f"{path}: {name} = {_lookup(ds_config, name)!r}: must be absent: {why}"
-            )
+        value = _lookup(ds_config, name)
+        check(value in (None, False), name, value, f"absent: {why}")
     for name, why in _NEEDED.items():
-        if _lookup(ds_config, name) is False:
-            raise ValueError(f"{path}: {name} = False: must be true, or absent: {why}")
+        check(_lookup(ds_config, name) is not False, name, False, f"true, or absent: {why}")
     for name in _SIZES:
         size = ds_config["zero_optimization"].get(name, 0)
-        if not (isinstance(size, int | float) and size >= 0):
-            raise ValueError(
-                f"{path}: zero_optimization.{name} = {size!r}: must be a number of at least 0"
-            )
+        is_size = isinstance(size, int | float) and size >= 0
+        check(is_size, f"zero_optimization.{name}", size, "a number of at least 0")
     operation = ds_config.get("gradient_allreduce_op", "mean")
-    if operation != "mean":
-        raise ValueError(
-            f'{path}: gradient_allreduce_op = {operation!r}: must be "mean", or absent: the '
-            "gradient, its clipping and what counts as unusual would grow with the number of ranks"
-        )
+    grows = "the gradient, its clipping and what counts as unusual would grow with the number of"
+    mean = f'"mean", or absent: {grows} ranks'
+    check(operation == "mean", "gradient_allreduce_op", operation, mean)
     floor = _lookup(ds_config, "fp16.min_loss_scale")
-    if floor is not None and not (isinstance(floor, int) and floor >= 1):
-        raise ValueError(
-            f"{path}: fp16.min_loss_scale = {floor!r}: must be an integer of at least 1: "
-            "without a floor the loss scale of a diverged run falls forever"
-        )
+    is_floor = floor is None or (isinstance(floor, int) and floor >= 1)
+    falls = "without a floor the loss scale of a diverged run falls forever"
+    check(is_floor, "fp16.min_loss_scale", floor, f"an integer of at least 1: {falls}")
 
 
 def _lookup(table: dict[str, Any], name: str) -> Any:

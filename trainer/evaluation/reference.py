@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data import files
+from data.config import naming
 from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.figures import Statistics
@@ -98,7 +99,9 @@ def load(
         ValueError: the file is damaged, or made with another network.
     """
     stored = _open(path)
-    about = _about(stored, path=path)
+    named = f"reference {path}"
+    with naming(named):
+        about = _about(stored)
     if about is None and not network.is_inception:
         raise ValueError(
             f"{path} does not say of which network its features are, so it is one of the ADM "
@@ -112,15 +115,16 @@ def load(
     images = open_samples(path) if "arr_0" in stored else None
     if images is not None:
         check_images(images, size=size)
-    pool = _statistics(stored, "pool", path=path)
-    assert pool is not None
-    features = _features(stored, columns=len(pool.mean), path=path)
+    with naming(named):
+        pool, spatial = _statistics(stored, "pool"), _spatial(stored, about)
+        assert pool is not None
+        features = _features(stored, columns=len(pool.mean))
     reference = Reference(
         name=str(path),
         checksum=files.sha256(path),
         count=about["count"] if about else None,
         pool=pool,
-        spatial=_spatial(stored, about, path=path),
+        spatial=spatial,
         features=features,
     )
     return reference, images if features is None else None
@@ -177,17 +181,17 @@ def _open(path: Path) -> Any:
     return found
 
 
-def _tensor(stored: Any, name: str, *, path: Path) -> Tensor | None:
+def _tensor(stored: Any, name: str) -> Tensor | None:
     """A member of numbers; None where there is none of that name."""
     if name not in stored:
         return None
     try:
         return torch.from_numpy(stored[name])
     except Exception as error:  # numpy and zipfile raise errors of many types for damaged files
-        raise ValueError(f"reference {path}: {name} is damaged: {error}") from None
+        raise ValueError(f"{name} is damaged: {error}") from None
 
 
-def _about(stored: Any, *, path: Path) -> dict[str, Any] | None:
+def _about(stored: Any) -> dict[str, Any] | None:
     """What a file says of itself; None for those of others."""
     if _ABOUT not in stored:
         return None
@@ -197,37 +201,35 @@ def _about(stored: Any, *, path: Path) -> dict[str, Any] | None:
         return named | {"spatial_order": found.get("spatial_order")}
     except Exception as error:  # as in `_tensor`, and of what is no such JSON
         raise ValueError(
-            f"reference {path}: its member {_ABOUT!r} is damaged, or of another program "
+            f"its member {_ABOUT!r} is damaged, or of another program "
             f"({type(error).__name__}: {error})"
         ) from None
 
 
-def _features(stored: Any, *, columns: int, path: Path) -> Tensor | None:
-    found = _tensor(stored, "features", path=path)
+def _features(stored: Any, *, columns: int) -> Tensor | None:
+    found = _tensor(stored, "features")
     if found is not None and (
         found.shape[1:] != (columns,) or not found.is_floating_point() or not found.isfinite().all()
     ):
         raise ValueError(
-            f"reference {path}: features are {found.dtype} {tuple(found.shape)}: must be finite "
-            f"numbers (M, {columns}), as many columns as mu has"
+            f"features are {found.dtype} {tuple(found.shape)}: must be finite numbers "
+            f"(M, {columns}), as many columns as mu has"
         )
     return found
 
 
-def _spatial(stored: Any, about: dict[str, Any] | None, *, path: Path) -> Statistics | None:
+def _spatial(stored: Any, about: dict[str, Any] | None) -> Statistics | None:
     """The spatial statistics by height, width and channel."""
-    found = _statistics(stored, "spatial", path=path)
+    found = _statistics(stored, "spatial")
     if found is None:
         return None
     order = _ORDER if about is None else about["spatial_order"]
     if order not in (None, _ORDER):
-        raise ValueError(
-            f"reference {path}: mu_s is by {order!r}: must be by {_ORDER!r}; make it again"
-        )
+        raise ValueError(f"mu_s is by {order!r}: must be by {_ORDER!r}; make it again")
     if len(found.mean) != math.prod(SPATIAL):
         raise ValueError(
-            f"reference {path}: mu_s has {len(found.mean)} numbers: must be {math.prod(SPATIAL)}, "
-            "as Inception's spatial features"
+            f"mu_s has {len(found.mean)} numbers: must be {math.prod(SPATIAL)}, as Inception's "
+            "spatial features"
         )
     if order == _ORDER:
         return found
@@ -235,18 +237,18 @@ def _spatial(stored: Any, about: dict[str, Any] | None, *, path: Path) -> Statis
     return Statistics(found.mean[places], found.covariance[places][:, places])
 
 
-def _statistics(stored: Any, kind: str, *, path: Path) -> Statistics | None:
+def _statistics(stored: Any, kind: str) -> Statistics | None:
     names = _NAMES[kind]
-    mean, covariance = (_tensor(stored, name, path=path) for name in names)
+    mean, covariance = (_tensor(stored, name) for name in names)
     if mean is None:
         return None
     if covariance is None:
-        raise ValueError(f"reference {path}: {names[0]} is there without {names[1]}")
+        raise ValueError(f"{names[0]} is there without {names[1]}")
     mean, covariance = mean.double(), covariance.double()
     is_finite = bool(mean.isfinite().all() and covariance.isfinite().all())
     if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)) or not is_finite:
         raise ValueError(
-            f"reference {path}: {names} are {tuple(mean.shape)} and {tuple(covariance.shape)}: "
-            "must be a mean (D,) and a covariance (D, D) of finite numbers"
+            f"{names} are {tuple(mean.shape)} and {tuple(covariance.shape)}: must be a mean (D,) "
+            "and a covariance (D, D) of finite numbers"
         )
     return Statistics(mean, covariance)
