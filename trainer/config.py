@@ -67,18 +67,9 @@ class Config:
             for name, value in (("samples", every.samples), ("evaluate", every.evaluate)):
                 absent = "absent for a classifier, which draws nothing"
                 check(value is None, f"intervals.{name}", value, absent)
-        check(
-            (every.averages is None) is not bool(self.training.ema_widths),
-            "intervals.averages",
-            every.averages,
-            "set if training.ema_widths is, and absent without",
-        )
-        check(
-            (every.validate is None) is (self.data.validation is None),
-            "intervals.validate",
-            every.validate,
-            "set if data.validation is, and absent without",
-        )
+        widths, validation = self.training.ema_widths or None, self.data.validation
+        _check_with("intervals.averages", every.averages, "training.ema_widths", widths)
+        _check_with("intervals.validate", every.validate, "data.validation", validation)
         if every.samples is not None:
             with naming("intervals.samples_steps"):
                 kept_timesteps(self.diffusion.steps, every.samples_steps)
@@ -87,8 +78,7 @@ class Config:
     def _check_evaluation(self) -> None:
         every, asked, model = self.intervals.evaluate, self.evaluation, self.model
         for name, value in (("reference", asked.reference), ("network", asked.network)):
-            expected = "set if intervals.evaluate is, and absent without"
-            check((every is None) is (value is None), f"evaluation.{name}", value, expected)
+            _check_with(f"evaluation.{name}", value, "intervals.evaluate", every)
         if every is None:
             return
         trained = bool(self.training.label_dropout)
@@ -104,6 +94,12 @@ class Config:
         check(there or not enlarges, "data.validation", self.data.validation, needed)
         with naming("evaluation.steps"):
             kept_timesteps(self.diffusion.steps, asked.steps)
+
+
+def _check_with(name: str, value: object, other: str, given: object) -> None:
+    """Raise ValueError unless a setting is there where the other one is, and only there."""
+    expected = f"set if {other} is, and absent without"
+    check((value is None) is (given is None), name, value, expected)
 
 
 @dataclass(frozen=True, kw_only=True)

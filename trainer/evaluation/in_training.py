@@ -67,18 +67,12 @@ class Evaluation:
                 batch=config.training.micro_batch,
             )
             enlarged = _enlarged(config, validation)
-            found = cls(config=config, evaluator=evaluator, enlarged=enlarged)
-            found._check()
+            side, reference = config.model.image_size, Path(asked.reference)
+            evaluator.check_samples(asked.images, side=side, reference=reference)
         except Refused as error:
             raise Refused(f"evaluation: {error}") from None
-        return found
-
-    def _check(self) -> None:
-        """Return if the network takes the samples, and the reference is of such features."""
-        self.evaluator.check_samples(
-            self._count, side=self.config.model.image_size, reference=self._path
-        )
-        self.evaluator.network.net.to("cpu")
+        evaluator.network.net.to("cpu")
+        return cls(config=config, evaluator=evaluator, enlarged=enlarged)
 
     @property
     def _count(self) -> int:
