@@ -134,20 +134,26 @@ def parse_manifest(where: str, content: bytes) -> Manifest:
         raise ValueError(f"{where} was altered: its fingerprint does not match its content")
     made_by = manifest.get("made_by")
     made_by = made_by if isinstance(made_by, dict) else {}
+    classes: Any = manifest.get("classes")
+    size = manifest.get("image_size")
     with naming(where):
+        shards = _parse_shards(manifest.get("shards"))
+        are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        check(are_names and bool(classes), "classes", classes, "a list of one or more names")
+        is_size = size is None or (type(size) is int and size >= 1)
+        check(is_size, "image_size", size, "at least 1, or null")
         return Manifest(
-            shards=_parse_shards(manifest.get("shards")),
-            classes=_parse_classes(manifest.get("classes")),
-            image_size=_parse_image_size(manifest.get("image_size")),
+            shards=shards,
+            classes=tuple(classes),
+            image_size=size,
             fingerprint=fingerprint,
             kept_side=_parse_kept_side(made_by),
             made_by=made_by,
         )
 
 
-def _parse_shards(entries: object) -> tuple[Shard, ...]:
-    if not isinstance(entries, list):
-        raise ValueError(f"shards = {entries!r:.80}: must be a list")
+def _parse_shards(entries: Any) -> tuple[Shard, ...]:
+    check(isinstance(entries, list), "shards", entries, "a list")
     shards: dict[str, Shard] = {}
     for i, entry in enumerate(entries):
         with naming(f"shards[{i}]"):
@@ -171,18 +177,6 @@ def _parse_shard(entry: object) -> Shard:
             "`python -m data.shards index`"
         ) from None
     return Shard(**entry)
-
-
-def _parse_classes(names: object) -> tuple[str, ...]:
-    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"classes = {names!r:.80}: must be a list of one or more names")
-    return tuple(names)
-
-
-def _parse_image_size(size: object) -> int | None:
-    if size is not None and not (type(size) is int and size >= 1):
-        raise ValueError(f"image_size = {size!r:.80}: must be at least 1, or null")
-    return size
 
 
 def _parse_kept_side(made_by: Mapping[str, Any]) -> int | None:

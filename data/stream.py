@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.batches import Batch, batch_of, to_device
-from data.config import DataConfig, is_local
+from data.config import DataConfig, check, is_local
 from data.manifest import MANIFEST
 from data.mixture import Dataset, open_dataset
 from data.order import share
@@ -109,11 +109,9 @@ class Stream:
             OSError: shards cannot be read.
             RuntimeError: a worker died.
         """
-        if batch_size % (ranks * micro_batch_size):
-            raise ValueError(
-                f"training.batch = {batch_size}: must be a multiple of ranks x "
-                f"training.micro_batch = {ranks} x {micro_batch_size}"
-            )
+        divides = batch_size % (ranks * micro_batch_size) == 0
+        of = f"ranks x training.micro_batch = {ranks} x {micro_batch_size}"
+        check(divides, "training.batch", batch_size, f"a multiple of {of}")
         requests = _training_requests(images_seen, batch_size, micro_batch_size, rank, ranks)
         return self._load(requests, micro_batch_size=micro_batch_size, pin=pin)
 

@@ -190,11 +190,9 @@ class Cluster:
             raise ValueError(
                 'launcher = "kubernetes": add a section [kubernetes] with image, claim and mount'
             )
-        if self.container is not None and self.launcher != "slurm":
-            raise ValueError(
-                f'launcher = {self.launcher!r}: must be "slurm" with a section [container]; '
-                "remove the section, and start the launcher inside the container instead"
-            )
+        start = "remove the section, and start the launcher inside the container instead"
+        runs = self.container is None or self.launcher == "slurm"
+        check(runs, "launcher", self.launcher, f'"slurm" with a section [container]; {start}')
 
     def _check_words(self) -> None:
         """Refuse what a shell would expand: every word but those of `setup` is taken literally."""

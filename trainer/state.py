@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from trainer.adm.config import check
+
 
 class Gathered(Protocol):
     """Sharded state that can be gathered by kind and name (the engine)."""
@@ -54,9 +56,8 @@ class TrainState:
         """Read the entries back; ValueError where one is missing or of another type."""
         kinds = {"images": int, "engine": dict, "timesteps": dict, "order": dict}
         for name, kind in kinds.items():
-            if type(entries.get(name)) is not kind:
-                found = entries.get(name)
-                raise ValueError(f"{name} = {found!r}: must be of type {kind.__name__}")
+            found = entries.get(name)
+            check(type(found) is kind, name, found, f"of type {kind.__name__}")
         return cls(
             images_seen=entries["images"],
             engine=entries["engine"],
