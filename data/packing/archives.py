@@ -178,21 +178,17 @@ class Lmdb(OneFile):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        with self._database.begin() as transaction:
+        with _database(self._path.parent).begin() as transaction:
             keys = [key.decode("latin-1") for key in transaction.cursor().iternext(values=False)]
         return Listing(names=keys, labels=[0] * len(keys), classes=(self._path.parent.name,))
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
-        with self._database.begin() as transaction:
+        with _database(self._path.parent).begin() as transaction:
             found = transaction.get(name.encode("latin-1"))
         if found is None:
             raise ValueError("it is no longer there")
         return bytes(found)
-
-    @property
-    def _database(self) -> Any:
-        return _database(self._path.parent)
 
 
 @cache

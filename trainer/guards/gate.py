@@ -100,10 +100,12 @@ class Gate:
         self._judge: Judge = lambda loss, norm: None
         self.loss = self.grad_norm = math.nan
         self.fault: str | None = None
-        one = hasattr(optimizer, "scaled_global_norm")  # stages 1 and 2
-        name = "scaled_global_norm" if one else "_get_norm_groups"
-        self._norms = getattr(optimizer, name)
-        setattr(optimizer, name, self._one_norm if one else self._all_norms)
+        if hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
+            norm = optimizer.scaled_global_norm
+            optimizer.scaled_global_norm = lambda: self._let_pass([norm()])[0]
+        else:
+            norms = optimizer._get_norm_groups
+            optimizer._get_norm_groups = lambda: self._let_pass(norms())
         self._update_scale = optimizer._update_scale
         optimizer._update_scale = self._update_unless_refused
 
@@ -113,12 +115,6 @@ class Gate:
         dist.all_reduce(self._device_loss)
         self._judge, self.fault = judge, None
         self.loss, self.grad_norm = math.nan, math.inf
-
-    def _one_norm(self) -> Tensor:
-        return self._let_pass([self._norms()])[0]
-
-    def _all_norms(self) -> list[Tensor]:
-        return self._let_pass(self._norms())
 
     def _let_pass(self, scaled: list[Any]) -> list[Tensor]:
         """The norms, on the host: the only wait of a step for the device. Infinite if refused."""

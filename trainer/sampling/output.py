@@ -123,12 +123,14 @@ class Output(ABC):
             return False
         recorded = _recorded(self.work / REQUEST)
         if recorded is None:
-            return all(name == REQUEST or name.endswith(".partial") for name in _names(self.work))
+            return all(
+                name == REQUEST or name.endswith(".partial") for name in os.listdir(self.work)
+            )
         return recorded == request
 
     def _remove_work(self) -> None:
         """Remove the directory of the parts, its request last: it says whose the others are."""
-        for name in set(_names(self.work)) - {REQUEST}:
+        for name in set(os.listdir(self.work)) - {REQUEST}:
             path = self.work / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.work)
@@ -234,7 +236,7 @@ class Output(ABC):
     def _check_left(self) -> None:
         """Return if a directory without a request holds nothing of value."""
         parts = self.work
-        left = _names(parts) if parts.exists() else []
+        left = sorted(os.listdir(parts)) if parts.exists() else []
         known = (REQUEST, "launch")
         if any(name[:6].isdigit() and not name.endswith(".partial") for name in left):
             raise ValueError(
@@ -250,10 +252,6 @@ def numbered(directory: Path, suffix: str) -> list[int]:
     names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
     stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
     return sorted(int(stem) for stem in stems if stem.isdigit())
-
-
-def _names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 def gib(size: int) -> str:
