@@ -18,11 +18,11 @@ from torch._inductor import config as inductor
 
 from bench import nets
 from bench.nets import Net
-from trainer import compute
+from trainer import compute, costs
 from trainer import config as configs
 from trainer.adm.config import Kernels, UNetConfig
 from trainer.adm.norm import GroupNorm, use_kernels
-from trainer.adm.unet import UNet, build, flops
+from trainer.adm.unet import UNet, build
 from trainer.compute import DTYPES
 
 GPU = torch.cuda.is_available()
@@ -154,7 +154,7 @@ def _step(cell: Figures, *, images: int) -> Figures:
     return {
         "images": images,
         "images/s": images / each,
-        "model TFLOP/s": 3 * flops(model) * images / each / 1e12,
+        "model TFLOP/s": 3 * costs.of_network(model).forward_flops * images / each / 1e12,
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if GPU else None,
         "host ms": 1e3 * host,
         "first step s": first,

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ranks
-from trainer import compute
+from trainer import compute, costs
 from trainer import config as configs
 from trainer.adm.timesteps import LossSecondMoment
-from trainer.adm.unet import flops
 from trainer.ranks import process
 from trainer.ranks.group import connected
 from trainer.ranks.watchdog import Watchdog
@@ -228,7 +227,7 @@ def test_utilisation_is_of_all_ranks_and_of_three_passes() -> None:
     name = "NVIDIA H100 80GB HBM3"
     config = configs.load("digits", ['training.precision = "bf16"'])
     found = Mfu.of(config, name=name, ranks=16, measured=1e15)
-    needed = 3 * flops(config.model) * 100.0
+    needed = 3 * costs.of_network(config.model).forward_flops * 100.0
     shares = {"mfu_measured": needed / 1e15, "mfu_datasheet": needed / (16 * 989e12)}
     assert found.shares(100.0) == pytest.approx(shares)
     for other in (configs.load("digits", ['training.precision = "fp32"']), config):

@@ -39,7 +39,8 @@ class NetCosts:
 
     #: Numbers of every parameter.
     sizes: tuple[int, ...]
-    #: Operations of one image's forward pass, two per multiply-add; a step takes three times that.
+    #: Operations of one image's forward pass, two per multiply-add, in convolutions, linear layers
+    #: and attention products; a step takes three times that.
     forward_flops: int
     #: Of each part that is compiled by itself, first to last: its share of the operations, and of
     #: the parameters.
@@ -56,13 +57,20 @@ class NetCosts:
 
 
 def count(config: Config) -> NetCosts:
-    """The costs of a preset's network, counted once."""
+    """The costs of a preset's network."""
     training = config.training
-    return _count(config.model, DTYPES[training.precision], training.kernels == "fused")
+    dtype, is_fused = DTYPES[training.precision], training.kernels == "fused"
+    return of_network(config.model, dtype=dtype, is_fused=is_fused)
 
 
 @cache
-def _count(model: UNetConfig | ClassifierConfig, dtype: torch.dtype, is_fused: bool) -> NetCosts:
+def of_network(
+    model: UNetConfig | ClassifierConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    is_fused: bool = False,
+) -> NetCosts:
+    """The costs of a network that computes in `dtype`, counted once, from shapes alone."""
     with torch.device("meta"):
         net = build(model).to(dtype)
         for norm in net.modules():

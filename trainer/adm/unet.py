@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.adm.blocks import AttentionPool, Stage, zeroed
 from trainer.adm.config import NO_LABEL, ClassifierConfig, UNetConfig
@@ -145,18 +144,6 @@ def example_inputs(config: UNetConfig | ClassifierConfig, *, images: int) -> dic
     if isinstance(config, UNetConfig) and config.small_size is not None:
         inputs["low_res"] = torch.empty(images, 3, config.small_size, config.small_size)
     return inputs
-
-
-def flops(config: UNetConfig | ClassifierConfig) -> int:
-    """Floating-point operations (two per multiply-add) of one image's forward pass.
-
-    Counted from shapes alone; convolutions, linear layers and attention products.
-    """
-    with torch.device("meta"):
-        net, inputs = build(config), example_inputs(config, images=1)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            net(**inputs)
-    return int(counter.get_total_flops())
 
 
 def output_stages(config: UNetConfig, *, skips: list[int]) -> list[Stage]:

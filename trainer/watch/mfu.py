@@ -13,7 +13,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from trainer.adm.unet import flops
+from trainer import costs
 from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.sections import Precision
@@ -72,7 +72,7 @@ class Mfu:
         """That of devices of a name whose matrix products reach `measured` FLOP/s together."""
         known = None if config.training.precision == "fp32" else datasheet(name)
         return cls(
-            flops_per_image=3.0 * _forward_flops(config.model),
+            flops_per_image=3.0 * costs.count(config).forward_flops,
             measured=measured,
             datasheet=None if known is None else known * ranks,
         )
@@ -101,9 +101,6 @@ def datasheet(name: str) -> float | None:
     """Dense 16-bit FLOP/s of the device of that name; None for one that is not known."""
     found = (1e12 * t for words, t in _DATASHEET.items() if re.search(rf"\b{words}\b", name))
     return next(found, None)
-
-
-_forward_flops = cache(flops)
 
 
 @cache
