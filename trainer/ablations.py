@@ -84,7 +84,7 @@ class AblationSet:
         """Return if samples can be drawn of a row as they are of all."""
         kind = config.objective
         check(kind == "denoise", "objective", kind, '"denoise": rows are drawn and compared')
-        small = getattr(config.model, "small_size", None)
+        small = config.unet.small_size
         check(small is None, "model.small_size", small, "absent: rows are drawn from noise alone")
         with naming("samples.steps"):
             kept_timesteps(config.diffusion.steps, self.samples.steps)

@@ -75,6 +75,12 @@ class Config:
                 kept_timesteps(self.diffusion.steps, every.samples_steps)
         self._check_evaluation()
 
+    @property
+    def unet(self) -> UNetConfig:
+        """The network of a denoiser."""
+        assert isinstance(self.model, UNetConfig)
+        return self.model
+
     def _check_evaluation(self) -> None:
         every, asked, model = self.intervals.evaluate, self.evaluation, self.model
         for name, value in (("reference", asked.reference), ("network", asked.network)):
@@ -88,7 +94,7 @@ class Config:
         random = f'"random" where evaluation.images is below model.num_classes = {classes}'
         covered = asked.labels == "random" or asked.images >= classes
         check(covered, "evaluation.labels", asked.labels, random)
-        enlarges = isinstance(model, UNetConfig) and model.small_size is not None
+        enlarges = self.unet.small_size is not None
         needed = "set if an upsampler is evaluated, which enlarges these images"
         there = self.data.validation is not None
         check(there or not enlarges, "data.validation", self.data.validation, needed)

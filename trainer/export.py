@@ -22,7 +22,7 @@ from data import files
 from data.exits import CommandParser, path_text, reported
 from trainer import config as configs
 from trainer import diffusers_format, weights
-from trainer.adm.config import UNetConfig, check
+from trainer.adm.config import check
 from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.networks import TrainedNetwork, run_of
@@ -112,21 +112,20 @@ def _write_pt(to: Path, named: Mapping[str, Tensor]) -> None:
 
 def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> None:
     """What diffusers loads; the directory is there in full or not at all."""
-    config = found.config
-    assert isinstance(config.model, UNetConfig)
+    config, model = found.config, found.config.unet
     aside = to.with_name(f"{to.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         for part in ("unet", "scheduler"):
             (aside / part).mkdir(parents=True)
-        _write_json(aside / "unet" / "config.json", diffusers_format.options(config.model))
+        _write_json(aside / "unet" / "config.json", diffusers_format.options(model))
         _write_json(
             aside / "scheduler" / "scheduler_config.json", diffusers_format.scheduler(config)
         )
-        theirs = diffusers_format.to_diffusers(named, config=config.model)
+        theirs = diffusers_format.to_diffusers(named, config=model)
         contiguous = {name: value.contiguous() for name, value in theirs.items()}
         weights.save(aside / diffusers_format.FILE, contiguous, metadata={"format": "pt"})
-        if config.model.small_size is None:
+        if model.small_size is None:
             _write_json(aside / "model_index.json", _index(config))
         files.write(aside / "config.toml", configs.to_toml(config))
         files.write(aside / "README.md", _card(to, named, found=found))
@@ -152,8 +151,7 @@ def _index(config: Config) -> dict[str, Any]:
 
 
 def _card(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> str:
-    model = found.config.model
-    assert isinstance(model, UNetConfig)
+    model = found.config.unet
     usage = _UNCONDITIONAL
     if model.num_classes is not None:
         labels = [i % model.num_classes for i in range(4)]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from data.progress import Progress
-from trainer.adm.config import UNetConfig
 from trainer.adm.objective import low_resolution, to_range
 from trainer.config import Config
 from trainer.copies import network_of
@@ -43,8 +42,7 @@ def features_of_samples(
     Raises:
         Refused: an image that is enlarged is damaged.
     """
-    model, device = config.model, evaluator.device
-    assert isinstance(model, UNetConfig)
+    device = evaluator.device
     parts = _parts(config.evaluation.images, evaluator=evaluator)
     conditions = _conditions(parts, config=config, evaluator=evaluator, enlarged=enlarged)
     net, sampler = network_of(config, weights).eval(), sampler_of(config)
@@ -69,7 +67,7 @@ def features_of_samples(
         images = draw(
             net,
             indices.to(device),
-            config=model,
+            config=config.unet,
             sampler=sampler,
             labels=None if labels is None else labels.to(device),
             low_res=None if low_res is None else low_res.to(device),
@@ -91,8 +89,7 @@ def _conditions(
     parts: list[Tensor], *, config: Config, evaluator: Evaluator, enlarged: ValidationSet | None
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """The classes (B,) and low-resolution images (B, 3, h, w) of each part, on the host."""
-    model, asked, world = config.model, config.evaluation, evaluator.world
-    assert isinstance(model, UNetConfig)
+    model, asked, world = config.unet, config.evaluation, evaluator.world
     if enlarged is not None:
         size = model.small_size
         assert size is not None

@@ -89,8 +89,7 @@ def likelihood(held_out: HeldOut, *, steps: str | None) -> dict[str, Any]:
     is given the images' area means.
     """
     config = held_out.network.config
-    model = config.model
-    assert isinstance(model, UNetConfig)
+    model = config.unet
     diffusion = Diffusion(config.diffusion, respacing=steps)
     parts = -(-held_out.images.images // (held_out.part * held_out.world.size))
     shown = held_out.world.is_main

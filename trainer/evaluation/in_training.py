@@ -193,7 +193,7 @@ class Evaluation:
 
 def _enlarged(config: Config, validation: ValidationSet | None) -> ValidationSet | None:
     """The images of the validation that an upsampler enlarges; None for another network."""
-    if getattr(config.model, "small_size", None) is None or validation is None:
+    if config.unet.small_size is None or validation is None:
         return None
     shards, images = validation.stream.shards, config.evaluation.images
     assert isinstance(shards, Shards)

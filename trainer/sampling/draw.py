@@ -148,16 +148,16 @@ def draw_grid(
     An upsampler enlarges the images of `shown`, of which each rank has the share that
     `grid_indices` names. `on_step` is called equally often on all ranks.
     """
-    assert isinstance(config.model, UNetConfig)
+    model = config.unet
     net = network_of(config, weights).eval()
     device = next(net.parameters()).device
     every = config.intervals
     indices = grid_indices(every, world=world)
-    labels = _spread(indices, every.samples_count, config.model.num_classes)
+    labels = _spread(indices, every.samples_count, model.num_classes)
     low_res = None
-    if shown is not None and config.model.small_size is not None:
+    if shown is not None and model.small_size is not None:
         x0 = to_range(shown.images.to(device))
-        low_res = low_resolution(x0, config.model.small_size)
+        low_res = low_resolution(x0, model.small_size)
         labels = None if labels is None else shown.labels
     sampler = SamplerConfig.of(config, steps=every.samples_steps, seed=config.training.seed)
     steps = sampler.diffusion.steps
@@ -168,7 +168,7 @@ def draw_grid(
             draw(
                 net,
                 indices[part].to(device),
-                config=config.model,
+                config=model,
                 sampler=sampler,
                 labels=None if labels is None else labels[part].to(device),
                 low_res=None if low_res is None else low_res[part],
@@ -211,7 +211,7 @@ def _spread(indices: Tensor, count: int, classes: int | None) -> Tensor | None:
 def check_shown(config: Config, stream: Stream, *, ranks: int) -> None:
     """Raise ValueError where the shards or their workers do not suffice an upsampler's grids."""
     every, images = config.intervals, stream.shards.count
-    if every.samples is None or getattr(config.model, "small_size", None) is None:
+    if every.samples is None or config.unet.small_size is None:
         return
     shown = max(every.samples_count, ranks)
     if images < shown:
@@ -232,7 +232,7 @@ def shown(config: Config, stream: Stream, *, world: World) -> Batch | None:
     Raises:
         Refused, Broken: one of them is damaged or cannot be read.
     """
-    if config.intervals.samples is None or getattr(config.model, "small_size", None) is None:
+    if config.intervals.samples is None or config.unet.small_size is None:
         return None
     share = len(grid_indices(config.intervals, world=world))
     mine = stream.once(micro_batch_size=share, rank=world.rank, ranks=world.size)

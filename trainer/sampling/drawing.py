@@ -16,7 +16,6 @@ from torch import nn
 from data import files
 from data.exits import TO_BE_CONTINUED
 from data.progress import Progress, duration
-from trainer.adm.config import UNetConfig
 from trainer.networks import TrainedNetwork
 from trainer.ranks.context import RankContext
 from trainer.ranks.faults import StoppedError
@@ -49,12 +48,6 @@ class DrawJob:
     #: What tells its output from those of other scales: the end of its name.
     variant: str
 
-    @property
-    def model(self) -> UNetConfig:
-        """The network's configuration."""
-        assert isinstance(self.source.config.model, UNetConfig)
-        return self.source.config.model
-
     def all_labels(self) -> NDArray[np.int64] | None:
         """The labels of all images, (N,); None where there are no classes."""
         if self.labels is None:
@@ -64,11 +57,11 @@ class DrawJob:
     def grid(self, whole: Path) -> NDArray[np.uint8]:
         """The first images of the output, uint8 (3, H, W), each beside its low resolution."""
         images = open_samples(whole).images(0, GRID).transpose(0, 3, 1, 2)
-        if self.low_res is not None and self.model.small_size is not None:
-            pixels = self.low_res.images(0, len(images))
-            small_size, cpu = self.model.small_size, torch.device("cpu")
-            small = to_pixels(conditions(pixels, small_size=small_size, device=cpu)).numpy()
-            zoom = self.model.image_size // small_size
+        model = self.source.config.unet
+        if self.low_res is not None and model.small_size is not None:
+            pixels, cpu = self.low_res.images(0, len(images)), torch.device("cpu")
+            small = to_pixels(conditions(pixels, small_size=model.small_size, device=cpu)).numpy()
+            zoom = model.image_size // model.small_size
             images = np.concatenate((small.repeat(zoom, 2).repeat(zoom, 3), images), axis=3)
         labels = self.all_labels()
         return tile(images, columns=columns(None if labels is None else labels[:GRID]))

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.objective import low_resolution, to_range
 from trainer.adm.sampler import Guidance, GuideAt, classifier_guidance
@@ -70,8 +69,7 @@ class PartSampler:
         low_res: Samples | None,
         device: torch.device,
     ) -> None:
-        assert isinstance(config.model, UNetConfig)
-        self._request, self._config = request, config.model
+        self._request, self._config = request, config.unet
         self._net = net
         self._classifier = classifier if request.scale else None
         self._labels, self._low_res = labels, low_res

@@ -18,7 +18,6 @@ import torch
 from data import files
 from data.config import naming, shown
 from data.dataset import class_names
-from trainer.adm.config import UNetConfig
 from trainer.adm.respacing import kept_timesteps
 from trainer.classes import difference
 from trainer.config import Config
@@ -185,8 +184,7 @@ def check_room(jobs: Sequence[DrawJob]) -> str:
 
 def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | None:
     """The images that an upsampler enlarges; ValueError where they are missing, or are others."""
-    model = source.config.model
-    assert isinstance(model, UNetConfig)
+    model = source.config.unet
     if (path is None) != (model.small_size is None):
         needs = f"needs --low-res with {model.small_size} px images" if model.small_size else ""
         raise ValueError(f"this network {needs or 'is no upsampler: leave out --low-res'}")
