@@ -9,9 +9,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -198,13 +198,8 @@ def prepare(job: Job, *, preset: Path | None) -> Path:
         _copy(job.ds_config, job.ds_config_copy)
     for earlier in ("stop", "failed-at", "limited-at", "lost-hosts", "job"):
         (job.records / earlier).unlink(missing_ok=True)
-    facts: Mapping[str, object] = {
-        "launcher": job.cluster.launcher,
-        "nodes": job.nodes,
-        "gpus_per_node": job.gpus_per_node,
-        "run": str(job.run),
-    }
-    files.write(job.records / "job.json", json.dumps(facts) + "\n")
+    own = Submitted(job.cluster.launcher, job.nodes, job.gpus_per_node, str(job.run))
+    files.write(job.records / "job.json", json.dumps(asdict(own)) + "\n")
     files.write(script(job), text(job))
     return script(job)
 

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter, summary
 
 from data import files
 from data.progress import duration
+from trainer.watch.goodput import SPENT
 
 # Where a metric without a group of its own is shown; all others are under "train".
 _GROUPS = {
@@ -24,8 +25,7 @@ _GROUPS = {
     "speed": (
         *("images_per_second", "mfu_measured", "mfu_datasheet", "interval_seconds"),
         *("data_wait_seconds", "data_wait_share", "forward_seconds", "slowest_rank"),
-        *("saving_seconds", "averaging_seconds", "drawing_seconds", "validating_seconds"),
-        *("evaluating_seconds", "auditing_seconds", "suspended_seconds", "compiling_seconds"),
+        *(f"{kind}_seconds" for kind in SPENT),
     ),
     "memory": ("memory_gib", "host_memory_gib", "host_memory_growth_gib"),
 }
