@@ -50,8 +50,10 @@ class Evaluator:
         Raises:
             Refused: there is none, it is damaged, or is of another size or network.
         """
-        found = self._open(path, size=size)
-        return found[0] if isinstance(found, tuple) else found
+        content, images = self._open(path, size=size)
+        found = content or images
+        assert found is not None
+        return found
 
     def check_samples(self, count: int, *, side: int, reference: Path) -> None:
         """Return if the network takes so many samples of a side, and the reference is of its kind.
@@ -77,24 +79,23 @@ class Evaluator:
         Raises:
             Refused: as `check`, or an image is damaged.
         """
-        found = self._open(path, size=size)
-        if not isinstance(found, tuple):
-            return self.of_images(found)
-        content, images = found
+        content, images = self._open(path, size=size)
         if images is None:
             return content
+        if content is None:
+            return self.of_images(images)
         features = self.extract(images, kept=range(images.count))
         return None if features is None else replace(content, features=features.features)
 
     def _open(
         self, path: Path, *, size: tuple[int, int]
-    ) -> tuple[Reference, Samples | None] | Samples:
-        """A reference file's content and the images in it, or the images that a reference is."""
+    ) -> tuple[Reference | None, Samples | None]:
+        """The content of a reference file, and the images whose features are still unknown."""
         if from_main(lambda: references.is_statistics(path)):
             return agreed(lambda: references.load(path, network=self.network, size=size))
         samples = agreed(lambda: open_samples(path, size=size[0]))
         agreed(lambda: references.check_images(samples, size=size))
-        return samples
+        return None, samples
 
     def of_images(self, samples: Samples) -> Reference | None:
         """The reference that a directory of shards or a sample file is; on the main rank."""
