@@ -21,7 +21,7 @@ from trainer.adm.unet import build
 from trainer.classes import difference
 from trainer.ema import Averages
 from trainer.networks import SampleInputs, TrainedNetwork, check_names
-from trainer.sampling.drawing import DrawJob
+from trainer.sampling.parts import DrawJob
 from trainer.sampling.requests import base_jobs, enlarging_job
 
 

@@ -20,7 +20,7 @@ from trainer.networks import SampleInputs
 from trainer.ranks.lease import claim, live_holder
 from trainer.runstate import RunState
 from trainer.sampling import drawing
-from trainer.sampling.drawing import DrawJob
+from trainer.sampling.parts import DrawJob
 from trainer.sampling.requests import base_jobs
 
 FEW = ["--images", "10", "--batch", "2", "--steps", "4"]

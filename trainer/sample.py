@@ -28,11 +28,11 @@ from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.signals import Preemption
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
-from trainer.sampling.drawing import Drawing, DrawJob
+from trainer.sampling.drawing import Drawing
 from trainer.sampling.jobstate import JobState, noted
 from trainer.sampling.labels import BALANCED
 from trainer.sampling.output import begun
-from trainer.sampling.parts import Pixels
+from trainer.sampling.parts import DrawJob, Pixels
 from trainer.sampling.requests import (
     base_jobs,
     check_room,

@@ -4,11 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
@@ -16,55 +12,13 @@ from torch import nn
 from data import files
 from data.exits import TO_BE_CONTINUED
 from data.progress import Progress, duration
-from trainer.networks import TrainedNetwork
 from trainer.ranks.context import RankContext
 from trainer.ranks.faults import StoppedError
 from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
 from trainer.ranks.lease import Lease, live_holder
-from trainer.sampling.draw import tile, to_pixels
 from trainer.sampling.jobstate import JobState
-from trainer.sampling.labels import Labels, columns
-from trainer.sampling.output import Output
-from trainer.sampling.parts import PartSampler, SampleRequest, conditions, recorded
-from trainer.sampling.samplefile import RECORD, Samples, open_samples
-
-# The most images in the PNG.
-GRID = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawJob:
-    """One output: what is drawn, by which networks, and where it goes."""
-
-    request: SampleRequest
-    output: Output
-    source: TrainedNetwork
-    classifier: TrainedNetwork | None
-    labels: Labels | None
-    #: The names of the classes, by number; none where there are no classes.
-    classes: Sequence[str]
-    #: The images that an upsampler enlarges.
-    low_res: Samples | None
-    #: What tells its output from those of other scales: the end of its name.
-    variant: str
-
-    def all_labels(self) -> NDArray[np.int64] | None:
-        """The labels of all images, (N,); None where there are no classes."""
-        if self.labels is None:
-            return None
-        return self.labels.of(torch.arange(self.request.images)).numpy()
-
-    def grid(self, whole: Path) -> NDArray[np.uint8]:
-        """The first images of the output, uint8 (3, H, W), each beside its low resolution."""
-        images = open_samples(whole).images(0, GRID).transpose(0, 3, 1, 2)
-        model = self.source.config.unet
-        if self.low_res is not None and model.small_size is not None:
-            pixels, cpu = self.low_res.images(0, len(images)), torch.device("cpu")
-            small = to_pixels(conditions(pixels, small_size=model.small_size, device=cpu)).numpy()
-            zoom = model.image_size // model.small_size
-            images = np.concatenate((small.repeat(zoom, 2).repeat(zoom, 3), images), axis=3)
-        labels = self.all_labels()
-        return tile(images, columns=columns(None if labels is None else labels[:GRID]))
+from trainer.sampling.parts import DrawJob, PartSampler
+from trainer.sampling.samplefile import RECORD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +54,7 @@ class Drawing:
             claim: AbstractContextManager[Lease | None]
             claim = output.claimed(self.share) if self.context.world.is_main else nullcontext()
             lease = agreed(lambda: stack.enter_context(claim))
-            sampler = PartSampler(
-                job.request,
-                config=job.source.config,
-                net=net,
-                classifier=guide,
-                labels=job.labels,
-                low_res=job.low_res,
-                device=self.context.device,
-            )
+            sampler = PartSampler(job, net=net, classifier=guide, device=self.context.device)
             if not self._draw(job, sampler):
                 self._say("stopped by a signal; rerun the same command to resume")
                 return TO_BE_CONTINUED
@@ -173,8 +119,7 @@ class Drawing:
             self._say(f"checking {len(listed):,} batches that are there")
         mine: dict[int, str] = {}
         for part in listed[self.context.world.rank :: self.context.world.size]:
-            labels = recorded(job.labels, job.request.indices(part))
-            if fault := job.output.fault(part, labels):
+            if fault := job.output.fault(part, job.recorded(part)):
                 mine[part] = fault
         damaged = {part: fault for faults in gather(mine) for part, fault in faults.items()}
         for part in sorted(damaged):

@@ -1,7 +1,8 @@
-"""A request for samples, cut into parts, and what draws one of them."""
+"""A request for samples, cut into parts, its job, and what draws one of the parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.objective import low_resolution, to_range
-from trainer.adm.sampler import Guidance, GuideAt, classifier_guidance
-from trainer.config import Config
-from trainer.sampling.draw import SamplerConfig, draw, to_pixels
-from trainer.sampling.labels import Labels
-from trainer.sampling.samplefile import Samples
+from trainer.adm.sampler import GuideAt, classifier_guidance
+from trainer.networks import TrainedNetwork
+from trainer.sampling.draw import SamplerConfig, draw, tile, to_pixels
+from trainer.sampling.labels import Labels, columns
+from trainer.sampling.output import Output
+from trainer.sampling.samplefile import Samples, open_samples
 
 Pixels = Literal["round", "adm"]
+
+# The most images in the PNG.
+GRID = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,30 +57,69 @@ class SampleRequest:
         return torch.arange(part * self.batch, min((part + 1) * self.batch, self.images))
 
 
-class PartSampler:
-    """Draws the parts of a request with networks that are on the device.
+@dataclass(frozen=True, kw_only=True)
+class DrawJob:
+    """One output: what is drawn, by which networks, and where it goes."""
 
-    `low_res` are the images that an upsampler enlarges, or large ones whose area means it does.
-    """
+    request: SampleRequest
+    output: Output
+    source: TrainedNetwork
+    classifier: TrainedNetwork | None
+    labels: Labels | None
+    #: The names of the classes, by number; none where there are no classes.
+    classes: Sequence[str]
+    #: The images that an upsampler enlarges.
+    low_res: Samples | None
+    #: What tells its output from those of other scales: the end of its name.
+    variant: str
+
+    def all_labels(self) -> NDArray[np.int64] | None:
+        """The labels of all images, (N,); None where there are no classes."""
+        if self.labels is None:
+            return None
+        return self.labels.of(torch.arange(self.request.images)).numpy()
+
+    def recorded(self, part: int) -> NDArray[np.int64]:
+        """The labels (B,) of a part on disk: zeros where there are no classes."""
+        indices = self.request.indices(part)
+        found = torch.zeros_like(indices) if self.labels is None else self.labels.of(indices)
+        return found.numpy()
+
+    def conditions(self, first: int, last: int, *, device: torch.device) -> Tensor | None:
+        """What an upsampler is told of the images [first, last), float32 (B, 3, h, w).
+
+        Larger images are reduced to their area means, as in training.
+        """
+        size = self.source.config.unet.small_size
+        if self.low_res is None or size is None:
+            return None
+        pixels = torch.from_numpy(self.low_res.images(first, last)).to(device)
+        images = to_range(pixels.permute(0, 3, 1, 2))
+        return images if images.shape[2] == size else low_resolution(images, size)
+
+    def grid(self, whole: Path) -> NDArray[np.uint8]:
+        """The first images of the output, uint8 (3, H, W), each beside its low resolution."""
+        images = open_samples(whole).images(0, GRID).transpose(0, 3, 1, 2)
+        low_res = self.conditions(0, len(images), device=torch.device("cpu"))
+        if low_res is not None:
+            small = to_pixels(low_res).numpy()
+            zoom = images.shape[2] // small.shape[2]
+            images = np.concatenate((small.repeat(zoom, 2).repeat(zoom, 3), images), axis=3)
+        labels = self.all_labels()
+        return tile(images, columns=columns(None if labels is None else labels[:GRID]))
+
+
+class PartSampler:
+    """Draws the parts of a job with networks that are on the device."""
 
     def __init__(
-        self,
-        request: SampleRequest,
-        *,
-        config: Config,
-        net: nn.Module,
-        classifier: nn.Module | None,
-        labels: Labels | None,
-        low_res: Samples | None,
-        device: torch.device,
+        self, job: DrawJob, *, net: nn.Module, classifier: nn.Module | None, device: torch.device
     ) -> None:
-        self._request, self._config = request, config.unet
-        self._net = net
+        request = job.request
+        self._job, self._net, self._device = job, net, device
         self._classifier = classifier if request.scale else None
-        self._labels, self._low_res = labels, low_res
-        self._device = device
-        self._sampler_config = SamplerConfig(
-            diffusion=Diffusion(config.diffusion, respacing=request.steps),
+        self._sampler = SamplerConfig(
+            diffusion=Diffusion(job.source.config.diffusion, respacing=request.steps),
             seed=request.seed,
             eta=request.eta,
             cfg=request.cfg,
@@ -85,7 +129,7 @@ class PartSampler:
     @property
     def steps(self) -> int:
         """Denoising steps of each image."""
-        return self._sampler_config.diffusion.steps
+        return self._sampler.diffusion.steps
 
     def draw(
         self, part: int, *, on_step: Callable[[], None]
@@ -95,18 +139,21 @@ class PartSampler:
         Raises:
             ValueError: an image is not finite, or a low-resolution one is damaged.
         """
-        indices = self._request.indices(part)
-        labels = None if self._labels is None else self._labels.of(indices)
-        on_device = None if labels is None else labels.to(self._device)
+        job, device = self._job, self._device
+        indices, model, guidance = job.request.indices(part), job.source.config.unet, None
+        labels = None if job.labels is None else job.labels.of(indices).to(device)
+        if self._classifier is not None:
+            assert labels is not None
+            guidance = classifier_guidance(self._classifier, labels, scale=job.request.scale)
         with torch.no_grad():
             images = draw(
                 self._net,
-                indices.to(self._device),
-                config=self._config,
-                sampler=self._sampler_config,
-                labels=on_device if self._config.num_classes is not None else None,
-                low_res=self._conditions(indices),
-                guidance=self._guidance(on_device),
+                indices.to(device),
+                config=model,
+                sampler=self._sampler,
+                labels=labels if model.num_classes is not None else None,
+                low_res=job.conditions(int(indices[0]), int(indices[-1]) + 1, device=device),
+                guidance=guidance,
                 on_step=on_step,
             )
         if not images.isfinite().all():
@@ -114,33 +161,5 @@ class PartSampler:
                 f"images {indices.tolist()[:3]}... are not finite: draw in another --precision "
                 "(bf16 or fp32) to another --out, or check the weights"
             )
-        pixels = to_pixels(images, truncate=self._request.pixels == "adm")
-        return pixels.permute(0, 2, 3, 1).cpu().numpy(), recorded(self._labels, indices)
-
-    def _guidance(self, labels: Tensor | None) -> Guidance | None:
-        if self._classifier is None:
-            return None
-        assert labels is not None
-        return classifier_guidance(self._classifier, labels, scale=self._request.scale)
-
-    def _conditions(self, indices: Tensor) -> Tensor | None:
-        if self._low_res is None:
-            return None
-        assert self._config.small_size is not None
-        pixels = self._low_res.images(int(indices[0]), int(indices[-1]) + 1)
-        return conditions(pixels, small_size=self._config.small_size, device=self._device)
-
-
-def recorded(labels: Labels | None, indices: Tensor) -> NDArray[np.int64]:
-    """The labels (B,) of a part on disk: zeros where there are no classes."""
-    found = torch.zeros_like(indices) if labels is None else labels.of(indices)
-    return found.numpy()
-
-
-def conditions(pixels: NDArray[np.uint8], *, small_size: int, device: torch.device) -> Tensor:
-    """uint8 (B, H, W, 3) -> what an upsampler is told, float32 (B, 3, small_size, small_size).
-
-    Larger images are reduced to their area means, as in training.
-    """
-    images = to_range(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
-    return images if images.shape[2] == small_size else low_resolution(images, small_size)
+        pixels = to_pixels(images, truncate=job.request.pixels == "adm")
+        return pixels.permute(0, 2, 3, 1).cpu().numpy(), job.recorded(part)

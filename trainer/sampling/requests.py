@@ -23,11 +23,10 @@ from trainer.classes import difference
 from trainer.config import Config
 from trainer.networks import SampleInputs, TrainedNetwork, trained_names
 from trainer.sampling.draw import default_eta
-from trainer.sampling.drawing import DrawJob
 from trainer.sampling.labels import LOW_RES, Labels, choose
 from trainer.sampling.npz_output import NpzOutput
 from trainer.sampling.output import Output, gib
-from trainer.sampling.parts import SampleRequest
+from trainer.sampling.parts import DrawJob, SampleRequest
 from trainer.sampling.samplefile import Samples, open_samples
 from trainer.sampling.shard_output import ShardOutput
 
