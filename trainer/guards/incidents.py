@@ -113,15 +113,14 @@ class Incidents:
         """The images with the worst losses of all ranks: those not finite, else the largest."""
         indices = torch.cat([indices for indices, _ in seen]).tolist()
         t = torch.cat([terms["t"] for _, terms in seen]).tolist()
-        mine = zip(losses.tolist(), indices, t, strict=True)
-        ranked = sorted((_order(loss), index, step, loss) for loss, index, step in mine)[:_NAMED]
         rank, host = self.parts.world.rank, hosts[self.parts.world.rank]
-        rows = [
-            (order, {"rank": rank, "host": host, "image": index, "t": step, "loss": loss})
-            for order, index, step, loss in ranked
+        mine: list[dict[str, Any]] = [
+            {"rank": rank, "host": host, "image": index, "t": step, "loss": loss}
+            for loss, index, step in zip(losses.tolist(), indices, t, strict=True)
         ]
-        everyone = [row for rows in gather(rows) for row in rows]
-        worst = [row for _, row in sorted(everyone, key=lambda row: row[0])[:_NAMED]]
+        mine = sorted(mine, key=lambda row: (_order(row["loss"]), row["image"]))[:_NAMED]
+        everyone = [row for rows in gather(mine) for row in rows]
+        worst = sorted(everyone, key=lambda row: _order(row["loss"]))[:_NAMED]
         for row in worst:
             row["key"] = self.parts.stream.key(row["image"]) if self.parts.world.is_main else ""
         return worst
