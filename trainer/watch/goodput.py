@@ -15,12 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from data.progress import duration
 from trainer.ranks.process import began_at, boot_time
-
-Row = Mapping[str, Any]
+from trainer.watch import history
+from trainer.watch.history import Row
 
 # What a report says the interval spent beside training, in seconds: entry -> kind.
 SPENT = {
@@ -253,25 +252,18 @@ def note_start(run: Path, *, last_sign: float, job_id: str | None) -> None:
 
 def read(run: Path) -> list[Row]:
     """The timeline; lines that are torn or damaged are left out, and a missing file is empty."""
-    try:
-        lines = file(run).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [row for line in lines if (row := _parse(line)) is not None]
+    with suppress(OSError):
+        return history.rows(file(run), known=_is_known)
+    return []
 
 
-def _parse(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-        numbers = [
-            row["time"],
-            row.get("uptime", 0.0),
-            *(row[name] for name in _NEEDED[row["event"]]),
-        ]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return row if all(type(number) in (int, float) for number in numbers) else None
+def _is_known(row: Row) -> bool:
+    event = row.get("event")
+    if not isinstance(event, str) or event not in _NEEDED:
+        return False
+    numbers = row.get("uptime", 0.0), *(row.get(name) for name in ("time", *_NEEDED[event]))
+    return all(type(number) in (int, float) for number in numbers)
 
 
-# The numbers that a line of each event must have.
+# The numbers that a line of each event must have beside its time.
 _NEEDED = {"start": ("began",), "training": ("images",), "report": ("images",), "end": ()}

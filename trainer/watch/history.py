@@ -1,7 +1,12 @@
-"""`RUN/metrics.jsonl`: a row for each report, validation and evaluation of a run. No torch here."""
+"""Rows of JSON in a run: `metrics.jsonl` has one for each report, validation and evaluation.
+
+No torch here.
+"""
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +24,25 @@ def text(row: Row) -> str:
 
 
 def read(run: Path, *, tail: int | None = None) -> list[Row]:
-    """The rows, without those that are torn or still being written; none where there is no file.
+    """The rows of a run's metrics, as `rows` has them."""
+    return rows(file(run), known=lambda row: type(row.get("images")) in (int, float), tail=tail)
 
-    With `tail`, those in so many bytes at the end of the file, which may be long.
+
+def rows(file: Path, *, known: Callable[[Row], bool], tail: int | None = None) -> list[Row]:
+    """The rows of a file that are `known`, without those that are torn or still being written.
+
+    None where there is no file. With `tail`, those in so many bytes at its end: it may be long.
     """
-    if not file(run).exists():
+    if not file.exists():
         return []
-    with file(run).open("rb") as stream:
+    with file.open("rb") as stream:
         first = max(stream.seek(0, os.SEEK_END) - tail, 0) if tail is not None else 0
         stream.seek(first)
         lines = stream.read().decode(errors="replace").splitlines()
-    return [row for line in lines[first > 0 :] if (row := _parse(line)) is not None]
-
-
-def _parse(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    is_row = isinstance(row, dict) and type(row.get("images")) in (int, float)
-    return row if is_row else None
+    found = []
+    for line in lines[first > 0 :]:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and known(row):
+                found.append(row)
+    return found
