@@ -175,6 +175,15 @@ class Order:
         return _Tape(shards, np.cumsum(np.diff(kept)[shards]), kept[:-1][shards], window)
 
 
+def packed_place(ends: Ints, indices: ArrayLike) -> tuple[Ints, Ints]:
+    """Shard and row of images that are counted in packing order, int64 of the shape of `indices`.
+
+    `ends` are the running sums of the shards' samples.
+    """
+    shard = np.searchsorted(ends, indices, side="right")
+    return shard, np.asarray(indices) - np.concatenate([[0], ends])[shard]
+
+
 def share(images_seen: int, *, batch_size: int, rank: int, ranks: int) -> range:
     """The images of the step at `images_seen` that one of the ranks trains on."""
     return range(images_seen + (rank - images_seen) % ranks, images_seen + batch_size, ranks)

@@ -17,7 +17,7 @@ from PIL import Image
 from data.config import DataConfig, is_local
 from data.dataset import Shards
 from data.mixture import Dataset, order_of
-from data.order import Ints
+from data.order import Ints, packed_place
 from data.stored_images import BadSampleError, StoredImage, StoredImages
 from data.transforms import (
     UNDECODABLE,
@@ -68,7 +68,7 @@ class Samples:
                 )
         self.shards, self.config, self.seed = shards, config, seed
         self.order = order_of(shards, seed=seed, streams=config.streams, block=config.block)
-        self._ends, self._sizes = np.cumsum(shards.sizes), np.asarray(shards.sizes)
+        self._ends = np.cumsum(shards.sizes)
         self._stored = [StoredImages(p, config=config, sharers=len(parts)) for p in parts]
         self._first = [0, *accumulate(len(part.shards) for part in parts)][:-1]
         waits = config.cache is not None or not all(is_local(part.root) for part in parts)
@@ -85,7 +85,8 @@ class Samples:
             OSError: a shard cannot be read.
         """
         indices = np.asarray(request.indices, dtype=np.int64)
-        place = self._rows(indices) if request.once else self.order.locate(indices)[1:]
+        once = request.once
+        place = packed_place(self._ends, indices) if once else self.order.locate(indices)[1:]
         rows = zip(*(column.tolist() for column in place), strict=True)
         begun = [self._begin(shard, row) for shard, row in rows]
         draws = self._draws(request, indices)
@@ -113,12 +114,6 @@ class Samples:
             self._threads.shutdown(cancel_futures=True)
         for stored in self._stored:
             stored.close()
-
-    def _rows(self, indices: Ints) -> tuple[Ints, Ints]:
-        """Shard and row of each image counted in packing order."""
-        shard = np.searchsorted(self._ends, indices, side="right")
-        begin = self._ends[shard] - self._sizes[shard]
-        return shard, indices - begin
 
     def _draws(self, request: BatchRequest, indices: Ints) -> list["_Draw"]:
         if request.once:

@@ -22,6 +22,7 @@ from data.config import FetchConfig, is_local, shown
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, place_text, reported
 from data.export import export
+from data.order import packed_place
 from data.packing.indexing import index_directory, merge
 from data.packing.pool import interrupted_by_signals
 from data.reader import Reader
@@ -90,16 +91,14 @@ def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[Pixels]:
     Raises:
         ValueError: one cannot be decoded.
     """
-    ends = np.cumsum(shards.sizes)
-    for image in np.linspace(0, shards.count - 1, min(count, shards.count), dtype=int):
-        shard = int(np.searchsorted(ends, image, side="right"))
+    images = np.linspace(0, shards.count - 1, min(count, shards.count), dtype=int)
+    for shard, row in zip(*packed_place(np.cumsum(shards.sizes), images), strict=True):
         index, tar = _index_of(shards, shard, reader), shards.shards[shard].tar
-        offset, size, _, _ = index[image - ends[shard]].item()
+        offset, size, _, _ = index[row].item()
         content = reader.read(tar, first=offset, size=size)
         try:
             pixels = decode(content)
         except UNDECODABLE as error:
-            row = len(index) + int(image - ends[shard])
             key = shards.key(shard, row, first=offset - HEADER, glimpse=reader.glimpse)
             raise ValueError(f"{shards.where}/{tar}: {key} cannot be decoded: {error}") from None
         yield pixels

@@ -15,6 +15,7 @@ from PIL import Image
 from data import files, npz
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards
+from data.order import packed_place
 from data.stored_images import BadSampleError, StoredImages
 from data.transforms import UNDECODABLE, center_crop, decode
 
@@ -149,10 +150,9 @@ class ShardSamples:
         return self.shards.fingerprint
 
     def _image(self, index: int) -> NDArray[np.uint8]:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - int(self._ends[shard]) + self.shards.sizes[shard]
+        shard, row = packed_place(self._ends, index)
         try:
-            stored = self._stored.read(shard, row)
+            stored = self._stored.read(int(shard), int(row))
             pixels = decode(stored.content)
         except (BadSampleError, *UNDECODABLE) as error:
             raise ValueError(f"image {index} of {self.path} is damaged: {error}") from None
