@@ -78,10 +78,6 @@ class Evaluation:
     def _count(self) -> int:
         return self.config.evaluation.images
 
-    @property
-    def _path(self) -> Path:
-        return Path(str(self.config.evaluation.reference))
-
     def with_reference(
         self, *, mark: Callable[[str], None], say: Callable[[str], None]
     ) -> "Evaluation":
@@ -91,20 +87,21 @@ class Evaluation:
             Refused: an image of the reference is damaged, or there are too few.
         """
         side, net = self.config.model.image_size, self.evaluator.network.net
+        path = Path(str(self.config.evaluation.reference))
         evaluator = replace(
             self.evaluator, say=say, on_images=lambda _: mark("features of the reference")
         )
         net.to(evaluator.device)
-        found = evaluator.reference(self._path, size=(side, side))
+        found = evaluator.reference(path, size=(side, side))
         net.to("cpu")
 
         def check() -> None:
             assert found is not None
             check_comparable(self._count, columns=len(found.pool.mean), reference=found)
-            if self._path.is_dir() and (found.count or 0) > MANIFOLD:
+            if path.is_dir() and (found.count or 0) > MANIFOLD:
                 say(
                     "every start computes these features: to do it once, run `python -m trainer."
-                    f"evaluate reference {shlex.quote(str(self._path))} --out FILE.npz` and name "
+                    f"evaluate reference {shlex.quote(str(path))} --out FILE.npz` and name "
                     "that file"
                 )
 
