@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from data import files
 from data.reader import Reader
 
 CHUNK = 1 << 20
@@ -167,9 +168,8 @@ class CachedReader:
             write()
         except OSError as error:
             self._usable = False
-            print(
-                f"data.cache = {self._root}: {error}; continuing without the cache", file=sys.stderr
-            )
+            said = f"data.cache = {self._root}: {files.reason(error)}; continuing without the cache"
+            print(said, file=sys.stderr)
 
 
 def _in_chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -192,7 +192,7 @@ def _read_manifest(reader: Reader) -> Shards:
     except OSError as error:
         # A server that does not answer now is no user error: the same command may succeed later.
         kind = ValueError if isinstance(error, FINAL) else OSError
-        raise kind(f"{reader.name}/{MANIFEST} cannot be read: {error}") from None
+        raise kind(f"{reader.name}/{MANIFEST} cannot be read: {files.reason(error)}") from None
     manifest = parse_manifest(f"{reader.name}/{MANIFEST}", content)
     return Shards(root=reader.root, **vars(manifest))
 
@@ -258,7 +258,7 @@ def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:
             )
         shards.parse_index(number, content, glimpse=reader.glimpse)
     except (ValueError, OSError) as error:
-        return str(error)
+        return files.reason(error)
     return None
 
 

@@ -141,13 +141,6 @@ def exit_status(error: BaseException) -> int:
     return REFUSED if isinstance(error, (ValueError, ImportError, *FINAL)) else FAILED
 
 
-def denied(error: Exception) -> str:
-    """Of a file that a user may not read or write: who, and what helps; or ""."""
-    if isinstance(error, PermissionError) and isinstance(error.filename, str):
-        return files.denial(Path(error.filename))
-    return ""
-
-
 def reported(command: Callable[[], int]) -> int:
     """The exit status of a command; an error of `REPORTED`, and Ctrl-C, is printed in one line.
 
@@ -160,7 +153,7 @@ def reported(command: Callable[[], int]) -> int:
     except REPORTED as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             return 128 + signal.SIGPIPE
-        print(f"error: {denied(error) or error}", file=sys.stderr)
+        print(f"error: {files.reason(error)}", file=sys.stderr)
         return exit_status(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

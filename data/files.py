@@ -56,6 +56,8 @@ def make_parent(path: Path, *, option: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if isinstance(error, PermissionError):
+            check_parent(path, option=option)
         raise ValueError(
             f"{option} = {str(path)!r}: its directory cannot be made ({error.strerror})"
         ) from None
@@ -95,11 +97,25 @@ def write_fault(directory: Path) -> str:
         with tempfile.TemporaryFile(dir=place):
             return ""
     except OSError as error:
-        return f"{place} is not writable ({error.strerror})"
+        denied, _ = _denied(place) if isinstance(error, PermissionError) else ("", "")
+        return denied or f"{place} is not writable ({error.strerror})"
 
 
 def denial(path: Path) -> str:
     """What this user may not do with a path, and who can change that; or "", where it may all."""
+    denied, owner = _denied(path)
+    return f"{denied}: let {owner} chmod it, or give another path" if denied else ""
+
+
+def reason(error: Exception) -> str:
+    """An error in words: of a file that a user may not read or write, as `denial`."""
+    if isinstance(error, PermissionError) and isinstance(error.filename, str):
+        return denial(Path(error.filename)) or str(error)
+    return str(error)
+
+
+def _denied(path: Path) -> tuple[str, str]:
+    """What this user may not do with a path, and who owns it; nothing, where it may all."""
     path = path.absolute()
     places = [(place, os.X_OK, "enter") for place in reversed(path.parents)]
     last = path if os.path.exists(path) else path.parent
@@ -107,11 +123,9 @@ def denial(path: Path) -> str:
         if os.path.exists(place) and not os.access(place, right, effective_ids=True):
             found = place.stat()
             me, owner = _user(os.geteuid()), _user(found.st_uid)
-            return (
-                f"user {me} may not {what} {place}, which belongs to {owner} (mode "
-                f"{found.st_mode & 0o7777:o}): let {owner} chmod it, or give another path"
-            )
-    return ""
+            whose = f"which belongs to {owner} (mode {found.st_mode & 0o7777:o})"
+            return f"user {me} may not {what} {place}, {whose}", owner
+    return "", ""
 
 
 def _user(number: int) -> str:

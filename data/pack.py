@@ -21,7 +21,7 @@ from pathlib import Path
 from data import files
 from data.config import check
 from data.dataset import open_shards
-from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, denied, exit_status, reported
+from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status, reported
 from data.manifest import MANIFEST, manifest_text, parse_manifest
 from data.packing import begun, pool
 from data.packing.archives import open_source
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         return TO_BE_CONTINUED
     except REPORTED as error:
         status = exit_status(error)
-        print(f"packing stopped: {denied(error) or error}", file=sys.stderr)
+        print(f"packing stopped: {files.reason(error)}", file=sys.stderr)
         if status != REFUSED:
             print(_CONTINUE, file=sys.stderr)
         return status

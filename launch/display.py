@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from data.exits import denied
+from data import files
 from data.progress import duration
 from launch import status
 from launch.signs import Signs
@@ -68,7 +68,7 @@ def look(runs: Iterable[Path], *, signs: Signs) -> dict[Path, Status | str]:
         try:
             found[run] = status.read(run, signs=signs)
         except (OSError, ValueError) as error:
-            found[run] = denied(error) or str(error)
+            found[run] = files.reason(error)
     return found
 
 

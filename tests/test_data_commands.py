@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from functools import partial
 from multiprocessing import active_children
@@ -15,11 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from data import pack, shards
+from data import files, pack, shards
+from data.dataset import open_shards
 from data.exits import FAILED, REFUSED, CommandParser, exit_status, reported
 from data.packing import pool
+from data.packing.class_maps import map_content
 from data.progress import duration
 from tests.support.data_fixtures import write_folder
+from trainer import ds_config, settings
+from trainer.adm.ema import Profile
+from trainer.ema import Stored
+from trainer.sampling import labels
+from trainer.sampling.npz_output import NpzOutput
+from trainer.sampling.samplefile import open_samples
+from trainer.snapshots import Snapshot
 
 
 @pytest.mark.parametrize(
@@ -61,27 +70,33 @@ def test_an_unknown_option_has_a_hint(
     assert capsys.readouterr().err.endswith(f"{hint}\n")
 
 
-def test_a_right_that_a_user_lacks_is_named_with_who_can_give_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory of root's, while this process is another user."""
     if os.geteuid():
         pytest.skip("only root can become a user without the right")
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        (Path(place) / "closed").mkdir(mode=0o700)
+        for name in ("secret", "state.json", "manifest.json", "labels.npy"):
+            (Path(place) / name).touch(mode=0o600)
+        os.seteuid(65534)
+        try:
+            yield Path(place)
+        finally:
+            os.seteuid(0)
 
+
+def test_a_right_that_a_user_lacks_is_named_with_who_can_give_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def use(path: Path) -> int:
         path.open("rb" if path.name == "secret" else "ab").close()
         return 0
 
-    with tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)
-        closed, secret = Path(place) / "closed", Path(place) / "secret"
-        closed.mkdir(mode=0o700)
-        secret.touch(mode=0o600)
-        os.seteuid(65534)
-        try:
-            for path in (secret, closed / "a", Path(place) / "new"):
-                assert reported(partial(use, path)) == REFUSED
-        finally:
-            os.seteuid(0)
+    closed, secret = place / "closed", place / "secret"
+    for path in (secret, closed / "a", place / "new"):
+        assert reported(partial(use, path)) == REFUSED
     me, way = pwd.getpwuid(65534).pw_name, "let root chmod it, or give another path"
     assert capsys.readouterr().err.splitlines() == [
         f"error: user {me} may not {what} {path}, which belongs to root (mode {mode}): {way}"
@@ -91,6 +106,40 @@ def test_a_right_that_a_user_lacks_is_named_with_who_can_give_it(
             ("write", place, 755),
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("use", "path", "denied"),
+    [
+        (settings.read, "secret", "read {}/secret"),
+        (ds_config.load, "secret", "read {}/secret"),
+        (open_shards, "", "read {}/manifest.json"),
+        (map_content, "secret", "read {}/secret"),
+        (partial(labels._text, option="--classes"), "secret", "read {}/secret"),
+        (labels._array, "labels.npy", "read {}/labels.npy"),
+        (open_samples, "secret", "read {}/secret"),
+        (Snapshot.read, "", "read {}/state.json"),
+        (lambda path: Stored(path, "", Profile(1, 0.1)).load(), "secret", "read {}/secret"),
+        (partial(files.make_parent, option="--out"), "a", "write {}"),
+        (partial(files.make_parent, option="--out"), "new/a", "write {}"),
+        (
+            lambda path: NpzOutput(path, size=4, request={"images": 1, "batch": 1}).open(),
+            "a.npz",
+            "write {}",
+        ),
+    ],
+)
+def test_a_refused_path_has_no_words_of_pythons_own(
+    use: Callable[[Path], object],
+    path: str,
+    denied: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert reported(lambda: use(place / path) and 0) == REFUSED
+    said, me = capsys.readouterr().err, pwd.getpwuid(65534).pw_name
+    assert f"user {me} may not {denied.format(place)}, which belongs to root (mode " in said
+    assert "Errno" not in said and "damaged" not in said
 
 
 def test_ctrl_c_is_one_line(capfd: pytest.CaptureFixture) -> None:

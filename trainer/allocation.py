@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data import files
 from data.config import expanded, is_local
 from data.exits import FAILED, REFUSED, CommandParser, place_text
 from data.version import digest
@@ -96,7 +97,7 @@ def _access(run: Path | None, data: str | None, *, rank: int) -> str:
             probe.touch()
             probe.unlink()
     except (OSError, ValueError, LookupError) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {files.reason(error)}"
     return ""
 
 

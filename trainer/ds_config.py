@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data import files
 from data.config import naming
 from trainer.adm.config import check
 from trainer.config import Config
@@ -117,7 +118,9 @@ def load(path: str | Path | None) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         ds_config: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the DeepSpeed config {path}: {error}") from None
+        raise ValueError(
+            f"cannot read the DeepSpeed config {path}: {files.reason(error)}"
+        ) from None
     if not isinstance(ds_config, dict):
         raise ValueError(f"cannot read the DeepSpeed config {path}: must be a table, as in {{...}}")
     with naming(f"{path}"):

@@ -51,6 +51,8 @@ class Stored:
             if hashlib.sha256(content).hexdigest() != self.sha256:
                 raise ValueError("it does not match its checksum")
             return load(content)
+        except PermissionError:
+            raise
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{self.path} is damaged: {error}; {without}") from None
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data import files
 from data.config import naming
 from data.exits import CommandParser, reported
 from data.mixture import open_dataset
@@ -64,7 +65,7 @@ def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
         # Checkpoints of version 0.1 do not say how many ranks wrote them.
         ranks = checkpoints.read(newest[0]).state.ranks if newest else 0
     except (OSError, ValueError) as error:
-        raise ValueError(f"--from {run}: {error}") from None
+        raise ValueError(f"--from {run}: {files.reason(error)}") from None
     expected = "there: name a run that this release has trained and saved"
     for there, what in ((rates, "a speed in metrics.jsonl"), (ranks, "ranks in its checkpoints")):
         check(bool(there), f"--from {run}: {what}", None, expected)

@@ -219,7 +219,8 @@ class Run:
         except OSError as error:
             if what not in self._failing:
                 self._failing.add(what)
-                _show(f"cannot write {what} of {self.path}: {error}; training continues without it")
+                why = f"{files.reason(error)}; training continues without it"
+                _show(f"cannot write {what} of {self.path}: {why}")
         else:
             if what in self._failing:
                 self._failing.remove(what)

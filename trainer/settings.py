@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from data import files
 from trainer.adm.config import check_choice
 
 Table = dict[str, Any]
@@ -81,7 +82,7 @@ def read(path: Path, *, overrides: Iterable[str] = (), unset: Iterable[str] = ()
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise ValueError(f"cannot read {path}: {files.reason(error)}") from None
     except RecursionError:
         raise ValueError(f"{path} is not valid: its values are nested too deeply") from None
     changes = [_parse_change(change) for change in overrides]

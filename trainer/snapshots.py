@@ -57,7 +57,11 @@ class Snapshot:
 
     @classmethod
     def read(cls, path: Path) -> "Snapshot":
-        """One snapshot's directory; ValueError where its state.json is missing or damaged."""
+        """One snapshot's directory; ValueError where its state.json is missing or damaged.
+
+        Raises:
+            PermissionError: this user may not read it.
+        """
         try:
             entries = json.loads((path / STATE).read_text())
             gaps = [(before, after) for before, after in entries.get("gaps", [])]
@@ -68,6 +72,8 @@ class Snapshot:
             found = cls(path, updated_at, tuple(gaps), entries["files"])
             for name, facts in found.files.items():
                 found.profile(name), facts["bytes"], facts["sha256"]
+        except PermissionError:
+            raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / STATE}: {type(error).__name__}: {error}") from None
         return found
@@ -126,7 +132,7 @@ class Snapshots:
                     file = self._write(partial, name, whole)
                     facts[file.name] = file_facts(file)
                 except (OSError, ValueError) as error:
-                    fault = f"rank {self._world.rank}: {error}"
+                    fault = f"rank {self._world.rank}: {files.reason(error)}"
         everyone = gather((facts, fault))
         if self._world.is_main:
             listed = {name: entry for some, _ in everyone for name, entry in some.items()}
@@ -142,7 +148,8 @@ class Snapshots:
                 raise
             except (OSError, ValueError) as error:
                 shutil.rmtree(partial, ignore_errors=True)
-                self._run.log(f"averages of image {images_seen:,} are not kept: {error}")
+                why = files.reason(error)
+                self._run.log(f"averages of image {images_seen:,} are not kept: {why}")
 
     def _write(self, partial: Path, name: str, whole: Mapping[str, Tensor]) -> Path:
         """Write one file to disk.

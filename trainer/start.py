@@ -105,7 +105,7 @@ def _move_away(path: Path, *, run: Run) -> None:
     try:
         files.set_aside(path, "damaged")
     except OSError as error:
-        run.log(f"cannot rename {path}: {error}")
+        run.log(f"cannot rename {path}: {files.reason(error)}")
 
 
 def note(run: Run, found: Checkpoint | None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from data import files
 from data.labels import checked_classes
 from data.manifest import NO_CLASS
 from data.packing.layout import class_directories
@@ -93,7 +94,7 @@ def map_content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"--class-map = {path} cannot be read: {error}") from None
+        raise ValueError(f"--class-map = {path} cannot be read: {files.reason(error)}") from None
 
 
 def _rows(path: Path) -> _Rows:

@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from data.exits import REFUSED, denied, exit_status
+from data import files
+from data.exits import REFUSED, exit_status
 
 
 class Refused(ValueError):
@@ -42,11 +43,10 @@ class Fault:
 
 def describe(error: ValueError | OSError) -> str:
     """An error in words, such as "runs/a/log.txt: No space left on device"."""
-    if said := denied(error):
-        return said
-    if isinstance(error, OSError) and error.strerror:
+    said = files.reason(error)
+    if isinstance(error, OSError) and error.strerror and said == str(error):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    return said
 
 
 def named_hosts(verdict: str) -> list[str]:

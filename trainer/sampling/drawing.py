@@ -93,7 +93,8 @@ class Drawing:
                 progress.show(turns.taken())
         except (StoppedError, OSError) as error:
             turns.end()  # the others finish their parts
-            ended = "" if isinstance(error, StoppedError) else f"part {todo[turn]}: {error}"
+            is_stopped, why = isinstance(error, StoppedError), files.reason(error)
+            ended = "" if is_stopped else f"part {todo[turn]}: {why}"
         everyone, counts = zip(*gather((ended, written)), strict=True)
         self.state.advance(sum(counts) - written)
         if faults := [f"rank {r}: {e}" for r, e in enumerate(everyone) if e]:
@@ -107,7 +108,7 @@ class Drawing:
             try:
                 return write()
             except OSError as error:
-                raise OSError(_cannot_write(job, error)) from None
+                raise OSError(_cannot_write(job, files.reason(error))) from None
 
         return from_main(attempt)
 
@@ -193,5 +194,5 @@ def _publish(job: DrawJob, lease: Lease | None) -> str:
     return ""
 
 
-def _cannot_write(job: DrawJob, why: object) -> str:
+def _cannot_write(job: DrawJob, why: str) -> str:
     return f"cannot write {job.output.work}: {why}; rerun the same command to resume"

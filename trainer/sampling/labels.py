@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data import files
 from trainer.adm import keyed
 from trainer.settings import nearest
 
@@ -175,7 +176,7 @@ def _array(path: Path) -> NDArray[Any]:
         loaded = np.load(path, allow_pickle=False)
         labels = np.asarray(loaded if path.suffix == ".npy" else loaded["arr_1"])
     except Exception as error:  # numpy and zipfile raise errors of many types for other files
-        raise ValueError(f"--labels {path} is not readable: {error}") from None
+        raise ValueError(f"--labels {path} is not readable: {files.reason(error)}") from None
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
             f"--labels {path}: labels are {labels.dtype} {labels.shape}, not integers (N,)"
@@ -238,4 +239,4 @@ def _text(path: Path, *, option: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} {path} is not readable: {error}") from None
+        raise ValueError(f"{option} {path} is not readable: {files.reason(error)}") from None

@@ -180,7 +180,9 @@ class Output(ABC):
             files.write(self.work / REQUEST, text, writer=self.writer)  # as other shares may now
             files.sync(self.work.parent)
         except OSError as error:
-            raise ValueError(f"cannot write {self.work}: {error}; name another --out") from None
+            raise ValueError(
+                f"cannot write {self.work}: {files.reason(error)}; name another --out"
+            ) from None
 
     @property
     def writer(self) -> str:

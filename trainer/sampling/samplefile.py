@@ -86,6 +86,8 @@ class NpzSamples:
             with np.load(path, allow_pickle=False) as file:
                 labels = file.get("arr_1")
                 self.record = json.loads(str(file[RECORD])) if RECORD in file else None
+        except PermissionError:
+            raise
         except Exception as error:  # numpy and zipfile raise errors of many types for other files
             raise ValueError(
                 f"{path} is not a readable sample file: {error}; an .npz or a directory of packed "
