@@ -50,24 +50,15 @@ class Listing:
                 raise ValueError(f"{where}: {name} has the label {label}: must be {wanted}")
 
 
-def by_class_name(names: list[str], classes: list[str]) -> Listing:
+def by_directory_name(names: list[str], classes: list[str]) -> Listing:
     """A listing from the name of each image's class; labels count the names in sorted order.
 
-    Where all names are numbers, they are the labels.
-    """
-    if classes and all(name.isdecimal() and int(name) < _MOST_NUMBERED for name in classes):
-        return by_number(names, [int(name) for name in classes])
-    return _in_order(names, classes, sorted(set(classes)))
-
-
-def by_directory_name(names: list[str], classes: list[str]) -> Listing:
-    """As `by_class_name`, but numbers are labels only where they are 0 to N - 1.
-
-    Other numbers are names, such as years; labels count them in the order of the numbers.
+    Numbers are labels where they are 0 to N - 1; others are names, such as years, which are counted
+    in the order of the numbers.
     """
     known = {*classes}
     if not all(_NUMBER.fullmatch(name) and int(name) < _MOST_NUMBERED for name in known):
-        return by_class_name(names, classes)
+        return _in_order(names, classes, sorted(known))
     if {int(name) for name in known} == {*range(len(known))}:
         return by_number(names, [int(name) for name in classes])
     return _in_order(names, classes, sorted(known, key=int))
@@ -95,7 +86,7 @@ def by_number(names: list[str], labels: list[int]) -> Listing:
 
 
 def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
-    """As `by_number` or `by_class_name`; or without labels, where no image has one.
+    """As `by_number`, or by names in sorted order; or without labels, where no image has one.
 
     Raises:
         ValueError: only some images have a label, or they are numbers and names.
@@ -106,7 +97,8 @@ def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
     numbers = [label for label in known if isinstance(label, int)]
     if numbers:
         return replace(by_number(names, numbers), is_numbered=True)
-    return by_class_name(names, [*map(str, known)])
+    classes = [*map(str, known)]
+    return _in_order(names, classes, sorted({*classes}))
 
 
 def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
