@@ -69,7 +69,7 @@ class Evaluator:
                 with torch.no_grad():
                     columns = self.network.compute(images).pool.shape[1]
             if isinstance(found, Reference):
-                check_comparable(count, columns=columns, reference=found)
+                check_comparable(found, columns=columns)
 
         agreed(compute)
 

@@ -97,7 +97,7 @@ class Evaluation:
 
         def check() -> None:
             assert found is not None
-            check_comparable(self._count, columns=len(found.pool.mean), reference=found)
+            check_comparable(found, columns=len(found.pool.mean))
             if path.is_dir() and (found.count or 0) > MANIFOLD:
                 say(
                     "every start computes these features: to do it once, run `python -m trainer."

@@ -75,7 +75,7 @@ def compare(
     warnings: Sequence[str],
 ) -> Results:
     """All figures of samples against a reference; ValueError as `check_comparable`."""
-    check_comparable(found.count, columns=found.features.shape[1], reference=reference)
+    check_comparable(reference, columns=found.features.shape[1])
     n = short(found.count)
     named: dict[str, Figure] = {}
     named |= dict(_distances(found, reference, n=n))
@@ -90,14 +90,12 @@ def compare(
     return Results(figures=named, warnings=said, about=about)
 
 
-def check_comparable(count: int, *, columns: int, reference: Reference) -> None:
-    """Return if so many samples of so many features can be compared with a reference.
+def check_comparable(reference: Reference, *, columns: int) -> None:
+    """Return if samples of so many features can be compared with a reference.
 
     Raises:
-        ValueError: there are too few of them, or of the reference's images, or it has others.
+        ValueError: it has others, or too few images.
     """
-    if count < FEWEST_SAMPLES:
-        raise ValueError(f"{count} samples: must be at least {FEWEST_SAMPLES}")
     wanted = len(reference.pool.mean)
     if columns != wanted:
         raise ValueError(
