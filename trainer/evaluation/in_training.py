@@ -21,7 +21,7 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted, joined
 from trainer.evaluation.features import open_network
 from trainer.evaluation.reference import MANIFOLD, Reference
-from trainer.evaluation.results import Figure, Results, check_comparable, compare, short
+from trainer.evaluation.results import Figure, Results, compare, short
 from trainer.ranks.faults import Refused
 from trainer.ranks.group import agreed, from_main, gather, interruptible
 from trainer.ranks.world import World
@@ -95,17 +95,12 @@ class Evaluation:
         found = evaluator.reference(path, size=(side, side))
         net.to("cpu")
 
-        def check() -> None:
-            assert found is not None
-            check_comparable(found, columns=len(found.pool.mean))
-            if path.is_dir() and (found.count or 0) > MANIFOLD:
-                say(
-                    "every start computes these features: to do it once, run `python -m trainer."
-                    f"evaluate reference {shlex.quote(str(path))} --out FILE.npz` and name "
-                    "that file"
-                )
-
-        from_main(check)
+        if found is not None and path.is_dir() and (found.count or 0) > MANIFOLD:
+            say(
+                "every start computes these features: to do it once, run `python -m trainer."
+                f"evaluate reference {shlex.quote(str(path))} --out FILE.npz` and name "
+                "that file"
+            )
         return replace(self, evaluator=evaluator, reference=found)
 
     def measure(
