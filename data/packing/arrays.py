@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data import files, npz
+from data.config import naming
 from data.manifest import NO_CLASS
 from data.packing.listing import Listing, by_number
 from data.packing.sources import Archives, OneFile, unpacked_name
@@ -44,26 +45,20 @@ class SampleFile(OneFile):
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
-        with _members(self._path) as archive:
+        with _members(self._path) as archive, naming(f"SOURCE = {self._path}"):
             with npz.member(archive, "arr_0") as stream:
                 shape, is_fortran, dtype = npz.read_header(stream)
             if is_fortran:
-                raise ValueError(
-                    f"SOURCE = {self._path}: arr_0 is in Fortran's order: save it in C's"
-                )
+                raise ValueError("arr_0 is in Fortran's order: save it in C's")
             if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-                raise ValueError(
-                    f"SOURCE = {self._path}: arr_0 is {dtype} {shape}: must be uint8 (N, H, W, 3)"
-                )
+                raise ValueError(f"arr_0 is {dtype} {shape}: must be uint8 (N, H, W, 3)")
             names = [f"{i:08d}" for i in range(shape[0])]
             if "arr_1.npy" not in archive.namelist():
                 return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
             labels = np.lib.format.read_array(npz.member(archive, "arr_1"), allow_pickle=False)
-        if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"SOURCE = {self._path}: arr_1 is {labels.dtype} {labels.shape}: must be integers "
-                f"{shape[:1]}"
-            )
+            if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+                kind = f"{labels.dtype} {labels.shape}"
+                raise ValueError(f"arr_1 is {kind}: must be integers {shape[:1]}")
         return by_number(names, labels.tolist())
 
     def read(self, name: str) -> bytes:
