@@ -16,9 +16,15 @@ from trainer.runstate import RunState
 
 TRAIN = "trainer.train"
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
+TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", TRAIN]
+# As Open MPI numbers the ranks of a machine where it places them socket by socket.
+LOCAL = "OMPI_COMM_WORLD_LOCAL_RANK"
+OTHER_ORDER = ["bash", "-c", f'{LOCAL}=$((1 - {LOCAL})) exec "$@"', "-"]
 LAUNCHERS = {
-    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", TRAIN],
+    "torchrun": TORCHRUN,
     "mpirun": [*MPIRUN, "-n", "2", sys.executable, "-m", TRAIN],
+    "mpirun by sockets": [*MPIRUN, "-n", "2", *OTHER_ORDER, sys.executable, "-m", TRAIN],
+    "torchrun in mpirun": [*MPIRUN, "-n", "1", *TORCHRUN],
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", TRAIN],
     "alone": [sys.executable, "-m", TRAIN],
 }

@@ -49,6 +49,12 @@ def test_ranks_of_torchrun_in_the_shell_of_a_task_have_no_gpu_each() -> None:
     assert not join({**shell, **ENROOT, "TORCHELASTIC_RUN_ID": "7"}).own_gpu
 
 
+def test_the_local_rank_of_open_mpi_is_the_rank_s_own() -> None:
+    """DeepSpeed refuses ranks of which it is another: those of a torchrun that mpirun started."""
+    env = {**ENROOT, "LOCAL_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    assert join(env).local_rank == 1 and env["OMPI_COMM_WORLD_LOCAL_RANK"] == "1"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("RANK", ""), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"), ("MASTER_PORT", "99999")],

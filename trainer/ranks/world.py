@@ -50,6 +50,8 @@ class World:
 
 # The variables of `World.environment`, which a rank believes.
 VARIABLES = tuple(World().environment())
+# Open MPI's number of a rank on its machine. It counts socket by socket, as it places them.
+_LOCAL = "OMPI_COMM_WORLD_LOCAL_RANK"
 # A process's number and the number of all, in the words of torchrun, Open MPI, MPICH and Slurm.
 _COUNTS = (
     ("RANK", "WORLD_SIZE"),
@@ -88,6 +90,8 @@ def join(env: MutableMapping[str, str] = os.environ, *, expected_size: int | Non
             "the launcher's ranks did not find each other; check its --mpi or --nnodes options"
         )
     env.update(world.environment())
+    if _LOCAL in env:  # DeepSpeed compares it; torchrun's ranks may inherit that of an mpirun
+        env[_LOCAL] = env["LOCAL_RANK"]
     # Other launchers, inside of a job, hand one task's GPU on to all their ranks.
     tasks = "SLURM_PROCID" in env and world.launcher in ("slurm", "environment")
     own_gpu = tasks and "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
@@ -246,7 +250,7 @@ def _from_mpi(env: Mapping[str, str]) -> World:
     return World(
         rank=everyone.rank,
         size=everyone.size,
-        local_rank=here.rank,
+        local_rank=_number(env, _LOCAL) if _LOCAL in env else here.rank,
         local_size=here.size,
         address=env.get("MASTER_ADDR")
         or ("127.0.0.1" if here.size == everyone.size else meeting[0]),
