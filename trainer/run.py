@@ -219,8 +219,8 @@ class Run:
         except OSError as error:
             if what not in self._failing:
                 self._failing.add(what)
-                why = f"{files.reason(error)}; training continues without it"
-                _show(f"cannot write {what} of {self.path}: {why}")
+                why = files.reason(error)
+                _show(f"cannot write {what} of {self.path}: {why}; training continues without it")
         else:
             if what in self._failing:
                 self._failing.remove(what)
