@@ -19,7 +19,7 @@ from trainer import config as configs
 from trainer import sample
 from trainer.adm.unet import build
 from trainer.classes import difference
-from trainer.ema import Averages
+from trainer.ema import find
 from trainer.networks import SampleInputs, TrainedNetwork, check_names
 from trainer.sampling.parts import DrawJob
 from trainer.sampling.requests import base_jobs, enlarging_job
@@ -193,7 +193,7 @@ def test_a_weights_file_asks_for_the_preset_of_its_own_option(
 
 def test_a_run_that_is_not_there_is_no_run_without_averages(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^no such run: "):
-        Averages.find(tmp_path / "nosuch", at=None)
+        find(tmp_path / "nosuch", at=None)
 
 
 def test_images_that_are_not_finite_are_refused(

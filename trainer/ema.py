@@ -21,7 +21,7 @@ from data.exits import CommandParser, reported
 from data.progress import duration, on_terminal
 from trainer import averages, snapshots, weights
 from trainer.adm.config import check
-from trainer.adm.ema import WIDEST, Combination, Profile, combine
+from trainer.adm.ema import WIDEST, Profile, combine
 from trainer.checkpoint import committed
 from trainer.snapshots import Snapshot
 
@@ -57,60 +57,38 @@ class Stored:
             raise ValueError(f"{self.path} is damaged: {error}; {without}") from None
 
 
-@dataclass(frozen=True)
-class Averages:
-    """The snapshots of a run up to a time."""
+def find(run: Path, *, at: int | None) -> tuple[Snapshot, list[Stored]]:
+    """The last snapshot of a run up to the clock `at`, by default of all; the files up to there.
 
-    run: Path
-    last: Snapshot
-    stored: tuple[Stored, ...]
-
-    @classmethod
-    def find(cls, run: Path, *, at: int | None) -> "Averages":
-        """Those up to the clock `at`, by default up to the last.
-
-        Raises:
-            ValueError: there are none, one cannot be read, or none is of that time.
-        """
-        if not run.is_dir():
-            raise ValueError(f"no such run: {run}")
-        found = [Snapshot.read(path) for path in reversed(committed(snapshots.directory(run)))]
-        if not found:
-            raise ValueError(
-                f"{run} has no snapshots of averages: train with training.ema_widths = [0.05, 0.1] "
-                "and intervals.averages"
-            )
-        times = [snapshot.images_seen for snapshot in found]
-        if at is not None and at not in times:
-            near = sorted(times, key=lambda time: abs(time - at))[:3]
-            are = " or ".join(map(str, sorted(near)))
-            raise ValueError(f"--at = {at}: must be the time of a snapshot, such as {are}")
-        used = found if at is None else found[: times.index(at) + 1]
-        stored = [
-            Stored(snapshot.path / name, facts["sha256"], snapshot.profile(name))
-            for snapshot in used
-            for name, facts in sorted(snapshot.files.items())
-        ]
-        # Where all steps between two snapshots were skipped, both hold the same averages.
-        different = {file.profile: file for file in stored}
-        return cls(run, used[-1], tuple(different.values()))
-
-    def combine(self, width: float) -> Combination:
-        """The sum of the files that is nearest to that width at the last time."""
-        profiles = [file.profile for file in self.stored]
-        return combine(profiles, wanted=Profile(self.last.updated_at, width))
-
-    def describe(self) -> str:
-        """A line about them."""
-        widths = ", ".join(f"{w:g}" for w in sorted({file.profile.width for file in self.stored}))
-        return (
-            f"{self.run}: {len(self.stored)} averages of the widths {widths}, "
-            f"up to image {self.last.images_seen:,}"
+    Raises:
+        ValueError: there are none, one cannot be read, or none is of that time.
+    """
+    if not run.is_dir():
+        raise ValueError(f"no such run: {run}")
+    found = [Snapshot.read(path) for path in reversed(committed(snapshots.directory(run)))]
+    if not found:
+        raise ValueError(
+            f"{run} has no snapshots of averages: train with training.ema_widths = [0.05, 0.1] "
+            "and intervals.averages"
         )
+    times = [snapshot.images_seen for snapshot in found]
+    if at is not None and at not in times:
+        near = sorted(times, key=lambda time: abs(time - at))[:3]
+        are = " or ".join(map(str, sorted(near)))
+        raise ValueError(f"--at = {at}: must be the time of a snapshot, such as {are}")
+    used = found if at is None else found[: times.index(at) + 1]
+    stored = [
+        Stored(snapshot.path / name, facts["sha256"], snapshot.profile(name))
+        for snapshot in used
+        for name, facts in sorted(snapshot.files.items())
+    ]
+    # Where all steps between two snapshots were skipped, both hold the same averages.
+    different = {file.profile: file for file in stored}
+    return used[-1], list(different.values())
 
 
 def build(
-    found: Averages, coefficients: Mapping[float, Sequence[float]]
+    stored: Sequence[Stored], coefficients: Mapping[float, Sequence[float]]
 ) -> dict[float, dict[str, Tensor]]:
     """The averages of several widths, fp32 tensors by width and name, in one pass over the files.
 
@@ -120,14 +98,14 @@ def build(
     totals: dict[float, dict[str, Tensor]] = {width: {} for width in coefficients}
     used = [
         i
-        for i in range(len(found.stored))
+        for i in range(len(stored))
         if any(abs(each[i]) > _NEGLIGIBLE for each in coefficients.values())
     ]
     began = time.monotonic()
     for done, i in enumerate(used, start=1):
-        tensors = found.stored[i].load()
+        tensors = stored[i].load()
         for width, total in totals.items():
-            _add(total, tensors, factor=coefficients[width][i], source=found.stored[i].path)
+            _add(total, tensors, factor=coefficients[width][i], source=stored[i].path)
         each = (time.monotonic() - began) / done
         left = duration(each * (len(used) - done))
         end = "\n" if done == len(used) or not on_terminal() else "\r"
@@ -161,20 +139,22 @@ def make(arguments: argparse.Namespace) -> int:
         check(out.suffix == ".safetensors", "--out", str(out), "a file that ends in .safetensors")
         check(len(arguments.sigma or ()) == 1, "--out", str(out), "absent unless one --sigma is")
         check(not out.exists(), "--out", str(out), "a name that does not exist yet")
-    found = Averages.find(run, at=arguments.at)
-    print(found.describe())
-    combinations = {width: found.combine(width) for width in widths}
+    last, stored = find(run, at=arguments.at)
+    profiles = [file.profile for file in stored]
+    kept = ", ".join(f"{width:g}" for width in sorted({profile.width for profile in profiles}))
+    print(f"{run}: {len(stored)} averages of the widths {kept}, up to image {last.images_seen:,}")
+    wanted = {width: Profile(last.updated_at, width) for width in widths}
+    combinations = {width: combine(profiles, wanted=wanted[width]) for width in widths}
     for width, combination in combinations.items():
         print(f"width {width:g}: expected error {combination.error:.2%} of its profile")
     if not arguments.sigma:
         return 0
-    last = found.last.path
-    files.make_parent(out or last, option="--out")
+    files.make_parent(out or last.path, option="--out")
     config = (run / "config.toml").read_text(encoding="utf-8")
-    sums = build(found, {width: each.coefficients for width, each in combinations.items()})
+    sums = build(stored, {width: each.coefficients for width, each in combinations.items()})
     for width, tensors in sums.items():
-        kind, images = averages.power(width), str(found.last.images_seen)
-        file = out or last.with_name(f"{kind}-{last.name}.safetensors")
+        kind, images = averages.power(width), str(last.images_seen)
+        file = out or last.path.with_name(f"{kind}-{last.path.name}.safetensors")
         weights.save(file, tensors, metadata={"kind": kind, "images": images, "config": config})
         print(f"wrote {file}")
     return 0
