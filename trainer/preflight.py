@@ -108,52 +108,55 @@ class _Try:
         return (lines[-1], "") if status == 0 else ("", lines[-1])
 
 
-def findings() -> Iterator[Finding]:
-    """All that there is to say of this machine, in the order in which it is to be corrected."""
+def findings() -> Iterator[tuple[str, Finding]]:
+    """All that there is to say of this machine, by name, in the order in which it is corrected."""
     tries = {name: _Try(name) for name in _TRIES}
-    yield Finding("ok", "Python", f"{platform.python_version()} ({sys.executable})")
+    yield "Python", ("ok", f"{platform.python_version()} ({sys.executable})")
     requirements, extras = _requirements()
-    yield machine.packages(_unmet(requirements), installed=len(requirements))
+    yield "packages", machine.packages(_unmet(requirements), installed=len(requirements))
     devices = _devices()
     text, error = tries["torch"].answer()
     torch = Torch(error=error) if error else Torch(**json.loads(text))
-    yield machine.torch(torch, devices=devices)
-    yield machine.gpus(torch, devices=devices)
-    yield machine.collectives(torch)
-    yield machine.deepspeed(tries["deepspeed"].answer()[1], version=_installed("deepspeed"))
+    yield "torch", machine.torch(torch, devices=devices)
+    yield "GPUs", machine.gpus(torch, devices=devices)
+    yield "NCCL", machine.collectives(torch)
+    _, error = tries["deepspeed"].answer()
+    yield "deepspeed", machine.deepspeed(error, version=_installed("deepspeed"))
     yield from _building(torch)
     launchers = [name for name in _LAUNCHERS if _which(name)]
     library, error = tries["MPI"].answer()
-    yield machine.mpi(library, error=error, launchers=launchers)
-    yield machine.launchers(launchers)
+    yield "MPI", machine.mpi(library, error=error, launchers=launchers)
+    yield "launchers", machine.launchers(launchers)
     yield from _resources(on_gpus=bool(torch.gpus))
     for name, wanted in extras.items():
-        yield machine.extra(name, _unmet(wanted))
+        yield f"[{name}]", machine.extra(name, _unmet(wanted))
 
 
-def _building(torch: Torch) -> Iterator[Finding]:
+def _building(torch: Torch) -> Iterator[tuple[str, Finding]]:
     """What compiles operators."""
     on_gpus, command = bool(torch.gpus), os.environ.get("CXX", "c++")
-    yield machine.compiler(_compiler_fault(command), command=command, on_gpus=on_gpus)
-    yield machine.ninja(_which("ninja"), on_gpus=on_gpus)
+    yield "compiler", machine.compiler(_compiler_fault(command), command=command, on_gpus=on_gpus)
+    yield "ninja", machine.ninja(_which("ninja"), on_gpus=on_gpus)
     for variable in (caches.TRITON, caches.INDUCTOR) if on_gpus else (caches.OPERATORS,):
         where = str(caches.directory(variable))
-        yield machine.kept(where, fault=caches.fault(variable), on_gpus=on_gpus)
-    yield machine.nvcc(_nvcc_release(), build=torch.build)
+        name = "kernels" if on_gpus else "operators"
+        yield name, machine.kept(where, fault=caches.fault(variable), on_gpus=on_gpus)
+    yield "nvcc", machine.nvcc(_nvcc_release(), build=torch.build)
 
 
-def _resources(*, on_gpus: bool) -> Iterator[Finding]:
+def _resources(*, on_gpus: bool) -> Iterator[tuple[str, Finding]]:
     """Shared memory, disks and descriptors."""
     memory, total = Path("/dev/shm"), 0.0
     free: float | None = None
     if not files.write_fault(memory) and memory.is_dir():
         usage = shutil.disk_usage(memory)
         free, total = usage.free / _MIB, usage.total / _MIB
-    yield machine.shared_memory(free, total=total, on_gpus=on_gpus)
+    yield "/dev/shm", machine.shared_memory(free, total=total, on_gpus=on_gpus)
     for place in dict.fromkeys((os.getcwd(), tempfile.gettempdir())):
-        yield machine.disk(shutil.disk_usage(place).free / _GIB, place=place)
+        yield "disk", machine.disk(shutil.disk_usage(place).free / _GIB, place=place)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    yield machine.open_files(float("inf") if hard == resource.RLIM_INFINITY else float(hard))
+    most = float("inf") if hard == resource.RLIM_INFINITY else float(hard)
+    yield "open files", machine.open_files(most)
 
 
 def _requirements() -> tuple[list[str], dict[str, list[str]]]:
@@ -248,9 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check() -> int:
     print(f"adm-trainer {code_version()} on {platform.platform()}", flush=True)
     missing = []
-    for finding in findings():
-        print(f"{finding.state:8}  {finding.name:10}  {finding.said}", flush=True)
-        missing += [finding.name] * (finding.state == "missing")
+    for name, (state, said) in findings():
+        print(f"{state:8}  {name:10}  {said}", flush=True)
+        missing += [name] * (state == "missing")
     if missing:
         print(f"training cannot run here; missing: {', '.join(missing)}")
         return REFUSED
