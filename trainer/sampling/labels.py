@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data import files
+from data.config import naming
 from trainer.adm import keyed
 from trainer.settings import nearest
 
@@ -141,7 +142,8 @@ def class_numbers(text: str, *, count: int, names: Numbers) -> Sequence[int]:
                 )
             numbers += range(first, last + 1)
         else:
-            numbers.append(_number(word, option="--classes", count=count, names=names))
+            with naming("--classes"):
+                numbers.append(_number(word, count=count, names=names))
     if not numbers:
         raise ValueError(f"--classes {text[:40]!r}: must name a class, as in --classes 0-9,207")
     return numbers
@@ -164,8 +166,9 @@ def read_labels(path: Path, *, count: int, names: Numbers) -> NDArray[Any]:
         lines = _text(path, option="--labels").rstrip().splitlines()
         if "" in (stripped := [line.strip() for line in lines]):
             raise ValueError(f"--labels {path}: line {stripped.index('') + 1} is empty")
-        number = partial(_number, option=f"--labels {path}", count=count, names=names)
-        labels = np.array([number(line) for line in stripped], np.int64)
+        with naming(f"--labels {path}"):
+            numbers = [_number(line, count=count, names=names) for line in stripped]
+        labels = np.array(numbers, np.int64)
     if not len(labels):
         raise ValueError(f"--labels {path}: has no labels; it must have one for each image")
     return labels
@@ -200,7 +203,7 @@ def _words(line: str, names: Numbers) -> list[str]:
     return [word.strip() for word in line.split(",")]
 
 
-def _number(word: str, *, option: str, count: int, names: Numbers) -> int:
+def _number(word: str, *, count: int, names: Numbers) -> int:
     """The class that a word is the number or the name of, among `count`."""
     is_number = bool(re.fullmatch(r"-?\d+", word))
     # Longer ones are in no range, and Python refuses to convert very long ones.
@@ -209,23 +212,23 @@ def _number(word: str, *, option: str, count: int, names: Numbers) -> int:
     known = names()
     if isinstance(known, ValueError):
         if not is_number:
-            raise ValueError(f"{option}: {known}")
+            raise known
         known = {}
     named = known.get(word, number)
     if not in_range and word in known:
         return named
     if named != number:
         raise ValueError(
-            f"{option}: {word} is the number of one class and the name of class {named}: write "
+            f"{word} is the number of one class and the name of class {named}: write "
             f"{number}-{number} or {named}-{named} in --classes, and a file of --labels as an .npy"
         )
     if in_range:
         return number
     if is_number:
-        raise ValueError(f"{option}: {word} is not among the classes 0 to {count - 1}")
+        raise ValueError(f"{word} is not among the classes 0 to {count - 1}")
     first = ", ".join([*known][:5]) + (", ..." if len(known) > 5 else "")
     hint = nearest(word, [*known]) or f"; the classes are {first}"
-    raise ValueError(f"{option}: {word!r} is not a class{hint}")
+    raise ValueError(f"{word!r} is not a class{hint}")
 
 
 def _checked(labels: NDArray[Any], count: int | None, *, option: str) -> NDArray[np.int64]:
