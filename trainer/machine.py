@@ -12,12 +12,10 @@ from typing import Literal
 # The state, and what is said of it.
 Finding = tuple[Literal["ok", "warning", "missing", "optional"], str]
 
-# DeepSpeed gives each rank on a CPU such a buffer in /dev/shm, in MiB; NCCL takes less.
+# The buffer in /dev/shm that DeepSpeed's operator gives each rank on CPUs, in MiB.
 _PER_RANK = 66
 # Below these a machine is warned of: MiB of shared memory, GiB of disk, open files.
 LEAST_SHM, LEAST_DISK, LEAST_FILES = 1024, 10.0, 4096
-# Ranks on one machine, such as of the quickstart: those that must fit.
-_RANKS = 2
 # Requirements that the line of an optional set names.
 _LISTED = 3
 _INSTALL = "see docs/install.md"
@@ -150,25 +148,25 @@ def launchers(found: Sequence[str]) -> Finding:
 
 
 def shared_memory(free: float | None, *, total: float, on_gpus: bool) -> Finding:
-    """/dev/shm, in MiB: ranks of one machine exchange tensors there."""
+    """/dev/shm, in MiB, where NCCL exchanges tensors among the GPUs of a machine."""
     way_out = (
         "docker run --shm-size=16g or --ipc=host; Kubernetes: kubernetes.shared_memory of the "
         "cluster file; else mount -o remount,size=16G /dev/shm"
     )
+    need = "NCCL fails or ends with a bus error where it is full"
+    if not on_gpus:
+        need = f"the launcher `deepspeed` takes {_PER_RANK} MiB of it for each rank on CPUs"
     if free is None:
-        return "missing", f"is not there or not writable: {way_out}"
-    said = f"{free / 1024:.2f} of {total / 1024:.2f} GiB free"
-    if not on_gpus and free < _RANKS * _PER_RANK:
-        need = f"DeepSpeed takes {_PER_RANK} MiB for each rank on CPUs, and ends with a bus error"
-        return "missing", f"{said}; {need}: {way_out}"
+        state: Literal["missing", "warning"] = "missing" if on_gpus else "warning"
+        return state, f"is not there or not writable; {need}: {way_out}"
+    said = f"{_size(free)} of {_size(total)} free"
     if free < LEAST_SHM:
-        need = (
-            "NCCL and DeepSpeed may fail with a bus error"
-            if on_gpus
-            else (f"it suffices for {int(free) // _PER_RANK} ranks on CPUs, and NCCL may fail")
-        )
         return "warning", f"{said}; {need}: {way_out}"
     return "ok", said
+
+
+def _size(mib: float) -> str:
+    return f"{mib:.0f} MiB" if mib < LEAST_SHM else f"{mib / 1024:.1f} GiB"
 
 
 def disk(free_gib: float, *, place: str) -> Finding:
