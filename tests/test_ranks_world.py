@@ -16,10 +16,11 @@ from torch.distributed import distributed_c10d
 
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
+from trainer.ranks import meeting
 from trainer.ranks import world as worlds
 from trainer.ranks.faults import Broken
 from trainer.ranks.group import connected
-from trainer.ranks.meeting import meeting_store
+from trainer.ranks.meeting import exchange, meeting_store
 from trainer.ranks.world import World, join
 
 STEP = {
@@ -157,6 +158,22 @@ def test_a_rank_that_no_other_meets_says_where_it_waited_in_one_line(
     line = job.texts[0].splitlines()[-1]
     assert re.search(f"rank {rank} on .*: error: the ranks did not meet at 127.*{said}", line)
     assert "Traceback" not in job.texts[0]
+
+
+def miss_a_third() -> int:
+    meeting._TELL, world = 0.5, replace(join(), size=3)
+    exchange(meeting_store(world, timeout=timedelta(seconds=5)), world, None)
+    return 0
+
+
+def test_ranks_that_wait_for_another_say_for_which_and_end_with_one_line(tmp_path: Path) -> None:
+    """As where srun or ssh has started a rank whose Python does not start."""
+    job = ranks.fork(tmp_path, miss_a_third, ranks=2)
+    assert statuses(job) == [FAILED, FAILED]
+    assert re.search(r"^waiting at 127\.0\.0\.1:\d+ for rank 2 of 3$", job.texts[0], re.MULTILINE)
+    for rank, text in enumerate(job.texts):
+        assert "Traceback" not in text
+        assert f"rank {rank} on " in text and "the ranks did not meet at 127.0.0.1:" in text
 
 
 def meet_one_that_ends() -> int:

@@ -9,8 +9,10 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +23,8 @@ from trainer.ranks.world import World
 
 # Seconds between two looks at the store.
 _LOOK = 0.05
+# Seconds between two lines about ranks that have not come, and how many such a line names.
+_TELL, _NAMED = 30.0, 8
 # Nodes of torchrun that stay keep the store of before, where one that joins opens another.
 _ELASTIC = (
     "did not come in time: where nodes of torchrun come and go, start it on each with "
@@ -36,25 +40,60 @@ def meeting_store(world: World, *, timeout: timedelta) -> dist.Store:
         TimeoutError: a rank did not come, or cannot reach the store.
     """
     try:
-        meet = dist.rendezvous("env://", world.rank, world.size, timeout=timeout)
-        store: dist.Store = next(iter(meet))[0]
+        with _missing_named(world):
+            meet = dist.rendezvous("env://", world.rank, world.size, timeout=timeout)
+            store: dist.Store = next(iter(meet))[0]
     except dist.DistError as error:
         if "EADDRINUSE" not in str(error):
-            raise TimeoutError(
-                f"the ranks did not meet at {world.address}:{world.port}: {error} See that all "
-                f"{world.size} are started, each with its own RANK, and that their nodes reach "
-                "this address (MASTER_ADDR, MASTER_PORT)"
-            ) from None
+            raise TimeoutError(_not_met(world, error)) from None
         raise Broken(
             f"port {world.port} of {socket.gethostname()} is in use, perhaps by another run: set "
             "MASTER_PORT, or the launcher's option, as in `deepspeed --master_port 29511 ...`"
         ) from None
     store.set_timeout(timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store.set(f"here {world.rank}", "")
         return store
     end = time.monotonic() + timeout.total_seconds()
     name = _answer_all(store, world, end=end) if world.is_main else _ask(store, world, end=end)
     return dist.PrefixStore(name, store)
+
+
+@contextmanager
+def _missing_named(world: World) -> Iterator[None]:
+    """While entered, the main rank says each half minute which ranks have not come yet.
+
+    They may have ended before: neither srun nor ssh ends the others for that.
+    """
+    met = threading.Event()
+    if world.is_main:
+        threading.Thread(target=_name_missing, args=(world, met), daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
+
+
+def _name_missing(world: World, met: threading.Event) -> None:
+    while not met.wait(_TELL):
+        with suppress(dist.DistError):
+            # The main rank's own waits for all.
+            store = dist.TCPStore(world.address, world.port, wait_for_workers=False)
+            missing = [rank for rank in range(1, world.size) if not store.check([f"here {rank}"])]
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            ranks = f"{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:_NAMED]))}{more}"
+            if missing:
+                where = f"{world.address}:{world.port}"
+                print(f"waiting at {where} for rank{ranks} of {world.size}", flush=True)
+
+
+def _not_met(world: World, error: dist.DistError) -> str:
+    why = str(error).partition("\n")[0]  # torch may add a stack trace
+    return (
+        f"the ranks did not meet at {world.address}:{world.port}: {why} See that all "
+        f"{world.size} are started, each with its own RANK, and that their nodes reach this "
+        "address (MASTER_ADDR, MASTER_PORT)"
+    )
 
 
 def exchange(store: dist.Store, world: World, mine: Any) -> list[Any]:
@@ -62,7 +101,18 @@ def exchange(store: dist.Store, world: World, mine: Any) -> list[Any]:
 
     Raises:
         Refused: on every rank, unless the processes that came are the ranks that they should be.
+        TimeoutError: another rank did not come.
     """
+    try:
+        found = _exchanged(store, world, mine)
+    except dist.DistError as error:
+        raise TimeoutError(_not_met(world, error)) from None
+    _check(found, size=len(found))
+    return [said for *_, said in sorted(found, key=lambda each: each[0])]
+
+
+def _exchanged(store: dist.Store, world: World, mine: Any) -> list[Any]:
+    """Rank, number of ranks, host and what it has, of each process that came."""
     if world.is_main:
         store.set("size", str(world.size))
     size = int(store.get("size"))
@@ -74,8 +124,7 @@ def exchange(store: dist.Store, world: World, mine: Any) -> list[Any]:
     store.set(f"heard {number}", "")
     if world.is_main:  # the store may end with this process
         store.wait([f"heard {n}" for n in everyone])
-    _check(found, size=size)
-    return [said for *_, said in sorted(found, key=lambda each: each[0])]
+    return found
 
 
 def _check(found: Sequence[Sequence[Any]], *, size: int) -> None:
