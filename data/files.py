@@ -7,7 +7,7 @@ import pwd
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -99,6 +99,22 @@ def write_fault(directory: Path) -> str:
     except OSError as error:
         denied, _ = _denied(place) if isinstance(error, PermissionError) else ("", "")
         return denied or f"{place} is not writable ({error.strerror})"
+
+
+def look_again(directory: Path) -> None:
+    """See a directory that another machine has made a moment ago.
+
+    A machine may hold for a minute that it was missing, as clients of NFS do. To make it asks the
+    server; what is made so, where the directory is not to be seen here, is removed again.
+    """
+    made = []
+    for place in (*reversed(directory.absolute().parents), directory.absolute()):
+        with suppress(OSError):
+            place.mkdir()
+            made.append(place)
+    for place in reversed(made):
+        with suppress(OSError):  # another process has put something there
+            place.rmdir()
 
 
 def denial(path: Path) -> str:

@@ -255,9 +255,15 @@ def last_checkpoint(run: Path, *, now: float | None = None) -> str | None:
 
 def _checkpoint(run: Path) -> tuple[int, float]:
     """The clock of the newest checkpoint and when it was written; zeros when there is none."""
-    found = [p for p in run.glob("checkpoints/*") if re.fullmatch(r"\d{12}", p.name)]
-    newest = max(found, key=lambda p: p.name, default=None)
+    state, found = RunState.read(run), [*run.glob("checkpoints/*")]
+    if state is not None and state.checkpoint:  # NFS may list for a minute what was there before
+        found.append(run / "checkpoints" / state.checkpoint)
+    newest = max((p for p in found if _is_checkpoint(p)), key=lambda p: p.name, default=None)
     return (int(newest.name), _written(newest)) if newest else (0, 0.0)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"\d{12}", path.name) is not None and path.is_dir()
 
 
 def _last_event(run: Path) -> str | None:

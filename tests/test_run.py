@@ -1,4 +1,4 @@
-"""The run directory's record of how a start ended, whatever else goes wrong."""
+"""The run directory: its record of how a start ended, and what another machine sees of it late."""
 
 import socket
 import threading
@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import files
+from launch import status
 from tests.support.faults import full_disk
 from trainer import config as configs
+from trainer.checkpoint import committed
 from trainer.ranks.group import Broken, Refused
 from trainer.run import Run, fixed_among
 from trainer.runstate import RunState
@@ -88,3 +91,30 @@ def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Pat
 def test_what_makes_it_another_experiment_is_fixed(change: str, is_fixed: bool) -> None:
     changes = configs.changes(configs.load("digits"), configs.load("digits", [change]))
     assert [said.split(" = ")[0] for said in fixed_among(changes)] == [*changes] * is_fixed
+
+
+def test_to_look_again_for_a_directory_leaves_none_behind(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (tmp_path / "file").touch()
+    for place in (there, there / "not" / "here", tmp_path / "file" / "below"):
+        files.look_again(place)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "file", there]
+
+
+def test_a_listing_that_is_a_minute_old_hides_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for images_seen in (8, 16):
+        (checkpoints / f"{images_seen:012d}").mkdir(parents=True)
+    (tmp_path / "launch").mkdir()
+    old = [checkpoints / f"{8:012d}"]
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(old))
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(old))
+    assert committed(checkpoints) == old
+    RunState(state="finished", checkpoint=f"{16:012d}").write(tmp_path, writer="me")
+    assert [path.name for path in committed(checkpoints)] == [f"{16:012d}", f"{8:012d}"]
+    assert (status.last_checkpoint(tmp_path) or "").startswith(f"{16:012d}")
+    (checkpoints / f"{16:012d}").rename(checkpoints / "away")
+    assert committed(checkpoints) == old

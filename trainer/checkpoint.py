@@ -20,6 +20,7 @@ from typing import Any
 from data import files
 from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
+from trainer.runstate import RunState
 from trainer.state import TrainState
 
 # The result of a validation of the weights beside it.
@@ -58,7 +59,12 @@ class Checkpoint:
 
 def committed(checkpoints: Path) -> list[Path]:
     """The committed checkpoints of a run, newest first."""
-    found = checkpoints.iterdir() if checkpoints.is_dir() else iter(())
+    found = set(checkpoints.iterdir()) if checkpoints.is_dir() else set()
+    # NFS may list for a minute what was there before; the run's state is read afresh.
+    state = RunState.read(checkpoints.parent)
+    if state is not None and state.checkpoint is not None:
+        last = checkpoints / state.checkpoint
+        found |= {last} if last.is_dir() else set()
     return sorted((p for p in found if _NAME.fullmatch(p.name)), reverse=True)
 
 

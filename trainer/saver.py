@@ -228,6 +228,7 @@ class Saver:
         assert self._state is not None
         self._facts, self._error = {}, None
         try:
+            files.look_again(directory)
             for kind, tensors in kinds.items():
                 file = directory / f"{kind}.safetensors"
                 # One entry alone: safetensors writes several in any order, and the files of equal

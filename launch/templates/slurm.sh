@@ -32,6 +32,11 @@ state() {
   sed -n "s/^ \"$1\": \"\(.*\)\",*$/\1/p" "$run/launch/state.json" 2> /dev/null
 }
 
+# Opened, since NFS may show for a minute a file that was removed.
+stop_requested() {
+  { : < "$run/launch/stop"; } 2> /dev/null
+}
+
 newest() {
   newest=$(state checkpoint)
   echo "${newest:-none}"
@@ -192,7 +197,7 @@ attend() {
   return "$ended"
 }
 
-adm_functions=$(declare -f begin say refuse state newest ask again at_limit seconds lost_twice follow_up leave end_timer attend)
+adm_functions=$(declare -f begin say refuse state stop_requested newest ask again at_limit seconds lost_twice follow_up leave end_timer attend)
 
 @preamble@
 eval "$adm_functions"
@@ -218,14 +223,14 @@ case $status in
   0)  # also what srun says when Slurm has given the job's node up
     if [ "$(state state)" = finished ]; then
       say "finished"
-    elif [ -e "$run/launch/stop" ]; then
+    elif stop_requested; then
       say "stopped as requested"
     else
       again "srun ended in mid-run"
     fi ;;
   @refused@) say "refused for the reason above; not started again" ;;
   @more@)
-    if [ -e "$run/launch/stop" ]; then
+    if stop_requested; then
       say "stopped as requested"
     elif [ "$(state why)" = "by a signal before the first step" ]; then
       again "told to leave before the first step"

@@ -3,8 +3,10 @@
 Each machine is a process tree in network, UTS, mount, IPC and PID namespaces of its own: it has
 its own host name, address, /tmp, /run, /dev/shm and sshd. `ctl` is the login node and runs munged
 and slurmctld; n1, n2 ... run slurmd with two pretended GPUs. They share the cluster's directory,
-the checkout and its Python, as over NFS, and one key opens all of them. A machine can be cut off
-from the network, powered off and booted. Needs root and the Debian packages in `PACKAGES`.
+the checkout and its Python, and one key opens all of them; `disk` they share as over NFS: for half
+a minute a machine holds what it knew of a name, so that what another has made or removed does not
+show. A machine can be cut off from the network, powered off and booted. Needs root, the Debian
+packages in `PACKAGES`, and leave to make namespaces; without FUSE the disk has no such ways.
 """
 
 import fcntl
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +26,17 @@ from pathlib import Path
 from tests.support import etc
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = "slurmctld slurmd slurm-client munge openssh-server pdsh iputils-ping iproute2 tmux"
-_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "pdsh", "ip", "tmux")
+PACKAGES = (
+    "slurmctld slurmd slurm-client munge openssh-server pdsh iputils-ping iproute2 tmux bindfs"
+)
+_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "pdsh", "ip", "tmux", "bindfs")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _BRIDGE = "brtest"
 GPUS = 2
+# Options of the disk's mount: what a machine knows of a name, also that there is none, it holds for
+# half a minute. What a file holds it asks afresh, as NFS does when a file is opened.
+_AS_NFS = ("--enable-lock-forwarding", "--multithreaded", "-o")
+_AS_NFS += ("entry_timeout=30,negative_timeout=30,attr_timeout=0",)
 # Seconds after which what is waited for counts as hung, on the slowest machine.
 LIMIT = 900.0
 
@@ -74,10 +83,21 @@ class Cluster:
     def names(self) -> list[str]:
         return [f"n{i}" for i in range(1, self.nodes + 1)]
 
+    @property
+    def disk(self) -> Path:
+        """The shared disk of the runs."""
+        return self.home / "disk"
+
     def __enter__(self) -> "Cluster":
         # Its network has fixed names: another cluster on this box has to end first.
         self._alone = (Path(tempfile.gettempdir()) / "test-cluster.lock").open("w")
         fcntl.flock(self._alone, fcntl.LOCK_EX)
+        self.disk.mkdir(parents=True)
+        self.disk_mount = ["bindfs", *_AS_NFS, str(self.disk), str(self.disk)]
+        tried = ["unshare", "--mount", "sh", "-c", '"$@" && umount "$0"', self.disk]
+        if subprocess.run([*tried, *self.disk_mount], capture_output=True).returncode:
+            warnings.warn("no FUSE: the machines share their disk without NFS's ways", stacklevel=1)
+            self.disk_mount = ["true"]
         etc.write(self.home, peers=self._peers(), gpus=GPUS, path=PATH)
         for left in (_BRIDGE, *map(_cable, ("ctl", *self.names))):  # by tests that were killed
             subprocess.run(["ip", "link", "del", left], capture_output=True)
@@ -203,7 +223,8 @@ class Cluster:
         places = [self.home, ROOT, sys.prefix, sys.base_prefix, *sys.path]
         shared = below_tmp([*places, environment["TORCH_EXTENSIONS_DIR"]])
         machine = {"name": name, "home": str(self.home), "shared": shared}
-        return json.dumps({**machine, "peers": self._peers(), "environment": environment})
+        machine |= {"peers": self._peers(), "environment": environment}
+        return json.dumps({**machine, "disk": self.disk_mount})
 
     def _peers(self) -> dict[str, tuple[str, str]]:
         """Address and hardware address of every machine."""

@@ -44,6 +44,7 @@ def _mount(settings: dict, *, home: Path) -> None:
         _run("mount", "--bind", shared, inside)
     _run("mount", "--rbind", own, "/tmp")
     os.chdir("/")
+    _run(*settings["disk"])
     Path("/run/sshd").mkdir(mode=0o755)
 
 

@@ -57,7 +57,7 @@ class Site:
         return file
 
     def run(self, name: str) -> Path:
-        return self.cluster.home / 'it\'s at 90%n, "new"' / name
+        return self.cluster.disk / 'it\'s at 90%n, "new"' / name
 
     def words(self, *words: object) -> list[object]:
         """`python -m launch` with these words."""

@@ -14,6 +14,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -140,7 +141,7 @@ class Lease:
         #: The run's count of starts, this one included; None until it is known.
         self.starts: int | None = None
         self._released = threading.Event()
-        self.stop_requested = stop_file(run).exists()
+        self.stop_requested = stop_requested(run)
         threading.Thread(target=self._show_life, daemon=True).start()
 
     def check(self) -> None:
@@ -184,14 +185,19 @@ class Lease:
                 if found is not None and found.token != self.me.token:
                     return
                 os.utime(_file(self._run))
-                self.stop_requested = stop_file(self._run).exists()
+                self.stop_requested = stop_requested(self._run)
             except OSError:
                 continue  # a network file system may fail for a while
 
 
 def claim(run: Path, *, mark: Callable[[str], None] = unmarked) -> Lease:
     """Take the right to write `run`; ValueError where another job does. `mark`: see above."""
-    me, before = Holder.here(run), holder(run)
+    me = Holder.here(run)
+    _file(run).parent.mkdir(parents=True, exist_ok=True)
+    # NFS may hold for a minute that there is none: to make it asks the server.
+    with suppress(FileExistsError):
+        _file(run).open("x").close()
+    before = holder(run)
     if before is not None and not before.is_followed_by(me):
         busy = live_holder(run, mark=mark)
         if busy is not None:
@@ -199,7 +205,6 @@ def claim(run: Path, *, mark: Callable[[str], None] = unmarked) -> Lease:
                 f"{busy} is writing {run}: wait for it, stop it with `{stop_command(run)}`, or "
                 "name another --run directory"
             )
-    _file(run).parent.mkdir(parents=True, exist_ok=True)
     _write(run, me)
     return Lease(run, me)
 
@@ -207,6 +212,7 @@ def claim(run: Path, *, mark: Callable[[str], None] = unmarked) -> Lease:
 def check_seen(run: Path, *, token: str, machine: str, mark: Callable[[str], None]) -> None:
     """Raise ValueError unless `run` is here the directory that the main rank has claimed."""
     # A network file system may show for a while that there was no file.
+    files.look_again(_file(run).parent)
     end = time.monotonic() + (0 if machine == Process.here().machine else SEEN)
     while (found := holder(run)) is None or found.token != token:
         if time.monotonic() >= end:
@@ -226,6 +232,17 @@ def stop_file(run: Path) -> Path:
 def stop_command(run: Path) -> str:
     """What a user types to stop the process that writes the run."""
     return f"python -m launch stop {shlex.quote(str(run))}"
+
+
+def stop_requested(run: Path) -> bool:
+    """Whether it is there: opened, since NFS may show for a minute a file that was removed."""
+    try:
+        stop_file(run).open().close()
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def request_stop(run: Path) -> None:
