@@ -101,8 +101,8 @@ def write_fault(directory: Path) -> str:
         return denied or f"{place} is not writable ({error.strerror})"
 
 
-def look_again(directory: Path) -> None:
-    """See a directory that another machine has made a moment ago.
+def look_again(directory: Path) -> Path:
+    """That directory, seen also where another machine has made it a moment ago.
 
     A machine may hold for a minute that it was missing, as clients of NFS do. To make it asks the
     server; what is made so, where the directory is not to be seen here, is removed again.
@@ -115,6 +115,7 @@ def look_again(directory: Path) -> None:
     for place in reversed(made):
         with suppress(OSError):  # another process has put something there
             place.rmdir()
+    return directory
 
 
 def denial(path: Path) -> str:

@@ -1,20 +1,32 @@
 """The run directory: its record of how a start ended, and what another machine sees of it late."""
 
+import errno
+import os
 import socket
 import threading
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from data import files
 from launch import status
+from tests.support import ranks
 from tests.support.faults import full_disk
 from trainer import config as configs
 from trainer.checkpoint import committed
-from trainer.ranks.group import Broken, Refused
+from trainer.ranks.group import Broken, Refused, agreed, connected
+from trainer.ranks.world import join
 from trainer.run import Run, fixed_among
 from trainer.runstate import RunState
+from trainer.saver import Saver
+from trainer.sections import IntervalConfig
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="root alone can be another user")
 
 
 @pytest.mark.parametrize(
@@ -118,3 +130,36 @@ def test_a_listing_that_is_a_minute_old_hides_no_checkpoint(
     assert (status.last_checkpoint(tmp_path) or "").startswith(f"{16:012d}")
     (checkpoints / f"{16:012d}").rename(checkpoints / "away")
     assert committed(checkpoints) == old
+
+
+def commit_nothing(run: Path, fault: str) -> int:
+    """A start on a disk that cannot rename directories, or where rank 1 is not the run's user."""
+    world = join()
+    with connected(world, patience=ranks.LIMIT), ExitStack() as stack:
+        here = agreed(
+            lambda: stack.enter_context(Run(run).claimed()) if world.is_main else Run(run)
+        )
+        saver = Saver(here, world=world, intervals=IntervalConfig(log=1, checkpoint=1))
+        if world.is_main and fault == "renames":
+            # As gcsfuse does.
+            Path.rename = Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))  # type: ignore[method-assign]
+        if not world.is_main and fault == "user":
+            os.seteuid(65534)
+        saver.check_disk(SimpleNamespace(kinds=("model",), parameter_count=1))
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("renames", "RUN: a directory cannot be renamed there (Too many open files), as checkpoin"),
+        pytest.param("user", "rank 1: user nobody may not enter ", marks=AS_ROOT),
+    ],
+)
+def test_a_disk_where_no_checkpoint_can_be_committed_ends_the_start(
+    tmp_path: Path, fault: str, said: str
+) -> None:
+    tmp_path.chmod(0o700)
+    job = ranks.fork(tmp_path, partial(commit_nothing, tmp_path / "run", fault), ranks=2)
+    assert job.wait().startswith(f"error: {said.replace('RUN', str(tmp_path / 'run'))}"), job.text
+    assert 0 not in [process.exitcode for process in job.ranks]

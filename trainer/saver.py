@@ -21,7 +21,7 @@ from data import files
 from trainer import weights
 from trainer.checkpoint import STATE, best, committed, file_facts, sealed, superseded
 from trainer.ranks.faults import Broken, describe
-from trainer.ranks.group import from_main, gather
+from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
 from trainer.run import Run
 from trainer.sections import IntervalConfig
@@ -69,9 +69,24 @@ class Saver:
         # Whether the last `flag`, and the one before, were about the save that is pending.
         self._flagged = self._known = False
 
-    def check_room(self, source: Gathered) -> None:
-        """Raise Broken unless the disk has room for a checkpoint."""
-        from_main(lambda: self._require_room(source))
+    def check_disk(self, source: Gathered) -> None:
+        """Raise Broken unless the disk has room for a checkpoint, and the ranks can commit one."""
+        trial = self._run.checkpoints / ".trial.partial"
+        from_main(lambda: self._prepare(source, trial))
+        agreed(lambda: (files.look_again(trial) / str(self._world.rank)).touch())
+        from_main(lambda: self._try_commit(trial))
+
+    def _try_commit(self, trial: Path) -> None:
+        try:
+            trial.rename(_aside(trial))
+        except OSError as error:
+            shutil.rmtree(trial, ignore_errors=True)
+            said = (
+                f"a directory cannot be renamed there ({error.strerror}), as checkpoints are: put "
+                "--run on a file system that can, which mounted object stores cannot"
+            )
+            raise OSError(error.errno, said, str(self._run.path)) from None
+        self._remove(())
 
     def save(
         self, source: Gathered, *, state: TrainState, prunes: bool = True, ends: bool = False
@@ -92,7 +107,7 @@ class Saver:
             return
         mine: dict[str, dict[str, Tensor]] = {}
         for number, kind in enumerate(source.kinds):
-            owner = owner_of(number, self._world)
+            owner = self._world.owner(number)
             whole = source.gather(kind, to=owner)
             if owner == self._world.rank:
                 mine[kind] = whole
@@ -276,16 +291,6 @@ def _fault(act: Callable[[], object]) -> str | None:
     except OSError as error:
         return describe(error)
     return None
-
-
-def owner_of(number: int, world: World) -> int:
-    """The rank that writes file `number`.
-
-    The first ranks of all nodes come first, so that as many nodes as there are files share the
-    gathering and the writing; then their second ranks. Ranks are numbered node by node.
-    """
-    nodes = max(1, world.size // world.local_size)
-    return (number % nodes * world.local_size + number // nodes) % world.size
 
 
 def _aside(path: Path) -> Path:

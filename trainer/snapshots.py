@@ -26,7 +26,6 @@ from trainer.ranks.group import gather
 from trainer.ranks.lease import LeaseLost
 from trainer.ranks.world import World
 from trainer.run import Run
-from trainer.saver import owner_of
 from trainer.state import Gathered
 
 # The end of the name of a snapshot that is not of the run any more.
@@ -125,7 +124,7 @@ class Snapshots:
         partial = directory(self._run.path) / f".{images_seen:012d}.partial"
         facts, fault = {}, None
         for number, name in enumerate(self._names):
-            owner = owner_of(number, self._world)
+            owner = self._world.owner(number)
             whole = source.gather(name, to=owner)
             if owner == self._world.rank and fault is None:
                 try:

@@ -207,7 +207,7 @@ def _loop(
     config, run, world = plan.config, plan.run, context.world
     mark = context.watchdog.mark
     saver = Saver(run, world=world, intervals=config.intervals, mark=mark)
-    saver.check_room(engine)
+    saver.check_disk(engine)
     with ExitStack() as stack:
         stack.enter_context(forensics.out_of_memory_kept(run.path / "launch", rank=world.rank))
         stream = stack.enter_context(plan.stream)

@@ -36,6 +36,15 @@ class World:
         """Whether this is rank 0, which alone writes the run."""
         return self.rank == 0
 
+    def owner(self, number: int) -> int:
+        """The rank that writes file `number`.
+
+        The first ranks of all nodes come first, so that as many nodes as there are files share the
+        gathering and the writing; then their second ranks. Ranks are numbered node by node.
+        """
+        nodes = max(1, self.size // self.local_size)
+        return (number % nodes * self.local_size + number // nodes) % self.size
+
     def environment(self) -> dict[str, str]:
         """The variables by which torch.distributed and DeepSpeed find each other."""
         return {
