@@ -5,6 +5,7 @@ is alive is asked of the queue, or read from the lease.
 """
 
 import math
+import os
 import re
 import statistics
 import time
@@ -257,13 +258,11 @@ def _checkpoint(run: Path) -> tuple[int, float]:
     """The clock of the newest checkpoint and when it was written; zeros when there is none."""
     state, found = RunState.read(run), [*run.glob("checkpoints/*")]
     if state is not None and state.checkpoint:  # NFS may list for a minute what was there before
-        found.append(run / "checkpoints" / state.checkpoint)
-    newest = max((p for p in found if _is_checkpoint(p)), key=lambda p: p.name, default=None)
+        last = run / "checkpoints" / state.checkpoint
+        found += [last] if os.path.isdir(last) else []  # False on errors, unlike that of a Path
+    names = [p for p in found if re.fullmatch(r"\d{12}", p.name)]
+    newest = max(names, key=lambda p: p.name, default=None)
     return (int(newest.name), _written(newest)) if newest else (0, 0.0)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return re.fullmatch(r"\d{12}", path.name) is not None and path.is_dir()
 
 
 def _last_event(run: Path) -> str | None:
