@@ -71,7 +71,8 @@ class Saver:
 
     def check_disk(self, source: Gathered) -> None:
         """Raise Broken unless the disk has room for a checkpoint, and the ranks can commit one."""
-        trial = self._run.checkpoints / ".trial.partial"
+        # A name that no machine has seen before: NFS may show for a minute what had it.
+        trial = self._run.checkpoints / from_main(lambda: f".{time.time_ns()}.partial")
         from_main(lambda: self._prepare(source, trial))
         agreed(lambda: (files.look_again(trial) / str(self._world.rank)).touch())
         from_main(lambda: self._try_commit(trial))
