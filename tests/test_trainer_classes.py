@@ -142,7 +142,7 @@ def test_resuming_a_run_that_was_trained_without_labels_says_to_start_another(
     tmp_path: Path, tiny: Path
 ) -> None:
     shards, run = flat_folder(tmp_path), Run(tmp_path / "run")
-    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / f"{8:012d}").mkdir(parents=True)
     changes = [f'data.shards = "{shards.root}"', "data.streams = 4"]
     run.config_file.write_text(configs.to_toml(configs.load(tiny, changes)))
     with pytest.raises(ValueError, match=r"run was trained on these shards: start another run"):

@@ -64,7 +64,8 @@ def committed(checkpoints: Path) -> list[Path]:
     state = RunState.read(checkpoints.parent)
     if state is not None and state.checkpoint is not None:
         last = checkpoints / state.checkpoint
-        found |= {last} if last.is_dir() else set()
+        if last.is_dir():
+            found.add(last)
     return sorted((p for p in found if _NAME.fullmatch(p.name)), reverse=True)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from data.config import shown
 from data.mixture import Dataset
+from trainer.checkpoint import committed
 from trainer.config import Config
 from trainer.run import Run
 
@@ -102,5 +103,5 @@ def _ways_out(config: Config, run: Run) -> str:
     return (
         pack
         + (unset if config.objective == "denoise" else "")
-        + (again if run.checkpoints.exists() else "")
+        + (again if committed(run.checkpoints) else "")
     )
