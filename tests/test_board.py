@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.faults import full_disk
 from trainer import config as configs
+from trainer.records import Records
 from trainer.run import Run
 from trainer.watch import goodput, wandb
 from trainer.watch.board import Board
@@ -40,11 +41,13 @@ def open_board(
         def log(self, text: str) -> None:
             log(text)
 
-    return Board(Unclaimed(run), config=config, images_seen=images_seen, mfu=mfu)
+    unclaimed = Unclaimed(run, _records=Records(run, check=lambda: None, show=log))
+    return Board(unclaimed, config=config, images_seen=images_seen, mfu=mfu)
 
 
 def report(board: Board, loss: float, *, images_seen: int, **more: float) -> None:
     board.report({"loss": loss, **VALUES, **more}, images_seen=images_seen, slow="")
+    board._run.settle()
 
 
 def events(run: Path) -> EventAccumulator:
@@ -124,14 +127,15 @@ def test_an_event_file_torn_by_a_crash_hides_nothing_of_later_starts(tmp_path: P
 
 
 def test_what_a_full_disk_did_not_take_is_shown_when_there_is_room(tmp_path: Path) -> None:
-    threads = threading.enumerate()
     with open_board(tmp_path, images_seen=0) as board:
         report(board, 1.0, images_seen=64)
+        threads = threading.enumerate()
         for images_seen in (128, 192):
             with full_disk():
                 report(board, 1.0, images_seen=images_seen)
                 picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
                 board.picture("samples", picture, images_seen=images_seen)
+                board._run.settle()
         assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [64]
         report(board, 1.0, images_seen=256)
         assert set(threading.enumerate()) <= set(threads)  # one could end with a traceback

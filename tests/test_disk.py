@@ -80,6 +80,24 @@ def test_shards_that_take_the_place_of_a_run_s_own_end_it_before_it_saves(
     assert state is not None and state.state == "refused"
 
 
+def test_training_does_not_wait_for_a_disk_that_hangs(bare: Place) -> None:
+    run, steps = bare.run("hangs"), 8
+    run.mkdir()
+    os.mkfifo(run / "log.txt")  # who opens it hangs until it is read
+    sets = ("intervals.checkpoint = 1000000", f"training.images = {steps * STEP}")
+    job = ranks.start(bare.root / "job", ranks=2, runs=[bare.arguments("hangs", sets=sets)])
+    until(lambda: f"images {steps * STEP} of" in job.texts[0] or not job.ranks[0].is_alive())
+    assert not (run / "metrics.jsonl").exists() and job.ranks[0].is_alive()  # nothing else passes
+    read = os.open(run / "log.txt", os.O_RDWR)
+    job.wait()
+    assert job.statuses == [0]
+    shown = [line for line in job.texts[0].splitlines() if line[:2] == "20"]
+    assert os.read(read, 2**16).decode().splitlines() == shown
+    os.close(read)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == steps
+    assert bare.checkpoint("hangs", steps * STEP)
+
+
 def test_training_goes_on_while_the_disk_is_full(bare: Place) -> None:
     checkpoints = bare.run("filled") / "checkpoints"
     arguments = bare.arguments("filled", sets=(*EVERY, *ENDLESS))

@@ -99,10 +99,10 @@ def test_the_advised_interval_weighs_saves_against_failures() -> None:
 )
 def test_torn_lines_are_left_out(torn: str, tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
-    goodput.note(tmp_path, "training", images=5)
+    goodput.append(tmp_path, goodput.row("training", images=5))
     with goodput.file(tmp_path).open("a") as file:
         file.write(torn)
-    goodput.note(tmp_path, "end", state="finished")
+    goodput.append(tmp_path, goodput.row("end", state="finished"))
     assert [row["event"] for row in goodput.read(tmp_path)] == ["training", "end"]
     assert goodput.account(goodput.read(tmp_path)) is None
 

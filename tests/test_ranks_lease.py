@@ -168,7 +168,9 @@ def test_a_start_that_came_and_went_is_no_missing_file(
 
 
 def test_a_run_that_was_removed_is_named(tmp_path: Path) -> None:
-    with Run(tmp_path / "run").claimed() as run:
+    gone = r"run is gone: it was moved or removed"
+    with pytest.raises(lease.LeaseLost, match=gone), Run(tmp_path / "run").claimed() as run:
         shutil.rmtree(tmp_path / "run")
-        with pytest.raises(lease.LeaseLost, match=r"run is gone: it was moved or removed"):
-            run.log("hello")
+        run.log("hello")
+        with pytest.raises(lease.LeaseLost, match=gone):
+            run.settle()

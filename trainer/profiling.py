@@ -74,7 +74,7 @@ class StepProfiler:
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *cuda],
             schedule=schedule(wait=_WAIT, warmup=_WARM_UP, active=steps, repeat=1),
-            on_trace_ready=lambda found: run.attempt("profile/", lambda: self._write(found)),
+            on_trace_ready=self._keep,
         )
         self._profile.start()
 
@@ -100,6 +100,10 @@ class StepProfiler:
             f"--profile {wanted}: {max(done, 0)} steps were profiled: this start ended after "
             f"{self._count}, of which the first {_WAIT + _WARM_UP} are not"
         )
+
+    def _keep(self, found: Any) -> None:
+        self._run.attempt("profile/", lambda: self._write(found))
+        self._run.settle()  # the profiler is ours again after this
 
     def _write(self, found: Any) -> None:
         if self._steps < 1:

@@ -11,11 +11,9 @@ import socket
 import threading
 import time
 import tomllib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from trainer.config import Config
 from trainer.ranks import lease as leases
 from trainer.ranks.faults import named_hosts
 from trainer.ranks.lease import Lease, LeaseLost
+from trainer.records import Records
 from trainer.runstate import RunState
 from trainer.settings import is_in
 from trainer.watch import goodput
@@ -51,8 +50,6 @@ _FIXED = (
     "data.block",
 )
 _FREE = ("model.checkpoint",)
-# The most rows of a file that wait for room on a full disk.
-_WAITING = 10_000
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,8 @@ class Run:
     lease: Lease | None = None
     #: Names the claim of this start, on all ranks.
     token: str = ""
-    # What could not be written the last time.
-    _failing: set[str] = field(default_factory=set, compare=False)
-    # Rows that had no room, by the name of their file.
-    _waiting: dict[str, deque[str]] = field(default_factory=dict, compare=False)
+    # Writes what training goes on without; the main rank's alone.
+    _records: Records | None = None
 
     @contextmanager
     def claimed(self, *, mark: Callable[[str], None] = leases.unmarked) -> Iterator["Run"]:
@@ -80,7 +75,8 @@ class Run:
         """
         last_sign = leases.beat(self.path) / 1e9
         lease = leases.claim(self.path, mark=mark)
-        run = replace(self, lease=lease, token=lease.me.token)
+        records = Records(self.path, check=lease.check, show=_show)
+        run = replace(self, lease=lease, token=lease.me.token, _records=records)
         try:
             before = RunState.read(self.path)
             starts = 1 + (before.starts if before else 0)
@@ -96,11 +92,13 @@ class Run:
             lease.starts = starts
             goodput.note_start(self.path, last_sign=last_sign, job_id=lease.me.job)
             yield run
+            records.settle()
         except LeaseLost:
             raise
         except (Exception, KeyboardInterrupt) as error:
             # A full disk, or a lost lease, must not take the place of the error.
             with suppress(OSError, LeaseLost):
+                records.wait()
                 run.check_lease()
                 run._note_failure(error)
             raise
@@ -108,7 +106,7 @@ class Run:
             with suppress(OSError, LeaseLost):
                 run.check_lease()
                 state = RunState.read(self.path)
-                goodput.note(self.path, "end", state=state.state if state else "")
+                goodput.append(self.path, goodput.row("end", state=state.state if state else ""))
             with suppress(OSError):
                 lease.release()
 
@@ -208,23 +206,19 @@ class Run:
         files.write(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
     def attempt(self, what: str, write: Callable[[], object]) -> None:
-        """Write what training can go on without; say so when it fails, and when it works again.
+        """Write what training can go on without, behind it and in order; see `Records`.
 
         Raises:
             ValueError: another start has taken the run over.
         """
-        try:
-            self.check_lease()
-            write()
-        except OSError as error:
-            if what not in self._failing:
-                self._failing.add(what)
-                why = files.reason(error)
-                _show(f"cannot write {what} of {self.path}: {why}; training continues without it")
-        else:
-            if what in self._failing:
-                self._failing.remove(what)
-                _show(f"{what} of {self.path} is written again")
+        assert self._records is not None, "claim the run before writing it"
+        self._records.write(what, write)
+
+    def settle(self) -> None:
+        """Wait for what is written behind, ahead of a commit; LeaseLost as `check_lease`."""
+        assert self._records is not None, "claim the run before writing it"
+        self._records.settle()
+        self.check_lease()
 
     def note(self, **changes: Any) -> None:
         """Change entries of `launch/state.json`."""
@@ -247,14 +241,8 @@ class Run:
 
     def add_row(self, name: str, row: str) -> None:
         """Append a row to a file; where there is no room it waits for the next row of any file."""
-        self._waiting.setdefault(name, deque(maxlen=_WAITING)).append(row)
-        for file, rows in self._waiting.items():
-            if rows:
-                self.attempt(file, partial(self._write_rows, file, rows))
-
-    def _write_rows(self, name: str, rows: deque[str]) -> None:
-        files.append(self.path / name, "".join(rows))
-        rows.clear()
+        assert self._records is not None, "claim the run before writing it"
+        self._records.add_row(name, row)
 
     def log(self, text: str) -> None:
         """A dated line to the terminal and to log.txt."""
@@ -264,6 +252,8 @@ class Run:
 
     def log_lost_rank(self, text: str) -> None:
         """A dated line about a lost rank, and the state "failed". Any rank may call it."""
+        if self._records is not None:
+            self._records.wait()
         with suppress(OSError):  # it has been printed
             self._append(_dated(text))
         with suppress(OSError):

@@ -222,7 +222,7 @@ class Saver:
 
     def _commit(self, listed: Mapping[str, Any]) -> None:
         assert self._state is not None
-        self._run.check_lease()
+        self._run.settle()
         state = self._state
         partial = self._partial(state.images_seen)
         final = self._run.checkpoints / f"{state.images_seen:012d}"

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Board:
         self._wandb: WandB | None = None
         if project:
             self._wandb = WandB(self._path, project=project, config=text, log=run.log)
-        goodput.note(self._path, "training", images=images_seen)
+        goodput.append(self._path, goodput.row("training", images=images_seen))
         self._timeline = goodput.read(self._path)
         self._found: Goodput | None = None
         self._accounts_at = -math.inf
@@ -80,27 +81,25 @@ class Board:
             **values,
             **shares,
         }
-        self._show(lambda board: board.scalars(shown, images_seen=images_seen))
+        self._scalars(shown, images_seen=images_seen)
         if time.monotonic() > self._texted + _TEXT_EVERY or images_seen >= self._total:
-            text = self._status(
-                values, images_seen=images_seen, hours=hours, slow=slow, found=found
-            )
-            self._run.attempt(
-                "tensorboard/",
-                lambda: self._tensorboard.text("0_overview/status", text, images_seen=images_seen),
-            )
+            status = partial(self._show_status, hours=hours, slow=slow, found=found)
+            self._show(partial(status, values, images_seen=images_seen))
             self._texted = time.monotonic()
 
     def values(self, values: Mapping[str, float], *, images_seen: int) -> None:
         """Add the values of a validation or an evaluation, in a row of their own."""
         self._append(values, images_seen=images_seen)
-        self._show(lambda board: board.scalars(values, images_seen=images_seen))
+        self._scalars(values, images_seen=images_seen)
 
-    def _show(self, act: Callable[[TensorBoard | WandB], None]) -> None:
-        """Show something on all boards."""
-        self._run.attempt("tensorboard/", lambda: act(self._tensorboard))
+    def _scalars(self, values: Mapping[str, float], *, images_seen: int) -> None:
+        self._show(partial(self._tensorboard.scalars, values, images_seen=images_seen))
         if self._wandb is not None:
-            act(self._wandb)
+            self._wandb.scalars(values, images_seen=images_seen)
+
+    def _show(self, act: Callable[..., None]) -> None:
+        """Let TensorBoard show something, as of now, when the disk takes it."""
+        self._run.attempt("tensorboard/", partial(act, at=time.time()))
 
     def _append(self, values: Mapping[str, float], *, images_seen: int) -> None:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
@@ -109,13 +108,15 @@ class Board:
 
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
-        self._show(lambda board: board.picture(name, picture, images_seen=images_seen))
+        self._show(partial(self._tensorboard.picture, name, picture, images_seen=images_seen))
+        if self._wandb is not None:
+            self._wandb.picture(name, picture, images_seen=images_seen)
 
     def rest(self, spent: Mapping[str, float], *, images_seen: int) -> None:
         """Add to the timeline what a start has measured since its last report."""
         if spent.keys() - {"saving"}:
             facts = {**spent, "saves": int("saving" in spent), "images": images_seen}
-            self._timeline.append(goodput.note(self._path, "report", **facts))
+            self._note(facts)
 
     def closing(self) -> list[str]:
         """The lines that end the log of a start: where the time of the run went."""
@@ -134,19 +135,24 @@ class Board:
             "images": images_seen,
             "images_per_second": values["images_per_second"],
         }
-        self._timeline.append(goodput.note(self._path, "report", **facts))
+        self._note(facts)
         began = time.monotonic()
         if began >= self._accounts_at:
             self._found = goodput.account(self._timeline, now=time.time())
             self._accounts_at = began + (time.monotonic() - began) / _ACCOUNTING
         return self._found
 
+    def _note(self, facts: Mapping[str, Any]) -> None:
+        row = goodput.row("report", **facts)
+        self._timeline.append(row)
+        self._run.attempt("launch/timeline.jsonl", lambda: goodput.append(self._path, row))
+
     def _hours_left(self, images_seen: int) -> float:
         """At the mean rate since this start began to train, with all that is not training."""
         done, rest = images_seen - self._start, self._total - images_seen
         return seconds_left(time.monotonic() - self._began, done=done, rest=rest) / 3600
 
-    def _status(
+    def _show_status(
         self,
         values: Mapping[str, float],
         *,
@@ -154,8 +160,9 @@ class Board:
         hours: float,
         slow: str,
         found: Goodput | None,
-    ) -> str:
-        """The state of the run, as a table in Markdown."""
+        at: float,
+    ) -> None:
+        """Show the state of the run, as a table in Markdown."""
         state, done = RunState.read(self._path), f"{100 * images_seen / self._total:.1f} %"
         mfu = [f"{100 * values[n]:.1f} % of {w}" for n, w in _MFU if n in values]
         rows = {
@@ -171,9 +178,10 @@ class Board:
             "starts": str(state.starts) if state else "?",
             "time of the run": str(found or ""),
             "checkpoints": (found.advice() if found else "") or "none was written yet",
-            "as of": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "as of": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)),
         }
-        return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
+        table = "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
+        self._tensorboard.text("0_overview/status", table, images_seen=images_seen, at=at)
 
     def _show_again(self, earlier: list[history.Row]) -> None:
         """Draw the curves of a run of an earlier release under the tags of this one."""

@@ -230,14 +230,17 @@ def file(run: Path) -> Path:
     return run / "launch" / "timeline.jsonl"
 
 
-def note(run: Path, event: str, **facts: float | str | None) -> Row:
-    """Append to the timeline; returns the row. A disk that is full must not end the run for it."""
-    row = {"event": event, "time": time.time(), "uptime": boot_time(), **facts}
+def row(event: str, **facts: float | str | None) -> Row:
+    """A row of the timeline, as of now."""
+    return {"event": event, "time": time.time(), "uptime": boot_time(), **facts}
+
+
+def append(run: Path, row: Row) -> None:
+    """Append to the timeline. A disk that is full must not end the run for it."""
     with suppress(OSError), file(run).open("ab+") as stream:
         # A start that was killed may have torn its last line.
         torn = stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n"
         stream.write(("\n" * bool(torn) + json.dumps(row) + "\n").encode())
-    return row
 
 
 def note_start(run: Path, *, last_sign: float, job_id: str | None) -> None:
@@ -247,7 +250,7 @@ def note_start(run: Path, *, last_sign: float, job_id: str | None) -> None:
         with suppress(OSError):
             submitted = (run / "launch" / "job.json").stat().st_mtime
     began = began_at()
-    note(run, "start", began=began, last_sign=last_sign, submitted=submitted)
+    append(run, row("start", began=began, last_sign=last_sign, submitted=submitted))
 
 
 def read(run: Path) -> list[Row]:

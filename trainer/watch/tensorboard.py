@@ -120,14 +120,16 @@ class TensorBoard:
         each = (summary.scalar(tag(name), value) for name, value in values.items())
         self._write(*(Event(summary=s, step=images_seen) for s in each), at=at)
 
-    def text(self, name: str, markdown: str, *, images_seen: int) -> None:
+    def text(self, name: str, markdown: str, *, images_seen: int, at: float | None = None) -> None:
         """Show a text in place of the last of that name."""
-        self._write(Event(summary=summary.text(name, markdown), step=images_seen))
+        self._write(Event(summary=summary.text(name, markdown), step=images_seen), at=at)
 
-    def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
+    def picture(
+        self, name: str, picture: Tensor, *, images_seen: int, at: float | None = None
+    ) -> None:
         """Show uint8 (3, H, W)."""
         shown = summary.image(name, picture, dataformats="CHW")
-        self._write(Event(summary=shown, step=images_seen))
+        self._write(Event(summary=shown, step=images_seen), at=at)
 
     def _write(self, *events: Event, at: float | None = None) -> None:
         """Write events, those too that had no room before."""
