@@ -8,6 +8,7 @@ such program).
 import argparse
 import difflib
 import dis
+import errno
 import io
 import os
 import re
@@ -135,10 +136,12 @@ def is_ours(error: BaseException) -> bool:
 def exit_status(error: BaseException) -> int:
     """The exit status of a command that `error` stopped.
 
-    A missing path, or one of the wrong kind or without permission, is a user error; every other
-    `OSError` is a fault of the machine.
+    A missing path, or one of the wrong kind, too long or without permission, is a user error;
+    every other `OSError` is a fault of the machine.
     """
-    return REFUSED if isinstance(error, (ValueError, ImportError, *FINAL)) else FAILED
+    is_path = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+    is_users = is_path or isinstance(error, (ValueError, ImportError, *FINAL))
+    return REFUSED if is_users else FAILED
 
 
 def reported(command: Callable[[], int]) -> int:

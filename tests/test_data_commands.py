@@ -35,6 +35,7 @@ from trainer.snapshots import Snapshot
     ("error", "status"),
     [
         *((error, REFUSED) for error in (ValueError(), ImportError(), FileNotFoundError())),
+        (OSError(36, "File name too long"), REFUSED),
         *((error, FAILED) for error in (OSError(28, "No space left"), BrokenExecutor())),
     ],
 )
