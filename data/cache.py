@@ -11,7 +11,6 @@ import os
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -152,13 +151,12 @@ class CachedReader:
     def _open(self) -> None:
         """Make the directory; delete slots beyond the bound and abandoned writes."""
         self._root.mkdir(parents=True, exist_ok=True)
-        long_ago = time.time() - _ABANDONED_S
         for path in self._root.iterdir():
             is_slot = path.name.isdecimal()
             is_aside = not is_slot and path.suffix[1:].isdecimal()
             with suppress(FileNotFoundError):  # renamed by its process since
                 if (is_slot and int(path.name) >= self._slots) or (
-                    is_aside and path.stat().st_mtime < long_ago
+                    is_aside and files.age(path) > _ABANDONED_S
                 ):
                     path.unlink()
 

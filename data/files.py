@@ -152,6 +152,29 @@ def _user(number: int) -> str:
         return str(number)
 
 
+def touched(path: Path) -> int:
+    """When a file was last written or touched, in ns by its file system's clock; 0 without one.
+
+    Opening the file makes a network file system look afresh.
+    """
+    try:
+        with path.open() as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def age(path: Path) -> float:
+    """Seconds since a file was last written, by the clock of its file system.
+
+    That of this machine may differ from a file server's, or have been set since.
+    """
+    then, now = path.stat().st_mtime, time.time()
+    with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as made:
+        now = os.fstat(made.fileno()).st_mtime
+    return now - then
+
+
 def append(path: Path, content: bytes | str) -> None:
     """Append to a file, made if it is missing, all of the content or none of it."""
     with _named(path), path.open("ab", buffering=0) as file:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,10 @@ def test_a_full_cache_disk_costs_speed_only(
 
 
 def test_what_vanishes_as_the_cache_is_opened_does_not_turn_it_off(
-    whole: Shards, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    whole: Shards,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What another process writes is renamed after the listing: a link to nothing is like that."""
     cache = tmp_path / whole.fingerprint[:16]
@@ -112,6 +116,8 @@ def test_what_vanishes_as_the_cache_is_opened_does_not_turn_it_off(
     for name in ("99999999", "00000009.77.9", "00000009.78.9"):
         (cache / name).touch()
     os.utime(cache / "00000009.77.9", (0, 0))  # its process was killed
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 86400)  # ahead of the files' clock
     assert epoch(whole.root, cache=str(tmp_path)) == epoch(whole.root)
     assert capfd.readouterr().err == "" and (cache / "00000000").is_file()
     assert not (cache / "99999999").exists() and not (cache / "00000009.77.9").exists()

@@ -4,12 +4,12 @@ import fcntl
 import os
 import shutil
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from data import files
 from data.progress import duration
 from trainer import caches
 
@@ -64,7 +64,7 @@ def locks() -> list[str]:
                         f"{lock} is held by a process that compiles; this start waits for it"
                     )
                 continue
-            age = time.time() - lock.stat().st_mtime
+            age = files.age(lock)
             made = f"{lock} was made {duration(age)} ago by a process that compiles"
             if age > 3600.0:
                 raise ValueError(f"{made}, and was killed meanwhile: delete it")
