@@ -7,13 +7,10 @@ is alive is asked of the queue, or read from the lease.
 import math
 import os
 import re
-import statistics
 import time
 import tomllib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from data.progress import duration
@@ -26,8 +23,6 @@ from trainer.watch import goodput, history
 from trainer.watch.goodput import Goodput
 from trainer.watch.history import Row
 
-# Bytes read from the end of the metrics: thousands of rows.
-_TAIL = 200_000
 # Seconds after which a start without metrics is reported as such: as long as ranks are waited for.
 _LONG_START = 600.0
 
@@ -91,11 +86,14 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
     if signs is None:
         signs = Signs()
         signs.look([run])
-    state, rows, total = RunState.read(run), _reports(run), _total(run)
-    last = next((row for row in reversed(rows) if "loss" in row), {})
+    state, total, now, timeline = RunState.read(run), _total(run), signs.now(run), goodput.read(run)
+    # The clock of the machine that writes the rows may be ahead of that of the files.
+    ahead = goodput.present(run, timeline, now=now) - now if signs.is_alive(run) else 0.0
+    rows = [{**row, "time": row["time"] - ahead} for row in history.reports(run)]
+    last: Row = next((row for row in reversed(rows) if "loss" in row), {})
     job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)
-    finished, now = is_finished(run), signs.now(run)
+    finished = is_finished(run)
     is_sampling = not any((run / f).exists() for f in ("config.toml", "launch/preset.toml"))
     return Status(
         name=str(run),
@@ -115,8 +113,16 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         if finished
         else "suspended: no rank runs until Slurm resumes the job"
         if ": SUSPENDED" in job
-        else _health(run, state, rows, now=now if is_running else None, draws=is_sampling),
-        goodput=goodput.account(goodput.read(run), now=now if is_running else None),
+        else _health(
+            run,
+            state,
+            rows,
+            timeline=timeline,
+            now=now if is_running else None,
+            ahead=ahead,
+            draws=is_sampling,
+        ),
+        goodput=goodput.account(timeline, now=now + ahead if is_running else None),
         event=_last_event(run),
     )
 
@@ -142,7 +148,14 @@ def _number(row: Row, name: str) -> float | None:
 
 
 def _health(
-    run: Path, state: RunState | None, rows: Sequence[Row], *, now: float | None, draws: bool
+    run: Path,
+    state: RunState | None,
+    rows: Sequence[Row],
+    *,
+    timeline: Sequence[Row],
+    now: float | None,
+    ahead: float,
+    draws: bool,
 ) -> str:
     """How a run that is not finished is doing `now`, or, if None, how its last start ended."""
     if now is None:
@@ -153,14 +166,13 @@ def _health(
         return _drawing(run, state, now=now)
     # Where all steps of an interval were refused, it has no loss.
     last = next((row for row in reversed(rows) if row.keys() & {"loss", "skipped"}), {"time": 0.0})
-    # An earlier release notes no beginning, and its state again and again.
-    began = state.began if state is not None else None
-    if began is None and not rows:
-        began = _written(runstate.file(run))
-    if began is not None and last["time"] < began:
-        return _starting(now - began)
+    since = goodput.starting(timeline, now=now + ahead)
+    if not timeline:
+        since = _unreported(run, state, last if rows else None, now=now)
+    if since is not None:
+        return _starting(since)
     seen = max(rows[-1]["time"] if rows else 0.0, _written(runstate.file(run)))
-    gap, silent = _usual_gap(rows), now - seen
+    gap, silent = history.usual_gap(rows), now - seen
     if gap and silent > max(60.0, 10 * gap):
         return f"no metrics for {duration(silent)} (usually every {duration(gap)})"
     if math.isnan(_number(last, "loss") or 0.0):
@@ -170,6 +182,17 @@ def _health(
             return "every step of the last interval was skipped: log.txt says why"
         return "every step of the last interval was skipped: gradients overflow"
     return "ok"
+
+
+def _unreported(run: Path, state: RunState | None, last: Row | None, *, now: float) -> float | None:
+    """As `goodput.starting`, of a run without a timeline, by its last row.
+
+    An earlier release notes no beginning, and its state again and again.
+    """
+    began = state.began if state is not None else None
+    if began is None and last is None:
+        began = _written(runstate.file(run))
+    return now - began if began is not None and (last or {"time": 0.0})["time"] < began else None
 
 
 def _drawing(run: Path, state: RunState, *, now: float) -> str:
@@ -195,13 +218,6 @@ def _ending(state: RunState | None) -> str:
         return "not running; the last start did not record how it ended"
     why = (state.why or "").partition("\n")[0]
     return f"stopped {why}".strip() if state.state == "stopped" else f"{state.state}: {why}"
-
-
-def _usual_gap(rows: Sequence[Row]) -> float:
-    """The median time between two reports, in seconds; 0.0 when it is unknown."""
-    times = [row["time"] for row in rows[-20:]]
-    gaps = [b - a for a, b in pairwise(times)]
-    return statistics.median_high(gaps) if gaps else 0.0
 
 
 def _job(run: Path, signs: Signs) -> tuple[str, bool]:
@@ -280,15 +296,3 @@ def _total(run: Path) -> int | None:
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return images if isinstance(images, int) else None
-
-
-# Groups of metrics whose rows are not reports of training.
-_MEASURED = ("validation/", "evaluation/")
-
-
-def _reports(run: Path) -> list[Row]:
-    """The last rows of metrics that are reports of training."""
-    with suppress(OSError):
-        found = (row for row in history.read(run, tail=_TAIL) if _is_number(row.get("time")))
-        return [row for row in found if not any(name.startswith(_MEASURED) for name in row)]
-    return []

@@ -80,6 +80,21 @@ def test_a_clock_that_is_set_in_a_start_is_no_time_of_the_run(after: int, by: fl
     assert seconds(rows, now=450.0 + by) == seconds(KILLED[: after + 2], now=450.0)
 
 
+@pytest.mark.parametrize(("first", "second"), [(600, 600), (-90, 86400), (86400, -590)])
+def test_machines_with_other_clocks_than_the_file_server_change_nothing(
+    first: float, second: float
+) -> None:
+    """By so many seconds each start's machine is ahead of the server."""
+    rows: list[dict] = [{**row, "uptime": row["time"] + 1e6} for row in KILLED]
+    rows[0] |= {"claimed": 101.0, "written": None}
+    rows[5] |= {"claimed": 601.0, "written": 500.0}
+    for number, row in enumerate(rows):
+        by = first if number < 5 else second
+        row.update({name: row[name] + by for name in ("time", "began") if name in row})
+    assert seconds(rows, now=900.0 + second) == seconds(KILLED, now=900.0)
+    assert seconds(rows) == seconds(KILLED)
+
+
 def test_time_between_starts_without_a_scheduler_is_no_queue() -> None:
     again = [start(0), training(10, 0), end(20, "stopped"), start(9e6), training(9e6 + 10, 0)]
     assert seconds(again) == {"starting": 20, "saving": 10}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -92,6 +93,68 @@ def test_clocks_that_differ_change_nothing(minutes: int, tmp_path: Path) -> None
     beats.join()
     assert (found.is_running, found.health) == (True, "ok")
     assert found.age is not None and abs(found.age) < 30
+
+
+def on_another_clock(path: Path, *, minutes: int, set_by: float = 0.0, ago: float = 0.0) -> Path:
+    """A live run on a machine whose clock is minutes ahead of this one, which is the files'.
+
+    It has reported so many seconds `ago`, and began an hour before; after that its clock was set,
+    by so many seconds, to what it is now.
+    """
+    run, now = make_run(path, images=500), time.time() + 60 * minutes - ago
+    began = now - 3600 - set_by
+    note(run, state="running", images_seen=500, starts=1, began=began)
+    make_writer(run)
+    metrics = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    late = [json.dumps({**row, "time": row["time"] + 60 * minutes - ago}) + "\n" for row in rows]
+    metrics.write_text("".join(late))
+    timeline = [
+        {"event": "start", "time": began, "began": began, "uptime": 0},
+        {"event": "training", "time": began + 60, "uptime": 60, "images": 0},
+        {"event": "report", "time": now, "uptime": 3600, "images": 500},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in timeline)
+    (run / "launch" / "timeline.jsonl").write_text(text)
+    for name in ("metrics.jsonl", "launch/timeline.jsonl", "launch/state.json"):
+        os.utime(run / name, (time.time() - ago,) * 2)
+    return run
+
+
+@pytest.mark.parametrize("minutes", [0, 10, -10, 1440, -1440])
+@pytest.mark.parametrize("set_by", [0.0, 7200.0, -7200.0])
+def test_a_machine_with_another_clock_than_the_file_server_is_shown_as_it_is(
+    set_by: float, minutes: int, tmp_path: Path
+) -> None:
+    run = on_another_clock(tmp_path / "run", minutes=minutes, set_by=set_by)
+    found = status.read(run)
+    assert (found.is_running, found.health) == (True, "ok")
+    assert found.age is not None and abs(found.age) < 30
+    assert found.goodput is not None
+    assert found.goodput.seconds["starting"] == pytest.approx(60)
+    assert found.goodput.seconds["productive"] == pytest.approx(3540, abs=30)
+
+
+@pytest.mark.parametrize("minutes", [0, 10, -10, 1440, -1440])
+def test_a_run_that_hangs_on_a_machine_with_another_clock_is_not_ok(
+    minutes: int, tmp_path: Path
+) -> None:
+    run = on_another_clock(tmp_path / "run", minutes=minutes, ago=900)
+    found = status.read(run)
+    assert re.fullmatch(r"no metrics for 15 min \d+ s \(usually every 10 s\)", found.health)
+    assert found.age is not None and abs(found.age - 900) < 30
+
+
+@pytest.mark.parametrize("minutes", [0, 10, -10, 1440, -1440])
+def test_a_start_on_a_machine_with_another_clock_is_a_start(minutes: int, tmp_path: Path) -> None:
+    """Whatever the rows of the last start, which another machine wrote, say of the time."""
+    run = on_another_clock(tmp_path / "run", minutes=minutes)
+    now = time.time() - 60 * minutes
+    note(run, state="running", images_seen=500, starts=2, began=now)
+    row = {"event": "start", "time": now, "began": now - 30, "uptime": 100}
+    with (run / "launch" / "timeline.jsonl").open("a") as timeline:
+        timeline.write(json.dumps(row) + "\n")
+    assert re.fullmatch(r"starting for \d+ s: no metrics yet", status.read(run).health)
 
 
 def test_a_machine_that_dies_while_it_is_watched_is_not_shown_as_alive(

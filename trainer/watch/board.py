@@ -18,6 +18,7 @@ from trainer.runstate import RunState
 from trainer.watch import goodput, history
 from trainer.watch.goodput import Goodput
 from trainer.watch.mfu import Mfu
+from trainer.watch.starts import SPENT
 from trainer.watch.tensorboard import TensorBoard, is_moved
 from trainer.watch.wandb import WandB
 
@@ -125,9 +126,7 @@ class Board:
 
     def _account(self, values: Mapping[str, float], *, images_seen: int) -> Goodput | None:
         """Add a report to the timeline; where the time went, by now or a short time ago."""
-        spent = {
-            kind: values[f"{kind}_seconds"] for kind in goodput.SPENT if f"{kind}_seconds" in values
-        }
+        spent = {kind: values[f"{kind}_seconds"] for kind in SPENT if f"{kind}_seconds" in values}
         facts: dict[str, Any] = {
             **spent,
             "waiting": values.get("data_wait_share", 0.0) * values["interval_seconds"],

@@ -12,29 +12,17 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from data import files
 from data.progress import duration
+from trainer.ranks.lease import beat
 from trainer.ranks.process import began_at, boot_time
 from trainer.watch import history
 from trainer.watch.history import Row
-
-# What a report says the interval spent beside training, in seconds: entry -> kind.
-SPENT = {
-    "suspended": "suspended",
-    "compiling": "compiling",
-    "waiting": "waiting for data",
-    "saving": "saving",
-    "averaging": "storing averages",
-    "drawing": "drawing",
-    "validating": "validating",
-    "evaluating": "evaluating",
-    "auditing": "auditing",
-}
-# All kinds of time.
-KINDS = ("productive", "queued", "starting", "lost", *SPENT.values())
+from trainer.watch.starts import KINDS, starts_of
 
 
 @dataclass(frozen=True)
@@ -100,29 +88,27 @@ class Goodput:
 def account(rows: Sequence[Row], *, now: float | None = None) -> Goodput | None:
     """The time of a run from its timeline; None where that has no start.
 
-    `now` is the present if the last start still runs. What lies behind the checkpoint that a later
-    start resumed is lost, whatever it was. Between two starts only the time in a queue counts.
+    `now` is the present by the last start's clock, if that still runs. What lies behind the
+    checkpoint that a later start resumed is lost, whatever it was. Between two starts only the time
+    in a queue counts.
     """
-    starts = _starts(rows)
+    starts = starts_of(rows)
     if not starts:
         return None
     is_live = now is not None and not starts[-1].state
     if is_live and now is not None:
         starts[-1].end = max(starts[-1].end, now - starts[-1].set_by)
     for before, start in pairwise(starts):
-        before.end = max(before.end, min(start.last_sign, start.began) - before.set_by)
+        start.follow(before)
     resumed = math.inf
     for start in reversed(starts):
         start.resumed_later = resumed
         resumed = min(resumed, start.images)
     total = dict.fromkeys(KINDS, 0.0)
-    ended = 0.0
     for start in starts:
-        if start.submitted is not None:
-            total["queued"] += max(start.began - max(ended, start.submitted), 0.0)
+        total["queued"] += start.queued()
         for kind, seconds in start.account().items():
             total[kind] += seconds
-        ended = start.end + start.set_by
     return Goodput(
         seconds=total,
         failures=sum(start.state in ("", "failed") for start in starts[: -1 if is_live else None]),
@@ -132,91 +118,23 @@ def account(rows: Sequence[Row], *, now: float | None = None) -> Goodput | None:
     )
 
 
-@dataclass
-class _Start:
-    """One start of a run. Its times are by the clock as it was at the first row."""
+def present(run: Path, rows: Sequence[Row], *, now: float) -> float:
+    """The present by the clock that the last row was written by; `now` is that of the files.
 
-    began: float
-    #: When the lease of the start before this one was last touched.
-    last_sign: float
-    #: When its job was submitted; None without a scheduler.
-    submitted: float | None
-    #: How it ended, as in state.json; empty where it did not say.
-    state: str = ""
-    #: When it began to train, and from which clock.
-    trained: float | None = None
-    images: float = math.inf
-    end: float = 0.0
-    #: Its reports, each after its time.
-    reports: list[tuple[float, Row]] = field(default_factory=list)
-    #: The smallest clock that a later start resumed.
-    resumed_later: float = math.inf
-    #: When the machine was booted, by the clock of the first row.
-    booted: float | None = None
-    #: The seconds by which the clock was set since.
-    set_by: float = 0.0
-
-    @property
-    def saves(self) -> int:
-        return sum(int(row.get("saves", 0)) for _, row in self.reports)
-
-    def time_of(self, row: Row) -> float:
-        """When a row was written; rows of earlier releases do not show that the clock was set."""
-        if "uptime" in row:
-            booted = row["time"] - row["uptime"]
-            self.booted = booted if self.booted is None else self.booted
-            self.set_by = booted - self.booted
-        return float(row["time"] - self.set_by)
-
-    def account(self) -> dict[str, float]:
-        """Its seconds by kind."""
-        total = dict.fromkeys(KINDS, 0.0)
-        if self.trained is None:
-            total["starting"] = max(self.end - self.began, 0.0)
-            return total
-        total["starting"] = max(self.trained - self.began, 0.0)
-        at, images = self.trained, self.images
-        for written, row in self.reports:
-            span, clock = max(written - at, 0.0), row["images"]
-            lost = min(max((clock - self.resumed_later) / max(clock - images, 1), 0.0), 1.0)
-            spent = {kind: max(row.get(name, 0.0), 0.0) for name, kind in SPENT.items()}
-            # Rounding, and clocks that were set, must not make more of it than there was.
-            scale = min(span / sum(spent.values()), 1.0) if any(spent.values()) else 1.0
-            kept = {kind: seconds * scale * (1 - lost) for kind, seconds in spent.items()}
-            for kind, seconds in kept.items():
-                total[kind] += seconds
-            total["lost"] += span * lost
-            total["productive"] += span * (1 - lost) - sum(kept.values())
-            at, images = written, clock
-        total[self._last()] += max(self.end - at, 0.0)
-        return total
-
-    def _last(self) -> str:
-        """What the time after the last report was."""
-        if self.state in ("finished", "stopped"):
-            return "saving"
-        return "lost" if self.resumed_later < math.inf or self.state else "productive"
+    A machine's clock may differ from the file server's, by which the timeline's own time is.
+    """
+    return rows[-1]["time"] + now - files.touched(file(run)) / 1e9 if rows else now
 
 
-def _starts(rows: Sequence[Row]) -> list[_Start]:
-    starts: list[_Start] = []
-    for row in rows:
-        if row["event"] == "start":
-            starts.append(
-                _Start(row["began"], row.get("last_sign", 0.0), submitted=row.get("submitted"))
-            )
-        if not starts:
-            continue
-        start = starts[-1]
-        at = start.time_of(row)
-        start.end = max(start.end, at)
-        if row["event"] == "training":
-            start.trained, start.images = at, row["images"]
-        elif row["event"] == "report":
-            start.reports.append((at, row))
-        elif row["event"] == "end":
-            start.state = row["state"]
-    return starts
+def starting(rows: Sequence[Row], *, now: float) -> float | None:
+    """For how many seconds the last start has run without a report; None where it has reported.
+
+    `now` as for `account`.
+    """
+    starts = starts_of(rows)
+    if not starts or starts[-1].reports:
+        return None
+    return now - starts[-1].set_by - starts[-1].began
 
 
 def _rate(rows: Sequence[Row]) -> float | None:
@@ -244,13 +162,25 @@ def append(run: Path, row: Row) -> None:
 
 
 def note_start(run: Path, *, last_sign: float, job_id: str | None) -> None:
-    """Append that a start has claimed the run. The start before it was alive at `last_sign`."""
-    submitted = None
+    """Append that a start has claimed the run. The start before it was alive at `last_sign`.
+
+    What compares this start with others is by the clock of the files, not by this machine's.
+    """
+    submitted = written = None
     if job_id is not None:
         with suppress(OSError):
             submitted = (run / "launch" / "job.json").stat().st_mtime
-    began = began_at()
-    append(run, row("start", began=began, last_sign=last_sign, submitted=submitted))
+    with suppress(OSError):
+        written = files.touched(file(run)) / 1e9 or None
+    found = row(
+        "start",
+        began=began_at(),
+        last_sign=last_sign,
+        submitted=submitted,
+        written=written,
+        claimed=beat(run) / 1e9 or None,
+    )
+    append(run, found)
 
 
 def read(run: Path) -> list[Row]:
