@@ -52,7 +52,7 @@ def _before(job: Job) -> str:
     hosts = f"hosts=({quoted(job.cluster.hosts)})"
     reach = fill("reach.sh", command=quoted([quoted(["bash", job.script, "try"])])).rstrip()
     if launcher == "torchrun":
-        return f"{hosts}\nneed ssh\n{reach}"
+        return f"{hosts}\nneed ssh\n{reach}\n{fill('clocks.sh').rstrip()}"
     if "--launcher" in options or "--no_ssh_check" in options:
         return ""  # by other means than ssh and pdsh, perhaps
     return f"{hosts}\nneed ssh pdsh\n{reach}"

@@ -62,6 +62,34 @@ def test_every_launcher_trains_the_same_run(site: Site) -> None:
     assert losses["mpirun"] == losses["deepspeed"] == losses["torchrun"]
 
 
+#: Preloaded, it lets a program and those that it starts see another time.
+BEHIND = """
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *time) {
+  int status = syscall(SYS_clock_gettime, clock, time);
+  if (clock == CLOCK_REALTIME) time->tv_sec -= 30;
+  return status;
+}
+"""
+
+
+def test_a_machine_whose_clock_is_behind_is_named_before_torchrun_takes_it_for_lost(
+    site: Site,
+) -> None:
+    """Its ranks would come up as two jobs, or wait for minutes at the end and after each loss."""
+    source, library = site.cluster.home / "behind.c", site.cluster.home / "behind.so"
+    source.write_text(BEHIND)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    late = f'[ "$(hostname)" != n2 ] || export LD_PRELOAD={library}'
+    job = start(site, "late", "torchrun", setup=[late, "echo the setup says something"])
+    output = job.communicate(timeout=LIMIT)[0]
+    assert job.returncode == 78, output
+    assert re.search("error: n1: the clock of n2 is (28|29|30|31) s behind that of n1, and", output)
+    assert not site.log("late")
+
+
 def last_word(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]
 

@@ -13,7 +13,7 @@ need() {
 }
 
 case $1 in
-  try) need @python@; exit ;;
+  try) need @python@; echo "clock $(date +%s)"; exit ;;
 @modes@
 esac
 

@@ -21,7 +21,7 @@ need() {
 }
 
 case $1 in
-  try) need /home/me/adm/.venv/bin/python; exit ;;
+  try) need /home/me/adm/.venv/bin/python; echo "clock $(date +%s)"; exit ;;
   rank) exec /home/me/adm/.venv/bin/python -m trainer.train /runs/imagenet64/launch/preset.toml \
   --run /runs/imagenet64 \
   --ds-config /runs/imagenet64/code/ds_config.json \

@@ -21,7 +21,7 @@ need() {
 }
 
 case $1 in
-  try) need /home/me/adm/.venv/bin/python; exit ;;
+  try) need /home/me/adm/.venv/bin/python; echo "clock $(date +%s)"; exit ;;
   node)
     # A rebooted machine must be able to rejoin, and ranks need time to save after TERM.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -49,9 +49,18 @@ esac
 hosts=(n1 n2 n3 n4 n5 n6 n7 n8 n9 n10 n11 n12 n13 n14 n15 n16 n17 n18 n19 n20 n21 n22 n23 n24 n25 n26 n27 n28 n29 n30 n31 n32 n33 n34 n35 n36 n37 n38 n39 n40 n41 n42 n43 n44 n45 n46 n47 n48 n49 n50 n51 n52 n53 n54 n55 n56 n57 n58 n59 n60 n61 n62 n63 n64)
 need ssh
 # A host that cannot start its ranks would keep the others waiting: all are tried before any is started.
+try() {
+  local begun said
+  begun=$(date +%s)
+  said=$(ssh -o BatchMode=yes -o ConnectTimeout=60 -o LogLevel=ERROR "$1" 'bash /runs/imagenet64/launch/job.sh try' < /dev/null) || return
+  # By how many seconds its clock is ahead of this machine's, at least and at most.
+  [[ ! $said =~ "clock "([0-9]+) ]] || echo "$1 $((BASH_REMATCH[1] - $(date +%s))) $((BASH_REMATCH[1] - begun))" >&8
+}
+
 tries=() far=() bad=()
+exec 8<> <(:)
 for host in "${hosts[@]}"; do
-  ssh -o BatchMode=yes -o ConnectTimeout=60 -o LogLevel=ERROR "$host" 'bash /runs/imagenet64/launch/job.sh try' < /dev/null > /dev/null &
+  try "$host" &
   tries+=($!)
 done
 for i in "${!hosts[@]}"; do
@@ -65,6 +74,18 @@ done
 [ ${#far[@]} = 0 ] ||
   refuse "ssh to ${far[*]} failed, see above: every machine of hosts must accept ssh without a password"
 [ ${#bad[@]} = 0 ] || refuse "${bad[*]} cannot start the job, see above"
+
+# Machines of torchrun tell each other by their clocks that they live: it takes one that is 10 to 15
+# seconds behind another for lost.
+echo . >&8
+slow='' fast=''
+while read -r -u 8 host least most && [ "$host" != . ]; do
+  if [ -z "$fast" ] || [ "$least" -gt "$ahead" ]; then fast=$host ahead=$least; fi
+  if [ -z "$slow" ] || [ "$most" -lt "$behind" ]; then slow=$host behind=$most; fi
+done
+exec 8>&-
+[ -z "$slow" ] || [ $((ahead - behind)) -le 8 ] ||
+  refuse "the clock of $slow is $((ahead - behind)) s behind that of $fast, and torchrun takes such a machine for lost: set all clocks by one time server, as chrony does"
 
 # Ctrl-C, TERM and a closed terminal ask the ranks by a file to save and leave. The launcher has a
 # session of its own, which the terminal's signals do not reach; what it prints passes a process that
