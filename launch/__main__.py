@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data import files
 from data.exits import REFUSED, CommandParser, reported
 from launch import begin, display, queue, records, status
 from launch.signs import Signs
@@ -54,6 +55,8 @@ def stop(argv: Sequence[str]) -> int:
         print(f"{run} is finished: there is nothing to stop")
         return 0
     lease.request_stop(run)
+    # By the clock of the files, as the time of a checkpoint is: this machine's may differ.
+    requested, since = files.touched(lease.stop_file(run)) / 1e9, time.monotonic()
     try:
         if state and state.startswith("SUSPENDED"):
             now = f"`scancel {job_id}` ends it now, without saving"
@@ -65,7 +68,8 @@ def stop(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nnot waiting any more: the ranks save and stop by themselves")
         return 128 + signal.SIGINT
-    saved = status.last_checkpoint(run) or "none"
+    present = requested + time.monotonic() - since
+    saved = status.last_checkpoint(run, now=present) or "none"
     print(f"stopped; last checkpoint: {saved}; {lease.way_to_resume(run)}")
     return 0
 

@@ -157,6 +157,23 @@ def test_a_start_on_a_machine_with_another_clock_is_a_start(minutes: int, tmp_pa
     assert re.fullmatch(r"starting for \d+ s: no metrics yet", status.read(run).health)
 
 
+@pytest.mark.parametrize("minutes", [0, 10, -10])
+def test_a_stop_says_how_old_the_checkpoint_is_by_the_clock_of_the_files(
+    minutes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By this machine's, what was saved just now might seem to be of before the stop."""
+    run, now = make_run(tmp_path / "run", images=500), time.time
+    (run / "checkpoints" / "000000000500").mkdir(parents=True)
+    os.utime(run / "checkpoints" / "000000000500", (now() - 75,) * 2)
+    monkeypatch.setattr(time, "time", lambda: now() + 60 * minutes)
+    assert main(["stop", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"last checkpoint: 000000000500, 1 min 1[5-9] s ago", said), said
+
+
 def test_a_machine_that_dies_while_it_is_watched_is_not_shown_as_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
