@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
 import socket
 import threading
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -57,6 +59,23 @@ def test_an_error_of_the_main_ranks_device_counts_against_its_host(
     found = RunState.read(tmp_path)
     assert found is not None and found.state == "failed" and "ECC" in (found.why or "")
     assert found.lost == (socket.gethostname() if error is torch.AcceleratorError else None)
+
+
+@pytest.mark.parametrize(("zone", "said"), [("UTC", "+0000"), ("Asia/Kolkata", "+0530")])
+def test_a_line_of_the_log_says_its_time_zone(
+    zone: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the login node, and of the node of the next start, may be another."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        with Run(tmp_path).claimed() as run:
+            run.log("begins")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    line = (tmp_path / "log.txt").read_text()
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d{re.escape(said)}  begins\n", line)
 
 
 def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Path) -> None:

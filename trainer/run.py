@@ -266,7 +266,7 @@ class Run:
 
 
 def _dated(text: str) -> str:
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shown(text)}"
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S%z')}  {shown(text)}"
 
 
 def _show(line: str) -> None:

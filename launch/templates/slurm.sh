@@ -18,7 +18,7 @@ begin
 adm_before=$(cat "$run/launch/state.json" 2> /dev/null)
 
 say() {
-  printf '%s  job %s start %s: %s\n' "$(date '+%F %T')" "$job" "$start" "$*" |
+  printf '%s  job %s start %s: %s\n' "$(date '+%F %T%z')" "$job" "$start" "$*" |
     tee -a "$run/launch/events.txt"
 }
 
