@@ -88,7 +88,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         signs.look([run])
     state, total, now, timeline = RunState.read(run), _total(run), signs.now(run), goodput.read(run)
     # The clock of the machine that writes the rows may be ahead of that of the files.
-    ahead = goodput.present(run, timeline, now=now) - now if signs.is_alive(run) else 0.0
+    ahead = goodput.ahead(run, timeline, is_live=signs.is_alive(run))
     rows = [{**row, "time": row["time"] - ahead} for row in history.reports(run)]
     last: Row = next((row for row in reversed(rows) if "loss" in row), {})
     job, is_running = _job(run, signs)

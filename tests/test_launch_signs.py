@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -110,7 +111,13 @@ def on_another_clock(path: Path, *, minutes: int, set_by: float = 0.0, ago: floa
     late = [json.dumps({**row, "time": row["time"] + 60 * minutes - ago}) + "\n" for row in rows]
     metrics.write_text("".join(late))
     timeline = [
-        {"event": "start", "time": began, "began": began, "uptime": 0},
+        {
+            "event": "start",
+            "time": began,
+            "began": began,
+            "uptime": 0,
+            "claimed": began + set_by - 60 * minutes,
+        },
         {"event": "training", "time": began + 60, "uptime": 60, "images": 0},
         {"event": "report", "time": now, "uptime": 3600, "images": 500},
     ]
@@ -143,6 +150,16 @@ def test_a_run_that_hangs_on_a_machine_with_another_clock_is_not_ok(
     found = status.read(run)
     assert re.fullmatch(r"no metrics for 15 min \d+ s \(usually every 10 s\)", found.health)
     assert found.age is not None and abs(found.age - 900) < 30
+
+
+@pytest.mark.parametrize("minutes", [0, 10, -10, 1440, -1440])
+def test_a_dead_run_s_last_loss_is_as_old_as_it_is(minutes: int, tmp_path: Path) -> None:
+    """Also where it was copied since, and its files are newer."""
+    run = on_another_clock(tmp_path / "run", minutes=minutes, ago=900)
+    (run / "launch" / "writer.json").unlink()
+    copied = Path(shutil.copytree(run, tmp_path / "copied", copy_function=shutil.copyfile))
+    ages = [status.read(each).age for each in (run, copied)]
+    assert ages == pytest.approx([900, 900], abs=30)
 
 
 @pytest.mark.parametrize("minutes", [0, 10, -10, 1440, -1440])

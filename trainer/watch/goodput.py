@@ -118,12 +118,15 @@ def account(rows: Sequence[Row], *, now: float | None = None) -> Goodput | None:
     )
 
 
-def present(run: Path, rows: Sequence[Row], *, now: float) -> float:
-    """The present by the clock that the last row was written by; `now` is that of the files.
+def ahead(run: Path, rows: Sequence[Row], *, is_live: bool) -> float:
+    """The seconds by which the clock of who wrote the last row was ahead of that of the files.
 
-    A machine's clock may differ from the file server's, by which the timeline's own time is.
+    If nothing writes the run now, that is as of its last start: it may have been copied since.
     """
-    return rows[-1]["time"] + now - files.touched(file(run)) / 1e9 if rows else now
+    if rows and is_live:
+        return float(rows[-1]["time"] - files.touched(file(run)) / 1e9)
+    starts = starts_of(rows)
+    return starts[-1].ahead if starts else 0.0
 
 
 def starting(rows: Sequence[Row], *, now: float) -> float | None:
