@@ -27,6 +27,8 @@ from trainer.run import Run, fixed_among
 from trainer.runstate import RunState
 from trainer.saver import Saver
 from trainer.sections import IntervalConfig
+from trainer.watch import goodput
+from trainer.watch.starts import starts_of
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="root alone can be another user")
 
@@ -76,6 +78,20 @@ def test_a_line_of_the_log_says_its_time_zone(
         time.tzset()
     line = (tmp_path / "log.txt").read_text()
     assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d{re.escape(said)}  begins\n", line)
+
+
+def test_a_start_notes_how_far_its_clock_is_from_that_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two starts, on machines whose clocks differ."""
+    skews, now = [600.0, -86400.0], time.time
+    for skew in skews:
+        monkeypatch.setattr(time, "time", lambda skew=skew: now() + skew)
+        with Run(tmp_path).claimed():
+            pass
+    starts = starts_of(goodput.read(tmp_path))
+    assert [start.ahead for start in starts] == pytest.approx(skews, abs=5)
+    assert starts[0].written is None and starts[1].written == pytest.approx(now(), abs=5)
 
 
 def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Path) -> None:

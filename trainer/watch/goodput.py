@@ -169,19 +169,20 @@ def note_start(run: Path, *, last_sign: float, job_id: str | None) -> None:
 
     What compares this start with others is by the clock of the files, not by this machine's.
     """
-    submitted = written = None
+    submitted = written = claimed = None
     if job_id is not None:
         with suppress(OSError):
             submitted = (run / "launch" / "job.json").stat().st_mtime
     with suppress(OSError):
         written = files.touched(file(run)) / 1e9 or None
+        claimed = beat(run) / 1e9 or None
     found = row(
         "start",
         began=began_at(),
         last_sign=last_sign,
         submitted=submitted,
         written=written,
-        claimed=beat(run) / 1e9 or None,
+        claimed=claimed,
     )
     append(run, found)
 
