@@ -83,8 +83,8 @@ def test_a_line_of_the_log_says_its_time_zone(
 def test_a_start_notes_how_far_its_clock_is_from_that_of_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two starts, on machines whose clocks differ."""
-    skews, now = [600.0, -86400.0], time.time
+    """Three starts, on machines whose clocks differ."""
+    skews, now = [30.0, 630.0, -86430.0], time.time
     for skew in skews:
         monkeypatch.setattr(time, "time", lambda skew=skew: now() + skew)
         with Run(tmp_path).claimed():
@@ -92,6 +92,9 @@ def test_a_start_notes_how_far_its_clock_is_from_that_of_the_files(
     starts = starts_of(goodput.read(tmp_path))
     assert [start.ahead for start in starts] == pytest.approx(skews, abs=5)
     assert starts[0].written is None and starts[1].written == pytest.approx(now(), abs=5)
+    ahead, behind = (tmp_path / "log.txt").read_text().splitlines()
+    assert re.search(r"the clock of \S+ is 10 min \d+ s ahead of that of the file system", ahead)
+    assert " is 1 d 0 h behind that of the file system" in behind
 
 
 def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Path) -> None:

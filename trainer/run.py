@@ -21,7 +21,7 @@ import torch
 
 from data import files
 from data.config import shown
-from data.progress import on_terminal
+from data.progress import duration, on_terminal
 from data.version import version
 from trainer import config as configs
 from trainer.checkpoint import committed, config_of
@@ -50,6 +50,8 @@ _FIXED = (
     "data.block",
 )
 _FREE = ("model.checkpoint",)
+# Seconds by which a machine's clock may be off without a word.
+_MOST_SKEW = 60.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Run:
                 job_id=lease.me.job,
             )
             lease.starts = starts
-            goodput.note_start(self.path, last_sign=last_sign, job_id=lease.me.job)
+            job_id = lease.me.job
+            run._tell_skew(goodput.note_start(self.path, last_sign=last_sign, job_id=job_id))
             yield run
             records.settle()
         except LeaseLost:
@@ -109,6 +112,15 @@ class Run:
                 goodput.append(self.path, goodput.row("end", state=state.state if state else ""))
             with suppress(OSError):
                 lease.release()
+
+    def _tell_skew(self, ahead: float) -> None:
+        """Log by how many seconds this machine's clock is ahead of the files', where it is much."""
+        if abs(ahead) > _MOST_SKEW:
+            host, how = socket.gethostname(), "ahead of" if ahead > 0 else "behind"
+            self.log(
+                f"the clock of {host} is {duration(abs(ahead))} {how} that of the file system of "
+                f"{self.path}: times in this log and on the boards are by the clock of {host}"
+            )
 
     def _note_failure(self, error: BaseException) -> None:
         found = RunState.read(self.path)

@@ -164,10 +164,11 @@ def append(run: Path, row: Row) -> None:
         stream.write(("\n" * bool(torn) + json.dumps(row) + "\n").encode())
 
 
-def note_start(run: Path, *, last_sign: float, job_id: str | None) -> None:
+def note_start(run: Path, *, last_sign: float, job_id: str | None) -> float:
     """Append that a start has claimed the run. The start before it was alive at `last_sign`.
 
     What compares this start with others is by the clock of the files, not by this machine's.
+    Returns the seconds by which this one is ahead.
     """
     submitted = written = claimed = None
     if job_id is not None:
@@ -185,6 +186,7 @@ def note_start(run: Path, *, last_sign: float, job_id: str | None) -> None:
         claimed=claimed,
     )
     append(run, found)
+    return starts_of([found])[0].ahead
 
 
 def read(run: Path) -> list[Row]:
