@@ -4,7 +4,9 @@ One row per image, of `data.tars.INDEX_DTYPE`, in the order of the tar.
 """
 
 import io
+import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,30 +16,36 @@ from data.tars import INDEX_DTYPE, Index
 
 # numpy reads an array's header with `ast`, which Python 3.11 cannot do in two threads at once.
 _READING = threading.Lock()
+# Bytes of a file of numpy's before its header, of which the last two are the header's size.
+_START = 10
 
 
-def map_index(path: Path, *, samples: int) -> Index:
-    """The rows (samples,) of a local index file, mapped into memory that all processes share.
+def first_row(read: Callable[..., bytes], *, samples: int, where: Path | str) -> int:
+    """The byte of an index file at which its rows (samples,) begin.
+
+    `read(first=..., size=...)` gives bytes of the file; `where` names it in messages.
 
     Raises:
-        OSError: it is missing or unreadable.
         ValueError: it is damaged, or has another number of rows.
     """
-    if not samples:  # an empty array cannot be mapped
-        return parse_index(path.read_bytes(), samples=0, where=path)
+    start = read(first=0, size=_START)
+    size = int.from_bytes(start[-2:], "little")
+    file = io.BytesIO(start + read(first=_START, size=size))
     try:
         with _READING:
-            index: Index = np.lib.format.open_memmap(path, mode="r")
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    return _checked(index, samples, path)
+        raise ValueError(f"{where} is damaged: {error}") from None
+    _check(dtype, shape, samples, where)
+    return file.tell()
 
 
 def parse_index(content: bytes, *, samples: int, where: Path | str) -> Index:
     """The rows (samples,) in the content of an index file; `where` names it in messages.
 
     Raises:
-        ValueError: as `map_index`.
+        ValueError: as `first_row`.
     """
     file: BinaryIO = io.BytesIO(content)
     try:
@@ -45,14 +53,14 @@ def parse_index(content: bytes, *, samples: int, where: Path | str) -> Index:
             index: Index = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{where} is damaged: {error}") from None
-    return _checked(index, samples, where)
+    _check(index.dtype, index.shape, samples, where)
+    return index
 
 
-def _checked(index: Index, samples: int, where: Path | str) -> Index:
-    if index.dtype != INDEX_DTYPE or index.shape != (samples,):
-        kind = "" if index.dtype == INDEX_DTYPE else " of another kind"
+def _check(dtype: np.dtype, shape: tuple[int, ...], samples: int, where: Path | str) -> None:
+    if dtype != INDEX_DTYPE or shape != (samples,):
+        kind = "" if dtype == INDEX_DTYPE else " of another kind"
         raise ValueError(
-            f"{where} has {index.size} rows{kind}, the manifest says {samples} samples: "
+            f"{where} has {math.prod(shape)} rows{kind}, the manifest says {samples} samples: "
             "copy or pack it again"
         )
-    return index

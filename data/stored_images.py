@@ -5,6 +5,7 @@ A wrong checksum means one damaged image, unless other images of the shard have 
 """
 
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from data.cache import CachedReader
 from data.config import FetchConfig, expanded, is_local
 from data.dataset import Shards
+from data.index import first_row
 from data.reader import Reader
 from data.tars import HEADER, INDEX_DTYPE, Index, read_header
 
@@ -113,15 +115,20 @@ class StoredImages:
         return offset - HEADER, size + HEADER, label, crc32
 
     def _local_row(self, shard: int, row: int) -> Index:
-        """A row read from its file: mapping each index would keep all of them open."""
-        if shard not in self._rows_at:
-            index = self._shards.index(shard)
-            assert isinstance(index, np.memmap), "a shard without samples has no rows"
-            self._rows_at[shard] = index.offset
-        first = self._rows_at[shard] + row * INDEX_DTYPE.itemsize
-        name = self._shards.shards[shard].index
+        """A row read from its file, opened once: mapping each index would keep all of them open.
+
+        On hundreds of ranks the first images of a start open every file from every worker.
+        """
+        entry = self._shards.shards[shard]
         try:
-            raw = self._reader.read(name, first=first, size=INDEX_DTYPE.itemsize)
+            if shard not in self._rows_at:
+                where, read = (
+                    f"{self._where}/{entry.index}",
+                    partial(self._reader.read, entry.index),
+                )
+                self._rows_at[shard] = first_row(read, samples=entry.samples, where=where)
+            first = self._rows_at[shard] + row * INDEX_DTYPE.itemsize
+            raw = self._reader.read(entry.index, first=first, size=INDEX_DTYPE.itemsize)
         except OSError as error:
             raise OSError(f"{error}; while reading the index row of image {row}") from error
         return np.frombuffer(raw, INDEX_DTYPE)

@@ -133,6 +133,23 @@ def test_a_file_is_not_closed_under_the_read_of_another_thread(tmp_path: Path) -
     assert not open_below(tmp_path)
 
 
+def test_two_epochs_open_each_index_and_each_tar_once(whole: Shards) -> None:
+    """Every worker of hundreds of ranks does, at every start: more would crowd a file system."""
+    opened: list[str] | None = []
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and opened is not None and str(arguments[0]).startswith(whole.root):
+            opened.append(Path(arguments[0]).name)
+
+    sys.addaudithook(note)  # which stays
+    try:
+        with Stream(whole, config=config_for(whole.root), seed=1) as stream:
+            take(stream)
+        assert sorted(opened) == sorted(n for s in whole.shards for n in (s.tar, s.index))
+    finally:
+        opened = None
+
+
 def test_a_file_of_more_than_one_read_is_read_in_full(tmp_path: Path) -> None:
     (tmp_path / "large.tar").touch()
     os.truncate(tmp_path / "large.tar", size := _LARGE + 1)
