@@ -1,9 +1,12 @@
 """One process at a time writes a run; real processes take it, hold it, lose it and die with it."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +27,17 @@ print("held", flush=True)
 while True:
     time.sleep(0.1)
     held.check()
+"""
+
+LOOK_AS_ANOTHER_USER = """
+import os, subprocess, sys
+from pathlib import Path
+from trainer.ranks import lease
+subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], check=True)
+os.setgroups([])
+os.setegid(65534)
+os.seteuid(65534)
+print(lease.live_holder(Path(sys.argv[1])))
 """
 
 
@@ -50,6 +64,20 @@ def test_a_live_writer_is_not_disturbed(tmp_path: Path) -> None:
         lease.claim(tmp_path)
     assert holder.poll() is None
     kill(holder)
+
+
+def test_a_live_writer_is_seen_by_a_user_to_whom_its_process_is_hidden() -> None:
+    """hidepid of /proc: a colleague's start would take the run over."""
+    look = ["unshare", "--mount", sys.executable, "-c", LOOK_AS_ANOTHER_USER]
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"]).returncode:
+        pytest.skip("root alone can mount /proc so, and be another user")
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        holder = hold(Path(place))
+        for said in (f"process {holder.pid} on {socket.gethostname()}", "None"):
+            found = subprocess.run([*look, place], cwd=ROOT, capture_output=True, text=True)
+            assert found.stdout.strip() == said, found.stderr
+            kill(holder)
 
 
 def test_a_dead_writer_is_followed_at_once(tmp_path: Path) -> None:

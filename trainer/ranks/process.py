@@ -14,6 +14,8 @@ from pathlib import Path
 STOPPED_FOR = 15.0
 # Programs that a process starts to compile an operator.
 _COMPILERS = {"ninja", "nvcc", "cicc", "ptxas", "c++", "g++", "cc1plus", "hipcc"}
+# The state of a process of which /proc does not tell this user.
+_HIDDEN = "?"
 
 
 class RunningClock:
@@ -73,7 +75,7 @@ def has_ended(pid: int, *, on: str, began: str | None = None) -> bool:
     if on != machine():
         return False
     state, found = _facts(pid)
-    return state in "ZX" or (began is not None and found != began)
+    return state in "ZX" or (state != _HIDDEN and began is not None and found != began)
 
 
 def began_at() -> float:
@@ -92,11 +94,24 @@ def machine() -> str:
 def _facts(pid: int) -> tuple[str, str]:
     """The state of a process, one letter, and when it began; X where there is none."""
     after_name = proc(pid, "stat").rpartition(")")[2].split()
-    return (after_name[0], after_name[19]) if after_name else ("X", "")
+    if after_name:
+        return after_name[0], after_name[19]
+    return ("X" if _is_free(pid) else _HIDDEN), ""
+
+
+def _is_free(pid: int) -> bool:
+    """Whether no process has this number: /proc mounted with hidepid has one's own alone."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        return False
+    return False
 
 
 def proc(pid: int, file: str) -> str:
-    """A file of /proc about a process; empty where that has ended."""
+    """A file of /proc about a process; empty where that has ended, or is hidden."""
     try:
         return Path(f"/proc/{pid}/{file}").read_text()
     except OSError:
