@@ -41,9 +41,11 @@ def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
     Names of files in a text may be of any bytes: they are written as they are on disk.
     """
     with whole(path, writer=writer) as file:
-        if isinstance(content, str):
-            content = content.encode(errors="surrogateescape")
-        file.write(content)
+        file.write(_bytes(content))
+
+
+def _bytes(content: bytes | str) -> bytes:
+    return content.encode(errors="surrogateescape") if isinstance(content, str) else content
 
 
 def make_parent(path: Path, *, option: str) -> None:
@@ -77,6 +79,14 @@ def check_name(path: Path, *, option: str) -> None:
         raise ValueError(
             f"{option}: {path.name[:32]!r}... has {length} bytes: must be at most {_LONGEST}"
         )
+
+
+def check_text(text: str, *, option: str) -> None:
+    """Raise ValueError where a path or a setting is no UTF-8, which safetensors and TOML need."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{option} = {text!r}: must be UTF-8") from None
 
 
 def check_link(path: Path) -> None:
@@ -176,10 +186,10 @@ def age(path: Path) -> float:
 
 
 def append(path: Path, content: bytes | str) -> None:
-    """Append to a file, made if it is missing, all of the content or none of it."""
+    """Append to a file, made if it is missing, all of the content or none of it; as `write`."""
     with _named(path), path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        rest = memoryview(content.encode() if isinstance(content, str) else content)
+        rest = memoryview(_bytes(content))
         try:
             while rest:
                 rest = rest[file.write(rest) :]

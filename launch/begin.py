@@ -231,6 +231,7 @@ def _job(
 ) -> Job:
     """The job of a run. Its whole config has been checked, for its number of ranks."""
     config = configs.load(preset, overrides, unset=unset)
+    files.check_text(str(run.absolute()), option="--run")
     job = Job(
         run=run.absolute(),
         **_where(arguments),

@@ -45,6 +45,7 @@ def refused(*words: object) -> None:
         (["digits", "--run", "r", "--ds-config", "no.json"], "DeepSpeed config: no.json; leave"),
         (["digits", "--run", "a b"], "/a b': must be a path whose last part"),
         (["digits", "--run", "/proc/1/none"], "/proc/1/none"),
+        (["digits", "--run", "gr\udcf6n", "--dry-run"], "/gr\\udcf6n': must be UTF-8"),
         (["status", "nowhere"], "nowhere is not a run directory"),
         (["stop", "nowhere"], "is not a run directory"),
         (["sweep", "digits", "--runs", "r"], "launcher = 'alone': must be \"slurm\" for an array"),

@@ -143,6 +143,15 @@ def test_what_makes_it_another_experiment_is_fixed(change: str, is_fixed: bool) 
     assert [said.split(" = ")[0] for said in fixed_among(changes)] == [*changes] * is_fixed
 
 
+def test_names_that_are_no_utf_8_are_logged_and_refused_for_a_run(tmp_path: Path) -> None:
+    """safetensors could write no checkpoint there."""
+    with Run(tmp_path).claimed() as run:
+        run.log("of gr\udcf6n.pt")
+    assert b"  of gr\xf6n.pt\n" in (tmp_path / "log.txt").read_bytes()
+    with pytest.raises(ValueError, match=r"^--run = '.*gr\\udcf6n': must be UTF-8$"):
+        Run(tmp_path / "gr\udcf6n").check(configs.load("digits"))
+
+
 def test_to_look_again_for_a_directory_leaves_none_behind(tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.mkdir()

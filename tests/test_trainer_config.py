@@ -63,6 +63,7 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ("training.clip = None", "is not TOML; "),
         ("data.shards=/a/b", """ text in quotes: --set 'data.shards = "/a/b"';"""),
         ("training.clip = None", "to leave a setting out: --unset NAME"),
+        ('data.shards = "gr\udcf6n"', "gr\\udcf6n\"': must be UTF-8"),
         ("modell.channels = 3", "unknown setting 'modell' (nearest: 'model')"),
         ('training.lr = "fast"', "training.lr = 'fast': must be a number"),
         ("training.lr = 0", "training.lr = 0.0: must be a number above 0"),

@@ -187,6 +187,7 @@ class Run:
         Raises:
             ValueError: the directory holds something else, or a run that `config` cannot continue.
         """
+        files.check_text(str(self.path), option="--run")
         for path in (self.path, self.checkpoints):
             files.check_link(path)
         # What the launcher, or a start without a step, leaves.

@@ -222,6 +222,7 @@ def _said(hint: Any) -> str:
 
 
 def _parse_change(text: str) -> Table:
+    files.check_text(text, option="--set")
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError):
