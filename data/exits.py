@@ -6,6 +6,7 @@ such program).
 """
 
 import argparse
+import codecs
 import difflib
 import dis
 import errno
@@ -48,9 +49,9 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         help_text = "print the version, and the commit of a git checkout, and exit"
         self.register("type", Path, lambda text: Path(path_text(text)))
-        # Names of files and classes may be of any bytes, and the locale without their letters.
-        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-            sys.stdout.reconfigure(errors="backslashreplace")
+        stdout = sys.stdout
+        if isinstance(stdout, io.TextIOWrapper) and (errors := errors_for(stdout)) != stdout.errors:
+            stdout.reconfigure(errors=errors)
         none = argparse.SUPPRESS  # it is no value of the command line
         self.add_argument(
             "--version", action=_Version, nargs=0, dest=none, default=none, help=help_text
@@ -116,6 +117,17 @@ def open_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+
+
+def errors_for(stream: io.TextIOWrapper) -> str:
+    """How a stream is to write what its encoding lacks, so that printing never fails.
+
+    Names of files and classes may be of any bytes, and the locale without their letters: in the C
+    locale Python writes such bytes as they are, and fails at letters.
+    """
+    is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+    fails = stream.errors == "strict" or (stream.errors == "surrogateescape" and not is_utf8)
+    return "backslashreplace" if fails else str(stream.errors)
 
 
 def is_ours(error: BaseException) -> bool:

@@ -24,6 +24,8 @@ from trainer.run import Run
 from trainer.runstate import RunState
 from trainer.sampling.jobstate import noted
 
+# A locale without Python's ways around it.
+POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 DEEP = "x = " + "[" * 100_000
 
 
@@ -136,6 +138,33 @@ def test_an_insistent_ctrl_c_is_one_line_and_recorded(tmp_path: Path, run: bool)
     assert state is not None and state.state == "stopped"
     assert (state.why or "").startswith("by Ctrl-C")
     assert not (tmp_path / "launch" / "writer.json").exists()
+
+
+@pytest.mark.parametrize("errors", ["", ":strict", ":surrogateescape"])
+def test_letters_and_bytes_that_the_locale_has_no_code_for_are_printed_as_numbers(
+    errors: str,
+) -> None:
+    """In the C locale Python's own streams have surrogateescape, which fails at letters."""
+    say = r"print('\xb1 \udcf6')"
+    command = f"from data.exits import CommandParser; CommandParser(); {say}"
+    rank = f"from trainer.ranks.ending import run_as_rank; run_as_rank(lambda: {say})"
+    streams = {"PYTHONIOENCODING": f"ascii{errors}"} if errors else {}
+    for code in (command, rank):
+        words = [sys.executable, "-c", code]
+        env = {**os.environ, **POSIX, **streams}
+        done = subprocess.run(words, cwd=ranks.ROOT, env=env, capture_output=True)
+        assert done.stdout == b"\\xb1 \\udcf6\n", done.stderr
+
+
+def test_a_locale_that_torch_cannot_read_its_own_files_in_is_named(
+    tmp_path: Path, tiny: Path
+) -> None:
+    command = [sys.executable, "-m", "trainer.train", str(tiny), "--run", str(tmp_path / "run")]
+    env = {**ranks.environment(), **POSIX}
+    done = subprocess.run(command, cwd=ranks.ROOT, env=env, capture_output=True, text=True)
+    said = "torch reads files of its own in the locale's encoding, ascii: set PYTHONUTF8=1"
+    # Where torch is a later one, it may read them in any.
+    assert done.returncode == 0 or done.stderr.endswith(f"error: {said}\n"), done.stderr
 
 
 @pytest.mark.slow

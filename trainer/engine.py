@@ -268,6 +268,9 @@ def _initialize(
     except _REFUSALS as error:
         said = " ".join(str(error).split()) or type(error).__name__
         kind = ValueError if isinstance(error, ImportError) or not all_come() else Refused
+        if isinstance(error, UnicodeDecodeError):
+            wrong = f"torch reads files of its own in the locale's encoding, {error.encoding}"
+            raise kind(f"{wrong}: set PYTHONUTF8=1") from error
         raise kind(f"DeepSpeed refuses its settings (--ds-config): {said}") from error
     return engine, wrapped
 

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from data.exits import FAILED, REFUSED, TO_BE_CONTINUED, interruptible, is_ours, open_streams
+from data.exits import (
+    FAILED,
+    REFUSED,
+    TO_BE_CONTINUED,
+    errors_for,
+    interruptible,
+    is_ours,
+    open_streams,
+)
 from trainer.ranks.faults import Broken, PeerLost, Refused, describe
 from trainer.ranks.world import is_main_process, leave_mpi, process_name
 
@@ -140,7 +148,6 @@ def _tolerate_loss() -> None:
         before.flush()
         raw = io.BufferedWriter(_Lossy(number, "w", closefd=False))
         # Nor a letter that the locale has no code for, such as one in the name of a directory.
-        errors = "backslashreplace" if before.errors == "strict" else before.errors
-        stream = io.TextIOWrapper(raw, encoding=before.encoding, errors=errors)
+        stream = io.TextIOWrapper(raw, encoding=before.encoding, errors=errors_for(before))
         stream.reconfigure(line_buffering=number == 2 or before.line_buffering)
         setattr(sys, name, stream)
