@@ -256,7 +256,10 @@ def _lift_seconds_to_save(table: settings.Table) -> None:
 def _expand_home(value: object) -> object:
     """The value with ~ replaced in its strings, where a shell does: at the beginning or after :."""
     if isinstance(value, str):
-        return re.sub(r"(?:^|(?<=:))~(?=/)", lambda _: str(Path.home()), value)
+        try:
+            return re.sub(r"(?:^|(?<=:))~(?=/)", lambda _: str(Path.home()), value)
+        except RuntimeError:  # a container may have no name for its user
+            raise ValueError(f"{value}: HOME is not set: write whole paths") from None
     if isinstance(value, list):
         return [_expand_home(v) for v in value]
     if isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Cluster files: what is wrong in one is refused in one line, and what is read from it."""
 
 import math
+import pwd
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,10 @@ def test_a_home_directory_is_expanded_as_a_shell_does(
     assert site.container is not None
     assert site.container.image == "/home/me/adm.sqsh"
     assert site.container.mounts == ("/home/me/data:/data", "/a:/b")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as for a user of a container
+    with pytest.raises(ValueError, match="~/venv/bin/python: HOME is not set: write whole paths"):
+        clusters.load(file)
 
 
 def test_seconds_to_save_is_still_read_from_the_section_slurm(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What may keep a start from beginning, outside of its run directory."""
 
 import os
+import pwd
 import re
 import time
 from functools import partial
@@ -136,6 +137,21 @@ def test_a_place_for_what_is_compiled_that_cannot_be_written_is_named_before_any
     with pytest.raises(ValueError, match=said):
         train.TrainingPlan.make(arguments, ranks=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_user_without_a_home_directory_is_told_where_to_have_the_operator_compiled(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be in a directory that is called ~."""
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as for a user of a container
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("USER", "me")
+    arguments = train.parser().parse_args([str(tiny), "--run", str(tmp_path / "run")])
+    said = r"^user me has no home .*: set TORCH_EXTENSIONS_DIR to a directory that is writable$"
+    with pytest.raises(ValueError, match=said):
+        train.TrainingPlan.make(arguments, ranks=1)
 
 
 def test_an_upsamplers_grid_of_more_images_than_there_are_is_refused(

@@ -26,9 +26,11 @@ def directory(variable: str) -> Path:
 
 
 def fault(variable: str) -> str:
-    """Why nothing can be written there, or loaded from there, with the way out; or ""."""
+    """Why nothing can be kept there, or loaded from there, with the way out; or ""."""
     place, wanted = directory(variable), "writable"
     why = files.write_fault(place)
+    if place.parts[0] == "~" and not os.environ.get(variable):
+        why = f"user {_user()} has no home directory (HOME is not set)"
     if not why and os.statvfs(files.nearest(place)).f_flag & os.ST_NOEXEC:
         why = f"{place} is on a disk that is mounted noexec, from which no library is loaded"
         wanted = "on another disk"
