@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch.utils import cpp_extension
 
 from data.dataset import open_shards
-from data.exits import REFUSED
+from data.exits import FAILED, REFUSED
 from tests.support import ranks
 from trainer import operators, train
 from trainer.measures import due
@@ -37,10 +37,12 @@ def plan(extensions: Path, preset: Path, run: Path) -> int:
     return 0
 
 
-def with_own_operators(directory: Path, extensions: Path, arguments: list[str]) -> int:
-    """As `ranks.work`, with another directory of operators on rank 1."""
+def with_own_operators(
+    directory: Path, extensions: Path, arguments: list[str], **variables: str
+) -> int:
+    """As `ranks.work`, with another directory of operators, and `variables`, on rank 1."""
     if os.environ["RANK"] == "1":
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+        os.environ.update(TORCH_EXTENSIONS_DIR=str(extensions), **variables)
     return ranks.work(directory, [arguments], fp16=False)
 
 
@@ -56,6 +58,17 @@ def test_an_operator_that_one_machine_cannot_compile_ends_all_ranks_with_the_rea
     (said,) = map(str, job.statuses)
     why = ("Not a directory", "File exists")  # the second by torch 2.15
     assert said.startswith(f"rank 1: {no_directory}") and said.endswith(why), said
+
+
+def test_what_the_compiler_of_an_operator_says_is_one_line(tmp_path: Path, tiny: Path) -> None:
+    arguments = ["train", str(tiny), "--run", str(tmp_path / "run")]
+    (tmp_path / "own").mkdir()
+    task = partial(with_own_operators, tmp_path, tmp_path / "own", arguments, CXX="no-compiler")
+    job = ranks.fork(tmp_path, task, ranks=2)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
+    said = r"^error: rank 1: DeepSpeed's .* cannot be compiled: .*no-compiler: .*not found \("
+    assert re.search(said, job.text, re.MULTILINE) and "Traceback" not in job.text, job.text
 
 
 @pytest.mark.skipif(not hasattr(cpp_extension, "FileBaton"), reason="torch before 2.14")

@@ -25,7 +25,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 
-from trainer import averages, norms, shortcuts
+from trainer import averages, norms, operators, shortcuts
 from trainer.compute import DTYPES
 from trainer.config import Config
 from trainer.copies import Copies
@@ -245,9 +245,18 @@ def load_operator() -> None:
     """Compile DeepSpeed's operator for CPUs, or load it, which may fail on one machine alone.
 
     DeepSpeed itself does it where the other ranks wait in the store, and hear nothing.
+
+    Raises:
+        OSError: it cannot be compiled, as without a compiler or room in TMPDIR, or loaded.
     """
-    with redirect_stdout(io.StringIO()):  # it says so again, as it takes what is loaded
-        build_shm_op()
+    try:
+        with redirect_stdout(io.StringIO()):  # it says so again, as it takes what is loaded
+            build_shm_op()
+    except (RuntimeError, ImportError) as error:  # with all that the compiler has printed
+        raise OSError(
+            f"DeepSpeed's operator for CPUs cannot be compiled: {operators.reason(error)} "
+            "(`python -m trainer.preflight` checks the compiler)"
+        ) from error
 
 
 def _initialize(

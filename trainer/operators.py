@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import sys
 from contextlib import suppress
@@ -80,6 +81,12 @@ def _is_locked(path: Path) -> bool:
         except OSError as error:  # a file system may have no locks
             return isinstance(error, BlockingIOError)
     return False
+
+
+def reason(error: Exception) -> str:
+    """Why it could not be compiled: the first error among the lines of the compiler, if any."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if re.search("error: |not found", line)), lines[0][:120])
 
 
 def notice() -> list[str]:
