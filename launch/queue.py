@@ -34,7 +34,8 @@ _EVERY = 30.0
 
 def submit(script: Path) -> str:
     """Submit a batch script; returns the job id, or raises ValueError with what Slurm said."""
-    env = environment(os.environ, text=script.read_text())
+    text = script.read_text(encoding="utf-8", errors="surrogateescape")  # as it was written
+    env = environment(os.environ, text=text)
     said = _slurm("sbatch", "--parsable", str(script), env=env)
     # Some sites' sbatch is a script of their own: it prints a greeting before, or a sentence.
     found = re.findall(_ANSWER, said, re.MULTILINE)
@@ -161,7 +162,10 @@ def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
     if env is None:
         env = {name: value for name, value in os.environ.items() if name not in _FILTERS}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+        # A site's greeting may be of another encoding than the user's locale.
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=60, env=env
+        )
     except FileNotFoundError:
         submit = ": use a login node of Slurm, or another `launcher` in the --cluster file"
         way_out = submit if command[0] == "sbatch" else ""

@@ -292,7 +292,8 @@ def _last_event(run: Path) -> str | None:
 def _total(run: Path) -> int | None:
     """The images of the whole run, once the trainer has resolved its config."""
     try:
-        images = tomllib.loads((run / "config.toml").read_text())["training"]["images"]
+        config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        images = config["training"]["images"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return images if isinstance(images, int) else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
-from launch import status
+from launch import records, status
 from launch.__main__ import main
 
 Sbatch = Callable[[str], None]
@@ -132,6 +132,24 @@ def test_sampling_is_a_job_of_every_launcher(
     draw = "trainer.sample --patience 600 runs/a --scale 0,1"
     rank = f"{draw} --out {tmp_path}/a.npz --job {tmp_path}/a.job --ranks 2"
     assert rank in said and not (tmp_path / "a.job").exists()
+
+
+def test_a_greeting_in_another_encoding_hides_no_job_id(sbatch: Sbatch) -> None:
+    sbatch(r"printf 'Acc\351s autoris\351\n'; echo 7")
+    assert submit() == 0
+    assert records.job_id(Path("run")) == "7"
+
+
+def test_a_script_with_a_name_that_is_no_utf_8_is_submitted(
+    sbatch: Sbatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gr\udcf6n").mkdir()
+    monkeypatch.chdir(tmp_path / "gr\udcf6n")
+    sbatch("echo 7")
+    Path("site.toml").touch()
+    words = ["sample", "/runs/digits", "--out", "a.npz", "--cluster", "site.toml"]
+    assert main(words) == 0
+    assert records.job_id(Path("a.job")) == "7"
 
 
 def test_a_sampling_array_has_a_job_for_each_share(sbatch: Sbatch) -> None:
