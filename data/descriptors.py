@@ -1,5 +1,10 @@
-"""How many files a process may hold open, and how many of them the data layer uses."""
+"""How many files a process may hold open, and how many of them the data layer uses.
 
+And what is to be said where no more threads or processes can be started.
+"""
+
+import errno
+import os
 import resource
 from contextlib import suppress
 
@@ -37,3 +42,17 @@ def share() -> int:
     if soft == resource.RLIM_INFINITY:
         return _WANTED
     return max(min(_WANTED, soft // 2), 1)
+
+
+def without_threads(error: BaseException) -> str:
+    """In words, an error of the system's that no thread or process can be started; else ""."""
+    raised = isinstance(error, RuntimeError | BlockingIOError)
+    known = ("can't start new thread", os.strerror(errno.EAGAIN))  # Python's own, and C++'s
+    if not (raised and str(error).endswith(known)):
+        return ""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    limit = "no limit" if soft == resource.RLIM_INFINITY else soft
+    return (
+        f"{error}: raise the limit of threads and processes (ulimit -u: {limit}), or that of the "
+        "container (docker run --pids-limit, podPidsLimit of Kubernetes)"
+    )

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data import files
+from data import descriptors, files
 from data.stores import FINAL
 from data.version import version
 
@@ -170,6 +170,11 @@ def reported(command: Callable[[], int]) -> int:
             return 128 + signal.SIGPIPE
         print(f"error: {files.reason(error)}", file=sys.stderr)
         return exit_status(error)
+    except RuntimeError as error:
+        if not descriptors.without_threads(error):
+            raise
+        print(f"error: {files.reason(error)}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

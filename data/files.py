@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from data import descriptors
+
 # Errors of writing alone: another may come from what the content is read from.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Bytes of the longest name of an output: until it is whole, files beside it have longer ones.
@@ -135,10 +137,12 @@ def denial(path: Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """An error in words: of a file that a user may not read or write, as `denial`."""
+    """An error in words: of a file that a user may not read or write, as `denial`, and of threads
+    that cannot be started.
+    """
     if isinstance(error, PermissionError) and isinstance(error.filename, str):
         return denial(Path(error.filename)) or str(error)
-    return str(error)
+    return descriptors.without_threads(error) or str(error)
 
 
 def _denied(path: Path) -> tuple[str, str]:

@@ -156,6 +156,36 @@ def test_letters_and_bytes_that_the_locale_has_no_code_for_are_printed_as_number
         assert done.stdout == b"\\xb1 \\udcf6\n", done.stderr
 
 
+WITHOUT_THREADS = """
+import os, resource, subprocess, sys, threading
+from data.exits import reported
+from trainer.ranks.ending import run_as_rank
+
+def work():
+    if sys.argv[2] == "thread":
+        threading.Thread(target=print).start()
+    subprocess.run(["/bin/true"])
+
+if os.geteuid() == 0:
+    os.setresuid(54321, 54321, 54321)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+if sys.argv[1] == "rank":
+    run_as_rank(work)
+sys.exit(reported(work))
+"""
+
+
+@pytest.mark.parametrize("what", ["thread", "process"])
+@pytest.mark.parametrize("where", ["rank", "command"])
+def test_where_no_thread_or_process_can_be_started_the_limit_is_named(
+    where: str, what: str
+) -> None:
+    command = [sys.executable, "-c", WITHOUT_THREADS, where, what]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True)
+    assert done.returncode == FAILED and done.stderr.count("\n") == 1, done.stderr
+    assert " limit of threads and processes (ulimit -u: 1)" in done.stderr
+
+
 def test_a_locale_that_torch_cannot_read_its_own_files_in_is_named(
     tmp_path: Path, tiny: Path
 ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data import files
+from data.descriptors import without_threads
 from data.exits import (
     FAILED,
     REFUSED,
@@ -66,6 +67,9 @@ def run_as_rank(main: Callable[[], int]) -> None:
         if isinstance(error, ValueError | OSError) and is_ours(error):
             _report(f"error: {describe(error)}")
             status = REFUSED if isinstance(error, ValueError) else FAILED
+        elif said := without_threads(error):
+            _report(f"error: {said}")
+            status = FAILED
         else:
             _tell_torchrun(f"{type(error).__name__}: {error}")
             print(f"{process_name()} failed:", file=sys.stderr)
