@@ -1,9 +1,11 @@
 """How the ranks come and leave together."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import torch.distributed as dist
 
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
+from tests.support.cluster import wait_until
 from trainer import sample
-from trainer.ranks import watchdog
+from trainer.ranks import connections, watchdog
 from trainer.ranks.group import all_come, connected
 from trainer.ranks.world import join
 
@@ -75,6 +78,32 @@ def test_a_network_interface_that_no_machine_has_is_one_line(tmp_path: Path) -> 
     assert [process.exitcode for process in job.ranks] == [REFUSED] * 2, said
     assert said.count("'eth99'") == 1 and "has no such network interface; it has: lo" in said
     assert "Traceback" not in said
+
+
+def keep_idle_connections() -> int:
+    connections._EVERY, before = 0.1, set(threading.enumerate())
+    with connected(join(), patience=ranks.LIMIT, watched=True):
+        groups = [dist.new_group(), dist.new_group()]  # as DeepSpeed makes them, and NCCL later
+        wait_until(lambda: set(timers()) == {"02"}, "a timer of keepalive on each connection")
+        print(f"{len(timers())} connections", flush=True)
+        for group in groups:
+            dist.barrier(group)
+    return len(set(threading.enumerate()) - before)
+
+
+def timers() -> list[str]:
+    """The kernel's timers of this process's TCP connections: 00 is none, 02 that of keepalive."""
+    own = {link.resolve().name for link in Path("/proc/self/fd").iterdir()}
+    tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [row.split() for table in tables for row in table.splitlines()[1:]]
+    return [row[5][:2] for row in rows if row[3] == "01" and f"socket:[{row[9]}]" in own]
+
+
+def test_no_connection_is_idle_for_so_long_that_a_firewall_forgets_it(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, keep_idle_connections, ranks=2)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [0, 0], said
+    assert int(re.findall(r"^(\d+) connections$", said, re.MULTILINE)[0]) >= 5
 
 
 def test_a_user_error_ends_every_rank_with_its_status(

@@ -251,8 +251,8 @@ class SlowStore:
 
 def refuse() -> int:
     """A run that is refused while the watchdog's thread waits for the store."""
-    world, before = join(), threading.enumerate()
-    with connected(world, patience=ranks.LIMIT):
+    with connected(world := join(), patience=ranks.LIMIT):
+        before = threading.enumerate()
         try:
             with Watchdog(world, patience=PATIENCE) as watchdog:
                 watchdog._mailbox._store = SlowStore(watchdog._mailbox._store)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from data.exits import is_ours
+from trainer.ranks.connections import kept_alive
 from trainer.ranks.device import check_interfaces, device_of
 from trainer.ranks.ending import is_held_up
 from trainer.ranks.faults import Broken, Fault, Refused, StoppedError
@@ -52,15 +53,16 @@ def connected(
     os.environ.update(world.environment())
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED))
     timeout = timedelta(seconds=patience + 60)
-    device = _meet(world, timeout=timeout, later=_WATCHED if watched else timeout, gpus=gpus)
-    try:
-        yield device
-    except (Refused, Broken):
-        # All ranks are here alike. Where a peer is gone, leaving the group may wait for it.
-        if not is_held_up():
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    with kept_alive():
+        device = _meet(world, timeout=timeout, later=_WATCHED if watched else timeout, gpus=gpus)
+        try:
+            yield device
+        except (Refused, Broken):
+            # All ranks are here alike. Where a peer is gone, leaving the group may wait for it.
+            if not is_held_up():
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
 @ended_by_ctrl_c()
