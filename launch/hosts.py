@@ -11,6 +11,10 @@ from launch.job import Job, preamble
 from launch.shell import command, fill, quoted
 from trainer.ranks.lease import stop_file
 
+# Firewalls forget a connection that is idle, as that to a machine whose ranks print nothing, and
+# ssh would wait for its end for ever.
+_ALIVE = "-o ServerAliveInterval=30 -o ServerAliveCountMax=30"
+
 
 def text(job: Job) -> str:
     """The script that starts a job from this machine; run it with bash.
@@ -89,6 +93,7 @@ def _deepspeed(job: Job) -> tuple[str, str]:
     start = command(*runner, "--hostfile", job.records / "hostfile", *options)
     lines = [
         f"printf '%s\\n' {quoted(hosts)} > {hostfile}",
+        f'export PDSH_SSH_ARGS_APPEND="${{PDSH_SSH_ARGS_APPEND-}} {_ALIVE}"',
         "cd /",
         f"{start} \\\n  bash {quoted([_for_remote_bash(str(job.script))])} rank",
         "finish",
@@ -128,7 +133,7 @@ def _torchrun(job: Job) -> tuple[str, str]:
         options=command(*options, "-m", "--", *job.rank_words[1:]),
     )
     again = quoted([quoted(["bash", job.script, "node"])])
-    begin = f'begin ssh "$host" {again}" ${{host#*@}}"'
+    begin = f'begin ssh {_ALIVE} "$host" {again}" ${{host#*@}}"'
     return (
         node.rstrip(),
         f'for host in "${{hosts[@]}}"; do\n  {begin}\ndone\nfinish',

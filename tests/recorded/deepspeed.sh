@@ -91,6 +91,7 @@ finish() {
 }
 
 printf '%s\n' 'n1 slots=8' 'n2 slots=8' 'n3 slots=8' 'n4 slots=8' 'n5 slots=8' 'n6 slots=8' 'n7 slots=8' 'n8 slots=8' 'n9 slots=8' 'n10 slots=8' 'n11 slots=8' 'n12 slots=8' 'n13 slots=8' 'n14 slots=8' 'n15 slots=8' 'n16 slots=8' 'n17 slots=8' 'n18 slots=8' 'n19 slots=8' 'n20 slots=8' 'n21 slots=8' 'n22 slots=8' 'n23 slots=8' 'n24 slots=8' 'n25 slots=8' 'n26 slots=8' 'n27 slots=8' 'n28 slots=8' 'n29 slots=8' 'n30 slots=8' 'n31 slots=8' 'n32 slots=8' 'n33 slots=8' 'n34 slots=8' 'n35 slots=8' 'n36 slots=8' 'n37 slots=8' 'n38 slots=8' 'n39 slots=8' 'n40 slots=8' 'n41 slots=8' 'n42 slots=8' 'n43 slots=8' 'n44 slots=8' 'n45 slots=8' 'n46 slots=8' 'n47 slots=8' 'n48 slots=8' 'n49 slots=8' 'n50 slots=8' 'n51 slots=8' 'n52 slots=8' 'n53 slots=8' 'n54 slots=8' 'n55 slots=8' 'n56 slots=8' 'n57 slots=8' 'n58 slots=8' 'n59 slots=8' 'n60 slots=8' 'n61 slots=8' 'n62 slots=8' 'n63 slots=8' 'n64 slots=8' > /runs/imagenet64/launch/hostfile
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND-} -o ServerAliveInterval=30 -o ServerAliveCountMax=30"
 cd /
 begin env -u PYTHONPATH /home/me/adm/.venv/bin/python -m deepspeed.launcher.runner \
   --hostfile /runs/imagenet64/launch/hostfile \

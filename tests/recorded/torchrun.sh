@@ -117,6 +117,6 @@ finish() {
 }
 
 for host in "${hosts[@]}"; do
-  begin ssh "$host" 'bash /runs/imagenet64/launch/job.sh node'" ${host#*@}"
+  begin ssh -o ServerAliveInterval=30 -o ServerAliveCountMax=30 "$host" 'bash /runs/imagenet64/launch/job.sh node'" ${host#*@}"
 done
 finish
