@@ -167,6 +167,19 @@ def test_a_cut_off_machine_ends_the_job_and_is_named(site: Site) -> None:
     assert re.search(r"n2: lost: n1 \(rank 0; .*\)", texts[2])
 
 
+def test_a_network_that_drops_large_packets_is_found_before_the_first_step(site: Site) -> None:
+    """The bridge takes 1,500 bytes. A kernel that cuts packets late would pass larger ones."""
+    interface = ("ip", "link", "set", "eth0")
+    for host in site.cluster.names:
+        site.cluster.run(host, *interface, "mtu", 9000, "gso_max_segs", 1)
+    try:
+        texts = end(ranks_of(site, "packets", 15))
+    finally:
+        for host in site.cluster.names:
+            site.cluster.run(host, *interface, "mtu", 1500, "gso_max_segs", 65535)
+    assert all("the ranks reach each other, but 16 KiB do not arrive" in text for text in texts)
+
+
 def test_a_main_rank_that_says_nothing_ends_the_job_and_is_named(site: Site) -> None:
     (main, *others), _ = start_bare(site, "silent")
     for pid in site.cluster.pids("n1", [str(site.run("silent"))]):

@@ -28,6 +28,7 @@ from data.version import digest
 from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.options import add_ranks
 from trainer.ranks.device import device_of
+from trainer.ranks.group import check_packets
 from trainer.ranks.world import World, join, step_hosts
 
 # The size of the all-reduce that measures bandwidth, and how often it is timed.
@@ -139,12 +140,13 @@ def _all_reduce(world: World, *, store: dist.TCPStore, seconds: float) -> str:
     if cuda:
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.PrefixStore("check", store),
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=seconds),
     )
+    check_packets()
     small = _timed(torch.zeros(1, device="cuda" if cuda else "cpu"))
     large = _timed(torch.zeros(_MEGABYTES * 2**18, device="cuda" if cuda else "cpu"))
     dist.barrier()
@@ -220,7 +222,7 @@ def main(argv: Sequence[str]) -> int:
         return FAILED if not any(facts.device for facts in found) else REFUSED
     try:
         measured = _all_reduce(world, store=store, seconds=arguments.seconds)
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError) as error:
         print(f"{mine.host}: rank {world.rank}: all-reduce failed: {error}", file=sys.stderr)
         return FAILED
     if world.is_main:

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 # Collectives that torch's flight recorder remembers, for what is written when a rank hangs.
 _REMEMBERED = 2000
+# Bytes that no network carries in one packet.
+_LARGE = 2**14
 # Longer than any job is suspended; in milliseconds it has less than 32 bits.
 _WATCHED = timedelta(days=14)
 
@@ -82,6 +84,8 @@ def _meet(world: World, *, timeout: timedelta, later: timedelta, gpus: int | Non
             timeout=later if is_kept else timeout / 5,
             device_id=device if device.type == "cuda" else None,
         )
+        if not is_kept:  # nothing would end it there
+            check_packets()
     except RuntimeError as error:
         if isinstance(error, dist.DistBackendError) or not is_of_a_collective(error):
             raise
@@ -96,6 +100,22 @@ def _meet(world: World, *, timeout: timedelta, later: timedelta, gpus: int | Non
     # DeepSpeed makes groups of its own, and would leave them torch's half an hour.
     distributed_c10d.default_pg_timeout = later
     return device
+
+
+def check_packets() -> None:
+    """Raise ConnectionError where large packets are dropped, as by a switch with a smaller MTU.
+
+    The first gradients would hang, after all small messages. All ranks must call it.
+    """
+    mine = torch.zeros(_LARGE, dtype=torch.uint8)
+    try:
+        dist.all_gather([torch.empty_like(mine) for _ in range(dist.get_world_size())], mine)
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"the ranks reach each other, but {_LARGE >> 10} KiB do not arrive: {error}: large "
+            "packets may be dropped between their nodes: lower the MTU of their interfaces to what "
+            "`ping -M do -s BYTES HOST` passes, or set sysctl net.ipv4.tcp_mtu_probing=1 on all"
+        ) from None
 
 
 @contextmanager
