@@ -16,8 +16,9 @@ from data.tars import INDEX_DTYPE, Index
 
 # numpy reads an array's header with `ast`, which Python 3.11 cannot do in two threads at once.
 _READING = threading.Lock()
-# Bytes of a file of numpy's before its header, of which the last two are the header's size.
-_START = 10
+# How a file of numpy's begins; two bytes with the size of its header follow.
+_MAGIC = np.lib.format.magic(1, 0)
+_START = len(_MAGIC) + 2
 
 
 def first_row(read: Callable[..., bytes], *, samples: int, where: Path | str) -> int:
@@ -29,11 +30,13 @@ def first_row(read: Callable[..., bytes], *, samples: int, where: Path | str) ->
         ValueError: it is damaged, or has another number of rows.
     """
     start = read(first=0, size=_START)
+    if not start.startswith(_MAGIC):
+        raise ValueError(f"{where} is damaged: it does not begin as an array of numpy's")
     size = int.from_bytes(start[-2:], "little")
     file = io.BytesIO(start + read(first=_START, size=size))
+    file.seek(len(_MAGIC))
     try:
         with _READING:
-            np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{where} is damaged: {error}") from None

@@ -122,10 +122,8 @@ class StoredImages:
         entry = self._shards.shards[shard]
         try:
             if shard not in self._rows_at:
-                where, read = (
-                    f"{self._where}/{entry.index}",
-                    partial(self._reader.read, entry.index),
-                )
+                where = f"{self._where}/{entry.index}"
+                read = partial(self._reader.read, entry.index)
                 self._rows_at[shard] = first_row(read, samples=entry.samples, where=where)
             first = self._rows_at[shard] + row * INDEX_DTYPE.itemsize
             raw = self._reader.read(entry.index, first=first, size=INDEX_DTYPE.itemsize)

@@ -72,6 +72,14 @@ def test_a_damaged_remote_index_is_no_fault_of_the_machine(copy: Shards) -> None
         fails(shards, ValueError, r"00004\.idx\.npy is damaged or of another packing: its checksum")
 
 
+def test_an_index_that_is_overwritten_while_it_is_used_is_damaged_and_no_fault_of_the_disk(
+    copy: Shards,
+) -> None:
+    index = Path(copy.root, copy.shards[1].index)
+    index.write_bytes(b"\xff" * index.stat().st_size)
+    fails(copy, ValueError, r"00001\.idx\.npy is damaged: ")
+
+
 def test_pipes_serve_the_same(whole: Shards, tmp_path: Path) -> None:
     seeking = f"pipe:tail -c +$(({{first}} + 1)) {whole.root}/{{name}}; : {{last}}"
     assert epoch(seeking) == epoch(whole.root)
