@@ -18,12 +18,13 @@ from torch._inductor import config as inductor
 
 from bench import nets
 from bench.nets import Net
-from trainer import compute, costs
-from trainer import config as configs
 from trainer.adm.config import Kernels, UNetConfig
 from trainer.adm.norm import GroupNorm, use_kernels
 from trainer.adm.unet import UNet, build
-from trainer.compute import DTYPES
+from trainer.config import experiment as configs
+from trainer.engine import compute
+from trainer.engine.compute import DTYPES
+from trainer.planning import costs
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import nets
-from trainer import config as configs
-from trainer import ds_config
 from trainer.adm.config import UNetConfig
 from trainer.adm.objective import Denoise
 from trainer.adm.timesteps import UniformTimesteps
 from trainer.adm.unet import UNet
-from trainer.config import Config
-from trainer.engine import Engine
+from trainer.config import ds_config
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.engine.zero import Engine
 from trainer.ranks.group import connected
 from trainer.ranks.world import join
 

@@ -27,8 +27,10 @@ import torch
 
 from bench.photos import make_photos
 from data.pack import main as pack
-from trainer import config as configs
-from trainer import engine, settings, train
+from trainer import train
+from trainer.config import experiment as configs
+from trainer.config import settings
+from trainer.engine import zero as engine
 from trainer.loop import Loop
 from trainer.measures import Measures
 from trainer.ranks.watchdog import Watchdog

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 
 # A network that is trained in minutes.
 _SMALL = ("model.channels = 32",)

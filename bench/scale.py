@@ -33,9 +33,11 @@ from data.config import DataConfig
 from data.dataset import open_shards
 from data.pack import main as pack
 from data.stream import Stream
-from trainer import config as configs
-from trainer import ds_config, plan, prediction
-from trainer.prediction import Machine
+from trainer import plan
+from trainer.config import ds_config
+from trainer.config import experiment as configs
+from trainer.planning import prediction
+from trainer.planning.prediction import Machine
 
 #: What NCCL reaches there, as published for nodes of 8 H100: GB/s of each rank.
 NETWORKS = {"8 x 400 Gb/s per node": 340.0, "1 x 400 Gb/s per node": 40.0}

@@ -34,9 +34,9 @@ from data import files
 from data.exits import REFUSED, CommandParser, reported
 from launch import begin, display, queue, records, status
 from launch.signs import Signs
-from trainer import settings
-from trainer.config import PRESETS
-from trainer.ranks import lease
+from trainer.config import settings
+from trainer.config.experiment import PRESETS
+from trainer.run import lease
 
 
 def stop(argv: Sequence[str]) -> int:

@@ -20,12 +20,14 @@ from launch import options, queue, records, slurm
 from launch.cluster import Cluster, load
 from launch.job import Job
 from launch.shell import quoted
-from trainer import ablations, origin, settings
-from trainer import config as configs
-from trainer import ds_config as ds_configs
+from trainer.ablations import sets as ablations
 from trainer.adm.config import check
-from trainer.ranks.lease import stop_command
-from trainer.runstate import RunState
+from trainer.config import ds_config as ds_configs
+from trainer.config import experiment as configs
+from trainer.config import settings
+from trainer.run import origin
+from trainer.run.lease import stop_command
+from trainer.run.runstate import RunState
 
 
 def start(argv: Sequence[str], *, description: str | None) -> int:

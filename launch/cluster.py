@@ -15,8 +15,8 @@ from typing import Literal, get_args
 
 from data.config import naming
 from data.progress import duration
-from trainer import settings
 from trainer.adm.config import check
+from trainer.config import settings
 
 Launcher = Literal["slurm", "mpirun", "deepspeed", "torchrun", "alone", "kubernetes"]
 LAUNCHERS: tuple[str, ...] = get_args(Launcher)

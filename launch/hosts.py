@@ -9,7 +9,7 @@ import shlex
 from data.exits import REFUSED
 from launch.job import Job, preamble
 from launch.shell import command, fill, quoted
-from trainer.ranks.lease import stop_file
+from trainer.run.lease import stop_file
 
 # Firewalls forget a connection that is idle, as that to a machine whose ranks print nothing, and
 # ssh would wait for its end for ever.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from launch.cluster import Cluster
 from launch.shell import quoted
-from trainer import settings
 from trainer.adm.config import check
+from trainer.config import settings
 from trainer.ranks import world
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from data.exits import CommandParser, path_text
 from launch.cluster import LAUNCHERS
-from trainer import origin, settings
+from trainer.config import settings
+from trainer.run import origin
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,8 @@ from data import files, version
 from launch import hosts, kubernetes, queue, slurm
 from launch.job import Job
 from launch.shell import quoted
-from trainer import settings
-from trainer.ranks import lease
+from trainer.config import settings
+from trainer.run import lease
 
 ROOT = Path(__file__).parent.parent
 _CODE = ("trainer", "data", "launch")

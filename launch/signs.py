@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import queue, records
-from trainer.ranks import lease
+from trainer.run import lease
 
 # Seconds in which the holder of a lease touches it several times.
 _WAIT = 5 * lease.BEAT

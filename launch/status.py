@@ -16,12 +16,10 @@ from pathlib import Path
 from data.progress import duration
 from launch import records
 from launch.signs import Signs
-from trainer import runstate
-from trainer.ranks import lease
-from trainer.runstate import RunState
-from trainer.watch import goodput, history
-from trainer.watch.goodput import Goodput
-from trainer.watch.history import Row
+from trainer.run import goodput, history, lease, runstate
+from trainer.run.goodput import Goodput
+from trainer.run.history import Row
+from trainer.run.runstate import RunState
 
 # Seconds after which a start without metrics is reported as such: as long as ranks are waited for.
 _LONG_START = 600.0

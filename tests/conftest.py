@@ -19,8 +19,8 @@ from tests.support.data_fixtures import pack_folder
 from tests.support.data_streams import IMAGES, SIZE
 from tests.support.runs import EVERY, GRIDS, Place
 from tests.support.site import Site
-from trainer import config as configs
 from trainer.adm.unet import build
+from trainer.config import experiment as configs
 
 # On a busy machine any example may take long.
 hypothesis.settings.register_profile("tests", deadline=None)

@@ -14,10 +14,10 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 
 from launch.__main__ import main as launch
 from tests.support.ranks import ROOT
-from trainer import ablation_results
 from trainer.ablate import main
-from trainer.ablations import load
-from trainer.runstate import RunState
+from trainer.ablations import results as ablation_results
+from trainer.ablations.sets import load
+from trainer.run.runstate import RunState
 
 SET = """
 base = "{tiny}"

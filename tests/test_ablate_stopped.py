@@ -15,10 +15,10 @@ import pytest
 from data.exits import FAILED, REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
 from trainer.ablate import main
-from trainer.ablation_rows import outdated, remove_outdated, training_status
-from trainer.ablations import load
-from trainer.ranks.lease import live_holder, request_stop, stop_file
-from trainer.runstate import RunState
+from trainer.ablations.rows import outdated, remove_outdated, training_status
+from trainer.ablations.sets import load
+from trainer.run.lease import live_holder, request_stop, stop_file
+from trainer.run.runstate import RunState
 
 SET = """
 base = "{tiny}"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import golden
-from trainer import costs
 from trainer.adm.blocks import merge_windows, split_windows
 from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import Classifier, UNet
+from trainer.planning import costs
 
 CASES = {case["name"]: case for case in golden.table("cases")["models"]}
 DOUBLE = golden.tensors("double")

@@ -8,7 +8,7 @@ from pathlib import Path
 from data.exits import REFUSED
 from tests.support import ranks
 from trainer import allocation
-from trainer.facts import Facts, problems, table
+from trainer.planning.facts import Facts, problems, table
 
 GOOD = Facts(
     rank=0,

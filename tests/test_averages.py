@@ -16,12 +16,12 @@ from data import files
 from data.exits import REFUSED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, build_start, equal
-from trainer import config as configs
 from trainer import ema
 from trainer.adm.ema import Average, Exponential, PowerFunction
-from trainer.checkpoint import read
+from trainer.config import experiment as configs
 from trainer.ranks.world import World
-from trainer.run import Run
+from trainer.run.checkpoint import read
+from trainer.run.directory import Run
 from trainer.snapshots import Snapshots
 
 # Eight steps: with fewer, the last one would be skipped.

@@ -12,7 +12,7 @@ import torch
 from bench import cells, cpu_step, gpu, nets, scale
 from tests.support.ranks import LIMIT
 from tests.test_plan import machine
-from trainer import config as configs
+from trainer.config import experiment as configs
 
 
 def test_every_cell_is_a_process_and_a_line_of_figures(tmp_path: Path) -> None:

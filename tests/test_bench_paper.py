@@ -9,7 +9,7 @@ from bench.paper_plan import Plan, Step
 from data.packing import options as packing
 from tests.support import options
 from trainer import ablate, evaluate, sample, train
-from trainer import config as configs
+from trainer.config import experiment as configs
 
 
 def take_training(words: list[str]) -> None:

@@ -13,10 +13,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.faults import full_disk
-from trainer import config as configs
-from trainer.records import Records
-from trainer.run import Run
-from trainer.watch import goodput, wandb
+from trainer.config import experiment as configs
+from trainer.run import goodput
+from trainer.run.directory import Run
+from trainer.run.records import Records
+from trainer.watch import wandb
 from trainer.watch.board import Board
 from trainer.watch.mfu import Mfu
 

@@ -15,9 +15,9 @@ import pytest
 from data.exits import FAILED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, equal
-from trainer import config as configs
-from trainer.checkpoint import best, committed, fault_of, superseded
-from trainer.run import Run
+from trainer.config import experiment as configs
+from trainer.run.checkpoint import best, committed, fault_of, superseded
+from trainer.run.directory import Run
 
 
 def names(run: Path) -> list[int]:

@@ -14,12 +14,12 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from tests.support import golden, ranks
 from tests.support.runs import GRIDS, HALF, STEP, UNJUDGED, Place
-from trainer import compute
-from trainer import config as configs
-from trainer import ds_config as ds_configs
 from trainer.adm.blocks import resize
 from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import UNet, build, example_inputs
+from trainer.config import ds_config as ds_configs
+from trainer.config import experiment as configs
+from trainer.engine import compute
 
 SIZES: dict[str, Any] = {
     "image_size": 4, "channels": 32, "channel_mult": (1,), "blocks": 1, "attention": (4,),
@@ -98,7 +98,7 @@ def stepped(engine: Any, *, images_seen: int) -> dict[str, dict[str, Tensor]]:
 
 def train(directory: Path) -> int:
     """A step uncompiled and one compiled; then each goes on from the state of the other."""
-    from trainer.engine import Engine
+    from trainer.engine.zero import Engine
     from trainer.ranks.group import connected
     from trainer.ranks.world import join
 

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ranks
 from tests.support.runs import STAGES, UNJUDGED
-from trainer import config as configs
-from trainer import costs, ds_config, shortcuts
 from trainer.adm.unet import build, example_inputs
-from trainer.config import Config
+from trainer.config import ds_config
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.engine import shortcuts
+from trainer.planning import costs
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +95,7 @@ class _AsOnAGpu(shortcuts.Buckets):
 
 def measure(directory: Path) -> int:
     """Two steps of each case; what the second one sent, and the most that it held."""
-    from trainer.engine import Engine
+    from trainer.engine.zero import Engine
     from trainer.ranks.group import connected
     from trainer.ranks.world import join
 

@@ -22,8 +22,8 @@ from data.packing import pool
 from data.packing.class_maps import map_content
 from data.progress import duration
 from tests.support.data_fixtures import write_folder
-from trainer import ds_config, settings
 from trainer.adm.ema import Profile
+from trainer.config import ds_config, settings
 from trainer.ema import Stored
 from trainer.sampling import labels
 from trainer.sampling.npz_output import NpzOutput

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
-from trainer import describe
+from trainer.config import describe
 
 
 def test_the_page_of_settings_is_current() -> None:
     page = Path("docs/settings.md").read_text()
-    assert page == "\n".join(describe.page()), "python -m trainer.describe > docs/settings.md"
+    assert page == "\n".join(describe.page()), (
+        "python -m trainer.config.describe > docs/settings.md"
+    )
 
 
 def test_every_setting_has_a_meaning() -> None:

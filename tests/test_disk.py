@@ -24,12 +24,12 @@ from data.exits import FAILED
 from data.manifest import MANIFEST
 from tests.support import faults, ranks
 from tests.support.runs import ENDLESS, EVERY, STEP, Place, equal
-from trainer import checkpoint as checkpoints
+from trainer.config.sections import IntervalConfig
 from trainer.ranks.world import World
-from trainer.run import Run
-from trainer.runstate import RunState
+from trainer.run import checkpoint as checkpoints
+from trainer.run.directory import Run
+from trainer.run.runstate import RunState
 from trainer.saver import Saver
-from trainer.sections import IntervalConfig
 from trainer.weights import compare
 
 

@@ -18,10 +18,10 @@ import pytest
 from launch.cluster import Cluster
 from tests.support import options
 from tests.support.pages import PAGES, PROGRAMS, ROOT, Command, Page
-from trainer import config as configs
-from trainer import flags
 from trainer.adm.config import ClassifierConfig
-from trainer.config import Config
+from trainer.config import experiment as configs
+from trainer.config import flags
+from trainer.config.experiment import Config
 
 COMMANDS = [command for page in PAGES for command in page.commands]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

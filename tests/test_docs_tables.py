@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.pages import ROOT, Page
-from trainer import config as configs
-from trainer import flags
+from trainer.config import experiment as configs
+from trainer.config import flags
 
 FLAGS = Page(ROOT / "docs" / "from-guided-diffusion.md")
 TROUBLE = Page(ROOT / "docs" / "troubleshooting.md")

@@ -8,9 +8,9 @@ import pytest
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from trainer import config as configs
-from trainer import ds_config as ds_configs
 from trainer import options, plan
+from trainer.config import ds_config as ds_configs
+from trainer.config import experiment as configs
 
 
 def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.dataset import open_shards
 from data.pack import main as pack
-from trainer import config as configs
+from trainer.config import experiment as configs
 from trainer.networks import TrainedNetwork, check_guide, check_upsampler
 from trainer.train import TrainingPlan, parser
 

@@ -14,12 +14,12 @@ import torch
 
 from tests.support import golden
 from tests.support.faults import full_disk
-from trainer import config as configs
 from trainer import diffusers_format, weights
 from trainer.adm.config import UNetConfig
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.sampler import ancestral, ancestral_step
 from trainer.adm.unet import UNet, build
+from trainer.config import experiment as configs
 from trainer.export import _card, main
 from trainer.networks import TrainedNetwork
 

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.runs import HALF, STEP, Place, build_start, equal
-from trainer import config as configs
 from trainer import initial as initials
 from trainer import weights as files
 from trainer.adm.config import UNetConfig
+from trainer.config import experiment as configs
 from trainer.diffusers_format import to_diffusers
 from trainer.initial import Initial
 from trainer.networks import TrainedNetwork
-from trainer.run import Run
+from trainer.run.directory import Run
 
 ONE = (f"training.images = {STEP}", f"intervals.checkpoint = {STEP}", "training.lr = 1e-30")
 

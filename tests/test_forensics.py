@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer import config as configs
-from trainer import determinism
 from trainer.adm.config import Pool
 from trainer.adm.unet import build
+from trainer.config import experiment as configs
+from trainer.engine import determinism
 from trainer.start import build_objective
 from trainer.watch import forensics
 

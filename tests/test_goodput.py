@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.watch import goodput
+from trainer.run import goodput
 from trainer.watch.pace import SlowRanks
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.support import golden
-from trainer import compute
 from trainer.adm import keyed
 from trainer.adm.blocks import attend
 from trainer.adm.config import Conditioning, Kernels, UNetConfig
 from trainer.adm.norm import GroupNorm, use_kernels
 from trainer.adm.unet import UNet
+from trainer.engine import compute
 
 pytestmark = pytest.mark.gpu
 

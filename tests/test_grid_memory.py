@@ -9,11 +9,11 @@ import torch
 
 from tests.support import ranks
 from tests.support.runs import STAGES, UNJUDGED
-from trainer import averages
-from trainer import config as configs
-from trainer import ds_config as ds_configs
 from trainer.adm.unet import build
-from trainer.engine import WEIGHTS, Engine
+from trainer.config import ds_config as ds_configs
+from trainer.config import experiment as configs
+from trainer.engine import averages
+from trainer.engine.zero import WEIGHTS, Engine
 from trainer.ranks.group import connected
 from trainer.ranks.world import join
 from trainer.sampling.draw import draw_grid

@@ -21,8 +21,8 @@ from launch.cluster import Cluster
 from launch.job import Job
 from tests.test_launch_errors import DRY_RUNS, SLURM, refused
 from tests.test_launch_texts import ROOT
-from trainer import origin
 from trainer.options import parser
+from trainer.run import origin
 
 
 @pytest.fixture

@@ -192,7 +192,7 @@ def test_an_old_python_on_the_login_node_is_told_which_one_is_needed() -> None:
         (["launch", "digits", "--run", "{}/run", "--cluster", SLURM, "--dry-run"], ""),
         (["launch", "digits", "--run", "{}/run", "--cluster", SLURM, "--dry-run"], "1"),
         (["data.pack", "{}", "{}/out", "--dry-run"], ""),
-        (["trainer.describe"], ""),
+        (["trainer.config.describe"], ""),
         (["trainer.preflight"], ""),
     ],
 )

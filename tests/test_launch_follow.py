@@ -10,7 +10,7 @@ from launch import cluster as clusters
 from launch import slurm
 from launch.job import Job
 from tests.support.batch import DENIAL, Bash
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from data.exits import REFUSED
 from launch import records, status
 from tests.support.batch import STRICT
 from tests.support.cluster import LIMIT, ROOT, wait_until
-from trainer.ranks import lease
+from trainer.run import lease
 
 SAVES_ON_A_SIGNAL = """\
 trap 'sleep 0.3; touch saved; exit 75' INT HUP TERM

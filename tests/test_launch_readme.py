@@ -11,7 +11,7 @@ import pytest
 from data import pack
 from tests.support.cluster import LIMIT, ROOT, wait_until
 from tests.support.site import Site
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 
 PAGE = ROOT / "launch" / "README.md"
 

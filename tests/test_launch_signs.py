@@ -14,7 +14,7 @@ from launch import display, queue, status
 from launch.__main__ import main
 from launch.signs import Signs
 from tests.test_launch_status import make_run, make_writer, note, slurm, text
-from trainer.ranks.lease import Holder
+from trainer.run.lease import Holder
 
 
 def test_one_bad_entry_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

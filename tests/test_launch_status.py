@@ -19,8 +19,8 @@ from launch.__main__ import main
 from launch.signs import Signs
 from tests.support.cluster import LIMIT, ROOT, wait_until
 from tests.support.site import ENDLESS, Site
-from trainer.ranks.lease import Holder, stop_file
-from trainer.runstate import RunState, file
+from trainer.run.lease import Holder, stop_file
+from trainer.run.runstate import RunState, file
 
 STATE_FILES = (
     "launch/state.json",

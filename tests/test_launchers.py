@@ -12,7 +12,7 @@ import pytest
 from tests.support import ranks
 from tests.support.cluster import LIMIT, wait_until
 from tests.support.runs import ENDLESS
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 
 TRAIN = "trainer.train"
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]

@@ -17,15 +17,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ranks
-from trainer import compute, costs
-from trainer import config as configs
 from trainer.adm.timesteps import LossSecondMoment
+from trainer.config import experiment as configs
+from trainer.engine import compute
+from trainer.planning import costs
 from trainer.ranks import process
 from trainer.ranks.group import connected
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
+from trainer.run import goodput
 from trainer.seen import learn_timesteps
-from trainer.watch import goodput, pace
+from trainer.watch import pace
 from trainer.watch.metrics import Metrics, _host_memory
 from trainer.watch.mfu import Mfu, datasheet
 

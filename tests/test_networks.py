@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support import golden, ranks
-from trainer import config as configs
 from trainer import sample, weights
 from trainer.adm.config import NO_LABEL
 from trainer.adm.unet import build
+from trainer.config import experiment as configs
 from trainer.networks import SampleInputs, TrainedNetwork, check_guide, check_upsampler
 from trainer.sampling.output import begun
 

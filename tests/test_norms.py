@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ranks
 from tests.support.runs import STAGES, UNJUDGED
-from trainer import config as configs
-from trainer import ds_config
-from trainer.config import Config
+from trainer.config import ds_config
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
 
 #: ZeRO stage, precision, clipping.
 CASES = [*((s, p, 0.02) for s in STAGES for p in ("fp16", "bf16")), (2, "fp32", 0.02), (1, "bf16", None)]  # fmt: skip  # noqa: E501
@@ -79,7 +79,7 @@ def settings(precision: str, clip: float | None) -> Config:
 
 def train(case: tuple, *, world: Any, device: torch.device) -> tuple[list[Any], list[Tensor], int]:
     """Reports of all steps, the final states, and the operations of the last step."""
-    from trainer.engine import Engine
+    from trainer.engine.zero import Engine
 
     stage, precision, clip = case
     config = settings(precision, clip)
@@ -110,7 +110,7 @@ def compare(directory: Path) -> int:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-    from trainer import norms, shortcuts
+    from trainer.engine import norms, shortcuts
     from trainer.ranks.group import Refused, connected
     from trainer.ranks.world import join
 
@@ -148,7 +148,7 @@ def compare(directory: Path) -> int:
 
 def _reduced_beside(patched: pytest.MonkeyPatch, case: tuple, **where: Any) -> list[Tensor]:
     """The final states where buckets are reduced as on a GPU, beside the backward pass."""
-    from trainer import shortcuts
+    from trainer.engine import shortcuts
 
     aside = shortcuts._reduce_aside
 

@@ -12,11 +12,13 @@ import pytest
 from bench import gpu
 from tests.support.data_fixtures import pack_folder
 from tests.support.runs import Place
-from trainer import config as configs
-from trainer import costs, ds_config, plan
+from trainer import plan
 from trainer.adm.unet import build
-from trainer.config import Config
-from trainer.prediction import (
+from trainer.config import ds_config
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.planning import costs
+from trainer.planning.prediction import (
     GIB,
     Machine,
     largest_micro_batch,

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
-from trainer import machine, operators, preflight
-from trainer.machine import Finding, Torch
+from trainer import preflight
+from trainer.engine import operators
+from trainer.planning import machine
+from trainer.planning.machine import Finding, Torch
 
 ROOT = Path(__file__).parent.parent
 ON_GPUS = Torch(version="2.13.0", build="CUDA 13.0", gpus=["H100"] * 8, nccl="2.30.1")

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from data.packing import options
-from trainer import ablate, compute, start
-from trainer import config as configs
+from trainer import ablate, start
 from trainer.adm.unet import build
-from trainer.config import Config
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.engine import compute
 
 PRESETS = sorted(p.stem for p in configs.PRESETS.glob("*.toml"))
 ROWS = {row.name: row for row in ablate.load("paper", (), unset=()).rows}

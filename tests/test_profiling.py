@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from trainer import profiling
-from trainer.run import Run
+from trainer.run.directory import Run
 
 
 def profile(run: Path, *, steps: int = 9) -> None:

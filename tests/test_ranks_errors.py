@@ -16,12 +16,12 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from data.exits import FAILED, REFUSED, is_ours
 from data.manifest import parse_manifest
 from tests.support import ranks
-from trainer import settings
+from trainer.config import settings
 from trainer.ranks import signals
 from trainer.ranks.ending import no_exit
 from trainer.ranks.signals import Preemption
-from trainer.run import Run
-from trainer.runstate import RunState
+from trainer.run.directory import Run
+from trainer.run.runstate import RunState
 from trainer.sampling.jobstate import noted
 
 # A locale without Python's ways around it.

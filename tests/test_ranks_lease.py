@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import LIMIT
-from trainer.ranks import lease
-from trainer.run import Run
+from trainer.run import lease
+from trainer.run.directory import Run
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer.ranks import lease
+from trainer.run import lease
 lease.BEAT = 0.2
 held = lease.claim(Path(sys.argv[1]))
 print("held", flush=True)
@@ -32,7 +32,7 @@ while True:
 LOOK_AS_ANOTHER_USER = """
 import os, subprocess, sys
 from pathlib import Path
-from trainer.ranks import lease
+from trainer.run import lease
 subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], check=True)
 os.setgroups([])
 os.setegid(65534)

@@ -19,16 +19,16 @@ from data import files
 from launch import status
 from tests.support import ranks
 from tests.support.faults import full_disk
-from trainer import config as configs
-from trainer.checkpoint import committed
+from trainer.config import experiment as configs
+from trainer.config.sections import IntervalConfig
 from trainer.ranks.group import Broken, Refused, agreed, connected
 from trainer.ranks.world import join
-from trainer.run import Run, fixed_among
-from trainer.runstate import RunState
+from trainer.run import goodput
+from trainer.run.checkpoint import committed
+from trainer.run.directory import Run, fixed_among
+from trainer.run.runstate import RunState
+from trainer.run.starts import starts_of
 from trainer.saver import Saver
-from trainer.sections import IntervalConfig
-from trainer.watch import goodput
-from trainer.watch.starts import starts_of
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="root alone can be another user")
 

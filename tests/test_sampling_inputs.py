@@ -15,10 +15,10 @@ from data.packing.begun import Request
 from data.packing.plan import PackConfig
 from tests.support import ranks
 from tests.support.data_fixtures import image_file
-from trainer import config as configs
 from trainer import sample
 from trainer.adm.unet import build
 from trainer.classes import difference
+from trainer.config import experiment as configs
 from trainer.ema import find
 from trainer.networks import SampleInputs, TrainedNetwork, check_names
 from trainer.sampling.parts import DrawJob

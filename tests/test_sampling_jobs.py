@@ -17,8 +17,8 @@ from tests.support import ranks
 from tests.support.cluster import ROOT
 from trainer import sample
 from trainer.networks import SampleInputs
-from trainer.ranks.lease import claim, live_holder
-from trainer.runstate import RunState
+from trainer.run.lease import claim, live_holder
+from trainer.run.runstate import RunState
 from trainer.sampling import drawing
 from trainer.sampling.parts import DrawJob
 from trainer.sampling.requests import base_jobs

@@ -17,7 +17,7 @@ import pytest
 from data.exits import FAILED
 from tests.support import ranks
 from trainer import sample
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 from trainer.sampling.parts import PartSampler
 
 

@@ -21,7 +21,7 @@ from trainer import train
 from trainer.ranks.group import connected
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import join
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 
 #: Tells on stdout that the trainer imports torch, and waits for a line on stdin.
 _SITE = """\
@@ -83,7 +83,7 @@ def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    [("trainer.train", "torch"), ("data.pack", "numpy"), ("launch", "trainer.config")],
+    [("trainer.train", "torch"), ("data.pack", "numpy"), ("launch", "trainer.config.experiment")],
 )
 def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(
     tmp_path: Path, command: str, name: str

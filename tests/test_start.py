@@ -16,7 +16,8 @@ from torch.utils import cpp_extension
 from data.dataset import open_shards
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
-from trainer import operators, train
+from trainer import train
+from trainer.engine import operators
 from trainer.measures import due
 
 

@@ -17,9 +17,9 @@ from data.packing.indexing import index_directory
 from data.packing.plan import PackConfig
 from tests.support import ranks
 from tests.support.data_fixtures import image_file
-from trainer import config as configs
 from trainer.classes import untrained
-from trainer.run import Run
+from trainer.config import experiment as configs
+from trainer.run.directory import Run
 from trainer.train import TrainingPlan, parser
 
 IMAGES = 12

@@ -1,6 +1,5 @@
 """What is wrong is said in one line that names it, before anything is started or written."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -12,9 +11,11 @@ import torch
 
 from data.exits import REFUSED
 from tests.support import golden
-from trainer import config as configs
+from tests.support.options import main_of
 from trainer import initial
 from trainer.adm.unet import build
+from trainer.config import experiment as configs
+from trainer.config.__main__ import main as print_config
 from trainer.train import TrainingPlan, parser
 
 PUBLISHED = {
@@ -185,13 +186,13 @@ def test_a_setting_that_follows_from_another_cannot_be_set(change: str, source: 
 def test_the_config_command_prints_what_it_resolved_or_the_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert configs.main(["digits", "--set", "training.lr = 1", "--ranks", "2"]) == 0
+    assert print_config(["digits", "--set", "training.lr = 1", "--ranks", "2"]) == 0
     printed = tmp_path / "printed.toml"
     printed.write_text(capsys.readouterr().out)
     assert configs.load(printed) == configs.load("digits", ["training.lr = 1"])
-    assert configs.main(["imagenet64", "--ranks", "21"]) == REFUSED
+    assert print_config(["imagenet64", "--ranks", "21"]) == REFUSED
     assert "2048 does not divide among 21 ranks" in capsys.readouterr().err
-    assert configs.main(["digits", "--set", "training.lrr = 1"]) == REFUSED
+    assert print_config(["digits", "--set", "training.lrr = 1"]) == REFUSED
     assert "unknown setting 'training.lrr' (nearest: 'lr')" in capsys.readouterr().err
 
 
@@ -212,9 +213,8 @@ def test_a_batch_that_cuts_badly_is_told_with_one_near_it(
     ["trainer.config", "trainer.train", "trainer.sample", "launch", "data.pack", "data.shards"],
 )
 def test_a_wrong_option_ends_every_command_alike(command: str) -> None:
-    main = importlib.import_module("launch.__main__" if command == "launch" else command).main
     with pytest.raises(SystemExit) as end:
-        main(["--no-such-option"])
+        main_of(command)(["--no-such-option"])
     assert end.value.code == REFUSED
 
 

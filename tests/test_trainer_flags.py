@@ -9,10 +9,11 @@ import pytest
 
 from tests.support import golden
 from tests.test_trainer_config import PUBLISHED
-from trainer import config as configs
 from trainer.adm.config import DiffusionConfig
-from trainer.config import Config
-from trainer.flags import to_preset
+from trainer.config import experiment as configs
+from trainer.config.__main__ import main as print_config
+from trainer.config.experiment import Config
+from trainer.config.flags import to_preset
 
 
 def read(text: str, folder: Path, *, ranks: int | None = None) -> Config:
@@ -180,13 +181,13 @@ def test_a_network_of_improved_diffusion_has_its_multipliers_and_plain_timesteps
 def test_the_command_prints_it(capsys: Any) -> None:
     for source in (["digits"], ["--from-flags", "--image_size 64 --batch_size 4"]):
         for ranks in ("0", "-2"):
-            assert configs.main([*source, "--ranks", ranks]) == 78
+            assert print_config([*source, "--ranks", ranks]) == 78
             assert f"--ranks = {ranks}: must be at least 1" in capsys.readouterr().err
-    assert configs.main(["--from-flags", "--image_size 64"]) == 0
+    assert print_config(["--from-flags", "--image_size 64"]) == 0
     assert "image_size = 64" in capsys.readouterr().out
-    assert configs.main(["--from-flags", "--image_sise 64"]) == 78
+    assert print_config(["--from-flags", "--image_sise 64"]) == 78
     for change in (["--set", "training.lr = 1e-3"], ["--unset", "training.clip"]):
-        assert configs.main(["--from-flags", "--image_size 64", *change]) == 78
+        assert print_config(["--from-flags", "--image_size 64", *change]) == 78
         assert f"{change[0]} = ['{change[1]}']: must be absent with" in capsys.readouterr().err
-    assert configs.main(["--from-flags", "--image_size 64", "--ranks", "7"]) == 78
+    assert print_config(["--from-flags", "--image_size 64", "--ranks", "7"]) == 78
     assert "does not divide among 7 ranks" in capsys.readouterr().err

@@ -34,8 +34,8 @@ from tests.support.runs import (
     distance,
     equal,
 )
-from trainer.checkpoint import read
-from trainer.ranks.lease import request_stop, stop_file
+from trainer.run.checkpoint import read
+from trainer.run.lease import request_stop, stop_file
 
 SHORT = (f"training.images = {HALF}",)
 four = pytest.param(4, marks=pytest.mark.slow)

@@ -18,8 +18,8 @@ from data.exits import FAILED
 from tests.support import faults, ranks
 from tests.support.runs import EVERY, STEP, Place, equal
 from trainer import evaluate
-from trainer.runstate import RunState
-from trainer.watch import goodput
+from trainer.run import goodput
+from trainer.run.runstate import RunState
 
 IMAGES = 50  # no multiple of a part on any number of ranks
 END = 3 * STEP

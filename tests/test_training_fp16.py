@@ -13,7 +13,7 @@ import torch
 from tests.support import faults, ranks
 from tests.support.runs import EVERY, STEP, Place, build_start, equal
 from trainer import weights
-from trainer.checkpoint import committed
+from trainer.run.checkpoint import committed
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def lose_a_checkpoint(directory: Path, runs: list) -> int:
 
     From 24 on each step of an fp16 run overflows. A validation is stopped as it begins.
     """
-    from trainer.engine import Engine
+    from trainer.engine.zero import Engine
     from trainer.validation import Validation
 
     write, step, measure = weights.save, Engine.step, Validation.measure

@@ -20,14 +20,14 @@ from data.packing.splits import Split
 from tests.support import golden, ranks
 from tests.support.data_fixtures import write_folder
 from tests.support.runs import EVERY, STEP, Place, equal
-from trainer import config as configs
 from trainer import evaluate
 from trainer.adm import keyed
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Denoise, to_range
 from trainer.adm.timesteps import UniformTimesteps
 from trainer.adm.unet import build
-from trainer.copies import network_of
+from trainer.config import experiment as configs
+from trainer.engine.copies import network_of
 from trainer.ranks.group import connected
 from trainer.ranks.world import join
 from trainer.validation import ValidationSet, means

@@ -9,8 +9,8 @@ import pytest
 
 from data.version import COMMIT, VERSION, commit, version
 from launch import records
-from trainer.run import Run
-from trainer.runstate import RunState
+from trainer.run.directory import Run
+from trainer.run.runstate import RunState
 
 ROOT = Path(__file__).parent.parent
 

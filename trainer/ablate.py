@@ -25,16 +25,19 @@ from data.config import naming
 from data.dataset import open_shards
 from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, reported
 from data.stream import open_stream
-from trainer import ablation_results, ablation_rows, costs, settings
-from trainer.ablations import AblationSet, Row, load
+from trainer.ablations import results as ablation_results
+from trainer.ablations import rows as ablation_rows
+from trainer.ablations.sets import AblationSet, Row, load
 from trainer.adm.config import check
+from trainer.config import settings
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.features import DINO, open_network
-from trainer.prediction import operations
+from trainer.planning import costs
+from trainer.planning.prediction import operations
 from trainer.ranks.commands import Commands
 from trainer.ranks.group import alone
 from trainer.ranks.world import launched
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 
 # The status of a row that was stopped: all the rest waits too.
 _STOPPED = -1
@@ -212,7 +215,7 @@ def _on_ranks(command: Sequence[str], *, ranks: int) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = CommandParser(prog="python -m trainer.ablate", description=__doc__)
-    p.add_argument("set_name", metavar="SET", help="a name in trainer/sets, or a .toml file")
+    p.add_argument("set_name", metavar="SET", help="a name in trainer/ablations, or a .toml file")
     settings.add_overrides(p, example="samples.images = 2000", left="samples.steps")
     p.add_argument("--runs", type=Path, help="the directory of all rows (required to run)")
     cluster = "submit the training: site settings, as of python -m launch (default: train here)"

@@ -25,8 +25,8 @@ from data import files
 from data.config import expanded, is_local
 from data.exits import FAILED, REFUSED, CommandParser, place_text
 from data.version import digest
-from trainer.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.options import add_ranks
+from trainer.planning.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.ranks.device import device_of
 from trainer.ranks.group import check_packets
 from trainer.ranks.world import World, join, step_hosts

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from data.config import shown
 from data.mixture import Dataset
-from trainer.checkpoint import committed
-from trainer.config import Config
-from trainer.run import Run
+from trainer.config.experiment import Config
+from trainer.run.checkpoint import committed
+from trainer.run.directory import Run
 
 
 def check(config: Config, shards: Dataset, *, run: Run) -> None:

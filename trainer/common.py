@@ -14,9 +14,9 @@ from typing import Any
 
 from data.mixture import Dataset
 from data.version import digest
-from trainer import config as configs
-from trainer import settings
-from trainer.config import Config
+from trainer.config import experiment as configs
+from trainer.config import settings
+from trainer.config.experiment import Config
 from trainer.ranks.group import Refused, gather
 
 # Paths that may differ from node to node, as long as the same is there.

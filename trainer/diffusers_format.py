@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.adm.config import ClassifierConfig, UNetConfig, check
-from trainer.config import Config
+from trainer.config.experiment import Config
 
 Weights = dict[str, Tensor]
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from data import files
 from data.exits import CommandParser, reported
 from data.progress import duration, on_terminal
-from trainer import averages, snapshots, weights
+from trainer import snapshots, weights
 from trainer.adm.config import check
 from trainer.adm.ema import WIDEST, Profile, combine
-from trainer.checkpoint import committed
+from trainer.engine import averages
+from trainer.run.checkpoint import committed
 from trainer.snapshots import Snapshot
 
 # The widths that are listed.

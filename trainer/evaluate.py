@@ -21,9 +21,10 @@ import torch
 
 from data import files
 from data.exits import CommandParser
-from trainer import common, plots
+from trainer import common
 from trainer.adm.config import check
-from trainer.evaluation import held_out, outputs, sweeps
+from trainer.config.sections import FEWEST_SAMPLES
+from trainer.evaluation import held_out, outputs, plots, sweeps
 from trainer.evaluation import reference as references
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted
@@ -36,7 +37,6 @@ from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import World, join
 from trainer.sampling.samplefile import Samples, open_samples
-from trainer.sections import FEWEST_SAMPLES
 
 
 def _evaluator(arguments: argparse.Namespace, *, world: World, device: torch.device) -> Evaluator:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from data import files
 from data.exits import CommandParser, path_text, reported
-from trainer import config as configs
 from trainer import diffusers_format, weights
 from trainer.adm.config import check
-from trainer.compute import DTYPES
-from trainer.config import Config
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.engine.compute import DTYPES
 from trainer.networks import TrainedNetwork, run_of
-from trainer.watch import history
+from trainer.run import history
 
 _CARD = """\
 ---

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from data import files
 from data.config import naming
-from trainer import diffusers_format, origin, weights
+from trainer import diffusers_format, weights
 from trainer.adm.unet import build
-from trainer.checkpoint import committed
-from trainer.config import Config
+from trainer.config.experiment import Config
+from trainer.config.settings import is_in
 from trainer.networks import TrainedNetwork
-from trainer.run import Run
-from trainer.settings import is_in
+from trainer.run import origin
+from trainer.run.checkpoint import committed
+from trainer.run.directory import Run
 
 
 @dataclass(frozen=True, kw_only=True)

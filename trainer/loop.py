@@ -13,12 +13,12 @@ import torch
 from data.exits import TO_BE_CONTINUED
 from data.progress import Progress, duration
 from data.stream import Batch
-from trainer import compute
+from trainer.engine import compute
 from trainer.evaluation.in_training import Evaluation
 from trainer.guards.incidents import Incidents
 from trainer.guards.replay import dropout_seed
 from trainer.measures import Measures, due
-from trainer.ranks.lease import way_to_resume
+from trainer.run.lease import way_to_resume
 from trainer.saver import Saver
 from trainer.saving import Saving
 from trainer.seen import learn_timesteps, mean_loss

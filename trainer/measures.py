@@ -12,17 +12,17 @@ import torch
 
 from data.stream import Batch
 from data.transforms import png
-from trainer import averages
-from trainer.config import Config
+from trainer.config.experiment import Config
+from trainer.engine import averages
 from trainer.evaluation import in_training
 from trainer.evaluation.in_training import Evaluation
 from trainer.ranks.group import from_main, interruptible
-from trainer.run import Run
+from trainer.run import history
+from trainer.run.directory import Run
 from trainer.sampling.draw import draw_grid
 from trainer.saving import Saving
 from trainer.start import Parts
 from trainer.validation import Validation
-from trainer.watch import history
 from trainer.watch.board import Board
 
 

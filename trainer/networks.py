@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from data import files
 from data.config import is_local, naming
 from data.dataset import class_names
-from trainer import averages, classes, compute, diffusers_format, weights
-from trainer import checkpoint as checkpoints
-from trainer import config as configs
+from trainer import classes, diffusers_format, weights
 from trainer.adm.config import ClassifierConfig, UNetConfig, check
 from trainer.adm.unet import build
-from trainer.compute import DTYPES
-from trainer.config import Config
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.engine import averages, compute
+from trainer.engine.compute import DTYPES
 from trainer.ranks.group import agreed, broadcast, from_main
+from trainer.run import checkpoint as checkpoints
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from data.exits import CommandParser
-from trainer import ds_config as ds_configs
-from trainer import origin, settings
+from trainer.config import ds_config as ds_configs
+from trainer.config import settings
+from trainer.run import origin
 
 _ABOUT = """Train a preset, or resume the run that is there.
 

@@ -10,68 +10,38 @@ first lines repeat: measure them (`--from RUN` takes the speed of a run) or stat
 import argparse
 import dataclasses
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import files
 from data.config import naming
 from data.exits import CommandParser, reported
 from data.mixture import open_dataset
 from data.progress import duration
-from trainer import checkpoint as checkpoints
-from trainer import config as configs
-from trainer import costs, ds_config, settings
 from trainer.adm.config import check
-from trainer.averages import kept
-from trainer.compute import DTYPES
-from trainer.config import Config
-from trainer.prediction import (
+from trainer.config import ds_config, settings
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.engine.averages import kept
+from trainer.engine.compute import DTYPES
+from trainer.planning import costs
+from trainer.planning.prediction import (
     GB,
     GIB,
     Machine,
     Step,
     largest_micro_batch,
+    measured,
     memory,
     memory_remark,
-    operations,
     overlaps,
     scaled,
     step,
 )
-from trainer.watch import history
 
 # Images per GPU of the table of weak scaling.
 _WEAK = 32
-_RATE = "images_per_second"
-# Rows of a run's metrics that its speed is taken from.
-_ROWS = 50
-
-
-def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
-    """The machine with the speed that a run of this network reached lately, with all its waits.
-
-    Raises:
-        ValueError: the run trains another network, or has no speed to read.
-    """
-    if configs.load(run / "config.toml").model != config.model:
-        raise ValueError(f"--from {run}: it trains another network than this preset")
-    try:
-        # Rows of validations and evaluations have none.
-        rates = [row[_RATE] for row in history.read(run)[-_ROWS:] if _RATE in row]
-        newest = checkpoints.committed(run / "checkpoints")
-        # Checkpoints of version 0.1 do not say how many ranks wrote them.
-        ranks = checkpoints.read(newest[0]).state.ranks if newest else 0
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--from {run}: {files.reason(error)}") from None
-    expected = "there: name a run that this release has trained and saved"
-    for there, what in ((rates, "a speed in metrics.jsonl"), (ranks, "ranks in its checkpoints")):
-        check(bool(there), f"--from {run}: {what}", None, expected)
-    mfu = statistics.median(rates) / ranks * operations(config) / (machine.tflops * 1e12)
-    check(mfu <= 1, f"--from {run}: MFU", round(mfu, 2), "at most 1: give its GPUs' peak, --tflops")
-    return dataclasses.replace(machine, mfu=mfu)
 
 
 def report(

@@ -38,8 +38,9 @@ from pathlib import Path
 from data import files
 from data.exits import REFUSED, CommandParser, reported
 from data.version import version as code_version
-from trainer import caches, machine
-from trainer.machine import Finding, Torch
+from trainer.engine import caches
+from trainer.planning import machine
+from trainer.planning.machine import Finding, Torch
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which a library counts as hung, such as in a GPU's driver.
@@ -49,7 +50,7 @@ _MIB, _GIB = 2**20, 2**30
 # What each library's process runs; the last line that it prints is the answer.
 _TRIES = {
     "torch": "from trainer import preflight; preflight.print_torch()",
-    "deepspeed": "import trainer.engine",
+    "deepspeed": "import trainer.engine.zero",
     "MPI": "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
     "print(MPI.Get_library_version().splitlines()[0].partition(',')[0])",
 }

@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
-from trainer.run import Run
+from trainer.run.directory import Run
 
 # Steps before the measurement: compilation and the choice of kernels, then the profiler's own.
 _WAIT, _WARM_UP = 3, 2

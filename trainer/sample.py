@@ -19,7 +19,7 @@ from data.exits import CommandParser, path_text
 from trainer import common
 from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
-from trainer.compute import DTYPES
+from trainer.engine.compute import DTYPES
 from trainer.networks import SampleInputs
 from trainer.options import add_patience, add_ranks
 from trainer.ranks.context import RankContext

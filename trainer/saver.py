@@ -19,13 +19,13 @@ from torch import Tensor
 
 from data import files
 from trainer import weights
-from trainer.checkpoint import STATE, best, committed, file_facts, sealed, superseded
+from trainer.config.sections import IntervalConfig
 from trainer.ranks.faults import Broken, describe
 from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
-from trainer.run import Run
-from trainer.sections import IntervalConfig
-from trainer.state import Gathered, TrainState
+from trainer.run.checkpoint import STATE, best, committed, file_facts, sealed, superseded
+from trainer.run.directory import Run
+from trainer.run.trainstate import Gathered, TrainState
 
 # The end of the name of what is being removed.
 _REMOVED = ".removed"

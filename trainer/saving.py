@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trainer import config as configs
+from trainer.config import experiment as configs
 from trainer.ranks.group import Agreement, from_main
+from trainer.run.trainstate import TrainState
 from trainer.saver import Saver
 from trainer.start import Parts
-from trainer.state import TrainState
 
 
 @dataclass(kw_only=True)

@@ -17,16 +17,17 @@ from typing import Any
 from torch import Tensor
 
 from data import files
-from trainer import averages, weights
+from trainer import weights
 from trainer.adm.ema import Profile
-from trainer.checkpoint import STATE, committed, file_facts
-from trainer.compute import DTYPES
-from trainer.config import Config
+from trainer.config.experiment import Config
+from trainer.engine import averages
+from trainer.engine.compute import DTYPES
 from trainer.ranks.group import gather
-from trainer.ranks.lease import LeaseLost
 from trainer.ranks.world import World
-from trainer.run import Run
-from trainer.state import Gathered
+from trainer.run.checkpoint import STATE, committed, file_facts
+from trainer.run.directory import Run
+from trainer.run.lease import LeaseLost
+from trainer.run.trainstate import Gathered
 
 # The end of the name of a snapshot that is not of the run any more.
 _ASIDE = "superseded"

@@ -13,22 +13,24 @@ from data import files
 from data.mixture import Dataset
 from data.samples import crop_remark
 from data.stream import Stream, cpu_remark
-from trainer import averages, classes, compute, determinism, prediction, weights
-from trainer import checkpoint as checkpoints
+from trainer import classes, weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import Classify, Denoise
 from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
 from trainer.adm.unet import build
-from trainer.checkpoint import Checkpoint
-from trainer.config import Config
-from trainer.engine import WEIGHTS, Engine, kinds, load_operator
+from trainer.config.experiment import Config
+from trainer.engine import averages, compute, determinism
+from trainer.engine.zero import WEIGHTS, Engine, kinds, load_operator
 from trainer.guards.policy import Guards
 from trainer.initial import Initial
+from trainer.planning import prediction
 from trainer.ranks.context import RankContext
 from trainer.ranks.group import Refused, agreed
 from trainer.ranks.world import World
-from trainer.run import Run
-from trainer.runstate import RunState
+from trainer.run import checkpoint as checkpoints
+from trainer.run.checkpoint import Checkpoint
+from trainer.run.directory import Run
+from trainer.run.runstate import RunState
 from trainer.watch.metrics import Metrics
 
 

@@ -20,29 +20,30 @@ from data import descriptors
 from data.exits import TO_BE_CONTINUED
 from data.stream import Stream, open_stream, to_device
 from data.version import version
-from trainer import classes, common, compute, determinism, operators, profiling, start
-from trainer import config as configs
-from trainer import ds_config as ds_configs
+from trainer import classes, common, profiling, start
 from trainer import initial as initials
 from trainer.adm.objective import Classify, Denoise
-from trainer.config import Config
-from trainer.engine import Engine, check_precision
+from trainer.config import ds_config as ds_configs
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.engine import compute, determinism, operators
+from trainer.engine.zero import Engine, check_precision
 from trainer.evaluation.in_training import Evaluation
-from trainer.goback import go_back
 from trainer.guards.policy import Guards
 from trainer.initial import Initial
 from trainer.loop import Loop
 from trainer.measures import missing
 from trainer.options import parser
-from trainer.ranks import lease as leases
 from trainer.ranks import process
 from trainer.ranks.context import RankContext
 from trainer.ranks.ending import no_exit, run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
-from trainer.ranks.lease import way_to_resume
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
-from trainer.run import Run
+from trainer.run import lease as leases
+from trainer.run.directory import Run
+from trainer.run.goback import go_back
+from trainer.run.lease import way_to_resume
 from trainer.sampling.draw import check_shown, shown
 from trainer.saver import Saver
 from trainer.validation import ValidationSet

@@ -18,15 +18,16 @@ from data.dataset import Shards, open_shards
 from data.mixture import Dataset
 from data.progress import Progress
 from data.stream import Batch, Stream, to_device
-from trainer import averages, classes
+from trainer import classes
 from trainer.adm.config import check
-from trainer.checkpoint import VALIDATION
-from trainer.config import Config
-from trainer.copies import network_of
-from trainer.engine import WEIGHTS, Engine
+from trainer.config.experiment import Config
+from trainer.engine import averages
+from trainer.engine.copies import network_of
+from trainer.engine.zero import WEIGHTS, Engine
 from trainer.ranks.group import Agreement, agreed, gather
 from trainer.ranks.world import World
-from trainer.run import Run
+from trainer.run.checkpoint import VALIDATION
+from trainer.run.directory import Run
 from trainer.start import build_objective
 from trainer.watch.metrics import QUARTERS
 

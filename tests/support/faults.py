@@ -46,8 +46,8 @@ def spoil_the_first(images: Sequence[int], *, is_compiled: bool) -> None:
 
     With `is_compiled` as if the step's network were a compiled one.
     """
-    from trainer import compute
     from trainer.adm.objective import Denoise
+    from trainer.engine import compute
 
     compute.is_compiled = lambda *_, **__: is_compiled  # type: ignore[assignment]
     compute.compile_forward = lambda *_, **__: None  # type: ignore[assignment]

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import pytest
@@ -72,9 +72,16 @@ def all_options() -> frozenset[str]:
     return frozenset().union(*(options_of(*command) for command in COMMANDS))
 
 
+def main_of(module: str) -> Callable[..., object]:
+    """What `python -m module` calls."""
+    found = importlib.import_module(module)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{module}.__main__")
+    return found.main
+
+
 def _stopped(module: str, words: Sequence[str], *, words_count: bool) -> _Parsed:
-    name = "launch.__main__" if module == "launch" else module
-    main = importlib.import_module(name).main
+    main = main_of(module)
     takes_words = bool(inspect.signature(main).parameters)
     with _only_parsed(words_count=words_count), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [module, *words])

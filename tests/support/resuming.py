@@ -48,10 +48,10 @@ def build(preset: Path, setting: tuple[str, int, bool], *, device: torch.device)
     """An engine under a setting, from the seed."""
     import torch.distributed as dist
 
-    from trainer import config as configs
-    from trainer import ds_config as ds_configs
     from trainer.adm.unet import build as build_net
-    from trainer.engine import Engine
+    from trainer.config import ds_config as ds_configs
+    from trainer.config import experiment as configs
+    from trainer.engine.zero import Engine
 
     precision, stage, offload = setting
     config = configs.load(preset, [*SIZES, f'training.precision = "{precision}"'])

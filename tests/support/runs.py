@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.support import ranks
-from trainer import config as configs
-from trainer import settings
 from trainer.adm.unet import build
+from trainer.config import experiment as configs
+from trainer.config import settings
 
 STAGES = (1, 2, 3)
 #: Numbers of ranks; no parameter's size divides by 3. The slow tests train on 4 as well.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.cluster import Cluster, wait_until
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 
 _SETTINGS = """\
 launcher = "{launcher}"

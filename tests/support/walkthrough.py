@@ -18,9 +18,9 @@ import torch
 from tests.support import ranks
 from tests.support.data_fixtures import image_file
 from tests.support.pages import ROOT, Command
-from trainer import config as configs
-from trainer import settings
 from trainer.adm.unet import build
+from trainer.config import experiment as configs
+from trainer.config import settings
 
 #: Settings of every preset.
 _SMALL = (

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data.progress import Progress
 from trainer.adm.objective import low_resolution, to_range
-from trainer.config import Config
-from trainer.copies import network_of
+from trainer.config.experiment import Config
+from trainer.engine.copies import network_of
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Share
 from trainer.ranks.group import agreed

@@ -22,7 +22,7 @@ from data import files
 from trainer import common, diffusers_format, weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import to_range
-from trainer.compute import without_tf32
+from trainer.engine.compute import without_tf32
 from trainer.evaluation.inception import SOURCE, WEIGHTS, Features, Inception
 from trainer.networks import TrainedNetwork
 from trainer.ranks.group import agreed, from_main

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from data.dataset import Shards
-from trainer import averages
-from trainer.config import Config
-from trainer.engine import Engine
+from trainer.config.experiment import Config
+from trainer.engine import averages
+from trainer.engine.zero import Engine
 from trainer.evaluation.drawn import features_of_samples, sampler_of
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted, joined

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from data import files
 from data.config import naming
+from trainer.config.sections import FEWEST_SAMPLES
 from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork
 from trainer.evaluation.figures import Statistics
 from trainer.evaluation.inception import SPATIAL
 from trainer.sampling.samplefile import Samples, open_samples
-from trainer.sections import FEWEST_SAMPLES
 
 # Images that precision, recall and the kernel distance see of a reference, as the evaluator's.
 MANIFOLD = 10_000

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from trainer.config.sections import FEWEST_SAMPLES
 from trainer.evaluation import figures
 from trainer.evaluation.extraction import PARTS, Extracted
 from trainer.evaluation.figures import SPLIT, Statistics
 from trainer.evaluation.reference import Reference
-from trainer.sections import FEWEST_SAMPLES
 
 
 @dataclass(frozen=True)

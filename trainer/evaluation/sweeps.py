@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer import plots
+from trainer.evaluation import plots
 from trainer.evaluation.results import Results, short
 from trainer.sampling.samplefile import Samples
 

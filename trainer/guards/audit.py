@@ -14,9 +14,9 @@ from torch import Tensor
 
 from data.order import share
 from data.stream import Batch, to_device
-from trainer import compute
-from trainer.compute import DTYPES
-from trainer.copies import network_of
+from trainer.engine import compute
+from trainer.engine.compute import DTYPES
+from trainer.engine.copies import network_of
 from trainer.guards.replay import Replay, bound_on, dropout_seed, replay
 from trainer.ranks.group import gather
 from trainer.start import Parts

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from data import files
+from trainer.engine.gate import StepReport
 from trainer.guards.audit import Audit, Finding
-from trainer.guards.gate import StepReport
 from trainer.ranks.group import Broken, gather
 from trainer.saver import Saver
 from trainer.seen import Seen

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from trainer.config import Config
+from trainer.config.experiment import Config
 from trainer.ranks.group import Refused
 
 # Images before `data.max_bad` counts as a share: a few early ones say little.

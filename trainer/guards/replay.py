@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data.stream import Batch
-from trainer.partition import checksum
+from trainer.engine.partition import checksum
 
 #: From a network and a batch (images, labels, indices) to its terms, as an objective of `adm`.
 Objective = Callable[..., Mapping[str, Tensor]]

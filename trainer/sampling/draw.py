@@ -26,11 +26,11 @@ from trainer.adm.sampler import (
     start,
     step_noise,
 )
-from trainer.config import Config
-from trainer.copies import network_of
+from trainer.config.experiment import Config
+from trainer.config.sections import IntervalConfig
+from trainer.engine.copies import network_of
 from trainer.ranks.group import agreed, gather_to_main
 from trainer.ranks.world import World
-from trainer.sections import IntervalConfig
 
 
 @dataclass(frozen=True, kw_only=True)

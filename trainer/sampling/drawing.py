@@ -15,7 +15,7 @@ from data.progress import Progress, duration
 from trainer.ranks.context import RankContext
 from trainer.ranks.faults import StoppedError
 from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
-from trainer.ranks.lease import Lease, live_holder
+from trainer.run.lease import Lease, live_holder
 from trainer.sampling.jobstate import JobState
 from trainer.sampling.parts import DrawJob, PartSampler
 from trainer.sampling.samplefile import RECORD

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.ranks.lease import claim
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import scheduler_job
-from trainer.runstate import RunState, State
+from trainer.run.lease import claim
+from trainer.run.runstate import RunState, State
 
 # Seconds between two looks for the file `stop`.
 _EVERY = 2.0

@@ -20,7 +20,7 @@ from torch import Tensor
 from data import files
 from data.config import naming
 from trainer.adm import keyed
-from trainer.settings import nearest
+from trainer.config.settings import nearest
 
 # The rules of `--labels`; anything else is a file.
 BALANCED, RANDOM = "balanced", "random"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import files
-from trainer.ranks import lease as leases
+from trainer.run import lease as leases
 from trainer.sampling.samplefile import open_samples, picture_record
 
 # The file beside the parts that has their request.

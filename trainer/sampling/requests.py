@@ -20,7 +20,7 @@ from data.config import naming, shown
 from data.dataset import class_names
 from trainer.adm.respacing import kept_timesteps
 from trainer.classes import difference
-from trainer.config import Config
+from trainer.config.experiment import Config
 from trainer.networks import SampleInputs, TrainedNetwork, trained_names
 from trainer.sampling.draw import default_eta
 from trainer.sampling.labels import LOW_RES, Labels, choose

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from data import files
 from data.progress import duration, seconds_left
-from trainer import config as configs
-from trainer.config import Config
-from trainer.run import Run
-from trainer.runstate import RunState
-from trainer.watch import goodput, history
-from trainer.watch.goodput import Goodput
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.run import goodput, history
+from trainer.run.directory import Run
+from trainer.run.goodput import Goodput
+from trainer.run.runstate import RunState
+from trainer.run.starts import SPENT
 from trainer.watch.mfu import Mfu
-from trainer.watch.starts import SPENT
 from trainer.watch.tensorboard import TensorBoard, is_moved
 from trainer.watch.wandb import WandB
 

@@ -13,10 +13,10 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from trainer import costs
-from trainer.compute import DTYPES
-from trainer.config import Config
-from trainer.sections import Precision
+from trainer.config.experiment import Config
+from trainer.config.sections import Precision
+from trainer.engine.compute import DTYPES
+from trainer.planning import costs
 
 # The dense 16-bit TFLOP/s of a device, with fp32 accumulation, by words of its name; the first that
 # fits counts.

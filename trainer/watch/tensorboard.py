@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter, summary
 
 from data import files
 from data.progress import duration
-from trainer.watch.starts import SPENT
+from trainer.run.starts import SPENT
 
 # Where a metric without a group of its own is shown; all others are under "train".
 _GROUPS = {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from trainer.sections import TrainingConfig
+from trainer.config.sections import TrainingConfig
 
 N = TypeVar("N", int, float)
 

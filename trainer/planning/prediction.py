@@ -3,20 +3,29 @@
 import bisect
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
-from trainer import costs
+from data import files
 from trainer.adm.config import check
-from trainer.averages import kept
-from trainer.config import Config
-from trainer.costs import NetCosts
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.engine.averages import kept
+from trainer.planning import costs
+from trainer.planning.costs import NetCosts
+from trainer.run import checkpoint as checkpoints
+from trainer.run import history
 
 GIB, GB = 2**30, 1e9
 # A backward pass takes twice the operations of the forward pass; recomputation one pass more.
 _PASSES, _RECOMPUTED = 3, 4
+_RATE = "images_per_second"
+# Rows of a run's metrics that its speed is taken from.
+_ROWS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,3 +249,27 @@ def memory_remark(
         f"micro-batches of {micro} images need about {need / GIB:.0f} GiB of a GPU, and it "
         f"has {room / GIB:.0f} for them: if it runs out of memory, set {way}"
     )
+
+
+def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
+    """The machine with the speed that a run of this network reached lately, with all its waits.
+
+    Raises:
+        ValueError: the run trains another network, or has no speed to read.
+    """
+    if configs.load(run / "config.toml").model != config.model:
+        raise ValueError(f"--from {run}: it trains another network than this preset")
+    try:
+        # Rows of validations and evaluations have none.
+        rates = [row[_RATE] for row in history.read(run)[-_ROWS:] if _RATE in row]
+        newest = checkpoints.committed(run / "checkpoints")
+        # Checkpoints of version 0.1 do not say how many ranks wrote them.
+        ranks = checkpoints.read(newest[0]).state.ranks if newest else 0
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--from {run}: {files.reason(error)}") from None
+    expected = "there: name a run that this release has trained and saved"
+    for there, what in ((rates, "a speed in metrics.jsonl"), (ranks, "ranks in its checkpoints")):
+        check(bool(there), f"--from {run}: {what}", None, expected)
+    mfu = statistics.median(rates) / ranks * operations(config) / (machine.tflops * 1e12)
+    check(mfu <= 1, f"--from {run}: MFU", round(mfu, 2), "at most 1: give its GPUs' peak, --tflops")
+    return dataclasses.replace(machine, mfu=mfu)

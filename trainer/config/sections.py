@@ -63,7 +63,7 @@ class TrainingConfig:
     label_dropout: float = 0.0
     #: Of weights, order, timesteps and noise.
     seed: int = 0
-    #: On GPUs too, a resumed run is the uninterrupted one bit for bit (see trainer/determinism.py).
+    #: On GPUs too, a resumed run is the uninterrupted one bit for bit (`engine.determinism`).
     deterministic: bool = False
 
     def __post_init__(self) -> None:

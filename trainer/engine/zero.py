@@ -25,15 +25,15 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 
-from trainer import averages, norms, operators, shortcuts
-from trainer.compute import DTYPES
-from trainer.config import Config
-from trainer.copies import Copies
-from trainer.guards.gate import Gate, Judge, LossScale, StepReport
-from trainer.partition import Partition
+from trainer.config.experiment import Config
+from trainer.config.sections import TrainingConfig
+from trainer.engine import averages, norms, operators, shortcuts
+from trainer.engine.compute import DTYPES
+from trainer.engine.copies import Copies
+from trainer.engine.gate import Gate, Judge, LossScale, StepReport
+from trainer.engine.partition import Partition
 from trainer.ranks.faults import Refused
 from trainer.ranks.group import all_come
-from trainer.sections import TrainingConfig
 from trainer.weights import materialize
 
 _REFUSALS = (ValueError, AssertionError, ImportError, DeepSpeedConfigError, ZeRORuntimeException)

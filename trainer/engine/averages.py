@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainer.adm.ema import Average, Exponential, PowerFunction
-from trainer.sections import TrainingConfig
+from trainer.config.sections import TrainingConfig
 
 
 def exponential(decay: float) -> str:

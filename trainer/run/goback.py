@@ -8,11 +8,10 @@ it, so that the same command, which a scheduler may run again, does not go back 
 from collections.abc import Callable
 
 from data import files
-from trainer import checkpoint as checkpoints
-from trainer import origin
-from trainer.checkpoint import Checkpoint
-from trainer.run import Run
-from trainer.watch import history
+from trainer.run import checkpoint as checkpoints
+from trainer.run import history, origin
+from trainer.run.checkpoint import Checkpoint
+from trainer.run.directory import Run
 
 _ASIDE = "set-aside"
 

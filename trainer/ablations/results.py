@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from data import files
-from trainer import config as configs
-from trainer import plots
-from trainer.ablations import AblationSet, Row
+from trainer.ablations.sets import AblationSet, Row
+from trainer.config import experiment as configs
+from trainer.evaluation import plots
+from trainer.evaluation.plots import Bar
 from trainer.evaluation.results import Figure
-from trainer.plots import Bar
-from trainer.watch import history, tensorboard
+from trainer.run import history
+from trainer.watch import tensorboard
 
 # The figures of the rows that have them, by row and name.
 _Figures = dict[str, dict[str, Figure]]

@@ -11,10 +11,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from trainer import settings, training_flags
 from trainer.adm.config import check
-from trainer.config import PRESETS, Config, from_table, load, to_toml
-from trainer.training_flags import numbers
+from trainer.config import settings, training_flags
+from trainer.config.experiment import PRESETS, Config, from_table, load, to_toml
+from trainer.config.training_flags import numbers
 
 # Classes of every class-conditional network there.
 _CLASSES = 1000

@@ -11,7 +11,7 @@ from collections.abc import MutableMapping, Sequence
 
 import torch
 
-from trainer import config as configs
+from trainer.config import experiment as configs
 
 # Read by cuBLAS and NCCL when they are first used: before the config of a run is checked.
 _ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}

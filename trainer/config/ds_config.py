@@ -10,11 +10,11 @@ from typing import Any
 from data import files
 from data.config import naming
 from trainer.adm.config import check
-from trainer.config import Config
-from trainer.settings import nearest
+from trainer.config.experiment import Config
+from trainer.config.settings import nearest
 
 #: The file of the checkout.
-OWN = Path(__file__).parent.parent / "ds_config.json"
+OWN = Path(__file__).parents[2] / "ds_config.json"
 #: Which file is read where none is named.
 DEFAULT = "ds_config.json of the working directory if it has one, else the checkout's"
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from data import files
 from data.progress import duration
-from trainer.ranks.lease import beat
 from trainer.ranks.process import began_at, boot_time
-from trainer.watch import history
-from trainer.watch.history import Row
-from trainer.watch.starts import KINDS, starts_of
+from trainer.run import history
+from trainer.run.history import Row
+from trainer.run.lease import beat
+from trainer.run.starts import KINDS, starts_of
 
 
 @dataclass(frozen=True)

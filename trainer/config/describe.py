@@ -1,4 +1,4 @@
-"""Every setting of a preset as a page: `python -m trainer.describe > docs/settings.md`.
+"""Every setting of a preset as a page: `python -m trainer.config.describe > docs/settings.md`.
 
 Names, types and defaults are those of the dataclasses, meanings their comments (`#:`) and
 docstrings, so that the page cannot be wrong where it is current; a test compares it. No torch.
@@ -13,17 +13,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from data.exits import CommandParser, reported
-from trainer import settings
 from trainer.adm.config import ClassifierConfig, UNetConfig
-from trainer.config import Config, toml_value
+from trainer.config import settings
+from trainer.config.experiment import Config, toml_value
 
 _HEAD = """\
 # Settings
 
-Made by `python -m trainer.describe`; a test keeps it current. A preset (`trainer/presets/*.toml`)
-has these sections; `--set 'training.lr = 1e-4'` changes a setting, `--unset training.clip` leaves
-one out, and `python -m trainer.config PRESET` prints all of them. A setting without a default must
-be in the preset.
+Made by `python -m trainer.config.describe`; a test keeps it current. A preset
+(`trainer/presets/*.toml`) has these sections; `--set 'training.lr = 1e-4'` changes a setting,
+`--unset training.clip` leaves one out, and `python -m trainer.config PRESET` prints all of them.
+A setting without a default must be in the preset.
 """
 
 
@@ -90,7 +90,7 @@ def _type(hint: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page."""
     about = "Print every setting of a preset, with its type, default and meaning, as a page."
-    CommandParser(prog="python -m trainer.describe", description=about).parse_args(argv)
+    CommandParser(prog="python -m trainer.config.describe", description=about).parse_args(argv)
     return reported(_print)
 
 

@@ -23,16 +23,16 @@ from data import files
 from data.config import shown
 from data.progress import duration, on_terminal
 from data.version import version
-from trainer import config as configs
-from trainer.checkpoint import committed, config_of
-from trainer.config import Config
-from trainer.ranks import lease as leases
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
+from trainer.config.settings import is_in
 from trainer.ranks.faults import named_hosts
-from trainer.ranks.lease import Lease, LeaseLost
-from trainer.records import Records
-from trainer.runstate import RunState
-from trainer.settings import is_in
-from trainer.watch import goodput
+from trainer.run import goodput
+from trainer.run import lease as leases
+from trainer.run.checkpoint import committed, config_of
+from trainer.run.lease import Lease, LeaseLost
+from trainer.run.records import Records
+from trainer.run.runstate import RunState
 
 # What a run may not change when it is resumed: its weights or its order would mean another thing.
 _FIXED = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from data import files
-from trainer import settings
+from trainer.config import settings
 
 State = Literal["running", "finished", "stopped", "refused", "failed"]
 

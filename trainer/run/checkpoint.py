@@ -20,8 +20,8 @@ from typing import Any
 from data import files
 from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
-from trainer.runstate import RunState
-from trainer.state import TrainState
+from trainer.run.runstate import RunState
+from trainer.run.trainstate import TrainState
 
 # The result of a validation of the weights beside it.
 VALIDATION = "validation.json"

@@ -20,8 +20,8 @@ from trainer.adm.config import GROUPS, ClassifierConfig, UNetConfig
 from trainer.adm.encoder import Encoder
 from trainer.adm.norm import GroupNorm
 from trainer.adm.unet import build, example_inputs
-from trainer.compute import DTYPES
-from trainer.config import Config
+from trainer.config.experiment import Config
+from trainer.engine.compute import DTYPES
 
 # Bytes of an fp32 number.
 _FULL = 4

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data import files
-from trainer import settings
+from trainer.config import settings
 from trainer.ranks.process import Process, has_ended
 from trainer.ranks.world import scheduler_job
-from trainer.runstate import RunState
+from trainer.run.runstate import RunState
 
 # Seconds between two signs of life, and how long their absence is watched before it is believed.
 BEAT, PATIENCE = 2.0, 30.0

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.config import naming
-from trainer import config as configs
-from trainer import settings
 from trainer.adm.config import check
 from trainer.adm.respacing import kept_timesteps
-from trainer.config import Config
-from trainer.sections import FEWEST_SAMPLES
+from trainer.config import experiment as configs
+from trainer.config import settings
+from trainer.config.experiment import Config
+from trainer.config.sections import FEWEST_SAMPLES
 
-SETS = Path(__file__).parent / "sets"
+SETS = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class AblationSet:
 
 
 def load(name: str, overrides: Sequence[str], *, unset: Sequence[str]) -> AblationSet:
-    """Read the set of that name in trainer/sets, or that TOML file; every row is checked."""
+    """Read the set of that name in trainer/ablations, or that TOML file; every row is checked."""
     path = settings.find(name, directory=SETS, kind="set")
     found: AblationSet = settings.build(
         AblationSet, settings.read(path, overrides=overrides, unset=unset)

@@ -14,10 +14,10 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
-from trainer import caches
 from trainer.adm.encoder import Encoder
 from trainer.adm.norm import use_kernels
-from trainer.sections import TrainingConfig
+from trainer.config.sections import TrainingConfig
+from trainer.engine import caches
 
 #: The numbers of each precision.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

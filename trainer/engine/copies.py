@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import compute
 from trainer.adm.unet import build
-from trainer.config import Config
+from trainer.config.experiment import Config
+from trainer.engine import compute
 
 
 class Copies:

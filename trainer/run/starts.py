@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trainer.watch.history import Row
+from trainer.run.history import Row
 
 # What a report says the interval spent beside training, in seconds: entry -> kind.
 SPENT = {

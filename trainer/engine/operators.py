@@ -12,7 +12,7 @@ import torch
 
 from data import files
 from data.progress import duration
-from trainer import caches
+from trainer.engine import caches
 
 
 def prepare() -> None:

@@ -1,24 +1,18 @@
 """An experiment: one complete TOML file, read into frozen dataclasses.
 
-    python -m trainer.config PRESET [--set ...] [--ranks N]     print it resolved, or what is wrong
-
 Each dataclass sits beside what it configures; this file composes them. No torch here: a login node
 checks a config before anything is queued.
 """
 
-import argparse
 import dataclasses
 import json
-import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from data.config import DataConfig, naming, shown
-from data.exits import CommandParser, reported
-from trainer import settings
 from trainer.adm.config import (
     ClassifierConfig,
     DiffusionConfig,
@@ -27,7 +21,8 @@ from trainer.adm.config import (
     check_choice,
 )
 from trainer.adm.respacing import kept_timesteps
-from trainer.sections import (
+from trainer.config import settings
+from trainer.config.sections import (
     BoardConfig,
     EvaluationConfig,
     GuardConfig,
@@ -35,7 +30,7 @@ from trainer.sections import (
     TrainingConfig,
 )
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,43 +203,3 @@ def toml_value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the resolved preset; returns the exit status."""
-    parser = CommandParser(
-        prog="python -m trainer.config",
-        description="Print a preset with all its settings, or the error in it.",
-    )
-    parser.add_argument("preset", nargs="?", help="a name in trainer/presets, or a .toml file")
-    meant = "print the preset that these flags of guided-diffusion mean (default: PRESET)"
-    parser.add_argument("--from-flags", metavar='"--image_size 64 ..."', help=meant)
-    settings.add_overrides(parser)
-    parser.add_argument(
-        "--ranks", type=int, help="also check the batch on so many ranks (default: unchecked)"
-    )
-    arguments = parser.parse_args(argv)
-    if (arguments.preset is None) == (arguments.from_flags is None):
-        parser.error("give PRESET or --from-flags")
-    return reported(lambda: _print(arguments))
-
-
-def _print(arguments: argparse.Namespace) -> int:
-    ranks = arguments.ranks
-    check(ranks is None or ranks >= 1, "--ranks", ranks, "at least 1")
-    if arguments.from_flags is not None:
-        from trainer import flags  # reads presets with this module
-
-        for name, value in {"--set": arguments.set, "--unset": arguments.unset}.items():
-            check(not value, name, value, "absent with --from-flags: change what it prints")
-        print(flags.to_preset(arguments.from_flags, ranks=ranks), end="")
-        return 0
-    config = load(arguments.preset, arguments.set, unset=arguments.unset)
-    if ranks is not None:
-        config.training.micro_batch_on(ranks)
-    print(to_toml(config), end="")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

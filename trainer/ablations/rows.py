@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from data.exits import FAILED, REFUSED, TO_BE_CONTINUED
-from trainer import averages
-from trainer import checkpoint as checkpoints
-from trainer.ablations import AblationSet, Row
-from trainer.ranks.lease import stop_file
-from trainer.runstate import RunState
+from trainer.ablations.sets import AblationSet, Row
+from trainer.engine import averages
+from trainer.run import checkpoint as checkpoints
+from trainer.run.lease import stop_file
+from trainer.run.runstate import RunState
 from trainer.sampling.output import REQUEST
 from trainer.sampling.samplefile import open_samples
 

@@ -1,0 +1,1 @@
+"""Sets of ablations: rows of settings, and what they came to."""

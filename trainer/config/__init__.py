@@ -1,0 +1,1 @@
+"""The experiment: its settings, the presets that give them, and DeepSpeed's file beside them."""

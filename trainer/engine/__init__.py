@@ -1,0 +1,1 @@
+"""The step of the optimizer: DeepSpeed-ZeRO, and how a network computes."""

@@ -1,0 +1,1 @@
+"""Before a run starts: what its steps cost, and what a machine needs."""
