@@ -14,9 +14,9 @@ from tests.support import faults
 from tests.support.runs import END, EVERY, GRIDS, STEP, Place, distance, equal
 from trainer.config import experiment as configs
 from trainer.engine.gate import StepReport
+from trainer.engine.policy import Guards, Running
 from trainer.guards.audit import Finding
 from trainer.guards.incidents import Incidents
-from trainer.guards.policy import Guards, Running
 from trainer.guards.replay import Replay
 from trainer.ranks.faults import Refused
 from trainer.run.checkpoint import STATE, committed, read, sealed

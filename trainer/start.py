@@ -20,8 +20,8 @@ from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
 from trainer.adm.unet import build
 from trainer.config.experiment import Config
 from trainer.engine import averages, compute, determinism
+from trainer.engine.policy import Guards
 from trainer.engine.zero import WEIGHTS, Engine, kinds, load_operator
-from trainer.guards.policy import Guards
 from trainer.initial import Initial
 from trainer.planning import prediction
 from trainer.ranks.context import RankContext

@@ -27,9 +27,9 @@ from trainer.config import ds_config as ds_configs
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
 from trainer.engine import compute, determinism, operators
+from trainer.engine.policy import Guards
 from trainer.engine.zero import Engine, check_precision
 from trainer.evaluation.in_training import Evaluation
-from trainer.guards.policy import Guards
 from trainer.initial import Initial
 from trainer.loop import Loop
 from trainer.measures import missing

@@ -1,1 +1,1 @@
-"""What to do when numbers go wrong: guards, incidents, replays and audits."""
+"""When numbers went wrong: what is done, and whose fault it is."""
