@@ -99,7 +99,7 @@ class Tars(Archives):
 
     def _classes_of_manifest(self) -> tuple[str, ...]:
         """The classes of the packed dataset that these tars are the shards of, or ()."""
-        path = self._root / MANIFEST
+        path = self.root / MANIFEST
         if not is_manifest(path):
             return ()
         manifest = parse_manifest(str(path), path.read_bytes())
@@ -110,7 +110,7 @@ class Tars(Archives):
         """As `Source.read`."""
         file, _, extent = name.partition("/")[0].rpartition("@")
         offset, size = map(int, extent.split("+"))
-        return read_extent(self._root / file, offset, size)
+        return read_extent(self.root / file, offset, size)
 
 
 def _files(path: Path, suffix: str) -> tuple[list[Path], str]:

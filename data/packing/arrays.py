@@ -86,8 +86,8 @@ class Cifar(Archives):
             is_100 = self.files[0].name == "test"
             train, test = ("train", "test") if is_100 else ("'data_batch_*'", "'test_batch*'")
             raise ValueError(
-                f"SOURCE = {self._root} holds the splits train and test: give one: "
-                f"{self._root}/{train} or {self._root}/{test}"
+                f"SOURCE = {self.root} holds the splits train and test: give one: "
+                f"{self.root}/{train} or {self.root}/{test}"
             )
         names, labels = [], []
         for file in self.files:
@@ -95,13 +95,13 @@ class Cifar(Archives):
             names += [f"{file.name}@{row}" for row in range(len(found))]
             labels += found
         listing = by_number(names, labels)
-        classes = _cifar_classes(self._root)
+        classes = _cifar_classes(self.root)
         return Listing(names=names, labels=labels, classes=classes or listing.classes)
 
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
         file, _, row = name.rpartition("@")
-        pixels = _cifar(self._root / file)[0][int(row)]
+        pixels = _cifar(self.root / file)[0][int(row)]
         return png(np.ascontiguousarray(pixels), compress_level=1)
 
 

@@ -61,7 +61,7 @@ class Parquet(Archives):
     def read(self, name: str) -> bytes:
         """As `Source.read`."""
         file, _, row = name.rpartition("@")
-        ends, blob = self._unpacked(self._root / file)
+        ends, blob = self._unpacked(self.root / file)
         first, last = (int(end) for end in np.load(ends, mmap_mode="r")[int(row) : int(row) + 2])
         return read_extent(blob, first, last - first)
 

@@ -31,14 +31,15 @@ Stamp = tuple[int, int]
 
 
 class Source(ABC):
-    """A place that images can be listed and read from.
+    """A place that images can be listed and read from."""
 
-    `holds_many` is whether a file there holds many images, `has_names` whether the images have
-    names of files. `files` are those that hold all images, where that is known beforehand.
-    """
-
+    #: Whether one file holds many images.
     holds_many = True
+    #: Whether images have file names, from which classes can be taken.
     has_names = False
+    #: The directory of all files. Absent: there are no files.
+    root: Path | None = None
+    #: The files that hold all images, where they are known before listing.
     files: Sequence[Path] = ()
 
     @abstractmethod
@@ -59,19 +60,19 @@ class Source(ABC):
         """
 
     def stage(self) -> None:  # noqa: B027 (most sources need nothing)
-        """Make what reading needs; called once, when the plan is on disk."""
+        """Unpack what cannot be read in place; called once, after the plan is on disk."""
 
     def holder(self, name: str) -> str:
-        """The file that holds an image, below the source's directory: itself, or an archive."""
+        """The file that holds an image, relative to `root`: the image file, or its archive."""
         return ""
 
     def stamp(self, holder: str) -> Stamp | None:
-        """What tells one state of a holder from another; None where there are no files.
+        """Size and time of that file, to notice changes; None if the source has no files.
 
         Raises:
             OSError: it is missing or out of reach.
         """
-        return None
+        return stamp_of(self.root / holder) if self.root else None
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -92,7 +93,7 @@ class Folder(Source):
     has_names = True
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root: Path = root
 
     def listing(self) -> Listing:
         """As `Source.listing`."""
@@ -114,10 +115,6 @@ class Folder(Source):
     def holder(self, name: str) -> str:
         """As `Source.holder`: itself."""
         return name
-
-    def stamp(self, holder: str) -> Stamp:
-        """As `Source.stamp`."""
-        return stamp_of(self.root / holder)
 
     def paths(self) -> Iterator[str]:
         """Paths below the root, of directories with a slash; none within packed datasets."""
@@ -147,15 +144,11 @@ class OneFile(Source):
     """Images that one file holds all of."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self.files = path, (path,)
+        self._path, self.root, self.files = path, path.parent, (path,)
 
     def holder(self, name: str) -> str:
         """As `Source.holder`: the file."""
         return self._path.name
-
-    def stamp(self, holder: str) -> Stamp:
-        """As `Source.stamp`."""
-        return stamp_of(self._path)
 
 
 class Zip(OneFile):
@@ -203,15 +196,11 @@ class Archives(Source):
 
     def __init__(self, files: list[Path], *, pattern: str = "*", staging: Path) -> None:
         self.files, self._pattern, self._staging = files, pattern, staging
-        self._root = files[0].parent
+        self.root: Path = files[0].parent
 
     def holder(self, name: str) -> str:
         """As `Source.holder`: the archive."""
         return name.partition("/")[0].rpartition("@")[0]
-
-    def stamp(self, holder: str) -> Stamp:
-        """As `Source.stamp`."""
-        return stamp_of(self._root / holder)
 
 
 class Digits(Source):
