@@ -19,8 +19,8 @@ from PIL import Image
 
 from data.config import DataConfig
 from data.dataset import open_shards
+from data.packing.tars import scan_tar
 from data.stream import Stream
-from data.tars import scan_tar
 
 BATCH = 64
 # Copies of the images in MDS shards, so that no epoch ends during the measurement.

@@ -18,12 +18,12 @@ from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
 
-from data import files
+from data import files, pool
 from data.config import check
 from data.dataset import open_shards
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status, reported
 from data.manifest import MANIFEST, manifest_text, parse_manifest
-from data.packing import begun, pool
+from data.packing import begun
 from data.packing.archives import open_source
 from data.packing.begun import Begun, Request
 from data.packing.claim import LEFT_OUT, PLAN, WORK, claimed

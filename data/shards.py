@@ -24,7 +24,7 @@ from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, place_text, repo
 from data.export import export
 from data.order import packed_place
 from data.packing.indexing import index_directory, merge
-from data.packing.pool import interrupted_by_signals
+from data.pool import interrupted_by_signals
 from data.reader import Reader
 from data.tars import HEADER, Index
 from data.transforms import UNDECODABLE, Pixels, decode

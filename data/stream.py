@@ -17,7 +17,7 @@ from data.config import DataConfig, check, is_local
 from data.manifest import MANIFEST
 from data.mixture import Dataset, open_dataset
 from data.order import share
-from data.packing.pool import cpus
+from data.pool import cpus
 from data.samples import BatchRequest, Samples
 from data.workers import Filled, Setup, Workers
 

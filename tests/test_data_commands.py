@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from data import files, pack, shards
+from data import files, pack, pool, shards
 from data.dataset import open_shards
 from data.exits import FAILED, REFUSED, CommandParser, exit_status, reported
-from data.packing import pool
 from data.packing.class_maps import map_content
 from data.progress import duration
 from tests.support.data_fixtures import write_folder

@@ -13,17 +13,17 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from data import pool
 from data.config import DataConfig
 from data.dataset import open_shards
 from data.enlarge import enlarged_part
 from data.pack import LEFT_OUT, main, pack
-from data.packing import pool
 from data.packing.begun import Request
 from data.packing.dry_run import dry_run
 from data.packing.indexing import merge
 from data.packing.plan import PackConfig
+from data.packing.tars import scan_tar
 from data.samples import crop_remark
-from data.tars import scan_tar
 from data.transforms import decode, open_over
 from tests.support import ranks
 from tests.support.data_fixtures import content, image_file, packed, write_folder

@@ -18,9 +18,9 @@ from data.pack import main, pack
 from data.packing.archives import open_source
 from data.packing.begun import Request
 from data.packing.plan import PackConfig
+from data.packing.tars import scan_tar
 from data.shards import main as shards_main
 from data.stream import Stream
-from data.tars import scan_tar
 from tests.support.data_fixtures import (
     content,
     image_file,

@@ -14,8 +14,8 @@ import webdataset as wds
 from data.dataset import open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED
 from data.packing.indexing import index_directory
+from data.packing.tars import scan_tar
 from data.shards import main as shards_main
-from data.tars import scan_tar
 from tests.support.data_fixtures import (
     content,
     image_file,

@@ -1,23 +1,15 @@
-"""Sources that are datasets already: WebDataset tars, LSUN's lmdb; and which kind a path is."""
+"""Which kind of source a path is; and LSUN's lmdb."""
 
-import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.labels import Label
-from data.manifest import MANIFEST, NO_CLASS, is_manifest, parse_manifest
 from data.packing.arrays import Cifar, SampleFile, cifar_files
-from data.packing.layout import class_directories
-from data.packing.listing import Listing, by_directory_name, by_label_if_any
+from data.packing.listing import Listing
 from data.packing.names import is_image, litter
 from data.packing.parquet import Parquet
-from data.packing.sources import Archives, Digits, Folder, OneFile, Source, Zip, read_extent
-from data.packing.splits import check_files
-from data.tars import scan_tar
+from data.packing.sources import Digits, Folder, OneFile, Source, Zip
+from data.packing.tars import Tars
 
 
 def open_source(text: str, *, staging: Path) -> Source:
@@ -68,51 +60,6 @@ def _is_archive(file: Path) -> bool:
     return suffix in (".tar", ".parquet") and not _is_metadata(file) and file.is_file()
 
 
-class Tars(Archives):
-    """Existing WebDataset shards, or tars of class directories.
-
-    Labels are in `.cls`, `.json` or `.txt`, or else the directories, if there are any.
-    """
-
-    has_names = True
-
-    def listing(self) -> Listing:
-        """As `Source.listing`."""
-        check_files(self.files, pattern=self._pattern)
-        names: list[str] = []
-        labels: list[Label | None] = []
-        members: list[list[str]] = []
-        skipped = Counter[str]()
-        for file in self.files:
-            samples = scan_tar(file, skipped=skipped)
-            names += [f"{file.name}@{s.offset}+{s.size}/{s.name}" for s in samples]
-            members.append([sample.name for sample in samples])
-            labels += [sample.label for sample in samples]
-        listing = by_label_if_any(names, labels)
-        if listing.is_numbered and (classes := self._classes_of_manifest()):
-            # Numbers that others wrote mean no names, so those are labels.
-            are_numbers = classes == tuple(map(str, range(len(classes))))
-            listing = replace(listing, classes=classes, is_numbered=are_numbers)
-        elif listing.classes == (NO_CLASS,) and (found := classes_of_tars(self.files, members)):
-            listing = replace(found, names=names)
-        return replace(listing, skipped=skipped)
-
-    def _classes_of_manifest(self) -> tuple[str, ...]:
-        """The classes of the packed dataset that these tars are the shards of, or ()."""
-        path = self.root / MANIFEST
-        if not is_manifest(path):
-            return ()
-        manifest = parse_manifest(str(path), path.read_bytes())
-        are_its = {file.name for file in self.files} <= {shard.tar for shard in manifest.shards}
-        return manifest.classes if are_its else ()
-
-    def read(self, name: str) -> bytes:
-        """As `Source.read`."""
-        file, _, extent = name.partition("/")[0].rpartition("@")
-        offset, size = map(int, extent.split("+"))
-        return read_extent(self.root / file, offset, size)
-
-
 def _files(path: Path, suffix: str) -> tuple[list[Path], str]:
     """The files with a suffix that a path means, and the pattern of their names.
 
@@ -133,41 +80,6 @@ def _files(path: Path, suffix: str) -> tuple[list[Path], str]:
 
 def _is_metadata(file: Path) -> bool:
     return file.suffix.lower() == ".parquet" and file.with_suffix(".tar").is_file()
-
-
-# Directories that are named after their shard, which says nothing of classes.
-_SHARD = re.compile(r"(.*(shard|part|chunk).*)?[\d_-]+", re.IGNORECASE)
-_NUMBER = re.compile(r"(.*?)(\d+)")
-
-
-def classes_of_tars(tars: Sequence[Path], members: list[list[str]]) -> Listing | None:
-    """The classes of tars without labels, from the names of the images in each; None without any.
-
-    They are several directories within the tars, unless these are named after shards; or, where
-    there are no directories, the tars themselves, if they are not numbered like shards.
-    """
-    names = [name.removeprefix("./") for each in members for name in each]
-    classes, fault = class_directories(names, directories=(), where=str(tars[0].parent))
-    found, stems = {*classes}, [tar.stem for tar in tars]
-    if found == {NO_CLASS} and _are_classes(stems, members):
-        named = [tar.stem for tar, each in zip(tars, members, strict=True) for _ in each]
-        return by_directory_name(names, named)
-    are_shards = found <= {*stems} and all(_SHARD.fullmatch(name) for name in found)
-    if len(found) < 2 or NO_CLASS in found or are_shards:
-        return None
-    return replace(by_directory_name(names, classes), fault=fault)
-
-
-def _are_classes(stems: list[str], members: list[list[str]]) -> bool:
-    """Whether tars are a class each, as those of ILSVRC: n01440764.tar and so on."""
-    if len(stems) < 2 or all(_SHARD.fullmatch(stem) for stem in stems):
-        return False  # the names of img2dataset begin with the shard's number, too
-    if all(
-        name.startswith(stem) for stem, each in zip(stems, members, strict=True) for name in each
-    ):
-        return True
-    parts = [_NUMBER.fullmatch(stem) for stem in stems]
-    return not any(_SHARD.fullmatch(stem) for stem in stems) and not any(parts)
 
 
 class Lmdb(OneFile):

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from data import files
-from data.labels import checked_classes
 from data.manifest import NO_CLASS
+from data.packing.labels import checked_classes
 from data.packing.layout import class_directories
 from data.packing.listing import Listing, by_directory_name
 from data.packing.names import composed

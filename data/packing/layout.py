@@ -1,13 +1,19 @@
-"""Which directories of a source are its classes."""
+"""The classes of a source, from the names of its directories or tars."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from pathlib import Path
 
 from data.manifest import NO_CLASS
 from data.packing.listing import Listing, by_directory_name
 from data.packing.names import SPLIT, composed, images_among, litter
+
+# Directories that are named after their shard, which says nothing of classes.
+_SHARD = re.compile(r"(.*(shard|part|chunk).*)?[\d_-]+", re.IGNORECASE)
+_NUMBER = re.compile(r"(.*?)(\d+)")
 
 
 def by_directory(names: Iterable[str], *, where: str) -> Listing:
@@ -129,3 +135,33 @@ def _same_names(classes: list[str], root: str) -> str:
                 "merge or rename them"
             )
     return ""
+
+
+def classes_of_tars(tars: Sequence[Path], members: list[list[str]]) -> Listing | None:
+    """The classes of tars without labels, from the names of the images in each; None without any.
+
+    They are several directories within the tars, unless these are named after shards; or, where
+    there are no directories, the tars themselves, if they are not numbered like shards.
+    """
+    names = [name.removeprefix("./") for each in members for name in each]
+    classes, fault = class_directories(names, directories=(), where=str(tars[0].parent))
+    found, stems = {*classes}, [tar.stem for tar in tars]
+    if found == {NO_CLASS} and _are_classes(stems, members):
+        named = [tar.stem for tar, each in zip(tars, members, strict=True) for _ in each]
+        return by_directory_name(names, named)
+    are_shards = found <= {*stems} and all(_SHARD.fullmatch(name) for name in found)
+    if len(found) < 2 or NO_CLASS in found or are_shards:
+        return None
+    return replace(by_directory_name(names, classes), fault=fault)
+
+
+def _are_classes(stems: list[str], members: list[list[str]]) -> bool:
+    """Whether tars are a class each, as those of ILSVRC: n01440764.tar and so on."""
+    if len(stems) < 2 or all(_SHARD.fullmatch(stem) for stem in stems):
+        return False  # the names of img2dataset begin with the shard's number, too
+    if all(
+        name.startswith(stem) for stem, each in zip(stems, members, strict=True) for name in each
+    ):
+        return True
+    parts = [_NUMBER.fullmatch(stem) for stem in stems]
+    return not any(_SHARD.fullmatch(stem) for stem in stems) and not any(parts)

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from data.labels import MOST_CLASSES, Label, all_or_no_labels
 from data.manifest import NO_CLASS
+from data.packing.labels import MOST_CLASSES, Label, all_or_no_labels
 from data.packing.names import composed
 
 # Classes that names of numbers below this mean; larger numbers are dates and the like.

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from data import pool
 from data.exits import CommandParser, place_text
-from data.packing import pool
 from data.packing.splits import VAL_SHARE
 
 # So many images may be left out of any packing, unless none may.

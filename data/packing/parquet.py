@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data import files, npz
-from data.labels import LABEL_KEYS, Label, label_of
+from data.packing.labels import LABEL_KEYS, Label, label_of
 from data.packing.listing import Listing, by_label_if_any
 from data.packing.sources import Archives, read_extent, unpacked_name
 from data.packing.splits import check_files
