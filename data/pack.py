@@ -27,12 +27,11 @@ from data.packing import begun
 from data.packing.archives import open_source
 from data.packing.begun import Begun, Request
 from data.packing.claim import LEFT_OUT, PLAN, WORK, claimed
-from data.packing.dry_run import dry_run
 from data.packing.jobs import Made, TooManyLeftOut, make_shard
 from data.packing.listing import Listing
 from data.packing.options import FEW, parser
 from data.packing.plan import PackConfig, PackJob, PackPlan, plan
-from data.packing.report import summary, with_progress
+from data.packing.report import dry_run, summary, with_progress
 
 _CONTINUE = "rerun the same command to continue; finished shards are kept"
 # Lines of images left out that a message shows.

@@ -19,9 +19,9 @@ from data.dataset import open_shards
 from data.enlarge import enlarged_part
 from data.pack import LEFT_OUT, main, pack
 from data.packing.begun import Request
-from data.packing.dry_run import dry_run
 from data.packing.indexing import merge
 from data.packing.plan import PackConfig
+from data.packing.report import dry_run
 from data.packing.tars import scan_tar
 from data.samples import crop_remark
 from data.transforms import decode, open_over

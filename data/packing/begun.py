@@ -7,6 +7,7 @@ was changed since is left out.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,14 +16,13 @@ from typing import Any
 
 from data import files
 from data.dataset import class_names
-from data.manifest import MANIFEST
+from data.manifest import MANIFEST, NO_CLASS
 from data.packing.archives import check_alone
 from data.packing.claim import WORK
 from data.packing.class_maps import by_directories, by_prefix, map_content, relabel
 from data.packing.jobs import left_out_of
 from data.packing.listing import Listing, renumber
 from data.packing.plan import PackConfig, PackPlan
-from data.packing.report import warn_of_missing_labels
 from data.packing.sources import Source, Stamp
 from data.packing.splits import split_of
 from data.progress import with_progress
@@ -84,7 +84,7 @@ class Request:
         if listing.fault:
             raise ValueError(listing.fault)
         listing.check_labels(f"SOURCE = {self.source}")
-        warn_of_missing_labels(listing, self.source)
+        _warn_of_missing_labels(listing, self.source)
         if self.classes_of:
             listing = renumber(listing, classes=class_names(self.classes_of))
         if self.config.split:
@@ -181,6 +181,18 @@ def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
             is_digest = name in ("--class-map", "--classes-of")
             told.append(f"another {name}" if is_digest else f"{name} was {was}, is {now}")
     return "; ".join(told) or "other images or classes"
+
+
+def _warn_of_missing_labels(listing: Listing, source: str) -> None:
+    """Say how many images cannot train a network with classes."""
+    if NO_CLASS in listing.classes and listing.names:
+        count = listing.labels.count(listing.classes.index(NO_CLASS))
+        print(
+            f"SOURCE = {source}: {count} of {len(listing.names)} images have no label; "
+            "they cannot train a network with classes (model.num_classes); if there are classes, "
+            "give --class-map or --class-from",
+            file=sys.stderr,
+        )
 
 
 def _digest(content: bytes) -> str:

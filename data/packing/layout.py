@@ -11,9 +11,9 @@ from data.manifest import NO_CLASS
 from data.packing.listing import Listing, by_directory_name
 from data.packing.names import SPLIT, composed, images_among, litter
 
-# Directories that are named after their shard, which says nothing of classes.
+# Names of tars and directories that number the parts of a dataset and say nothing of classes.
 _SHARD = re.compile(r"(.*(shard|part|chunk).*)?[\d_-]+", re.IGNORECASE)
-_NUMBER = re.compile(r"(.*?)(\d+)")
+_NUMBERED = re.compile(r".*\d")
 
 
 def by_directory(names: Iterable[str], *, where: str) -> Listing:
@@ -159,9 +159,7 @@ def _are_classes(stems: list[str], members: list[list[str]]) -> bool:
     """Whether tars are a class each, as those of ILSVRC: n01440764.tar and so on."""
     if len(stems) < 2 or all(_SHARD.fullmatch(stem) for stem in stems):
         return False  # the names of img2dataset begin with the shard's number, too
-    if all(
-        name.startswith(stem) for stem, each in zip(stems, members, strict=True) for name in each
-    ):
+    pairs = zip(stems, members, strict=True)
+    if all(name.startswith(stem) for stem, each in pairs for name in each):
         return True
-    parts = [_NUMBER.fullmatch(stem) for stem in stems]
-    return not any(_SHARD.fullmatch(stem) for stem in stems) and not any(parts)
+    return not any(_SHARD.fullmatch(stem) or _NUMBERED.fullmatch(stem) for stem in stems)

@@ -1,30 +1,29 @@
-"""What a packing tells the user: progress, warnings, and in the end what was packed."""
+"""What a packing prints: with `--dry-run` what it would make, progress, and what was packed."""
 
-import sys
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from data import progress
-from data.manifest import NO_CLASS
-from data.packing.jobs import Made
+from data.packing import begun
+from data.packing.archives import open_source
+from data.packing.begun import Request
+from data.packing.jobs import Made, encode
 from data.packing.listing import Listing
-from data.packing.plan import PackConfig, PackJob
+from data.packing.plan import PackConfig, PackJob, plan
+from data.packing.sources import Source
+from data.transforms import UNDECODABLE
 
 # Classes, and huge images, that the closing line names.
-_LISTED = 5
-
-
-def warn_of_missing_labels(listing: Listing, source: str) -> None:
-    """Say how many images cannot train a network with classes."""
-    if NO_CLASS in listing.classes and listing.names:
-        count = listing.labels.count(listing.classes.index(NO_CLASS))
-        print(
-            f"SOURCE = {source}: {count} of {len(listing.names)} images have no label; "
-            "they cannot train a network with classes (model.num_classes); if there are classes, "
-            "give --class-map or --class-from",
-            file=sys.stderr,
-        )
+_NAMED = 5
+# Classes that a dry run lists with their counts.
+_LISTED = 20
+# Images that a dry run encodes, to estimate sizes and times.
+_TRIED = 32
 
 
 def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> str:
@@ -34,14 +33,14 @@ def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> st
     small, dim = sum(m.enlarged for m in made), sum(m.dim for m in made)
     huge = [name for m in made for name in m.huge]
     names = [name or "(none)" for name in listing.classes]
-    shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
     alpha = f", {transparent} with transparency (now on {config.background})" if transparent else ""
     dark = f", {dim} of 16 bits with values below 4,096 (nearly black: scale them to 65,535 first)"
     how = "applied" if config.exif_transpose else "ignored as in ADM; --exif-transpose applies it"
     exif = f", {turned} with an EXIF orientation ({how})" if turned else ""
     enlarged = f", {small} smaller than {config.size} pixels (enlarged)" if small else ""
-    of = f"{Image.MAX_IMAGE_PIXELS or 0:,} pixels ({', '.join(huge[:_LISTED])}"
-    large = f", {len(huge)} of more than {of}{', ...' * (len(huge) > _LISTED)})" if huge else ""
+    of = f"{Image.MAX_IMAGE_PIXELS or 0:,} pixels ({', '.join(huge[:_NAMED])}"
+    large = f", {len(huge)} of more than {of}{', ...' * (len(huge) > _NAMED)})" if huge else ""
     return (
         f"{len(listing.names) - left_out} images in {len(names)} "
         f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
@@ -61,4 +60,52 @@ def with_progress(made: Iterable[Made], *, jobs: tuple[PackJob, ...]) -> Iterato
             f"{step.rate:.0f} images/s, {step.left} left"
         ),
         closing=True,
+    )
+
+
+def dry_run(wanted: Request, *, out: Path, workers: int) -> int:
+    """Print what the packing would hold, and how large and how long it would be; writes nothing.
+
+    Raises:
+        ValueError, OSError: the packing would be refused.
+    """
+    source = open_source(wanted.source, staging=out / "none")
+    listing = wanted.listing(source)
+    work = plan(listing, source=wanted.source, out=out, config=wanted.config)
+    print(summary(listing, [], config=wanted.config))
+    counts = Counter(listing.labels)
+    for label, name in list(enumerate(listing.classes))[:_LISTED]:
+        print(f"  {name or '(none)'}: {counts[label]}")
+    if len(listing.classes) > _LISTED:
+        least, most = min(counts.values()), max(counts.values())
+        print(f"  ... and {len(listing.classes) - _LISTED} more; {least} to {most} images each")
+    stamps = begun.begin({}, listing=listing, source=source).stamps
+    print(f"{sum(size for size, _ in stamps.values()) / 2**20:.1f} MiB in {len(stamps)} files")
+    print(f"{len(work.jobs)} shards, {_estimate(source, listing.names, wanted.config, workers)}")
+    return 0
+
+
+def _estimate(source: Source, names: list[str], config: PackConfig, workers: int) -> str:
+    """How large the shards would be and how long they would take, from some images."""
+    chosen = np.linspace(0, len(names) - 1, min(_TRIED, len(names)), dtype=int)
+    begin, sizes, bad, small = time.monotonic(), [], 0, 0
+    for i in chosen:
+        try:
+            made = encode(source.read(names[i]), config=config)
+        except UNDECODABLE:
+            bad += 1
+            continue
+        sizes.append(len(made.content))
+        small += made.is_enlarged
+    if not sizes:
+        return "their size is not known before the source is unpacked"
+    seconds = (time.monotonic() - begin) / len(chosen) * len(names) / workers
+    # In a tar each image has a label, and both have a header and are filled up to 512 bytes.
+    stored = (np.mean(sizes) + 3.5 * 512) * len(names)
+    tried = f"of {len(chosen)} that were tried"
+    damaged = f"; {bad} {tried} cannot be decoded" if bad else ""
+    enlarged = f"; {small} {tried} are smaller than {config.size} pixels" if small else ""
+    return (
+        f"about {stored / 2**20:.1f} MiB, about {progress.duration(seconds)} with {workers} "
+        f"process{'es' if workers > 1 else ''}{damaged}{enlarged}"
     )
