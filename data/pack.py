@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, as_completed
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from math import ceil
 from pathlib import Path
 
@@ -78,24 +78,16 @@ def pack(
             return 0
         if again:  # the shards from which images are missing are made again
             start = begun.again(start, out=out, source=images)
-        if again or start is not before:
+        elif start is not before:
             begun.save(start, out)
         files.write(out / WORK / PLAN, work.digest)
         images.stage()
         most = max(ceil(max_bad * len(start.listing.names)), FEW if max_bad else 0)
-        work = begun.with_stamps(work, start, source=images)
-        made = _make(work, most, executor or nullcontext())
+        jobs = begun.ready_jobs(work, start, source=images, most_left_out=most)
+        with executor or nullcontext() as running:
+            results = with_progress(_results(jobs, running), jobs=jobs)
+            made = _collect(results, out, most=most)
         return _finish(out, work, made, start.listing)
-
-
-def _make(
-    work: PackPlan, most: int, executor: AbstractContextManager[Executor | None]
-) -> list[Made]:
-    """All shards of the plan, unless more than `most` images would be left out."""
-    jobs = tuple(replace(job, most_left_out=most) for job in work.jobs)
-    with executor as running:
-        results = with_progress(_results(jobs, running), jobs=jobs)
-        return _collect(results, Path(jobs[0].out), most=most)
 
 
 def _already_packed(

@@ -22,7 +22,7 @@ from data.packing.claim import WORK
 from data.packing.class_maps import by_directories, by_prefix, map_content, relabel
 from data.packing.jobs import left_out_of
 from data.packing.listing import Listing, renumber
-from data.packing.plan import PackConfig, PackPlan
+from data.packing.plan import PackConfig, PackJob, PackPlan
 from data.packing.sources import Source, Stamp
 from data.packing.splits import split_of
 from data.progress import with_progress
@@ -134,14 +134,16 @@ def again(begun: Begun, *, out: Path, source: Source) -> Begun:
     return begun
 
 
-def with_stamps(work: PackPlan, begun: Begun, *, source: Source) -> PackPlan:
-    """The plan, each job with the size and time of the files that it reads."""
+def ready_jobs(
+    work: PackPlan, begun: Begun, *, source: Source, most_left_out: int
+) -> tuple[PackJob, ...]:
+    """The jobs of the plan, with the size and time of the files that each of them reads."""
     jobs = []
     for job in work.jobs:
         holders = dict.fromkeys(source.holder(name) for name, _ in job.images)
         stamps = {holder: begun.stamps[holder] for holder in holders if holder in begun.stamps}
-        jobs.append(replace(job, stamps=stamps))
-    return replace(work, jobs=tuple(jobs))
+        jobs.append(replace(job, stamps=stamps, most_left_out=most_left_out))
+    return tuple(jobs)
 
 
 def save(begun: Begun, out: Path) -> None:

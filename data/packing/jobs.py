@@ -138,11 +138,11 @@ def _encode(content: bytes, config: PackConfig) -> Encoded:
     is_huge = image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf)
     is_enlarged = min(image.size) < config.size
     counted = (is_transparent, is_dim, turn is not None, is_enlarged, is_huge)
-    turned = config.exif_transpose and turn is not None
-    if turned and turn is not None:
-        image = image.transpose(turn)
-    # Training shows white through the transparent images that are kept as they are.
-    changed = turned or (is_transparent and config.background != "white")
+    applied = turn if config.exif_transpose else None
+    if applied is not None:
+        image = image.transpose(applied)
+    # A file that is kept unchanged is decoded over white in training.
+    changed = applied is not None or (is_transparent and config.background != "white")
     if not config.keep_original:
         image = Image.fromarray(center_crop(image, size=config.size))
     elif min(image.size) > config.size:
