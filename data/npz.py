@@ -16,11 +16,6 @@ from numpy.typing import NDArray
 _LOCAL_HEADER = 30
 
 
-def member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """The content of an array's `.npy`, as a stream."""
-    return archive.open(f"{name}.npy")
-
-
 def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether it is in Fortran's order, and type of the array at the stream's begin."""
     version = np.lib.format.read_magic(stream)

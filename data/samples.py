@@ -85,8 +85,10 @@ class Samples:
             OSError: a shard cannot be read.
         """
         indices = np.asarray(request.indices, dtype=np.int64)
-        once = request.once
-        place = packed_place(self._ends, indices) if once else self.order.locate(indices)[1:]
+        if request.once:
+            place = packed_place(self._ends, indices)
+        else:
+            place = self.order.locate(indices)[1:]
         rows = zip(*(column.tolist() for column in place), strict=True)
         begun = [self._begin(shard, row) for shard, row in rows]
         draws = self._draws(request, indices)

@@ -57,7 +57,7 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
     shards = open_shards(root)
     counts = np.zeros(len(shards.classes), dtype=np.int64)
     reader = Reader(shards.root, config=FetchConfig())
-    for i in range(len(shards.shards)):  # a kept label would keep its index's file open
+    for i in range(len(shards.shards)):
         counts += np.bincount(_index_of(shards, i, reader)["label"], minlength=len(counts))
     total = sum(shard.bytes for shard in shards.shards)
     size = f"{shards.image_size} x {shards.image_size}" if shards.image_size else "of own sizes"
@@ -139,46 +139,41 @@ def _export(root: str, out: Path) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m data.shards", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[..., int], help_text: str) -> Callable[..., object]:
+        command = commands.add_parser(name, help=help_text)
+        command.set_defaults(run=run)
+        return command.add_argument
+
     anywhere = "directory or URL of the dataset"
-    command = commands.add_parser("verify", help="compare a dataset with its manifest")
-    command.set_defaults(run=_verify)
-    command.add_argument("root", metavar="DIR", type=place_text, help=anywhere)
-    command.add_argument(
+    option = add("verify", _verify, "compare a dataset with its manifest")
+    option("root", metavar="DIR", type=place_text, help=anywhere)
+    option(
         "--full",
         action="store_true",
         help="compare checksums of tars too, which reads every byte (default: their sizes)",
     )
-    command = commands.add_parser("info", help="print counts, classes and sizes")
-    command.set_defaults(run=_show)
-    command.add_argument("root", metavar="DIR", type=place_text, help=anywhere)
-    command.add_argument(
-        "--classes", action="store_true", help=f"list all classes (default: the first {_LISTED})"
-    )
-    command.add_argument(
-        "--sheet",
-        metavar="PNG",
-        type=Path,
-        help=f"draw up to {_THUMBNAILS} thumbnails into this file (default: none)",
-    )
-    command = commands.add_parser("index", help="make index and manifest for existing tars")
-    command.set_defaults(run=_index)
-    command.add_argument("root", metavar="DIR", type=Path, help="directory of the tars")
-    command.add_argument(
+    option = add("info", _show, "print counts, classes and sizes")
+    option("root", metavar="DIR", type=place_text, help=anywhere)
+    all_classes = f"list all classes (default: the first {_LISTED})"
+    option("--classes", action="store_true", help=all_classes)
+    thumbnails = f"draw up to {_THUMBNAILS} thumbnails into this file (default: none)"
+    option("--sheet", metavar="PNG", type=Path, help=thumbnails)
+    option = add("index", _index, "make index and manifest for existing tars")
+    option("root", metavar="DIR", type=Path, help="directory of the tars")
+    option(
         "--out",
         metavar="OUT",
         type=Path,
         help="directory for index, manifest and links to the tars, where DIR cannot be written "
         "(default: DIR)",
     )
-    command = commands.add_parser("export", help="write a sample file of all images")
-    command.set_defaults(run=_export)
-    command.add_argument("root", metavar="DIR", type=place_text, help=anywhere)
-    command.add_argument("out", metavar="OUT.npz", type=Path, help="the file to be made")
-    command = commands.add_parser("merge", help="one dataset of the shards of several, by links")
-    command.set_defaults(run=_merge)
-    command.add_argument("out", metavar="OUT", type=Path, help="directory to be made")
-    add = command.add_argument
-    add("roots", metavar="DIR", nargs="+", type=place_text, help="directories of datasets")
+    option = add("export", _export, "write a sample file of all images")
+    option("root", metavar="DIR", type=place_text, help=anywhere)
+    option("out", metavar="OUT.npz", type=Path, help="the file to be made")
+    option = add("merge", _merge, "one dataset of the shards of several, by links")
+    option("out", metavar="OUT", type=Path, help="directory to be made")
+    option("roots", metavar="DIR", nargs="+", type=place_text, help="directories of datasets")
     return parser
 
 

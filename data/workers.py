@@ -96,7 +96,8 @@ class Workers:
                 share = len(free) + len(pending) >= len(self._sockets)
                 yield self._hand_out(request, slot, bad.pop(slot), free, share)
                 continue
-            for worker in self._ready():
+            for socket in wait(self._sockets):
+                worker = self._sockets.index(socket)
                 slot, answer = self._receive(worker)
                 bad[slot] = answer
                 busy[worker] -= 1
@@ -122,10 +123,6 @@ class Workers:
             images = images.copy()
             free.append(slot)
         return Filled(request, images, labels[: len(request.indices)].copy(), bad)
-
-    def _ready(self) -> list[int]:
-        sockets = list(self._sockets)
-        return [sockets.index(ready) for ready in wait(sockets)]
 
     def _send(self, worker: int, message: tuple[int, BatchRequest]) -> None:
         try:

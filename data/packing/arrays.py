@@ -46,7 +46,7 @@ class SampleFile(OneFile):
     def listing(self) -> Listing:
         """As `Source.listing`."""
         with _members(self._path) as archive, naming(f"SOURCE = {self._path}"):
-            with npz.member(archive, "arr_0") as stream:
+            with archive.open("arr_0.npy") as stream:
                 shape, is_fortran, dtype = npz.read_header(stream)
             if is_fortran:
                 raise ValueError("arr_0 is in Fortran's order: save it in C's")
@@ -55,7 +55,7 @@ class SampleFile(OneFile):
             names = [f"{i:08d}" for i in range(shape[0])]
             if "arr_1.npy" not in archive.namelist():
                 return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
-            labels = np.lib.format.read_array(npz.member(archive, "arr_1"), allow_pickle=False)
+            labels = np.lib.format.read_array(archive.open("arr_1.npy"), allow_pickle=False)
             if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
                 kind = f"{labels.dtype} {labels.shape}"
                 raise ValueError(f"arr_1 is {kind}: must be integers {shape[:1]}")
@@ -71,7 +71,7 @@ class SampleFile(OneFile):
             return
         print(f"unpacking {self._path.name}", file=sys.stderr)
         with _members(self._path) as archive, files.whole(self._unpacked()) as unpacked:
-            shutil.copyfileobj(npz.member(archive, "arr_0"), unpacked, 1 << 20)
+            shutil.copyfileobj(archive.open("arr_0.npy"), unpacked, 1 << 20)
 
     def _unpacked(self) -> Path:
         return self._staging / f"{unpacked_name(self._path)}.blob"

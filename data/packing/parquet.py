@@ -159,17 +159,12 @@ def _image_column(file: Path, table: Any) -> str:
 
 
 def _holds_bytes(kind: Any) -> bool:
+    """Whether a type of pyarrow's is bytes, or a struct whose `bytes` are."""
     from pyarrow import types  # optional: only this source needs it
 
-    if types.is_struct(kind):
-        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
-    return _is_bytes(kind)
-
-
-def _is_bytes(kind: Any) -> bool:
-    from pyarrow import types  # optional: only this source needs it
-
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    is_struct = types.is_struct(kind)
+    kinds = [field.type for field in kind if field.name == "bytes"] if is_struct else [kind]
+    return any(types.is_binary(each) or types.is_large_binary(each) for each in kinds)
 
 
 def _class_names(file: Path, table: Any) -> tuple[str, ...]:
