@@ -128,7 +128,7 @@ def _measure(arguments: list[str]) -> Meter:
 
     setattr(engine.averages, "attach", attach_timed)  # noqa: B010
     setattr(train, "to_device", batches_timed)  # noqa: B010
-    for name in ("_talk", "_judge"):
+    for name in ("_exchange_reports", "_watch"):
         setattr(Watchdog, name, _on_thread(meter, getattr(Watchdog, name)))
     began = time.perf_counter()
     assert train.main(arguments) == 0

@@ -123,7 +123,7 @@ def compare(directory: Path) -> int:
     with connected(world, patience=ranks.LIMIT) as device:
         for case in CASES:
             with pytest.MonkeyPatch.context() as patched:
-                for module, name in ((norms, "hasten"), (shortcuts, "take")):
+                for module, name in ((norms, "install"), (shortcuts, "install")):
                     patched.setattr(module, name, lambda *_, **__: None)
                 theirs, states, slow = train(case, world=world, device=device)
             with pytest.MonkeyPatch.context() as patched:

@@ -142,7 +142,7 @@ def form_a_group() -> int:
         if not world.is_main:
             end = time.monotonic() + 3 * PATIENCE
             while len(heard) < 4 and time.monotonic() < end:
-                heard.add(str(watchdog._mailbox.take(["rank 0"])))
+                heard.add(str(watchdog._mailbox.get(["rank 0"])))
                 time.sleep(0.1)
         dist.new_group(backend="gloo")
         return 0 if world.is_main or len(heard) == 4 else 1

@@ -148,7 +148,7 @@ class Loop(Parts):
             learn_timesteps(self.objective.timesteps, seen)
             self.metrics.add(terms for _, terms in seen)
         else:
-            to = self._incidents.meet(report, seen, images_seen=began, now=self.images_seen)
+            to = self._incidents.handle(report, seen, images_seen=began, now=self.images_seen)
             self._saving.went_back()
             if to is not None:
                 self._snapshots.set_aside_later(to)

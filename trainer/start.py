@@ -232,7 +232,7 @@ def remarks(
     """What the log says of the config, and its `changes` of the run, before the run begins."""
     changed = [f"{name} changes from {a!r} to {b!r}" for name, (a, b) in changes.items()]
     odd = [
-        averages.stated(config.training),
+        averages.described(config.training),
         classes.untrained(config, shards),
         crop_remark(shards, config=config.data),
         config.training.badly_cut_on(ranks),

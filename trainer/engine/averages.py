@@ -36,7 +36,7 @@ def kept(training: TrainingConfig) -> dict[str, Average]:
     return averages | {power(width): PowerFunction(width=width) for width in training.ema_widths}
 
 
-def stated(training: TrainingConfig) -> str:
+def described(training: TrainingConfig) -> str:
     """A line for the log about the spans of the exponential averages; "" without any."""
     if training.ema_images is None:
         return "training.ema is per step, whatever the batch: training.ema_images is absent"

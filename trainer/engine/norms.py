@@ -18,8 +18,8 @@ from torch import Tensor
 _PIECE = 2**22
 
 
-def hasten(optimizer: Any, *, stage: int) -> None:
-    """Let a ZeRO optimizer of DeepSpeed's take its norms so; with offloaded states it stays.
+def install(optimizer: Any, *, stage: int) -> None:
+    """Let a ZeRO optimizer of DeepSpeed's take its norms so; not with offloaded states.
 
     Stages 1 and 2 look for infinities in every tensor, which this saves too; stage 3 looks at one
     flat tensor.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 
-def take(optimizer: Any, *, stage: int) -> None:
-    """Let a ZeRO optimizer of DeepSpeed's take them."""
+def install(optimizer: Any, *, stage: int) -> None:
+    """Install them in a ZeRO optimizer of DeepSpeed's."""
     # Every parameter has a gradient in every backward pass; DeepSpeed asks autograd for each.
     setattr(sys.modules[type(optimizer).__module__], "count_used_parameters_in_backward", len)  # noqa: B010
     # It writes lines that are not shown.
@@ -28,7 +28,7 @@ def take(optimizer: Any, *, stage: int) -> None:
     if optimizer.contiguous_gradients and not optimizer.cpu_offload:
         whole = not optimizer.reduce_scatter
         aside = optimizer.overlap_comm and whole and torch.cuda.is_available()
-        Buckets(optimizer, aside=aside).take()
+        Buckets(optimizer, aside=aside).install()
         if aside:
             _reduce_aside(optimizer)
 
@@ -70,8 +70,8 @@ class Buckets:
         self._reduce = optimizer.reduce_ipg_grads
         self._add = optimizer.reduce_independent_p_g_buckets_and_remove_grads
 
-    def take(self) -> None:
-        """Do for the optimizer what it does by itself."""
+    def install(self) -> None:
+        """Take the place of the optimizer's own buckets."""
         self._optimizer.reduce_independent_p_g_buckets_and_remove_grads = self._keep
         self._optimizer.reduce_ipg_grads = self._fill_and_reduce
 

@@ -98,8 +98,8 @@ class Engine:
         self.micro_batch: int = self._ds.train_micro_batch_size_per_gpu()
         self.accumulation: int = self._ds.gradient_accumulation_steps()
         self._masters()  # or DeepSpeed chose an optimizer without
-        norms.hasten(self._optimizer, stage=self.stage)
-        shortcuts.take(self._optimizer, stage=self.stage)
+        norms.install(self._optimizer, stage=self.stage)
+        shortcuts.install(self._optimizer, stage=self.stage)
         self._scaling = LossScale(self._optimizer.loss_scaler)
         self._gate = Gate(self._optimizer, scaling=self._scaling)
         self._fill_states()

@@ -32,7 +32,7 @@ class Finding:
     #: What is wrong with the machine of a rank, by rank.
     faults: dict[int, str]
 
-    def stated(self) -> str:
+    def described(self) -> str:
         """The faulty ranks and their hosts, in words."""
         said = (f"rank {r} on {self.hosts[r]} {why}" for r, why in self.faults.items())
         return "; ".join(said)

@@ -31,7 +31,7 @@ class Incidents:
     def __init__(self, parts: Parts, *, saver: Saver) -> None:
         self.parts, self._saver, self._audit = parts, saver, Audit(parts)
 
-    def meet(self, report: StepReport, seen: Seen, *, images_seen: int, now: int) -> int | None:
+    def handle(self, report: StepReport, seen: Seen, *, images_seen: int, now: int) -> int | None:
         """Record a refused step from `images_seen` to `now`; after too many in a row go back.
 
         The clock of the checkpoint that it went back to, if it did.
@@ -71,7 +71,7 @@ class Incidents:
         finding = self._audit.check(images_seen, micro_batches=1)
         if finding.faults:
             fault = "the audit in ordinary running"
-            self._keep({"images": images_seen, "fault": fault, "replay": finding.stated()})
+            self._keep({"images": images_seen, "fault": fault, "replay": finding.described()})
         self._end_if_faulty(finding)
 
     def _end_if_faulty(self, finding: Finding) -> None:
@@ -85,7 +85,7 @@ class Incidents:
             run.attempt("launch/lost-hosts", lambda: files.append(listed, text))
             run.note(lost=",".join(hosts))
         raise Broken(
-            f"hardware fault: {finding.stated()}; its checkpoints are intact: exclude "
+            f"hardware fault: {finding.described()}; its checkpoints are intact: exclude "
             f"{', '.join(hosts)} from the job (Slurm jobs of `launch` do so) and rerun the same "
             "command to resume from the last one"
         )
@@ -93,14 +93,14 @@ class Incidents:
     def _keep(self, entry: Mapping[str, Any]) -> None:
         """Append a row to `incidents.jsonl`."""
         if self.parts.world.is_main:
-            row = json.dumps({"time": time.time(), **_plain(entry)}) + "\n"
+            row = json.dumps({"time": time.time(), **_for_json(entry)}) + "\n"
             self.parts.run.add_row("incidents.jsonl", row)
 
     @staticmethod
     def _replayed(report: StepReport, finding: Finding) -> str:
         """What the replays say: a mean of gradients has no larger norm than they have."""
         if finding.faults:
-            return finding.stated()
+            return finding.described()
         norms = [replay.norm for replay in finding.replays]
         most = math.fsum(norms) / len(norms)
         if math.isfinite(report.loss) and math.isfinite(most) and report.grad_norm > 1.1 * most:
@@ -165,10 +165,10 @@ def _named(entry: Mapping[str, Any]) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     """For JSON, which has no numbers that are not finite: those become text."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _for_json(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_plain(inner) for inner in value]
+        return [_for_json(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -31,11 +31,11 @@ class Mailbox:
         self._secret: bytes = from_main(lambda: secrets.token_bytes(16))
 
     def put(self, name: str, message: Any) -> None:
-        """Leave a message, plain JSON, in place of the one before."""
+        """Post a message, plain JSON, in place of the one before."""
         body = json.dumps(message)
         self._store.set(name, f"{self._code(name, body)} {body}")
 
-    def take(self, names: Sequence[str]) -> list[Any]:
+    def get(self, names: Sequence[str]) -> list[Any]:
         """The messages under these names; None where there is none, or one by somebody else."""
         if not self._store.check(list(names)):  # to read what is not there would wait for it
             return [None] * len(names)

@@ -7,7 +7,7 @@ rank makes progress, those that are furthest behind hang. The other ranks watch 
 The thread that decides uses its own clock and never waits for the network. Time in which its
 process was stopped, as with a suspended job, does not count.
 
-On each machine the lowest rank that lives speaks, before any other error is printed.
+On each machine the lowest rank that still runs prints it, before any other error is printed.
 """
 
 import os
@@ -39,20 +39,20 @@ _GRACE = 10.0
 
 @dataclass
 class _Rank:
-    """What is known of a rank, and when it was last heard from and last came further."""
+    """What is known of a rank: its last report, and when that came."""
 
     doing: str = "?"
     beat: int = -1
     marks: int = -1
-    heard: float = 0.0
+    reported_at: float = 0.0
 
-    def hear(self, report: Any, *, now: float) -> bool:
-        """Take in a report; whether the rank has made progress."""
+    def update(self, report: Any, *, now: float) -> bool:
+        """Note a report; whether the rank has made progress since the one before."""
         match report:
             case [int(beat), int(marks), str(doing)] if beat > self.beat:
-                self.beat, self.heard, self.doing = beat, now, doing
-                further, self.marks = marks != self.marks, marks
-                return further
+                self.beat, self.reported_at, self.doing = beat, now, doing
+                has_moved, self.marks = marks != self.marks, marks
+                return has_moved
         return False
 
 
@@ -70,13 +70,13 @@ class Watchdog:
         self._patience, self._is_marked = patience, is_marked
         self._doing, self._marks, self._beats = "starting" if is_marked else "working", 0, 0
         self._done = threading.Event()
-        self._heard = [_Rank() for _ in range(world.size if world.is_main else 1)]
+        self._ranks = [_Rank() for _ in range(world.size if world.is_main else 1)]
         self._moved = 0.0
         self._verdict = self._error = ""
         self._failed_at = 0.0
         self._lost: set[int] = set()
         # Whether a collective failed, and the ranks that ended have been looked for.
-        self._has_looked = False
+        self._has_reported_ended = False
         self._threads: list[threading.Thread] = []
         self.tell: Callable[[str], None] = lambda _: None
         self.dump: Callable[[], None] = lambda: None
@@ -91,15 +91,15 @@ class Watchdog:
         if self._world.is_main:
             self._mailbox.put(_VERDICT, "")
             self._mailbox.put(_ERROR, "")
-        self._say_alive()
+        self._send_report()
         dist.barrier()
         self._moved = time.monotonic()
         self.clock = RunningClock()
-        for rank in self._heard:
-            rank.heard = self._moved
+        for rank in self._ranks:
+            rank.reported_at = self._moved
         self._threads = [
             threading.Thread(target=work, daemon=True, name=f"{NETWORK}{work.__name__}")
-            for work in (self._talk, self._judge)
+            for work in (self._exchange_reports, self._watch)
         ]
         for thread in self._threads:
             thread.start()
@@ -107,7 +107,7 @@ class Watchdog:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         try:
-            self.name_the_gone(_kind, error, _trace)
+            self.report_ended(_kind, error, _trace)
             if error is None:
                 dist.barrier()
         finally:
@@ -118,7 +118,7 @@ class Watchdog:
         if error is None:
             dist.barrier()  # no rank may still read the store, which may be the main rank's
 
-    def name_the_gone(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+    def report_ended(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Where an error ends the work, `tell` which other ranks ended before, if any did.
 
         Called at the exit of whatever `tell` writes to; leaving the watchdog does it too.
@@ -126,20 +126,20 @@ class Watchdog:
         Raises:
             PeerLost: in place of a collective's error that says no more than that.
         """
-        if not isinstance(error, Exception) or self._has_looked:
+        if not isinstance(error, Exception) or self._has_reported_ended:
             return
-        self._has_looked = True
-        gone = self._name_the_gone() if isinstance(error, RuntimeError) else ""
+        self._has_reported_ended = True
+        gone = self._report_ended() if isinstance(error, RuntimeError) else ""
         follows = is_of_a_collective(error)
         alike = isinstance(error, Refused | Broken | StoppedError)
         # An error of the device may be its machine's fault.
         if follows or not (gone or alike or isinstance(error, torch.AcceleratorError)):
-            self._leave_word(gone or f"{type(error).__name__}: {error}", follows=follows)
+            self._post_error(gone or f"{type(error).__name__}: {error}", follows=follows)
         if gone and follows:
             raise PeerLost(gone) from error
 
-    def _leave_word(self, why: str, *, follows: bool) -> None:
-        """Tell the others, and the log, why this rank ends: its machine is not lost.
+    def _post_error(self, why: str, *, follows: bool) -> None:
+        """Tell the others, and the log, why this rank ends, so that it does not count as lost.
 
         The main rank's error is noted with the run's end. One that `follows` from the end of
         another rank, of which this one may not know, is not logged.
@@ -154,64 +154,64 @@ class Watchdog:
         if not self._world.is_main:
             briefly(lambda: self.tell(f"{host}: {said}"))
 
-    def _say_alive(self) -> None:
+    def _send_report(self) -> None:
         self._beats += 1
         if compiles():  # this may take longer than the watchdog's patience
             self.mark("compiling an operator")
         report = [self._beats, self._marks, self._doing]
         self._mailbox.put(f"rank {self._world.rank}", report)
 
-    def _talk(self) -> None:
+    def _exchange_reports(self) -> None:
         """Report and listen. The network may block this thread forever."""
-        keys = [f"rank {rank}" for rank in range(len(self._heard))]
+        keys = [f"rank {rank}" for rank in range(len(self._ranks))]
         try:
             while not self._done.wait(_BEAT):
-                self._say_alive()
-                *reports, verdict, self._error = self._mailbox.take([*keys, _VERDICT, _ERROR])
-                self._listen(reports)
+                self._send_report()
+                *reports, verdict, self._error = self._mailbox.get([*keys, _VERDICT, _ERROR])
+                self._read_reports(reports)
                 if self._error and not self._failed_at:
                     self._failed_at = time.monotonic()
                 self._verdict = self._verdict or verdict or ""
         except RuntimeError:
-            return  # `_judge` notices that reports are missing
+            return  # `_watch` notices that reports are missing
 
-    def _listen(self, reports: Sequence[Any]) -> None:
+    def _read_reports(self, reports: Sequence[Any]) -> None:
         now = time.monotonic()
-        further = [r.hear(m, now=now) for r, m in zip(self._heard, reports, strict=True)]
-        if any(further):
+        moved = [r.update(m, now=now) for r, m in zip(self._ranks, reports, strict=True)]
+        if any(moved):
             self._moved = now
 
-    def _judge(self) -> None:
+    def _watch(self) -> None:
         last = time.monotonic()
         while not self._done.wait(_BEAT):
             self.clock()
             now = time.monotonic()
-            self._leave_out(now - last - _BEAT)
+            self._discount(now - last - _BEAT)
             last = now
-            self._verdict = self._verdict or self._find()
+            self._verdict = self._verdict or self._diagnose()
             if self._verdict and not self._done.is_set():
                 self._end()
 
-    def _leave_out(self, paused: float) -> None:
-        """Let nobody's patience end by time in which this process did not run."""
+    def _discount(self, paused: float) -> None:
+        """Do not count time in which this process did not run as silence of the ranks."""
         if paused > 2 * _BEAT:
             self._moved += paused
-            for rank in self._heard:
-                rank.heard += paused
+            for rank in self._ranks:
+                rank.reported_at += paused
 
-    def _find(self) -> str:
+    def _diagnose(self) -> str:
         """What is wrong, or nothing."""
         now = time.monotonic()
-        if self._failed_at and now - self._failed_at > _GRACE and not self._has_looked:
+        if self._failed_at and now - self._failed_at > _GRACE and not self._has_reported_ended:
             return self._error
-        silent = [now - rank.heard for rank in self._heard]
+        silent = [now - rank.reported_at for rank in self._ranks]
         if max(silent) > self._patience:
             # Ranks lost together may have sent their last reports some beats apart.
             self._lost = {n for n, s in enumerate(silent) if s > self._patience - 4 * _BEAT}
             return f"lost: {self._named(self._lost)}: not heard from for {self._patience:g} s"
         if self._is_marked and self._world.is_main and now - self._moved > self._patience:
-            least = min(rank.marks for rank in self._heard)
-            behind = [n for n, rank in enumerate(self._heard) if rank.marks == least]
+            least = min(rank.marks for rank in self._ranks)
+            behind = [n for n, rank in enumerate(self._ranks) if rank.marks == least]
             return f"hung: {self._named(behind)}: no rank made progress for {self._patience:g} s"
         return ""
 
@@ -228,10 +228,10 @@ class Watchdog:
 
     def _last_seen(self, rank: int) -> str:
         """What a rank did, if it reports to this one."""
-        return f"; {self._heard[rank].doing}" if rank < len(self._heard) else ""
+        return f"; {self._ranks[rank].doing}" if rank < len(self._ranks) else ""
 
-    def _speaks(self) -> bool:
-        """Whether this is the lowest rank of its machine that lives."""
+    def _prints_for_machine(self) -> bool:
+        """Whether this is the lowest rank of its machine that still runs."""
         before, mine = self._processes[: self._world.rank], self._processes[self._world.rank]
         return all(
             rank in self._lost or process.has_ended() or process.is_stopped()
@@ -239,9 +239,9 @@ class Watchdog:
             if process.machine == mine.machine
         )
 
-    def _say(self, what: str, *, tells: bool = True) -> None:
+    def _print_once(self, what: str, *, tells: bool = True) -> None:
         """Print it once on each machine; the first two log it: the network may be cut."""
-        if not self._speaks():
+        if not self._prints_for_machine():
             return
         line = f"{self._processes[self._world.rank].host}: {what}"
         print(line, file=sys.stderr, flush=True)
@@ -249,8 +249,8 @@ class Watchdog:
             briefly(lambda: self.tell(line))
 
     def _end(self) -> None:
-        """Say the verdict and exit."""
-        self._say(self._verdict)
+        """Print the verdict and exit."""
+        self._print_once(self._verdict)
         briefly(self.dump)
         if self._world.is_main:
             briefly(lambda: self._mailbox.put(_VERDICT, self._verdict))
@@ -258,43 +258,43 @@ class Watchdog:
         time.sleep(4 * _BEAT)
         os._exit(FAILED)
 
-    def _name_the_gone(self) -> str:
+    def _report_ended(self) -> str:
         """Name the ranks that have ended, if any, before any rank prints its error.
 
         Those whose end followed from another's are named only where no other is found.
         """
-        end, words = time.monotonic() + 5 * _BEAT, self._words()
-        while all(follows for follows, _ in words.values()) and time.monotonic() < end:
+        end, errors = time.monotonic() + 5 * _BEAT, self._errors_of_ended()
+        while all(follows for follows, _ in errors.values()) and time.monotonic() < end:
             time.sleep(0.1)
-            words = self._words()
-        self._lost |= words.keys()
-        causes = {rank: why for rank, (follows, why) in words.items() if not follows}
-        named = causes or {rank: why for rank, (_, why) in words.items()}
+            errors = self._errors_of_ended()
+        self._lost |= errors.keys()
+        causes = {rank: why for rank, (follows, why) in errors.items() if not follows}
+        named = causes or {rank: why for rank, (_, why) in errors.items()}
         said = [f"failed: {self._named({r})}: {why}" for r, why in sorted(named.items()) if why]
         for each in said:
-            self._say(each, tells=not causes)  # a cause has logged it itself
+            self._print_once(each, tells=not causes)  # a cause has logged it itself
         if lost := {rank for rank, why in named.items() if not why}:
             said.append(f"lost: {self._named(lost)}: ended")
-            self._say(said[-1])
+            self._print_once(said[-1])
         if said:
-            time.sleep(2 * _BEAT)  # all errors come after what the lowest rank has said
+            time.sleep(2 * _BEAT)  # all errors come after what the lowest rank has printed
         return "; ".join(said)
 
-    def _words(self) -> dict[int, tuple[bool, str]]:
+    def _errors_of_ended(self) -> dict[int, tuple[bool, str]]:
         """Of the ranks that have ended: whether that followed from another's end, and why."""
-        return {rank: self._word_of(rank) for rank in self._gone()}
+        return {rank: self._error_of(rank) for rank in self._ended()}
 
-    def _word_of(self, rank: int) -> tuple[bool, str]:
-        """What a rank that has ended left word of: nothing, where it was killed."""
+    def _error_of(self, rank: int) -> tuple[bool, str]:
+        """As above, of one rank; "" where it was killed and posted no error."""
         found: list[Any] = []
-        briefly(lambda: found.extend(self._mailbox.take([f"error {rank}"])))
+        briefly(lambda: found.extend(self._mailbox.get([f"error {rank}"])))
         match found:
             case [[bool(follows), str(why)]]:
                 return follows, why
         return rank > 0 and not found, ""  # the store has ended, and with it the main rank
 
-    def _gone(self) -> set[int]:
+    def _ended(self) -> set[int]:
         """The ranks that are known to have ended, here or by their silence."""
         silent = time.monotonic() - 4 * _BEAT
         ended = {n for n, process in enumerate(self._processes) if process.has_ended()}
-        return ended | {n for n, rank in enumerate(self._heard) if rank.heard < silent}
+        return ended | {n for n, rank in enumerate(self._ranks) if rank.reported_at < silent}
