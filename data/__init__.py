@@ -3,6 +3,6 @@
 import signal
 import sys
 
-# Ctrl-C in the imports of a command ends it without a traceback. `exits.interruptible` hears it.
+# Ctrl-C during the imports of a command ends it silently; `exits.interruptible` handles it later.
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

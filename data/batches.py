@@ -1,4 +1,4 @@
-"""Batches: what was loaded as tensors, on the device."""
+"""Batches: loaded images as tensors, moved to the device."""
 
 import functools
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class Batch:
 
 
 def batch_of(filled: Filled, *, pin: bool) -> Batch:
-    """The batch of what was loaded; `pin` puts it into page-locked memory."""
+    """Make a batch of loaded images; `pin` copies it to page-locked memory."""
     return Batch(
         images=_tensor(filled.images, pin).permute(0, 3, 1, 2),
         labels=_tensor(filled.labels, pin),
@@ -36,10 +36,10 @@ def batch_of(filled: Filled, *, pin: bool) -> Batch:
 
 
 def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Batch]:
-    """Move batches to the device, contiguous; to a GPU, while it computes.
+    """Move batches to the device and make them contiguous; copies to a GPU overlap its computing.
 
-    Shapes and dtypes stay those of `Batch`. For a GPU, the batches should be pinned. Each is
-    requested only when it is needed.
+    Shapes and dtypes stay those of `Batch`. For a GPU, the batches should be pinned. A batch is
+    taken from `batches` only when it is asked for.
     """
     side = _copying(device) if device.type == "cuda" else None
     for batch in batches:
@@ -58,7 +58,7 @@ def to_device(batches: Iterator[Batch], *, device: torch.device) -> Iterator[Bat
 
 @functools.cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
-    """The stream of copies; the allocator would keep memory for each of several by itself."""
+    """The CUDA stream for copies: one, since the allocator keeps separate memory for each."""
     return torch.cuda.Stream(device)
 
 

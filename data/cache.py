@@ -1,9 +1,9 @@
 """A node's own copy of what its ranks read over a network: bounded, shared, disposable.
 
-The shards are cut into chunks, counted through the dataset; chunk c has slot c mod slots, one file
-each, written under another name and renamed. So the bound holds by construction, no process needs
-to know of the others, and a dataset that fits is fetched once. What is read from here is checked
-like anything else, against the index's checksums; a sample that fails is fetched again.
+The shards are cut into chunks, which are numbered through the dataset. Chunk c belongs into slot
+c mod slots, one file each, written under another name and renamed. So the bound holds by itself,
+processes need not coordinate, and a dataset that fits is fetched once. What is read from here is
+checked against the index's checksums like all data; a sample that fails is fetched again.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from data import files
 from data.reader import Reader
 
 CHUNK = 1 << 20
-# No write takes so long: its process was killed.
+# An unfinished write that is so old is of a process that was killed.
 _ABANDONED_S = 3600.0
 # The first bytes of a slot: which chunk it holds.
 _STAMP = struct.Struct("<q")
 
 
 class CachedReader:
-    """A `Reader` of the tars of one dataset, through a directory of the node.
+    """A `Reader` of one dataset that keeps what it reads in a directory of the node.
 
     Args:
         reader: of the original files.
@@ -77,7 +77,7 @@ class CachedReader:
             slot = self._slot(name, chunk)
             try:
                 slot.unlink(missing_ok=True)
-            except OSError:  # of another user, say: it is not read any more
+            except OSError:  # it is another user's, say: stop reading it
                 self._wrong.add(slot)
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class CachedReader:
         self._reader.close()
 
     def _part(self, name: str, chunk: int, first: int, last: int) -> bytes:
-        """Those of the bytes [first, last) of a tar that are in one chunk."""
+        """The bytes of [first, last) of a tar that lie in one chunk."""
         begin = chunk * CHUNK
         low, high = max(first - begin, 0), min(last - begin, CHUNK)
         found = self._lookup(name, chunk, low, high)
@@ -98,11 +98,12 @@ class CachedReader:
             return self._fetch(name, chunk)[low:high] if found is None else found
 
     def _lock(self, name: str, chunk: int) -> threading.Lock:
-        """Keeps the threads of this process from fetching the same chunk twice."""
+        """A lock, so that no two threads of this process fetch the same chunk."""
         what = self._first[name] + (chunk if self._reader.seekable else 0)
         return self._locks[what % len(self._locks)]
 
     def _lookup(self, name: str, chunk: int, low: int, high: int) -> bytes | None:
+        """The bytes [low, high) of a chunk, if its slot holds it."""
         slot = self._slot(name, chunk)
         if slot in self._wrong:
             return None
@@ -118,7 +119,7 @@ class CachedReader:
         return part if len(part) == high - low else None
 
     def _fetch(self, name: str, wanted: int) -> bytes:
-        """Fetch and keep one chunk; all of the tar where the store is not seekable."""
+        """Fetch a chunk and keep it, with all others of the tar if the store is not seekable."""
         first, last = 0, self._tars[name]
         if self._reader.seekable:
             first, last = wanted * CHUNK, min((wanted + 1) * CHUNK, last)
@@ -149,7 +150,7 @@ class CachedReader:
             self._attempt(write)
 
     def _open(self) -> None:
-        """Make the directory; delete slots beyond the bound and abandoned writes."""
+        """Make the directory; delete slots beyond the bound, and unfinished writes."""
         self._root.mkdir(parents=True, exist_ok=True)
         for path in self._root.iterdir():
             is_slot = path.name.isdecimal()
@@ -161,7 +162,7 @@ class CachedReader:
                     path.unlink()
 
     def _attempt(self, write: Callable[[], None]) -> None:
-        """Write, or go on without the cache: a full disk, say, costs speed but not the run."""
+        """Write, or continue without the cache: a full disk costs speed, but not the run."""
         try:
             write()
         except OSError as error:

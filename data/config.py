@@ -22,7 +22,7 @@ _SECRET = re.compile(
 )
 
 
-# Stay as they are in the path of a URL, apart from letters and digits.
+# Characters that are not percent-encoded in the path of a URL, besides letters and digits.
 _OF_URLS = "/%:@!$&'()*+,;=~"
 
 
@@ -35,7 +35,7 @@ def check(holds: bool, name: str, value: object, expected: str) -> None:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Put a name, such as that of a setting or a file, ahead of what a ValueError says within."""
+    """Prefix the message of a ValueError with a name, such as that of a setting or a file."""
     try:
         yield
     except ValueError as error:
@@ -48,7 +48,7 @@ def is_local(root: str) -> bool:
 
 
 def expanded(path: str, *, name: str) -> str:
-    """A path with the values of `~` and `$VARIABLES`; URLs and commands stay as they are.
+    """A path with `~` and `$VARIABLES` replaced; URLs and commands stay as they are.
 
     Raises:
         ValueError: a variable or a home directory is unknown on this machine.
@@ -63,18 +63,18 @@ def expanded(path: str, *, name: str) -> str:
 
 
 def shown(root: str) -> str:
-    """A root as messages and files have it: without passwords, keys and signatures."""
+    """A root as messages and files show it: without passwords, keys and signatures."""
     return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", root))
 
 
 def login_and_url(root: str) -> tuple[str, urllib.parse.SplitResult]:
-    """USER:PASSWORD of a URL, and the URL without it and in ASCII; ValueError where it is none."""
+    """USER:PASSWORD of a URL, and the URL without it, in ASCII; ValueError if it is no URL."""
     try:
         parts = urllib.parse.urlsplit(root)
         is_url = bool(parts.hostname) and parts.port != 0  # raises where it is no number
         user, _, host = parts.netloc.rpartition("@")
         host = host if host.isascii() else host.encode("idna").decode()
-    except ValueError:  # its text may be a part of the password
+    except ValueError:  # its message may contain a part of the password
         is_url = False
     if not is_url:
         raise ValueError(

@@ -19,18 +19,12 @@ import numpy as np
 from data import files, npz
 from data.config import FetchConfig, expanded, is_local, shown
 from data.index import parse_index
-from data.manifest import (
-    MANIFEST,
-    NO_CLASS,
-    Manifest,
-    Shard,
-    parse_manifest,
-)
+from data.manifest import MANIFEST, NO_CLASS, Manifest, Shard, parse_manifest
 from data.reader import Reader
 from data.stores import FINAL
 from data.tars import HEADER, Index, read_header
 
-# Shards that are looked at at the same time: each asks for sizes, and reads an index at most.
+# Shards that are checked at once; each asks for two sizes and reads at most one index.
 _REQUESTS = 32
 # `Reader.glimpse`, or that of a cache.
 Glimpse = Callable[..., bytes]
@@ -44,7 +38,7 @@ class Shards(Manifest):
 
     @property
     def parts(self) -> "tuple[Shards, ...]":
-        """This dataset, as the only one of a mixture."""
+        """The datasets of a mixture: here, this one."""
         return (self,)
 
     @property
@@ -54,7 +48,7 @@ class Shards(Manifest):
 
     @property
     def where(self) -> str:
-        """The root as messages have it."""
+        """The root as messages show it."""
         return shown(self.root)
 
     @property
@@ -73,13 +67,13 @@ class Shards(Manifest):
         return NO_CLASS not in self.classes
 
     def index(self, shard: int) -> Index:
-        """The index of one local shard, unchecked against the manifest but for its size."""
+        """The index of one local shard; only its number of rows is checked."""
         entry = self.shards[shard]
         path = Path(self.root, entry.index)
         return parse_index(path.read_bytes(), samples=entry.samples, where=path)
 
     def parse_index(self, shard: int, content: bytes, *, glimpse: Glimpse) -> Index:
-        """As `data.index.parse_index`, of one shard; `glimpse` reads what a message names.
+        """As `data.index.parse_index`, of one shard; `glimpse` reads the key for a message.
 
         Raises:
             ValueError: also where an image has a label that is no class of the manifest.
@@ -99,9 +93,9 @@ class Shards(Manifest):
         return index
 
     def key(self, shard: int, row: int, *, first: int, glimpse: Glimpse) -> str:
-        """An image's key for a message, from the header at byte `first` or that of its label.
+        """An image's key for a message, or its row where that cannot be read.
 
-        Its row, where neither can be read.
+        It is read from the header at byte `first`, or from that of its label just before.
         """
         for at in (first, first - 2 * HEADER):
             try:
@@ -121,10 +115,10 @@ def open_shards(
 ) -> Shards:
     """Open a packed dataset; check that each shard is there, of the right size, with its index.
 
-    `~` and `$VARIABLES` in a path have the values of this machine. Indexes of a directory are read
-    now; those behind a URL are checked when they are first used, and the sizes of files behind a
-    `pipe:` are unknown until they are read. With `check_files` False, only the manifest is read:
-    one process of a node is enough to check the rest. `named` is the setting that has the path.
+    `~` and `$VARIABLES` in a path are replaced. Indexes in a directory are checked now, those
+    behind a URL when they are first used; the sizes of files behind a `pipe:` are unknown until
+    they are read. With `check_files` False, only the manifest is read: one process of a node is
+    enough to check the rest. `named` is the setting that has the path, for messages.
 
     Raises:
         ValueError: there is no dataset, or a file is missing or not what the manifest says, or a
@@ -167,9 +161,9 @@ def verify(root: str | Path, *, full: bool = False) -> list[str]:
 
 
 def write_index(tar: Path, index: Index, *, writer: str = "partial") -> Shard:
-    """Write the index of a finished tar beside it; the entry of both in the manifest.
+    """Write the index of a finished tar beside it, and return the manifest's entry of both.
 
-    `writer` is that of `data.files.whole`.
+    `writer` is as in `data.files.whole`.
     """
     content = npz.npy(index)
     files.write(tar.with_suffix(".idx.npy"), content, writer=writer)
@@ -199,7 +193,7 @@ def _read_manifest(reader: Reader) -> Shards:
 
 
 def _faults(shards: Shards, reader: Reader) -> Iterator[str]:
-    """What is wrong with the shards' files, without reading a tar."""
+    """The faults of the shards' files that show without reading a tar."""
     size_of: Callable[[str], int | None] = reader.size
     if is_local(shards.root):
         size_of = _sizes_in(shards.root).__getitem__
@@ -215,7 +209,7 @@ def _sizes_in(root: str) -> dict[str, int]:
     found = {}
     with os.scandir(root) as entries:
         for entry in entries:
-            with suppress(OSError):  # a link to nothing, say: it counts as missing
+            with suppress(OSError):  # such as a link to nothing, which counts as missing
                 found[entry.name] = entry.stat().st_size
     return found
 
@@ -223,7 +217,7 @@ def _sizes_in(root: str) -> dict[str, int]:
 def _fault(
     shards: Shards, reader: Reader, size_of: Callable[[str], int | None], number: int
 ) -> str | None:
-    """What is wrong with a shard's files: their sizes and, in a directory, the index."""
+    """The fault of a shard's files: of their sizes or, in a directory, of the index."""
     shard = shards.shards[number]
     for name in (shard.tar, shard.index):
         try:
@@ -245,10 +239,10 @@ def _fault(
 
 
 def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:
-    """What is wrong with the content of a shard's index."""
+    """The fault of the content of a shard's index."""
     shard = shards.shards[number]
     try:
-        if is_local(shards.root):  # not by the reader, which would keep the file open
+        if is_local(shards.root):  # the reader would keep the file open
             content = Path(shards.root, shard.index).read_bytes()
         else:
             content = reader.whole(shard.index)
@@ -264,7 +258,7 @@ def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:
 
 
 def _sha256_of(reader: Reader, shard: Shard) -> str:
-    """The checksum of a tar's content, of as many bytes as the manifest says."""
+    """The checksum of as many bytes of a tar as the manifest says."""
     digest = hashlib.sha256()
     for piece in reader.pieces(shard.tar, first=0, last=shard.bytes):
         digest.update(piece)

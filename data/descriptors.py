@@ -1,14 +1,11 @@
-"""How many files a process may hold open, and how many of them the data layer uses.
-
-And what is to be said where no more threads or processes can be started.
-"""
+"""Limits of the system: files that may be open, threads and processes that may be started."""
 
 import errno
 import os
 import resource
 from contextlib import suppress
 
-# Enough for a shard and its index in each of 192 streams, some of which read from two shards.
+# Enough for a shard and its index in each of 192 streams, some of which are in two shards.
 _WANTED = 512
 # Some containers allow 10^9, and programs that close every possible descriptor take minutes.
 _ENOUGH = 1 << 16
@@ -45,9 +42,9 @@ def share() -> int:
 
 
 def without_threads(error: BaseException) -> str:
-    """In words, an error of the system's that no thread or process can be started; else ""."""
+    """The message for an error that no thread or process can be started; "" for other errors."""
     raised = isinstance(error, RuntimeError | BlockingIOError)
-    known = ("can't start new thread", os.strerror(errno.EAGAIN))  # Python's own, and C++'s
+    known = ("can't start new thread", os.strerror(errno.EAGAIN))  # of Python and of C++
     if not (raised and str(error).endswith(known)):
         return ""
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)

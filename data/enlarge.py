@@ -1,4 +1,4 @@
-"""Crops of long strips: enlarging one whole would take gigabytes for a square of its middle.
+"""Crops of long strips: to enlarge all of one for a square of its middle would take gigabytes.
 
 Pillow enlarges rows and columns in two passes, each output pixel from four or five of the input.
 Here only the wanted pixels of the longer direction are computed, in Pillow's own fixed-point

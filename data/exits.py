@@ -40,8 +40,9 @@ REPORTED = (ValueError, ImportError, OSError, BrokenExecutor)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of all commands: a wrong option is a user error, and `--version` prints which code
-    this is. Descriptions keep their line breaks. A path is not empty, as an unset variable is.
+    """The parser of all commands: a wrong option is a user error, and there is `--version`.
+
+    Descriptions keep their line breaks. An empty path, as an unset variable gives, is refused.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -52,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
         stdout = sys.stdout
         if isinstance(stdout, io.TextIOWrapper) and (errors := errors_for(stdout)) != stdout.errors:
             stdout.reconfigure(errors=errors)
-        none = argparse.SUPPRESS  # it is no value of the command line
+        none = argparse.SUPPRESS  # --version is no value among the parsed options
         self.add_argument(
             "--version", action=_Version, nargs=0, dest=none, default=none, help=help_text
         )
@@ -73,10 +74,10 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def place_text(text: str) -> str:
-    """The path, pattern or URL that an option names, as it is written.
+    """The path, pattern or URL given to an option, unchanged.
 
     Raises:
-        argparse.ArgumentTypeError: an empty variable, which would mean the working directory.
+        argparse.ArgumentTypeError: it is empty, which would mean the working directory.
     """
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is no path: is a variable empty?")
@@ -84,7 +85,7 @@ def place_text(text: str) -> str:
 
 
 def path_text(text: str) -> str:
-    """As `place_text`, of a path alone; every `type=Path` is checked by it.
+    """As `place_text`, for a path only; every `type=Path` is checked by it.
 
     Raises:
         argparse.ArgumentTypeError: also a ~ that the shell did not replace.
@@ -99,7 +100,7 @@ def path_text(text: str) -> str:
 
 
 class _Version(argparse.Action):
-    """Prints the version, which is read then: it asks git."""
+    """Prints the version, which is read only then, since it asks git."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(f"adm-trainer {version()}")
@@ -107,9 +108,9 @@ class _Version(argparse.Action):
 
 
 def open_streams() -> None:
-    """Drop what is printed where this process was started with its output or errors closed.
+    """Open stdout and stderr to /dev/null where this process was started with them closed.
 
-    Without their numbers taken, the next file that is opened would get what libraries print.
+    Otherwise the next file that is opened would get their number, and what libraries print.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -120,10 +121,10 @@ def open_streams() -> None:
 
 
 def errors_for(stream: io.TextIOWrapper) -> str:
-    """How a stream is to write what its encoding lacks, so that printing never fails.
+    """The error handler with which a stream can print any text.
 
-    Names of files and classes may be of any bytes, and the locale without their letters: in the C
-    locale Python writes such bytes as they are, and fails at letters.
+    Names of files and classes may be any bytes, or have letters that the locale lacks. In the C
+    locale, Python writes such bytes as they are and fails at such letters.
     """
     is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
     fails = stream.errors == "strict" or (stream.errors == "surrogateescape" and not is_utf8)
@@ -131,12 +132,13 @@ def errors_for(stream: io.TextIOWrapper) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether this project's own code raised `error` by a statement: a library's, or Python's, is
-    a bug of ours or a fault of theirs, which needs its traceback.
+    """Whether a `raise` statement of this project raised `error`.
+
+    An error that a library or Python raised may be a bug, and needs its traceback.
     """
     trace = error.__traceback__
     if trace is None:
-        return True  # it was made and never raised, such as one that a worker sent
+        return True  # it was never raised here, such as one that a worker sent
     while trace.tb_next is not None:
         trace = trace.tb_next
     code = trace.tb_frame.f_code
@@ -159,7 +161,7 @@ def exit_status(error: BaseException) -> int:
 def reported(command: Callable[[], int]) -> int:
     """The exit status of a command; an error of `REPORTED`, and Ctrl-C, is printed in one line.
 
-    Where the reader of its output has left, such as `head`, that of a program that SIGPIPE ended.
+    If the reader of its output has ended, such as `head`, it is the status of SIGPIPE.
     """
     try:
         with interruptible():
@@ -183,9 +185,9 @@ def reported(command: Callable[[], int]) -> int:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, Ctrl-C raises KeyboardInterrupt; before and after, it ends a command without a word.
+    """Inside, Ctrl-C raises KeyboardInterrupt; outside, it ends the command silently.
 
-    Where it means something else, as it does to nohup, that stays.
+    Another handler of the signal, or ignoring it as under nohup, stays.
     """
     before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_DFL:
@@ -198,7 +200,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _is_unread() -> bool:
-    """Whether the reader of the output has left; the rest of it is then dropped."""
+    """Whether the reader of the output has ended; what is left to print is then dropped."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, select.POLLOUT)

@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all, also after a power cut."""
+"""Writing files in full or not at all, also across a power cut; why a path cannot be used."""
 
 import errno
 import hashlib
@@ -13,17 +13,17 @@ from typing import BinaryIO
 
 from data import descriptors
 
-# Errors of writing alone: another may come from what the content is read from.
+# Errors that only writing raises; others may come from where the content is read.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Bytes of the longest name of an output: until it is whole, files beside it have longer ones.
+# The most bytes that the name of an output may have: unfinished files have a longer name.
 _LONGEST = 255 - 16
 
 
 @contextmanager
 def whole(path: Path, *, writer: str = "partial") -> Iterator[BinaryIO]:
-    """A file whose content gets the name `path` once all of it is on disk.
+    """A file to write; it gets the name `path` once all of its content is on disk.
 
-    Processes that may write the same file at once must give different names as `writer`.
+    Processes that may write the same file at the same time must give different `writer`s.
     """
     aside = path.with_name(f"{path.name}.{writer}")
     try:
@@ -38,9 +38,9 @@ def whole(path: Path, *, writer: str = "partial") -> Iterator[BinaryIO]:
 
 
 def write(path: Path, content: bytes | str, *, writer: str = "partial") -> None:
-    """Write a whole file, or leave the one that is there.
+    """Write a file in full, or leave the one that is there.
 
-    Names of files in a text may be of any bytes: they are written as they are on disk.
+    A text may contain names of files that are no UTF-8; they are written byte for byte.
     """
     with whole(path, writer=writer) as file:
         file.write(_bytes(content))
@@ -51,7 +51,7 @@ def _bytes(content: bytes | str) -> bytes:
 
 
 def make_parent(path: Path, *, option: str) -> None:
-    """Make the directory of an output, which a command was given by `option`.
+    """Make the directory of an output that the user named by `option`.
 
     Raises:
         ValueError: it cannot be made, nothing can be written there, or the name is too long.
@@ -69,7 +69,7 @@ def make_parent(path: Path, *, option: str) -> None:
 
 
 def check_parent(path: Path, *, option: str) -> None:
-    """As `make_parent`, which is left to who writes the output: a refused command leaves none."""
+    """As `make_parent`, but make nothing: a command that is refused later leaves no directory."""
     check_name(path, option=option)
     if fault := write_fault(path.parent):
         raise ValueError(f"{option} = {str(path)!r}: {fault}: name another {option}")
@@ -84,7 +84,7 @@ def check_name(path: Path, *, option: str) -> None:
 
 
 def check_text(text: str, *, option: str) -> None:
-    """Raise ValueError where a path or a setting is no UTF-8, which safetensors and TOML need."""
+    """Raise ValueError unless a path or setting is UTF-8, as safetensors and TOML need."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -92,18 +92,18 @@ def check_text(text: str, *, option: str) -> None:
 
 
 def check_link(path: Path) -> None:
-    """Raise ValueError where a path is a link to nothing, such as a disk not mounted now."""
+    """Raise ValueError if a path is a link whose target is missing, such as an unmounted disk."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist")
 
 
 def nearest(path: Path) -> Path:
-    """That path, or the nearest above it that exists."""
+    """The path itself, or its nearest parent that exists."""
     return next((place for place in (path, *path.parents) if place.exists()), path)
 
 
 def write_fault(directory: Path) -> str:
-    """Why nothing can be written in a directory, or in the nearest that exists above it; or ""."""
+    """Why a directory, or its nearest parent that exists, cannot be written to; or ""."""
     place = nearest(directory)
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -114,10 +114,10 @@ def write_fault(directory: Path) -> str:
 
 
 def look_again(directory: Path) -> Path:
-    """That directory, seen also where another machine has made it a moment ago.
+    """Return the directory, after making this machine notice one that another has just made.
 
-    A machine may hold for a minute that it was missing, as clients of NFS do. To make it asks the
-    server; what is made so, where the directory is not to be seen here, is removed again.
+    A client of NFS may remember for a minute that it was missing. Making a directory asks the
+    server; directories that this makes, because they really are missing, are removed again.
     """
     made = []
     for place in (*reversed(directory.absolute().parents), directory.absolute()):
@@ -131,14 +131,14 @@ def look_again(directory: Path) -> Path:
 
 
 def denial(path: Path) -> str:
-    """What this user may not do with a path, and who can change that; or "", where it may all."""
+    """Which right to a path this user lacks, and who can give it; "" if none is lacking."""
     denied, owner = _denied(path)
     return f"{denied}: let {owner} chmod it, or give another path" if denied else ""
 
 
 def reason(error: Exception) -> str:
-    """An error in words: of a file that a user may not read or write, as `denial`, and of threads
-    that cannot be started.
+    """The message for an error: as `denial` for a file that the user may not read or write, as
+    `data.descriptors.without_threads` where threads cannot be started.
     """
     if isinstance(error, PermissionError) and isinstance(error.filename, str):
         return denial(Path(error.filename)) or str(error)
@@ -146,7 +146,7 @@ def reason(error: Exception) -> str:
 
 
 def _denied(path: Path) -> tuple[str, str]:
-    """What this user may not do with a path, and who owns it; nothing, where it may all."""
+    """Which right to a path this user lacks, and the owner's name; "" and "" if none."""
     path = path.absolute()
     places = [(place, os.X_OK, "enter") for place in reversed(path.parents)]
     last = path if os.path.exists(path) else path.parent
@@ -167,9 +167,9 @@ def _user(number: int) -> str:
 
 
 def touched(path: Path) -> int:
-    """When a file was last written or touched, in ns by its file system's clock; 0 without one.
+    """When a file was last written or touched, in ns by its file system's clock; 0 if missing.
 
-    Opening the file makes a network file system look afresh.
+    Opening the file makes a network file system ask the server.
     """
     try:
         with path.open() as file:
@@ -181,7 +181,7 @@ def touched(path: Path) -> int:
 def age(path: Path) -> float:
     """Seconds since a file was last written, by the clock of its file system.
 
-    That of this machine may differ from a file server's, or have been set since.
+    The clock of this machine may differ, or have been set since.
     """
     then, now = path.stat().st_mtime, time.time()
     with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as made:
@@ -190,7 +190,7 @@ def age(path: Path) -> float:
 
 
 def append(path: Path, content: bytes | str) -> None:
-    """Append to a file, made if it is missing, all of the content or none of it; as `write`."""
+    """Append all of the content to a file, or nothing; the file is made if it is missing."""
     with _named(path), path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         rest = memoryview(_bytes(content))
@@ -204,7 +204,7 @@ def append(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """While entered, the error of a full disk names the file: that of `write` names none."""
+    """Inside, the error of a full disk names the file, which that of `write` does not."""
     try:
         yield
     except OSError as error:
@@ -214,7 +214,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def set_aside(path: Path, suffix: str) -> None:
-    """Rename to `NAME.SUFFIX`, or where that is there to a name of its own."""
+    """Rename to `NAME.SUFFIX`, with the time appended if that exists."""
     to = path.with_name(f"{path.name}.{suffix}")
     path.rename(to if not to.exists() else f"{to}.{time.time_ns()}")
 
@@ -231,7 +231,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems, such as SMB's, have no such call for directories.
+        # Some network file systems, such as SMB, cannot sync directories.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:

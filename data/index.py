@@ -14,15 +14,15 @@ import numpy as np
 
 from data.tars import INDEX_DTYPE, Index
 
-# numpy reads an array's header with `ast`, which Python 3.11 cannot do in two threads at once.
+# numpy parses an array's header with `ast`, which in Python 3.11 is not safe in two threads.
 _READING = threading.Lock()
-# How a file of numpy's begins; two bytes with the size of its header follow.
+# The first bytes of a `.npy` file; two bytes with the size of its header follow.
 _MAGIC = np.lib.format.magic(1, 0)
 _START = len(_MAGIC) + 2
 
 
 def first_row(read: Callable[..., bytes], *, samples: int, where: Path | str) -> int:
-    """The byte of an index file at which its rows (samples,) begin.
+    """The byte of an index file at which its rows, (samples,), begin.
 
     `read(first=..., size=...)` gives bytes of the file; `where` names it in messages.
 

@@ -21,7 +21,7 @@ FORMAT = "adm-shards-1"
 # The name of the class of images without a label.
 NO_CLASS = ""
 
-# A name becomes a file in a cache, a part of a URL and a word of a shell command.
+# Names are safe as files of a cache, in URLs and in shell commands.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 1 << 50
@@ -70,17 +70,16 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a packed dataset contains.
-
-    `image_size` is None where images keep their own sizes. Larger ones of these were scaled down
-    to the smaller side `kept_side`, if that is known. `made_by` records how the tars were made.
-    """
+    """What a packed dataset contains."""
 
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
+    #: None where images keep their own sizes.
     image_size: int | None
     fingerprint: str
+    #: The smaller side to which larger ones of these were scaled down, if that is known.
     kept_side: int | None = None
+    #: How the tars were made.
     made_by: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
 
@@ -101,7 +100,7 @@ def manifest_text(
     image_size: int | None,
     made_by: Mapping[str, Any],
 ) -> str:
-    """The manifest as JSON, with its fingerprint. `made_by` records how the tars were made."""
+    """The manifest as JSON, with its fingerprint; the arguments are those of `Manifest`."""
     body = {
         "format": FORMAT,
         "image_size": image_size,
@@ -113,7 +112,7 @@ def manifest_text(
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a file is there, and is the manifest of a packed dataset, not another program's."""
+    """Whether a file exists and is the manifest of a packed dataset, not of another program."""
     return path.is_file() and FORMAT.encode() in path.read_bytes()
 
 

@@ -23,18 +23,19 @@ from data.dataset import Shards, open_shards
 from data.manifest import NO_CLASS, Shard
 from data.order import Ints, Order, Place, permutation
 
-# The key of the permutations of periods, beside the seed.
+# The key of the permutations of periods, besides the seed.
 _MIX = 0x4D4958
-# A period is at least so long: neighbours in it are from independent places.
+# The least length of a period, so that its permutation mixes the datasets well.
 _SHORTEST = 1024
+# The period of shares of 4 decimals.
 _LONGEST = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Several datasets; `counts` are the images of each among sum(counts) successive ones.
+    """Several datasets; of sum(counts) successive images, counts[j] are from parts[j].
 
-    The shards of all of them are counted through, in the order of `parts`.
+    Shards are numbered through all datasets, in the order of `parts`.
     """
 
     parts: tuple[Shards, ...]
@@ -42,7 +43,7 @@ class Mixture:
 
     @property
     def where(self) -> str:
-        """The roots as messages have them."""
+        """The roots as messages show them."""
         return " + ".join(part.where for part in self.parts)
 
     @property
@@ -68,7 +69,7 @@ class Mixture:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes of all datasets; without a meaning in common, the labels count as none."""
+        """The classes that all datasets have; if theirs differ, that of images without labels."""
         first, *others = {part.classes for part in self.parts}
         return (NO_CLASS,) if others else first
 
@@ -114,20 +115,20 @@ def order_of(shards: Dataset, *, seed: int, streams: int, block: int) -> "Order 
         return Order(shards.sizes, seed=seed, streams=streams, block=block)
     orders = []
     for part in shards.parts:
-        few = min(streams, part.count)  # a small dataset may be mixed into a large one
+        few = min(streams, part.count)  # a small dataset may have fewer images than streams
         orders.append(Order(part.sizes, seed=seed, streams=few, block=block))
     return MixedOrder(orders, counts=shards.counts, seed=seed)
 
 
 class _Period(NamedTuple):
-    """One period: the dataset of each place, and how many of it are before, both int64 (P,)."""
+    """A period: each place's dataset, and how often it comes before in it; both int64 (P,)."""
 
     part: Ints
     before: Ints
 
 
 class MixedOrder:
-    """The order of a mixture, with the interface of `Order`; shards are counted through."""
+    """The order of a mixture, with the interface of `Order` and the shards of `Mixture`."""
 
     def __init__(self, orders: list[Order], *, counts: tuple[int, ...], seed: int) -> None:
         self._orders, self._counts, self._seed = orders, np.array(counts), seed

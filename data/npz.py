@@ -17,7 +17,7 @@ _LOCAL_HEADER = 30
 
 
 def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether it is in Fortran's order, and type of the array at the stream's begin."""
+    """Shape, whether in Fortran's order, and type of the array; read at the stream's position."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0
     if version != (1, 0):
@@ -27,7 +27,7 @@ def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 
 def image_header(shape: tuple[int, ...]) -> bytes:
-    """What a `.npy` file of uint8 `shape` begins with."""
+    """The header of a `.npy` file of uint8, of this shape."""
     stream = io.BytesIO()
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)
@@ -42,13 +42,13 @@ def npy(array: NDArray[Any]) -> bytes:
 
 
 def add(archive: zipfile.ZipFile, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write small arrays, uncompressed and without a date, so that equal files are the same."""
+    """Write small arrays, uncompressed and without a date: equal arrays make equal files."""
     for name, array in arrays.items():
         archive.writestr(zipfile.ZipInfo(f"{name}.npy"), npy(array))
 
 
 def read(path: Path, name: str) -> NDArray[Any]:
-    """One array of a file, compared with its checksum; ValueError where it cannot be read."""
+    """One array of a file, whose checksum is checked; ValueError where it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             content = archive.read(f"{name}.npy")
@@ -58,10 +58,10 @@ def read(path: Path, name: str) -> NDArray[Any]:
 
 
 def mapped(path: Path, name: str) -> NDArray[Any]:
-    """One array of a file, mapped into memory; one that is compressed is read in full.
+    """One array of a file, mapped into memory, or read in full if it is compressed.
 
     Raises:
-        Exception: of many types, where it is something else.
+        Exception: of many types, where the file is damaged or something else.
     """
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")

@@ -1,10 +1,10 @@
 """Packing: images of any source -> shuffled shards, an index beside each, a manifest over all.
 
-The plan comes first and is pure: which image goes into which shard at which place, by the seed
-alone. Each shard is then an independent job (`data.packing.jobs`), so the bytes do not depend on
-how many processes or nodes work. What the packing began with is on disk (`data.packing.begun`):
-after an interruption the same command keeps the finished shards and makes the others.
-`manifest.json` is written last: without it there is no dataset.
+First comes the plan, a pure function of listing and seed: which image goes to which place of which
+shard. Each shard is then an independent job (`data.packing.jobs`), so the bytes do not depend on
+the number of processes or nodes. What the packing began with is recorded (`data.packing.begun`):
+after an interruption, the same command keeps finished shards and makes the others. `manifest.json`
+is written last; without it there is no dataset.
 
     python -m data.pack SOURCE OUT --size 64
     mpirun -n 128 python -m mpi4py.futures -m data.pack SOURCE OUT --size 256 --mpi
@@ -34,7 +34,7 @@ from data.packing.plan import PackConfig, PackJob, PackPlan, plan
 from data.packing.report import dry_run, summary, with_progress
 
 _CONTINUE = "rerun the same command to continue; finished shards are kept"
-# Lines of images left out that a message shows.
+# Images left out that a message shows.
 _SHOWN = 3
 
 
@@ -100,8 +100,10 @@ def _already_packed(
 ) -> bool:
     """Whether `out` is finished as planned, and nothing is to be tried again.
 
+    `before` is the record that `out` has, if any, and `start` that of this packing.
+
     Raises:
-        ValueError: it holds another dataset; `before` is what that began with, if it is recorded.
+        ValueError: it holds another dataset.
     """
     found, mark = None, out / WORK / PLAN
     asked = None if before is None else before.request
@@ -128,10 +130,10 @@ def _already_packed(
 
 
 def _collect(results: Iterator[Made], out: Path, *, most: int) -> list[Made]:
-    """All finished shards, by name; their images left out are listed in `out`.
+    """All finished shards, sorted by name.
 
     Raises:
-        TooManyLeftOut: more than `most`.
+        ValueError: more than `most` images were left out; they are listed in `out`.
     """
     made: list[Made] = []
     lines: list[str] = []

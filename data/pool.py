@@ -1,4 +1,4 @@
-"""Processes that work for a command, end with it, and leave all signals to it."""
+"""Worker processes of a command, which end with it; and signals that ask it to stop."""
 
 import os
 import signal
@@ -14,23 +14,23 @@ from typing import TypeVar
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
 
-# Ask a command to stop.
+# The signals that ask a command to stop.
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def cpus() -> int:
-    """The CPUs that this process may use: a job's share of its node, not all of them."""
+    """How many CPUs this process may use: within a job, only those that it was given."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def processes(count: int) -> Iterator[Executor]:
-    """New Python processes. An error kills them: what they were doing is of no use any more."""
+    """New Python processes. An error kills them, since their work is of no use any more."""
     executor = ProcessPoolExecutor(count, get_context("spawn"), initializer=_end_with_parent)
     try:
         yield executor
         executor.shutdown(cancel_futures=True)
-    except BaseException:  # also one that comes while processes are still starting, and waited for
+    except BaseException:  # also one during the start or the wait for the end of processes
         for child in active_children():
             child.kill()
         executor.shutdown(cancel_futures=True)
@@ -40,7 +40,7 @@ def processes(count: int) -> Iterator[Executor]:
 def submit(
     executor: Executor, call: Callable[[_Given], _Made], given: Sequence[_Given]
 ) -> list[Future[_Made]]:
-    """Submit calls. Processes that start with them get none of the signals that ask to stop."""
+    """Submit calls. Processes that this starts do not receive the signals that ask to stop."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         return [executor.submit(call, each) for each in given]
@@ -50,11 +50,11 @@ def submit(
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """Within, a signal that asks to stop raises KeyboardInterrupt, as Ctrl-C does."""
+    """Inside, a signal that asks to stop raises KeyboardInterrupt, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # What is ignored stays ignored, such as SIGHUP under nohup.
+    # An ignored signal stays ignored, such as SIGHUP under nohup.
     heard = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _interrupt) for number in heard}
     try:
@@ -69,7 +69,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however that was."""
+    """End this process as soon as the one that started it ends, for whatever reason."""
     parent = parent_process()
     assert parent is not None, "a worker has a parent"
 

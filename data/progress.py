@@ -1,4 +1,4 @@
-"""How far work has come: the time left, durations in words, lines on a terminal or on stderr."""
+"""Progress of work: the time left, durations in words, lines on a terminal or on stderr."""
 
 import os
 import sys
@@ -14,15 +14,15 @@ _EVERY = 60.0
 
 
 def on_terminal() -> bool:
-    """Whether lines on stdout can be drawn over: it is a terminal, and its user's.
+    """Whether stdout is the user's terminal, where a line can be drawn again.
 
-    Open MPI gives rank 0 a terminal of its own, also where mpirun writes to a file.
+    Open MPI gives rank 0 a terminal even if mpirun writes to a file: that does not count.
     """
     return sys.stdout.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ
 
 
 def duration(seconds: float) -> str:
-    """Such as "3 d 4 h", "2 h 12 min", "41 s": the two largest units; below 0 as 0."""
+    """Seconds in the two largest units, as "3 d 4 h", "2 h 12 min", "41 s"; negative as 0."""
     days, rest = divmod(round(max(seconds, 0.0)), 86400)
     hours, rest = divmod(rest, 3600)
     minutes, left = divmod(rest, 60)
@@ -34,20 +34,20 @@ def duration(seconds: float) -> str:
 
 
 def seconds_left(elapsed: float, *, done: int, rest: int) -> float:
-    """At the mean rate, when `done` took `elapsed` seconds and so many more are to come."""
+    """The time that `rest` items take at the mean rate so far: `done` in `elapsed` seconds."""
     return elapsed / max(done, 1) * rest
 
 
 @dataclass(frozen=True)
 class Step:
-    """How far work has come: items, units of work such as images, units a second, the time left.
-
-    The time left is "?" where the total is not known.
-    """
+    """How far work has come."""
 
     items: int
+    #: Units of work, such as images.
     done: int
+    #: Units a second.
     rate: float
+    #: The time left, in words; "?" where the total is not known.
     left: str
 
 
@@ -59,10 +59,10 @@ def with_progress(
     units: Callable[[T], int] = lambda _: 1,
     closing: bool = False,
 ) -> Iterator[T]:
-    """Pass items on, and print to stderr at most once a second what `said` makes of it.
+    """Pass items on; at most once a second, print to stderr the line that `said` makes of a step.
 
-    `total` counts units, of which each item is `units`; None where it is not known beforehand. With
-    `closing`, the end is printed too.
+    An item is `units(item)` units of work, of which there are `total`, None if unknown. With
+    `closing`, the last step is printed in any case.
     """
     begin = shown = time.monotonic()
     done = 0
@@ -79,9 +79,9 @@ def with_progress(
 
 
 class Progress:
-    """One line that is drawn again at every step on a terminal.
+    """One line on a terminal, drawn again at every step.
 
-    Elsewhere `say`, if it is given, hears of it once a minute. Rate and time left are by `clock`.
+    Elsewhere, `say` is called with a line once a minute. Rate and time left are by `clock`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Progress:
         self._say = say if shown and not self._shown else None
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count more units as done, and show it."""
         self._done += count
         if self._shown:
             text = f"{self._done:,} of {self._total:,} {self._unit}  {self.left()} left"

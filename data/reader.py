@@ -1,7 +1,7 @@
 """Reading a dataset's files in spite of failures.
 
-A `Reader` repeats what a store failed to do: it resumes from the byte it had reached, after pauses
-that grow, and after `retries` more attempts raises one error that names file and byte.
+A `Reader` repeats a read that failed, from the byte it had reached, after pauses that grow. After
+`retries` more attempts it raises one error that names file and byte.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class _WrongChecksumError(OSError):
 class Reader:
     """Reads ranges of files under `root`: a directory, an http(s) or fsspec URL, or `pipe:...`.
 
-    `name` is the root as messages have it, `sharers` that of `data.stores.LocalStore`.
+    `name` is the root as messages show it; `sharers` is as in `data.stores.LocalStore`.
     """
 
     def __init__(self, root: str, *, config: FetchConfig, sharers: int = 1) -> None:
@@ -48,7 +48,7 @@ class Reader:
     def read(self, name: str, *, first: int, size: int) -> bytes:
         """`size` bytes of a file from byte `first` on; OSError where retries do not help."""
         if is_local(self.root):
-            # A stale handle is no fault of the disk: the file is opened again, without a pause.
+            # The handle may be stale, which is no fault of the disk: open again, without a pause.
             try:
                 content = b"".join(self._store.pieces(name, first=first, last=first + size))
             except FINAL:
@@ -61,7 +61,7 @@ class Reader:
         return b"".join(self.pieces(name, first=first, last=first + size))
 
     def glimpse(self, name: str, *, first: int, size: int) -> bytes:
-        """What one attempt reads of a range: perhaps less than `size`.
+        """A range as one attempt reads it, perhaps shorter than `size`; for messages.
 
         Raises:
             OSError: it cannot be read, or not from there.
@@ -121,7 +121,7 @@ class Reader:
                 failures += 1
 
     def forget(self, name: str, *, first: int, size: int) -> None:
-        """Discard what is kept of a range: here, only the open files."""
+        """Discard what is kept of a range, here only the open files."""
         self._store.close()
 
     def close(self) -> None:

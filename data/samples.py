@@ -30,9 +30,9 @@ from data.transforms import (
     write,
 )
 
-# From this many bytes on, numpy asks for huge pages: TLB misses can cost a tenth of the decoding.
+# From this size on, numpy asks for huge pages: without, TLB misses cost a tenth of decoding.
 _HUGE = 1 << 22
-# Concurrent reads of a process, where each one waits for a network.
+# Concurrent reads of a process, if each one waits for a network.
 _REQUESTS = 16
 
 
@@ -133,7 +133,7 @@ class Samples:
         return self._threads.submit(read).result if self._threads else read
 
     def _stand_in(self, draw: "_Draw", out: Pixels, why: str) -> int:
-        """Put the next good image of the same block in the place of a bad one; its label."""
+        """Replace a bad image by the next good one of its block; return that one's label."""
         for other in self.order.alternatives(draw.image_index):
             _, shard, row = self.order.locate([other])
             try:
@@ -143,7 +143,7 @@ class Samples:
         raise ValueError(f"{why}; and no image of its block is intact")
 
     def _put(self, stored: StoredImage, draw: "_Draw", out: Pixels) -> int:
-        """Decode an image into `out`, uint8 (H, W, 3); its label."""
+        """Decode an image into `out`, uint8 (H, W, 3); return its label."""
         try:
             if self._is_final:  # cropped when it was packed
                 decode_into(stored.content, mirrored=draw.flip, out=out, scratch=self._scratch)
@@ -162,7 +162,7 @@ class Samples:
 
 
 def crop_remark(shards: Dataset, *, config: DataConfig) -> str:
-    """A line on crops of a dataset that are probably not what is meant, or ""."""
+    """A warning of crops of a dataset that are probably not intended, or ""."""
     return "; ".join(filter(None, (_crop_remark(part, config) for part in shards.parts)))
 
 
@@ -182,7 +182,7 @@ def _crop_remark(shards: Shards, config: DataConfig) -> str:
 
 
 class _Draw(NamedTuple):
-    """What was drawn for one image index."""
+    """How one image index is transformed: drawn at random for training."""
 
     image_index: int
     flip: bool

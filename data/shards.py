@@ -48,7 +48,7 @@ def _verify(root: str, *, full: bool) -> int:
 
 
 def _class(number: int, name: str) -> str:
-    """A class as samplers are told it: its number, and its name if it has one."""
+    """A class as `--classes` of a sampler takes it: its number, and its name if it has one."""
     return (f"{number} {name}" if name != str(number) else name) if name else "(none)"
 
 
@@ -77,7 +77,7 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
 
 
 def _index_of(shards: Shards, number: int, reader: Reader) -> Index:
-    """The index of a shard, wherever it is."""
+    """The index of a shard, local or not."""
     if is_local(shards.root):
         return shards.index(number)
     shard = shards.shards[number]
@@ -86,7 +86,7 @@ def _index_of(shards: Shards, number: int, reader: Reader) -> Index:
 
 
 def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[Pixels]:
-    """Images at equal distances through the dataset.
+    """Images at equal distances in packing order.
 
     Raises:
         ValueError: one cannot be decoded.
@@ -112,7 +112,7 @@ def _contact_sheet(stored: Iterable[Pixels]) -> Image.Image:
         image = Image.fromarray(pixels)
         scale = _TILE / max(image.size)
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-        # Small images are shown pixel by pixel, large ones smoothly.
+        # Small images are enlarged with sharp pixels, large ones scaled down smoothly.
         filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
         thumbnails.append(image.resize(size, filter_))
     columns = math.ceil(math.sqrt(len(thumbnails)))

@@ -1,6 +1,6 @@
 """Stored images as bytes: each is read with its tar header and checked against the index.
 
-A header or size other than the index says means a replaced or truncated shard, and stops the run.
+A header or size that differs from the index means a replaced or truncated shard, and stops the run.
 A wrong checksum means one damaged image, unless other images of the shard have wrong ones, too.
 """
 
@@ -44,7 +44,7 @@ class StoredImages:
 
     def __init__(self, shards: Shards, *, config: FetchConfig, sharers: int = 1) -> None:
         self._shards, self._where = shards, shards.where
-        # Through a cache, a mounted directory is read as a server is.
+        # With a cache, a directory is read like a server: it may be a network mount.
         self._local = is_local(shards.root) and config.cache is None
         self._reader = _open_reader(shards, config, sharers)
         self._rows_at: dict[int, int] = {}
@@ -61,7 +61,7 @@ class StoredImages:
         try:
             return self._checked(shard, row)
         except (BadSampleError, ValueError):
-            # Perhaps only the copy is damaged: in a cache, by a stale file handle or a flipped bit.
+            # Perhaps only what was read is wrong: a damaged cache, a stale handle, a flipped bit.
             first, size, _, _ = self._entry(shard, row)
             self._reader.forget(self._shards.shards[shard].tar, first=first, size=size)
         try:
@@ -104,7 +104,7 @@ class StoredImages:
         return StoredImage(f"{tar}: {name}", content, label)
 
     def _key(self, shard: int, row: int) -> str:
-        """A sample's name for a message, from its own header or from that of its label before."""
+        """An image's key for a message, as `Shards.key`."""
         first = self._entry(shard, row)[0]
         return self._shards.key(shard, row, first=first, glimpse=self._reader.glimpse)
 
@@ -115,9 +115,9 @@ class StoredImages:
         return offset - HEADER, size + HEADER, label, crc32
 
     def _local_row(self, shard: int, row: int) -> Index:
-        """A row read from its file, opened once: mapping each index would keep all of them open.
+        """A row of a local index, read from its file: mapping all indexes would keep them all open.
 
-        On hundreds of ranks the first images of a start open every file from every worker.
+        The header of a file is read once: as a run starts, every worker of every rank opens it.
         """
         entry = self._shards.shards[shard]
         try:
@@ -141,7 +141,7 @@ class StoredImages:
         return self._indexes[shard]
 
     def _demand_others_intact(self, shard: int, row: int) -> None:
-        """Raise ValueError where other images of the shard are damaged, too: it was replaced."""
+        """Raise ValueError if other images of the shard are damaged, too: it was replaced."""
         rows = self._shards.shards[shard].samples
         for other in {0, rows // 2, rows - 1} - {row}:
             try:
@@ -155,7 +155,7 @@ class StoredImages:
 
 
 def _open_reader(shards: Shards, config: FetchConfig, sharers: int) -> Reader | CachedReader:
-    """A reader of the dataset, through the node's cache if one is set and of use."""
+    """A reader of the dataset, through the node's cache if one is set."""
     reader = Reader(shards.root, config=config, sharers=sharers)
     if config.cache:
         return CachedReader(

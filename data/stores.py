@@ -1,7 +1,7 @@
 """Where a dataset's files are: a directory, an http(s) or fsspec URL, the output of a command.
 
-A store reads a range of a file once. `data.reader` adds retries. This is the only module that
-imports webdataset, whose `gopen` runs the commands.
+A store makes one attempt to read a range of a file; `data.reader` adds retries. This is the only
+module that imports webdataset, whose `gopen` runs the commands.
 """
 
 import base64
@@ -26,7 +26,7 @@ from data.config import is_local, login_and_url, shown
 _PIECE = 1 << 16
 # Bytes of one read from a local file.
 _LARGE = 1 << 26
-# Bytes of one request to an fsspec driver: each must arrive within `timeout_s`.
+# Bytes of one request to an fsspec driver, which must arrive within `timeout_s`.
 _RANGE = 1 << 20
 
 # Errors that another attempt does not change.
@@ -54,24 +54,24 @@ class Store(ABC):
         """Bytes of a file, or None where that is unknown."""
 
     def close(self) -> None:  # noqa: B027 (most keep nothing open)
-        """Close what is open, if anything is kept open; a later read opens it again."""
+        """Close the files that are kept open, if any; a later read opens them again."""
 
 
 class _Open:
-    """An open file. It is closed when no thread uses it any more, not under another one's read."""
+    """An open file, closed only when no thread refers to it any more: others may be reading."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # it could not be opened
+        with suppress(AttributeError):  # opening it failed
             os.close(self.number)
 
 
 class LocalStore(Store):
-    """Files of a directory, for any number of threads. The most recently used ones are kept open.
+    """Files of a directory, for any number of threads; the most recently used stay open.
 
-    `sharers` is how many stores share the files that a process may have open.
+    `sharers` is how many stores of this process share its limit of open files.
     """
 
     def __init__(self, root: str, *, sharers: int) -> None:
@@ -82,7 +82,7 @@ class LocalStore(Store):
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """As `Store.pieces`; an image is one piece."""
         file = self._file(name)
-        # One call reads 2 GiB at most, and would need memory for all of it.
+        # In parts: a call reads 2 GiB at most, and needs memory for all that it reads.
         while first < last and (piece := os.pread(file.number, min(last - first, _LARGE), first)):
             yield piece
             first += len(piece)
@@ -110,9 +110,9 @@ class LocalStore(Store):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirected HEAD with HEAD: urllib would send GET and receive the whole file.
+    """Repeats a redirected HEAD as HEAD: urllib would send GET and receive the whole file.
 
-    The login goes along to the same host and port, as curl has it; another must not see it.
+    The login is sent again to the same host and port only, as curl does.
     """
 
     def redirect_request(
@@ -137,7 +137,7 @@ _OPENER = urllib.request.build_opener(_Redirects)
 
 
 class HttpStore(Store):
-    """Files below an http(s) URL, read by range requests; all have its query, a signature say."""
+    """Files below an http(s) URL, read by ranges, each with the query (a signature) of the URL."""
 
     def __init__(self, root: str, timeout_s: float) -> None:
         user, self._parts = login_and_url(root)
@@ -215,10 +215,10 @@ class FsspecStore(Store):
         return int(self._call("info", f"{self._root}/{name}")["size"])
 
     def _call(self, what: str, path: str, **arguments: int) -> Any:
-        """Call the driver, with a time limit where it is asynchronous: most have none of their own.
+        """Call the driver; with a time limit if it is asynchronous, since most have none.
 
         Raises:
-            OSError: the driver raised anything at all.
+            OSError: the driver raised any error.
         """
         try:
             if not self._files.async_impl:
@@ -229,7 +229,7 @@ class FsspecStore(Store):
             raise type(error)(f"{path}: {error}") from error
         except OSError:
             raise
-        except Exception as error:  # of a driver's own library: it is worth another attempt
+        except Exception as error:  # of a driver's library: perhaps another attempt succeeds
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -250,11 +250,11 @@ class PipeStore(Store):
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """As `Store.pieces`."""
-        from webdataset.gopen import gopen  # imports torch: seconds that only pipes should cost
+        from webdataset.gopen import gopen  # takes seconds, as it imports torch; only pipes need it
 
         command = self._root.removeprefix("pipe:").replace("{name}", shlex.quote(name))
         command = command.replace("{first}", str(first)).replace("{last}", str(last - 1))
-        # A session of its own, so that killpg ends all of the command and not its shell alone.
+        # A session of its own, so that killpg ends all processes of the command.
         pipe = gopen(f"pipe:exec setsid sh -c {shlex.quote(command)}", "rb")
         at = first if self.seekable else 0
         try:
@@ -287,7 +287,7 @@ class PipeStore(Store):
 def open_store(root: str, timeout_s: float, *, sharers: int) -> Store:
     """The store for `root`: a directory, an http(s) or fsspec URL, or `pipe:COMMAND`.
 
-    `sharers` is that of `LocalStore`.
+    `sharers` is as in `LocalStore`.
 
     Raises:
         ValueError: fsspec has no driver for the URL, or a command does not contain {name}.

@@ -1,7 +1,7 @@
 """The stream: shard -> sample -> batch, endless and exact from any position.
 
-What training asks for. The position is the integer `images_seen`; everything else follows from it,
-the seed, the shards and the configuration, so there is no loader state to save.
+This is what training reads. The position is the integer `images_seen`; all else follows from it,
+the seed, the shards and the configuration, so that there is no loader state to save.
 """
 
 import os
@@ -23,15 +23,15 @@ from data.workers import Filled, Setup, Workers
 
 __all__ = ["Batch", "DataConfig", "Stream", "open_stream", "to_device"]
 
-# Variables by which OpenMP binds a process, and all that it starts, to a CPU as torch is imported.
+# With these variables OpenMP binds a process and its children to a CPU when torch is imported.
 _BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
 class Stream:
     """Batches of a dataset, decoded ahead in worker processes.
 
-    `bad` counts this process's images that were damaged and replaced; `log` receives a line for
-    each. Use as a context manager, or call `close`, which ends the workers.
+    `bad` counts the images that were damaged and replaced in this process; `log` receives a line
+    for each. Use it as a context manager, or call `close`, which ends the workers.
 
     Raises:
         ValueError: too few images, or shards packed for another image size.
@@ -52,7 +52,7 @@ class Stream:
 
     @property
     def identity(self) -> dict[str, int | str]:
-        """What determines the order besides `images_seen`: save it, and check it on resume."""
+        """What determines the order besides `images_seen`; runs save it, and check it on resume."""
         return {
             "seed": self.seed,
             "streams": self.config.streams,
@@ -61,7 +61,7 @@ class Stream:
         }
 
     def check_identity(self, saved: dict[str, int | str]) -> None:
-        """Raise ValueError, naming what differs, rather than continue a run in another order."""
+        """Raise ValueError, with what differs, if a run would continue in another order."""
         differing = [
             f"{name} was {saved.get(name)}, is {value}"
             for name, value in self.identity.items()
@@ -74,9 +74,9 @@ class Stream:
             )
 
     def check_unchanged(self) -> None:
-        """Raise ValueError where other shards are now in a directory than when it was opened.
+        """Raise ValueError if a directory has other shards now than when it was opened.
 
-        What is read over a network is checked against the indexes of then.
+        Data that comes over a network is checked against the indexes that were read first.
         """
         for part in self.shards.parts:
             content = b""
@@ -130,10 +130,10 @@ class Stream:
     def parts(
         self, *, images: int, size: int, rank: int, ranks: int, pin: bool = False
     ) -> Iterator[Batch]:
-        """So many images, each once, evenly spread over the set, without flips or random crops.
+        """`images` images at equal distances, each once, without flips or random crops.
 
-        They are cut in parts of `size`, of which rank r takes the parts r, r + ranks, ...: what is
-        in a part does not depend on the number of ranks.
+        They are divided into parts of `size`; rank r takes the parts r, r + ranks, ... So the
+        content of a part does not depend on the number of ranks.
 
         Raises:
             ValueError: an image is damaged; and as `batches`.
@@ -146,12 +146,12 @@ class Stream:
         return self._load(parts, micro_batch_size=size, pin=pin)
 
     def require_room(self, images: int) -> None:
-        """Raise ValueError, as `batches` does, if `data.prefetch_mb` holds no so large a batch."""
+        """Raise ValueError, as `batches` does, if `data.prefetch_mb` is too small for a batch."""
         if self.config.workers:
             self._setup(images)
 
     def load(self, indices: range) -> Batch:
-        """These images of the training order, read again by this process; nothing is counted.
+        """Images of the training order, read in this process, without counting bad ones.
 
         Raises:
             OSError, ValueError: as `batches`.
@@ -160,7 +160,7 @@ class Stream:
         return batch_of(filled, pin=False)
 
     def key(self, index: int) -> str:
-        """The name of an image of the training order, as messages have it: shard and key."""
+        """The name of an image of the training order, as messages show it: shard and key."""
         return self._samples.key(index)
 
     def close(self) -> None:
@@ -188,8 +188,8 @@ class Stream:
     def _setup(self, micro_batch_size: int) -> Setup:
         """The workers' setup, with as many slots (one micro-batch each) as prefetch_mb allows.
 
-        Eight slots for each worker are enough: four requests are queued there, and the other slots
-        hold batches that wait or are in use.
+        At most eight for each worker: four for the requests that it has queued, the others for
+        batches that wait or are in use.
 
         Raises:
             ValueError: not even one slot fits.
@@ -219,7 +219,7 @@ class Stream:
             for line in filled.bad:
                 self.log(f"bad sample replaced: {line}")
             yield batch_of(filled, pin=pin)
-            del filled  # frees its slot before the wait for the next one
+            del filled  # so that its slot is free while this waits for the next one
 
 
 def open_stream(config: DataConfig, *, seed: int, check_files: bool = True) -> Stream:
@@ -235,7 +235,7 @@ def open_stream(config: DataConfig, *, seed: int, check_files: bool = True) -> S
 
 
 def cpu_remark(workers: int) -> str | None:
-    """What a log says where this process and its workers are bound to too few of several CPUs."""
+    """A warning if this process and its workers are bound to too few of the CPUs, or None."""
     own, there = cpus(), os.cpu_count() or 1
     bound = [f"{name} = {os.environ[name]!r}" for name in _BINDING if os.environ.get(name)]
     if not workers or own == there or own > (workers if bound else 1):

@@ -1,7 +1,7 @@
 """From stored bytes to pixels: decoding, ADM's crops, flips.
 
-Everything here is exact and deterministic: decoding takes no fast-and-different path, the centre
-crop equals the reference's bit for bit, and random draws are keyed by (seed, image index).
+Everything here is exact and deterministic: decoding uses no fast approximation, the centre crop
+equals the reference's bit for bit, and random draws are keyed by (seed, image index).
 """
 
 import io
@@ -19,14 +19,14 @@ from data.order import Ints, uniform
 
 Pixels = NDArray[np.uint8]
 
-# Texts of programs in a PNG, such as a workflow, are no reason to refuse its pixels: each may be as
-# large as Pillow lets all be together (64 MiB; by default 1).
+# Pillow refuses a PNG with a text of more than 1 MiB, such as a program's workflow. Here, a text
+# may be as large as Pillow allows all texts of an image together (64 MiB).
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # What Pillow and simplejpeg raise for damaged input; anything else is our own bug.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
-# The EXIF tag, and what undoes each of its values.
+# The EXIF tag, and the transposition that makes an image with each value upright.
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,10 +38,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pixels of a scaled image above which only the crop is computed.
+# Only the crop is computed where the whole scaled image has more pixels than this.
 _LARGE = 1 << 26
 
-# Grey values of 16 bits without one as large are those of a device of 12 bits.
+# Grey images of 16 bits whose values are all smaller are from a device of 12 bits.
 _DIM = 1 << 12
 
 _CROP_DRAWS = 0x43524F50
@@ -54,23 +54,23 @@ def decode(
     colours: Literal["RGB", "BGR"] = "RGB",
     buffer: Pixels | None = None,
 ) -> Pixels:
-    """Decode an image file to uint8 (H, W, 3): strictly, or else as far as Pillow can.
+    """Decode an image file to uint8 (H, W, 3): strictly, or what Pillow can recover.
 
-    The pixels lie in `buffer`, uint8 (n,), if it is large enough: new memory costs a third of the
-    decoding.
+    Pixels of a JPEG lie in `buffer`, uint8 (n,), if it is large enough: allocating memory takes a
+    third of the time of decoding.
 
     Raises:
         one of `UNDECODABLE` where Pillow fails, too.
     """
     if content[:3] == b"\xff\xd8\xff":
         try:
-            # CMYK goes to Pillow: simplejpeg rounds it otherwise.
+            # CMYK is left to Pillow: simplejpeg rounds it differently.
             if simplejpeg.decode_jpeg_header(content)[2] not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(
                     content, colorspace=colours, strict=True, buffer=buffer
                 )
         except ValueError:
-            pass  # perhaps damage from which Pillow recovers
+            pass  # it is damaged, perhaps so that Pillow recovers
     pixels = np.asarray(open_over(content).image)
     return pixels if colours == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
 
@@ -90,8 +90,8 @@ def decode_into(
         write(pixels, out=out)
         return
     _check_size(pixels, out)
-    # A row read backwards byte by byte is mirrored, and its BGR is RGB. Eight bytes at a time
-    # that is as fast as copying; moving pixel by pixel would cost a fifth of the decoding.
+    # Reversing the bytes of a row mirrors it and turns BGR into RGB. Eight bytes at a time, that is
+    # as fast as copying; pixel by pixel, it would take a fifth of the time of decoding.
     row = 3 * out.shape[1]
     theirs, ours = (">u8", "<u8") if row % 8 == 0 else ("u1", "u1")
     out.reshape(-1, row).view(ours)[:] = pixels.reshape(-1, row).view(theirs)[:, ::-1]
@@ -101,11 +101,11 @@ class Opened(NamedTuple):
     """An image file as an RGB image, and what is known of the file."""
 
     image: Image.Image
-    #: Whether it is transparent somewhere: a background shows through.
+    #: Whether it is transparent somewhere, so that a background shows through.
     is_transparent: bool = False
-    #: Whether it has 16 bits and uses 12 of them at most, which makes it nearly black in 8.
+    #: Whether it has 16 bits and uses at most 12 of them, so that it is nearly black in 8 bits.
     is_dim: bool = False
-    #: How it must be turned to be upright, by its EXIF; None if it is, or has none.
+    #: What makes it upright by its EXIF orientation; None if it is upright or has none.
     turn: Image.Transpose | None = None
 
 
@@ -132,19 +132,19 @@ def open_over(content: bytes | memoryview, background: str = "white") -> Opened:
                 behind = Image.new("RGBA", image.size, background)
                 flat = Image.alpha_composite(behind, layers).convert("RGB")
                 return Opened(flat, is_transparent=True, turn=turn)
-        # Converting copies in any case.
+        # `convert` would copy an RGB image, too.
         return Opened(image if image.mode == "RGB" else image.convert("RGB"), turn=turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # whatever a parser of damaged EXIF raises: the pixels are as they are
+    except Exception:  # damaged EXIF raises errors of any type: treat it as absent
         return None
 
 
 def _opened(content: bytes | memoryview) -> Image.Image:
-    """A decoded image; whatever a decoder raises is one of `UNDECODABLE`."""
+    """An image, decoded by Pillow; any error is raised as one of `UNDECODABLE`."""
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -159,10 +159,7 @@ def _opened(content: bytes | memoryview) -> Image.Image:
 
 
 def _from_16_bits(grey: Image.Image) -> tuple[Image.Image, int]:
-    """An RGB image of 8 bits from a grey one of 16 bits, which Pillow would clip at 255.
-
-    And the largest value of the 16 bits.
-    """
+    """An RGB image from a grey one of 16 bits, and its largest value; Pillow would clip at 255."""
     values = np.asarray(grey)
     least, most = int(values.min()), int(values.max())
     if least < 0 or most > 65535:
@@ -172,7 +169,7 @@ def _from_16_bits(grey: Image.Image) -> tuple[Image.Image, int]:
 
 
 def halve_and_scale(image: Image.Image, *, side: int) -> Image.Image:
-    """Bring the smaller side to `side`: BOX halvings while at least twice that, then BICUBIC."""
+    """Scale the smaller side to `side`: halved by BOX while twice that or more, then BICUBIC."""
     image, size = _halved(image, side)
     return image.resize(size, Image.Resampling.BICUBIC)
 
@@ -193,7 +190,10 @@ def _scaled_part(
     top_at: Callable[[int], int],
     left_at: Callable[[int], int],
 ) -> Pixels:
-    """uint8 (size, size, 3) of `halve_and_scale`; `top_at` and `left_at` say where in a room."""
+    """A square of `halve_and_scale`, uint8 (size, size, 3).
+
+    `top_at` and `left_at` give its place from the pixels that the image has more than `size`.
+    """
     image, (width, height) = _halved(image, side)
     top, left = top_at(height - size), left_at(width - size)
     if width * height > _LARGE and min(image.size) < side:

@@ -8,14 +8,14 @@ from pathlib import Path
 VERSION = "0.2.0"
 
 _ROOT = Path(__file__).resolve().parent.parent
-# The commit beside a copy of the code, which is no git checkout.
+# The file with the commit in a copy of the code that is no git checkout.
 COMMIT = "COMMIT"
 
 
 def commit(root: Path = _ROOT) -> str:
-    """The commit of the code under `root`, "-dirty" where files differ from it; "" if unknown."""
+    """The commit of the code under `root`, with "-dirty" if files differ from it; or ""."""
     if (root / ".git").exists():
-        # A checkout may be another user's, as in a container: its code runs, so git may read it.
+        # Git refuses another user's checkout, as in a container; but its code runs already.
         git = ["git", "-c", "safe.directory=*", "-C", str(root)]
         command = [*git, "describe", "--always", "--dirty", "--exclude=*"]
         with suppress(OSError):  # no git here

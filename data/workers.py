@@ -1,4 +1,4 @@
-"""Decoding outside the trainer: processes that fill slots of one shared block of memory.
+"""Decoding outside the trainer: processes that fill the slots of a block of shared memory.
 
 A worker is a new Python process that imports this module alone, not a fork of the trainer: it has
 no locks of the trainer's threads, no CUDA, and no torch. Trainer and worker exchange messages over
@@ -27,7 +27,7 @@ from data.order import Ints
 from data.samples import BatchRequest, Samples
 from data.transforms import Pixels
 
-# Requests sent to one worker in advance: enough that it never waits for the next one.
+# Requests that a worker has queued, so that it never waits for the next one.
 _QUEUED = 4
 
 
@@ -91,8 +91,8 @@ class Workers:
                 return
             if pending[0][1] in bad:
                 request, slot = pending.popleft()
-                # While there are slots for all workers, the caller may keep this one as it is; a
-                # caller that keeps many batches gets copies, so that the workers do not wait.
+                # The caller gets the slot itself while there are others for all workers, and else
+                # a copy: a caller that keeps many batches must not stop the workers.
                 share = len(free) + len(pending) >= len(self._sockets)
                 yield self._hand_out(request, slot, bad.pop(slot), free, share)
                 continue
@@ -158,7 +158,7 @@ def serve(socket: Connection, memory: int) -> None:
     slots = _map_slots(memory, setup)
     trainer = os.getppid()
     while True:
-        # Another child of the trainer might keep the socket's other end open after it has ended.
+        # The end of the trainer may not close the socket: another child may have inherited it.
         while not socket.poll(5):
             if os.getppid() != trainer:
                 return
@@ -200,7 +200,7 @@ def _start(setup: Setup, memory: int) -> tuple["subprocess.Popen[bytes]", Connec
 
 
 def _shared_memory(size: int) -> int:
-    """A descriptor of anonymous memory: it is freed with the last process that uses it."""
+    """A descriptor of anonymous memory, which is freed when the last process that uses it ends."""
     memory = os.memfd_create("images")
     os.ftruncate(memory, size)
     return memory

@@ -13,10 +13,10 @@ from data.packing.tars import Tars
 
 
 def open_source(text: str, *, staging: Path) -> Source:
-    """The source at a path of the command line; parquet is unpacked into `staging`.
+    """The source that SOURCE of the command line names; what must be unpacked goes to `staging`.
 
     Raises:
-        ValueError: there is nothing of the known kinds.
+        ValueError: it is of no known kind.
     """
     path = Path(text)
     if text == "digits":
@@ -61,10 +61,10 @@ def _is_archive(file: Path) -> bool:
 
 
 def _files(path: Path, suffix: str) -> tuple[list[Path], str]:
-    """The files with a suffix that a path means, and the pattern of their names.
+    """The files with this suffix that `path` names, and the pattern that their names match.
 
-    It is one of them, their directory, or a pattern such as `DIR/*train*.tar`. In a directory, a
-    file beside a tar of its name is the metadata that img2dataset writes.
+    `path` is such a file, a directory of them, or a pattern such as `DIR/*train*.tar`. Parquet
+    files beside a tar of the same name are left out: img2dataset writes metadata there.
     """
     if path.is_dir():
         found, pattern = (f for f in path.iterdir() if not _is_metadata(f)), "*"
@@ -105,7 +105,7 @@ class Lmdb(OneFile):
 
 @cache
 def _database(path: Path) -> Any:
-    """A database, opened once in a process: lmdb allows no more."""
+    """The database, opened once in a process: lmdb cannot open it a second time."""
     import lmdb  # optional: only this source needs it
 
     return lmdb.open(str(path), readonly=True, lock=False, readahead=False)

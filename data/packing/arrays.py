@@ -25,7 +25,7 @@ from data.packing.listing import Listing, by_number
 from data.packing.sources import Archives, OneFile, unpacked_name
 from data.transforms import Pixels, png
 
-# What the pickles of CIFAR contain besides lists, numbers and texts; numpy 2 moved the first.
+# The only types that pickles of CIFAR may load; numpy 2 renamed the module of the first.
 _CIFAR_TYPES = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -154,7 +154,7 @@ def _cifar_classes(root: Path) -> tuple[str, ...]:
 
 
 def _unpickled(file: Path) -> dict[bytes, Any]:
-    """What a pickle of CIFAR holds; ValueError where it is damaged, or contains what could run."""
+    """The content of a pickle of CIFAR; ValueError where it is damaged or could run code."""
     try:
         found = _Unpickler(io.BytesIO(file.read_bytes()), encoding="bytes").load()
     except OSError:
@@ -171,7 +171,7 @@ def _all_of(kind: type, values: object) -> bool:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Loads arrays, and nothing that could run."""
+    """Loads arrays and refuses every other type, which could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _CIFAR_TYPES:
@@ -181,7 +181,7 @@ class _Unpickler(pickle.Unpickler):
 
 @contextmanager
 def _members(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The arrays of an `.npz`; what is wrong with it raises ValueError."""
+    """An `.npz` file, opened; ValueError where it is damaged or lacks an array."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive

@@ -1,7 +1,7 @@
-"""What a packing began with, on disk: another start continues it, whatever the source is by then.
+"""What a packing is asked for, and the record on disk from which another start continues it.
 
-The listing, the request, and size and time of each file: what was added since is not packed, what
-was changed since is left out.
+The record holds the request, the listing of the source, and size and time of each file. A later
+start packs that same listing: files added since are not packed, files changed since are left out.
 """
 
 import hashlib
@@ -27,12 +27,13 @@ from data.packing.sources import Source, Stamp
 from data.packing.splits import split_of
 from data.progress import with_progress
 
-# The file in `WORK` that holds it.
+# The file in `WORK` with the record.
 BEGUN = "begun.json"
-# Concurrent requests for sizes and times: on a network file system each one waits.
+# Threads that ask for sizes and times: on a network file system each request waits.
 _REQUESTS = 16
+# Files that one task of a thread asks for.
 _PART = 256
-# Options that a request has and a manifest has not.
+# Options of a request that a manifest does not record.
 _NOT_IN_MANIFESTS = {"SOURCE", "--class-from", "--class-map", "--classes-of"}
 
 
@@ -50,7 +51,7 @@ class Request:
     classes_of: str | Path | None = None
 
     def values(self) -> dict[str, Any]:
-        """Each option and its value, as JSON has them; of a file, what its content is known by.
+        """Each option and its value, as JSON stores them; for a file, a digest of its content.
 
         Raises:
             ValueError: a file cannot be read.
@@ -66,10 +67,10 @@ class Request:
         }
 
     def listing(self, source: Source) -> Listing:
-        """What the source holds now.
+        """The images that the source holds now, with the classes that the options ask for.
 
         Raises:
-            ValueError: its images have no classes that can be used.
+            ValueError: its images have no usable classes.
         """
         check_alone(self.source, source)
         listing = source.listing()
@@ -94,9 +95,9 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """A request (options and values, as JSON has them), what the source held then, and its files.
+    """The record: options and values, as JSON stores them, the listing, and the state of the files.
 
-    `stamps` has no entry for a file that could not be found or reached.
+    `stamps` has size and time of each file that could be reached.
     """
 
     request: Mapping[str, Any]
@@ -104,21 +105,21 @@ class Begun:
     stamps: Mapping[str, Stamp]
 
     def has_other_files(self, before: "Begun") -> bool:
-        """Whether a file that both name is not the same: of another source, or changed since."""
+        """Whether a file that both records name has another size or time."""
         common = self.stamps.keys() & before.stamps.keys()
         return any(self.stamps[holder] != before.stamps[holder] for holder in common)
 
 
 def begin(request: Mapping[str, Any], *, listing: Listing, source: Source) -> Begun:
-    """A packing that begins now."""
+    """The record of a packing that begins now."""
     return Begun(request=request, listing=listing, stamps=_stamps(source, listing.names))
 
 
 def again(begun: Begun, *, out: Path, source: Source) -> Begun:
-    """Have the shards from which images are missing made again, of the files as they are now.
+    """The record for `--again`; shards with missing images are no longer marked as finished.
 
     Raises:
-        ValueError: a file that holds many images was changed: they are others now.
+        ValueError: a file that holds many images was changed: it may hold others now.
     """
     missing = left_out_of(out)
     fresh = _stamps(source, [name for missed in missing.values() for name in missed])
@@ -147,13 +148,13 @@ def ready_jobs(
 
 
 def save(begun: Begun, out: Path) -> None:
-    """Write it, whole."""
+    """Write the record, in full or not at all."""
     listing = {**vars(begun.listing), "skipped": dict(begun.listing.skipped)}
     files.write(out / WORK / BEGUN, json.dumps({**vars(begun), "listing": listing}))
 
 
 def load(out: Path) -> Begun | None:
-    """What the packing in `out` began with, if that is recorded; ValueError where it is damaged."""
+    """The record of the packing in `out`, or None without one; ValueError where it is damaged."""
     path = out / WORK / BEGUN
     try:
         found = json.loads(path.read_bytes())
@@ -169,13 +170,13 @@ def load(out: Path) -> Begun | None:
 
 
 def options_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a `PackConfig`, as a manifest has them, by the names of their options."""
+    """The settings of a `PackConfig`, as a manifest records them, by option: `--per-shard` etc."""
     values = {name: value for name, value in settings.items() if name != "plan"}
     return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
 
 
 def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What differs between the request of a packing and another one, for a message."""
+    """For a message: how the options of an earlier request differ from those of this one."""
     told = []
     for name in {**wanted, **before}:
         is_recorded = name in before or name not in _NOT_IN_MANIFESTS
@@ -202,7 +203,7 @@ def _digest(content: bytes) -> str:
 
 
 def _stamps(source: Source, names: Iterable[str]) -> dict[str, Stamp]:
-    """Size and time of each file that holds some of these images, as far as it can be reached."""
+    """Size and time of each file that holds some of these images and can be reached."""
     holders = list(dict.fromkeys(map(source.holder, names)))
     parts = [holders[first : first + _PART] for first in range(0, len(holders), _PART)]
     with ThreadPoolExecutor(_REQUESTS) as threads:

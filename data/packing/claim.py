@@ -1,4 +1,4 @@
-"""The output directory of a packing: one process at a time, and nothing left of a refused one."""
+"""The output directory: locked while a process packs, and removed if the packing is refused."""
 
 import fcntl
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 from data import files
 from data.manifest import MANIFEST
 
-# The directory in OUT for what only a packing needs; it is removed in the end.
+# The directory in OUT for what is needed only while packing; it is removed in the end.
 WORK = ".packing"
 # The file in it with the digest of the plan that an unfinished packing follows.
 PLAN = "plan"
 # The file in OUT that lists the images that are not in the dataset.
 LEFT_OUT = "left-out.txt"
-# Ends the name of a file that is being written, before the process.
+# In the suffix of a file that is being written, before host and process.
 PARTIAL = "partial"
 _LOCK = "lock"
 
@@ -47,16 +47,16 @@ def claimed(out: Path) -> Iterator[None]:
                 _remove_partials(out)
                 yield
         except ValueError:
-            # Without a plan, what was unpacked there is of no use to another attempt.
+            # Without a plan, another attempt cannot use what was unpacked there.
             is_refused = is_new and not (work / PLAN).exists()
             raise
-        finally:  # once the lock is closed: network file systems keep what is open
+        finally:  # after closing the lock: network file systems keep files that are open
             if is_held:
                 _clean_up(out, is_refused=is_refused)
 
 
 def writer() -> str:
-    """Ends the name of a file that this process writes, so that no other writes the same one."""
+    """The suffix of files that this process is writing, which no other process uses."""
     return f"{PARTIAL}-{socket.gethostname()}-{os.getpid()}"
 
 
@@ -68,7 +68,7 @@ def _remove_partials(out: Path) -> None:
 
 
 def _clean_up(out: Path, *, is_refused: bool) -> None:
-    """Remove from `WORK` what no later packing needs: `--again` needs the plan and the records."""
+    """Remove from `WORK` what is not needed later; `--again` needs the plan and the records."""
     work = out / WORK
     is_done = (out / MANIFEST).exists()
     if is_refused or os.listdir(work) == [_LOCK] or (is_done and not (out / LEFT_OUT).exists()):

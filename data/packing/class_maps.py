@@ -1,7 +1,7 @@
-"""Classes from elsewhere than directories: files of NAME and CLASS, and prefixes of names.
+"""Classes from a table of NAME and CLASS (`--class-map`), or from paths (`--class-from`).
 
-People's files have headers, quotes, an index column, the class first, names without suffix.
-The column of names is the one that has the images' names; what cannot be told is refused.
+A table may have a header, quotes, an index column, the class first, or names without suffix. The
+column of names is the one with the names of the source's images; an ambiguous table is refused.
 """
 
 import csv
@@ -24,9 +24,11 @@ from data.packing.names import composed
 _CLASS_COLUMNS = ("label", "class", "class_id", "category", "target", "cls", "wnid", "y")
 # Kaggle's list of boxes, each a class and four numbers.
 _BOXES = re.compile(r"(\S+(?: -?\d+){4} *)+")
+# What only a path has: a directory or a suffix.
 _FILE = re.compile(r"/|\.\w{2,5}$")
-# Stand between names and classes in formats that are not read here.
+# Separators of name and class that are not supported.
 _MARK = re.compile(r"[:|=]")
+# `FILE@OFFSET+SIZE/` before the path of an image in a tar.
 _TAR = re.compile(r"[^/]*@\d+\+\d+/")
 
 _Rows = list[list[str]]
@@ -57,7 +59,7 @@ def relabel(listing: Listing, *, class_map: Path) -> Listing:
 
 
 def _check_without_names(labels: list[str], known: set[str], where: str) -> None:
-    """Return if no label of a file of labels alone is the name of an image, or begins with one."""
+    """Raise ValueError where lines of one label each are, or begin with, names of images."""
     for label in labels:
         name = _MARK.split(label, maxsplit=1)[0].strip()
         if name in known and (name != label or _FILE.search(label)):
@@ -81,7 +83,7 @@ def by_prefix(listing: Listing) -> Listing:
 
 
 def by_directories(listing: Listing, *, where: str) -> Listing:
-    """Take directories as classes, even where the images have labels."""
+    """Take classes from directories, even where the images have labels."""
     members = [_member(name) for name in listing.names]
     classes, fault = class_directories(members, directories=(), where=where)
     if set(classes) == {NO_CLASS}:
@@ -98,7 +100,7 @@ def map_content(path: Path) -> bytes:
 
 
 def _rows(path: Path) -> _Rows:
-    """The cells of each line that is neither empty nor a comment; a line of words is one cell."""
+    """The cells of each line that is not empty or a comment; one, if only spaces separate them."""
     text = composed(map_content(path).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if objects := _objects(lines):
@@ -112,7 +114,7 @@ def _rows(path: Path) -> _Rows:
 
 
 def _objects(lines: list[str]) -> _Rows:
-    """A table of lines of JSON with their names as its header; empty if they are none."""
+    """Lines of JSON as a table with their keys as header; empty if the lines are not JSON."""
     try:
         found = [{k: v for k, v in json.loads(row).items() if v is not None} for row in lines]
     except (ValueError, AttributeError):
@@ -123,7 +125,7 @@ def _objects(lines: list[str]) -> _Rows:
 
 
 def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
-    """Name and class of each row; ValueError where it cannot be told which column is which."""
+    """Name and class of each row; ValueError where it is ambiguous which column is which."""
     known = _keys(listing)
     if all(len(row) == 1 for row in rows):
         rows = [_split(row[0], known) for row in rows]
@@ -147,12 +149,12 @@ def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
 def _name_column(
     columns: Sequence[tuple[str, ...]], listing: Listing, known: set[str], where: str
 ) -> int:
-    """The number of the column that names images: the one with most names, suffixes included.
+    """The number of the column with the most names of images, with suffix before without.
 
-    Numbers may be the names of images without their suffix, classes, or count the lines.
+    A column of numbers may be names without suffix, classes, or line numbers.
 
     Raises:
-        ValueError: none, or it cannot be told which.
+        ValueError: no column has names, or it is ambiguous which one.
     """
     names = {composed(_member(name)) for name in listing.names}
     files = names | {name.rpartition("/")[2] for name in names}
@@ -173,7 +175,7 @@ def _name_column(
 
 
 def _counts_lines(cells: Sequence[str]) -> bool:
-    """Whether a column counts the lines, below a header or without one."""
+    """Whether a column has line numbers, from 0 or 1, with or without a header."""
     return any(
         [*left] == [str(i + first) for i in range(len(left))]
         for left in (cells, cells[1:])
@@ -184,7 +186,7 @@ def _counts_lines(cells: Sequence[str]) -> bool:
 def _class_column(
     columns: Sequence[list[str]], numbers: list[int], header: list[str] | None
 ) -> int | None:
-    """The number of the column of classes: the only one, one with a usual name, or no index."""
+    """The number of the column with the classes, by its title, or as the only one left; or None."""
     if len(columns) == 1:
         return numbers[0]
     titles = [title.lower() for title in header or []]
@@ -221,7 +223,7 @@ def _classes(listing: Listing, pairs: list[tuple[str, str]], where: str) -> list
 
 
 def say_unused(count: int, what: str, where: str) -> None:
-    """Say how many entries of a file are of no image."""
+    """Print how many entries of a file name no image of the source."""
     if count:
         print(f"{where}: {count} {what} are of no image in SOURCE", file=sys.stderr)
 
@@ -231,19 +233,19 @@ def _keys(listing: Listing) -> set[str]:
 
 
 def _names_of(member: str) -> list[str]:
-    """How a file may name an image: with and without directories, with and without suffix."""
+    """The names that a table may have for an image: with or without directories and suffix."""
     member = composed(member)
     path = PurePosixPath(member)
     return list(dict.fromkeys((member, str(path), path.name, str(path.with_suffix("")), path.stem)))
 
 
 def _member(name: str) -> str:
-    """The path of an image in its tar; other names are paths."""
+    """The path of an image within its tar; a name in another source is a path already."""
     return _TAR.sub("", name, count=1).removeprefix("./")
 
 
 def _split(line: str, known: set[str]) -> list[str]:
-    """NAME and CLASS of a line of words: one of them may have spaces."""
+    """NAME and CLASS of a line that spaces separate: one of the two may have spaces itself."""
     words = line.split()
     if len(words) == 2:
         return words
@@ -255,7 +257,7 @@ def _split(line: str, known: set[str]) -> list[str]:
 
 
 def _without_boxes(cell: str, where: str) -> str:
-    """The class of a cell with Kaggle's boxes, all of one class; other cells as they are."""
+    """The class in a cell with Kaggle's boxes, which must agree; other cells are returned as is."""
     if not _BOXES.fullmatch(cell):
         return cell
     classes = {*cell.split()[::5]}

@@ -13,7 +13,7 @@ DATASET_JSON = "dataset.json"
 
 
 def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
-    """Take labels from StyleGAN's `dataset.json`; a listing without labels, where it has none.
+    """The listing with the labels of StyleGAN's `dataset.json`, or without classes if it has none.
 
     Raises:
         ValueError: it is damaged, has labels that are no class numbers, or lacks an image.
@@ -24,7 +24,7 @@ def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
     except ValueError as error:
         raise ValueError(f"{where} is damaged: {error}") from None
     if not isinstance(found, dict) or "labels" not in found:
-        return listing  # another program's
+        return listing  # a file of another program
     skipped = Counter(listing.skipped) - Counter([".json"])
     if not found["labels"]:
         labels, classes = [0] * len(listing.names), (NO_CLASS,)

@@ -62,7 +62,7 @@ def merge(out: Path, roots: list[str]) -> Shards:
     The shards are linked, not copied; those of dataset i have names that begin with `i-`.
 
     Raises:
-        ValueError: they have not, a dataset is given twice, or `out` is not empty.
+        ValueError: classes or sizes differ, a dataset is given twice, or `out` is not empty.
     """
     for root in roots:
         if not is_local(root):
@@ -100,7 +100,7 @@ def merge(out: Path, roots: list[str]) -> Shards:
 
 
 def _merged(parts: list[Shards]) -> dict[str, Any]:
-    """What a dataset of several was made by; of the sides that originals were kept to the least."""
+    """`made_by` of a merged dataset; if originals were kept, with the least size of all of them."""
     sides = [part.kept_side for part in parts if part.kept_side is not None]
     kept = {"keep_original": True, "size": min(sides)} if sides else {}
     return {"merge": [part.fingerprint for part in parts], **kept}
@@ -139,9 +139,9 @@ def _indexes(tars: list[Path]) -> tuple[list[Index], tuple[str, ...]]:
 
 @contextmanager
 def _new(out: Path) -> Iterator[None]:
-    """Make a directory, or raise ValueError if there is one that holds something.
+    """Make a directory; ValueError if it exists and is not empty.
 
-    What is put there within stays only if that succeeds, so that the command can be run again.
+    After an error in the `with` block it is emptied, so that the command can be run again.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"OUT = {out} is not empty: choose another OUT")
@@ -155,7 +155,7 @@ def _new(out: Path) -> Iterator[None]:
 
 
 def _link(file: Path, link: Path) -> None:
-    """A second name for a file: of the file itself, or a symbolic link from another disk."""
+    """Make a hard link to a file, or where that fails a symbolic one."""
     try:
         os.link(file.resolve(), link)
     except OSError:  # another file system, a read-only one, or one of another owner

@@ -1,8 +1,7 @@
 """A packing job: the images of one shard in the plan -> its tar, its index, its manifest entry.
 
-A job reads, crops and writes without knowing of the others, in whatever process or node runs it. A
-shard gets its name when all of it is on disk, and a record of it is written last, so that the next
-attempt keeps what is finished.
+Jobs are independent of each other, in whatever process or node they run. A shard gets its name when
+all of it is on disk, and its record in `WORK` is written last, so that another start keeps it.
 """
 
 import errno
@@ -30,7 +29,7 @@ from data.packing.sources import Source
 from data.tars import Index, ShardWriter
 from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_over
 
-# Errors of reading one file that say nothing of the others.
+# Errors of reading that concern one file; any other one stops the packing.
 _OF_A_FILE = {
     errno.EACCES,
     errno.EIO,
@@ -50,22 +49,24 @@ _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png"}
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A finished shard, and a line for each image that is not in it.
-
-    `missed` are the names of those images, and `unreadable` counts those that could not be read or
-    were changed. `transparent` counts the images that are transparent somewhere, `dim` those of 16
-    bits that use 12 at most, `turned` those whose EXIF says that they are, `enlarged` those smaller
-    than they are trained; `huge` names those of which Pillow warns.
-    """
+    """A finished shard, and what its images were like; its record on disk has these fields."""
 
     shard: Shard
+    #: A line for each image that is not in it: name and reason.
     left_out: tuple[str, ...]
+    #: The names of these images.
     missed: tuple[str, ...] = ()
+    #: How many of these could not be read, or were changed since the packing began.
     unreadable: int = 0
+    #: Images that are transparent somewhere.
     transparent: int = 0
+    #: Images of 16 bits that use at most 12.
     dim: int = 0
+    #: Images that have an EXIF orientation, by which they would be turned.
     turned: int = 0
+    #: Images smaller than `--size`.
     enlarged: int = 0
+    #: Names of images with more pixels than Pillow's limit.
     huge: tuple[str, ...] = ()
 
 
@@ -86,12 +87,12 @@ class TooManyLeftOut(ValueError):
 
 
 def make_shard(job: PackJob) -> Made:
-    """Make one shard, unless it is there already, finished and intact.
+    """Make one shard, unless it is finished and intact.
 
-    One from which images are missing that could not be read is made again.
+    A finished one is made again if some of its images could not be read.
 
     Raises:
-        TooManyLeftOut: as it says.
+        TooManyLeftOut: more images than the job allows.
         ValueError: the source is not what was planned.
         OSError: reading or writing failed.
     """
@@ -125,15 +126,15 @@ def left_out_of(out: Path) -> dict[Path, list[str]]:
 def encode(content: bytes, *, config: PackConfig) -> Encoded:
     """Crop or scale one image file as configured, or raise one of `UNDECODABLE`."""
     with warnings.catch_warnings():
-        # Of images of so many pixels that they may be an attack; the summary names them.
+        # Pillow warns of images with very many pixels; the summary names them instead.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return _encode(content, config)
 
 
 def _encode(content: bytes, config: PackConfig) -> Encoded:
     image, is_transparent, is_dim, turn = open_over(content, config.background)
-    # Pillow would store what else the file holds: a long comment is no JPEG's, a transparent colour
-    # may be one that scaling makes, and the profile that it makes for LAB has the time in it.
+    # Pillow would store this with the pixels: comments too long for JPEG, a transparent colour that
+    # scaling may produce, a profile for LAB images that contains the time.
     image.info = {}
     is_huge = image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf)
     is_enlarged = min(image.size) < config.size
@@ -199,7 +200,7 @@ def _read(source: Source, job: PackJob, name: str) -> bytes:
     """The bytes of one image file, as they were when the packing began.
 
     Raises:
-        _UnreadableError: as it says.
+        _UnreadableError: it cannot be read, or was changed since.
         ValueError: it is damaged within its archive.
         OSError: a fault of the machine that is no fault of the file.
     """
@@ -218,15 +219,16 @@ def _read(source: Source, job: PackJob, name: str) -> bytes:
 
 
 def _key(number: int, name: str) -> str:
-    """Unique by its number, and recognisable by the source's name; tar has room for 100 bytes."""
+    """A unique number, then the name in the source, cut: a tar header has room for 100 bytes."""
     return f"{number:08d}-" + re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).stem)[:60]
 
 
 def _finished(out: Path, record: Path) -> Made | None:
+    """The recorded shard, if it is intact and lacks no image that could not be read."""
     if not record.exists():
         return None
     saved = json.loads(record.read_text())
-    # Records of version 0.1 do not have all of them.
+    # Records of version 0.1 lack some fields.
     saved = {each.name: saved[each.name] for each in fields(Made) if each.name in saved}
     lists = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
     made = Made(**{**saved, **lists, "shard": Shard(**saved["shard"])})

@@ -1,4 +1,4 @@
-"""Labels as others store them: the number of a class, or its name."""
+"""Labels in files that others made: the number of a class, or its name."""
 
 import json
 import re
@@ -9,10 +9,10 @@ Label = int | str
 # The keys and columns that hold a label, in the order in which they are preferred.
 LABEL_KEYS = ("label", "cls", "class_id", "class")
 
-# Labels below this are numbers of classes; larger numbers are ids, dates and the like.
+# Labels below this are class numbers; larger numbers are ids, dates and the like.
 MOST_CLASSES = 1 << 20
 
-# A number of a class, also as pandas writes it where another one is missing.
+# A class number; as 3.0 too, which pandas writes if a value of the column is missing.
 _WHOLE = re.compile(r"(-?\d+)(\.0*)?")
 _NUMBERS = re.compile(r"[-+\d.,\s]+")
 _WORD = re.compile(r"[\w-]+")
@@ -77,10 +77,10 @@ def word_label(content: bytes) -> Label | None:
 
 
 def checked_classes(classes: list[str], where: str) -> list[str]:
-    """The classes of a table as they are; where all are numbers, 3.0 is 3.
+    """The classes of a table; if all of them are numbers, 3.0 becomes 3.
 
     Raises:
-        ValueError: one is missing, or stands for that, or is a list.
+        ValueError: one is missing (empty, `nan`, `None`, or -1 beside 0), or is a list.
     """
     if missing := [name for name in classes if _is_none(name)]:
         raise ValueError(
@@ -125,7 +125,7 @@ def all_or_no_labels(names: Sequence[str], labels: Sequence[Label | None]) -> li
 
 
 def _is_none(text: str) -> bool:
-    """Whether a text stands for no class, as pandas and Python write it."""
+    """Whether a text means no class, as pandas and Python write it."""
     return text in ("", "None") or text.lower() == "nan"
 
 
@@ -134,7 +134,7 @@ def _is_list(text: str) -> bool:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a text is one printable line, and no number."""
+    """Whether a text is one printable line that is not a number."""
     line = text.strip()
     is_line = bool(line) and line.isprintable() and "\ufffd" not in line
     return is_line and not _NUMBERS.fullmatch(line)

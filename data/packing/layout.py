@@ -17,9 +17,9 @@ _NUMBERED = re.compile(r".*\d")
 
 
 def by_directory(names: Iterable[str], *, where: str) -> Listing:
-    """The images among `names`, with the directories that hold them as classes.
+    """The images among `names`, with their directories as classes.
 
-    Names that end with a slash are directories. Litter is no image and no class.
+    Names that end with a slash are directories. Litter (`data.packing.names`) is skipped.
     """
     files: list[str] = []
     directories: list[str] = []
@@ -36,8 +36,8 @@ def class_directories(
 ) -> tuple[list[str], str]:
     """The class of each image, and why the directories cannot be classes, or "".
 
-    The class is the first directory; where all images lie in one directory of directories, it is
-    the first one below that.
+    The class is the first directory of the path; where all images lie in directories of one
+    directory, it is the first one below that.
     """
     parts = [name.split("/")[:-1] for name in images]
     above = _above_classes(parts)
@@ -54,13 +54,13 @@ def class_directories(
 
 
 def _above_classes(parts: list[list[str]]) -> int:
-    """How many directories, each the only one in the one before, hold all class directories."""
+    """How many directories that all images share are above the class directories."""
     common = _in_common(parts)
     return common if all(len(part) > common for part in parts) else 0
 
 
 def _in_common(parts: list[list[str]]) -> int:
-    """How many directories, from the first on, all images have in common."""
+    """How many leading directories all images share."""
     ends = zip(min(parts, default=[]), max(parts, default=[]), strict=False)
     return sum(1 for _ in takewhile(lambda end: end[0] == end[1], ends))
 
@@ -76,6 +76,7 @@ def _names_at(above: list[str], directories: Iterable[str]) -> set[str]:
 
 
 def _loose_images(images: Sequence[str], classes: list[str], root: str) -> str:
+    """The fault of images that lie beside class directories, or ""."""
     loose = [name for name, of in zip(images, classes, strict=True) if of == NO_CLASS]
     if not 0 < len(loose) < len(images):
         return ""
@@ -86,7 +87,7 @@ def _loose_images(images: Sequence[str], classes: list[str], root: str) -> str:
 
 
 def _loose_in_only_directory(images: Sequence[str], parts: list[list[str]], where: str) -> str:
-    """As `_loose_images`, where one directory holds all class folders, and images beside them."""
+    """As `_loose_images`, for images beside the class directories in an only top directory."""
     common = _in_common(parts)
     inner = [part[common] if len(part) > common else NO_CLASS for part in parts]
     if len({*inner} - {NO_CLASS}) < 2:
@@ -95,6 +96,7 @@ def _loose_in_only_directory(images: Sequence[str], parts: list[list[str]], wher
 
 
 def _splits(classes: list[str], root: str) -> str:
+    """The fault of directories that are splits, or ""."""
     names = sorted({*classes} - {NO_CLASS})
     if len(names) < 2 or not all(SPLIT.fullmatch(name) for name in names):
         return ""
@@ -107,6 +109,7 @@ def _splits(classes: list[str], root: str) -> str:
 
 
 def _empty(classes: list[str], directories: set[str], root: str) -> str:
+    """The fault of class directories without an image, or ""."""
     empty = sorted(directories - {*classes})
     if not empty or set(classes) <= {NO_CLASS}:
         return ""
@@ -118,7 +121,7 @@ def _empty(classes: list[str], directories: set[str], root: str) -> str:
 
 
 def _same_names(classes: list[str], root: str) -> str:
-    """Whether two names are one: in two forms of Unicode, or as numbers, such as 1 and 01."""
+    """The fault of two names for one class: in two forms of Unicode, or 1 and 01; or ""."""
     are_numbers = all(name.isdecimal() for name in classes)
     spelled: dict[int | str, str] = {}
     for name in sorted({*classes}):
@@ -138,10 +141,11 @@ def _same_names(classes: list[str], root: str) -> str:
 
 
 def classes_of_tars(tars: Sequence[Path], members: list[list[str]]) -> Listing | None:
-    """The classes of tars without labels, from the names of the images in each; None without any.
+    """The classes of tars whose images have no labels, or None.
 
-    They are several directories within the tars, unless these are named after shards; or, where
-    there are no directories, the tars themselves, if they are not numbered like shards.
+    `members` are the names of the images in each tar. The classes are the directories in the tars,
+    if there are several and their names are not those of shards; where there are no directories,
+    the tars themselves, if they are not numbered.
     """
     names = [name.removeprefix("./") for each in members for name in each]
     classes, fault = class_directories(names, directories=(), where=str(tars[0].parent))
@@ -156,9 +160,9 @@ def classes_of_tars(tars: Sequence[Path], members: list[list[str]]) -> Listing |
 
 
 def _are_classes(stems: list[str], members: list[list[str]]) -> bool:
-    """Whether tars are a class each, as those of ILSVRC: n01440764.tar and so on."""
+    """Whether each tar is a class, as n01440764.tar and so on of ILSVRC."""
     if len(stems) < 2 or all(_SHARD.fullmatch(stem) for stem in stems):
-        return False  # the names of img2dataset begin with the shard's number, too
+        return False  # also img2dataset's images have names that begin with that of their tar
     pairs = zip(stems, members, strict=True)
     if all(name.startswith(stem) for stem, each in pairs for name in each):
         return True

@@ -8,27 +8,25 @@ from data.manifest import NO_CLASS
 from data.packing.labels import MOST_CLASSES, Label, all_or_no_labels
 from data.packing.names import composed
 
-# Classes that names of numbers below this mean; larger numbers are dates and the like.
+# Class names that are numbers below this are sorted by value; larger numbers are dates etc.
 _MOST_NUMBERED = 65536
 _NUMBER = re.compile(r"-?\d+")
-# Kinds of skipped files that are named.
+# Kinds of skipped files that messages name.
 _KINDS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """All images of a source: their names there, their labels, and the names of the labels.
-
-    `skipped` counts the files that are no images, by kind. `fault` is why the labels cannot be
-    used, if they cannot; a class map replaces them. `is_numbered` is whether the source states the
-    numbers of the labels, rather than names.
-    """
+    """All images of a source: their names there, their labels, and the names of the labels."""
 
     names: list[str]
     labels: list[int]
     classes: tuple[str, ...]
+    #: The files that are no images, counted by kind.
     skipped: Mapping[str, int] = field(default_factory=dict)
+    #: Why the labels cannot be used, or ""; a class map replaces them.
     fault: str = ""
+    #: Whether the source gives the labels as numbers, not as names.
     is_numbered: bool = False
 
     @property
@@ -51,10 +49,10 @@ class Listing:
 
 
 def by_directory_name(names: list[str], classes: list[str]) -> Listing:
-    """A listing from the name of each image's class; labels count the names in sorted order.
+    """A listing from the name of each image's class; label i is the i-th name in sorted order.
 
-    Numbers are labels where they are 0 to N - 1; others are names, such as years, which are counted
-    in the order of the numbers.
+    Names that are the numbers 0 to N - 1 are the labels themselves. Other numbers, such as years,
+    are names that are sorted by value.
     """
     known = {*classes}
     if not all(_NUMBER.fullmatch(name) and int(name) < _MOST_NUMBERED for name in known):
@@ -65,13 +63,13 @@ def by_directory_name(names: list[str], classes: list[str]) -> Listing:
 
 
 def _in_order(names: list[str], classes: list[str], ordered: list[str]) -> Listing:
-    """A listing whose labels count the class names in that order."""
+    """A listing in which label i is the i-th of the names in `ordered`."""
     label = {name: i for i, name in enumerate(ordered)}
     return Listing(names=names, labels=[label[c] for c in classes], classes=tuple(ordered))
 
 
 def by_number(names: list[str], labels: list[int]) -> Listing:
-    """A listing whose labels are numbers already: they stay as they are.
+    """A listing with these labels; the name of each class is its number.
 
     Raises:
         ValueError: one is too large for the number of a class.
@@ -86,7 +84,7 @@ def by_number(names: list[str], labels: list[int]) -> Listing:
 
 
 def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
-    """As `by_number`, or by names in sorted order; or without labels, where no image has one.
+    """As `by_number` or, for names, in sorted order; without classes if no image has a label.
 
     Raises:
         ValueError: only some images have a label, or they are numbers and names.
@@ -104,7 +102,7 @@ def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
 def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     """Number the classes as another dataset does, e.g. a validation split as its training split.
 
-    Numbers are names in the other dataset where it has such names, otherwise its labels.
+    Numbers mean the other dataset's names if those are numbers too, otherwise its labels.
 
     Raises:
         ValueError: a class that the other one does not have, or images without a label.
@@ -132,9 +130,9 @@ def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
 
 
 def _numbers(classes: tuple[str, ...], *, of_numbers: bool) -> dict[str, int]:
-    """The label of each name; `of_numbers`, of each number, with or without leading zeros.
+    """The label of each class, by name; with `of_numbers`, by number, whatever its leading zeros.
 
-    Numbers are labels where the classes have other names.
+    If the classes have other names than numbers, the numbers are the labels.
     """
     if of_numbers and not all(name.isdecimal() for name in classes):
         return {str(i): i for i in range(len(classes))}

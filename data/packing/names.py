@@ -1,4 +1,4 @@
-"""What the name of a file or directory says: an image, litter of a system or tool, or neither."""
+"""What a file is, by its name: an image, litter (left by a system or tool), or something else."""
 
 import re
 import unicodedata
@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-# The usual formats; in a tar's sample they are the image, whatever else lies beside them.
+# The usual formats. In a sample of a tar, such a file is the image and others are masks etc.
 USUAL_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
-# What else Pillow opens.
+# All formats that Pillow opens.
 IMAGE_SUFFIXES = (
     *USUAL_SUFFIXES,
     *("apng", "avif", "dib", "gif", "j2k", "jfif", "jp2", "jpe", "mpo", "pbm", "pcx", "pgm", "pnm"),
@@ -20,7 +20,7 @@ _ENDS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 # The names of splits, also with a year.
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([_-]?\d+)?", re.I)
 
-# Ends the name of a link to a directory above it, which is counted and not followed.
+# Ends the listed name of a link to a directory above it, which is counted and not followed.
 LINK_UP = ".link-to-a-directory-above"
 
 # What systems and tools leave beside data, apart from names that begin with a dot.
@@ -43,18 +43,18 @@ def is_image(name: str) -> bool:
 
 
 def composed(text: str) -> str:
-    """A text as most systems write it; macOS stores letters and their accents apart."""
+    """A text in composed Unicode; macOS stores letters and their accents separately."""
     return unicodedata.normalize("NFC", text)
 
 
 def litter(name: str) -> str | None:
-    """The part of a path that no dataset means to have, or None."""
+    """The part of a path that marks it as left by a system or tool, or None."""
     parts = (part for part in name.split("/") if part.strip("."))
     return next((part for part in parts if part[0] == "." or part in _LITTER), None)
 
 
 def kind(name: str) -> str:
-    """How a file that is no image is counted: by its litter or suffix."""
+    """The kind by which a skipped file is counted: its litter, or its suffix."""
     found = litter(name) or PurePosixPath(name).suffix.lower() or "without a suffix"
     return "._*" if found.startswith("._") else found  # of macOS, one beside each file
 

@@ -8,7 +8,7 @@ from data import pool
 from data.exits import CommandParser, place_text
 from data.packing.splits import VAL_SHARE
 
-# So many images may be left out of any packing, unless none may.
+# This many images may be left out in any case, unless `--max-bad` is 0.
 FEW = 10
 
 

@@ -80,16 +80,13 @@ class Parquet(Archives):
             files.write(ends, npz.npy(np.array(at, dtype=np.int64)))
 
     def _unpacked(self, file: Path) -> tuple[Path, Path]:
-        """Where the ends of a file's images are, and the images."""
+        """The unpacked files: where each image ends, and all images one after the other."""
         name = unpacked_name(file)
         return self._staging / f"{name}.ends.npy", self._staging / f"{name}.blob"
 
 
 def _labels(file: Path, table: Any) -> Iterator[Label | None]:
-    """The label of each row: -1 where it is missing, None where the file has no column of labels.
-
-    Packing refuses a label of -1.
-    """
+    """The label of each row: None without a column of labels; -1, which is refused, if missing."""
     names = table.schema_arrow.names
     label = next((key for key in LABEL_KEYS if key in names), None)
     if label is None and (others := [name for name in names if "label" in name]):
@@ -103,7 +100,7 @@ def _labels(file: Path, table: Any) -> Iterator[Label | None]:
 
 
 def _images(file: Path) -> Iterator[bytes]:
-    """The image file of each row: b"", which cannot be decoded, where there is none."""
+    """The image file of each row; where there is none b"", which packing leaves out."""
     table = _open(file)
     for value in _values(file, table, _image_column(file, table)):
         yield (value["bytes"] if isinstance(value, dict) else value) or b""
@@ -126,14 +123,14 @@ def _open(file: Path) -> Any:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """What pyarrow says of a damaged file names none, and is an OSError in part."""
+    """Raise ValueError with the file's name for damage; pyarrow's errors do not name it."""
     from pyarrow import ArrowException  # optional: only this source needs it
 
     try:
         yield
     except (ArrowException, OSError) as error:
         if getattr(error, "errno", None):
-            raise  # of the disk
+            raise  # a fault of the disk
         raise ValueError(f"{file} is no readable parquet file: {error}") from None
 
 
@@ -182,7 +179,7 @@ def _class_names(file: Path, table: Any) -> tuple[str, ...]:
 
 
 def _entry(found: object, name: str) -> Any:
-    """What a JSON object has under a name; None where it has nothing, or is none."""
+    """The value of a key in a JSON object; None if it is missing, or `found` is no object."""
     return found.get(name) if isinstance(found, dict) else None
 
 

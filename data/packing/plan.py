@@ -90,7 +90,7 @@ class PackConfig:
 
     @property
     def values(self) -> dict[str, Any]:
-        """All settings by name; without those that the first release did not have, unless set.
+        """All settings by name; those added after the first release only where they are set.
 
         So the same request has the same digest and fingerprint in all releases.
         """

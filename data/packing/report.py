@@ -100,7 +100,7 @@ def _estimate(source: Source, names: list[str], config: PackConfig, workers: int
     if not sizes:
         return "their size is not known before the source is unpacked"
     seconds = (time.monotonic() - begin) / len(chosen) * len(names) / workers
-    # In a tar each image has a label, and both have a header and are filled up to 512 bytes.
+    # In a tar, each takes 3.5 x 512 bytes more: two headers, the label, half a block of padding.
     stored = (np.mean(sizes) + 3.5 * 512) * len(names)
     tried = f"of {len(chosen)} that were tried"
     damaged = f"; {bad} {tried} cannot be decoded" if bad else ""

@@ -1,7 +1,7 @@
 """Where images come from before they are packed: a source lists its images and reads one.
 
-The planning process lists them once; whichever process makes a shard reads them. A name contains
-all that reading needs, so that a plan can be sent to any process or node.
+The process that plans lists them once; the processes that make shards read them. An image's name
+contains all that reading needs, so that a plan can be sent to any process or node.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from data.packing.names import LINK_UP, is_image
 from data.progress import with_progress
 from data.transforms import png
 
-# Size in bytes and time of the last change in ns: they differ when a file was changed.
+# Size in bytes and modification time in ns of a file, by which changes are noticed.
 Stamp = tuple[int, int]
 
 
@@ -82,7 +82,7 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def unpacked_name(path: Path) -> str:
-    """Names what is unpacked of a file, by its path, size and time: no other's takes its place."""
+    """A name for the unpacked content of a file, which differs if path, size or time differ."""
     return hashlib.sha256(os.fsencode(f"{path.resolve()} {stamp_of(path)}")).hexdigest()[:16]
 
 
@@ -117,7 +117,7 @@ class Folder(Source):
         return name
 
     def paths(self) -> Iterator[str]:
-        """Paths below the root, of directories with a slash; none within packed datasets."""
+        """Paths below the root, directories with a trailing slash, except in packed datasets."""
         walk = os.walk(self.root, followlinks=True, onerror=self._refuse)
         for directory, directories, names in walk:
             inside = Path(directory).relative_to(self.root)
@@ -132,7 +132,7 @@ class Folder(Source):
             yield from ((inside / name).as_posix() for name in names)
 
     def _refuse(self, error: OSError) -> None:
-        """Stop at a directory that cannot be listed: its images would be missing."""
+        """Raise for a directory that cannot be listed: its images would be missing."""
         inside = Path(os.fspath(error.filename)).relative_to(self.root)
         raise ValueError(
             f"SOURCE = {self.root}: the directory {inside} cannot be listed "
@@ -165,7 +165,7 @@ class Zip(OneFile):
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """Each path, and as the zip names it: some programs on Windows write backslashes."""
+        """The zip's name for each path: some programs on Windows write backslashes."""
         names = self._archive.namelist()
         if any("/" in name for name in names):
             return {name: name for name in names}
@@ -187,7 +187,7 @@ class Zip(OneFile):
         try:
             return self._archive.read(self._names.get(name, name))
         except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            # Missing, encrypted or compressed by an unknown method, damaged.
+            # It is missing, encrypted, compressed by an unknown method, or damaged.
             raise ValueError(str(error)) from None
 
 
@@ -226,13 +226,13 @@ def read_extent(path: Path, offset: int, size: int) -> bytes:
 
 
 def _is_packed(directory: Path, names: set[str]) -> bool:
-    """Whether a directory with these names is a packed dataset, such as OUT within SOURCE."""
+    """Whether a directory that holds `names` is a packed dataset, such as OUT within SOURCE."""
     is_ours = WORK in names or (MANIFEST in names and is_manifest(directory / MANIFEST))
     return is_ours and not any(is_image(name) for name in names)
 
 
 def _leads_up(path: Path) -> bool:
-    """Whether a path is a link to a directory that it lies in: following it would never end."""
+    """Whether a path is a link to a directory that contains it, which would be an endless walk."""
     return path.is_symlink() and path.resolve() in (here := path.parent.resolve(), *here.parents)
 
 

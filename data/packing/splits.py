@@ -1,4 +1,4 @@
-"""Splits: what the names of a dataset's files say of them, and images held out of a source."""
+"""Splits: recognising them in the names of files, and holding out a part of a source."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ from data.packing.listing import Listing
 from data.packing.names import SPLIT
 
 Split = Literal["train", "val"]
-# The share of the images that --split holds out of training.
+# The share of each class that --split holds out of training, by default.
 VAL_SHARE = 0.1
 
 _PART = re.compile(r"(?P<head>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<tail>.*)")
@@ -36,7 +36,7 @@ def check_files(files: Sequence[Path], *, pattern: str) -> None:
 
 
 def splits_among(names: Iterable[str]) -> list[str]:
-    """The splits that files are named after, if these are several."""
+    """The splits in the names of files, if there are several of them."""
     found = {frozenset(_splits(name)) for name in names} - {frozenset()}
     return sorted(set().union(*found)) if len(found) > 1 else []
 
@@ -65,10 +65,10 @@ def _missing(names: Iterable[str]) -> list[str]:
 
 
 def split_of(listing: Listing, split: Split, *, held_out: float) -> Listing:
-    """The images to train on, or those held out: that share of each class, by hashes of the names.
+    """The images to train on, or the share `held_out` of each class, chosen by hashes of names.
 
-    At least one image of each class is held out, and one is left, where it has two. A dataset that
-    grows keeps nearly all images in their split.
+    Of a class with two or more images, at least one is held out and one is left. When the source
+    grows, nearly all images stay in their split.
 
     Raises:
         ValueError: no image can be held out.

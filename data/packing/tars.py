@@ -127,9 +127,7 @@ def scan_tar(path: Path, *, skipped: Counter[str] | None = None) -> list[TarSamp
 def index_tar(path: Path) -> tuple[Index, list[str], bool | None]:
     """The index (n,) of a tar, the names of its images, and whether they have labels.
 
-    The latter is None without images.
-
-    Images without labels have label 0 in the index.
+    Images without labels have label 0 in the index. Without images, the last value is None.
 
     Raises:
         ValueError: as `scan_tar`, only some images have a label, or a label is out of range.
@@ -157,9 +155,9 @@ def index_tar(path: Path) -> tuple[Index, list[str], bool | None]:
 
 
 def _members(path: Path, file: BinaryIO, skipped: Counter[str]) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar; after the last one, check that it ends as a tar must.
+    """The files in a tar; after the last one, check that the tar ends properly.
 
-    A link to another file of the tar is a second name of it; other links count as `skipped`.
+    A link to another file of the tar is yielded as a file; other links count as `skipped`.
     """
     end = 0
     found: dict[str, tarfile.TarInfo] = {}
@@ -193,7 +191,7 @@ def _members(path: Path, file: BinaryIO, skipped: Counter[str]) -> Iterator[tarf
 def _second_names(
     links: list[tarfile.TarInfo], found: dict[str, tarfile.TarInfo], skipped: Counter[str]
 ) -> Iterator[tarfile.TarInfo]:
-    """Links as the files that they lead to, each with the link's name."""
+    """The files that links lead to, each with the name of the link."""
     waiting = {posixpath.normpath(link.name): link for link in links}
     while waiting:
         known = {name: _target(link) for name, link in waiting.items() if _target(link) in found}
@@ -208,7 +206,7 @@ def _second_names(
 
 
 def _target(link: tarfile.TarInfo) -> str:
-    """What a link leads to: from the top of the tar, or if symbolic from where it lies."""
+    """The path that a link leads to: a symbolic one is relative to its own directory."""
     above = posixpath.dirname(link.name) if link.issym() else ""
     return posixpath.normpath(posixpath.join(above, link.linkname))
 
@@ -254,7 +252,7 @@ def _with_word_labels(
 ) -> list[TarSample]:
     """Take the label of samples without one from their `.txt`, unless those are captions.
 
-    `texts` has the `.txt` of each sample that has one, by the name of its image.
+    `texts` are the `.txt` files, by the names of their samples' images.
     """
     words = {}
     for sample in samples:
