@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import LIMIT
+from trainer.ranks import process as processes
+from trainer.ranks.process import Process
 from trainer.run import lease
 from trainer.run.directory import Run
 
@@ -78,6 +80,16 @@ def test_a_live_writer_is_seen_by_a_user_to_whom_its_process_is_hidden() -> None
             found = subprocess.run([*look, place], cwd=ROOT, capture_output=True, text=True)
             assert found.stdout.strip() == said, found.stderr
             kill(holder)
+
+
+def test_a_machine_without_a_name_of_its_start_has_one_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a sandbox, whose /proc lacks most of /proc/sys."""
+    monkeypatch.setattr(processes, "_BOOT", tmp_path / "boot_id")
+    named = processes.machine()
+    assert socket.gethostname() in named and named == processes.machine()
+    assert not Process.here().has_ended()
 
 
 def test_a_dead_writer_is_followed_at_once(tmp_path: Path) -> None:
