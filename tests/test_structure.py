@@ -127,7 +127,7 @@ def test_nothing_reads_the_log() -> None:
         assert "log.txt" not in template.read_text()
 
 
-@pytest.mark.parametrize("depth", [3], ids=["file"])
+@pytest.mark.parametrize("depth", [2, 3], ids=["room", "file"])
 def test_none_imports_itself_by_a_detour(depth: int) -> None:
     modules = {tuple(file.removesuffix(".py").split("/")): names for file, names in FILES.items()}
     arrows: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
