@@ -218,11 +218,16 @@ def test_names_of_devices_have_their_own_peak() -> None:
     assert datasheet("NVIDIA H100 80GB HBM3") == 989e12
     assert datasheet("NVIDIA H100 PCIe") == 756e12
     assert datasheet("NVIDIA A100-SXM4-40GB") == 312e12
+    assert datasheet("NVIDIA B300 SXM6 AC") == 2250e12 and datasheet("NVIDIA GB300") == 2500e12
+    assert datasheet("NVIDIA H20") == 148e12 and datasheet("AMD Instinct MI350X") == 2300e12
     assert datasheet("Tesla T4") == 65e12 and datasheet("NVIDIA L40S") == 362e12
     # No peak is better than that of a device whose name begins alike, or of a default.
-    unknown = ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400", "NVIDIA H20")
-    for name in (*unknown, "AMD Instinct MI355X", "NVIDIA GeForce GTX 1080"):
+    unknown = ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400", "NVIDIA H200X")
+    for name in (*unknown, "AMD Instinct MI210", "NVIDIA GeForce GTX 1080"):
         assert datasheet(name) is None, name
+    # Nor that of the whole device, or of a larger one of the same name.
+    assert datasheet("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert datasheet("NVIDIA GeForce RTX 4090 Laptop GPU") is None
 
 
 def test_utilisation_is_of_all_ranks_and_of_three_passes() -> None:

@@ -21,7 +21,9 @@ from trainer.planning import costs
 # The dense 16-bit TFLOP/s of a device, with fp32 accumulation, by words of its name; the first that
 # fits counts.
 _DATASHEET = {
+    "GB300": 2500.0,
     "GB200": 2500.0,
+    "B300": 2250.0,
     "B200": 2250.0,
     "GH200": 989.0,
     "H200": 989.0,
@@ -29,12 +31,14 @@ _DATASHEET = {
     "H100 NVL": 835.0,
     "H100": 989.0,
     "H800": 989.0,
+    "H20": 148.0,
     "A100": 312.0,
     "A800": 312.0,
     "L40S": 362.0,
     "L40": 181.0,
     "A6000": 155.0,
     "A40": 150.0,
+    "A30": 165.0,
     "A10G": 70.0,
     "A10": 125.0,
     "L4": 121.0,
@@ -42,6 +46,9 @@ _DATASHEET = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
     "T4": 65.0,
+    "MI355X": 2500.0,
+    "MI350X": 2300.0,
+    "MI325X": 1307.0,
     "MI300X": 1307.0,
     "MI250X": 383.0,
 }
@@ -98,7 +105,12 @@ def _short(value: float) -> str:
 
 
 def datasheet(name: str) -> float | None:
-    """Dense 16-bit FLOP/s of the device of that name; None for one that is not known."""
+    """Dense 16-bit FLOP/s of the device of that name; None for one that is not known.
+
+    A slice of a GPU, or the one of a laptop, has the name of what it has only a share of.
+    """
+    if re.search(r"\b(MIG|Laptop)\b", name):
+        return None
     found = (1e12 * t for words, t in _DATASHEET.items() if re.search(rf"\b{words}\b", name))
     return next(found, None)
 
