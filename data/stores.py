@@ -10,14 +10,13 @@ import os
 import select
 import shlex
 import signal
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import IO, Any
 
 from data import descriptors
@@ -75,13 +74,12 @@ class LocalStore(Store):
     """
 
     def __init__(self, root: str, *, sharers: int) -> None:
-        self._root, self._most = root, max(descriptors.share() // sharers, 1)
-        self._files: OrderedDict[str, _Open] = OrderedDict()
-        self._lock = threading.Lock()
+        self._root = root
+        self._open = lru_cache(maxsize=max(descriptors.share() // sharers, 1))(_Open)
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """As `Store.pieces`; an image is one piece."""
-        file = self._file(name)
+        file = self._open(os.path.join(self._root, name))
         # In parts: a call reads 2 GiB at most, and needs memory for all that it reads.
         while first < last and (piece := os.pread(file.number, min(last - first, _LARGE), first)):
             yield piece
@@ -93,20 +91,7 @@ class LocalStore(Store):
 
     def close(self) -> None:
         """Close all files."""
-        with self._lock:
-            self._files.clear()
-
-    def _file(self, name: str) -> _Open:
-        with self._lock:
-            if name in self._files:
-                self._files.move_to_end(name)
-                return self._files[name]
-        file = _Open(os.path.join(self._root, name))  # without the lock: it may take long
-        with self._lock:
-            self._files[name] = file
-            if len(self._files) > self._most:
-                self._files.popitem(last=False)
-        return file
+        self._open.cache_clear()
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
