@@ -24,10 +24,10 @@ from data.dataset import open_shards
 from data.exits import REFUSED, REPORTED, TO_BE_CONTINUED, exit_status, reported
 from data.manifest import MANIFEST, manifest_text, parse_manifest
 from data.packing import begun
-from data.packing.archives import open_source
 from data.packing.begun import Begun, Request
 from data.packing.claim import LEFT_OUT, PLAN, WORK, claimed
 from data.packing.jobs import Made, TooManyLeftOut, make_shard
+from data.packing.kinds import open_source
 from data.packing.listing import Listing
 from data.packing.options import FEW, parser
 from data.packing.plan import PackConfig, PackJob, PackPlan, plan
@@ -67,7 +67,9 @@ def pack(
         before, request = begun.load(out), wanted.values()
         start = before
         if start is None or start.request != request:
-            start = begun.begin(request, listing=wanted.listing(images), source=images)
+            listing = wanted.listing(images)
+            stamps = begun.stamps_of(images, listing.names)
+            start = Begun(request=request, listing=listing, stamps=stamps)
         work = plan(start.listing, source=wanted.source, out=out, config=wanted.config)
         if _already_packed(out, work, before=before, start=start, again=again):
             print(
@@ -209,13 +211,13 @@ def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
 def main(arguments: list[str] | None = None) -> int:
     """Run `python -m data.pack`; returns the exit status."""
     options = vars(parser().parse_args(arguments))
-    given = {field.name: options.pop(field.name) for field in fields(PackConfig)}
-    of = {f.name: options.pop(f.name) for f in fields(Request) if f.name in options}
+    config = {field.name: options.pop(field.name) for field in fields(PackConfig)}
+    request = {f.name: options.pop(f.name) for f in fields(Request) if f.name in options}
     workers, mpi = options.pop("workers"), options.pop("mpi")
     try:
         with pool.interrupted_by_signals():
             executor = _executor(workers, mpi)
-            wanted = Request(config=PackConfig(**given), **of)
+            wanted = Request(config=PackConfig(**config), **request)
             if options.pop("dry_run"):
                 return reported(lambda: dry_run(wanted, out=options["out"], workers=workers))
             pack(wanted, executor=executor, **options)

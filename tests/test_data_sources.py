@@ -15,8 +15,8 @@ from data.config import DataConfig
 from data.dataset import open_shards
 from data.exits import REFUSED
 from data.pack import main, pack
-from data.packing.archives import open_source
 from data.packing.begun import Request
+from data.packing.kinds import open_source
 from data.packing.plan import PackConfig
 from data.packing.tars import scan_tar
 from data.shards import main as shards_main

@@ -17,10 +17,10 @@ from typing import Any
 from data import files
 from data.dataset import class_names
 from data.manifest import MANIFEST, NO_CLASS
-from data.packing.archives import check_alone
 from data.packing.claim import WORK
 from data.packing.class_maps import by_directories, by_prefix, map_content, relabel
 from data.packing.jobs import left_out_of
+from data.packing.kinds import check_alone
 from data.packing.listing import Listing, renumber
 from data.packing.plan import PackConfig, PackJob, PackPlan
 from data.packing.sources import Source, Stamp
@@ -110,9 +110,28 @@ class Begun:
         return any(self.stamps[holder] != before.stamps[holder] for holder in common)
 
 
-def begin(request: Mapping[str, Any], *, listing: Listing, source: Source) -> Begun:
-    """The record of a packing that begins now."""
-    return Begun(request=request, listing=listing, stamps=_stamps(source, listing.names))
+def stamps_of(source: Source, names: Iterable[str]) -> dict[str, Stamp]:
+    """Size and time of each file that holds some of these images and can be reached."""
+    holders = list(dict.fromkeys(map(source.holder, names)))
+    parts = [holders[first : first + _PART] for first in range(0, len(holders), _PART)]
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        found = with_progress(
+            threads.map(lambda part: [(each, _stamp(source, each)) for each in part], parts),
+            said=lambda step: (
+                f"looked at {step.done} of {len(holders)} files, {step.rate:.0f} files/s, "
+                f"{step.left} left"
+            ),
+            total=len(holders),
+            units=len,
+        )
+        return {holder: stamp for part in found for holder, stamp in part if stamp is not None}
+
+
+def _stamp(source: Source, holder: str) -> Stamp | None:
+    try:
+        return source.stamp(holder)
+    except OSError:
+        return None  # reading it fails, too, and says why
 
 
 def again(begun: Begun, *, out: Path, source: Source) -> Begun:
@@ -122,7 +141,7 @@ def again(begun: Begun, *, out: Path, source: Source) -> Begun:
         ValueError: a file that holds many images was changed: it may hold others now.
     """
     missing = left_out_of(out)
-    fresh = _stamps(source, [name for missed in missing.values() for name in missed])
+    fresh = stamps_of(source, [name for missed in missing.values() for name in missed])
     for holder, stamp in fresh.items():
         if source.holds_many and begun.stamps.get(holder) not in (None, stamp):
             raise ValueError(f"{holder} was changed since the packing began: choose another OUT")
@@ -200,27 +219,3 @@ def _warn_of_missing_labels(listing: Listing, source: str) -> None:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _stamps(source: Source, names: Iterable[str]) -> dict[str, Stamp]:
-    """Size and time of each file that holds some of these images and can be reached."""
-    holders = list(dict.fromkeys(map(source.holder, names)))
-    parts = [holders[first : first + _PART] for first in range(0, len(holders), _PART)]
-    with ThreadPoolExecutor(_REQUESTS) as threads:
-        found = with_progress(
-            threads.map(lambda part: [(each, _stamp(source, each)) for each in part], parts),
-            said=lambda step: (
-                f"looked at {step.done} of {len(holders)} files, {step.rate:.0f} files/s, "
-                f"{step.left} left"
-            ),
-            total=len(holders),
-            units=len,
-        )
-        return {holder: stamp for part in found for holder, stamp in part if stamp is not None}
-
-
-def _stamp(source: Source, holder: str) -> Stamp | None:
-    try:
-        return source.stamp(holder)
-    except OSError:
-        return None  # reading it fails, too, and says why

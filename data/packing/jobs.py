@@ -22,8 +22,8 @@ from data import files
 from data.dataset import write_index
 from data.manifest import Shard
 from data.packing import claim
-from data.packing.archives import open_source
 from data.packing.claim import WORK
+from data.packing.kinds import open_source
 from data.packing.plan import PackConfig, PackJob
 from data.packing.sources import Source
 from data.tars import Index, ShardWriter
@@ -96,7 +96,7 @@ def make_shard(job: PackJob) -> Made:
         ValueError: the source is not what was planned.
         OSError: reading or writing failed.
     """
-    out = Path(job.out)
+    out = job.out
     record = out / WORK / f"{job.name}.json"
     if found := _finished(out, record):
         return found
@@ -244,6 +244,6 @@ def _finished(out: Path, record: Path) -> Made | None:
 
 
 @lru_cache(maxsize=1)
-def _source(text: str, out: str) -> Source:
+def _source(text: str, out: Path) -> Source:
     """The source, opened once in a process for all of its jobs."""
-    return open_source(text, staging=Path(out) / WORK)
+    return open_source(text, staging=out / WORK)

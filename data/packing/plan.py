@@ -121,7 +121,7 @@ class PackJob:
 
     name: str
     source: str
-    out: str
+    out: Path
     config: PackConfig
     first: int
     images: tuple[tuple[str, int], ...]
@@ -158,7 +158,7 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pac
         PackJob(
             name=f"{i:05d}",
             source=source,
-            out=str(out),
+            out=out,
             config=config,
             first=first,
             images=tuple(mixed[first : first + per_shard]),

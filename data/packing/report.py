@@ -9,10 +9,9 @@ import numpy as np
 from PIL import Image
 
 from data import progress
-from data.packing import begun
-from data.packing.archives import open_source
-from data.packing.begun import Request
+from data.packing.begun import Request, stamps_of
 from data.packing.jobs import Made, encode
+from data.packing.kinds import open_source
 from data.packing.listing import Listing
 from data.packing.plan import PackConfig, PackJob, plan
 from data.packing.sources import Source
@@ -79,7 +78,7 @@ def dry_run(wanted: Request, *, out: Path, workers: int) -> int:
     if len(listing.classes) > _LISTED:
         least, most = min(counts.values()), max(counts.values())
         print(f"  ... and {len(listing.classes) - _LISTED} more; {least} to {most} images each")
-    stamps = begun.begin({}, listing=listing, source=source).stamps
+    stamps = stamps_of(source, listing.names)
     print(f"{sum(size for size, _ in stamps.values()) / 2**20:.1f} MiB in {len(stamps)} files")
     print(f"{len(work.jobs)} shards, {_estimate(source, listing.names, wanted.config, workers)}")
     return 0

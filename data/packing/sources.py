@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -191,6 +192,27 @@ class Zip(OneFile):
             raise ValueError(str(error)) from None
 
 
+class Lmdb(OneFile):
+    """LSUN's layout: a database of one category, image files by key."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory / "data.mdb")
+
+    def listing(self) -> Listing:
+        """As `Source.listing`."""
+        with _database(self._path.parent).begin() as transaction:
+            keys = [key.decode("latin-1") for key in transaction.cursor().iternext(values=False)]
+        return Listing(names=keys, labels=[0] * len(keys), classes=(self._path.parent.name,))
+
+    def read(self, name: str) -> bytes:
+        """As `Source.read`."""
+        with _database(self._path.parent).begin() as transaction:
+            found = transaction.get(name.encode("latin-1"))
+        if found is None:
+            raise ValueError("it is no longer there")
+        return bytes(found)
+
+
 class Archives(Source):
     """Files of one directory that hold many images each; a name begins with `FILE@`."""
 
@@ -234,6 +256,14 @@ def _is_packed(directory: Path, names: set[str]) -> bool:
 def _leads_up(path: Path) -> bool:
     """Whether a path is a link to a directory that contains it, which would be an endless walk."""
     return path.is_symlink() and path.resolve() in (here := path.parent.resolve(), *here.parents)
+
+
+@cache
+def _database(path: Path) -> Any:
+    """The database, opened once in a process: lmdb cannot open it a second time."""
+    import lmdb  # optional: only this source needs it
+
+    return lmdb.open(str(path), readonly=True, lock=False, readahead=False)
 
 
 @cache

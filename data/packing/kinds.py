@@ -1,14 +1,11 @@
-"""Which kind of source a path is; and LSUN's lmdb."""
+"""Which kind of source SOURCE is: opening it by its path."""
 
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from data.packing.arrays import Cifar, SampleFile, cifar_files
-from data.packing.listing import Listing
 from data.packing.names import is_image, litter
 from data.packing.parquet import Parquet
-from data.packing.sources import Digits, Folder, OneFile, Source, Zip
+from data.packing.sources import Digits, Folder, Lmdb, Source, Zip
 from data.packing.tars import Tars
 
 
@@ -80,32 +77,3 @@ def _files(path: Path, suffix: str) -> tuple[list[Path], str]:
 
 def _is_metadata(file: Path) -> bool:
     return file.suffix.lower() == ".parquet" and file.with_suffix(".tar").is_file()
-
-
-class Lmdb(OneFile):
-    """LSUN's layout: a database of one category, image files by key."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory / "data.mdb")
-
-    def listing(self) -> Listing:
-        """As `Source.listing`."""
-        with _database(self._path.parent).begin() as transaction:
-            keys = [key.decode("latin-1") for key in transaction.cursor().iternext(values=False)]
-        return Listing(names=keys, labels=[0] * len(keys), classes=(self._path.parent.name,))
-
-    def read(self, name: str) -> bytes:
-        """As `Source.read`."""
-        with _database(self._path.parent).begin() as transaction:
-            found = transaction.get(name.encode("latin-1"))
-        if found is None:
-            raise ValueError("it is no longer there")
-        return bytes(found)
-
-
-@cache
-def _database(path: Path) -> Any:
-    """The database, opened once in a process: lmdb cannot open it a second time."""
-    import lmdb  # optional: only this source needs it
-
-    return lmdb.open(str(path), readonly=True, lock=False, readahead=False)
