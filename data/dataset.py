@@ -18,11 +18,11 @@ import numpy as np
 
 from data import files, npz
 from data.config import FetchConfig, expanded, is_local, shown
-from data.index import parse_index
+from data.index import Index, parse_index
 from data.manifest import MANIFEST, NO_CLASS, Manifest, Shard, parse_manifest
 from data.reader import Reader
 from data.stores import FINAL
-from data.tars import HEADER, Index, read_header
+from data.tars import HEADER, read_header
 
 # Shards that are checked at once; each asks for two sizes and reads at most one index.
 _REQUESTS = 32

@@ -1,6 +1,6 @@
 """The index of a shard: `NAME.idx.npy` holds place, label and checksum of every image in NAME.tar.
 
-One row per image, of `data.tars.INDEX_DTYPE`, in the order of the tar.
+One row per image, of `INDEX_DTYPE`, in the order of the tar.
 """
 
 import io
@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data.tars import INDEX_DTYPE, Index
+# One row of an index; offset, size and crc32 are those of the image's payload.
+INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
+Index = NDArray[np.void]
 
 # numpy parses an array's header with `ast`, which in Python 3.11 is not safe in two threads.
 _READING = threading.Lock()

@@ -22,11 +22,12 @@ from data.config import FetchConfig, is_local, shown
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, place_text, reported
 from data.export import export
+from data.index import Index
 from data.order import packed_place
 from data.packing.indexing import index_directory, merge
 from data.pool import interrupted_by_signals
 from data.reader import Reader
-from data.tars import HEADER, Index
+from data.tars import HEADER
 from data.transforms import UNDECODABLE, Pixels, decode
 
 # Thumbnails on a contact sheet.

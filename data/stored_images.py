@@ -14,9 +14,9 @@ import numpy as np
 from data.cache import CachedReader
 from data.config import FetchConfig, expanded, is_local
 from data.dataset import Shards
-from data.index import first_row
+from data.index import INDEX_DTYPE, Index, first_row
 from data.reader import Reader
-from data.tars import HEADER, INDEX_DTYPE, Index, read_header
+from data.tars import HEADER, read_header
 
 _ADVICE = "run `python -m data.shards verify --full`"
 

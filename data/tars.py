@@ -9,14 +9,11 @@ from functools import cache
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
+
+from data.index import INDEX_DTYPE, Index
 
 # Bytes of a tar header; the payload follows it.
 HEADER = 512
-
-# One row of an index; offset, size and crc32 are those of the image's payload.
-INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")])
-Index = NDArray[np.void]
 
 
 class ShardWriter:

@@ -11,11 +11,11 @@ import pytest
 
 from data.dataset import Shards, open_shards
 from data.exits import REFUSED
+from data.index import INDEX_DTYPE
 from data.manifest import manifest_text, parse_manifest
 from data.npz import npy
 from data.packing.indexing import index_directory
 from data.shards import main as shards_main
-from data.tars import INDEX_DTYPE
 from tests.support.data_fixtures import image_file, pack_folder, write_shards
 from tests.support.data_server import serving
 from tests.support.data_streams import epoch

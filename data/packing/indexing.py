@@ -11,12 +11,12 @@ from typing import Any
 from data import files
 from data.config import is_local, shown
 from data.dataset import Shards, open_shards, write_index
+from data.index import Index
 from data.manifest import MANIFEST, NO_CLASS, Shard, check_name, manifest_text
 from data.packing.layout import classes_of_tars
 from data.packing.splits import splits_among
 from data.packing.tars import index_tar
 from data.progress import with_progress
-from data.tars import Index
 
 
 def index_directory(root: Path, *, out: Path | None = None) -> Shards:

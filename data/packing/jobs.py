@@ -20,13 +20,14 @@ from PIL import Image
 
 from data import files
 from data.dataset import write_index
+from data.index import Index
 from data.manifest import Shard
 from data.packing import claim
 from data.packing.claim import WORK
 from data.packing.kinds import open_source
 from data.packing.plan import PackConfig, PackJob
 from data.packing.sources import Source
-from data.tars import Index, ShardWriter
+from data.tars import ShardWriter
 from data.transforms import UNDECODABLE, center_crop, halve_and_scale, open_over
 
 # Errors of reading that concern one file; any other one stops the packing.

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data.index import INDEX_DTYPE, Index
 from data.manifest import MANIFEST, NO_CLASS, is_manifest, parse_manifest
 from data.packing.labels import (
     LABEL_KEYS,
@@ -32,7 +33,7 @@ from data.packing.listing import Listing, by_label_if_any
 from data.packing.names import IMAGE_SUFFIXES, USUAL_SUFFIXES, kind, litter
 from data.packing.sources import Archives, read_extent
 from data.packing.splits import check_files
-from data.tars import HEADER, INDEX_DTYPE, Index
+from data.tars import HEADER
 
 _PIECE = 1 << 20
 
