@@ -24,7 +24,7 @@ from data.exits import CommandParser
 from trainer import common
 from trainer.adm.config import check
 from trainer.config.sections import FEWEST_SAMPLES
-from trainer.evaluation import held_out, outputs, plots, sweeps
+from trainer.evaluation import held_out, outputs, plots
 from trainer.evaluation import reference as references
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Extracted
@@ -61,7 +61,7 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
     every = agreed(lambda: _open_all(arguments.samples))
     option, scales = "", [0.0]
     if arguments.plot is not None:
-        option, scales = agreed(lambda: sweeps.scales_of(every))
+        option, scales = agreed(lambda: plots.scales_of(every))
     evaluator = _evaluator(arguments, world=world, device=device)
     _check_earlier(arguments, evaluator, every)
     reference = evaluator.reference(arguments.reference, size=every[0].size)
@@ -74,7 +74,7 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
         _say(table(dict(zip((str(each.path) for each in every), results, strict=True))))
     if (path := arguments.plot) is not None:
         of_scales = dict(zip(scales, results, strict=True))
-        from_main(lambda: sweeps.plot(path, of_scales, option=option, count=every[0].count))
+        from_main(lambda: plots.sweep(path, of_scales, option=option, count=every[0].count))
         if world.is_main:
             _say(f"written: {path}")
     return 0

@@ -1,6 +1,7 @@
 """The only module that imports matplotlib: figures of the paper's form, as PNG, PDF or SVG."""
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import TYPE_CHECKING
 
 from data import files
 from trainer.adm.config import check
-from trainer.evaluation.results import Figure
+from trainer.evaluation.results import Figure, Results, short
+from trainer.sampling.samplefile import Samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Picture
 
 _SUFFIXES = (".png", ".pdf", ".svg")
+# What a sweep of `python -m trainer.sample` may be over, and the value that stands for none.
+_OPTIONS = {"scale": 0.0, "cfg": 1.0}
 
 
 def check_plot(path: Path | None) -> None:
@@ -32,43 +36,82 @@ def is_possible() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def sweep(
-    path: Path, points: Mapping[float, Mapping[str, Figure]], *, along: str, count: str
-) -> None:
+def scales_of(samples: Sequence[Samples]) -> tuple[str, list[float]]:
+    """The option that the samples differ in, and its value for each; ValueError for no one plot."""
+    counts = {each.count for each in samples}
+    if len(counts) > 1:
+        raise ValueError(f"--plot: samples of different numbers, {sorted(counts)}: draw as many")
+    drawn = [_drawn(each) for each in samples]
+    differing = [name for name in _OPTIONS if len({each[name] for each in drawn}) > 1]
+    if len(differing) != 1:
+        found = "both" if differing else "neither"
+        raise ValueError(f"--plot: the samples must differ in --scale or in --cfg: {found} differ")
+    values = [each[differing[0]] for each in drawn]
+    if len(set(values)) < len(values):
+        raise ValueError(f"--plot: two of the samples have the same --{differing[0]}")
+    return differing[0], values
+
+
+def _drawn(samples: Samples) -> Mapping[str, float]:
+    """The value of each option."""
+    record = samples.record
+    if record is None:
+        raise ValueError(f"--plot: {samples.path} does not say how it was drawn")
+    found: dict[str, float] = {}
+    for name, none in _OPTIONS.items():
+        value = record.get(name)
+        if record.get("low_res") is not None:
+            # It was enlarged: the guidance was that of its base, which its name tells.
+            value = _named(samples.path, name)
+        found[name] = none if value is None else float(value)
+    return found
+
+
+def _named(path: Path, option: str) -> str | None:
+    """The value that the name of a sweep's output gives: samples-scale0.5.npz."""
+    found = re.search(rf"-{option}([0-9.]+(?:e[-+]?[0-9]+)?)(?:-|\.npz$|$)", path.name)
+    return found[1] if found else None
+
+
+def sweep(path: Path, results: Mapping[float, Results], *, option: str, count: int) -> None:
     """Precision and recall, FID and the inception score against a scale: the paper's Figure 4.
 
-    `points` has each scale's figures by name; `count` says of how many samples.
+    `results` are by the value of the `option` that the samples differ in, "scale" or "cfg"; each is
+    of `count` samples.
     """
-    figure = _figure(columns=2)
-    left, right = figure.subplots(1, 2)
-    at = sorted(points)
+    points = sorted(results.items())
+    along = {"scale": "scale of the classifier's gradient", "cfg": "classifier-free guidance"}
+    title, n = f"{count:,} samples", short(count)
+    picture = _figure(columns=2)
+    left, right = picture.subplots(1, 2)
 
     def line(axes: "Axes", name: str, label: str, color: str) -> None:
-        found = [points[x][name] for x in at]
-        values = [each.value for each in found]
-        errors = [each.error or 0.0 for each in found]
-        axes.errorbar(at, values, errors, label=label, color=color, marker="o", capsize=2)
-        axes.set_xlabel(along)
+        scales = [scale for scale, _ in points]
+        figures = [each.figures[f"{name}_{n}"] for _, each in points]
+        values = [figure.value for figure in figures]
+        errors = [figure.error or 0.0 for figure in figures]
+        axes.errorbar(scales, values, errors, label=label, color=color, marker="o", capsize=2)
+        axes.set_xlabel(along[option])
 
-    first = points[at[0]]
-    if "precision" in first:
+    there = points[0][1].figures
+    if f"precision_{n}" in there:
         line(left, "precision", "precision", "C0")
         line(left, "recall", "recall", "C1")
         left.set_ylim(0, 1)
         left.legend()
-    left.set_title(f"{count} samples")
+    left.set_title(title)
     line(right, "fid", "FID", "C2")
     right.set_ylabel("FID (lower is better)")
     handles, labels = right.get_legend_handles_labels()
-    if "is" in first:
+    if f"is_{n}" in there:
         other = right.twinx()
         line(other, "is", "IS", "C3")
         other.set_ylabel("inception score (higher is better)")
         more = other.get_legend_handles_labels()
         handles, labels = [*handles, *more[0]], [*labels, *more[1]]
     right.legend(handles, labels)
-    right.set_title(f"{count} samples")
-    _save(figure, path)
+    right.set_title(title)
+    _save(picture, path)
 
 
 @dataclass(frozen=True)
