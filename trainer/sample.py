@@ -48,7 +48,7 @@ def sample(arguments: argparse.Namespace, *, context: RankContext, state: JobSta
     """Draw what was asked for; returns the exit status."""
     agreed(lambda: check_options(arguments))
     common.check(common.software())
-    # A run may have a newer checkpoint by now than its images are drawn of.
+    # Images that an earlier start has begun are drawn from the same checkpoint, if it is there.
     inputs = from_main(lambda: SampleInputs.find(arguments, begun=begun(arguments.out)))
     checksum = from_main(lambda: low_res_checksum(arguments.low_res, inputs=inputs))
     device = context.device
@@ -73,7 +73,7 @@ def sample(arguments: argparse.Namespace, *, context: RankContext, state: JobSta
 
 
 def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
-    """Check that every output can be written, or raise ValueError; what they need, in words."""
+    """The disk space that the outputs need, in words; ValueError where one cannot be written."""
     paths = [job.output.path for job in (*jobs, *later)]
     if twice := {path for path in paths if paths.count(path) > 1}:
         raise ValueError(
@@ -88,7 +88,7 @@ def _check_outputs(jobs: Sequence[DrawJob], later: Sequence[DrawJob]) -> str:
 
 
 def check_options(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for options that would be ignored, and values that mean nothing."""
+    """Raise ValueError for options that would have no effect, and for values out of range."""
     _check_values(arguments)
     guided = arguments.classifier is not None
     scale, at = arguments.scale, arguments.guide_at

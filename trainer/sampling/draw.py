@@ -50,7 +50,7 @@ class SamplerConfig:
     def of(
         cls, config: Config, *, steps: str, seed: int, cfg: float | None = None
     ) -> "SamplerConfig":
-        """By default: `steps` such as "ddim25" are DDIM's, without noise, all others ancestral."""
+        """The sampler of a network's config; `steps` such as "250", or "ddim25" for DDIM's."""
         return cls(
             diffusion=Diffusion(config.diffusion, respacing=steps),
             seed=seed,
@@ -60,7 +60,7 @@ class SamplerConfig:
 
 
 def default_eta(steps: str) -> float | None:
-    """The eta of steps that are given without one; None for the ancestral sampler."""
+    """The eta where none is given: 0 for steps such as "ddim25", None (ancestral) for others."""
     return 0.0 if steps.startswith("ddim") else None
 
 
@@ -101,7 +101,7 @@ def draw(
 def _denoiser(
     net: nn.Module, labels: Tensor | None, low_res: Tensor | None, *, cfg: float | None
 ) -> Net:
-    """The net as samplers call it."""
+    """The net as a function of x, t and labels, with classifier-free guidance by `cfg` if any."""
 
     def denoise(x: Tensor, t: Tensor, y: Tensor | None = labels) -> Tensor:
         out: Tensor = net(x, t, y, low_res)
@@ -113,16 +113,19 @@ def _denoiser(
 
 
 def to_pixels(images: Tensor, *, truncate: bool = False) -> Tensor:
-    """float images (B, C, H, W) in [-1, 1] -> uint8; what is not a number is black.
+    """float images (B, C, H, W) in [-1, 1] -> uint8; NaN becomes black.
 
-    To the nearest grey level, or with `truncate` to the one below, as the published samples are.
+    Rounded to the nearest grey level, or with `truncate` down, as the published samples are.
     """
     levels = (images.nan_to_num(nan=-1.0) + 1) * 127.5
     return (levels if truncate else levels.round()).clamp(0, 255).to(torch.uint8)
 
 
 def tile(images: NDArray[np.uint8], *, columns: int | None = None) -> NDArray[np.uint8]:
-    """Lay uint8 (N, 3, H, W) out on a grid (3, rows, columns), small images enlarged to be seen."""
+    """Lay images, uint8 (N, 3, H, W), out as one picture (3, height, width).
+
+    Images below 32 px are enlarged by whole factors, so that they can be seen.
+    """
     count, _, height, width = images.shape
     zoom = max(1, 32 // height)
     columns = columns or int(np.ceil(np.sqrt(count)))
@@ -142,11 +145,11 @@ def draw_grid(
     shown: Batch | None,
     on_step: Callable[[], None],
 ) -> NDArray[np.uint8] | None:
-    """A run's grid, uint8 (3, H, W), on the main rank; None on others. All ranks must call it.
+    """The picture of a run's samples, uint8 (3, H, W), on the main rank; None on the others.
 
-    The network computes with `weights` themselves, where and in what precision they are.
-    An upsampler enlarges the images of `shown`, of which each rank has the share that
-    `grid_indices` names. `on_step` is called equally often on all ranks.
+    All ranks must call it. The network uses `weights` without a copy, on their device and in their
+    dtype. An upsampler enlarges `shown`: this rank's images of `grid_indices`. `on_step` is called
+    equally often on all ranks.
     """
     model = config.unet
     net = network_of(config, weights).eval()
@@ -176,16 +179,16 @@ def draw_grid(
             ).cpu()
             for part in torch.arange(len(indices)).split(size)
         ]
-    # The main rank has the most images.
+    # The main rank draws the most images; the others make up its number of calls.
     for _ in range((-(-every.samples_count // (size * world.size)) - len(mine)) * steps):
         on_step()
     return _collect(to_pixels(torch.cat(mine)).numpy(), count=every.samples_count, world=world)
 
 
 def grid_indices(every: IntervalConfig, *, world: World) -> Tensor:
-    """The images of the grid that this rank draws, (n,) int64: one in every so many.
+    """The images of the grid that this rank draws, (n,) int64: every `world.size`-th.
 
-    Ranks beyond the size of the grid draw an image that is not shown.
+    A rank that would have none draws one that is not shown, so that all ranks do the same.
     """
     return torch.arange(world.rank, max(every.samples_count, world.rank + 1), world.size)
 
@@ -202,14 +205,14 @@ def _collect(mine: NDArray[np.uint8], *, count: int, world: World) -> NDArray[np
 
 
 def _spread(indices: Tensor, count: int, classes: int | None) -> Tensor | None:
-    """Labels of a grid: all classes in turn where they fit, else evenly spread ones."""
+    """Labels of the grid's images: all classes in turn if they fit, else classes evenly spread."""
     if classes is None:
         return None
     return indices % classes if classes <= count else indices * classes // count % classes
 
 
 def check_shown(config: Config, stream: Stream, *, ranks: int) -> None:
-    """Raise ValueError where the shards or their workers do not suffice an upsampler's grids."""
+    """Raise ValueError where data.shards or data.prefetch_mb is too small for upsampled grids."""
     every, images = config.intervals, stream.shards.count
     if every.samples is None or config.unet.small_size is None:
         return
@@ -225,9 +228,9 @@ def check_shown(config: Config, stream: Stream, *, ranks: int) -> None:
 
 
 def shown(config: Config, stream: Stream, *, world: World) -> Batch | None:
-    """The first images of the shards, for an upsampler to enlarge in its grids.
+    """This rank's share of the shards' first images, which an upsampler enlarges in its grids.
 
-    All ranks must call it.
+    None where no grid needs them. All ranks must call it.
 
     Raises:
         Refused, Broken: one of them is damaged or cannot be read.

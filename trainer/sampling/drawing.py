@@ -1,4 +1,4 @@
-"""One output, and the ranks that draw it: each takes the next part that is missing."""
+"""All ranks draw an output: each takes the next part that is missing, until none is."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,16 +23,16 @@ from trainer.sampling.samplefile import RECORD
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """The ranks that draw."""
+    """Draws jobs on all ranks. All ranks make each call together."""
 
     context: RankContext
-    #: What is told of each batch.
+    #: Notes each part that is drawn, for `python -m launch`.
     state: JobState
-    #: Which of how many shares of the parts these ranks draw; other jobs draw the others.
+    #: (K, N): these ranks draw the parts K, K + N, ...; other processes draw the other shares.
     share: tuple[int, int] = (0, 1)
 
     def all(self, jobs: Sequence[DrawJob]) -> int:
-        """Draw jobs that share their networks; returns the exit status."""
+        """Draw jobs of the same networks, which are loaded once; returns the exit status."""
         todo = [job for job in jobs if not self._is_drawn(job)]
         if not todo:
             return 0
@@ -74,7 +74,7 @@ class Drawing:
         return is_drawn
 
     def _draw(self, job: DrawJob, sampler: PartSampler) -> bool:
-        """Draw the missing parts, each by the next rank that is free; whether all are there."""
+        """Draw the missing parts, each by the next rank that is free; False if it was stopped."""
         todo, turns = self._undrawn(job), Turns()
         progress = _Progress(job, parts=len(todo), steps=sampler.steps, context=self.context)
 
@@ -83,6 +83,7 @@ class Drawing:
             if self.context.preemption.stop_requested:
                 raise StoppedError
 
+        # Why this rank ended before all parts were taken: a fault, or "" for a signal.
         ended: str | None = None
         written = 0
         try:
@@ -92,9 +93,9 @@ class Drawing:
                 self.state.advance()
                 progress.show(turns.taken())
         except (StoppedError, OSError) as error:
-            turns.end()  # the others finish their parts
-            is_stopped, why = isinstance(error, StoppedError), files.reason(error)
-            ended = "" if is_stopped else f"part {todo[turn]}: {why}"
+            turns.end()  # no rank begins another part
+            is_fault = isinstance(error, OSError)
+            ended = f"part {todo[turn]}: {files.reason(error)}" if is_fault else ""
         everyone, counts = zip(*gather((ended, written)), strict=True)
         self.state.advance(sum(counts) - written)
         if faults := [f"rank {r}: {e}" for r, e in enumerate(everyone) if e]:
@@ -102,7 +103,7 @@ class Drawing:
         return all(each is None for each in everyone)
 
     def _write(self, job: DrawJob, write: Callable[[], str]) -> str:
-        """What `write` returns on the main rank; Broken where it cannot write."""
+        """Call `write` on the main rank; its result on all ranks, Broken where the disk fails."""
 
         def attempt() -> str:
             try:
@@ -113,7 +114,7 @@ class Drawing:
         return from_main(attempt)
 
     def _undrawn(self, job: DrawJob) -> list[int]:
-        """The missing or damaged parts; each rank checks its share, and all learn of all."""
+        """The missing or damaged parts, on all ranks; each rank checks some of those on disk."""
         share, shares = self.share
         listed = [part for part in from_main(job.output.listed) if part % shares == share]
         if listed:
@@ -135,7 +136,7 @@ class Drawing:
 
 
 class _Progress:
-    """How far the drawing of an output has come, shown on the main rank."""
+    """Shows on the main rank how far an output is: by step on a terminal, and by part."""
 
     def __init__(self, job: DrawJob, *, parts: int, steps: int, context: RankContext) -> None:
         world, clock = context.world, context.watchdog.clock
@@ -145,11 +146,11 @@ class _Progress:
         self._line = Progress(total=total, unit="denoising steps", shown=shown, clock=clock)
 
     def advance(self) -> None:
-        """This rank has made a denoising step."""
+        """Count a denoising step of this rank."""
         self._line.advance()
 
     def show(self, taken: int) -> None:
-        """A line about all ranks' batches, of which so many have been begun."""
+        """Print how many parts are done and the time left; all ranks together took `taken`."""
         if not self._world.is_main:
             return
         done = max(1, min(taken, self._parts) - self._world.size + 1)
@@ -160,7 +161,7 @@ class _Progress:
 
 
 def _publish_shares(job: DrawJob) -> str:
-    """Make the output if this share was the last one; otherwise what is missing."""
+    """Make the output if no part is missing; returns why it did not, or ""."""
     missing = job.output.parts - len(job.output.listed())
     try:
         if job.output.is_drawn():
@@ -176,7 +177,7 @@ def _publish_shares(job: DrawJob) -> str:
 
 
 def _publish(job: DrawJob, lease: Lease | None) -> str:
-    """Make the output of its parts, and draw its grid; nothing is missing then.
+    """Make the output of its parts, and the grid beside it; returns "".
 
     Raises:
         ValueError: a part is damaged, or another process has drawn the output.

@@ -21,7 +21,7 @@ _EVERY = 2.0
 
 
 class JobState:
-    """How a job stands, for programs; nothing is noted without a job."""
+    """Writes how a job stands, for programs; without a job (None) it writes nothing."""
 
     def __init__(self, job: Path | None) -> None:
         before = RunState.read(job) if job is not None else None
@@ -30,12 +30,12 @@ class JobState:
         self._has_failed = False
 
     def fail(self, why: str) -> None:
-        """Note that this start fails, whatever is drawn and noted until it has ended."""
+        """Note that this start has failed; what is noted after that is ignored."""
         self.note("failed", why)
         self._has_failed = True
 
     def note(self, state: State, why: str | None = None) -> None:
-        """Write the state, with the batches drawn by all starts."""
+        """Write the state, with the number of batches that all starts have drawn."""
         if self._job is not None and not self._has_failed:
             RunState(
                 state=state,
@@ -45,7 +45,7 @@ class JobState:
             ).write(self._job, writer=f"{socket.gethostname()}.{os.getpid()}")
 
     def advance(self, batches: int = 1) -> None:
-        """Note that so many more batches are drawn: a start without any has made no progress."""
+        """Note that more batches are drawn; a start that draws none has made no progress."""
         self._drawn += batches
         with suppress(OSError):  # the batches are on disk
             self.note("running")
@@ -53,7 +53,9 @@ class JobState:
 
 @contextmanager
 def noted(job: Path | None, *, preemption: Preemption) -> Iterator[JobState]:
-    """While entered, the job's state is "running"; then it is what was noted last.
+    """Claim the job, note that it is running, and watch for a request to stop it.
+
+    On leaving, an error is noted; otherwise the state is what the caller noted last.
 
     Raises:
         ValueError: another process draws for this job.

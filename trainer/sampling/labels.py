@@ -1,4 +1,4 @@
-"""The class of each drawn image: in turn, at random, from a file, or that of its low resolution.
+"""The class of each drawn image: in turn, at random, from a file, or its low-res image's.
 
 Labels are a pure function of the image's index, so they do not depend on ranks or interruptions.
 """
@@ -28,9 +28,9 @@ BALANCED, RANDOM = "balanced", "random"
 LOW_RES = "low-res"
 
 Names = Callable[[], Sequence[str]]
-"""The names of the classes, by number; asked for once, where classes are given."""
+"""Reads the names of the classes, by number; ValueError where they are not known."""
 Numbers = Callable[[], Mapping[str, int] | ValueError]
-"""The numbers of the classes, by name, or why they are not known."""
+"""The numbers of the classes by name, or the error that says why they are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,10 @@ def choose(
     names: Names,
     seed: int,
 ) -> Labels | None:
-    """The labels that `--labels` and `--classes` ask for, among `count` classes.
+    """The labels that `--labels` and `--classes` ask for, among `count` classes; None for none.
 
-    `low_res` (N,) are those of the images that are enlarged, if any are. None: there are no
-    classes.
+    `low_res` (N,) are the labels of the images to enlarge; `enlarges` says that there are such
+    images, which may have no labels.
 
     Raises:
         ValueError: a class that does not exist, options that contradict each other or the images,
@@ -107,7 +107,7 @@ def choose(
 
 
 def _numbers(names: Names) -> Numbers:
-    """The numbers by name, found once, where they are asked for: a file may have many labels."""
+    """`names` as numbers by name; read at the first call, once for all lines of a file."""
 
     @cache
     def found() -> Mapping[str, int] | ValueError:
@@ -120,10 +120,10 @@ def _numbers(names: Names) -> Numbers:
 
 
 def class_numbers(text: str, *, count: int, names: Numbers) -> Sequence[int]:
-    """The classes in "0-9,207,n01440764", or in a file of such lines, among `count`.
+    """The numbers of the classes in "0-9,207,n01440764", or in a file of such lines.
 
-    A line that is the name of a class is that class, also with a comma in it; a span is one of
-    numbers, also "3-3".
+    Names may have commas where they have a line of their own. Spans are of numbers; "3-3" is class
+    3 where "3" is also the name of another class.
 
     Raises:
         ValueError: a word is neither a number, nor a span of numbers, nor the name of a class, or
@@ -152,7 +152,7 @@ def class_numbers(text: str, *, count: int, names: Numbers) -> Sequence[int]:
 def read_labels(path: Path, *, count: int, names: Numbers) -> NDArray[Any]:
     """The labels (N,) in a file: a class on each line, an `.npy`, or `arr_1` of an `.npz`.
 
-    They are integers of any type; whether they are classes is still to be checked.
+    They are integers of any type, not yet checked to be below `count` where they are an array.
 
     Raises:
         ValueError: it is missing, empty, or something else.
@@ -188,7 +188,10 @@ def _array(path: Path) -> NDArray[Any]:
 
 
 def columns(labels: NDArray[np.int64] | None) -> int | None:
-    """Columns of a grid in which each has one class: the period of the labels, if it is short."""
+    """The period of the labels, up to 20: with so many columns, each column is of one class.
+
+    None where they have no such period, or are all equal.
+    """
     if labels is None or (labels == labels[0]).all():
         return None
     fitting = (n for n in range(2, min(21, len(labels))) if (labels[n:] == labels[:-n]).all())
@@ -204,7 +207,7 @@ def _words(line: str, names: Numbers) -> list[str]:
 
 
 def _number(word: str, *, count: int, names: Numbers) -> int:
-    """The class that a word is the number or the name of, among `count`."""
+    """The class, of `count`, whose number or name a word is; ValueError for neither or two."""
     is_number = bool(re.fullmatch(r"-?\d+", word))
     # Longer ones are in no range, and Python refuses to convert very long ones.
     number = int(word) if is_number and len(word) < 20 else -1

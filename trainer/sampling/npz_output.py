@@ -1,7 +1,8 @@
 """Parts that become the ADM evaluator's `.npz`: uint8 NHWC in `arr_0`, labels in `arr_1`.
 
-The parts are moved into the file a few at a time and removed, so that the disk never holds the
-images twice; a journal says which are in it, and an interrupted move is continued.
+Each part is an `.npz` of its own first. They are joined by moving a few at a time into the file, so
+that the disk never holds all images twice; a journal says which parts are moved, so that an
+interrupted move can be continued.
 """
 
 import json
@@ -20,7 +21,7 @@ from trainer.sampling.samplefile import RECORD
 
 # What the file is called while parts are moved into it.
 WHOLE = "whole.npz"
-# Bytes of parts that are moved between two entries of the journal.
+# How many bytes of parts are moved before the journal is written and they are removed.
 _MOVED = 2**26
 
 
@@ -64,7 +65,7 @@ class NpzOutput(Output):
         """As `Output.needed`."""
         there = sum(self._bytes(part) for part in self.listed())
         whole = self.images * self.size**2 * 3
-        # A few parts are there twice while they are moved.
+        # While a few parts are moved, the disk holds them twice.
         return whole - there + min(whole, max(_MOVED, self._bytes(0)))
 
     def assemble(self, labels: NDArray[np.int64] | None) -> Path:
@@ -88,7 +89,7 @@ class NpzOutput(Output):
         return self._whole
 
     def _move(self, stream: BinaryIO) -> dict[int, int]:
-        """Move all parts that have a file of their own; the checksums of all parts."""
+        """Move the parts that still have a file of their own; returns the CRC-32 of every part."""
         moved, left = self._moved(), numbered(self.work, ".npz")
         count = max(1, _MOVED // self._bytes(0))
         for group in (left[i : i + count] for i in range(0, len(left), count)):
@@ -105,7 +106,7 @@ class NpzOutput(Output):
         return moved
 
     def _checksum(self, stream: BinaryIO, moved: Mapping[int, int]) -> int:
-        """The checksum of the whole array, compared part by part with what was moved."""
+        """The CRC-32 of the whole array; ValueError where a part is not as it was moved."""
         total = zlib.crc32(self._header)
         for part in range(self.parts):
             content = self._content(stream, part)
@@ -132,7 +133,7 @@ class NpzOutput(Output):
         return stream.read(self._bytes(part))
 
     def _moved(self) -> dict[int, int]:
-        """The checksums of the parts that are in the file."""
+        """The CRC-32 of each part that was moved, as the journal has it."""
         try:
             return {int(part): crc for part, crc in json.loads(self._journal.read_text()).items()}
         except (OSError, ValueError):
@@ -149,15 +150,14 @@ class NpzOutput(Output):
         return int(np.prod(self._shape(part)))
 
     def _offset(self, part: int) -> int:
-        """The byte at which a part begins: the array is the first member of the file."""
+        """The byte of the file at which a part begins: the array is the file's first member."""
         header = len(_member_info(0).FileHeader(zip64=True)) + len(self._header)
         return header + part * self._bytes(0)
 
 
 def part_fault(file: Path, *, shape: Sequence[int], labels: NDArray[np.int64]) -> str | None:
-    """Why `file` is not a part with uint8 images of `shape`, (B, H, W, 3), and these labels (B,).
-
-    Reads every byte.
+    """What is wrong with a part's file, which must have uint8 images of `shape`, (B, H, W, 3), and
+    these labels (B,); None for nothing. Reads every byte.
     """
     try:
         images, recorded = npz.read(file, "images"), npz.read(file, "labels")
@@ -171,7 +171,7 @@ def part_fault(file: Path, *, shape: Sequence[int], labels: NDArray[np.int64]) -
 
 
 def _member_info(size: int) -> zipfile.ZipInfo:
-    """The entry of the images in the file, without their checksum."""
+    """The zip entry of the images' array of `size` bytes, still without its checksum."""
     info = zipfile.ZipInfo("arr_0.npy")
     info.CRC = info.header_offset = 0
     info.file_size = info.compress_size = size

@@ -1,8 +1,8 @@
-"""What is drawn, on disk: parts that are there in full or not at all, until the output is whole.
+"""What is drawn, on disk: an `.npz` file or a directory of shards, written part by part.
 
-An output is an `.npz` file or a directory of shards. While it is drawn, its parts are in a
-directory beside it, with the request that they are of: parts of two requests never mix. The output
-gets its name when all of it is on disk.
+While it is drawn, its parts are in a directory beside it (`work`), each in full or not at all, with
+the request that they are of, so that parts of two requests never mix. The output gets its name when
+all of it is on disk.
 """
 
 import json
@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from data import files
 from trainer.run import lease as leases
 from trainer.sampling.samplefile import open_samples, picture_record
 
-# The file beside the parts that has their request.
+# The file in `work` that holds the request.
 REQUEST = "request.json"
 # What requests of version 0.1 do not state.
 _EARLIER = {"noise": 1, "labels": "balanced", "pixels": "round", "cfg": None, "guide_at": "x_t"}
@@ -32,17 +32,17 @@ _EARLIER = {"noise": 1, "labels": "balanced", "pixels": "round", "cfg": None, "g
 class Output(ABC):
     """Where the images of one request go."""
 
-    #: Whether it is a directory; a file of that name has the same directory of parts.
+    #: A directory DIR/ and a file DIR.npz have the same `work`: `has_foreign` tells their parts.
     is_directory: bool
 
     def __init__(self, path: Path, *, work: Path, size: int, request: Mapping[str, Any]) -> None:
-        #: The file or directory that it becomes, and the directory of its parts.
+        #: The finished file or directory, and the directory of its parts.
         self.path, self.work = path, work
         #: What is drawn, and the height and width of its images.
         self.request, self.size = request, size
-        #: Entries of the request that are not known yet: those of an earlier start count.
+        #: Entries of the request that are not known yet; any recorded value is taken as equal.
         self.unknown: tuple[str, ...] = ()
-        #: The grid.
+        #: The PNG of the first images.
         self.picture = work.with_suffix(".png")
 
     @abstractmethod
@@ -51,7 +51,7 @@ class Output(ABC):
 
     @abstractmethod
     def listed(self) -> list[int]:
-        """The parts that seem to be there."""
+        """The parts that are on disk, not checked for damage."""
 
     @abstractmethod
     def fault(self, part: int, labels: NDArray[np.int64]) -> str | None:
@@ -59,15 +59,15 @@ class Output(ABC):
 
     @abstractmethod
     def has_foreign(self) -> bool:
-        """Whether parts are there of an output of the other kind, whose directory is the same."""
+        """Whether `work` holds parts of an output of the other kind (`is_directory`)."""
 
     @abstractmethod
     def needed(self) -> int:
-        """Bytes that what is still to be written takes at most; only estimated where compressed."""
+        """Bytes that are still to be written, at most; an estimate where images are compressed."""
 
     @abstractmethod
     def assemble(self, labels: NDArray[np.int64] | None) -> Path:
-        """Make the whole of all parts, in the directory of the parts; `labels` are all images'.
+        """Join all parts, within `work`; `labels` (N,) are those of all images.
 
         Raises:
             ValueError: a part was damaged since it was drawn.
@@ -109,17 +109,13 @@ class Output(ABC):
         return True
 
     def _wanted(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        """The request as it is recorded, if what was `found` is of it."""
+        """The request as JSON returns it; entries that are `unknown` are as in `found`."""
         plain: dict[str, Any] = json.loads(json.dumps(self.request))
         return plain | {name: found.get(name) for name in self.unknown}
 
     def _is_left(self, request: Mapping[str, Any]) -> bool:
-        """Whether the directory of the parts is what is left of an output of this request."""
-        if (
-            not self.work.exists()
-            or self.has_foreign()
-            or leases.live_holder(self.work) is not None
-        ):
+        """Whether `work` may be removed: no process uses it, and its parts are of this request."""
+        if not self.work.exists() or self.has_foreign() or leases.live_holder(self.work):
             return False
         recorded = _recorded(self.work / REQUEST)
         if recorded is None:
@@ -129,18 +125,17 @@ class Output(ABC):
         return recorded == request
 
     def _remove_work(self) -> None:
-        """Remove the directory of the parts, its request last: it says whose the others are."""
+        """Remove `work`, the request last: without it nothing says whose the parts are."""
         for name in set(os.listdir(self.work)) - {REQUEST}:
             path = self.work / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.work)
 
     def is_begun(self) -> bool:
-        """Whether the directory of the parts is there, of this request.
+        """Whether `work` is there, with this request.
 
         Raises:
-            ValueError: other images are half drawn, or it cannot be known of which request the
-                parts are.
+            ValueError: it holds parts of another request, or does not say of which.
         """
         recorded = _recorded(self.work / REQUEST)
         if recorded is None:
@@ -160,7 +155,7 @@ class Output(ABC):
         return True
 
     def check_picture(self) -> None:
-        """Raise ValueError unless the grid may be written: none is there, or this request's."""
+        """Raise ValueError where the grid would replace a picture of something else."""
         if not self.picture.exists():
             return
         found = picture_record(self.picture)
@@ -171,7 +166,7 @@ class Output(ABC):
             )
 
     def open(self) -> None:
-        """Make the directory of the parts, unless it is there; ValueError as `is_begun`."""
+        """Make `work`, unless it is there; ValueError as `is_begun`."""
         if self.is_begun():
             return
         try:
@@ -186,7 +181,7 @@ class Output(ABC):
 
     @property
     def writer(self) -> str:
-        """This process, so that one that was given up but lives on does not write its files."""
+        """The suffix of this process's partial files: one that was given up may still write."""
         return f"{socket.gethostname()}.{os.getpid()}.partial"
 
     @contextmanager
@@ -197,7 +192,7 @@ class Output(ABC):
             ValueError: another process is drawing them.
         """
         own = self.work if share == (0, 1) else self.work / f"share-{share[0]}-of-{share[1]}"
-        # A share that is being drawn is in the way of the whole, unless that has only to be joined.
+        # To draw all parts, no share may be being drawn; to join them when all are there, it may.
         draws_all = own == self.work and len(self.listed()) < self.parts
         shares = self.work.glob("share-*") if draws_all else ()
         for place in {self.work, own, *shares}:
@@ -210,13 +205,13 @@ class Output(ABC):
             lease.release()
 
     def check_free(self) -> None:
-        """Raise ValueError where something has the output's name, or that of its grid."""
+        """Raise ValueError where something else has the output's name, or that of its grid."""
         if self._is_taken():
             raise ValueError(f"{self.path} exists: name another --out, or remove it")
         self.check_picture()
 
     def publish(self, whole: Path) -> None:
-        """Give `whole` the output's name, and remove what was left of its parts.
+        """Give the joined parts the output's name, and remove `work`.
 
         Raises:
             ValueError: as `check_free`.
@@ -227,16 +222,16 @@ class Output(ABC):
         self._remove_work()
 
     def _is_taken(self) -> bool:
-        """Whether something has the output's name; an empty directory may be filled.
+        """Whether something has the output's name, other than an empty directory.
 
-        A link may not: a directory cannot be renamed to its name.
+        A link to one counts: a directory cannot be renamed to a link's name.
         """
         if self.path.is_symlink():
             return True
         return self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
 
     def _check_left(self) -> None:
-        """Return if a directory without a request holds nothing of value."""
+        """Raise ValueError if `work` has no request, but parts or files of something else."""
         parts = self.work
         left = sorted(os.listdir(parts)) if parts.exists() else []
         known = (REQUEST, "launch")
@@ -250,19 +245,22 @@ class Output(ABC):
 
 
 def numbered(directory: Path, suffix: str) -> list[int]:
-    """The parts of which a directory has a file; listing also refreshes a network file system."""
+    """The numbers N for which a directory has a file N + `suffix`, ascending.
+
+    Listing also refreshes what a network file system shows.
+    """
     names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
     stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
     return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
 def gib(size: int) -> str:
-    """Bytes in words."""
+    """A number of bytes in GiB, or in MiB below one."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def _recorded(record: Path) -> dict[str, Any] | None:
-    """The request that a directory of parts is of; None where the record is missing or damaged."""
+    """The request in a REQUEST file; None where it is missing or damaged."""
     try:
         found = json.loads(record.read_text())
     except (OSError, ValueError):
@@ -274,7 +272,10 @@ def _recorded(record: Path) -> dict[str, Any] | None:
 
 
 def begun(out: str) -> set[str]:
-    """Checksums of the weights of half-drawn outputs of an `--out`, and of what they enlarge."""
+    """Checksums of the weights that half-drawn outputs of `--out` are drawn with.
+
+    Also those of its finished bases, whose images are still to be enlarged.
+    """
     path = Path(out.rstrip("/").removesuffix(".npz"))
     name = re.compile(rf"{re.escape(path.name)}(-(scale|cfg)[-+.\de]+)*(-base)?\.parts")
     works = [work for work in path.parent.glob("*.parts") if name.fullmatch(work.name)]
@@ -287,9 +288,8 @@ def begun(out: str) -> set[str]:
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names: Sequence[str] = [*{**found, **wanted}]
     return "; ".join(
         f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
-        for name in names
+        for name in {**found, **wanted}
         if found.get(name) != wanted.get(name)
     )

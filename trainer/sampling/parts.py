@@ -1,4 +1,4 @@
-"""A request for samples, cut into parts, its job, and what draws one of the parts."""
+"""What is drawn (`SampleRequest`), by which networks and where to (`DrawJob`), part by part."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class DrawJob:
     classes: Sequence[str]
     #: The images that an upsampler enlarges.
     low_res: Samples | None
-    #: What tells its output from those of other scales: the end of its name.
+    #: The end of its output's name, which tells it from those of other scales: "-scale0.5".
     variant: str
 
     def all_labels(self) -> NDArray[np.int64] | None:
@@ -86,9 +86,9 @@ class DrawJob:
         return found.numpy()
 
     def conditions(self, first: int, last: int, *, device: torch.device) -> Tensor | None:
-        """What an upsampler is told of the images [first, last), float32 (B, 3, h, w).
+        """The low-resolution images [first, last) in [-1, 1], float32 (B, 3, h, w), or None.
 
-        Larger images are reduced to their area means, as in training.
+        Larger ones are reduced to their area means, as in training.
         """
         size = self.source.config.unet.small_size
         if self.low_res is None or size is None:

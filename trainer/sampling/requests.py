@@ -35,7 +35,7 @@ _IMAGES = 100
 
 
 def low_res_checksum(path: Path | None, *, inputs: SampleInputs) -> str | None:
-    """What identifies the images that are enlarged; None where none are. Errors as `base_jobs`."""
+    """The checksum of the images of `--low-res`; None without. Errors as `base_jobs`."""
     low_res = _open_low_res(path, source=inputs.denoiser)
     return None if low_res is None else low_res.checksum()
 
@@ -103,7 +103,7 @@ def _base_job(
     labels: Labels | None,
     low_res: Samples | None,
 ) -> DrawJob:
-    """The job of one scale and factor."""
+    """The job of one scale of the classifier and one factor of `--cfg`."""
     variant = f"-scale{request.scale:g}" if len(arguments.scale or ()) > 1 else ""
     variant += f"-cfg{request.cfg:g}" if len(arguments.cfg or ()) > 1 else ""
     end = variant if inputs.upsampler is None else f"{variant}-base"
@@ -123,7 +123,7 @@ def _base_job(
 def enlarging_job(
     base: DrawJob, *, upsampler: TrainedNetwork, arguments: argparse.Namespace
 ) -> DrawJob:
-    """The job that enlarges what `base` draws, as far as it is known before that is drawn."""
+    """The job that enlarges what `base` draws; `with_low_res` completes it once that is there."""
     labels = None
     if (given := base.all_labels()) is not None:
         labels = Labels(rule=LOW_RES, given=given)
@@ -159,20 +159,20 @@ def enlarging_job(
 
 
 def facts(jobs: Sequence[DrawJob]) -> dict[str, str]:
-    """What must be the same on all ranks that draw these jobs, by name."""
+    """The outputs and requests of jobs as text by name, which all ranks must have in common."""
     each = [{"out": job.output.path, **vars(job.request)} for job in jobs]
     return {name: ", ".join(dict.fromkeys(str(one[name]) for one in each)) for name in each[0]}
 
 
 def with_low_res(job: DrawJob, *, base: DrawJob, checksum: str) -> DrawJob:
-    """An `enlarging_job` whose low-resolution images are there now."""
+    """An `enlarging_job` with its low-resolution images, which `base` has drawn by now."""
     request = replace(job.request, low_res=checksum)
     job.output.request, job.output.unknown = vars(request), ()
     return replace(job, request=request, low_res=open_samples(base.output.path))
 
 
 def check_room(jobs: Sequence[DrawJob]) -> str:
-    """What all outputs need and what there is, in words; ValueError where that is not enough."""
+    """The disk space needed and free, in words; ValueError if there is too little."""
     out = jobs[0].output.path
     directory = files.nearest(out.absolute().parent)
     free, needed = shutil.disk_usage(directory).free, sum(job.output.needed() for job in jobs)
@@ -182,7 +182,7 @@ def check_room(jobs: Sequence[DrawJob]) -> str:
 
 
 def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | None:
-    """The images that an upsampler enlarges; ValueError where they are missing, or are others."""
+    """The images of `--low-res`; ValueError unless they are what this network needs, or none."""
     model = source.config.unet
     if (path is None) != (model.small_size is None):
         needs = f"needs --low-res with {model.small_size} px images" if model.small_size else ""
@@ -204,14 +204,14 @@ def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | Non
 
 
 def _check_names(theirs: Sequence[str] | None, *, network: TrainedNetwork) -> None:
-    """Raise ValueError unless images to enlarge have the network's classes, as far as known."""
+    """Raise ValueError where the names of the images' classes differ from the network's."""
     if differs := difference(trained_names(network), theirs, named=network.name):
         shards = shlex.quote(shown(network.config.data.shards))
         raise ValueError(f"--low-res: {differs}: pack the images with --classes-of {shards}")
 
 
 def _count(asked: int | None, *, low_res: Samples | None, labels: Labels | None) -> int:
-    """How many images are drawn: as many as there are low-resolution ones, or labels in a file."""
+    """How many images are drawn: by default all of --low-res or of a file of --labels."""
     limits = {"--low-res": low_res.count} if low_res is not None else {}
     if labels is not None and labels.given is not None and labels.rule != LOW_RES:
         limits["--labels"] = len(labels.given)
@@ -234,7 +234,7 @@ def _output(
 
 
 def _class_list(config: Config, labels: Labels | None, low_res: Samples | None) -> Sequence[str]:
-    """The names of the classes: the enlarged images' own, those of the training, or numbers."""
+    """The names of the classes: those of the enlarged images, of the training, or numbers."""
     if labels is None:
         return ()
     known = None if low_res is None else low_res.classes

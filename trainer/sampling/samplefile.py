@@ -1,6 +1,6 @@
 """Reading drawn images: an `.npz` in the ADM evaluator's layout, or a directory of shards.
 
-Images are read by their place, so that neither a file nor a dataset need fit in memory.
+Images are read by their position, so that neither a file nor a dataset need fit in memory.
 """
 
 import json
@@ -25,7 +25,7 @@ RECORD = "request"
 
 
 class Samples(Protocol):
-    """Images that are read by their place: what was drawn, or a packed dataset."""
+    """Images that are read by their position: drawn ones, or a packed dataset."""
 
     path: Path
     count: int
@@ -47,7 +47,7 @@ class Samples(Protocol):
         ...
 
     def checksum(self) -> str:
-        """What identifies the content; reads every byte of a file."""
+        """Identifies the content; reads every byte of a file."""
         ...
 
 
@@ -67,7 +67,7 @@ def open_samples(path: Path, *, size: int | None = None) -> Samples:
 
 
 def picture_record(picture: Path) -> dict[str, Any] | None:
-    """The request that a grid is of; None for other pictures."""
+    """The request recorded in a grid's PNG; None for other pictures."""
     try:
         with Image.open(picture) as image:
             found = json.loads(image.info[RECORD])
@@ -121,7 +121,7 @@ class NpzSamples:
 
 
 class ShardSamples:
-    """A packed dataset in its own order, on this machine's file systems."""
+    """A packed dataset in its own order, in a local directory."""
 
     def __init__(self, path: Path, *, size: int | None) -> None:
         self.path = path
@@ -131,13 +131,13 @@ class ShardSamples:
             raise ValueError(f"{path} holds images of different sizes: pack them with --size")
         self._side = side
         self.count, self.size = self.shards.count, (side, side)
-        # Copies: a kept view would keep its index's file open.
+        # `astype` copies: a view would keep the index's file open.
         count = len(self.shards.shards)
         labels = [self.shards.index(i)["label"].astype(np.int64) for i in range(count)]
         self.labels = np.concatenate(labels) if self.shards.labelled else None
         self.record = self.shards.made_by.get(RECORD)
         numbers = [str(i) for i in range(len(self.shards.classes))]
-        # Drawn images have numbers where the names were not known.
+        # Where the names were not known, drawn images have numbers in their place.
         is_named = self.shards.labelled and not (self.record and [*self.shards.classes] == numbers)
         self.classes: Sequence[str] | None = self.shards.classes if is_named else None
         self._ends = np.cumsum(self.shards.sizes)

@@ -1,6 +1,6 @@
-"""Parts that become a packed dataset: each is a shard, so nothing is written twice.
+"""Parts that become a packed dataset: each part is a shard, so nothing is copied to join them.
 
-The images are PNG, exactly as drawn. The next stage enlarges such a directory, and a network can
+The images are PNG, exactly as drawn. An upsampler can enlarge such a directory, and a network can
 be trained on it.
 """
 
@@ -78,7 +78,7 @@ class ShardOutput(Output):
         return bool(numbered(self.work, ".npz")) or (self.work / WHOLE).exists()
 
     def needed(self) -> int:
-        """As `Output.needed`: as if nothing were compressed."""
+        """As `Output.needed`, without PNG's compression."""
         left = self.images - len(self.listed()) * self.batch
         return max(left, 0) * self.size**2 * 3
 
