@@ -40,7 +40,7 @@ from trainer.sampling.samplefile import Samples, open_samples
 
 
 def _evaluator(arguments: argparse.Namespace, *, world: World, device: torch.device) -> Evaluator:
-    """The network and the ranks of one command."""
+    """What computes features, with the `--network` and `--batch` of the command line."""
     agreed(lambda: check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1"))
     return Evaluator(
         network=open_network(arguments.network, device=device),
@@ -81,7 +81,7 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
 
 
 def _open_all(paths: Sequence[Path]) -> list[Samples]:
-    """All samples, of one size, and enough of each."""
+    """Open all samples; ValueError where one has too few, or their sizes differ."""
     every = [open_samples(path) for path in paths]
     for one in every:
         if one.count < FEWEST_SAMPLES:
@@ -102,7 +102,7 @@ def _finish(
     network: FeatureNetwork,
     out: Path,
 ) -> Results:
-    """Compute and write the figures, on the main rank."""
+    """Compute, write and report the figures of one set of samples, on the main rank."""
     assert found is not None
     assert reference is not None
     about = {
@@ -177,7 +177,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 def _check_earlier(
     arguments: argparse.Namespace, evaluator: Evaluator, every: Sequence[Samples]
 ) -> None:
-    """Refuse figures that are there already of other samples, another reference or network."""
+    """Raise Refused where an earlier result is of other samples, another reference or network."""
     samples_of = dict(zip(_outs(arguments), every, strict=True))
     there = from_main(lambda: [path for path in samples_of if path.exists()])
     if not there:
@@ -195,7 +195,7 @@ def _check_earlier(
 
 
 def _earlier(path: Path) -> dict[str, Any] | None:
-    """The checksums of what the figures in a file are of; None where it has none."""
+    """The checksums of the inputs of an earlier result; None where the file is no result."""
     about = (outputs.stored_json(path) or {}).get("about") or {}
     try:
         checksums = {name: about[name]["checksum"] for name in ("reference", "samples")}

@@ -1,4 +1,4 @@
-"""Samples of a run that trains, as features: every rank draws its parts and computes theirs.
+"""Features of samples of a run in training: every rank draws parts and computes their features.
 
 Image i is drawn from (seed 0, i) in a fixed part, as `python -m trainer.sample` draws it, so that
 samples do not depend on the number of ranks, and runs of different seeds can be compared.
@@ -20,7 +20,7 @@ from trainer.sampling.draw import SamplerConfig, draw, to_pixels
 from trainer.sampling.labels import Labels
 from trainer.validation import ValidationSet
 
-# Of labels and noise.
+# The seed of labels and noise, whatever that of the run.
 _SEED = 0
 
 
@@ -33,11 +33,11 @@ def features_of_samples(
     mark: Callable[[str], None],
     check: Callable[[], None],
 ) -> tuple[Share, int]:
-    """This rank's features of the samples that `[evaluation]` asks for, by a network of `weights`.
+    """Draw this rank's samples with `weights`, as `[evaluation]` asks, and compute their features.
 
-    Also how many of them were not finite; these are black. An upsampler enlarges the images of
-    `enlarged`. `check` is called after every denoising step, equally often on all ranks. All ranks
-    must call this.
+    Also returns how many samples were not finite; their features are those of black images. An
+    upsampler enlarges the images of `enlarged`. `check` is called after every denoising step,
+    equally often on all ranks. All ranks must call this.
 
     Raises:
         Refused: an image that is enlarged is damaged.
@@ -60,7 +60,7 @@ def features_of_samples(
         check()
 
     for indices, (labels, low_res) in zip(parts, conditions, strict=True):
-        if not len(indices):  # the others have a part in the last turn
+        if not len(indices):  # other ranks have a part in this last turn
             for _ in range(steps):
                 on_step()
             continue
@@ -79,7 +79,9 @@ def features_of_samples(
 
 
 def _parts(count: int, *, evaluator: Evaluator) -> list[Tensor]:
-    """The images of this rank's parts, as many parts on every rank; the last may be empty."""
+    """The indices of the images in this rank's parts; the last may be empty, so that all ranks have
+    as many parts.
+    """
     world, part = evaluator.world, evaluator.batch
     firsts = (first + world.rank * part for first in range(0, count, part * world.size))
     return [torch.arange(min(first, count), min(first + part, count)) for first in firsts]
@@ -88,7 +90,7 @@ def _parts(count: int, *, evaluator: Evaluator) -> list[Tensor]:
 def _conditions(
     parts: list[Tensor], *, config: Config, evaluator: Evaluator, enlarged: ValidationSet | None
 ) -> list[tuple[Tensor | None, Tensor | None]]:
-    """The classes (B,) and low-resolution images (B, 3, h, w) of each part, on the host."""
+    """The labels (B,) and low-resolution images (B, 3, h, w) of each part, on the CPU."""
     model, asked, world = config.unet, config.evaluation, evaluator.world
     if enlarged is not None:
         size = model.small_size

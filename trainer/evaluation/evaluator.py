@@ -1,4 +1,4 @@
-"""The ranks compute features of images together, of samples and of what they are compared with."""
+"""All ranks compute features together, of samples and of the images they are compared with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,22 +19,22 @@ from trainer.sampling.samplefile import Samples, open_samples
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """A network of features and the ranks that compute them. All ranks make each call together."""
+    """A feature network and the ranks that compute with it. All ranks make each call together."""
 
     network: FeatureNetwork
     world: World
     device: torch.device
     #: Images at once.
     batch: int
-    #: Hears what is done, on the main rank.
+    #: Prints a line about the progress; called on the main rank.
     say: Callable[[str], None] = lambda _: None
-    #: Hears how many images were done, on every rank.
+    #: Called on every rank with the number of images after each batch.
     on_images: Callable[[int], None] = lambda _: None
 
     def extract(self, samples: Samples, *, kept: Sequence[int]) -> Extracted | None:
-        """The features of all samples, each rank its share; those of the places `kept` (ascending).
+        """Statistics of the features of all samples, and the features of the images `kept`.
 
-        The main rank gets them.
+        `kept` are positions, ascending. Every rank computes a share; the main rank gets the result.
 
         Raises:
             Refused: an image is damaged, or its features are not finite.
@@ -45,7 +45,9 @@ class Evaluator:
         return joined(mine, count=samples.count, kept=kept, device=self.device)
 
     def check(self, path: Path, *, size: tuple[int, int]) -> Reference | Samples:
-        """A reference file's content, or the images that one is, for samples of a size.
+        """Open a reference for samples of a height and width, without computing features.
+
+        Returns the content of a file of statistics, otherwise the images to compare with.
 
         Raises:
             Refused: there is none, it is damaged, or is of another size or network.
@@ -56,10 +58,13 @@ class Evaluator:
         return found
 
     def check_samples(self, count: int, *, side: int, reference: Path) -> None:
-        """Return if the network takes so many samples of a side, and the reference is of its kind.
+        """Return if `count` samples of `side` pixels can be compared with a reference.
+
+        The network is tried on black images, in the batch sizes that there will be.
 
         Raises:
-            Refused: as `check`, or the network does not take them, or they are too few.
+            Refused: as `check`, or the network does not take such images, or the reference does
+                not fit the network's features or has too few images.
         """
         found = self.check(reference, size=(side, side))
 
@@ -74,7 +79,7 @@ class Evaluator:
         agreed(compute)
 
     def reference(self, path: Path, *, size: tuple[int, int]) -> Reference | None:
-        """A reference file's content, or that of images, on the main rank.
+        """The reference with the features that it lacks, which are computed; on the main rank.
 
         Raises:
             Refused: as `check`, or an image is damaged.
@@ -90,7 +95,7 @@ class Evaluator:
     def _open(
         self, path: Path, *, size: tuple[int, int]
     ) -> tuple[Reference | None, Samples | None]:
-        """The content of a reference file, and the images whose features are still unknown."""
+        """The content of a file of statistics, and the images whose features are to be computed."""
         if from_main(lambda: references.is_statistics(path)):
             return agreed(lambda: references.load(path, network=self.network, size=size))
         samples = agreed(lambda: open_samples(path, size=size[0]))

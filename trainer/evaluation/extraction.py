@@ -1,4 +1,4 @@
-"""Features of many images, computed by all ranks and brought together on the main rank."""
+"""Features of many images, computed by all ranks and gathered on the main rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from trainer.evaluation.figures import Moments, Statistics, merged
 from trainer.evaluation.inception import Features
 from trainer.ranks.group import gather, gather_to_main
 
-# Every figure's spread is that over as many interleaved parts of the images.
+# A figure's standard error is from its values on so many interleaved parts of the images.
 PARTS = 4
 
 
@@ -22,8 +22,8 @@ PARTS = 4
 class Extracted:
     """What figures are computed from, on the main rank.
 
-    Statistics are over all images and, where there are enough, over every `PARTS`-th image from
-    the first, the second, ... on.
+    `pool` and `spatial` have the statistics of all images and then, if there are enough images,
+    those of each of the `PARTS` parts: part i has the images i, i + PARTS, ...
     """
 
     count: int
@@ -40,9 +40,9 @@ class Extracted:
 def joined(
     mine: "Share", *, count: int, kept: Sequence[int], device: torch.device
 ) -> Extracted | None:
-    """What all ranks have computed of `count` images; features of the places `kept` (ascending).
+    """Bring together what the ranks have computed of `count` images, on the main rank.
 
-    All ranks must call it; the main rank gets the result.
+    Features are those of the positions `kept` (ascending). All ranks must call it.
     """
     wanted = set(kept)
     chosen = [row for row, place in enumerate(mine.places) if place in wanted]
@@ -73,7 +73,7 @@ def joined(
 
 
 class Share:
-    """What one rank has computed."""
+    """What one rank has computed of its images."""
 
     def __init__(self) -> None:
         self.places: list[int] = []
@@ -84,9 +84,9 @@ class Share:
         self.spatial_moments: list[Moments] = []
 
     def add(self, first: int, found: Features, *, images: NDArray[np.uint8] | None = None) -> None:
-        """The features of images from the place `first` on.
+        """Add the features of n images, whose positions are `first`, `first` + 1, ...
 
-        Among `images` (n, H, W, 3), where they are given, copies are counted.
+        Where the images (n, H, W, 3) are given, equal ones are counted.
         """
         pool, spatial, logits = found
         given = () if images is None else images
@@ -108,14 +108,14 @@ def _new(columns: int, *, device: torch.device) -> list[Moments]:
 
 
 def _add(moments: Sequence[Moments], rows: Tensor, *, first: int) -> None:
-    """Add rows of the images from the place `first` on, each to the part that it belongs to."""
+    """Add rows of the images from position `first` on, each to the part that it belongs to."""
     part_of = torch.arange(first, first + len(rows), device=rows.device) % PARTS
     for part, own in enumerate(moments):
         own.add(rows[part_of == part])
 
 
 def _reduced(mine: Sequence[Moments], *, device: torch.device) -> list[Moments]:
-    """The moments over the rows of all ranks; a rank may have none."""
+    """Each part's moments over the rows of all ranks; a rank may have none."""
     columns = max(gather(len(mine[0].origin) if mine else 0))
     if not columns:
         return []
@@ -131,9 +131,8 @@ def _reduced(mine: Sequence[Moments], *, device: torch.device) -> list[Moments]:
 
 
 def _statistics(parts: Sequence[Moments]) -> tuple[Statistics, ...]:
-    """Of the whole, and of each part; none where there is nothing."""
+    """The statistics of all rows, and of each part if all have enough; none without rows."""
     if not parts:
         return ()
-    enough = [part for part in parts if part.count > 1]
-    of_parts = enough if len(enough) == PARTS else []
+    of_parts = parts if all(part.count > 1 for part in parts) else []
     return (merged(parts).statistics(), *(part.statistics() for part in of_parts))

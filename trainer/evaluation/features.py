@@ -27,10 +27,10 @@ from trainer.evaluation.inception import SOURCE, WEIGHTS, Features, Inception
 from trainer.networks import TrainedNetwork
 from trainer.ranks.group import agreed, from_main
 
-# Ahead of an exported network's path: it takes DINOv2's input.
+# The prefix of an exported network's path that says that it takes DINOv2's input.
 DINO = "dinov2:"
 _DINO_SIDE = 224
-# Of ImageNet, in units of 0..1.
+# Mean and standard deviation of ImageNet's channels, in units of 0..1.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The first hex digits of the published Inception weights' sha256.
 _PUBLISHED = WEIGHTS.rpartition("-")[2].removesuffix(".pth")
@@ -38,7 +38,7 @@ _PUBLISHED = WEIGHTS.rpartition("-")[2].removesuffix(".pth")
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureNetwork:
-    """A network and what identifies it in results."""
+    """A network that computes features, and what identifies it in results."""
 
     name: str
     sha256: str
@@ -47,7 +47,7 @@ class FeatureNetwork:
     compute: Callable[[Tensor], Features]
     #: Whether features are comparable to those in the ADM evaluator's reference files.
     is_inception: bool = False
-    #: What a reader of its figures must know.
+    #: A remark that is printed and kept with its figures.
     warning: str | None = None
 
 
@@ -73,7 +73,7 @@ def open_network(text: str, *, device: torch.device) -> FeatureNetwork:
 
 
 def _run(text: str, path: Path) -> TrainedNetwork | None:
-    """The classifier of a run; None for a file."""
+    """The classifier of a run directory; None where the path is a file."""
     if not path.exists():
         raise ValueError(
             f"network {text}: no such file or run. For the paper's figures, download {WEIGHTS} "

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of one set whose distances to all rows of another are in memory at once.
+# How many rows of one set have their distances to all rows of another in memory at once.
 _BLOCK = 2048
-# Neighbours that make the radius of a row, without itself.
+# The radius of a row is its distance to the k-th nearest other row, for this k.
 _NEIGHBOURS = 3
 # Images of a split of the inception score.
 SPLIT = 5000
@@ -40,11 +40,11 @@ class Statistics:
 
 
 class Moments:
-    """Sums over rows from which `Statistics` follow, added up block by block."""
+    """Sums over rows, added block by block, from which `Statistics` are computed."""
 
     def __init__(self, columns: int, *, device: torch.device | None = None) -> None:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
-        #: Sums are about this value, near the mean: sums about 0 would cancel.
+        #: Subtracted from each row first: near the mean, so that differences of sums stay exact.
         self.origin = torch.zeros(columns, dtype=torch.float64, device=device)
         self.total = torch.zeros_like(self.origin)
         self.square = torch.zeros(columns, columns, dtype=torch.float64, device=device)
@@ -81,17 +81,16 @@ def merged(parts: Sequence[Moments]) -> Moments:
     count = sum((part.count for part in parts), torch.zeros_like(parts[0].count))
     sums = [part.total + part.count * part.origin for part in parts]
     mean = sum(sums, torch.zeros_like(sums[0])) / count
-    moved = [part.about(mean) for part in parts]
     whole = Moments(len(mean), device=mean.device)
     whole.count, whole.origin = count, mean
-    for part in moved:
+    for part in (part.about(mean) for part in parts):
         whole.total += part.total
         whole.square += part.square
     return whole
 
 
 def statistics(rows: Tensor) -> Statistics:
-    """Of features (N, D), N of 2 or more."""
+    """The statistics of features (N, D), N of 2 or more."""
     moments = Moments(rows.shape[1], device=rows.device)
     for block in rows.split(_BLOCK):
         moments.add(block)
@@ -110,7 +109,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def frechet_of_features(x: Tensor, y: Tensor) -> float:
-    """The same from features (N, D) and (M, D), exact where rows are fewer than columns, too.
+    """The same from features (N, D) and (M, D), also exact with fewer rows than columns.
 
     tr (S1 S2)^(1/2) is the sum of the singular values of X Y^T / sqrt((N - 1)(M - 1)) of the
     centred features.
@@ -139,8 +138,8 @@ def inception_score(logits: Tensor, *, split: int = SPLIT) -> float:
 def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
     """Improved precision and recall, k = 3, of features (M, D) and (N, D).
 
-    A row is inside of a set if it is no further from one of its rows than that row's third
-    neighbour in the set.
+    Precision is the share of samples inside of the reference set, recall the reverse. A row is
+    inside of a set if it is within the `radii` of one of the set's rows.
     """
     reference, samples = reference.double(), samples.double()
     own = radii(reference), radii(samples)
@@ -150,7 +149,7 @@ def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
 
 
 def radii(rows: Tensor) -> Tensor:
-    """Squared distance of each of the rows (N, D), N above 3, to its third neighbour, (N,)."""
+    """Squared distance from each row of (N, D), N above 3, to its third nearest other row, (N,)."""
     rows = rows.double()
     found = [
         # The nearest row is the row itself.

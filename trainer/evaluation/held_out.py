@@ -36,18 +36,19 @@ from trainer.ranks.world import World
 from trainer.validation import SEED, Terms, ValidationSet, means
 from trainer.watch.metrics import QUARTERS
 
-# The commands, and the value that each one's results have.
+# The commands, and the entry by which the results of each are recognised.
 _OF = {"nll": "bits_per_dimension", "classifier": "loss"}
 COMMANDS = tuple(_OF)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A network and the images that it is measured on, on this rank."""
+    """A network and the images that it is measured on. All ranks make each call together."""
 
     network: TrainedNetwork
     images: ValidationSet
     net: nn.Module
+    #: Images at once.
     part: int
     world: World
     device: torch.device
@@ -56,10 +57,10 @@ class HeldOut:
     def open(
         cls, arguments: argparse.Namespace, *, world: World, device: torch.device
     ) -> "HeldOut":
-        """What the command line names. All ranks must call it.
+        """The network and images that the command line names.
 
         Raises:
-            Refused: something of it is not there, or does not fit.
+            Refused: one of them is not there, or they do not fit each other.
         """
         network = from_main(lambda: _find(arguments))
         images = agreed(lambda: _open_images(arguments, network, world=world))
@@ -68,7 +69,7 @@ class HeldOut:
         return cls(network, images, net, arguments.batch, world, device)
 
     def table(self, terms: Terms, *, progress: Callable[[int], None]) -> dict[str, Tensor]:
-        """As `ValidationSet.table`, of a network that nothing interrupts."""
+        """As `ValidationSet.table`, uninterrupted."""
         with torch.no_grad():
             table = self.images.table(
                 terms,
@@ -83,10 +84,10 @@ class HeldOut:
 
 
 def likelihood(held_out: HeldOut, *, steps: str | None) -> dict[str, Any]:
-    """Bits per dimension, their parts, and "vb" and "mse" by timestep. All ranks must call it.
+    """Bits per dimension, and the terms "vb" and "mse" by timestep. All ranks must call it.
 
-    `steps` respaces the diffusion, as for sampling; None visits all timesteps. An upsampler
-    is given the images' area means.
+    `steps` respaces the diffusion, as for sampling; None visits all timesteps. An upsampler is
+    given the images' area means.
     """
     config = held_out.network.config
     model = config.unet
@@ -143,7 +144,7 @@ def accuracy(held_out: HeldOut) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
-    """Do what the command line asks for; returns the exit status."""
+    """Measure, print and write what the command line asks for; returns the exit status."""
     agreed(lambda: _check_options(arguments))
     held_out = HeldOut.open(arguments, world=world, device=device)
     facts = {
@@ -172,7 +173,7 @@ def _say(text: str) -> None:
 
 
 def _lines(found: dict[str, Any], *, images: int) -> list[str]:
-    """The result as a person reads it."""
+    """The result as it is printed."""
     if "bits_per_dimension" in found:
         bits, error = found["bits_per_dimension"], found["standard_error"]
         return [
@@ -215,7 +216,10 @@ def _find(arguments: argparse.Namespace) -> TrainedNetwork:
 def _open_images(
     arguments: argparse.Namespace, network: TrainedNetwork, *, world: World
 ) -> ValidationSet:
-    """The images of `--data`, whose classes are those of the training set as far as it is known."""
+    """The images of `--data`; ValueError if their classes are not those of the training set.
+
+    Names of classes are compared if the training set is here.
+    """
     config = network.config
     check_files = world.local_rank == 0
     shards = open_shards(arguments.data, fetch=config.data, check_files=check_files)

@@ -1,8 +1,8 @@
 """Evaluation in training: samples of the first EMA, and their figures against a reference.
 
-All ranks draw and compute features, and the main rank compares. The figures are those of `python -m
-trainer.sample` and `trainer.evaluate` with the same settings, on any number of ranks. Nothing of
-the training is touched.
+All ranks draw samples and compute their features; the main rank computes the figures. They are
+those of `python -m trainer.sample` and `trainer.evaluate` with the same settings, on any number of
+ranks. No state of the training is changed.
 """
 
 import shlex
@@ -39,7 +39,7 @@ class Evaluation:
     evaluator: Evaluator
     #: The images that an upsampler enlarges.
     enlarged: ValidationSet | None
-    #: On the main rank, once its features are known.
+    #: Set by `with_reference`, on the main rank.
     reference: Reference | None = None
 
     @classmethod
@@ -51,10 +51,10 @@ class Evaluation:
         world: World,
         device: torch.device,
     ) -> "Evaluation | None":
-        """That of the config, if it asks for one, once all that it needs is there and fits.
+        """The evaluation that a config asks for, or None; what it needs is checked.
 
         Raises:
-            Refused, Broken: something is missing, damaged, of another size, or too little.
+            Refused, Broken: something is missing, damaged, of another size, or too small.
         """
         asked = config.evaluation
         if asked.reference is None or asked.network is None:
@@ -81,7 +81,7 @@ class Evaluation:
     def with_reference(
         self, *, mark: Callable[[str], None], say: Callable[[str], None]
     ) -> "Evaluation":
-        """This evaluation with the features of its reference.
+        """This evaluation with the features of its reference, which are computed here.
 
         Raises:
             Refused: an image of the reference is damaged, or there are too few.
@@ -113,7 +113,7 @@ class Evaluation:
     ) -> Results | None:
         """The figures of samples from the first EMA; None if a rank was `stopped` meanwhile.
 
-        `about` says in the results what was evaluated.
+        The results record `about`: the run, and its clock.
 
         Raises:
             Refused: an image that an upsampler enlarges is damaged.
@@ -143,7 +143,7 @@ class Evaluation:
     def _compare(
         self, found: Extracted | None, *, black: int, about: Mapping[str, str | int]
     ) -> Results:
-        """The figures, on the main rank; without finite features there are none."""
+        """The figures, on the main rank; none, but a warning, where features are not finite."""
         assert found is not None
         assert self.reference is not None
         asked, network, reference = self.config.evaluation, self.evaluator.network, self.reference
@@ -168,7 +168,7 @@ class Evaluation:
         return replace(results, figures={**results.figures, **counted})
 
     def cost(self) -> str:
-        """A line for the log about what it takes."""
+        """A line for the log: the share of the training's compute that evaluation takes."""
         every, asked = self.config.intervals.evaluate, self.config.evaluation
         assert every is not None
         passes = (
@@ -184,7 +184,7 @@ class Evaluation:
 
 
 def _enlarged(config: Config, validation: ValidationSet | None) -> ValidationSet | None:
-    """The images of the validation that an upsampler enlarges; None for another network."""
+    """For an upsampler, as many images of data.validation as it is to enlarge; else None."""
     if config.unet.small_size is None or validation is None:
         return None
     shards, images = validation.stream.shards, config.evaluation.images

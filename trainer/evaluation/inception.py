@@ -14,21 +14,23 @@ from torch import Tensor, nn
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 
-#: Channels, height and width of what sFID takes: the first channels of Mixed_6d.branch1x1.
+#: Channels, height and width of sFID's features: the first channels of Mixed_6d.branch1x1.
 SPATIAL = (7, 17, 17)
-# Side of the network's input; classes.
+# Side of the input in pixels, and number of classes.
 _SIDE, _CLASSES = 299, 1008
 
 
 class Features(NamedTuple):
-    """What a network says of B images; Inception: FID, sFID and the inception score follow."""
+    """A network's features of B images, from which FID, sFID and IS follow, in this order.
 
-    #: Inception: means of the last feature map, (B, 2048).
+    The latter two are None where a network has none.
+    """
+
+    #: (B, D). Inception's are the means of its last feature map, (B, 2048).
     pool: Tensor
-    #: None where the network has none. Inception: `SPATIAL` by height, width and channel, as the
-    #: ADM evaluator has it, (B, 2023).
+    #: Inception: `SPATIAL` in the order height, width, channel, as in the ADM evaluator, (B, 2023).
     spatial: Tensor | None = None
-    #: Class scores, None where there are none. Inception: without a bias, (B, 1008).
+    #: Class scores (B, K). Inception: without a bias, (B, 1008).
     logits: Tensor | None = None
 
 
@@ -55,17 +57,17 @@ class Unit(nn.Module):
 
 
 class Branch(NamedTuple):
-    """A chain of units by name, each (outputs, kernel), after which the last ones stand abreast."""
+    """Units by name, each (outputs, kernel), one after another; the last ones may be parallel."""
 
     units: dict[str, tuple[int, tuple[int, int]]]
-    #: How many of the last units read the same input, their outputs side by side.
+    #: How many of the last units are parallel: they read the same input, and all are outputs.
     abreast: int = 1
-    #: Whether the last unit halves the map.
+    #: Whether the last unit has stride 2.
     halves: bool = False
 
 
 class Mixed(nn.Module):
-    """Branches on the same input side by side, the last a pooling of it."""
+    """Branches on the same input, and a pooling of it, whose outputs are concatenated."""
 
     def __init__(
         self, inputs: int, branches: list[Branch], *, pooled: int | None, maximum: bool = False

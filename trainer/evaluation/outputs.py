@@ -1,6 +1,6 @@
-"""The files that evaluations write: a result may replace an earlier one of the same, nothing else.
+"""The files that evaluations write: a result may replace an earlier one of the same inputs only.
 
-What is in the place of an output is checked before anything is computed.
+This is checked before anything is computed.
 """
 
 import json
@@ -13,12 +13,12 @@ from trainer.adm.config import check
 
 
 def check_place(out: Path, *, suffix: str, kind: str, earlier: Mapping[str, Any] | None) -> None:
-    """Return if an output may be written to this path by `write`.
+    """Return if a result may be written to this path.
 
-    `earlier` is the result that is there, None where nothing is or something else.
+    `earlier` is what is known of a result that is there; None where none is.
 
     Raises:
-        ValueError: the path is of another kind of file, or holds something else.
+        ValueError: the path has another suffix, or something else is there.
     """
     check(out.suffix == suffix, "--out", str(out), f"a file that ends in {suffix}")
     check(not out.is_dir(), "--out", str(out), "no directory")
@@ -28,13 +28,13 @@ def check_place(out: Path, *, suffix: str, kind: str, earlier: Mapping[str, Any]
 
 
 def write(out: Path, text: str) -> None:
-    """Write a result, and make its directory."""
+    """Write a result; its directory is made."""
     files.make_parent(out, option="--out")
     files.write(out, text)
 
 
 def check_same(out: Path, earlier: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError where a result is there that is of something else than what is `wanted`."""
+    """Raise ValueError where the `earlier` result differs from what is `wanted` in an entry."""
     for name, value in wanted.items():
         if earlier is not None and earlier.get(name) != value:
             raise ValueError(
@@ -44,7 +44,7 @@ def check_same(out: Path, earlier: Mapping[str, Any] | None, wanted: Mapping[str
 
 
 def stored_json(out: Path) -> dict[str, Any] | None:
-    """The JSON object in a .json; None where there is no such file, or none in it."""
+    """The JSON object in a .json file; None where there is none."""
     try:
         found = json.loads(out.read_bytes()) if out.suffix == ".json" else None
     except (OSError, ValueError):

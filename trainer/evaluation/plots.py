@@ -37,7 +37,11 @@ def is_possible() -> bool:
 
 
 def scales_of(samples: Sequence[Samples]) -> tuple[str, list[float]]:
-    """The option that the samples differ in, and its value for each; ValueError for no one plot."""
+    """The option that the samples differ in, and the value of each.
+
+    Raises:
+        ValueError: they are no sweep over one option, or do not say how they were drawn.
+    """
     counts = {each.count for each in samples}
     if len(counts) > 1:
         raise ValueError(f"--plot: samples of different numbers, {sorted(counts)}: draw as many")
@@ -53,7 +57,7 @@ def scales_of(samples: Sequence[Samples]) -> tuple[str, list[float]]:
 
 
 def _drawn(samples: Samples) -> Mapping[str, float]:
-    """The value of each option."""
+    """The values of `_OPTIONS` with which samples were drawn."""
     record = samples.record
     if record is None:
         raise ValueError(f"--plot: {samples.path} does not say how it was drawn")
@@ -61,14 +65,14 @@ def _drawn(samples: Samples) -> Mapping[str, float]:
     for name, none in _OPTIONS.items():
         value = record.get(name)
         if record.get("low_res") is not None:
-            # It was enlarged: the guidance was that of its base, which its name tells.
+            # An upsampler drew them: its base was guided, and only the name has the base's value.
             value = _named(samples.path, name)
         found[name] = none if value is None else float(value)
     return found
 
 
 def _named(path: Path, option: str) -> str | None:
-    """The value that the name of a sweep's output gives: samples-scale0.5.npz."""
+    """The option's value in the name of a sweep's output, such as samples-scale0.5.npz."""
     found = re.search(rf"-{option}([0-9.]+(?:e[-+]?[0-9]+)?)(?:-|\.npz$|$)", path.name)
     return found[1] if found else None
 
@@ -116,12 +120,12 @@ def sweep(path: Path, results: Mapping[float, Results], *, option: str, count: i
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of an ablation."""
+    """A row of an ablation, as the picture shows it."""
 
     name: str
-    #: The row that it is compared with; empty for one that others are compared with.
+    #: The row that it is compared with; empty if other rows are compared with it.
     against: str
-    #: The difference, or the figure of a row without one; None if it is not known yet.
+    #: The difference to that row, or where there is none the figure; None if not known yet.
     figure: Figure | None
 
 
@@ -132,9 +136,9 @@ def ablation(
     figure: str,
     curves: Mapping[str, Sequence[tuple[int, float]]],
 ) -> None:
-    """Rows as differences to the rows that they are compared with, as in Tables 1 to 3.
+    """A bar for each row: its difference to the row that it is compared with, as in Tables 1 to 3.
 
-    Beside them FID against images, where there are `curves` by row.
+    Beside them FID against images seen, if there are `curves` by row.
     """
     picture = _figure(columns=1 + bool(curves), height=1.5 + 0.35 * len(bars))
     axes = list(picture.subplots(1, 1 + bool(curves), squeeze=False)[0])
@@ -158,7 +162,7 @@ def ablation(
 
 
 def _label(bar: Bar, *, first: str) -> str:
-    """A row's name, and what its bar does not say."""
+    """The label of a row: its name, and what its bar does not show."""
     if bar.figure is None:
         return f"{bar.name} (not done yet)"
     if not bar.against:

@@ -2,9 +2,9 @@
 
 A reference file is an `.npz` in the ADM evaluator's layout: `mu`, `sigma` of the pooled features,
 `mu_s`, `sigma_s` of the spatial ones over all images, and up to 10,000 images in `arr_0` for
-precision and recall. Those made here hold the features of these images too, and say of which
-network and dataset they are, and that the spatial features are by height, width and channel, as the
-evaluator's. Earlier files do not say so: there they are by channel, height and width.
+precision and recall. Files made here also have the features of these images, and a record of the
+network, the dataset and the order of the spatial features: height, width, channel, as in the
+evaluator's. Files made here whose record has no order have channel, height, width.
 """
 
 import json
@@ -28,7 +28,7 @@ from trainer.evaluation.figures import Statistics
 from trainer.evaluation.inception import SPATIAL
 from trainer.sampling.samplefile import Samples, open_samples
 
-# Images that precision, recall and the kernel distance see of a reference, as the evaluator's.
+# Precision, recall and the kernel distance use so many images of a reference, as the evaluator.
 MANIFOLD = 10_000
 _ABOUT = "reference"
 _ORDER = "height, width, channel"
@@ -40,9 +40,9 @@ class Reference:
     """A reference in the features of one network."""
 
     name: str
-    #: Of the file, or the dataset's fingerprint.
+    #: The sha256 of the file, or the dataset's fingerprint.
     checksum: str
-    #: Images that the statistics are over; None where a file does not say.
+    #: The number of images in the statistics; None where a file does not say.
     count: int | None
     pool: Statistics
     spatial: Statistics | None
@@ -51,7 +51,7 @@ class Reference:
 
 
 def chosen(count: int) -> NDArray[np.int64]:
-    """The places of the images that stand for so many in precision and recall, ascending."""
+    """The positions of the images, of `count`, that precision and recall use; ascending."""
     if count <= MANIFOLD:
         return np.arange(count)
     return np.sort(np.random.default_rng(0).permutation(count)[:MANIFOLD])
@@ -70,7 +70,7 @@ def check_images(reference: Samples, *, size: tuple[int, int]) -> None:
 
 
 def of_images(samples: Samples, found: Extracted) -> Reference:
-    """The reference that `extract` makes of images."""
+    """The reference that images are, of the features that `Evaluator.extract` found."""
     return Reference(
         name=str(samples.path),
         checksum=samples.checksum(),
@@ -91,9 +91,9 @@ def is_statistics(path: Path) -> bool:
 def load(
     path: Path, *, network: FeatureNetwork, size: tuple[int, int]
 ) -> tuple[Reference, Samples | None]:
-    """A reference file's statistics; and its images where their features are still to be computed.
+    """Read a file of statistics; also its images, if their features are still to be computed.
 
-    `size` is that of the samples.
+    `size` is the height and width of the samples.
 
     Raises:
         ValueError: the file is damaged, or made with another network.
@@ -131,7 +131,7 @@ def load(
 
 
 def earlier(path: Path) -> dict[str, Any] | None:
-    """What an .npz that was made here says of itself; None where there is no such file."""
+    """The record in a reference file that was made here; None where there is no such file."""
     if not zipfile.is_zipfile(path):
         return None  # numpy would read all of it
     try:
@@ -192,7 +192,7 @@ def _tensor(stored: Any, name: str) -> Tensor | None:
 
 
 def _about(stored: Any) -> dict[str, Any] | None:
-    """What a file says of itself; None for those of others."""
+    """The record in a file; None in the ADM evaluator's."""
     if _ABOUT not in stored:
         return None
     try:
@@ -219,7 +219,7 @@ def _features(stored: Any, *, columns: int) -> Tensor | None:
 
 
 def _spatial(stored: Any, about: dict[str, Any] | None) -> Statistics | None:
-    """The spatial statistics by height, width and channel."""
+    """The spatial statistics in the order height, width, channel."""
     found = _statistics(stored, "spatial")
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""The figures of one set of samples against a reference, each with its name, N and spread."""
+"""The figures of one set of samples against a reference, each with its standard error."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from trainer.evaluation.reference import Reference
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, and its standard error as the spread over interleaved fourths of the samples."""
+    """A figure and its standard error, from its values on four interleaved parts of the samples."""
 
     value: float
     error: float | None = None
@@ -40,7 +40,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All figures; their names carry the number of samples, such as `fid_50k`."""
+    """All figures by name; a name has the number of samples, such as `fid_50k`."""
 
     figures: dict[str, Figure]
     warnings: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Results:
     about: dict[str, Any]
 
     def to_json(self) -> str:
-        """As a file for programs."""
+        """The content of the .json file."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
@@ -77,8 +77,7 @@ def compare(
     """All figures of samples against a reference; ValueError as `check_comparable`."""
     check_comparable(reference, columns=found.features.shape[1])
     n = short(found.count)
-    named: dict[str, Figure] = {}
-    named |= dict(_distances(found, reference, n=n))
+    named = dict(_distances(found, reference, n=n))
     named |= dict(_manifold_figures(found, reference, n=n))
     if found.logits is not None:
         parts = [figures.inception_score(found.logits[i::PARTS]) for i in range(PARTS)]
@@ -91,7 +90,7 @@ def compare(
 
 
 def check_comparable(reference: Reference, *, columns: int) -> None:
-    """Return if samples of so many features can be compared with a reference.
+    """Return if samples with so many features per image can be compared with a reference.
 
     Raises:
         ValueError: it has others, or too few images.
@@ -119,7 +118,7 @@ def _distances(found: Extracted, reference: Reference, *, n: str) -> Iterator[tu
     all_kept = whole is not None and reference.count == len(whole)
     few = found.count <= found.features.shape[1]
     if few and all_kept and whole is not None:
-        # Exact where covariances are singular.
+        # With fewer samples than features the covariance is singular: this is exact then, too.
         exact = partial(figures.frechet_of_features, whole)
         parts = [exact(found.features[i::PARTS]) for i in range(PARTS)]
         yield f"fid_{n}", Figure(exact(found.features), _error(parts))
