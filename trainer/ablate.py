@@ -39,7 +39,7 @@ from trainer.ranks.group import alone
 from trainer.ranks.world import launched
 from trainer.run.runstate import RunState
 
-# The status of a row that was stopped: all the rest waits too.
+# The status of a row that was stopped: the rows after it are not begun.
 _STOPPED = -1
 
 
@@ -64,9 +64,9 @@ def plan(found: AblationSet, *, tflops: float, mfu: float) -> Iterator[str]:
 def run_all(found: AblationSet, runs: Path, *, ranks: int) -> int:
     """Do what is left of every row, and write the results; returns the exit status.
 
-    A row that fails does not keep the others from it.
+    After a row that fails, the others are done nevertheless.
     """
-    _record_all(found, runs=runs)
+    _record(found, runs=runs)
     for row in found.rows:
         ablation_rows.remove_outdated(found, row, runs=runs, say=print)
     statuses = []
@@ -82,10 +82,11 @@ def run_all(found: AblationSet, runs: Path, *, ranks: int) -> int:
 
 
 def _check_inputs(found: AblationSet, *, runs: Path) -> None:
-    """Return if the data and files are here that the rows need which are left.
+    """Check what the rows that are left need: datasets, the reference, and the network.
 
     Raises:
-        ValueError: one is not; each row would fail for it, the last days after the first.
+        ValueError: something is missing or does not fit, for which each row would fail, perhaps
+            after days of training.
     """
     left = [
         row
@@ -106,7 +107,7 @@ def _check_inputs(found: AblationSet, *, runs: Path) -> None:
 
 
 def _check_evaluation(found: AblationSet, *, sides: set[int]) -> None:
-    """Raise ValueError unless samples of these sizes can be evaluated, tried on black ones."""
+    """Raise ValueError unless samples of these sides can be evaluated, tried on black images."""
     samples, cpu = found.samples, torch.device("cpu")
     print("checking samples.network and samples.reference", flush=True)
     try:
@@ -149,7 +150,7 @@ def submit(found: AblationSet, arguments: argparse.Namespace, options: Sequence[
     """Submit the training of the rows that are left; returns the exit status."""
     runs = arguments.runs
     if not arguments.dry_run:
-        _record_all(found, runs=runs)
+        _record(found, runs=runs)
     words = ["--rows", arguments.set_name, "--runs", str(runs), "--cluster", arguments.cluster]
     words += settings.words(arguments.set, arguments.unset)
     words += ["--dry-run"] * arguments.dry_run
@@ -159,34 +160,30 @@ def submit(found: AblationSet, arguments: argparse.Namespace, options: Sequence[
 
 
 def _is_of_a_job(run: Path) -> bool:
-    """Whether a job trains this run, or will."""
+    """Whether the run was submitted as a job and is not finished."""
     return _state(run) != "finished" and (run / "launch" / "job.json").exists()
 
 
 def _state(run: Path) -> str | None:
-    """What the run last recorded; None where it did not begin."""
+    """The state that a run last recorded; None where it has not begun."""
     state = RunState.read(run)
     return None if state is None else state.state
 
 
-def _record_all(found: AblationSet, *, runs: Path) -> None:
-    runs.mkdir(parents=True, exist_ok=True)
+def _record(found: AblationSet, *, runs: Path) -> None:
+    """Write `row.json` for every row; ValueError where that of an earlier start differs."""
+    of_all = {"base": found.base, "all": found.set, "samples": asdict(found.samples)}
     for row in found.rows:
-        _record(found, row, runs=runs)
-
-
-def _record(found: AblationSet, row: Row, *, runs: Path) -> None:
-    """Keep beside a row's results what they are of; ValueError where that was another row."""
-    here, own = runs / row.directory, {**asdict(row), "base": found.base}
-    text = json.dumps({**own, "all": found.set, "samples": asdict(found.samples)}, indent=1) + "\n"
-    here.mkdir(exist_ok=True)
-    file = here / "row.json"
-    if file.exists() and file.read_text() != text:
-        raise ValueError(
-            f"row {row.name!r} was another when {here} was made ({file}): give it another name, "
-            "name another --runs directory, or remove that one"
-        )
-    files.write(file, text)
+        text = json.dumps({**asdict(row), **of_all}, indent=1) + "\n"
+        here = runs / row.directory
+        here.mkdir(parents=True, exist_ok=True)
+        file = here / "row.json"
+        if file.exists() and file.read_text() != text:
+            raise ValueError(
+                f"row {row.name!r} was another when {here} was made ({file}): give it another "
+                "name, name another --runs directory, or remove that one"
+            )
+        files.write(file, text)
 
 
 def _left(found: AblationSet, row: Row, *, runs: Path) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""What the rows of a set came to: a table, a picture, and TensorBoard's tab HParams."""
+"""The results of a set's rows: tables, a picture, and an entry in TensorBoard's tab HParams."""
 
 import csv
 import io
@@ -16,12 +16,12 @@ from trainer.evaluation.results import Figure
 from trainer.run import history
 from trainer.watch import tensorboard
 
-# The figures of the rows that have them, by row and name.
+# The figures of each row that is evaluated, by the names of row and figure.
 _Figures = dict[str, dict[str, Figure]]
 
 
 def write(found: AblationSet, *, runs: Path, say: Callable[[str], None]) -> None:
-    """Write all of it into `runs`, of the rows that are done."""
+    """Write the results of the rows that are evaluated into `runs`."""
     figures = _figures(found, runs=runs)
     files.write(runs / "table.md", _table(found, figures))
     files.write(runs / "table.csv", _csv(figures))
@@ -45,9 +45,9 @@ def _figures(found: AblationSet, *, runs: Path) -> _Figures:
 
 
 def _table(found: AblationSet, figures: _Figures) -> str:
-    """The rows in Markdown: their figures, or the difference to the row that they are held against.
+    """The rows in Markdown: the difference to the row that each is compared with, or the figure.
 
-    Figures' names carry N, the number of samples; ± is the standard error over fourths of them.
+    Figures' names end in the number of samples; ± is the standard error.
     """
     names = list(next(iter(figures.values()), {}))
     lines = [f"| {' | '.join(['row', 'against', *names])} |", f"|{'---|' * (2 + len(names))}"]
@@ -76,7 +76,7 @@ def _csv(figures: _Figures) -> str:
 
 
 def _against(found: AblationSet, row: Row) -> str:
-    """The row that a row is compared with; empty for those that others are compared with."""
+    """The row that a row is compared with; "" if other rows are compared with it."""
     first = found.rows[0].name
     bases = {each.against or first for each in found.rows}
     return "" if row.name in bases else (row.against or first)
@@ -97,7 +97,7 @@ def _bars(found: AblationSet, figures: _Figures) -> tuple[list[Bar], str]:
 
 
 def _curves(found: AblationSet, *, runs: Path) -> dict[str, list[tuple[int, float]]]:
-    """FID against images, of the rows whose runs have `intervals.evaluate`."""
+    """FID in training against images seen, of the rows with `intervals.evaluate`."""
     curves = {}
     for row in found.rows:
         points = {
@@ -114,7 +114,7 @@ def _curves(found: AblationSet, *, runs: Path) -> dict[str, list[tuple[int, floa
 def _hparams(
     found: AblationSet, figures: _Figures
 ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-    """The settings that rows differ in, as each row has them, and its figures."""
+    """By row, the settings in which the rows differ, and its figures."""
     flat = {row.name: configs.flatten(found.config(row)) for row in found.rows}
     names = sorted({name for each in flat.values() for name in each})
     differing = [n for n in names if len({repr(each.get(n)) for each in flat.values()}) > 1]

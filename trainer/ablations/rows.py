@@ -1,6 +1,6 @@
-"""How far a row of a set is: how its training ended, and what is of other weights than its run's.
+"""How far a row of a set is: how its training ended, and which of its results are outdated.
 
-torchrun ends with 1 whatever its ranks ended with, so a run's own state says how it ended.
+How it ended is read from the run's own state: torchrun ends with 1 whatever its ranks ended with.
 """
 
 import json
@@ -21,9 +21,9 @@ from trainer.sampling.samplefile import open_samples
 
 
 def training_status(run: Path, *, before: RunState | None, status: int) -> int:
-    """The exit status of a training of `run`, 0 if it is finished; its launcher's was `status`.
+    """The exit status of a training of `run`, whose launcher ended with `status`; 0 if finished.
 
-    `before` is the run's state ahead of it.
+    `before` is the run's state before that start.
     """
     now = RunState.read(run)
     if now is None or (before is not None and now.starts == before.starts):
@@ -33,16 +33,16 @@ def training_status(run: Path, *, before: RunState | None, status: int) -> int:
 
 
 def way_on(run: Path) -> str:
-    """How to go on with a row that has stopped, in words."""
+    """How to resume a row that was stopped, in words."""
     if (file := stop_file(run)).exists():
         return f"to resume, delete {file} and rerun the same command"
     return "rerun the same command to resume"
 
 
 def outdated(found: AblationSet, row: Row, *, runs: Path) -> list[Path]:
-    """The row's figures and samples that are of other weights than its last checkpoint's.
+    """The row's figures and samples that were made of other weights than its last checkpoint's.
 
-    All of them, if that is of no finished run; none, where it cannot be known.
+    While the run is not finished, all of them; none where the weights are not known.
     """
     here, training = runs / row.directory, found.config(row).training
     state = RunState.read(here / "run")
@@ -65,7 +65,7 @@ def outdated(found: AblationSet, row: Row, *, runs: Path) -> list[Path]:
 def remove_outdated(
     found: AblationSet, row: Row, *, runs: Path, say: Callable[[str], None]
 ) -> None:
-    """Remove what is `outdated`, so that it is made again."""
+    """Remove what is `outdated`; it is then made again."""
     for path in outdated(found, row, runs=runs):
         say(f"row {row.name!r}: removed {path}: it was of an earlier state of the run")
         if path.is_dir():
@@ -77,7 +77,7 @@ def remove_outdated(
 
 
 def _sources(here: Path) -> Iterator[tuple[Path, list[str] | None]]:
-    """What a row has, and the checksums of the weights that it is of; None if that is unknown."""
+    """The paths of a row's results, with the checksums of the weights they are of, if known."""
     readers: dict[str, Callable[[Path], Any]] = {
         "figures.json": lambda path: json.loads(path.read_text())["about"]["samples"]["drawn"],
         "samples.npz": lambda path: open_samples(path).record,

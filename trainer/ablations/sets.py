@@ -1,4 +1,4 @@
-"""Sets of ablations: a base preset, and rows that change settings of it. No torch here."""
+"""Sets of ablations: a base preset, and rows that change settings of it. Needs no torch."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ SETS = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One network or training of a set: the base with changes, written as for `--set`."""
+    """One experiment of a set: the base preset with changes, written as for `--set`."""
 
     name: str
     set: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def directory(self) -> str:
-        """The name as that of a directory."""
+        """The row's directory: its name in lower case, with - for all but letters and digits."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
@@ -70,7 +70,7 @@ class AblationSet:
             check(known, f"rows.against of {row.name!r}", row.against, "the name of an earlier row")
 
     def changes(self, row: Row) -> tuple[str, ...]:
-        """The changes of a row, written as for `--set`: its own count where every row has one."""
+        """All changes of a row, written as for `--set`; its own replace those of every row."""
         return (*settings.without(self.set, row.set), *row.set)
 
     def config(self, row: Row) -> Config:
@@ -81,7 +81,7 @@ class AblationSet:
             return config
 
     def _check_drawn(self, config: Config) -> None:
-        """Return if samples can be drawn of a row as they are of all."""
+        """Raise ValueError unless samples of a row can be drawn as `samples` says."""
         kind = config.objective
         check(kind == "denoise", "objective", kind, '"denoise": rows are drawn and compared')
         small = config.unet.small_size
