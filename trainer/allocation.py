@@ -31,7 +31,7 @@ from trainer.ranks.device import device_of
 from trainer.ranks.group import check_packets
 from trainer.ranks.world import World, join, step_hosts
 
-# The size of the all-reduce that measures bandwidth, and how often it is timed.
+# The MiB of the all-reduce that measures bandwidth, and how often it is timed.
 _MEGABYTES, _ROUNDS = 64, 5
 
 
@@ -53,10 +53,10 @@ def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None
 
 
 def _lookup_seconds(world: World) -> float:
-    """How long the resolver takes for this machine's address, as the main rank's peers see it."""
+    """Seconds in which the resolver names the address that the other ranks see of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         with suppress(OSError):
-            probe.connect((world.address, world.port))  # sends nothing, and chooses the interface
+            probe.connect((world.address, world.port))  # chooses the interface, and sends nothing
         began = time.monotonic()
         with suppress(OSError):
             socket.getnameinfo(probe.getsockname(), 0)
@@ -86,7 +86,7 @@ def _device_error(world: World, *, gpus: int | None) -> str:
 
 
 def _access(run: Path | None, data: str | None, *, rank: int) -> str:
-    """The error from using the directories, or ""; data behind a URL or a pipe is not tried."""
+    """The error of reading the data or writing the run, or ""; remote data is not tried."""
     try:
         if data is not None and is_local(data):
             root = Path(expanded(data, name="--data"))
@@ -117,14 +117,14 @@ def _gather(world: World, *, mine: Facts, seconds: float) -> tuple[dist.TCPStore
 
 
 def _clocks(world: World, *, store: dist.TCPStore) -> dict[int, float]:
-    """The ranks' clocks at the same moment, when the main rank has received all their facts."""
+    """The ranks' clocks, read at one moment: when the main rank has published the facts."""
     store.set(f"clock {world.rank}", str(time.time()))
     heard = _collect(world, store=store, what="clock", seconds=10.0)
     return {rank: float(text) for rank, text in heard.items()}
 
 
 def _collect(world: World, *, store: dist.TCPStore, what: str, seconds: float) -> dict[int, str]:
-    """What the ranks have written to the store in time, by rank; every rank gets the same."""
+    """What each rank has written as `what` to the store within `seconds`, the same on all ranks."""
     if world.is_main:
         end, keys = time.monotonic() + seconds, [f"{what} {rank}" for rank in range(world.size)]
         while time.monotonic() < end and not store.check(keys):
@@ -217,9 +217,10 @@ def main(argv: Sequence[str]) -> int:
         print(found[0].versions)
         if bad:
             print(f"bad nodes: {', '.join(sorted(bad))}", flush=True)
-    if missing or any(facts.device for facts in found):
+    lacks_gpus = any(facts.device for facts in found)
+    if missing or lacks_gpus:
         _part(world, store=store, found=found)
-        return FAILED if not any(facts.device for facts in found) else REFUSED
+        return REFUSED if lacks_gpus else FAILED
     try:
         measured = _all_reduce(world, store=store, seconds=arguments.seconds)
     except (RuntimeError, ConnectionError) as error:
@@ -233,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _part(world: World, *, store: dist.TCPStore, found: Sequence[Facts]) -> None:
-    """Leave once all ranks have read what they need: the store ends with the main rank."""
+    """Wait on the main rank until all have read what they need: the store ends with its process."""
     store.set(f"leaves {world.rank}", "")
     if world.is_main:
         with suppress(RuntimeError):  # one of them may be lost meanwhile
@@ -241,7 +242,7 @@ def _part(world: World, *, store: dist.TCPStore, found: Sequence[Facts]) -> None
 
 
 def _missing(world: World, found: Sequence[Facts]) -> dict[int, str]:
-    """The ranks without an answer, and where they should run."""
+    """The ranks without an answer, and the hosts on which they should run ("?": unknown)."""
     nodes, answered = step_hosts(), {facts.rank for facts in found}
     absent = set(range(world.size)) - answered
     places = {rank: rank // world.local_size for rank in sorted(absent)}

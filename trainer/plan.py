@@ -47,7 +47,7 @@ _WEAK = 32
 def report(
     config: Config, *, machine: Machine, zero: Mapping[str, Any], name: str
 ) -> Iterable[str]:
-    """The lines of the plan."""
+    """The lines of a preset's plan."""
     net = costs.count(config)
     training = config.training
     hidden = machine.overlap if overlaps(zero) else 0.0

@@ -43,11 +43,11 @@ from trainer.planning import machine
 from trainer.planning.machine import Finding, Torch
 
 _ROOT = Path(__file__).resolve().parent.parent
-# Seconds after which a library counts as hung, such as in a GPU's driver.
+# Seconds after which the import of a library counts as hung, as in the driver of a broken GPU.
 _PATIENCE = 600.0
 _MIB, _GIB = 2**20, 2**30
 
-# What each library's process runs; the last line that it prints is the answer.
+# The code that tries each library, in a process of its own; the last line printed is its answer.
 _TRIES = {
     "torch": "from trainer import preflight; preflight.print_torch()",
     "deepspeed": "import trainer.engine.zero",
@@ -110,7 +110,7 @@ class _Try:
 
 
 def findings() -> Iterator[tuple[str, Finding]]:
-    """All that there is to say of this machine, by name, in the order in which it is corrected."""
+    """The findings on this machine, by name, in the order in which to correct them."""
     tries = {name: _Try(name) for name in _TRIES}
     yield "Python", ("ok", f"{platform.python_version()} ({sys.executable})")
     requirements, extras = _requirements()
@@ -134,7 +134,7 @@ def findings() -> Iterator[tuple[str, Finding]]:
 
 
 def _building(torch: Torch) -> Iterator[tuple[str, Finding]]:
-    """What compiles operators."""
+    """The tools that compile operators and kernels, and where the results are kept."""
     on_gpus, command = bool(torch.gpus), os.environ.get("CXX", "c++")
     yield "compiler", machine.compiler(_compiler_fault(command), command=command, on_gpus=on_gpus)
     yield "ninja", machine.ninja(_which("ninja"), on_gpus=on_gpus)
@@ -146,7 +146,7 @@ def _building(torch: Torch) -> Iterator[tuple[str, Finding]]:
 
 
 def _resources(*, on_gpus: bool) -> Iterator[tuple[str, Finding]]:
-    """Shared memory, disks and descriptors."""
+    """Shared memory, disks and open files."""
     memory, total = Path("/dev/shm"), 0.0
     free: float | None = None
     if not files.write_fault(memory) and memory.is_dir():
@@ -161,14 +161,14 @@ def _resources(*, on_gpus: bool) -> Iterator[tuple[str, Finding]]:
 
 
 def _requirements() -> tuple[list[str], dict[str, list[str]]]:
-    """Those of pyproject.toml, needed and optional; a copy that a job runs has no such file."""
+    """The required and optional packages of pyproject.toml; none in a job's copy of the code."""
     file = _ROOT / "pyproject.toml"
     project = tomllib.loads(file.read_text())["project"] if file.exists() else {}
     return project.get("dependencies", []), project.get("optional-dependencies", {})
 
 
 def _unmet(requirements: Sequence[str]) -> list[str]:
-    """The requirements that are not met: a name, or what is wrong with its version."""
+    """The requirements that are not met: the name, with what is wrong with its version if any."""
     try:
         from packaging.requirements import Requirement
     except ImportError:  # then DeepSpeed is missing too, and no version matters yet

@@ -1,8 +1,7 @@
 """What a step costs, counted before it runs: operations, memory of a rank, bytes between ranks.
 
 Pure functions of the preset, ds_config.json and the number of ranks. Nothing is allocated: the net
-is built on torch's meta device. `P` below is the number of parameters, `R` that of ranks, `e` the
-bytes of a number in the training precision.
+is built on torch's meta device. `zero` is the section zero_optimization of ds_config.json.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,11 +24,12 @@ from trainer.engine.compute import DTYPES
 
 # Bytes of an fp32 number.
 _FULL = 4
-# Of the saved activations: what a step needs beside them, mostly the maps of a block.
+# What a step needs beside the saved activations, as a share of them: mostly the maps of a block.
 _WORKSPACE = 0.05
-# DeepSpeed's own defaults of ZeRO-3, in numbers.
+# DeepSpeed's defaults, as counts of numbers: the largest parameter that ZeRO-3 keeps whole on every
+# rank, and how many it may have gathered at once.
 _PERSISTENT, _LIVE = 100_000, 1_000_000_000
-# DeepSpeed's default of its buckets, in numbers.
+# Likewise, the size of a bucket of gradients.
 _BUCKET = 500_000_000
 
 
@@ -37,12 +37,12 @@ _BUCKET = 500_000_000
 class NetCosts:
     """What one image costs in a network, and the sizes of the network's parameters."""
 
-    #: Numbers of every parameter.
+    #: How many numbers each parameter has.
     sizes: tuple[int, ...]
     #: Operations of one image's forward pass, two per multiply-add, in convolutions, linear layers
     #: and attention products; a step takes three times that.
     forward_flops: int
-    #: Of each part that is compiled by itself, first to last: its share of the operations, and of
+    #: For each part that is compiled by itself, first to last, its share of the operations and of
     #: the parameters.
     parts: tuple[tuple[float, float], ...]
     #: Bytes that the forward pass of one image keeps for the backward pass.
@@ -90,9 +90,8 @@ def of_network(
 
 
 class _AsOnDevices(TorchFunctionMode):
-    """What devices keep for the backward pass, where torch's meta device keeps something else.
-
-    Attention keeps no matrix of weights, dropout a byte for each number.
+    """Lets the meta device keep for the backward pass what real devices do: of attention no matrix
+    of weights, of dropout one byte for each number.
     """
 
     def __torch_function__(
@@ -111,7 +110,9 @@ def _dropout(x: Tensor, p: float, training: bool, **_: Any) -> Tensor:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Keeps what the fused norm keeps: the map, its conditioning, two numbers per group."""
+    """Keeps for the backward pass what the fused norm does: the map, its conditioning, and two
+    numbers per group.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, film: Tensor | None, weight: Tensor) -> Tensor:
@@ -146,9 +147,9 @@ def _saved_bytes(net: torch.nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 
 def _parts(net: Encoder, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    """Operations and numbers of the parameters of each part of a network's forward pass.
+    """The operations, and the number of parameters, of each part of a network's forward pass.
 
-    Of the network nothing else can be asked afterwards.
+    The network's methods are replaced to count them, so that it is of no use afterwards.
     """
     found, used = [], dict[Tensor, None]()
 
@@ -181,9 +182,8 @@ def memory(
 ) -> dict[str, int]:
     """Bytes of a rank by part, at the fullest moment of a step.
 
-    `averages` is the number of EMA decays, `zero` the section of ds_config.json. The state is
-    always there; beside it stand either the backward pass or the optimizer's step, of which the
-    larger counts.
+    `averages` is the number of averages (EMA). Besides the state, which is always there, a rank
+    holds what the backward pass needs, or later what the optimizer's step needs: the larger counts.
     """
     stage, element = zero["stage"], net.element
     whole, share = net.parameters, net.parameters / ranks
@@ -218,7 +218,7 @@ def memory(
 
 
 def _buffers(net: NetCosts, *, zero: Mapping[str, Any], many: bool) -> int:
-    """How many buckets of gradients are in memory at once, on a GPU; see `shortcuts`."""
+    """How many buckets of gradients a GPU holds at once; see `trainer.engine.shortcuts`."""
     if not zero.get("overlap_comm"):
         return 1
     if not many or not zero.get("use_multi_rank_bucket_allreduce", True):
@@ -229,18 +229,19 @@ def _buffers(net: NetCosts, *, zero: Mapping[str, Any], many: bool) -> int:
 class Moved(NamedTuple):
     """What the collectives of one kind move in a step."""
 
-    #: Bytes of their tensors: of an all-gather its result, of the others their input.
+    #: Bytes: of the result of an all-gather, of the input of the others.
     size: int
-    #: How many collectives.
+    #: How many collectives there are.
     calls: int
 
 
 def collectives(
     net: NetCosts, *, zero: Mapping[str, Any], ranks: int, accumulation: int
 ) -> dict[str, Moved]:
-    """What a step reduces and gathers, by collective; sums of single numbers are left out.
+    """What a step reduces and gathers, by collective; those of single numbers are left out.
 
-    In stage 3 one call gathers each large parameter; DeepSpeed joins some, and gathers some again.
+    In stage 3 it is assumed that each large parameter is gathered by one call; DeepSpeed joins
+    some of them, and repeats others.
     """
     if ranks == 1:
         return {}
@@ -268,7 +269,7 @@ def collectives(
 
 
 def buckets(net: NetCosts, *, zero: Mapping[str, Any]) -> list[int]:
-    """Numbers of each bucket in which a backward pass reduces its gradients, in that order."""
+    """The sizes, in numbers, of the buckets in which gradients are reduced, first to last."""
     most = zero.get("reduce_bucket_size", _BUCKET)
     filled = [0]
     for size in reversed(net.sizes):

@@ -1,12 +1,12 @@
-"""What the ranks of an allocation report of their machines, and what is wrong with it."""
+"""What the ranks of an allocation report about their machines, and what is wrong with them."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# A rank with less free disk is bad, and so is one whose clock is off by more seconds.
+# Limits: GiB of free disk, at least; seconds by which a clock is off, at most.
 LEAST_FREE_GIB, _MOST_SKEW = 10.0, 2.0
-# Seconds: a resolver that drops queries takes 5 or more, and stalls steps from 32 ranks on.
+# In seconds. A resolver that drops queries takes 5 or more, and stalls steps from 32 ranks on.
 _LONGEST_LOOKUP = 1.0
 
 
@@ -20,7 +20,7 @@ class Facts:
     versions: str
     gpus: str
     free_gib: float
-    #: Seconds to look up the name of an address of this machine.
+    #: Seconds to look up the name of this machine's address.
     lookup: float
     #: The error from reading the data or writing the run; empty without one.
     access: str
@@ -31,7 +31,7 @@ class Facts:
 def problems(
     found: Sequence[Facts], *, clocks: Mapping[int, float], least_free_gib: float = LEAST_FREE_GIB
 ) -> dict[int, str]:
-    """What is wrong, by rank. A rank whose facts differ from those of most ranks is wrong.
+    """What is wrong, by rank; a rank is wrong, too, where it differs from most other ranks.
 
     `clocks` are the ranks' seconds since 1970, read at the same moment.
     """

@@ -1,4 +1,4 @@
-"""What a machine needs to train, judged from what was found on it; touches nothing.
+"""Whether a machine has what training needs, as pure functions of what was found on it.
 
 A finding is one line of `python -m trainer.preflight`. It is "missing" where training could not
 run, a "warning" where it would run badly or not under every launcher, and "optional" where only a
@@ -9,30 +9,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-# The state, and what is said of it.
+# The state, and its explanation.
 Finding = tuple[Literal["ok", "warning", "missing", "optional"], str]
 
-# The buffer in /dev/shm that DeepSpeed's operator gives each rank on CPUs, in MiB.
+# MiB of /dev/shm that DeepSpeed's operator on CPUs takes for each rank.
 _PER_RANK = 66
-# Below these a machine is warned of: MiB of shared memory, GiB of disk, open files.
+# Below these there is a warning: MiB of shared memory, GiB of disk, open files.
 LEAST_SHM, LEAST_DISK, LEAST_FILES = 1024, 10.0, 4096
-# Requirements that the line of an optional set names.
+# How many missing requirements of an optional set are named.
 _LISTED = 3
 _INSTALL = "see docs/install.md"
-# What compiles on GPUs.
+# Which settings need a compiler on GPUs.
 _NEED = 'training.compile and training.kernels = "fused" need it'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Torch:
-    """What the installed torch says of itself, or why it cannot be imported."""
+    """What the installed torch reports, or the error of importing it."""
 
     error: str = ""
     version: str = ""
     #: The toolkit that it was built for, such as "CUDA 13.0", "ROCm 7.1" or "CPU".
     build: str = ""
     gpus: list[str] = field(default_factory=list)
-    #: What torch warned of while it looked for GPUs.
+    #: Torch's warnings while it looked for GPUs.
     warned: str = ""
     nccl: str = ""
 
@@ -71,7 +71,7 @@ def gpus(found: Torch, *, devices: str) -> Finding:
 
 
 def collectives(found: Torch) -> Finding:
-    """The library by which ranks exchange gradients."""
+    """NCCL, by which ranks on GPUs exchange gradients."""
     if not found.gpus:
         return "ok", "not needed: ranks on CPUs use gloo"
     if not found.nccl:
@@ -88,7 +88,7 @@ def deepspeed(error: str, *, version: str) -> Finding:
 
 
 def compiler(fault: str, *, command: str, on_gpus: bool) -> Finding:
-    """The C++ compiler: of DeepSpeed's operator on CPUs, of Triton's launchers on GPUs."""
+    """The C++ compiler, which builds DeepSpeed's operator on CPUs, Triton's launchers on GPUs."""
     if not fault:
         return "ok", command
     way_out = "install g++ and Python's headers (Debian: apt-get install g++ python3-dev)"
@@ -108,7 +108,7 @@ def ninja(found: str | None, *, on_gpus: bool) -> Finding:
 
 
 def kept(directory: str, *, fault: str, on_gpus: bool) -> Finding:
-    """A directory of what is compiled here: DeepSpeed's operator on CPUs, kernels on GPUs."""
+    """A directory that keeps what is compiled: DeepSpeed's operator on CPUs, kernels on GPUs."""
     if not fault:
         return "ok", f"kept in {directory}"
     return ("warning", f"{fault}; {_NEED}") if on_gpus else ("missing", fault)

@@ -30,16 +30,17 @@ _ROWS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The rates that a plan assumes, as options give them."""
+    """The sizes and rates that a plan assumes; each is an option of `trainer.plan`."""
 
     gpus: int
-    #: GiB of a GPU, and those that CUDA, NCCL and fragmentation take of them.
+    #: GiB of a GPU, and how much of them CUDA, NCCL and fragmentation take.
     gpu_memory: float
     reserve: float
-    #: Peak of a GPU in TFLOP/s, and the share of it that forward and backward pass reach.
+    #: Peak of a GPU in TFLOP/s, and the share of it that forward and backward passes reach.
     tflops: float
     mfu: float
-    #: GB/s that each rank sends in collectives, and the share of reductions that computing hides.
+    #: GB/s that each rank sends in collectives, and the largest share of the reductions' time
+    #: that the backward pass hides.
     bandwidth: float
     overlap: float
     #: Microseconds that a message takes from a rank to the next.
@@ -68,20 +69,20 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The seconds of one optimizer step on some number of GPUs, by what they are spent on."""
+    """The predicted seconds of one optimizer step, by what they are spent on."""
 
     gpus: int
     batch: int
     micro_batch: int
     compute: float
-    #: Beyond the computation that hides it.
+    #: Communication that no computation hides.
     communication: float
-    #: Launches that take longer than what they launch.
+    #: What launching kernels takes longer than the kernels.
     host: float
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """The whole step."""
         return self.compute + self.communication + self.host
 
     @property
@@ -91,7 +92,7 @@ class Step:
 
     @property
     def limit(self) -> str:
-        """What takes most of the rest."""
+        """What limits the step: "computing", or what most of the other time goes to."""
         if self.efficiency >= 0.9:
             return "computing"
         return "network" if self.communication > self.host else "host: few images per GPU"
@@ -107,7 +108,7 @@ def operations(config: Config) -> int:
 
 
 def step(config: Config, *, machine: Machine, gpus: int, zero: Mapping[str, Any]) -> Step:
-    """The step of a config on so many GPUs.
+    """Predict the step of a config on so many GPUs; `zero` is ds_config's zero_optimization.
 
     Raises:
         ValueError: the batch does not divide among them.
@@ -147,10 +148,10 @@ def overlaps(zero: Mapping[str, Any]) -> bool:
 def _reduced(
     net: NetCosts, *, zero: Mapping[str, Any], compiled: bool, reduce: float, backward: float
 ) -> float:
-    """Seconds from the beginning of a backward pass until its gradients are reduced beside it.
+    """Seconds from the start of a backward pass to the end of the reductions that overlap with it.
 
-    A bucket is reduced when its last gradient is there, and a compiled part hands over all of its
-    gradients when it has computed them.
+    `backward` and `reduce` are the seconds of each alone. A bucket is reduced once its last
+    gradient is computed, and a compiled part gives all of its gradients at its end.
     """
     filled = [size / net.parameters for size in costs.buckets(net, zero=zero)]
     steps = reversed(net.parts) if compiled else [(share, share) for share in filled]
@@ -165,9 +166,9 @@ def _reduced(
 def _collectives(
     net: NetCosts, *, machine: Machine, gpus: int, zero: Mapping[str, Any], pieces: int
 ) -> tuple[float, float]:
-    """Seconds of a step's gathers, and of its reductions, on the network.
+    """Seconds that a step's gathers, and its reductions, take on the network.
 
-    All-reduces pass a tree, twice; the others pass every rank of a ring.
+    All-reduces pass a tree up and down; the other collectives pass a ring of all ranks.
     """
     moved = costs.collectives(net, zero=zero, ranks=gpus, accumulation=pieces)
     seconds = {"all_gather": 0.0}
@@ -182,7 +183,7 @@ def _collectives(
 def scaled(
     config: Config, *, machine: Machine, zero: Mapping[str, Any], batches: Mapping[int, int]
 ) -> dict[int, Step | None]:
-    """The step on each number of GPUs at its batch, in the largest micro-batches that fit.
+    """The step on each number of GPUs, of `batches`, in the largest micro-batches that fit.
 
     None where not even one image fits.
     """
@@ -198,7 +199,7 @@ def scaled(
 
 
 def resized(config: Config, *, batch: int, micro_batch: int) -> Config:
-    """The config with another batch, for as many whole steps as its images give."""
+    """The config with another batch; its images are cut to whole batches."""
     images = max(config.training.images // batch, 1) * batch
     training = dataclasses.replace(
         config.training, images=images, batch=batch, micro_batch=micro_batch
@@ -209,7 +210,7 @@ def resized(config: Config, *, batch: int, micro_batch: int) -> Config:
 def memory(
     config: Config, *, zero: Mapping[str, Any], ranks: int, micro_batch: int
 ) -> dict[str, int]:
-    """Bytes of a rank by part; `costs.memory` for a preset cut into so large micro-batches."""
+    """Bytes of a rank by part, as `costs.memory`, with micro-batches of this size."""
     return costs.memory(
         costs.count(config),
         averages=len(kept(config.training)),
@@ -221,7 +222,7 @@ def memory(
 
 
 def largest_micro_batch(config: Config, *, zero: Mapping[str, Any], ranks: int, room: float) -> int:
-    """The most images at once that `room` bytes of a rank hold, at most its share of the batch."""
+    """The largest micro-batch, up to a rank's share of the batch, that fits in `room` bytes."""
     share = config.training.batch // ranks
 
     def need(size: int) -> int:
@@ -236,7 +237,7 @@ def largest_micro_batch(config: Config, *, zero: Mapping[str, Any], ranks: int, 
 def memory_remark(
     config: Config, *, zero: Mapping[str, Any], ranks: int, room: float
 ) -> str | None:
-    """What to set where a micro-batch needs more than the `room` bytes of a rank's device."""
+    """What to set if a micro-batch needs more than the `room` bytes of a rank; else None."""
     training = config.training
     micro = training.micro_batch_on(ranks)
     need = sum(memory(config, zero=zero, ranks=ranks, micro_batch=micro).values())
@@ -252,7 +253,7 @@ def memory_remark(
 
 
 def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
-    """The machine with the speed that a run of this network reached lately, with all its waits.
+    """The machine with the MFU that a run of this network reached lately, all waits included.
 
     Raises:
         ValueError: the run trains another network, or has no speed to read.
