@@ -1,4 +1,4 @@
-"""Whether the classes of the shards fit those of the network, and what a run is trained on."""
+"""Whether the classes of the shards fit those of the network, and a run's images in words."""
 
 import itertools
 import shlex
@@ -31,9 +31,9 @@ def check(config: Config, shards: Dataset, *, run: Run) -> None:
 def check_held_out(
     config: Config, shards: Dataset, *, training: tuple[str, ...], named: str
 ) -> None:
-    """Raise ValueError unless labels of `shards` mean what they do in the training set.
+    """Raise ValueError unless `shards` number their classes as the training set does.
 
-    `training` are the names of that set's classes.
+    `training` are the names of the training set's classes, `named` is the setting or option.
     """
     if config.model.num_classes is None or training == shards.classes:
         return
@@ -45,9 +45,9 @@ def check_held_out(
 
 
 def difference(own: Sequence[str] | None, theirs: Sequence[str] | None, *, named: str) -> str:
-    """The first class that is another than the network's own, in words; or nothing.
+    """How two lists of classes differ first, in words; "" if not, or if one is not known (None).
 
-    None: the names are not known.
+    `own` are those of the network `named`.
     """
     if own is None or theirs is None or tuple(own) == tuple(theirs):
         return ""
@@ -56,7 +56,7 @@ def difference(own: Sequence[str] | None, theirs: Sequence[str] | None, *, named
 
 
 def _first_difference(own: Sequence[str], theirs: Sequence[str]) -> tuple[int, str, str]:
-    """The number of the first class that has two names, and both, as messages have them."""
+    """The first number whose names differ, and its name in each list, quoted or "missing"."""
     pairs = enumerate(itertools.zip_longest(own, theirs))
     first, names = next((i, names) for i, names in pairs if names[0] != names[1])
     here, there = ("missing" if name is None else repr(name) for name in names)
@@ -64,7 +64,7 @@ def _first_difference(own: Sequence[str], theirs: Sequence[str]) -> tuple[int, s
 
 
 def untrained(config: Config, shards: Dataset) -> str:
-    """A line for the log where the network has more classes than the shards; or nothing."""
+    """A line for the log if the network has classes of which there are no images; else ""."""
     classes, found = config.model.num_classes, len(shards.classes)
     if classes is None or found >= classes:
         return ""
@@ -77,7 +77,7 @@ def untrained(config: Config, shards: Dataset) -> str:
 
 
 def extent(config: Config, shards: Dataset) -> str:
-    """What a run is trained on and how often it sees that, for the line that it starts with."""
+    """The images of a run, their classes and the number of epochs, for the log's first line."""
     count = len(shards.classes)
     kind = f"in {count} class{'es' if count > 1 else ''}" if shards.labelled else "without labels"
     epochs = ", ".join(

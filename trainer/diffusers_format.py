@@ -1,6 +1,6 @@
-"""Networks as diffusers keeps them: the options of its UNet2DModel, and its names of our weights.
+"""Conversion to and from diffusers' UNet2DModel: its options, and its names of our weights.
 
-Exact where diffusers can express the network; `options` refuses the rest, naming the setting.
+It is exact. Networks that UNet2DModel cannot express are refused, naming the setting.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,9 +16,9 @@ from trainer.config.experiment import Config
 Weights = dict[str, Tensor]
 
 _NAME = "diffusion_pytorch_model"
-#: The weights in a folder.
+#: The weights file in a folder that we write.
 FILE = f"unet/{_NAME}.safetensors"
-# Where they are in folders of a pipeline, and in those of a model alone.
+# Where folders of others have it: those of a pipeline, and those of a model alone.
 _FILES = [f"{place}{_NAME}.{end}" for place in ("unet/", "") for end in ("safetensors", "bin")]
 
 _RES = {
@@ -40,7 +40,7 @@ _ENDS = {
 
 
 def options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
-    """The options of `diffusers.UNet2DModel` that make this network; as `assert_expressible`."""
+    """The options of `diffusers.UNet2DModel` for this network; errors as `assert_expressible`."""
     assert_expressible(config)
     assert isinstance(config, UNetConfig)
     resample = "resnet" if config.resample == "biggan" else "conv"
@@ -73,7 +73,7 @@ def options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
 
 
 def find(folder: Path) -> Path | None:
-    """The weights in a folder of diffusers: of a pipeline, or of a model alone."""
+    """The weights file in a folder of diffusers; None where there is none."""
     return next((file for name in _FILES if (file := folder / name).is_file()), None)
 
 
@@ -119,8 +119,8 @@ def to_diffusers(weights: Mapping[str, Tensor], *, config: UNetConfig) -> Weight
 def from_diffusers(weights: Mapping[str, Tensor], *, config: UNetConfig) -> Weights:
     """Weights of diffusers' UNet2DModel under our names.
 
-    What this network has no place for keeps its name, and what is missing there is missing here, so
-    that `trainer.weights.check_fit` names both.
+    Weights that this network has no place for keep their names, so that `trainer.weights.check_fit`
+    names them, and those that are missing.
     """
     left, named = dict(weights), Weights()
     for ours, theirs, kind in _places(config):
@@ -140,7 +140,7 @@ def from_diffusers(weights: Mapping[str, Tensor], *, config: UNetConfig) -> Weig
 
 
 def ours(weights: Mapping[str, Tensor], *, config: UNetConfig | ClassifierConfig) -> Weights:
-    """Weights of either kind under our names.
+    """Weights that have diffusers' names, or ours already, under our names.
 
     Raises:
         ValueError: diffusers cannot express the network.
@@ -153,7 +153,7 @@ def ours(weights: Mapping[str, Tensor], *, config: UNetConfig | ClassifierConfig
 
 
 def _places(config: UNetConfig) -> Iterator[tuple[str, str, str]]:
-    """Every layer: its name here, its name there, and which kind of layer it is."""
+    """Every layer: our name, diffusers' name, and the kind: "plain", "qkv" or "projection"."""
     for ours, theirs in _ENDS.items():
         yield ours, theirs, "plain"
     for ours, theirs, kind in _modules(config):
@@ -170,7 +170,7 @@ def _places(config: UNetConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _modules(config: UNetConfig) -> Iterator[tuple[str, str, str]]:
-    """Every residual block, attention and resampling convolution, as `_places`."""
+    """Every residual block, attention and resampling convolution: our name, theirs, and kind."""
     yield from _downward(config)
     for i, name in enumerate(("resnets.0", "attentions.0", "resnets.1")):
         kind = "attention" if i == 1 else "residual"
@@ -199,7 +199,7 @@ def _upward(config: UNetConfig) -> Iterator[tuple[str, str, str]]:
         there, attends = f"up_blocks.{up}", config.resolutions[level] in config.attention
         for i in range(each):
             here = f"output_blocks.{up * each + i}"
-            # Joined channels are never as many as the block's own.
+            # With the skip connection's channels, the input is always wider than the output.
             yield f"{here}.0", f"{there}.resnets.{i}", "residual with shortcut"
             if attends:
                 yield f"{here}.1", f"{there}.attentions.{i}", "attention"
@@ -225,14 +225,14 @@ def _split(value: Tensor, *, config: UNetConfig) -> tuple[Tensor, ...]:
 
 
 def _joins(parts: list[Tensor], *, config: UNetConfig) -> bool:
-    """Whether q, k and v are of one shape, and of a width that this network's heads divide."""
+    """Whether q, k and v have one shape, and the heads of this network divide their width."""
     width = len(parts[0])
     by = config.head_channels or config.heads or 1
     return len({part.shape for part in parts}) == 1 and width % by == 0
 
 
 def _join(parts: list[Tensor], *, config: UNetConfig) -> Tensor:
-    """The rows of a qkv layer from those of q, k and v."""
+    """The weight or bias of a qkv layer from those of q, k and v."""
     if config.qkv == "new":
         return torch.cat(parts)
     heads = config.heads_at(len(parts[0]))

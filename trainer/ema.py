@@ -28,20 +28,20 @@ from trainer.snapshots import Snapshot
 
 # The widths that are listed.
 _LISTED = (0.02, 0.03, 0.05, 0.075, 0.1, 0.13, 0.15, 0.2, 0.25)
-# Coefficients below this change nothing; their files are not read.
+# Files with smaller coefficients are not read: they would change nothing.
 _NEGLIGIBLE = 1e-9
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One file of a snapshot."""
+    """One average on disk: a file of a snapshot."""
 
     path: Path
     sha256: str
     profile: Profile
 
     def load(self) -> dict[str, Tensor]:
-        """Its tensors, as they are stored.
+        """Its tensors, in the precision in which they are stored.
 
         Raises:
             ValueError: it is damaged.
@@ -59,10 +59,10 @@ class Stored:
 
 
 def find(run: Path, *, at: int | None) -> tuple[Snapshot, list[Stored]]:
-    """The last snapshot of a run up to the clock `at`, by default of all; the files up to there.
+    """The snapshot of a run at the clock `at`, by default the last; and all files up to there.
 
     Raises:
-        ValueError: there are none, one cannot be read, or none is of that time.
+        ValueError: there are none, one cannot be read, or none is of that clock.
     """
     if not run.is_dir():
         raise ValueError(f"no such run: {run}")
@@ -74,9 +74,9 @@ def find(run: Path, *, at: int | None) -> tuple[Snapshot, list[Stored]]:
         )
     times = [snapshot.images_seen for snapshot in found]
     if at is not None and at not in times:
-        near = sorted(times, key=lambda time: abs(time - at))[:3]
-        are = " or ".join(map(str, sorted(near)))
-        raise ValueError(f"--at = {at}: must be the time of a snapshot, such as {are}")
+        nearest = sorted(times, key=lambda time: abs(time - at))[:3]
+        such = " or ".join(map(str, sorted(nearest)))
+        raise ValueError(f"--at = {at}: must be the time of a snapshot, such as {such}")
     used = found if at is None else found[: times.index(at) + 1]
     stored = [
         Stored(snapshot.path / name, facts["sha256"], snapshot.profile(name))
@@ -91,7 +91,9 @@ def find(run: Path, *, at: int | None) -> tuple[Snapshot, list[Stored]]:
 def build(
     stored: Sequence[Stored], coefficients: Mapping[float, Sequence[float]]
 ) -> dict[float, dict[str, Tensor]]:
-    """The averages of several widths, fp32 tensors by width and name, in one pass over the files.
+    """The averages of several widths, by width and name, in fp32: sums of `coefficients` x files.
+
+    All are made in one pass over the files.
 
     Raises:
         ValueError: a file is damaged, or of another network than the others.

@@ -101,17 +101,17 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _write_pt(to: Path, named: Mapping[str, Tensor]) -> None:
-    """What guided-diffusion loads."""
+    """Write a .pt file, which guided-diffusion loads."""
     with files.whole(to) as stream:
         try:
             torch.save(named, stream)
         except RuntimeError as error:
-            # After a full disk or Ctrl-C torch still ends its archive, and raises why it cannot.
+            # After a full disk or Ctrl-C torch fails again as it closes its archive.
             raise error.__context__ or error from None
 
 
 def _write_folder(to: Path, named: Mapping[str, Tensor], *, found: TrainedNetwork) -> None:
-    """What diffusers loads; the directory is there in full or not at all."""
+    """Write a directory that diffusers loads, in full or not at all."""
     config, model = found.config, found.config.unet
     aside = to.with_name(f"{to.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

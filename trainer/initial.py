@@ -28,20 +28,20 @@ from trainer.run.directory import Run
 
 @dataclass(frozen=True, kw_only=True)
 class Initial:
-    """The weights of `--init` as they are recorded in the run."""
+    """The weights of `--init`, as `RUN/init.json` records them."""
 
-    #: As the command line names it, absolute.
+    #: The path of `--init`, absolute.
     init: str
     #: The weights file, and its checksum.
     file: str
     sha256: str
-    #: The parameters, or modules, of `--init-skip`: the network's start from the seed, others that
-    #: the file has are left out.
+    #: The parameters or modules of `--init-skip`: those of the network are initialised from the
+    #: seed, and those of the file are not loaded.
     skip: tuple[str, ...] = ()
 
     @classmethod
     def find(cls, path: Path, *, skip: Sequence[str], config: Config) -> "Initial":
-        """The weights at `path`, whole and of the config's network.
+        """The weights at `path`, which are checked to fit the config's network.
 
         Raises:
             ValueError: there are none, they do not fit, or some are not finite.
@@ -63,7 +63,7 @@ class Initial:
         return any(is_in(name, skip) for skip in self.skip)
 
     def _read(self, config: Config) -> dict[str, Tensor]:
-        """The file's weights, but for those that are skipped."""
+        """The file's weights without those to skip; ValueError where they do not fit."""
         with torch.device("meta"):
             own = build(config.model).state_dict()
         loaded = diffusers_format.ours(weights.load(self.file), config=config.model)
@@ -81,7 +81,7 @@ class Initial:
         return kept
 
     def load(self, config: Config) -> dict[str, Tensor]:
-        """The weights by parameter name; those that are skipped as the seed gives them."""
+        """The weights by parameter name; those to skip are initialised from the seed."""
         kept = self._read(config)
         if not self.skip:
             return kept
@@ -94,7 +94,7 @@ class Initial:
 
 
 def choose(arguments: argparse.Namespace, *, run: Run, config: Config) -> Initial | None:
-    """The weights that a run starts from; None if it has a checkpoint, or starts from its seed.
+    """The weights of `--init`; None without it, or if the run resumes from a checkpoint.
 
     `arguments` are those of the command line: `init` and `init_skip`.
 
@@ -112,16 +112,16 @@ def choose(arguments: argparse.Namespace, *, run: Run, config: Config) -> Initia
 
 
 def record(initial: Initial | None, *, run: Run) -> None:
-    """Keep in the run what it starts from, in place of what an earlier start came to nothing with.
+    """Write to `RUN/init.json` what the run starts from; None stands for its seed.
 
-    None is the seed.
+    It replaces the record of an earlier start that saved no checkpoint.
     """
     entries = {"init": None} if initial is None else asdict(initial)
     files.write(_file(run), json.dumps({"format": "run-init-1", **entries}, indent=1) + "\n")
 
 
 def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
-    """Compare with the record; runs of version 0.1 have none."""
+    """Raise ValueError unless the run was started from these weights; version 0.1 has no record."""
     try:
         entries = json.loads(_file(run).read_text())
         facts = {name: entries[name] for name in ("init", "file", "sha256") if entries["init"]}
@@ -145,7 +145,7 @@ def _check_same(path: Path, *, skip: Sequence[str], run: Run) -> None:
 
 
 def _hint(names: Sequence[str], *, own: frozenset[str]) -> str:
-    """What to add to the command where only few parts differ; `own` are those of the network."""
+    """The --init-skip to add if one or two modules differ; `own` are those of the network."""
     parts = list(dict.fromkeys(name.split(".")[0] for name in names))
     if len(parts) > 2:
         return ""

@@ -1,7 +1,7 @@
 """What is measured of a run beside its steps: validation, grids, and the figures of samples.
 
 Each is taken when the clock crosses a multiple of its interval. A stop interrupts them: the run is
-then saved where it is, and the next start begins with what is missing there, but for a grid.
+then saved where it is, and the next start first takes what is missing there, except for grids.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ def due(every: int | None, *, images_seen: int, batch_size: int) -> bool:
 
 
 def missing(run: Run, config: Config, *, images_seen: int) -> set[str]:
-    """The groups of metrics that are due at the clock where a start begins, and are not there.
+    """The groups of metrics that are due at the clock where a start begins, but not recorded.
 
-    Grids are not looked for. All ranks must call it.
+    Grids are not considered. All ranks must call it.
     """
     every = {"validation": config.intervals.validate, in_training.GROUP: config.intervals.evaluate}
     at = {"images_seen": images_seen, "batch_size": config.training.batch}
@@ -49,7 +49,7 @@ def missing(run: Run, config: Config, *, images_seen: int) -> set[str]:
 
 @dataclass(kw_only=True)
 class Measures:
-    """Takes them. All ranks make each call together."""
+    """Takes a run's measurements. All ranks make each call together."""
 
     parts: Parts
     saving: Saving
@@ -62,13 +62,13 @@ class Measures:
     shown: Batch | None
 
     def announce(self) -> None:
-        """Log what they cost."""
+        """Log what validation and evaluation cost."""
         for each in (self.validation, self.evaluation):
             if each is not None:
                 self.parts.log(each.cost())
 
     def take(self, images_seen: int) -> bool:
-        """Take what is due; whether all is done. If not, a stop interrupted it."""
+        """Take what is due; False if a stop interrupted it."""
         every, batch_size = self.parts.config.intervals, self.parts.config.training.batch
         is_due = partial(due, images_seen=images_seen, batch_size=batch_size)
         return (
@@ -78,20 +78,20 @@ class Measures:
         )
 
     def catch_up(self, images_seen: int) -> bool:
-        """Take what an earlier start left out here; whether all is done."""
+        """Take what an earlier start left out at this clock; False if a stop interrupted it."""
         left = missing(self.parts.run, self.parts.config, images_seen=images_seen)
         return ("validation" not in left or self._validate(images_seen)) and (
             in_training.GROUP not in left or self._evaluate(images_seen)
         )
 
     def _begin(self, doing: str) -> float:
-        """Commit what is being written, and tell the watchdog what follows; the time."""
+        """Finish a checkpoint that is being written, and tell the watchdog; returns the time."""
         self.saving.protect()
         self.parts.mark(doing)
         return self.parts.metrics.clock()
 
     def _validate(self, images_seen: int) -> bool:
-        """The loss over data.validation, from the first EMA and from the weights themselves."""
+        """Compute the loss over data.validation, with the first EMA and with the weights."""
         parts = self.parts
         assert self.validation is not None
         began = self._begin("validating")
@@ -105,7 +105,7 @@ class Measures:
         return found is not None
 
     def _draw_grid(self, images_seen: int) -> bool:
-        """A grid from the first EMA; every rank draws its share of the images."""
+        """Draw a grid of samples from the first EMA; every rank draws its share."""
         parts = self.parts
         began, picture, is_done = self._begin("drawing samples"), None, False
         kind = averages.exponential(parts.config.training.ema[0])
@@ -129,7 +129,7 @@ class Measures:
         return is_done
 
     def _evaluate(self, images_seen: int) -> bool:
-        """FID and the other figures of samples from the first EMA."""
+        """Compute FID and the other figures of samples from the first EMA."""
         parts = self.parts
         assert self.evaluation is not None
         began = self._begin("drawing samples to evaluate")

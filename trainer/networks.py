@@ -1,4 +1,4 @@
-"""Trained networks by path: which weights a command line names, found, checked and filled."""
+"""Trained networks by path: which weights a command line names, found, checked and loaded."""
 
 import argparse
 import json
@@ -28,14 +28,14 @@ from trainer.run import checkpoint as checkpoints
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """Which weights of which network: picked once, by the main rank, since a run may go on."""
+    """A network and its weights file; found by the main rank alone, since a run may go on."""
 
     config: Config
     file: Path
     sha256: str
-    #: As messages name it.
+    #: Its name in messages.
     name: str
-    #: Whether the config is that of its training, and not a preset's.
+    #: Whether the config is the one that it was trained with, and not a preset's.
     has_own_config: bool = False
 
     @classmethod
@@ -48,15 +48,15 @@ class TrainedNetwork:
         option: str = "--preset",
         begun: Collection[str] = (),
     ) -> "TrainedNetwork":
-        """In a run (its newest valid checkpoint), a checkpoint, a file, or a folder of diffusers.
+        """The network at `path`: a run, a checkpoint, a weights file, or a folder of diffusers.
 
-        A file or folder that does not say of which network it is needs its preset, by `option`. Of
-        a run, a checkpoint with a file of a checksum in `begun` comes before newer ones.
+        Of a run it is the newest valid checkpoint, but one with a file whose checksum is in `begun`
+        comes first. Where the path has no config of the network, `preset` gives it; `option` is the
+        option for that. `decay` chooses the EMA, by default the first.
 
         Raises:
-            ValueError: there is nothing of that kind at `path`.
+            ValueError: there is nothing of that kind at `path`, or it needs a preset.
         """
-        own = preset is None
         name = str(path) if preset is None else f"{path} (preset {preset})"
         file = diffusers_format.find(path)
         is_run = file is None and not path.is_file()
@@ -64,7 +64,7 @@ class TrainedNetwork:
         if not is_run:
             file = file or path
             config = _written_config(path, option) if preset is None else configs.load(preset)
-            return cls(config, file, files.sha256(file), name, own)
+            return cls(config, file, files.sha256(file), name, preset is None)
         if not path.is_dir():
             raise ValueError(f"no such run or weights file: {path}")
         found = _newest(path, begun=begun)
@@ -78,7 +78,7 @@ class TrainedNetwork:
             kept = (n.removesuffix(".safetensors") for n in found.files if n.startswith("ema-"))
             kinds = ", ".join(sorted(kept))
             raise ValueError(f"{found.path} has no {average}; it has: {kinds}")
-        return cls(config, file, found.files[file.name]["sha256"], name, own)
+        return cls(config, file, found.files[file.name]["sha256"], name, preset is None)
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the file, by our names; ValueError as `trainer.weights.load`."""
@@ -99,10 +99,11 @@ class TrainedNetwork:
         precision: str | None,
         say: Callable[[str], None] | None = None,
     ) -> nn.Module:
-        """The network, filled, on `device`; by default as it was trained, but on a CPU in fp32.
+        """The network with its weights, on `device`, in the precision of its training or given.
 
-        The main rank alone reads the file and sends the weights to the others. All ranks must call
-        it. It is compiled if `say` is given, which hears of that.
+        On a CPU the default is fp32. The main rank alone reads the file and sends the weights to
+        the others. It may be compiled if `say` is given, which prints a line about that. All ranks
+        must call it.
 
         Raises:
             ValueError: the file does not hold the weights of this network, or Triton is missing.
@@ -119,7 +120,7 @@ class TrainedNetwork:
 
 
 def _written_config(path: Path, option: str) -> Config:
-    """The config that a folder of diffusers or a weights file has, where we wrote it."""
+    """The config in a folder of diffusers or a weights file, as `trainer.export` and runs write."""
     if path.is_dir():
         if path.name == "unet":
             raise ValueError(f"{path} is a part of a folder of diffusers: give {path.parent}")
@@ -140,7 +141,7 @@ def _written_config(path: Path, option: str) -> Config:
 
 
 def _newest(path: Path, *, begun: Collection[str]) -> checkpoints.Checkpoint:
-    """A checkpoint, or a run's newest valid one, but first those with a file of `begun`."""
+    """The checkpoint at `path`, or a run's newest valid one, those with a file of `begun` first."""
     is_checkpoint = (path / checkpoints.STATE).is_file()
     if not is_checkpoint and not (path / "checkpoints").is_dir():
         raise ValueError(
@@ -163,7 +164,7 @@ def _newest(path: Path, *, begun: Collection[str]) -> checkpoints.Checkpoint:
 
 
 def _holds(checkpoint: Path, wanted: Collection[str]) -> bool:
-    """Whether a committed checkpoint, as far as it can be read, has a file of these checksums."""
+    """Whether a checkpoint has a file with one of these checksums; False if it is not readable."""
     with suppress(ValueError, OSError):
         found = checkpoints.read(checkpoint).files.values() if wanted else ()
         return any(facts["sha256"] in wanted for facts in found)
@@ -171,13 +172,13 @@ def _holds(checkpoint: Path, wanted: Collection[str]) -> bool:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run of a checkpoint, which a link, or a name from within the run, may stand for."""
+    """The run directory of a checkpoint, whose path may be a link or relative."""
     places = [path.parent.parent for path in (checkpoint.resolve(), checkpoint.absolute())]
     return next((run for run in places if (run / "config.toml").is_file()), places[-1])
 
 
-# What a classifier must share with the network that it guides, where the network has it: the
-# images, the classes, and what decides q(x_t | x_0) at a timestep.
+# Settings that a classifier must share with the network that it guides, if the network has them:
+# the images, the classes, and what determines q(x_t | x_0) at a timestep.
 _SHARED = ("model.image_size", "model.num_classes", "diffusion.steps", "diffusion.schedule")
 
 
@@ -200,7 +201,7 @@ def check_guide(classifier: TrainedNetwork, *, network: TrainedNetwork) -> None:
 
 
 def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) -> None:
-    """Raise ValueError unless both number the same classes alike, as far as their shards tell."""
+    """Raise ValueError if the networks number classes differently, as far as names are known."""
     own, theirs = trained_names(network), trained_names(other)
     if differs := classes.difference(own, theirs, named=network.name):
         raise ValueError(
@@ -211,7 +212,7 @@ def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) 
 
 
 def trained_names(network: TrainedNetwork) -> tuple[str, ...] | None:
-    """The names of the classes that it was trained on, from its shards if they are there."""
+    """The names of the classes that it was trained on, if its shards are here; else None."""
     config = network.config
     shards = config.data.shards
     if not network.has_own_config or config.model.num_classes is None or not is_local(shards):
@@ -225,7 +226,7 @@ def trained_names(network: TrainedNetwork) -> tuple[str, ...] | None:
 def check_upsampler(
     upsampler: TrainedNetwork, *, base: TrainedNetwork, classes: int | None
 ) -> None:
-    """Raise ValueError unless `upsampler` can enlarge what `base` draws in so many `classes`."""
+    """Raise ValueError unless `upsampler` can enlarge what `base` draws in `classes` classes."""
     model, size = upsampler.config.model, base.config.model.image_size
     if not isinstance(model, UNetConfig) or model.small_size is None:
         raise ValueError(f"{upsampler.file} is no upsampler: --upsampler needs one")
@@ -243,7 +244,7 @@ def check_upsampler(
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """The networks that the command line names."""
+    """The networks that the command line of `trainer.sample` names."""
 
     denoiser: TrainedNetwork
     classifier: TrainedNetwork | None
@@ -251,22 +252,22 @@ class SampleInputs:
 
     @property
     def labelled(self) -> TrainedNetwork:
-        """The network whose classes the images are of, if any knows classes."""
+        """The network that decides the images' classes: the denoiser's or else the classifier's."""
         knows = self.denoiser.config.model.num_classes is not None
         return self.denoiser if knows or self.classifier is None else self.classifier
 
     @property
     def classes(self) -> int | None:
-        """How many classes the images may be of; None if no network knows classes."""
+        """How many classes there are; None if no network has classes."""
         count: int | None = self.labelled.config.model.num_classes
         return count
 
     @classmethod
     def find(cls, arguments: argparse.Namespace, *, begun: Collection[str] = ()) -> "SampleInputs":
-        """What the command line names; of runs, what was `begun` with, as in `TrainedNetwork`.
+        """The networks that the command line names; `begun` as in `TrainedNetwork.find`.
 
         Raises:
-            ValueError: something of it is not there.
+            ValueError: one of them is not there, or they do not fit each other.
         """
         given = vars(arguments)
 
@@ -285,7 +286,7 @@ class SampleInputs:
         return found
 
     def _check(self) -> None:
-        """Return if the networks fit each other."""
+        """Raise ValueError unless the networks fit each other."""
         source = self.denoiser
         if not isinstance(source.config.model, UNetConfig):
             raise ValueError(f"{source.file} is a classifier; give it as --classifier")
@@ -295,5 +296,5 @@ class SampleInputs:
         if self.upsampler is not None:
             check_upsampler(self.upsampler, base=source, classes=self.classes)
             check_names(self.upsampler, network=self.labelled, option="--upsampler")
-            # Its turn comes when all images are drawn.
+            # Checked now, since it is needed only when all images are drawn.
             self.upsampler.check_weights()

@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def kind(name: str) -> str:
-    """What a kernel or operation of that name is for."""
+    """The kind of work, of `_KINDS`, that a kernel or operation of that name does."""
     for found, pattern in _KINDS.items():
         if re.search(pattern, name, re.IGNORECASE):
             return found
@@ -40,7 +40,10 @@ def kind(name: str) -> str:
 
 
 def table(times: Iterable[tuple[str, float]], *, seconds: float, steps: int) -> str:
-    """Milliseconds of a step by kind, of (name, seconds) during `seconds`, and what is idle."""
+    """A table of milliseconds per step by kind of work, with the idle time.
+
+    `times` are (name, seconds) of what ran in `steps` steps, which took `seconds`.
+    """
     sums: dict[str, float] = {}
     for name, spent in times:
         sums[kind(name)] = sums.get(kind(name), 0.0) + spent
@@ -53,7 +56,7 @@ def table(times: Iterable[tuple[str, float]], *, seconds: float, steps: int) -> 
 
 @contextmanager
 def profiled(count: int, *, run: Run, is_main: bool) -> Iterator[Callable[[], None]]:
-    """Profile so many steps of a run, none for 0; what is yielded is called after each step."""
+    """Profile `count` steps of a run on the main rank; yields what to call after each step."""
     if not count or not is_main:
         yield lambda: None
         return
@@ -79,7 +82,7 @@ class StepProfiler:
         self._profile.start()
 
     def step(self) -> None:
-        """Note that a step has ended; after the last one, write what was found."""
+        """Count a step that has ended; after the last one, write the results."""
         self._count += 1
         if self._count > _WAIT + _WARM_UP + self._steps:
             return
@@ -90,7 +93,7 @@ class StepProfiler:
             self._profile.stop()
 
     def close(self) -> None:
-        """Where the run ended before, write what there is, and say how much that is."""
+        """If the run ended before all steps were profiled, write what there is, and log it."""
         done, wanted = self._count - _WAIT - _WARM_UP, self._steps
         if done >= wanted:
             return
@@ -103,7 +106,7 @@ class StepProfiler:
 
     def _keep(self, found: Any) -> None:
         self._run.attempt("profile/", lambda: self._write(found))
-        self._run.settle()  # the profiler is ours again after this
+        self._run.settle()  # until it is written: afterwards the profiler's results are gone
 
     def _write(self, found: Any) -> None:
         if self._steps < 1:
@@ -118,9 +121,9 @@ class StepProfiler:
 
 
 def _times(averages: Any, *, of_device: bool) -> list[tuple[str, float]]:
-    """Names and seconds of all kernels of the device, or of operations where there is no GPU.
+    """Names and seconds of the GPU's kernels, or without a GPU of operations on the CPU.
 
-    Not of what is annotated: on a device it is the time of kernels, which are there themselves.
+    Annotated ranges are left out: on a GPU their time is that of kernels, which are listed anyway.
     """
     if not of_device:
         operations = [a for a in averages if "ProfilerStep" not in a.key]

@@ -1,8 +1,8 @@
 """`RUN/averages/000008388608/`: snapshots of a run's power-function averages.
 
 Each directory holds one safetensors file for each width, and `state.json` with their sizes and
-checksums. They are no checkpoints: nothing prunes them. `python -m trainer.ema` makes averages of
-other widths of them, for which it needs all, back to the first.
+checksums. Unlike checkpoints they are never pruned: `python -m trainer.ema` combines all of them,
+from the first on, to averages of other widths.
 """
 
 import json
@@ -29,7 +29,7 @@ from trainer.run.directory import Run
 from trainer.run.lease import LeaseLost
 from trainer.run.trainstate import Gathered
 
-# The end of the name of a snapshot that is not of the run any more.
+# The suffix of a snapshot that is no longer part of the run.
 _ASIDE = "superseded"
 
 
@@ -38,9 +38,9 @@ class Snapshot:
     """The averages of a run at one time, on disk."""
 
     path: Path
-    #: The clock at the last update of the weights, which is the time of the averages.
+    #: The clock at the last update of the weights: the averages are those of this time.
     updated_at: int
-    #: As `Profile` has them.
+    #: As in `Profile`.
     gaps: tuple[tuple[float, float], ...]
     #: Size and sha256 of each file, by its name.
     files: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Snapshot:
             entries = json.loads((path / STATE).read_text())
             gaps = [(before, after) for before, after in entries.get("gaps", [])]
             updated_at = entries["updated_at"]
-            # Nothing was averaged since the run went back: these are the averages of then.
+            # A gap that ends here: since the run went back, no step was averaged.
             while gaps and gaps[-1][1] == updated_at:
                 updated_at, _ = gaps.pop()
             found = cls(path, updated_at, tuple(gaps), entries["files"])
@@ -85,10 +85,10 @@ def directory(run: Path) -> Path:
 
 
 class Snapshots:
-    """Keeps the power-function averages of a run at intervals. All ranks make each call together.
+    """Writes snapshots of a run's power-function averages. All ranks make each call together.
 
     Training waits while one is written. One that cannot be written is reported, and training goes
-    on: averages that are made afterwards are then a little less exact.
+    on: averages that are made of the others are then a little less exact.
     """
 
     def __init__(self, run: Run, config: Config, *, world: World) -> None:
@@ -98,7 +98,7 @@ class Snapshots:
         self._precision = config.intervals.averages_precision
 
     def open(self, images_seen: int, *, parameters: int) -> None:
-        """Before training: move later snapshots aside, and report the need of space."""
+        """Before training: move later snapshots aside, and log the disk space that is needed."""
         self.set_aside_later(images_seen)
         if self._every is None or not self._world.is_main:
             return
@@ -177,7 +177,7 @@ class Snapshots:
         files.sync(final.parent)
 
     def set_aside_later(self, images_seen: int) -> None:
-        """Rename snapshots beyond the clock: they are not of the run that trains from there."""
+        """Rename snapshots beyond the clock from which the run trains: they are not part of it."""
         if not self._world.is_main:
             return
         self._run.check_lease()

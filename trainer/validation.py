@@ -1,8 +1,8 @@
-"""Validation: the loss over a second set of images, from the averaged weights and from the others.
+"""Validation: the loss over a second set of images, with the averaged and the current weights.
 
-Each image has a timestep and noise of its own, the same in every run. The images are cut in fixed
+Each image has a timestep and noise of its own, the same in every run. The images are cut into fixed
 parts, which the ranks take in turn, and all images' values are added up in one order: the result is
-the same on any number of ranks. Nothing of the training is touched, no random state either.
+the same on any number of ranks. No state of the training is changed, no random state either.
 """
 
 import json
@@ -31,7 +31,7 @@ from trainer.run.directory import Run
 from trainer.start import build_objective
 from trainer.watch.metrics import QUARTERS
 
-# The seed of t and noise, whatever that of the run: losses of different runs can be compared.
+# The seed of t and noise, whatever that of the run, so that losses of runs can be compared.
 SEED = 0
 
 Terms = Callable[[Batch], Mapping[str, Tensor]]
@@ -45,7 +45,7 @@ class ValidationSet:
     images: int
     #: Whether these are the images that the run learns from.
     is_training: bool = False
-    #: Whether they were held out of a source that the run's shards may have in full.
+    #: Whether they were split from a source that the run's shards may have been packed from whole.
     is_in_training: bool = False
 
     @classmethod
@@ -57,7 +57,10 @@ class ValidationSet:
         images: int | None = None,
         named: str = "data.validation_images",
     ) -> "ValidationSet":
-        """All images of `shards`, or so many, evenly spread; ValueError where there are fewer."""
+        """All images of `shards`, or `images` evenly spread ones; ValueError if there are fewer.
+
+        `named` is the setting or option that gives their number.
+        """
         enough = images is None or images <= shards.count
         check(enough, named, images, f"at most {shards.count}, as {shards.where} has")
         alone = replace(config.data, shards=shards.root, mix=(), mix_shares=())
@@ -68,10 +71,11 @@ class ValidationSet:
     def of(
         cls, config: Config, *, training: Dataset, check_files: bool = True
     ) -> "ValidationSet | None":
-        """That of the config, if it names one; with `check_files`, also each shard's size.
+        """The images of data.validation; None if it is absent. `check_files` checks shards' sizes.
 
         Raises:
-            ValueError: there is none, it has other classes, or not so many images.
+            ValueError: there are no such shards, their classes differ from those of `training`, or
+                they have too few images.
         """
         root, images = config.data.validation, config.data.validation_images
         if root is None:
@@ -100,10 +104,11 @@ class ValidationSet:
         stopped: Callable[[], bool],
         on_images: Callable[[int], None],
     ) -> dict[str, Tensor] | None:
-        """Every image's `terms`, float64 (N,) on the host, by name, in the images' order.
+        """The `terms` of every image, by name: float64 (N,) on the CPU, in the images' order.
 
-        `terms` gets parts of that many images, on the device, and gives values (B,). All ranks must
-        call it and get the same; None if one of them was `stopped`.
+        `terms` is called with `part` images at a time, on the device, and returns values (B,).
+        `on_images` is called with the number of images done. All ranks must call it and get the
+        same; None if one of them was `stopped`.
 
         Raises:
             Refused, Broken: a file is damaged or cannot be read.
@@ -173,9 +178,9 @@ class Validation:
     def measure(
         self, engine: Engine, *, mark: Callable[[str], None], stopped: Callable[[], bool]
     ) -> dict[str, float] | None:
-        """ "validation/NAME" from the first EMA and "validation/raw/NAME" from the weights.
+        """ "validation/NAME" with the first EMA, and "validation/raw/NAME" with the weights.
 
-        The names are those of `means` of the objective's terms. None if a rank was `stopped`.
+        NAME is each of `means` of the objective's terms. None if a rank was `stopped`.
 
         Raises:
             Refused, Broken: as `ValidationSet.table`.
@@ -211,7 +216,7 @@ class Validation:
         return self._objective(net, batch.images, batch.labels, batch.indices)
 
     def cost(self) -> str:
-        """A line for the log about what it takes."""
+        """A line for the log: the share of the training's compute that validation takes."""
         every = self._config.intervals.validate
         assert every is not None
         # An image of training costs three forward passes, of validation one for each of two nets.

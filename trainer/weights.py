@@ -1,4 +1,4 @@
-"""Weights in files: loading those of any origin, and filling a network with them."""
+"""Weights in files: writing them, loading those of any origin, and filling a network with them."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data import files
 
-# Where the header of a safetensors file has what it says of itself.
+# The entry of a safetensors header that holds the metadata.
 _METADATA = "__metadata__"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -53,13 +53,13 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, st
 
 
 def _sort_metadata(file: Path) -> None:
-    """Put the metadata in order, in place: safetensors writes it in a random one."""
+    """Sort the metadata, in place: safetensors writes it in a random order."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
         header[_METADATA] = dict(sorted(header.get(_METADATA, {}).items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
-        if len(text) == size:  # else a newer safetensors writes its header in another way
+        if len(text) == size:  # else this safetensors formats its header in another way
             stream.seek(8)
             stream.write(text)
 
@@ -67,8 +67,8 @@ def _sort_metadata(file: Path) -> None:
 def load(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file or of a published `.pt` file (never unpickling code).
 
-    A file is mapped where its format allows it, and read as its tensors are. Wrappers around the
-    network leave no trace in the names, nor does a dict `{"state_dict": ...}` around them.
+    A file is mapped where its format allows it: it is read when its tensors are used. Prefixes that
+    wrappers put before all names are removed, and a dict `{"state_dict": ...}` around the weights.
 
     Raises:
         ValueError: the file is missing, empty, or holds something else, such as a state of Adam.
@@ -96,7 +96,7 @@ def load(path: str | Path) -> dict[str, Tensor]:
 
 
 def _kinds(found: Any, path: Path) -> str:
-    """What a file holds instead of weights, and where the weights may be in it."""
+    """What a file holds instead of weights, and how to extract the weights among it, if any."""
     if not isinstance(found, dict):
         return type(found).__name__
     inside = [
@@ -110,7 +110,7 @@ def _kinds(found: Any, path: Path) -> str:
 
 
 def _why(error: Exception, path: Path) -> str:
-    """Why a file cannot be unpickled, and the way out where it holds objects beside the tensors."""
+    """Why a file cannot be unpickled safely, and the way out if it holds objects."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     if found is None:
         return type(error).__name__
@@ -128,9 +128,9 @@ def _unpickle(path: Path) -> Any:
 
 
 def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without the prefixes of wrappers, which stand before every name.
+    """The weights without prefixes that all names have, such as module, _orig_mod, model.
 
-    Such as module, _orig_mod, model: no network here has one part alone.
+    They are those of wrappers: every network here has several parts.
     """
     while len({name.partition(".")[0] for name in weights}) == 1 and len(weights) > 1:
         shorter = {name.partition(".")[2]: value for name, value in weights.items()}
@@ -151,7 +151,7 @@ def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a `.safetensors` file says of itself; ValueError where it is none."""
+    """The metadata of a `.safetensors` file; ValueError where it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -172,8 +172,8 @@ def check_finite(weights: Mapping[str, Tensor], *, source: str | Path, hint: str
     """Return if all values are finite.
 
     Raises:
-        ValueError: some are not, or are none of a network's numbers, such as float8; names the
-            first tensor, with the hint.
+        ValueError: some are not, or a tensor has another dtype than weights may have, such as
+            float8; names the first such tensor, and gives the hint.
     """
     for name, value in weights.items():
         if value.dtype not in _DTYPES:
@@ -184,7 +184,7 @@ def check_finite(weights: Mapping[str, Tensor], *, source: str | Path, hint: str
 
 
 def compare(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Return if a file reads back as these tensors: its checksum would only tell what it has.
+    """Return if a file reads back as these fp32 tensors, bit for bit.
 
     Raises:
         OSError: it does not; some network file systems lose writes without an error.
@@ -200,7 +200,7 @@ def materialize(
 ) -> None:
     """Move a network from the meta device to `device`, with the weights of `start`.
 
-    Without them it holds anything until the weights of another rank are sent to it.
+    With None they are uninitialised, for a rank that will receive them from another.
     """
     net.to_empty(device=device)
     if start is not None:
@@ -219,7 +219,7 @@ def check_fit(
     """Return if `weights` have the names and shapes of a network's `own`.
 
     Raises:
-        ValueError: they do not; with the `hint` for the names that differ.
+        ValueError: they do not; it ends with `hint` of the names that differ.
     """
     wrong = {name: "is missing" for name in own if name not in weights}
     wrong |= {name: "is unknown" for name in weights if name not in own}
