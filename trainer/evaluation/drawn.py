@@ -42,7 +42,6 @@ def features_of_samples(
     Raises:
         Refused: an image that is enlarged is damaged.
     """
-    device = evaluator.device
     parts = _parts(config.evaluation.images, evaluator=evaluator)
     conditions = _conditions(parts, config=config, evaluator=evaluator, enlarged=enlarged)
     net, sampler = network_of(config, weights).eval(), sampler_of(config)
@@ -66,11 +65,11 @@ def features_of_samples(
             continue
         images = draw(
             net,
-            indices.to(device),
+            indices,
             config=config.unet,
             sampler=sampler,
-            labels=None if labels is None else labels.to(device),
-            low_res=None if low_res is None else low_res.to(device),
+            labels=labels,
+            low_res=low_res,
             on_step=on_step,
         )
         black += int((~images.isfinite().flatten(1).all(dim=1)).sum())
@@ -82,9 +81,9 @@ def _parts(count: int, *, evaluator: Evaluator) -> list[Tensor]:
     """The indices of the images in this rank's parts; the last may be empty, so that all ranks have
     as many parts.
     """
-    world, part = evaluator.world, evaluator.batch
-    firsts = (first + world.rank * part for first in range(0, count, part * world.size))
-    return [torch.arange(min(first, count), min(first + part, count)) for first in firsts]
+    world, size = evaluator.world, evaluator.batch_size
+    firsts = (first + world.rank * size for first in range(0, count, size * world.size))
+    return [torch.arange(min(first, count), min(first + size, count)) for first in firsts]
 
 
 def _conditions(
@@ -96,7 +95,7 @@ def _conditions(
         size = model.small_size
         assert size is not None
         batches = enlarged.stream.parts(
-            images=asked.images, size=evaluator.batch, rank=world.rank, ranks=world.size
+            images=asked.images, size=evaluator.batch_size, rank=world.rank, ranks=world.size
         )
         given = agreed(
             lambda: [(b.labels, low_resolution(to_range(b.images), size)) for b in batches]

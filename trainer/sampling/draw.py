@@ -75,11 +75,15 @@ def draw(
     guidance: Guidance | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Draw the images of these indices, (B,) int64 on the device: float32 (B, 3, H, W).
+    """Draw the images of these indices, (B,) int64: float32 (B, 3, H, W) on the net's device.
 
     `labels` (B,) for a class-conditional network, `low_res` (B, 3, h, w) in [-1, 1] for an
     upsampler. `on_step` is called after every denoising step.
     """
+    device = next(net.parameters()).device
+    indices = indices.to(device)
+    labels = None if labels is None else labels.to(device)
+    low_res = None if low_res is None else low_res.to(device)
     shape = (3, config.image_size, config.image_size)
     # An upsampler that has the seed of its base must not have its noise.
     stage = 0 if config.small_size is None else config.image_size
@@ -153,13 +157,12 @@ def draw_grid(
     """
     model = config.unet
     net = network_of(config, weights).eval()
-    device = next(net.parameters()).device
     every = config.intervals
     indices = grid_indices(every, world=world)
     labels = _spread(indices, every.samples_count, model.num_classes)
     low_res = None
     if shown is not None and model.small_size is not None:
-        x0 = to_range(shown.images.to(device))
+        x0 = to_range(shown.images.to(next(net.parameters()).device))
         low_res = low_resolution(x0, model.small_size)
         labels = None if labels is None else shown.labels
     sampler = SamplerConfig.of(config, steps=every.samples_steps, seed=config.training.seed)
@@ -170,10 +173,10 @@ def draw_grid(
         mine = [
             draw(
                 net,
-                indices[part].to(device),
+                indices[part],
                 config=model,
                 sampler=sampler,
-                labels=None if labels is None else labels[part].to(device),
+                labels=None if labels is None else labels[part],
                 low_res=None if low_res is None else low_res[part],
                 on_step=on_step,
             ).cpu()

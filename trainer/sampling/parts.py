@@ -148,7 +148,7 @@ class PartSampler:
         with torch.no_grad():
             images = draw(
                 self._net,
-                indices.to(device),
+                indices,
                 config=model,
                 sampler=self._sampler,
                 labels=labels if model.num_classes is not None else None,
