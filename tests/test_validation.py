@@ -195,7 +195,7 @@ def measure(preset: Path, digits: Path, out: Path) -> int:
             seen.clear()
             table = images.table(
                 lambda batch: objective(net, batch.images, batch.labels, batch.indices),
-                part=4,
+                batch_size=4,
                 world=world,
                 device=device,
                 stopped=partial(stopped_on_one, stop),

@@ -113,7 +113,7 @@ def _check_evaluation(found: AblationSet, *, sides: set[int]) -> None:
     try:
         with naming("samples"), alone() as world:
             network = open_network(samples.network, device=cpu)
-            evaluator = Evaluator(network=network, world=world, device=cpu, batch=64)
+            evaluator = Evaluator(network=network, world=world, device=cpu, batch_size=64)
             for side in sorted(sides):
                 evaluator.check_samples(
                     samples.images, side=side, reference=Path(samples.reference)

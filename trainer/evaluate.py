@@ -46,7 +46,7 @@ def _evaluator(arguments: argparse.Namespace, *, world: World, device: torch.dev
         network=open_network(arguments.network, device=device),
         world=world,
         device=device,
-        batch=arguments.batch,
+        batch_size=arguments.batch,
         say=_say,
     )
 

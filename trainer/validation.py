@@ -98,7 +98,7 @@ class ValidationSet:
         self,
         terms: Terms,
         *,
-        part: int,
+        batch_size: int,
         world: World,
         device: torch.device,
         stopped: Callable[[], bool],
@@ -106,7 +106,7 @@ class ValidationSet:
     ) -> dict[str, Tensor] | None:
         """The `terms` of every image, by name: float64 (N,) on the CPU, in the images' order.
 
-        `terms` is called with `part` images at a time, on the device, and returns values (B,).
+        `terms` is called with a batch at a time, on the device, and returns values (B,).
         `on_images` is called with the number of images done. All ranks must call it and get the
         same; None if one of them was `stopped`.
 
@@ -115,13 +115,13 @@ class ValidationSet:
         """
         parts = self.stream.parts(
             images=self.images,
-            size=part,
+            size=batch_size,
             rank=world.rank,
             ranks=world.size,
             pin=device.type == "cuda",
         )
         batches = to_device(parts, device=device)
-        rounds = -(-self.images // (part * world.size))
+        rounds = -(-self.images // (batch_size * world.size))
         agreement, mine = Agreement(1), list[dict[str, Tensor]]()
         leave, fault = False, None
         for _ in range(rounds):
@@ -200,7 +200,7 @@ class Validation:
                 net = network_of(self._config, tensors).eval()
                 table = self._set.table(
                     partial(self._terms, net),
-                    part=self._config.training.micro_batch,
+                    batch_size=self._config.training.micro_batch,
                     world=self._world,
                     device=engine.device,
                     stopped=stopped,

@@ -24,8 +24,7 @@ class Evaluator:
     network: FeatureNetwork
     world: World
     device: torch.device
-    #: Images at once.
-    batch: int
+    batch_size: int
     #: Prints a line about the progress; called on the main rank.
     say: Callable[[str], None] = lambda _: None
     #: Called on every rank with the number of images after each batch.
@@ -69,7 +68,7 @@ class Evaluator:
         found = self.check(reference, size=(side, side))
 
         def compute() -> None:
-            for size in {min(self.batch, count), count % self.batch} - {0}:
+            for size in {min(self.batch_size, count), count % self.batch_size} - {0}:
                 images = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=self.device)
                 with torch.no_grad():
                     columns = self.network.compute(images).pool.shape[1]
@@ -108,10 +107,10 @@ class Evaluator:
         return None if found is None else references.of_images(samples, found)
 
     def _share(self, samples: Samples) -> Share:
-        own, batch, world = Share(), self.batch, self.world
+        own, size, world = Share(), self.batch_size, self.world
         progress = Progress(total=samples.count, shown=world.is_main, say=self.say)
-        for first in range(world.rank * batch, samples.count, world.size * batch):
-            pixels = samples.images(first, min(first + batch, samples.count))
+        for first in range(world.rank * size, samples.count, world.size * size):
+            pixels = samples.images(first, min(first + size, samples.count))
             images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
             with torch.no_grad():
                 found = self.network.compute(images)
@@ -121,5 +120,5 @@ class Evaluator:
                 raise ValueError(f"{samples.path}: the features of image {bad} are not finite")
             own.add(first, found, images=pixels)
             self.on_images(len(pixels))
-            progress.advance(min(batch * world.size, samples.count - first))
+            progress.advance(min(size * world.size, samples.count - first))
         return own

@@ -28,6 +28,7 @@ from trainer.adm import keyed
 from trainer.adm.config import UNetConfig, check
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Classify, low_resolution, to_range
+from trainer.engine.compute import DTYPES
 from trainer.evaluation import outputs
 from trainer.networks import TrainedNetwork
 from trainer.options import add_local_rank
@@ -48,8 +49,7 @@ class HeldOut:
     network: TrainedNetwork
     images: ValidationSet
     net: nn.Module
-    #: Images at once.
-    part: int
+    batch_size: int
     world: World
     device: torch.device
 
@@ -73,7 +73,7 @@ class HeldOut:
         with torch.no_grad():
             table = self.images.table(
                 terms,
-                part=self.part,
+                batch_size=self.batch_size,
                 world=self.world,
                 device=self.device,
                 stopped=lambda: False,
@@ -92,9 +92,9 @@ def likelihood(held_out: HeldOut, *, steps: str | None) -> dict[str, Any]:
     config = held_out.network.config
     model = config.unet
     diffusion = Diffusion(config.diffusion, respacing=steps)
-    parts = -(-held_out.images.images // (held_out.part * held_out.world.size))
+    batches = -(-held_out.images.images // (held_out.batch_size * held_out.world.size))
     shown = held_out.world.is_main
-    total = parts * diffusion.steps
+    total = batches * diffusion.steps
     progress = Progress(total=total, unit="passes", shown=shown, say=_say)
     sums = torch.zeros(2, diffusion.steps, dtype=torch.float64, device=held_out.device)
 
@@ -254,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
         add("--preset", help="the preset of a weights file (default: the run's own)")
         add("--ema", type=float, help="which of the run's EMA decays (default: the first)")
         precision = "compute in this precision (default: as trained; fp32 on a CPU)"
-        add("--precision", choices=("bf16", "fp16", "fp32"), help=precision)
+        add("--precision", choices=sorted(DTYPES), help=precision)
         add("--out", type=Path, help="a .json for all values (default: none)")
         add_local_rank(command)
     return p

@@ -64,7 +64,7 @@ class Evaluation:
                 network=open_network(asked.network, device=device),
                 world=world,
                 device=device,
-                batch=config.training.micro_batch,
+                batch_size=config.training.micro_batch,
             )
             enlarged = _enlarged(config, validation)
             side, reference = config.model.image_size, Path(asked.reference)

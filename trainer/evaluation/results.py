@@ -115,9 +115,8 @@ def _error(parts: Sequence[float]) -> float | None:
 def _distances(found: Extracted, reference: Reference, *, n: str) -> Iterator[tuple[str, Figure]]:
     """FID, and sFID where both sides have spatial features."""
     whole = reference.features
-    all_kept = whole is not None and reference.count == len(whole)
     few = found.count <= found.features.shape[1]
-    if few and all_kept and whole is not None:
+    if few and whole is not None and reference.count == len(whole):
         # With fewer samples than features the covariance is singular: this is exact then, too.
         exact = partial(figures.frechet_of_features, whole)
         parts = [exact(found.features[i::PARTS]) for i in range(PARTS)]
