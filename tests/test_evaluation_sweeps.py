@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.support.exported import refused
 from trainer.evaluate import main
+from trainer.evaluation import plots
 from trainer.sampling.samplefile import open_samples
 
 SCALES = (0.0, 0.25, 0.5)
@@ -43,6 +44,13 @@ def test_a_sweep_is_evaluated_in_one_command_and_shown_in_one_picture(
         assert picture.size == (1500, 540)
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
     assert capsys.readouterr().out.count("features of 300 images") == len(SCALES)
+
+
+def test_the_scales_of_an_enlarged_sweep_are_those_in_the_names(tmp_path: Path) -> None:
+    images = np.zeros((16, 8, 8, 3), np.uint8)
+    scales = [-1.0, 0.0, 0.5, 1e-5]
+    paths = [drawn(tmp_path / f"up-scale{s:g}.npz", images, low_res="x") for s in scales]
+    assert plots.scales_of([open_samples(path) for path in paths]) == ("scale", scales)
 
 
 def test_what_cannot_be_shown_is_refused_before_anything_is_computed(

@@ -73,7 +73,7 @@ def _drawn(samples: Samples) -> Mapping[str, float]:
 
 def _named(path: Path, option: str) -> str | None:
     """The option's value in the name of a sweep's output, such as samples-scale0.5.npz."""
-    found = re.search(rf"-{option}([0-9.]+(?:e[-+]?[0-9]+)?)(?:-|\.npz$|$)", path.name)
+    found = re.search(rf"-{option}(-?[0-9.]+(?:e[-+]?[0-9]+)?)(?:-|\.npz$|$)", path.name)
     return found[1] if found else None
 
 
