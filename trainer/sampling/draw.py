@@ -85,7 +85,7 @@ def draw(
     labels = None if labels is None else labels.to(device)
     low_res = None if low_res is None else low_res.to(device)
     shape = (3, config.image_size, config.image_size)
-    # An upsampler that has the seed of its base must not have its noise.
+    # An upsampler with the seed of its base must not get the same noise.
     stage = 0 if config.small_size is None else config.image_size
     x = start(indices, seed=sampler.seed, shape=shape, stage=stage)
     noise = step_noise(indices, seed=sampler.seed, shape=shape, stage=stage)
