@@ -109,6 +109,15 @@ def test_a_reference_of_few_images_is_refused(
     assert not (tmp_path / "r.npz").exists()
 
 
+def test_a_size_that_images_are_not_cropped_to_is_refused(
+    network: Path, digits: Path, tmp_path: Path
+) -> None:
+    words = ["reference", str(digits), "--out", str(tmp_path / "r.npz"), "--network", str(network)]
+    refused([*words, "--size", "16"], "--size = 16: must be 8, as the images are, or absent")
+    refused([*words, "--size", "0"], "--size = 0: must be at least 1")
+    assert not (tmp_path / "r.npz").exists()
+
+
 def test_any_number_of_ranks_and_a_reference_file_give_the_same_figures(
     network: Path, digits: Path, real: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
@@ -252,6 +261,14 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     ]
     for drawn, against, net, said in cases:
         refused([str(drawn), "--reference", str(against), "--network", str(net)], said)
+
+
+def test_steps_that_a_network_cannot_visit_are_refused_once_for_all_ranks(
+    weights: dict[str, list[str]], digits: Path, tmp_path: Path
+) -> None:
+    argv = ["nll", *weights["unet"], "--data", str(digits), "--steps", "2000"]
+    job = ranks.fork(tmp_path / "job", partial(main, argv), ranks=2)
+    assert job.wait().count("error: --steps: respacing = '2000': must be at most 1000") == 1
 
 
 def test_a_classifier_run_gives_features_and_an_inception_score(

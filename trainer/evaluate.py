@@ -137,11 +137,15 @@ def _finish(
 
 def make_reference(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
     """Write the reference file of a dataset; returns the exit status."""
-    out = arguments.out
+    out, size = arguments.out, arguments.size
+    agreed(lambda: check(size is None or size >= 1, "--size", size, "at least 1"))
     place = partial(outputs.check_place, suffix=".npz", kind="reference file that was made here")
     agreed(lambda: place(out, earlier=references.earlier(out)))
-    samples = agreed(lambda: open_samples(arguments.shards, size=arguments.size))
+    samples = agreed(lambda: open_samples(arguments.shards, size=size))
     agreed(lambda: references.check_images(samples, size=samples.size))
+    side = samples.size[0]
+    expected = f"{side}, as the images are, or absent"
+    agreed(lambda: check(size in (None, side), "--size", size, expected))
     evaluator = _evaluator(arguments, world=world, device=device)
 
     def check_same() -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.config import naming
 from data.dataset import class_names, open_shards
 from data.exits import CommandParser, place_text
 from data.progress import Progress
@@ -28,6 +29,7 @@ from trainer.adm import keyed
 from trainer.adm.config import UNetConfig, check
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Classify, low_resolution, to_range
+from trainer.adm.respacing import kept_timesteps
 from trainer.engine.compute import DTYPES
 from trainer.evaluation import outputs
 from trainer.networks import TrainedNetwork
@@ -210,6 +212,9 @@ def _find(arguments: argparse.Namespace) -> TrainedNetwork:
     if is_net is not (command == "nll"):
         other, kind = ("classifier", "classifier") if not is_net else ("nll", "diffusion model")
         raise ValueError(f"{network.name} is a {kind}: use `{other}` instead of `{command}`")
+    if is_net and arguments.steps is not None:
+        with naming("--steps"):
+            kept_timesteps(network.config.diffusion.steps, arguments.steps)
     return network
 
 
