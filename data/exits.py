@@ -47,15 +47,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         open_streams()
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
-        help_text = "print the version, and the commit of a git checkout, and exit"
-        self.register("type", Path, lambda text: Path(path_text(text)))
         stdout = sys.stdout
         if isinstance(stdout, io.TextIOWrapper) and (errors := errors_for(stdout)) != stdout.errors:
             stdout.reconfigure(errors=errors)
-        none = argparse.SUPPRESS  # --version is no value among the parsed options
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self.register("type", Path, lambda text: Path(path_text(text)))
         self.add_argument(
-            "--version", action=_Version, nargs=0, dest=none, default=none, help=help_text
+            "--version",
+            action=_Version,
+            nargs=0,
+            dest=argparse.SUPPRESS,  # it is no value among the parsed options
+            default=argparse.SUPPRESS,
+            help="print the version, and the commit of a git checkout, and exit",
         )
 
     def error(self, message: str) -> NoReturn:

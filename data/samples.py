@@ -50,6 +50,14 @@ class Loaded(NamedTuple):
     bad: tuple[str, ...]
 
 
+class _Draw(NamedTuple):
+    """How one image index is transformed: drawn at random for training."""
+
+    image_index: int
+    flip: bool
+    crop: Literal["center", "random"]
+
+
 class Samples:
     """Random access to the images of a run by their indices.
 
@@ -117,7 +125,7 @@ class Samples:
         for stored in self._stored:
             stored.close()
 
-    def _draws(self, request: BatchRequest, indices: Ints) -> list["_Draw"]:
+    def _draws(self, request: BatchRequest, indices: Ints) -> list[_Draw]:
         if request.once:
             return [_Draw(index, flip=False, crop="center") for index in indices.tolist()]
         flip = flips(seed=self.seed, indices=indices) & self.config.flip
@@ -132,7 +140,7 @@ class Samples:
         read = partial(self._stored[part].read, shard - self._first[part], row)
         return self._threads.submit(read).result if self._threads else read
 
-    def _stand_in(self, draw: "_Draw", out: Pixels, why: str) -> int:
+    def _stand_in(self, draw: _Draw, out: Pixels, why: str) -> int:
         """Replace a bad image by the next good one of its block; return that one's label."""
         for other in self.order.alternatives(draw.image_index):
             _, shard, row = self.order.locate([other])
@@ -142,7 +150,7 @@ class Samples:
                 continue  # it is counted in its own place
         raise ValueError(f"{why}; and no image of its block is intact")
 
-    def _put(self, stored: StoredImage, draw: "_Draw", out: Pixels) -> int:
+    def _put(self, stored: StoredImage, draw: _Draw, out: Pixels) -> int:
         """Decode an image into `out`, uint8 (H, W, 3); return its label."""
         try:
             if self._is_final:  # cropped when it was packed
@@ -154,7 +162,7 @@ class Samples:
             raise BadSampleError(f"{stored.where} cannot be decoded: {error}") from None
         return stored.label
 
-    def _crop(self, image: Image.Image, draw: "_Draw") -> Pixels:
+    def _crop(self, image: Image.Image, draw: _Draw) -> Pixels:
         size = self.config.image_size
         if draw.crop == "random":
             return random_crop(image, size=size, seed=self.seed, index=draw.image_index)
@@ -179,11 +187,3 @@ def _crop_remark(shards: Shards, config: DataConfig) -> str:
             f"enlarged to {size} pixels; pack again with --size {size} or more"
         )
     return ""
-
-
-class _Draw(NamedTuple):
-    """How one image index is transformed: drawn at random for training."""
-
-    image_index: int
-    flip: bool
-    crop: Literal["center", "random"]

@@ -29,9 +29,8 @@ def commit(root: Path = _ROOT) -> str:
 def digest(root: Path = _ROOT) -> str:
     """The checksum of the code that trains: the Python files of `data` and `trainer`."""
     found = hashlib.sha256()
-    for file in sorted(
-        file for part in ("data", "trainer") for file in (root / part).rglob("*.py")
-    ):
+    files = [*(root / "data").rglob("*.py"), *(root / "trainer").rglob("*.py")]
+    for file in sorted(files):
         content = file.read_bytes()
         found.update(f"{file.relative_to(root)} {len(content)}\n".encode() + content)
     return found.hexdigest()

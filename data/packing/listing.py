@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from data.manifest import NO_CLASS
 from data.packing.labels import MOST_CLASSES, Label, all_or_no_labels
-from data.packing.names import composed
+from data.packing.names import composed, first_of
 
 # Class names that are numbers below this are sorted by value; larger numbers are dates etc.
 _MOST_NUMBERED = 65536
@@ -116,13 +116,13 @@ def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
     number = _numbers(classes, of_numbers=are_numbers)
     unknown = [name for name in used if _key(name, are_numbers) not in number]
     if unknown:
-        shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+        few = first_of(classes, 3)
         # Those of ILSVRC2012_validation_ground_truth.txt, where less 1 would be another class.
         hint = "; numbers from 1 may count in another order, as ImageNet's own do: give names"
         from_one = are_numbers and unknown == [str(len(classes))]
         raise ValueError(
             f"--classes-of has no class {unknown[0]!r} ({len(unknown)} are unknown): must be a "
-            f"name or label of its classes, which are {shown} (0 to {len(classes) - 1})"
+            f"name or label of its classes, which are {few} (0 to {len(classes) - 1})"
             f"{hint if from_one else ''}"
         )
     labels = [number[_key(listing.classes[label], are_numbers)] for label in listing.labels]

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 # The usual formats. In a sample of a tar, such a file is the image and others are masks etc.
@@ -68,3 +68,8 @@ def images_among(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
         else:
             others[kind(name)] += 1
     return sorted(images), others
+
+
+def first_of(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

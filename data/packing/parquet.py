@@ -18,6 +18,7 @@ import numpy as np
 from data import files, npz
 from data.packing.labels import LABEL_KEYS, Label, label_of
 from data.packing.listing import Listing, by_label_if_any
+from data.packing.names import first_of
 from data.packing.sources import Archives, read_extent, unpacked_name
 from data.packing.splits import check_files
 
@@ -52,8 +53,9 @@ class Parquet(Archives):
         if not others:
             return replace(listing, classes=classes or listing.classes)
         theirs, other = others[0]
+        shown = [first_of(names) or "(none)" for names in (theirs, classes)]
         fault = (
-            f"SOURCE: {other} has the class names {_shown(theirs)}, {first} {_shown(classes)}: "
+            f"SOURCE: {other} has the class names {shown[0]}, {first} {shown[1]}: "
             "pack one by itself and the other with --classes-of, or give --class-map"
         )
         return replace(listing, fault=fault)
@@ -181,7 +183,3 @@ def _class_names(file: Path, table: Any) -> tuple[str, ...]:
 def _entry(found: object, name: str) -> Any:
     """The value of a key in a JSON object; None if it is missing, or `found` is no object."""
     return found.get(name) if isinstance(found, dict) else None
-
-
-def _shown(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "(none)"

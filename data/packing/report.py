@@ -13,12 +13,11 @@ from data.packing.begun import Request, stamps_of
 from data.packing.jobs import Made, encode
 from data.packing.kinds import open_source
 from data.packing.listing import Listing
+from data.packing.names import first_of
 from data.packing.plan import PackConfig, PackJob, plan
 from data.packing.sources import Source
 from data.transforms import UNDECODABLE
 
-# Classes, and huge images, that the closing line names.
-_NAMED = 5
 # Classes that a dry run lists with their counts.
 _LISTED = 20
 # Images that a dry run encodes, to estimate sizes and times.
@@ -28,22 +27,22 @@ _TRIED = 32
 def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> str:
     """What was packed and what was not, in one line."""
     left_out = sum(len(one.left_out) for one in made)
-    transparent, turned = sum(m.transparent for m in made), sum(m.turned for m in made)
-    small, dim = sum(m.enlarged for m in made), sum(m.dim for m in made)
-    huge = [name for m in made for name in m.huge]
+    huge = [name for one in made for name in one.huge]
+    dark = "values below 4,096 (nearly black: scale them to 65,535 first)"
+    exif = "applied" if config.exif_transpose else "ignored as in ADM; --exif-transpose applies it"
+    counts = {
+        f"with transparency (now on {config.background})": sum(one.transparent for one in made),
+        f"of 16 bits with {dark}": sum(one.dim for one in made),
+        f"with an EXIF orientation ({exif})": sum(one.turned for one in made),
+        f"smaller than {config.size} pixels (enlarged)": sum(one.enlarged for one in made),
+        f"of more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels ({first_of(huge)})": len(huge),
+    }
     names = [name or "(none)" for name in listing.classes]
-    shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-    alpha = f", {transparent} with transparency (now on {config.background})" if transparent else ""
-    dark = f", {dim} of 16 bits with values below 4,096 (nearly black: scale them to 65,535 first)"
-    how = "applied" if config.exif_transpose else "ignored as in ADM; --exif-transpose applies it"
-    exif = f", {turned} with an EXIF orientation ({how})" if turned else ""
-    enlarged = f", {small} smaller than {config.size} pixels (enlarged)" if small else ""
-    of = f"{Image.MAX_IMAGE_PIXELS or 0:,} pixels ({', '.join(huge[:_NAMED])}"
-    large = f", {len(huge)} of more than {of}{', ...' * (len(huge) > _NAMED)})" if huge else ""
     return (
         f"{len(listing.names) - left_out} images in {len(names)} "
-        f"class{'es' if len(names) > 1 else ''} ({shown}), {left_out} left out, "
-        f"{listing.skipped_by_kind}{alpha}{dark if dim else ''}{exif}{enlarged}{large}"
+        f"class{'es' if len(names) > 1 else ''} ({first_of(names)}), {left_out} left out, "
+        f"{listing.skipped_by_kind}"
+        f"{''.join(f', {count} {kind}' for kind, count in counts.items() if count)}"
     )
 
 

@@ -47,9 +47,8 @@ def _splits(name: str) -> list[str]:
 
 def _missing(names: Iterable[str]) -> list[str]:
     """The names of files that are missing among `HEAD-0-of-N`, `HEAD-1-of-N` and so on."""
-    parts = [part for part in map(_PART.fullmatch, names) if part]
     sets: dict[tuple[str, str], list[re.Match[str]]] = {}
-    for part in parts:
+    for part in filter(None, map(_PART.fullmatch, names)):
         sets.setdefault((part["head"], part["count"]), []).append(part)
     missing = []
     for (head, count), present in sets.items():
