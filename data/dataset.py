@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import files, npz
+from data.cache import CachedReader
 from data.config import FetchConfig, expanded, is_local, shown
 from data.index import Index, parse_index
 from data.manifest import MANIFEST, NO_CLASS, Manifest, Shard, parse_manifest
@@ -26,8 +27,6 @@ from data.tars import HEADER, read_header
 
 # Shards that are checked at once; each asks for two sizes and reads at most one index.
 _REQUESTS = 32
-# `Reader.glimpse`, or that of a cache.
-Glimpse = Callable[..., bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +71,14 @@ class Shards(Manifest):
         path = Path(self.root, entry.index)
         return parse_index(path.read_bytes(), samples=entry.samples, where=path)
 
-    def parse_index(self, shard: int, content: bytes, *, glimpse: Glimpse) -> Index:
-        """As `data.index.parse_index`, of one shard; `glimpse` reads the key for a message.
+    def read_index(self, shard: int, reader: Reader | CachedReader) -> Index:
+        """The index of one shard, checked against the manifest; errors as `Reader.whole`."""
+        entry = self.shards[shard]
+        content = reader.whole(entry.index, sha256=entry.index_sha256)
+        return self.parse_index(shard, content, reader=reader)
+
+    def parse_index(self, shard: int, content: bytes, *, reader: Reader | CachedReader) -> Index:
+        """As `data.index.parse_index`, of one shard; `reader` reads the key for a message.
 
         Raises:
             ValueError: also where an image has a label that is no class of the manifest.
@@ -85,21 +90,21 @@ class Shards(Manifest):
         wrong = np.flatnonzero((labels < 0) | (labels >= count))
         if len(wrong):
             row = int(wrong[0])
-            key = self.key(shard, row, first=int(index[row]["offset"]) - HEADER, glimpse=glimpse)
+            key = self.key(shard, row, first=int(index[row]["offset"]) - HEADER, reader=reader)
             raise ValueError(
                 f"{self.where}/{entry.tar}: {key} has the label {labels[row]}, and {MANIFEST} "
                 f"names {count} classes: pack it again, or with --class-map"
             )
         return index
 
-    def key(self, shard: int, row: int, *, first: int, glimpse: Glimpse) -> str:
+    def key(self, shard: int, row: int, *, first: int, reader: Reader | CachedReader) -> str:
         """An image's key for a message, or its row where that cannot be read.
 
         It is read from the header at byte `first`, or from that of its label just before.
         """
         for at in (first, first - 2 * HEADER):
             try:
-                raw = glimpse(self.shards[shard].tar, first=at, size=HEADER)
+                raw = reader.glimpse(self.shards[shard].tar, first=at, size=HEADER)
                 return read_header(raw)[0].partition(".")[0]
             except (OSError, ValueError):
                 continue
@@ -251,7 +256,7 @@ def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:
                 f"{shards.where}/{shard.index} is damaged or of another packing: its checksum is "
                 "not the manifest's; copy or pack it again"
             )
-        shards.parse_index(number, content, glimpse=reader.glimpse)
+        shards.parse_index(number, content, reader=reader)
     except (ValueError, OSError) as error:
         return files.reason(error)
     return None

@@ -79,11 +79,7 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
 
 def _index_of(shards: Shards, number: int, reader: Reader) -> Index:
     """The index of a shard, local or not."""
-    if is_local(shards.root):
-        return shards.index(number)
-    shard = shards.shards[number]
-    content = reader.whole(shard.index, sha256=shard.index_sha256)
-    return shards.parse_index(number, content, glimpse=reader.glimpse)
+    return shards.index(number) if is_local(shards.root) else shards.read_index(number, reader)
 
 
 def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[Pixels]:
@@ -100,7 +96,7 @@ def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[Pixels]:
         try:
             pixels = decode(content)
         except UNDECODABLE as error:
-            key = shards.key(shard, row, first=offset - HEADER, glimpse=reader.glimpse)
+            key = shards.key(shard, row, first=offset - HEADER, reader=reader)
             raise ValueError(f"{shards.where}/{tar}: {key} cannot be decoded: {error}") from None
         yield pixels
     reader.close()

@@ -106,7 +106,7 @@ class StoredImages:
     def _key(self, shard: int, row: int) -> str:
         """An image's key for a message, as `Shards.key`."""
         first = self._entry(shard, row)[0]
-        return self._shards.key(shard, row, first=first, glimpse=self._reader.glimpse)
+        return self._shards.key(shard, row, first=first, reader=self._reader)
 
     def _entry(self, shard: int, row: int) -> tuple[int, int, int, int]:
         """First byte and size of header and payload, label, and the payload's crc32."""
@@ -134,10 +134,7 @@ class StoredImages:
     def _index(self, shard: int) -> Index:
         """The index of a shard that is read over a network, kept in memory."""
         if shard not in self._indexes:
-            entry = self._shards.shards[shard]
-            content = self._reader.whole(entry.index, sha256=entry.index_sha256)
-            glimpse = self._reader.glimpse
-            self._indexes[shard] = self._shards.parse_index(shard, content, glimpse=glimpse)
+            self._indexes[shard] = self._shards.read_index(shard, self._reader)
         return self._indexes[shard]
 
     def _demand_others_intact(self, shard: int, row: int) -> None:
