@@ -2,13 +2,12 @@
 
 import json
 import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.support.classes import NAMES, folder, labels, packed, refusal
-from tests.support.data_fixtures import image_file, write_tar
+from tests.support.data_fixtures import image_file, write_tar, zipped
 
 CLASSES = ("cat", "dog", "dog", "cat")
 WANTED = dict(zip(NAMES, CLASSES, strict=True))
@@ -114,10 +113,7 @@ def test_prefixes_are_classes_as_in_the_reference(tmp_path: Path, form: str) -> 
     inside = "some/where/" if form == "nested" else ""
     source = folder(tmp_path / "P", tuple(inside + name for name in names))
     if form == "zip":
-        with zipfile.ZipFile(tmp_path / "P.zip", "w") as archive:
-            for name in names:
-                archive.write(source / name, name)
-        source = tmp_path / "P.zip"
+        source = zipped(source)
     if form == "tar":
         with tarfile.open(tmp_path / "P.tar", "w") as tar:
             for name in names:
@@ -176,10 +172,7 @@ def test_the_labels_of_stylegan_are_read(tmp_path: Path, form: str) -> None:
     text = json.dumps({"labels": [[name, (2, 0, 1)[i]] for i, name in enumerate(STYLEGAN)]})
     (source / "dataset.json").write_text(text)
     if form == "zip":
-        with zipfile.ZipFile(tmp_path / "P.zip", "w") as archive:
-            for path in source.rglob("*.*"):
-                archive.write(path, path.relative_to(source))
-        source = tmp_path / "P.zip"
+        source = zipped(source)
     shards = packed(source)
     assert shards.classes == ("0", "1", "2")
     names = [Path(name).name for name in STYLEGAN]

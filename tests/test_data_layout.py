@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,20 +11,13 @@ from PIL import Image
 from data.dataset import open_shards
 from data.pack import main
 from tests.support.classes import folder, packed, refusal
-from tests.support.data_fixtures import content, image_file
+from tests.support.data_fixtures import content, image_file, zipped
 
 Form = Callable[[Path], Path]
 
 
 def class_folders(root: Path, *, classes: tuple[str, ...] = ("n01", "n02")) -> Path:
     return folder(root, tuple(f"{name}/{i}.jpg" for name in classes for i in range(4)))
-
-
-def zipped(folder: Path) -> Path:
-    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
-        for path in sorted(folder.rglob("*")):
-            archive.write(path, path.relative_to(folder))
-    return folder.with_suffix(".zip")
 
 
 def tarred(folder: Path) -> Path:

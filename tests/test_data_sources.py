@@ -29,6 +29,7 @@ from tests.support.data_fixtures import (
     write_folder,
     write_tar,
     write_tars,
+    zipped,
 )
 
 IMAGES = 30
@@ -62,10 +63,7 @@ def write_parquet(folder: Path, out: Path) -> Path:
 def test_a_zip_packs_like_its_folder(
     folder: Path, wanted: set[tuple[bytes, int]], tmp_path: Path
 ) -> None:
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for path, _ in image_files(folder):
-            archive.write(path, path.relative_to(folder))
-    shards = packed(tmp_path / "images.zip", tmp_path)
+    shards = packed(zipped(folder, tmp_path / "images.zip"), tmp_path)
     assert content(shards) == wanted
     # The same names and bytes: the very same dataset.
     assert shards.fingerprint == packed(folder, tmp_path / "again").fingerprint
@@ -231,16 +229,15 @@ def test_damage_in_parquet_names_the_file(folder: Path, tmp_path: Path, part: fl
 
 
 def test_a_damaged_member_of_a_zip_costs_one_image(folder: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, _ in image_files(folder):
-            archive.write(path, path.relative_to(folder))
+    file = zipped(folder, tmp_path / "all.zip", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(file) as archive:
         offset = archive.infolist()[3].header_offset
-    raw = bytearray((tmp_path / "all.zip").read_bytes())
+    raw = bytearray(file.read_bytes())
     name = int.from_bytes(raw[offset + 26 : offset + 28], "little")
     for at in range(offset + 30 + name, offset + 30 + name + 40):
         raw[at] ^= 255
-    (tmp_path / "all.zip").write_bytes(raw)
-    assert packed(tmp_path / "all.zip", tmp_path).count == IMAGES - 1
+    file.write_bytes(raw)
+    assert packed(file, tmp_path).count == IMAGES - 1
 
 
 def test_the_image_is_found_behind_other_structs_and_bytes(folder: Path, tmp_path: Path) -> None:
@@ -258,10 +255,7 @@ def test_the_image_is_found_behind_other_structs_and_bytes(folder: Path, tmp_pat
 def test_suffixes_of_any_case_and_names_with_brackets(
     folder: Path, wanted: set[tuple[bytes, int]], tmp_path: Path
 ) -> None:
-    with zipfile.ZipFile(tmp_path / "A[1].ZIP", "w") as archive:
-        for path, _ in image_files(folder):
-            archive.write(path, path.relative_to(folder))
-    assert content(packed(tmp_path / "A[1].ZIP", tmp_path / "1")) == wanted
+    assert content(packed(zipped(folder, tmp_path / "A[1].ZIP"), tmp_path / "1")) == wanted
     tar = write_tars(folder, tmp_path / "tars") / "other-000.tar"
     moved = tar.rename(tmp_path / "b[0].TAR")
     assert packed(moved, tmp_path / "2").count == 13
@@ -279,15 +273,13 @@ def test_a_repository_of_parquet_is_told_where_its_images_are(folder: Path, tmp_
 
 
 def test_an_encrypted_zip_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
-        for path, _ in image_files(folder):
-            archive.write(path, path.relative_to(folder))
-    raw = bytearray((tmp_path / "all.zip").read_bytes())
+    file = zipped(folder, tmp_path / "all.zip")
+    raw = bytearray(file.read_bytes())
     for mark, at in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
         place = raw.find(mark)
         while place >= 0:
             raw[place + at] |= 1  # the flag of an encrypted member
             place = raw.find(mark, place + 4)
-    (tmp_path / "all.zip").write_bytes(raw)
+    file.write_bytes(raw)
     with pytest.raises(ValueError, match=r"images were left out .*encrypted"):
-        packed(tmp_path / "all.zip", tmp_path)
+        packed(file, tmp_path)

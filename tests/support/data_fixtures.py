@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,15 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(payload)
             tar.addfile(info, io.BytesIO(payload))
     return path
+
+
+def zipped(folder: Path, to: Path | None = None, compression: int = zipfile.ZIP_STORED) -> Path:
+    """A zip of a folder, beside it or at `to`."""
+    to = to or folder.with_suffix(".zip")
+    with zipfile.ZipFile(to, "w", compression) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+    return to
 
 
 def write_tars(folder: Path, out: Path, *, json_labels: bool = False) -> Path:
