@@ -72,7 +72,7 @@ class Shards(Manifest):
         return parse_index(path.read_bytes(), samples=entry.samples, where=path)
 
     def read_index(self, shard: int, reader: Reader | CachedReader) -> Index:
-        """The index of one shard, checked against the manifest; errors as `Reader.whole`."""
+        """The index of one shard, checked as `Reader.whole` and `parse_index` do."""
         entry = self.shards[shard]
         content = reader.whole(entry.index, sha256=entry.index_sha256)
         return self.parse_index(shard, content, reader=reader)

@@ -4,11 +4,9 @@ Worker processes run this, so it does not import torch: a worker starts in a thi
 takes some 60 MB.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -78,7 +76,12 @@ class Samples:
         self.order = order_of(shards, seed=seed, streams=config.streams, block=config.block)
         self._ends = np.cumsum(shards.sizes)
         self._stored = [StoredImages(p, config=config, sharers=len(parts)) for p in parts]
-        self._first = [0, *accumulate(len(part.shards) for part in parts)][:-1]
+        # The dataset of each shard, and the shard's number there.
+        self._at = [
+            (stored, number)
+            for part, stored in zip(parts, self._stored, strict=True)
+            for number in range(len(part.shards))
+        ]
         waits = config.cache is not None or not all(is_local(part.root) for part in parts)
         self._threads = ThreadPoolExecutor(_REQUESTS) if waits else None
         self._scratch = np.empty(max(3 * size**2, _HUGE), dtype=np.uint8)
@@ -115,8 +118,8 @@ class Samples:
     def key(self, index: int) -> str:
         """The shard and the key of an image of the training order."""
         _, shard, row = self.order.locate([index])
-        part = bisect_right(self._first, int(shard[0])) - 1
-        return self._stored[part].key(int(shard[0]) - self._first[part], int(row[0]))
+        stored, number = self._at[int(shard[0])]
+        return stored.key(number, int(row[0]))
 
     def close(self) -> None:
         """Close the shards' files."""
@@ -136,8 +139,8 @@ class Samples:
 
     def _begin(self, shard: int, row: int) -> Callable[[], StoredImage]:
         """Start reading a stored image; what is returned waits for it."""
-        part = bisect_right(self._first, shard) - 1
-        read = partial(self._stored[part].read, shard - self._first[part], row)
+        stored, number = self._at[shard]
+        read = partial(stored.read, number, row)
         return self._threads.submit(read).result if self._threads else read
 
     def _stand_in(self, draw: _Draw, out: Pixels, why: str) -> int:

@@ -158,7 +158,7 @@ def serve(socket: Connection, memory: int) -> None:
     slots = _map_slots(memory, setup)
     trainer = os.getppid()
     while True:
-        # The end of the trainer may not close the socket: another child may have inherited it.
+        # When the trainer ends, its end of the socket stays open if another child inherited it.
         while not socket.poll(5):
             if os.getppid() != trainer:
                 return
