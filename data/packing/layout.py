@@ -87,7 +87,7 @@ def _loose_images(images: Sequence[str], classes: list[str], root: str) -> str:
 
 
 def _loose_in_only_directory(images: Sequence[str], parts: list[list[str]], where: str) -> str:
-    """As `_loose_images`, for images beside the class directories in an only top directory."""
+    """As `_loose_images`, for images beside the class directories in the only top directory."""
     common = _in_common(parts)
     inner = [part[common] if len(part) > common else NO_CLASS for part in parts]
     if len({*inner} - {NO_CLASS}) < 2:

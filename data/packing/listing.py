@@ -130,7 +130,7 @@ def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
 
 
 def _numbers(classes: tuple[str, ...], *, of_numbers: bool) -> dict[str, int]:
-    """The label of each class, by name; with `of_numbers`, by number, whatever its leading zeros.
+    """The label of each class, by its name; with `of_numbers`, without leading zeros.
 
     If the classes have other names than numbers, the numbers are the labels.
     """

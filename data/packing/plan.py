@@ -49,24 +49,25 @@ def _is_colour(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """What to do with each image, and how to distribute them over shards.
+    """What to do with each image, and how to distribute them over shards."""
 
-    `size` is the side of ADM's centre crop, or with `keep_original` the smaller side beyond which
-    an image is scaled down, uncropped. `format` None is png for crops of up to 64 pixels,
-    otherwise jpg. `exif_transpose` turns images as their EXIF says; ADM does not. `background` is
-    the colour that shows through transparent pixels, as Pillow names it. `split` packs the images
-    to train on, or those that are held out: the share `val_share` of each class.
-    """
-
+    #: The side of ADM's centre crop; with `keep_original`, the smaller side that larger images get.
     size: int
+    #: Store images uncropped.
     keep_original: bool = False
+    #: "png" or "jpg". Absent: png for crops of up to 64 pixels, otherwise jpg.
     format: str | None = None
     quality: int = 95
+    #: Of the global shuffle.
     seed: int = 0
     per_shard: int = 2048
+    #: Turn images as their EXIF orientation says, which ADM does not.
     exif_transpose: bool = False
+    #: The colour behind transparent pixels, as Pillow names it.
     background: str = "white"
+    #: Pack the images to train on, or those held out. Absent: all.
     split: Split | None = None
+    #: The share of each class that is held out. Absent: `VAL_SHARE`.
     val_share: float | None = None
 
     def __post_init__(self) -> None:
@@ -113,19 +114,19 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PackJob:
-    """One shard to be made: (name, label) of its images, in order; `first` images precede them.
-
-    `stamps` has the size and time of the files that hold the images. The job stops when it leaves
-    out more than `most_left_out` images; None is any number.
-    """
+    """One shard to be made."""
 
     name: str
     source: str
     out: Path
     config: PackConfig
+    #: How many images of the plan precede these.
     first: int
+    #: Name and label of each image, in order.
     images: tuple[tuple[str, int], ...]
+    #: Size and time of the files that hold the images.
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    #: The job stops when more images are left out. Absent: no limit.
     most_left_out: int | None = None
 
 

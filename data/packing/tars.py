@@ -70,7 +70,7 @@ class Tars(Archives):
             labels += [sample.label for sample in samples]
         listing = by_label_if_any(names, labels)
         if listing.is_numbered and (classes := self._classes_of_manifest()):
-            # Numbers that others wrote mean no names, so those are labels.
+            # If the classes there have no names but their numbers, the source gives only numbers.
             are_numbers = classes == tuple(map(str, range(len(classes))))
             listing = replace(listing, classes=classes, is_numbered=are_numbers)
         elif listing.classes == (NO_CLASS,) and (found := classes_of_tars(self.files, members)):
