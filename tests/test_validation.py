@@ -297,4 +297,4 @@ def test_it_is_told_where_the_run_may_train_on_what_was_held_out(tmp_path: Path)
     config = configs.load("digits", sets)
     for part, told in (("None", True), ("train", False)):
         found = ValidationSet.of(config, training=open_shards(tmp_path / part))
-        assert found is not None and found.is_in_training is told
+        assert found is not None and ("(--split val), which" in found.shared) is told

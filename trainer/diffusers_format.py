@@ -43,9 +43,9 @@ def options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
     """The options of `diffusers.UNet2DModel` for this network; errors as `assert_expressible`."""
     assert_expressible(config)
     assert isinstance(config, UNetConfig)
-    resample = "resnet" if config.resample == "biggan" else "conv"
-    plain = "ResnetDownsampleBlock2D" if config.resample == "biggan" else "DownBlock2D"
-    plain_up = "ResnetUpsampleBlock2D" if config.resample == "biggan" else "UpBlock2D"
+    resample, down, up = "conv", "DownBlock2D", "UpBlock2D"
+    if config.resample == "biggan":
+        resample, down, up = "resnet", "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
     attends = [size in config.attention for size in config.resolutions]
     widths = config.level_channels
     return {
@@ -53,8 +53,8 @@ def options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
         "sample_size": config.image_size,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
-        "down_block_types": ["AttnDownBlock2D" if a else plain for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else plain_up for a in reversed(attends)],
+        "down_block_types": ["AttnDownBlock2D" if a else down for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else up for a in reversed(attends)],
         "block_out_channels": list(widths),
         "layers_per_block": config.blocks,
         "downsample_type": resample,

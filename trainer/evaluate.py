@@ -121,7 +121,7 @@ def _finish(
         "torch": torch.__version__,
     }
     _say(f"figures of {samples.path}")
-    results: Results = compare(
+    results = compare(
         found,
         reference,
         labels=None if samples.labels is None else samples.labels.tolist(),

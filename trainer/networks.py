@@ -259,8 +259,7 @@ class SampleInputs:
     @property
     def classes(self) -> int | None:
         """How many classes there are; None if no network has classes."""
-        count: int | None = self.labelled.config.model.num_classes
-        return count
+        return self.labelled.config.model.num_classes
 
     @classmethod
     def find(cls, arguments: argparse.Namespace, *, begun: Collection[str] = ()) -> "SampleInputs":

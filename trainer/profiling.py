@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+from torch.profiler import profile, schedule, tensorboard_trace_handler
 
 from trainer.run.directory import Run
 
@@ -73,9 +73,7 @@ class StepProfiler:
         self._began = 0.0
         self._count = 0
         self._trace = tensorboard_trace_handler(str(self._directory))
-        cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self._profile = profile(
-            activities=[ProfilerActivity.CPU, *cuda],
             schedule=schedule(wait=_WAIT, warmup=_WARM_UP, active=steps, repeat=1),
             on_trace_ready=self._keep,
         )

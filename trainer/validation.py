@@ -43,10 +43,8 @@ class ValidationSet:
 
     stream: Stream
     images: int
-    #: Whether these are the images that the run learns from.
-    is_training: bool = False
-    #: Whether they were split from a source that the run's shards may have been packed from whole.
-    is_in_training: bool = False
+    #: What the log says of them where the run learns from these images too, or may do so.
+    shared: str = ""
 
     @classmethod
     def open(
@@ -87,12 +85,12 @@ class ValidationSet:
         found = cls.open(shards, config, images=images)
         found.stream.require_room(config.training.micro_batch)
         held_out = shards.made_by.get("split") == "val"
-        in_full = all(part.made_by.get("split") != "train" for part in training.parts)
-        return replace(
-            found,
-            is_training=shards.fingerprint == training.fingerprint,
-            is_in_training=held_out and in_full,
-        )
+        if held_out and all(part.made_by.get("split") != "train" for part in training.parts):
+            shared = " (--split val), which the training shards may hold too (no --split train),"
+            return replace(found, shared=shared)
+        if shards.fingerprint == training.fingerprint:
+            return replace(found, shared=", which is the training set itself")
+        return found
 
     def table(
         self,
@@ -221,13 +219,10 @@ class Validation:
         assert every is not None
         # An image of training costs three forward passes, of validation one for each of two nets.
         share = 2 * self._set.images / (3 * every)
-        own = ", which is the training set itself" if self._set.is_training else ""
-        if self._set.is_in_training:
-            own = " (--split val), which the training shards may hold too (no --split train),"
-        where = self._set.stream.shards.where
+        where = f"{self._set.stream.shards.where}{self._set.shared}"
         return (
-            f"validation: {self._set.images:,} images of {where}{own} every "
-            f"{every:,}, about {share:.1%} of the training's compute"
+            f"validation: {self._set.images:,} images of {where} every {every:,}, "
+            f"about {share:.1%} of the training's compute"
         )
 
     def note(self, found: Mapping[str, float], run: Run, *, images_seen: int) -> None:

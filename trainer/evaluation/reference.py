@@ -160,11 +160,10 @@ def save(path: Path, reference: Reference, *, samples: Samples, network: Feature
         "features": reference.features.cpu().numpy(),
         _ABOUT: json.dumps(about),
     }
-    for kind, names in _NAMES.items():
-        value: Statistics | None = getattr(reference, kind)
+    for kind, value in (("pool", reference.pool), ("spatial", reference.spatial)):
         if value is not None:
-            parts = (value.mean, value.covariance)
-            arrays |= {n: v.cpu().numpy() for n, v in zip(names, parts, strict=True)}
+            mean, covariance = _NAMES[kind]
+            arrays |= {mean: value.mean.cpu().numpy(), covariance: value.covariance.cpu().numpy()}
     with files.whole(path) as file:
         np.savez(file, **arrays)
 

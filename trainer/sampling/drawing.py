@@ -42,7 +42,10 @@ class Drawing:
         guide = None
         if classifier is not None:
             guide = classifier.net(device=device, precision=precision, say=self._say)
-        return next((s for job in todo if (s := self.one(job, net=net, guide=guide))), 0)
+        for job in todo:
+            if status := self.one(job, net=net, guide=guide):
+                return status
+        return 0
 
     def one(self, job: DrawJob, *, net: nn.Module, guide: nn.Module | None) -> int:
         """Draw one job's output; returns the exit status."""

@@ -143,18 +143,16 @@ def enlarging_job(
     )
     with naming("--upsampler-steps"):
         kept_timesteps(upsampler.config.diffusion.steps, steps)
-    out: str = arguments.out
-    output = _output(out, base.variant, request, source=upsampler, classes=base.classes)
+    output = _output(arguments.out, base.variant, request, source=upsampler, classes=base.classes)
     output.unknown = ("low_res",)
-    return DrawJob(
+    return replace(
+        base,
         request=request,
         output=output,
         source=upsampler,
         classifier=None,
         labels=labels,
-        classes=base.classes,
         low_res=None,
-        variant=base.variant,
     )
 
 
