@@ -170,6 +170,9 @@ def test_a_row_that_a_job_trains_is_left_to_it(
     assert "| Base |  |" in (runs / "table.md").read_text()
     with pytest.raises(SystemExit):  # an option of the launcher
         main([str(written), "--runs", str(runs), "--at-most", "2"])
+    assert main([str(written), "--runs", "new", "--cluster", str(site), "--ranks", "2"]) == 78
+    assert "error: --ranks = 2: must be absent with --cluster" in capfd.readouterr().err
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(

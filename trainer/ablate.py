@@ -244,6 +244,8 @@ def _do(arguments: argparse.Namespace, options: Sequence[str]) -> int:
         raise ValueError(f"trainer.ablate: {said}")
     found = load(arguments.set_name, arguments.set, unset=arguments.unset)
     check(arguments.ranks >= 1, "--ranks", arguments.ranks, "at least 1")
+    here = arguments.cluster is None or arguments.ranks == 1
+    check(here, "--ranks", arguments.ranks, "absent with --cluster, whose jobs have their own")
     check(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "above 0, at most 1")
     check(arguments.tflops > 0, "--tflops", arguments.tflops, "above 0")
     planned = arguments.dry_run and arguments.cluster is None
