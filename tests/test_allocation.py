@@ -5,6 +5,8 @@ import socket
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from data.exits import REFUSED
 from tests.support import ranks
 from trainer import allocation
@@ -76,3 +78,9 @@ def test_nodes_that_show_fewer_gpus_than_the_job_needs_are_bad(tmp_path: Path) -
     assert [process.exitcode for process in job.ranks] == [REFUSED, REFUSED], job.text
     assert f"bad nodes: {socket.gethostname()}" in said and "ready" not in said
     assert said.count("shows 0 GPUs, and the job needs 2") == 2
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seconds", "-5"), ("--free", "nan")])
+def test_a_value_that_means_nothing_is_refused_by_name(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"^{option} = {float(value)}: must be "):
+        allocation.main([option, value])

@@ -25,6 +25,7 @@ from data import files
 from data.config import expanded, is_local
 from data.exits import FAILED, REFUSED, CommandParser, place_text
 from data.version import digest
+from trainer.adm.config import check
 from trainer.options import add_ranks
 from trainer.planning.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.ranks.device import device_of
@@ -33,6 +34,8 @@ from trainer.ranks.world import World, join, step_hosts
 
 # The MiB of the all-reduce that measures bandwidth, and how often it is timed.
 _MEGABYTES, _ROUNDS = 64, 5
+# Torch's timers would overflow beyond.
+_MOST_SECONDS = 10**6
 
 
 def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None) -> Facts:
@@ -205,11 +208,14 @@ def main(argv: Sequence[str]) -> int:
     0, or 78 when GPUs are missing, or 1 when something else is wrong.
     """
     arguments = _parser().parse_args(argv)
+    seconds, free = arguments.seconds, arguments.free
+    check(0 < seconds <= _MOST_SECONDS, "--seconds", seconds, f"above 0, at most {_MOST_SECONDS}")
+    check(free >= 0, "--free", free, "at least 0")
     world = join(expected_size=arguments.ranks)
     mine = _facts(world, run=arguments.run, data=arguments.data, gpus=arguments.gpus)
-    store, found = _gather(world, mine=mine, seconds=arguments.seconds)
+    store, found = _gather(world, mine=mine, seconds=seconds)
     clocks = _clocks(world, store=store)
-    wrong = problems(found, clocks=clocks, least_free_gib=arguments.free)
+    wrong = problems(found, clocks=clocks, least_free_gib=free)
     missing = _missing(world, found)
     bad = {f.host for f in found if f.rank in wrong} | set(missing.values())
     if world.is_main:
@@ -222,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
         _part(world, store=store, found=found)
         return REFUSED if lacks_gpus else FAILED
     try:
-        measured = _all_reduce(world, store=store, seconds=arguments.seconds)
+        measured = _all_reduce(world, store=store, seconds=seconds)
     except (RuntimeError, ConnectionError) as error:
         print(f"{mine.host}: rank {world.rank}: all-reduce failed: {error}", file=sys.stderr)
         return FAILED
