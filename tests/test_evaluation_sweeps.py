@@ -49,7 +49,7 @@ def test_a_sweep_is_evaluated_in_one_command_and_shown_in_one_picture(
 def test_the_scales_of_an_enlarged_sweep_are_those_in_the_names(tmp_path: Path) -> None:
     images = np.zeros((16, 8, 8, 3), np.uint8)
     scales = [-1.0, 0.0, 0.5, 1e-5]
-    paths = [drawn(tmp_path / f"up-scale{s:g}.npz", images, low_res="x") for s in scales]
+    paths = [drawn(tmp_path / f"a-scale2-scale{s:g}.npz", images, low_res="x") for s in scales]
     assert plots.scales_of([open_samples(path) for path in paths]) == ("scale", scales)
 
 

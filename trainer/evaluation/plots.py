@@ -72,9 +72,9 @@ def _drawn(samples: Samples) -> Mapping[str, float]:
 
 
 def _named(path: Path, option: str) -> str | None:
-    """The option's value in the name of a sweep's output, such as samples-scale0.5.npz."""
-    found = re.search(rf"-{option}(-?[0-9.]+(?:e[-+]?[0-9]+)?)(?:-|\.npz$|$)", path.name)
-    return found[1] if found else None
+    """The option's value at the end of the name of a sweep's output: samples-scale0.5.npz."""
+    found = re.findall(rf"-{option}(-?[0-9.]+(?:e[-+]?[0-9]+)?)(?=-|\.npz$|$)", path.name)
+    return found[-1] if found else None
 
 
 def sweep(path: Path, results: Mapping[float, Results], *, option: str, count: int) -> None:
