@@ -13,7 +13,8 @@ from PIL import Image
 from data.dataset import open_shards
 from data.pack import main as pack
 from trainer.config import experiment as configs
-from trainer.networks import TrainedNetwork, check_guide, check_upsampler
+from trainer.networks import TrainedNetwork
+from trainer.sampling.inputs import check_guide, check_upsampler
 from trainer.train import TrainingPlan, parser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -13,7 +13,8 @@ from trainer import sample, weights
 from trainer.adm.config import NO_LABEL
 from trainer.adm.unet import build
 from trainer.config import experiment as configs
-from trainer.networks import SampleInputs, TrainedNetwork, check_guide, check_upsampler
+from trainer.networks import TrainedNetwork
+from trainer.sampling.inputs import SampleInputs, check_guide, check_upsampler
 from trainer.sampling.output import begun
 
 

@@ -20,7 +20,8 @@ from trainer.adm.unet import build
 from trainer.classes import difference
 from trainer.config import experiment as configs
 from trainer.ema import find
-from trainer.networks import SampleInputs, TrainedNetwork, check_names
+from trainer.networks import TrainedNetwork
+from trainer.sampling.inputs import SampleInputs, check_names
 from trainer.sampling.parts import DrawJob
 from trainer.sampling.requests import base_jobs, enlarging_job
 

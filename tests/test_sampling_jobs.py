@@ -16,10 +16,10 @@ from launch.__main__ import main as launch
 from tests.support import ranks
 from tests.support.cluster import ROOT
 from trainer import sample
-from trainer.networks import SampleInputs
 from trainer.run.lease import claim, live_holder
 from trainer.run.runstate import RunState
 from trainer.sampling import drawing
+from trainer.sampling.inputs import SampleInputs
 from trainer.sampling.parts import DrawJob
 from trainer.sampling.requests import base_jobs
 

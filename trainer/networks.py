@@ -1,7 +1,5 @@
 """Trained networks by path: which weights a command line names, found, checked and loaded."""
 
-import argparse
-import json
 import sys
 import tomllib
 from collections.abc import Callable, Collection
@@ -13,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from data import files
-from data.config import is_local, naming
-from data.dataset import class_names
-from trainer import classes, diffusers_format, weights
-from trainer.adm.config import ClassifierConfig, UNetConfig, check
+from data.config import naming
+from trainer import diffusers_format, weights
+from trainer.adm.config import check
 from trainer.adm.unet import build
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
@@ -175,125 +172,3 @@ def run_of(checkpoint: Path) -> Path:
     """The run directory of a checkpoint, whose path may be a link or relative."""
     places = [path.parent.parent for path in (checkpoint.resolve(), checkpoint.absolute())]
     return next((run for run in places if (run / "config.toml").is_file()), places[-1])
-
-
-# Settings that a classifier must share with the network that it guides, if the network has them:
-# the images, the classes, and what determines q(x_t | x_0) at a timestep.
-_SHARED = ("model.image_size", "model.num_classes", "diffusion.steps", "diffusion.schedule")
-
-
-def check_guide(classifier: TrainedNetwork, *, network: TrainedNetwork) -> None:
-    """Raise ValueError unless `classifier` can guide `network`."""
-    if not isinstance(classifier.config.model, ClassifierConfig):
-        raise ValueError(f"{classifier.file} is no classifier: --classifier needs one")
-    own, wanted = configs.flatten(classifier.config), configs.flatten(network.config)
-    differing = [
-        f"{setting} = {json.dumps(own[setting])} instead of {json.dumps(wanted[setting])}"
-        for setting in _SHARED
-        if setting in wanted and own[setting] != wanted[setting]
-    ]
-    if differing:
-        raise ValueError(
-            f"--classifier {classifier.name} cannot guide the network {network.name}: it was "
-            f"trained with {', '.join(differing)}; give a classifier that was trained with the "
-            "network's values, or correct the preset of a weights file"
-        )
-
-
-def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) -> None:
-    """Raise ValueError if the networks number classes differently, as far as names are known."""
-    own, theirs = trained_names(network), trained_names(other)
-    if differs := classes.difference(own, theirs, named=network.name):
-        raise ValueError(
-            f"{option} {other.name}: {differs}: train it on shards that were packed with "
-            f"--classes-of; if its own, {other.config.data.shards}, were packed anew since, give "
-            "the checkpoint's file and a preset"
-        )
-
-
-def trained_names(network: TrainedNetwork) -> tuple[str, ...] | None:
-    """The names of the classes that it was trained on, if its shards are here; else None."""
-    config = network.config
-    shards = config.data.shards
-    if not network.has_own_config or config.model.num_classes is None or not is_local(shards):
-        return None
-    try:
-        return class_names(shards)
-    except ValueError:
-        return None
-
-
-def check_upsampler(
-    upsampler: TrainedNetwork, *, base: TrainedNetwork, classes: int | None
-) -> None:
-    """Raise ValueError unless `upsampler` can enlarge what `base` draws in `classes` classes."""
-    model, size = upsampler.config.model, base.config.model.image_size
-    if not isinstance(model, UNetConfig) or model.small_size is None:
-        raise ValueError(f"{upsampler.file} is no upsampler: --upsampler needs one")
-    if model.small_size != size:
-        raise ValueError(
-            f"--upsampler {upsampler.name} enlarges {model.small_size} px, and {base.name} draws "
-            f"{size} px"
-        )
-    if model.num_classes not in (None, classes):
-        raise ValueError(
-            f"--upsampler {upsampler.name} has {model.num_classes} classes, and {base.name} is "
-            f"drawn in {classes or 'none'}"
-        )
-
-
-@dataclass(frozen=True)
-class SampleInputs:
-    """The networks that the command line of `trainer.sample` names."""
-
-    denoiser: TrainedNetwork
-    classifier: TrainedNetwork | None
-    upsampler: TrainedNetwork | None
-
-    @property
-    def labelled(self) -> TrainedNetwork:
-        """The network that decides the images' classes: the denoiser's or else the classifier's."""
-        knows = self.denoiser.config.model.num_classes is not None
-        return self.denoiser if knows or self.classifier is None else self.classifier
-
-    @property
-    def classes(self) -> int | None:
-        """How many classes there are; None if no network has classes."""
-        return self.labelled.config.model.num_classes
-
-    @classmethod
-    def find(cls, arguments: argparse.Namespace, *, begun: Collection[str] = ()) -> "SampleInputs":
-        """The networks that the command line names; `begun` as in `TrainedNetwork.find`.
-
-        Raises:
-            ValueError: one of them is not there, or they do not fit each other.
-        """
-        given = vars(arguments)
-
-        def other(name: str) -> TrainedNetwork | None:
-            path, preset = given[name], given[f"{name}_preset"]
-            if path is None:
-                return None
-            option = f"--{name}-preset"
-            return TrainedNetwork.find(path, preset=preset, decay=None, option=option, begun=begun)
-
-        source = TrainedNetwork.find(
-            arguments.source, preset=arguments.preset, decay=arguments.ema, begun=begun
-        )
-        found = cls(source, other("classifier"), other("upsampler"))
-        found._check()
-        return found
-
-    def _check(self) -> None:
-        """Raise ValueError unless the networks fit each other."""
-        source = self.denoiser
-        if not isinstance(source.config.model, UNetConfig):
-            raise ValueError(f"{source.file} is a classifier; give it as --classifier")
-        if self.classifier is not None:
-            check_guide(self.classifier, network=source)
-            check_names(self.classifier, network=source, option="--classifier")
-        if self.upsampler is not None:
-            check_upsampler(self.upsampler, base=source, classes=self.classes)
-            check_names(self.upsampler, network=self.labelled, option="--upsampler")
-            # Checked now, since it is needed only when all images are drawn.
-            self.upsampler.check_weights()

@@ -20,7 +20,6 @@ from trainer import common
 from trainer.adm.config import check
 from trainer.adm.sampler import GuideAt
 from trainer.engine.compute import DTYPES
-from trainer.networks import SampleInputs
 from trainer.options import add_patience, add_ranks
 from trainer.ranks.context import RankContext
 from trainer.ranks.ending import run_as_rank
@@ -29,6 +28,7 @@ from trainer.ranks.signals import Preemption
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.sampling.drawing import Drawing
+from trainer.sampling.inputs import SampleInputs
 from trainer.sampling.jobstate import JobState, noted
 from trainer.sampling.labels import BALANCED
 from trainer.sampling.output import begun

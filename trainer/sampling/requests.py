@@ -21,8 +21,9 @@ from data.dataset import class_names
 from trainer.adm.respacing import kept_timesteps
 from trainer.classes import difference
 from trainer.config.experiment import Config
-from trainer.networks import SampleInputs, TrainedNetwork, trained_names
+from trainer.networks import TrainedNetwork
 from trainer.sampling.draw import default_eta
+from trainer.sampling.inputs import SampleInputs, trained_names
 from trainer.sampling.labels import LOW_RES, Labels, choose
 from trainer.sampling.npz_output import NpzOutput
 from trainer.sampling.output import Output, gib
