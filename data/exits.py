@@ -170,16 +170,13 @@ def reported(command: Callable[[], int]) -> int:
         with interruptible():
             status = command()
             sys.stdout.flush()
-    except REPORTED as error:
+    except (*REPORTED, RuntimeError) as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             return 128 + signal.SIGPIPE
-        print(f"error: {files.reason(error)}", file=sys.stderr)
-        return exit_status(error)
-    except RuntimeError as error:
-        if not descriptors.without_threads(error):
+        if not (isinstance(error, REPORTED) or descriptors.without_threads(error)):
             raise
         print(f"error: {files.reason(error)}", file=sys.stderr)
-        return FAILED
+        return exit_status(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -5,6 +5,7 @@ manifest over the shards of several datasets.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from data import files
 from data.config import is_local, shown
 from data.dataset import Shards, open_shards, write_index
 from data.index import Index
-from data.manifest import MANIFEST, NO_CLASS, Shard, check_name, manifest_text
+from data.manifest import MANIFEST, NO_CLASS, check_name, manifest_text
 from data.packing.layout import classes_of_tars
 from data.packing.splits import splits_among
 from data.packing.tars import index_tar
@@ -82,19 +83,19 @@ def merge(out: Path, roots: list[str]) -> Shards:
             )
     if len({part.fingerprint for part in parts}) < len(parts):
         raise ValueError("a dataset is given twice: every image would count twice")
-    shards = tuple(
-        Shard(**{**vars(shard), "name": f"{number}-{shard.name}"})
+    renamed = [
+        (Path(part.root), shard, replace(shard, name=f"{number}-{shard.name}"))
         for number, part in enumerate(parts)
         for shard in part.shards
-    )
+    ]
+    shards = tuple(new for _, _, new in renamed)
     text = manifest_text(
         shards, classes=first.classes, image_size=first.image_size, made_by=_merged(parts)
     )
     with _new(out):
-        for shard in shards:
-            number, _, name = shard.name.partition("-")
-            for suffix in (".tar", ".idx.npy"):
-                _link(Path(parts[int(number)].root, name + suffix), out / (shard.name + suffix))
+        for home, old, new in renamed:
+            _link(home / old.tar, out / new.tar)
+            _link(home / old.index, out / new.index)
         files.write(out / MANIFEST, text)
     return open_shards(out)
 
