@@ -5,9 +5,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -16,11 +17,36 @@ _Made = TypeVar("_Made")
 
 # The signals that ask a command to stop.
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The control groups of this process, and where all are.
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def cpus() -> int:
-    """How many CPUs this process may use: within a job, only those that it was given."""
-    return len(os.sched_getaffinity(0))
+    """How many CPUs this process may use: within a job or container, only those that it has."""
+    bound = len(os.sched_getaffinity(0))
+    return max(1, int(min(bound, *_quotas(), bound)))
+
+
+def _quotas() -> Iterator[float]:
+    """The limits on CPU time of this process's control groups and of those above, in CPUs.
+
+    Docker and Kubernetes limit CPUs so; the process still sees all CPUs of the node.
+    """
+    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            place, names = _GROUPS, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            place, names = _GROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        own = place / group.lstrip("/")
+        for directory in (own, *own.parents):
+            with suppress(OSError, ValueError):  # not there; "max" and -1 are no limit
+                words = " ".join((directory / name).read_text() for name in names).split()
+                quota, period = map(int, words)
+                if quota > 0:
+                    yield quota / period
 
 
 @contextmanager

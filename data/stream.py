@@ -240,7 +240,8 @@ def cpu_remark(workers: int) -> str | None:
     bound = [f"{name} = {os.environ[name]!r}" for name in _BINDING if os.environ.get(name)]
     if not workers or own == there or own > (workers if bound else 1):
         return None
-    way_out = f"unset {bound[0]}" if bound else "under Slurm, raise cpus_per_task"
+    more = "raise cpus_per_task of Slurm, or a container's limit"
+    way_out = f"unset {bound[0]}" if bound else more
     return f"data.workers = {workers}: all share {own} of {there} CPUs with this rank: {way_out}"
 
 

@@ -186,6 +186,17 @@ def test_a_cpu_says_that_it_computes_otherwise(stage: int) -> None:
     assert not compute.remarks(configs.load("digits").training, stage=stage, ranks=8)
 
 
+def test_more_threads_than_a_container_has_cpus_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(compute, "cpus", lambda: 1)
+    try:
+        torch.set_num_threads(2)
+        [said] = compute.remarks(configs.load("digits").training, stage=2, ranks=1)
+    finally:
+        torch.set_num_threads(before)
+    assert said == "torch uses 2 threads on 1 CPUs: set OMP_NUM_THREADS=1"
+
+
 @pytest.mark.parametrize("name", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
 def test_torchs_own_switches_are_said_and_followed(
     name: str, monkeypatch: pytest.MonkeyPatch

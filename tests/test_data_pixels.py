@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from data import pool
 from data.config import DataConfig
 from data.dataset import open_shards
 from data.enlarge import enlarged_part
@@ -128,15 +126,6 @@ def test_images_that_are_enlarged_are_counted(
     assert "; 1 of 3 that were tried are smaller than 16 pixels" in capsys.readouterr().out
     assert main(words) == 0
     assert ", 1 smaller than 16 pixels (enlarged)\n" in capsys.readouterr().err
-
-
-def test_there_is_a_worker_for_each_cpu_that_a_process_may_use() -> None:
-    allowed = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert pool.cpus() == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])

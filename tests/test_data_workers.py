@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from data import pool
 from data.dataset import Shards, open_shards
 from data.exits import FAILED
 from data.stream import Stream, cpu_remark, to_device
@@ -73,7 +74,7 @@ def test_workers_that_are_bound_to_the_trainers_cpu_are_named_in_the_log() -> No
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert cpu_remark(2) == f"{there}under Slurm, raise cpus_per_task"
+        assert cpu_remark(2) == f"{there}raise cpus_per_task of Slurm, or a container's limit"
     finally:
         os.sched_setaffinity(0, allowed)
 
@@ -104,3 +105,41 @@ def test_workers_outlive_signals_but_not_the_trainer(whole: Shards, tmp_path: Pa
     job.kill()
     gone, alive = psutil.wait_procs(workers, timeout=ranks.LIMIT)
     assert len(gone) == 2 and not alive
+
+
+def test_there_is_a_worker_for_each_cpu_that_a_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert pool.cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 64),
+        ("0::/", {"cpu.max": "765000 100000"}, 7),
+        ("0::/pod/one", {"pod/one/cpu.max": "max 100000", "pod/cpu.max": "50000 100000"}, 1),
+        ("4:memory:/m\n3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "400000"}, 4),
+        ("3:cpu,cpuacct:/kubepods/pod", {"cpu/cpu.cfs_quota_us": "-1"}, 64),
+        ("", {}, 64),
+    ],
+)
+def test_a_containers_limit_on_cpu_time_is_a_number_of_cpus(
+    own: str,
+    limits: dict[str, str],
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With Docker and Kubernetes each process sees all CPUs of the node."""
+    (tmp_path / "own").write_text(own)
+    for name, text in {**limits, "cpu/cpu.cfs_period_us": "100000"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(pool, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(pool, "_GROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert pool.cpus() == expected

@@ -14,6 +14,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
+from data.pool import cpus
 from trainer.adm.encoder import Encoder
 from trainer.adm.norm import use_kernels
 from trainer.config.sections import TrainingConfig
@@ -52,6 +53,9 @@ def remarks(training: TrainingConfig, *, stage: int, ranks: int) -> list[str]:
             'training.precision = "fp16" is some 50 times slower on a CPU than "fp32": '
             "--set 'training.precision = \"fp32\"'"
         )
+    threads, own = torch.get_num_threads(), cpus()
+    if threads > own and not torch.cuda.is_available():
+        said.append(f"torch uses {threads} threads on {own} CPUs: set OMP_NUM_THREADS={own}")
     several = training.batch > ranks * training.micro_batch_on(ranks)
     if training.precision == "bf16" and stage == 1 and several:
         said.append(
