@@ -219,8 +219,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     other = tmp_path / "other.npz"
     with np.load(reference) as stored:
         arrays = dict(stored)
-    about = json.loads(str(arrays["reference"])) | {"network_sha256": "0" * 64}
-    np.savez(other, **{**arrays, "reference": json.dumps(about)})
+    about = json.loads(str(arrays["reference"]))
+    np.savez(other, **{**arrays, "reference": json.dumps(about | {"network_sha256": "0" * 64})})
+    resized = json.dumps(about | {"network": "dinov2 net.pt2"})
 
     def damaged(name: str, **changed: Any) -> Path:
         np.savez(tmp_path / name, **{**arrays, **changed})
@@ -246,6 +247,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         ),
         (samples, plain, network, "give the Inception weights as the network"),
         (samples, other, network, "make it again with this network"),
+        (samples, damaged("dino.npz", reference=resized), network, "of dinov2 net.pt2, not of"),
         (samples, text, network, "not a readable .npz"),
         (samples, bit, network, "mu is damaged: Bad CRC-32"),
         (samples, tmp_path / "half.npz", network, "mu is there without sigma"),

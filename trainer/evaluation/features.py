@@ -29,6 +29,8 @@ from trainer.ranks.group import agreed, from_main
 
 # The prefix of an exported network's path that says that it takes DINOv2's input.
 DINO = "dinov2:"
+# The beginning of the name of such a network in results.
+_DINO_NAME = "dinov2 "
 _DINO_SIDE = 224
 # Mean and standard deviation of ImageNet's channels, in units of 0..1.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,6 +51,11 @@ class FeatureNetwork:
     is_inception: bool = False
     #: A remark that is printed and kept with its figures.
     warning: str | None = None
+
+    def is_recorded(self, name: str, sha256: str) -> bool:
+        """Whether a record's name and checksum are this network's, with the same input to it."""
+        is_dino = self.name.startswith(_DINO_NAME)
+        return sha256 == self.sha256 and name.startswith(_DINO_NAME) == is_dino
 
 
 def open_network(text: str, *, device: torch.device) -> FeatureNetwork:
@@ -150,7 +157,7 @@ def _exported(path: Path, *, dino: bool, device: torch.device) -> FeatureNetwork
             raise ValueError(f"network {path}: it does not return features (images, columns)")
         return Features(found.float())
 
-    name = f"{'dinov2 ' if dino else ''}{path.name}"
+    name = f"{_DINO_NAME if dino else ''}{path.name}"
     return FeatureNetwork(name=name, sha256=files.sha256(path), net=net, compute=compute)
 
 

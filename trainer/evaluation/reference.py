@@ -107,7 +107,7 @@ def load(
             f"{path} does not say of which network its features are, so it is one of the ADM "
             f"evaluator's: give the Inception weights as the network instead of {network.name}"
         )
-    if about is not None and about["network_sha256"] != network.sha256:
+    if about and not network.is_recorded(str(about["network"]), about["network_sha256"]):
         raise ValueError(
             f"{path} holds features of {about['network']}, not of {network.name} "
             f"({network.sha256[:8]}): make it again with this network"
