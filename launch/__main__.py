@@ -58,9 +58,9 @@ def stop(argv: Sequence[str]) -> int:
     # By the clock of the files, as the time of a checkpoint is: this machine's may differ.
     requested, since = files.touched(lease.stop_file(run)) / 1e9, time.monotonic()
     try:
-        if state and state.startswith("SUSPENDED"):
-            now = f"`scancel {job_id}` ends it now, without saving"
-            print(f"job {job_id} is suspended: it saves when Slurm resumes it; {now}")
+        if job_id and state and state.startswith("SUSPENDED"):
+            now = f"`scancel {job_id.replace(';', ' -M ')}` ends it now, without saving"
+            print(f"job {queue.shown(job_id)} is suspended: it saves when Slurm resumes it; {now}")
         if not (state and queue.is_waiting(state)):
             print("waiting for the ranks to save and stop (Ctrl-C ends the waiting, not the stop)")
         while not _has_ended(run):
@@ -80,11 +80,14 @@ def _has_ended(run: Path) -> bool:
     Its job is removed where it waits in the queue: Slurm, or the job itself, may requeue it now.
     """
     job_id = records.job_id(run)
-    state = queue.state(job_id) if job_id else None
-    if job_id and state and queue.is_waiting(state):
-        queue.cancel(job_id)
-        print(f"job {job_id} was {state}; removed from the queue")
-        state = None
+    try:
+        state = queue.state(job_id) if job_id else None
+        if job_id and state and queue.is_waiting(state):
+            queue.cancel(job_id)
+            print(f"job {queue.shown(job_id)} was {state}; removed from the queue")
+            state = None
+    except queue.NoAnswer:  # it is asked again
+        return False
     return not (state or lease.live_holder(run) or records.is_claimed(run))
 
 

@@ -167,8 +167,10 @@ def _begin_array(
         files.write(script, text)
         array = queue.submit(script)
         for index, job in enumerate(jobs):
-            records.keep_job_id(job, f"{array}_{index}")
-    print(f"submitted {script} as job array {array}: {len(jobs)} jobs, {at_most} at once")
+            records.keep_job_id(job, queue.task(array, index))
+    print(
+        f"submitted {script} as job array {queue.shown(array)}: {len(jobs)} jobs, {at_most} at once"
+    )
     return 0
 
 
@@ -260,7 +262,8 @@ def _submit(job: Job, script: Path, *, lock: TextIO, detach: bool) -> int:
     if job.cluster.launcher == "slurm":
         job_id = queue.submit(script)
         records.keep_job_id(job, job_id)
-        print(f"submitted {script} as job {job_id}; output: {job.records}/slurm-{job_id}.out")
+        output = f"{job.records}/slurm-{job_id.partition(';')[0]}.out"
+        print(f"submitted {script} as job {queue.shown(job_id)}; output: {output}")
         return 0
     if detach:
         return _detach(job, script, lock=lock)

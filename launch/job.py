@@ -52,6 +52,8 @@ class Job:
         plain = self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
         characters = "a path whose last part, the job's name, has only letters, digits, - _ and ."
         check(plain, "--run", str(self.run), characters)
+        is_writable = self.cluster.launcher != "slurm" or "\\" not in str(self.run)
+        check(is_writable, "--run", str(self.run), "a path without backslashes under Slurm")
         self._check_launcher()
 
     def _check_launcher(self) -> None:

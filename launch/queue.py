@@ -1,11 +1,16 @@
-"""Slurm's queue: submit, query, cancel. The only module that talks to Slurm."""
+"""Slurm's queue: submit, query, cancel. The only module that talks to Slurm.
+
+A job id is a number, or, as `sbatch --parsable` has it, a number and its cluster ("47;east"): each
+cluster of a site counts its own jobs.
+"""
 
 import math
 import os
 import re
 import subprocess
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,36 +19,81 @@ _REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS"
 # Options whose variables users set once in their shell, such as SBATCH_ACCOUNT. They count where
 # the script has no such option; for Slurm alone a variable would outrank the script.
 _DEFAULTS = ("account", "partition", "qos", "reservation")
-# Variables by which users shorten what squeue shows: they would hide a job that is there.
-_FILTERS = tuple(
-    f"SQUEUE_{by}" for by in ("ACCOUNT", "LICENSES", "NAMES", "PARTITION", "QOS", "STATES", "USERS")
-)
+# Variables by which users change what Slurm's other commands do: they would hide a job that is
+# there, or let scancel ask a question that nobody answers.
+_HABITS = ("SQUEUE_", "SCANCEL_", "SACCT_")
 # What sbatch answers, with --parsable and where a site's script leaves that out.
-_ANSWER = r"^(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?$"
+_ANSWER = r"^(?:Submitted batch job )?(\d+)(?:(?:;| on cluster )(\S*))?$"
 # States of jobs that have ended, which squeue shows for some minutes more.
 _ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 )
 # States of jobs that wait to be started, also of held ones.
-_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+# What a command says that has lost its answer: Slurm may have done, or do later, what it asked for.
+_LOST = ("imed out", "nexpected message", "Zero Bytes")
+#: What a command says while Slurm's controller is busy or restarting.
+BUSY = (*_LOST, "nable to contact", "onnection", "standby mode", "temporarily un")
 
 # Seconds between two questions about the same jobs.
 _EVERY = 30.0
+# Seconds before each look for a job whose submission has lost its answer.
+_PAUSES = (2.0, 5.0, 10.0, 20.0)
+
+
+class NoAnswer(ValueError):
+    """Slurm's controller is busy or restarting. It may do what it was asked for all the same."""
 
 
 def submit(script: Path) -> str:
     """Submit a batch script; returns the job id, or raises ValueError with what Slurm said."""
     text = script.read_text(encoding="utf-8", errors="surrogateescape")  # as it was written
     env = environment(os.environ, text=text)
-    said = _slurm("sbatch", "--parsable", str(script), env=env)
+    earlier = _jobs_of(script)
+    try:
+        said = _slurm("sbatch", "--parsable", str(script), env=env)
+    except NoAnswer as error:
+        if not any(words in str(error) for words in _LOST):
+            raise
+        said = _submitted(script, besides=earlier, error=error)
     # Some sites' sbatch is a script of their own: it prints a greeting before, or a sentence.
     found = re.findall(_ANSWER, said, re.MULTILINE)
     if not found:
         raise ValueError(
             f"sbatch printed no job id: {said.strip()!r}; see in `squeue --me` whether it is queued"
         )
-    return str(found[-1])
+    return ";".join(part for part in found[-1] if part)
+
+
+def _jobs_of(script: Path) -> set[str]:
+    """The jobs of a batch script that are in the queue, of arrays the ids of the whole.
+
+    Raises:
+        NoAnswer: as of `squeue`.
+    """
+    try:
+        shown = _slurm("squeue", "--me", "-h", "-o", "%F|%o")
+    except NoAnswer:
+        raise
+    except ValueError:  # a site may not let its users ask
+        return set()
+    rows = (line.partition("|") for line in shown.splitlines())
+    return {job_id for job_id, _, command in rows if command == str(script)}
+
+
+def _submitted(script: Path, *, besides: set[str], error: NoAnswer) -> str:
+    """The job that Slurm has made of the script, though sbatch ended with `error`.
+
+    Raises:
+        ValueError: none is in the queue.
+    """
+    for pause in _PAUSES:
+        time.sleep(pause)
+        with suppress(NoAnswer):
+            if new := _jobs_of(script) - besides:
+                return max(new, key=int)
+    raise ValueError(f"{error}; see in `squeue --me` whether it is queued before you rerun this")
 
 
 def environment(env: Mapping[str, str], *, text: str) -> dict[str, str]:
@@ -71,13 +121,31 @@ def state(job_id: str) -> str | None:
         ValueError: Slurm does not respond.
     """
     try:
-        found = _slurm("squeue", "-h", "-j", job_id, "-o", "%T|%r").split("\n")[0]
+        number, of_cluster = _split(job_id)
+        found = _slurm("squeue", *of_cluster, "-h", "-j", number, "-o", "%T|%r").split("\n")[0]
     except ValueError as error:
         if "Invalid job id" in str(error):
             return None
         raise
     name, _, reason = found.partition("|")
     return _with_reason(name, reason) or None
+
+
+def shown(job_id: str) -> str:
+    """A job id in words."""
+    return job_id.replace(";", " on cluster ")
+
+
+def task(job_id: str, index: int) -> str:
+    """The id of a job of the array `job_id`."""
+    number, semicolon, cluster = job_id.partition(";")
+    return f"{number}_{index}{semicolon}{cluster}"
+
+
+def _split(job_id: str) -> tuple[str, tuple[str, ...]]:
+    """The number of a job, and the option of Slurm's commands that names its cluster."""
+    number, _, cluster = job_id.partition(";")
+    return number, (f"--clusters={cluster}",) if cluster else ()
 
 
 def is_waiting(state: str) -> bool:
@@ -121,11 +189,26 @@ class Jobs:
         return self._known.get(job_id)
 
 
-def _ask(job_ids: Collection[str]) -> dict[str, Job]:
+def _ask(job_ids: Iterable[str]) -> dict[str, Job]:
+    """The jobs that Slurm shows. Each cluster is asked once."""
+    ids: dict[tuple[str, ...], dict[str, str]] = {}
+    for job_id in job_ids:
+        number, of_cluster = _split(job_id)
+        ids.setdefault(of_cluster, {})[number] = job_id
+    return {
+        own[number]: job
+        for of_cluster, own in ids.items()
+        for number, job in _ask_cluster(own, of_cluster).items()
+        if number in own
+    }
+
+
+def _ask_cluster(job_ids: Collection[str], of_cluster: Sequence[str]) -> dict[str, Job]:
     """The jobs that squeue shows, which keeps ended ones for some minutes, and sacct later."""
     listed = ",".join(sorted(job_ids))
+    words = (*of_cluster, "-h", "-r", "-t", "all", "-j", listed, "-o", "%i|%T|%r")
     try:
-        shown = _slurm("squeue", "-h", "-r", "-t", "all", "-j", listed, "-o", "%i|%T|%r")
+        shown = _slurm("squeue", *words)
     except ValueError as error:
         if "Invalid job id" not in str(error):
             raise
@@ -135,14 +218,14 @@ def _ask(job_ids: Collection[str]) -> dict[str, Job]:
         job_id, state, reason = (line + "||").split("|")[:3]
         jobs[job_id] = Job(_with_reason(state, reason), is_queued=state not in _ENDED)
     gone = [job_id for job_id in job_ids if job_id not in jobs or not jobs[job_id].is_queued]
-    return jobs | (_accounted(gone) if gone else {})
+    return jobs | (_accounted(gone, of_cluster) if gone else {})
 
 
-def _accounted(job_ids: Iterable[str]) -> dict[str, Job]:
+def _accounted(job_ids: Iterable[str], of_cluster: Sequence[str]) -> dict[str, Job]:
     """Jobs that have ended, in the words of the accounting; none where there is no accounting."""
     listed = ",".join(sorted(job_ids))
     try:
-        shown = _slurm("sacct", "-n", "-X", "-P", "-j", listed, "-o", "JobID,State")
+        shown = _slurm("sacct", *of_cluster, "-n", "-X", "-P", "-j", listed, "-o", "JobID,State")
     except ValueError:
         return {}
     rows = (line.partition("|") for line in shown.splitlines())
@@ -155,12 +238,13 @@ def _with_reason(state: str, reason: str) -> str:
 
 def cancel(job_id: str) -> None:
     """Remove a job from the queue that has not started."""
-    _slurm("scancel", job_id)
+    number, of_cluster = _split(job_id)
+    _slurm("scancel", *of_cluster, number)
 
 
 def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
     if env is None:
-        env = {name: value for name, value in os.environ.items() if name not in _FILTERS}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(_HABITS)}
     try:
         # A site's greeting may be of another encoding than the user's locale.
         done = subprocess.run(
@@ -170,12 +254,15 @@ def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
         submit = ": use a login node of Slurm, or another `launcher` in the --cluster file"
         way_out = submit if command[0] == "sbatch" else ""
         raise ValueError(f"there is no {command[0]} on this machine{way_out}") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswer(f"{command[0]} did not respond: {error}") from None
+    except OSError as error:
         raise ValueError(f"{command[0]} did not respond: {error}") from None
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").split(
             "\n"
         )
-        lines = [line.removeprefix(f"{command[0]}: ") for line in said]
-        raise ValueError(f"{command[0]}: " + "\n".join(lines))
+        lines = "\n".join(line.removeprefix(f"{command[0]}: ") for line in said)
+        is_busy = any(words in lines for words in BUSY)
+        raise (NoAnswer if is_busy else ValueError)(f"{command[0]}: {lines}")
     return done.stdout

@@ -78,7 +78,7 @@ def job_id(run: Path) -> str | None:
         found = (run / "launch" / "job").read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return found if re.fullmatch(r"\d+(_\d+)?", found) else None
+    return found if re.fullmatch(r"\d+(_\d+)?(;\S+)?", found) else None
 
 
 def keep_job_id(job: Job, job_id: str) -> None:
@@ -178,8 +178,8 @@ def check_free(run: Path) -> None:
     stop = f"wait for it, or stop it with `{lease.stop_command(run)}`"
     queued = job_id(run)
     state = queue.state(queued) if queued else None
-    if state is not None:
-        raise Busy(f"job {queued} of {run} is {state}: {stop}")
+    if queued and state:
+        raise Busy(f"job {queue.shown(queued)} of {run} is {state}: {stop}")
     busy = lease.live_holder(run)
     if busy is not None:
         raise Busy(f"{busy} is writing {run}: {stop}")

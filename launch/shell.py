@@ -30,6 +30,6 @@ def fill(template: str, **values: object) -> str:
 
 def sbatch_path(directory: Path, name: str) -> str:
     """A file for an #SBATCH line, which has its own quoting; `name` may have %j and such in it."""
-    place = f"{directory}".replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    place = f"{directory}".replace('"', '\\"').replace("%", "%%")
     path = f"{place}/{name}"
     return path if re.fullmatch(r"[\w./%-]+", path) else f'"{path}"'

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.exits import REFUSED, TO_BE_CONTINUED
 from launch.job import Job, preamble
-from launch.queue import kept
+from launch.queue import BUSY, kept
 from launch.shell import command, fill, quoted, sbatch_path
 
 # Python has no signal handlers before the trainer's first line: either signal would kill a rank.
@@ -44,6 +44,7 @@ def text(job: Job) -> str:
         refused=REFUSED,
         more=TO_BE_CONTINUED,
         kept=" | ".join(kept(header)),
+        busy=" | ".join(f'*"{words}"*' for words in BUSY),
     )
     return f"{header}\n{body}"
 

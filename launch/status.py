@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.progress import duration
-from launch import records
+from launch import queue, records
 from launch.signs import Signs
 from trainer.run import goodput, history, lease, runstate
 from trainer.run.goodput import Goodput
@@ -223,7 +223,7 @@ def _job(run: Path, signs: Signs) -> tuple[str, bool]:
     job_id = signs.job_id(run)
     if job_id is None:
         return _writer(run, signs)
-    where = f"job {job_id}"
+    where = f"job {queue.shown(job_id)}"
     submitted = records.Submitted.of(run)
     if submitted is not None:
         where += f", {submitted.nodes} x {submitted.gpus_per_node}"

@@ -108,8 +108,8 @@ def test_commands_in_the_prose_are_read_by_their_parsers(page: Page) -> None:
 def test_options_in_the_prose_exist(page: Page) -> None:
     """Those of guided-diffusion, and of what other programs are told, aside."""
     theirs = {
-        "--export", "--no-requeue", "--nproc-per-node", "--samples_per_plugin", "--shm-size",
-        "--system-site-packages",
+        "--clusters", "--export", "--no-requeue", "--nproc-per-node", "--samples_per_plugin",
+        "--shm-size", "--system-site-packages",
     }  # fmt: skip
     if page.name == "docs/from-guided-diffusion.md":
         theirs |= {f"--{name}" for name in flags.NAMES}

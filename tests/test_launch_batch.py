@@ -143,6 +143,20 @@ def test_a_time_limit_while_images_are_drawn_comes_often(bash: Bash) -> None:
         assert bash.requeued
 
 
+def test_a_job_that_the_site_cancels_to_preempt_it_is_started_again(bash: Bash) -> None:
+    """MFlowCode/MFC#1771: PreemptMode=CANCEL."""
+    (bash.directory / "preempted").touch()
+    assert bash.start(ranks="tell TERM; exit 75") == 75
+    assert "saved; requeued, resumes" in bash.events and bash.requeued
+
+
+def test_what_a_user_sets_for_scancel_keeps_no_rank_from_being_told(bash: Bash) -> None:
+    told = "trap '' USR1; tell USR1; until [ -e signalled ]; do sleep 0.1; done; exit 75"
+    note = "scancel() { env | grep SCANCEL_ >> seen; command scancel; }"
+    assert bash.start(ranks=told, setup=note, SCANCEL_INTERACTIVE="true", seconds_to_save=20) == 75
+    assert not bash.text("seen")
+
+
 def test_what_is_refused_or_faulty_is_not_started_again(bash: Bash) -> None:
     assert bash.start(ranks="tell USR1; exit 78") == 78
     assert bash.start(ranks="exit 0", check="exit 1") == 78

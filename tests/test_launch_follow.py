@@ -32,7 +32,7 @@ def test_a_job_that_may_not_be_requeued_submits_the_one_that_follows(
     assert bash.text("asked") == ("" if fixed else "requeue\n")  # a refusal is no time-out
     script = f"{bash.directory}/run/launch/job.sh"
     assert bash.text("submitted") == f"--parsable --dependency=afterany:7 {script}\n"
-    assert bash.text("run/launch/job") == "8\n"
+    assert bash.text("run/launch/job") == "8;east\n"
     seen = set(bash.text("env.txt").splitlines())
     assert seen >= {f"{k}={v}" for k, v in kept.items()}
     assert not [line for line in seen if line.startswith((*inherited, "SLURM_JOB_ID"))]
@@ -73,6 +73,26 @@ def test_scontrol_that_times_out_is_asked_again(bash: Bash) -> None:
     bash.start(ranks="exit 75", setup="sleep() { :; }")
     assert bash.text("asked") == "requeue\nrequeue\n"
     assert "saved; requeued, resumes" in bash.events
+
+
+def test_what_slurm_does_though_its_answer_is_late_is_done_once(bash: Bash) -> None:
+    """toil#5459: a busy controller does what it was asked for after its answer was given up."""
+    (bash.directory / "late").touch()
+    bash.start(ranks="exit 75", setup="sleep() { :; }")
+    assert bash.text("asked") == "requeue\nrequeue\n" and not bash.text("submitted")
+    assert bash.events.endswith(": saved; requeued, resumes from checkpoint none\n")
+    (bash.directory / "fixed").touch()
+    bash.start(1, ranks="exit 75", setup="sleep() { :; }")
+    assert bash.text("submitted").count("\n") == 1
+    assert bash.events.endswith("submitted job 8, which resumes from checkpoint none\n")
+
+
+def test_a_job_of_another_cluster_is_followed_by_one_there(bash: Bash) -> None:
+    (bash.directory / "fixed").touch()
+    bash.start(ranks="exit 75", setup="echo '7;east' > run/launch/job")
+    assert "submitted job 8, which" in bash.events and bash.text("run/launch/job") == "8;east\n"
+    bash.start(ranks="exit 75", setup="echo '7;east' > run/launch/job")  # job 8 is in the queue
+    assert bash.text("submitted").count("\n") == 1 and bash.text("run/launch/job") == "8;east\n"
 
 
 def test_no_requeue_of_the_user_counts() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.exits import REFUSED
-from launch import records, status
+from launch import queue, records, status
 from launch.__main__ import main
 
 Sbatch = Callable[[str], None]
@@ -15,19 +15,25 @@ Sbatch = Callable[[str], None]
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sbatch:
-    """Makes sbatch a bash script of these lines, in the directory of the test."""
+    """Makes sbatch a bash script of these lines, in the directory of the test; no job is queued."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
 
     def install(lines: str) -> None:
-        file = tmp_path / "bin" / "sbatch"
-        file.parent.mkdir()
-        file.write_text(f"#!/bin/bash\n{lines}\n")
-        file.chmod(0o755)
+        (tmp_path / "bin").mkdir()
+        stand_in("squeue", "")
+        stand_in("sbatch", lines)
 
     return install
+
+
+def stand_in(program: str, lines: str) -> None:
+    """Make a program of Slurm's a bash script of these lines."""
+    file = Path(os.environ["PATH"].partition(":")[0]) / program
+    file.write_text(f"#!/bin/bash\n{lines}\n")
+    file.chmod(0o755)
 
 
 def submit(*lines: str) -> int:
@@ -67,7 +73,7 @@ def test_an_account_in_the_shell_counts_unless_the_cluster_file_names_one(
     assert ("SBATCH_ACCOUNT=shell" in Path("env.txt").read_text()) == (not lines)
 
 
-@pytest.mark.parametrize("said", ["47;east", "Submitted batch job 47 on cluster east"])
+@pytest.mark.parametrize("said", ["47", "Submitted batch job 47"])
 def test_the_job_id_is_found_behind_what_a_site_prints_before(
     said: str, sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +81,26 @@ def test_the_job_id_is_found_behind_what_a_site_prints_before(
     assert submit('time = "1:00:00"') == 0
     assert "job.sh as job 47; output: " in capsys.readouterr().out
     assert Path("run/launch/job").read_text() == "47\n"
+
+
+@pytest.mark.parametrize("said", ["47;east", "Submitted batch job 47 on cluster east"])
+def test_a_job_of_another_cluster_is_looked_for_there(
+    said: str, sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parsl#3675: the local cluster has a job 47 of its own, which a stop would cancel."""
+    sbatch(f"echo '--- Welcome to cluster 3'; echo '{said}'")
+    stand_in(
+        "squeue", 'case "$*" in *east*%i*) echo "47|PENDING|" ;; *east*) echo "PENDING|" ;; esac'
+    )
+    stand_in("scancel", "echo $* >> cancelled; echo '#!/bin/bash' > bin/squeue")
+    assert submit() == 0
+    output = f"{Path.cwd()}/run/launch/slurm-47.out"
+    assert f"job.sh as job 47 on cluster east; output: {output}" in capsys.readouterr().out
+    assert status.read(Path("run")).job == "job 47 on cluster east, 1 x 1: PENDING"
+    assert submit() == REFUSED
+    assert "job 47 on cluster east of" in capsys.readouterr().err
+    assert main(["stop", "run"]) == 0
+    assert Path("cancelled").read_text() == "--clusters=east 47\n"
 
 
 def test_an_answer_without_a_job_id_is_shown(
@@ -109,9 +135,7 @@ def test_a_sweep_over_settings_has_a_run_for_each_combination(
     # sbatch splits a line at its spaces, and a comment begins with #.
     assert lines[1:3] == ["#SBATCH --job-name=runs-2-sweep", "#SBATCH --array=0-3%1"]
     # One job of the array still runs.
-    squeue = Path("bin/squeue")
-    squeue.write_text('#!/bin/bash\n[ "$3" != 7_1 ] || echo "RUNNING|None"\n')
-    squeue.chmod(0o755)
+    stand_in("squeue", '[ "$3" != 7_1 ] || echo "RUNNING|None"')
     capsys.readouterr()
     assert main(words) == 0
     said = capsys.readouterr().out
@@ -132,6 +156,70 @@ def test_sampling_is_a_job_of_every_launcher(
     draw = "trainer.sample --patience 600 runs/a --scale 0,1"
     rank = f"{draw} --out {tmp_path}/a.npz --job {tmp_path}/a.job --ranks 2"
     assert rank in said and not (tmp_path / "a.job").exists()
+
+
+TIMED_OUT = """\
+echo x >> tries
+echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2
+exit 1"""
+
+
+def test_a_job_that_slurm_takes_though_sbatch_timed_out_is_submitted_once(
+    sbatch: Sbatch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nextflow#970, toil#5459: a second job on the same run, and no number of the first."""
+    monkeypatch.setattr(queue, "_PAUSES", (0.0, 0.0))
+    sbatch(TIMED_OUT)
+    queued = (
+        f'echo "5|{Path.cwd()}/else.sh"; [ ! -e tries ] || echo "8|{Path.cwd()}/run/launch/job.sh"'
+    )
+    stand_in("squeue", queued)
+    assert submit() == 0
+    assert records.job_id(Path("run")) == "8" and Path("tries").read_text() == "x\n"
+    stand_in("squeue", "")
+    assert main(["digits", "--run", "other", "--cluster", "site.toml"]) == REFUSED
+    said = "Socket timed out on send/recv operation; see in `squeue --me` whether it is queued"
+    assert said in capsys.readouterr().err
+    Path("tries").unlink()
+    stand_in(
+        "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    )
+    assert main(["digits", "--run", "other", "--cluster", "site.toml"]) == REFUSED
+    assert not Path("tries").exists()  # what is there already could not be told from a new one
+
+
+def test_what_a_user_sets_for_slurm_s_commands_changes_none_of_ours(
+    sbatch: Sbatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With SCANCEL_INTERACTIVE and no terminal scancel writes its question without end."""
+    for name in ("SCANCEL_INTERACTIVE", "SQUEUE_STATES", "SACCT_FORMAT"):
+        monkeypatch.setenv(name, "true")
+    sbatch("echo 7")
+    assert submit() == 0
+    stand_in("squeue", "echo 'RESV_DEL_HOLD|Reservation maintenance was deleted'")
+    stand_in("scancel", "env > env.txt; echo '#!/bin/bash' > bin/squeue")
+    assert main(["stop", "run"]) == 0
+    assert "=true\n" not in Path("env.txt").read_text()
+
+
+def test_a_controller_that_is_busy_does_not_end_the_wait_for_a_stop(sbatch: Sbatch) -> None:
+    sbatch("echo 7")
+    assert submit() == 0
+    busy = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    stand_in("squeue", f"echo x >> n; case $(wc -l < n) in 1) echo 'RUNNING|' ;; 2) {busy} ;; esac")
+    assert main(["stop", "run"]) == 0
+    assert Path("n").read_text() == "x\nx\nx\n"
+
+
+def test_a_path_that_slurm_cannot_write_the_output_to_is_refused(
+    sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm takes backslashes out of a file's name: the job would end without a trace."""
+    sbatch("echo 7")
+    Path("site.toml").touch()
+    assert main(["digits", "--run", "a\\b/run", "--cluster", "site.toml"]) == REFUSED
+    assert "must be a path without backslashes" in capsys.readouterr().err
+    assert main(["digits", "--run", "a\\b/run", "--dry-run"]) == 0
 
 
 def test_a_greeting_in_another_encoding_hides_no_job_id(sbatch: Sbatch) -> None:

@@ -10,6 +10,8 @@ begin() {
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   job=${job:-$SLURM_JOB_ID}
   start=${SLURM_RESTART_COUNT:-0}
+  # The user's own, with which scancel would pass this job over, or ask for ever whether to signal it.
+  unset -v "${!SCANCEL_@}" "${!SQUEUE_@}"
   trap leave USR1
   trap adm_told=yes TERM  # the ranks get it too; this shell stays to record how they ended
 }
@@ -47,13 +49,18 @@ newest() {
 ask() {
   for pause in 5 10 15 30 60 60 60 60 0; do
     if answer=$(trap '' TERM && "$@" 2>&1); then return 0; fi
-    case $answer in
-      *"imed out"* | *"nable to contact"* | *"onnection"* | *"standby mode"* | *"Zero Bytes"* | \
-        *"temporarily un"*) sleep $pause ;;
-      *) return 1 ;;
-    esac
+    busy "$answer" || return 1
+    sleep $pause
   done
   return 1
+}
+
+# Whether that is why a command failed, by its own words. It may have been obeyed all the same.
+busy() {
+  case $1 in
+    @busy@) ;;
+    *) return 1 ;;
+  esac
 }
 
 # A cancelled job stays cancelled, and a script whose node Slurm gave up must not requeue the next
@@ -69,6 +76,9 @@ again() {
     *" JobState=RUNNING "*" Restarts=$start "*) ;;
     # A limit that was made shorter, or whose warning found no controller.
     *" JobState=COMPLETING Reason=TimeLimit "*" Restarts=$start "*) ;;
+    # Preempted, where the site cancels such jobs (PreemptMode=CANCEL).
+    *" JobState=COMPLETING "*" Restarts=$start "*" PreemptTime="[0-9]* | \
+      *" JobState=PREEMPTED "*" Restarts=$start "*) ;;
     *)
       say "$1; cancelled, or already started again"
       return ;;
@@ -100,11 +110,18 @@ again() {
     follow_up "$1" "$bad lost ranks twice and is excluded" --exclude="${others:+$others,}$bad"
   elif [[ $answer == *" Requeue=0 "* ]]; then
     follow_up "$1" "this job may not be requeued"
-  elif ask scontrol requeue "$job"; then
+  elif requeue; then
     say "$1; requeued, resumes from checkpoint $(newest)"
   else
-    follow_up "$1" "not requeued: $answer"
+    follow_up "$1" "not requeued: $denial"
   fi
+}
+
+# Put the job back into the queue. Where the first request timed out and was obeyed, Slurm refuses the second.
+requeue() {
+  if ask scontrol requeue "$job"; then return 0; fi
+  denial=$answer
+  ask scontrol show job -o "$job" && [[ $answer == *" Restarts="* && $answer != *" Restarts=$start "* ]]
 }
 
 # Whether the job's time ends in this minute or while the ranks save, by the answer of scontrol.
@@ -137,8 +154,8 @@ lost_twice() {
 # Submit the same script, with further options, as a job that begins when this one has ended. Variables of this job would
 # contradict its options.
 follow_up() {
-  next=$(cat "$run/launch/job" 2> /dev/null)
-  if [ -n "$next" ] && [ "$next" != "$job" ]; then return; fi  # submitted already
+  recorded=$(cat "$run/launch/job" 2> /dev/null)
+  if [ -n "$recorded" ] && [ "${recorded%%;*}" != "$job" ]; then return; fi  # submitted already
   forget=()
   for name in "${!SLURM_@}" "${!SBATCH_@}" "${!SRUN_@}"; do
     case $name in
@@ -146,15 +163,26 @@ follow_up() {
       *) forget+=(-u "$name") ;;
     esac
   done
-  if ask env "${forget[@]}" sbatch --parsable --dependency="afterany:$job" "${@:3}" \
-    "$run/launch/job.sh"; then
+  if ask submit "${@:3}"; then
     # sbatch may print warnings or a site's greeting around the job id.
-    next=$(sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*| on cluster .*)?$/\2/p' <<< "$answer" | tail -n 1)
-    echo "$next" > "$run/launch/job"
-    say "$1; $2; submitted job $next, which resumes from checkpoint $(newest)"
+    next=$(sed -nE 's/^(Submitted batch job )?([0-9]+)((;| on cluster )(.*))?$/\2;\5/p' <<< "$answer" | tail -n 1)
+    echo "${next%;}" > "$run/launch/job"
+    say "$1; $2; submitted job ${next%%;*}, which resumes from checkpoint $(newest)"
   else
     say "$1; $2; no job was submitted to follow: $answer: rerun the same command to resume"
   fi
+}
+
+# Where sbatch timed out, and is asked again, the job that it submitted may be in the queue.
+submit() {
+  queued=$(squeue --me -h -o '%i|%o' 2>&1) || ! busy "$queued" || { echo "$queued"; return 1; }
+  while IFS='|' read -r next script; do
+    if [ "$script" = "$run/launch/job.sh" ] && [ "$next" != "$job" ]; then
+      echo "$next${recorded#"$job"}"  # with the name of the cluster, if one was recorded
+      return
+    fi
+  done <<< "$queued"
+  env "${forget[@]}" sbatch --parsable --dependency="afterany:$job" "$@" "$run/launch/job.sh"
 }
 
 # The signal is repeated, since a rank that is starting ignores it. The job must requeue itself before
@@ -197,7 +225,7 @@ attend() {
   return "$ended"
 }
 
-adm_functions=$(declare -f begin say refuse state stop_requested newest ask again at_limit seconds lost_twice follow_up leave end_timer attend)
+adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again requeue at_limit seconds lost_twice follow_up submit leave end_timer attend)
 
 @preamble@
 eval "$adm_functions"

@@ -26,22 +26,30 @@ tell() { kill -s "$1" "$script"; }
 case "$1 $2" in
   "show hostnames") echo "$SLURM_JOB_NODELIST" | tr , '\\n' ;;
   show*)
-    [ -e requeued ] && state=COMPLETING
+    [ -e requeued ] && state=COMPLETING restarts=$((SLURM_RESTART_COUNT + 1))
+    [ -e preempted ] && state=COMPLETING preempted=2026-11-28T15:20:33
     [ -e over ] && state="COMPLETING Reason=TimeLimit"
     [ -e fixed ] && requeue=0
     [ -e excluded ] && excluded=$(cat excluded)
-    facts="Requeue=${requeue:-1} Restarts=$SLURM_RESTART_COUNT BatchFlag=1"
+    facts="Requeue=${requeue:-1} Restarts=${restarts:-$SLURM_RESTART_COUNT} BatchFlag=1"
     [ -e limit ] && facts="$facts RunTime=1-00:00:09 TimeLimit=$(cat limit) EndTime=Unknown"
-    facts="$facts ExcNodeList=${excluded:-(null)} Comment="
+    facts="$facts PreemptTime=${preempted:-None} ExcNodeList=${excluded:-(null)} Comment="
     echo " JobState=${state:-RUNNING} Reason=None Dependency=(null) $facts " ;;
   requeue*)
     echo requeue >> asked
+    [ ! -e requeued ] || { echo "Job is pending execution for job 7" >&2; exit 1; }
+    [ ! -e late ] || { touch requeued; echo "Unexpected message received for job 7" >&2; exit 1; }
     if [ -e denial ] && { cat denial >&2; [ ! -e once ] || rm denial; }; then exit 1; fi
     touch requeued
     (trap '' TERM; for try in {1..20}; do kill -TERM 0; sleep 0.01; done) & ;;
 esac""",
+    "squeue": """\
+echo "7|$PWD/run/launch/job.sh"
+[ ! -e submitted ] || echo "8|$PWD/run/launch/job.sh"
+""",
     "sbatch": """\
 echo "$*" >> submitted
+[ ! -e late ] || { echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1; }
 [ ! -e busy ] || sleep 1
 env > env.txt
 [ ! -e refusal ] || { cat refusal >&2; exit 1; }

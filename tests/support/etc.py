@@ -53,6 +53,7 @@ Gres=gpu:8 Feature=h100 State=CLOUD
 PartitionName=DEFAULT Nodes={names} MaxTime=INFINITE State=UP DefMemPerCPU=500
 PartitionName=main Default=YES PriorityTier=5 PreemptMode=OFF
 PartitionName=low PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=cancelled PriorityTier=1 PreemptMode=CANCEL
 PartitionName=high PriorityTier=10 PreemptMode=OFF
 # Machines of a cloud that are never started: what would run on 512 GPUs can be asked.
 PartitionName=gpu Nodes=big[01-64]
