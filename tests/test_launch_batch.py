@@ -178,6 +178,10 @@ def test_ranks_do_not_believe_the_variables_of_the_shell_that_submitted_them(bas
     bash.start(ranks=note, environment={"MASTER_ADDR": "n7"}, **shell)
     bash.start(ranks=note, setup="export MASTER_PORT=29517", **shell)
     assert bash.text("world") == ", , , , \nn7, , , , \n, , , , 29517\n"
+    # That of `srun --mpi=pmi2 --pty bash`, or of a shell under mpirun.
+    shell = {"PMI_RANK": "0", "PMI_SIZE": "1", "PMIX_RANK": "0", "OMPI_COMM_WORLD_RANK": "0"}
+    bash.start(ranks="env | grep -E '^(PMI|OMPI)' >> world", **shell)
+    assert bash.text("world").count("\n") == 3
 
 
 def test_a_node_without_scontrol_is_named_before_it_trains(bash: Bash) -> None:

@@ -6,7 +6,7 @@ refuse() {
 }
 
 cd /home/me/adm || refuse 'cannot enter the directory'
-[ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+[ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK PMI_SIZE PMIX_RANK
 export PATH=/home/me/adm/.venv/bin:$PATH
 export GLOO_SOCKET_IFNAME=eth0
 export NCCL_SOCKET_IFNAME=eth0

@@ -57,10 +57,15 @@ class World:
         }
 
 
-# The variables of `World.environment`, which a rank believes.
-VARIABLES = tuple(World().environment())
 # Open MPI's number of a rank on its machine. It counts socket by socket, as it places them.
 _LOCAL = "OMPI_COMM_WORLD_LOCAL_RANK"
+#: The variables of `World.environment`, and those of MPI's that a shell started as a rank has: a
+#: rank believes them.
+VARIABLES = (
+    *World().environment(),
+    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", _LOCAL),
+    *("PMI_RANK", "PMI_SIZE", "PMIX_RANK"),
+)
 # A process's number and the number of all, in the words of torchrun, Open MPI, MPICH and Slurm.
 _COUNTS = (
     ("RANK", "WORLD_SIZE"),
