@@ -158,7 +158,8 @@ def preamble(job: Job) -> str:
     What the user's shell says of ranks is of another job. The setup and the environment may set it.
     A script that defines `refuse` goes before; a rank of `deepspeed` gets its number in RANK.
     """
-    enter = f"cd {quoted([job.directory])} || refuse 'cannot enter the directory'"
+    enter = f"cd {quoted([job.directory])} || refuse {quoted([f'cannot enter {job.directory}'])}"
+    enter += '" on $(hostname): rerun the command in a directory that every machine has"'
     forget = f'[ "$1" = rank ] || unset {quoted(world.VARIABLES)}'
     exports = [f"export {name}={quoted([value])}" for name, value in job.environment.items()]
     python = Path(job.cluster.python)

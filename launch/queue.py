@@ -34,7 +34,10 @@ _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXI
 # What a command says that has lost its answer: Slurm may have done, or do later, what it asked for.
 _LOST = ("imed out", "nexpected message", "Zero Bytes")
 #: What a command says while Slurm's controller is busy or restarting.
-BUSY = (*_LOST, "nable to contact", "onnection", "standby mode", "temporarily un")
+BUSY = (
+    *(*_LOST, "nable to contact", "onnection", "standby mode", "temporarily un"),
+    "authentication error",  # while munge restarts
+)
 
 # Seconds between two questions about the same jobs.
 _EVERY = 30.0

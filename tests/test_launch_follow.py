@@ -66,9 +66,9 @@ def test_scontrol_and_sbatch_that_refuse_are_quoted(bash: Bash) -> None:
     )
 
 
-def test_scontrol_that_times_out_is_asked_again(bash: Bash) -> None:
-    timeout = "slurm_requeue error: Socket timed out on send/recv operation\n"
-    (bash.directory / "denial").write_text(timeout)
+@pytest.mark.parametrize("said", ["Socket timed out on send", "Protocol authentication error"])
+def test_scontrol_that_times_out_is_asked_again(bash: Bash, said: str) -> None:
+    (bash.directory / "denial").write_text(f"slurm_requeue error: {said}\n")
     (bash.directory / "once").touch()
     bash.start(ranks="exit 75", setup="sleep() { :; }")
     assert bash.text("asked") == "requeue\nrequeue\n"

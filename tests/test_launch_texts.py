@@ -8,6 +8,7 @@ import difflib
 import json
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 
 from launch import cluster as clusters
 from launch import records
-from launch.job import Job
+from launch.job import Job, preamble
 from launch.slurm import array_text
 from trainer.ranks.world import hosts
 
@@ -88,6 +89,15 @@ def test_shellcheck_has_no_warnings_about_the_text(site: str, tmp_path: Path) ->
     check = ["shellcheck", "--severity", "warning", file]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("site", ["slurm", "mpirun", "torchrun"])
+def test_a_machine_without_the_directory_is_named_with_it(site: str) -> None:
+    job = dataclasses.replace(big_job(site), directory=Path("/nowhere/it's"))
+    script = 'refuse() { echo "$1"; exit 78; }\n' + preamble(job)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    said = f"cannot enter /nowhere/it's on {socket.gethostname()}: rerun the command in"
+    assert done.returncode == 78 and done.stdout.startswith(said)
 
 
 def test_seconds_to_save_is_one_setting_for_all_launchers() -> None:

@@ -74,7 +74,7 @@ ask() {
 # Whether that is why a command failed, by its own words. It may have been obeyed all the same.
 busy() {
   case $1 in
-    *"imed out"* | *"nexpected message"* | *"Zero Bytes"* | *"nable to contact"* | *"onnection"* | *"standby mode"* | *"temporarily un"*) ;;
+    *"imed out"* | *"nexpected message"* | *"Zero Bytes"* | *"nable to contact"* | *"onnection"* | *"standby mode"* | *"temporarily un"* | *"authentication error"*) ;;
     *) return 1 ;;
   esac
 }
@@ -243,7 +243,7 @@ attend() {
 
 adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again requeue at_limit seconds lost_twice follow_up submit leave end_timer attend)
 
-cd /home/me/adm || refuse 'cannot enter the directory'
+cd /home/me/adm || refuse 'cannot enter /home/me/adm'" on $(hostname): rerun the command in a directory that every machine has"
 [ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK PMI_SIZE PMIX_RANK
 trap 'ended=$? failed=$setup setup=; [ -z "$failed" ] || refuse "the setup line ended the script with status $ended: $failed"' EXIT
 setup='module load cuda/12.6'; eval "$setup" || { ended=$? failed=$setup setup=; refuse "the setup line failed with status $ended: $failed"; }
