@@ -180,12 +180,8 @@ def _results(jobs: tuple[PackJob, ...], executor: Executor | None) -> Iterator[M
     if executor is None:
         yield from map(make_shard, jobs)
         return
-    try:
-        for future in as_completed(pool.submit(executor, make_shard, jobs)):
-            yield future.result()
-    except BaseException:
-        executor.shutdown(wait=False, cancel_futures=True)
-        raise
+    for future in as_completed(pool.submit(executor, make_shard, jobs)):
+        yield future.result()
 
 
 def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
@@ -205,7 +201,7 @@ def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
             "--mpi needs at least 2 ranks: run "
             "`mpirun -n N python -m mpi4py.futures -m data.pack ... --mpi`"
         )
-    return MPIPoolExecutor()
+    return pool.cancelling(MPIPoolExecutor())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -63,6 +63,21 @@ def processes(count: int) -> Iterator[Executor]:
         raise
 
 
+@contextmanager
+def cancelling(executor: Executor) -> Iterator[Executor]:
+    """An executor whose calls that have not begun are cancelled by an error.
+
+    `processes` does without: shut down a second time, an executor does not wait for its thread,
+    which prints a traceback if Python ends before it.
+    """
+    with executor:
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def submit(
     executor: Executor, call: Callable[[_Given], _Made], given: Sequence[_Given]
 ) -> list[Future[_Made]]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -18,7 +19,9 @@ import pytest
 from data import files, pack, pool, shards
 from data.dataset import open_shards
 from data.exits import FAILED, REFUSED, CommandParser, exit_status, reported
+from data.packing.begun import Request
 from data.packing.class_maps import map_content
+from data.packing.plan import PackConfig
 from data.progress import duration
 from tests.support.data_fixtures import write_folder
 from trainer.adm.ema import Profile
@@ -165,6 +168,21 @@ def test_an_interruption_ends_processes_that_are_waited_for() -> None:
     while active_children():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_packing_that_fails_has_ended_its_thread(tmp_path: Path) -> None:
+    """A thread of the executor that closes its pipe as Python ends would print a traceback."""
+    source = write_folder(tmp_path / "source", images=40)
+    (source / "n0001" / "img_0.JPEG").write_bytes(b"damaged")
+    before = threading.enumerate()
+    with pytest.raises(ValueError, match="--max-bad allows 0"):
+        pack.pack(
+            Request(str(source), PackConfig(size=16, per_shard=2)),
+            out=tmp_path / "out",
+            max_bad=0,
+            executor=pool.processes(2),
+        )
+    assert threading.enumerate() == before
 
 
 @pytest.mark.parametrize(
