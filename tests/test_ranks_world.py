@@ -235,6 +235,19 @@ def test_ranks_whose_torchruns_have_stores_of_their_own_say_what_helps(
         meeting_store(world, timeout=timedelta(seconds=0.2))
 
 
+def test_a_node_that_cannot_resolve_where_the_ranks_meet_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meeting, "_TELL", 0.2)
+    world = World(rank=1, size=2, address="n1.invalid", port=29555)
+    for name, value in world.environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TimeoutError, match=r"did not meet at n1\.invalid:29555"):
+        meeting_store(world, timeout=timedelta(seconds=1))
+    said = f"{socket.gethostname()} cannot resolve n1.invalid (MASTER_ADDR), where the ranks meet: "
+    assert said in capsys.readouterr().out
+
+
 def test_ranks_that_torchrun_starts_again_meet_each_other_and_not_those_that_ended(
     tmp_path: Path,
 ) -> None:

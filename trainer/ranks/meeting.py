@@ -63,10 +63,11 @@ def meeting_store(world: World, *, timeout: timedelta) -> dist.Store:
 def _missing_named(world: World) -> Iterator[None]:
     """While entered, the main rank says each half minute which ranks have not come yet.
 
-    They may have ended before: neither srun nor ssh ends the others for that.
+    They may have ended before: neither srun nor ssh ends the others for that. A node says that it
+    cannot resolve the main rank's: torch tries for twice its timeout, and says it in C++.
     """
     met = threading.Event()
-    if world.is_main:
+    if world.local_rank == 0:
         threading.Thread(target=_name_missing, args=(world, met), daemon=True).start()
     try:
         yield
@@ -76,6 +77,17 @@ def _missing_named(world: World) -> Iterator[None]:
 
 def _name_missing(world: World, met: threading.Event) -> None:
     while not met.wait(_TELL):
+        try:
+            socket.getaddrinfo(world.address, world.port)
+        except OSError as error:
+            me, where, why = socket.gethostname(), world.address, error.strerror
+            print(
+                f"{me} cannot resolve {where} (MASTER_ADDR), where the ranks meet: {why}",
+                flush=True,
+            )
+            continue
+        if not world.is_main:
+            continue
         with suppress(dist.DistError):
             # The main rank's own waits for all.
             store = dist.TCPStore(world.address, world.port, wait_for_workers=False)
