@@ -223,7 +223,8 @@ def test_bytes_of_images_are_those_of_the_datasets_by_their_shares(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--gpus", "0"], "--gpus = 0: must be above 0"),
+        (["--gpus", "0"], "--gpus = 0: must be a finite number above 0"),
+        (["--gpus", "1", "--tflops", "inf"], "--tflops = inf: must be a finite number above 0"),
         (["--gpus", "7"], "does not divide among 7 ranks"),
         (["--gpus", "8", "--mfu", "1.2"], "--mfu = 1.2: must be above 0, at most 1"),
         (["--gpus", "8", "--host-ms", "inf"], "--host-ms = inf: must be a finite number from 0"),

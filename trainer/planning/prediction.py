@@ -51,7 +51,12 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("gpus", "gpu_memory", "tflops", "bandwidth"):
             value = getattr(self, name)
-            check(value > 0, f"--{name.replace('_', '-')}", value, "above 0")
+            check(
+                0 < value < math.inf,
+                f"--{name.replace('_', '-')}",
+                value,
+                "a finite number above 0",
+            )
         check(0 < self.mfu <= 1, "--mfu", self.mfu, "above 0, at most 1")
         check(0 <= self.overlap <= 1, "--overlap", self.overlap, "from 0 to 1")
         for name in ("host_ms", "latency"):
