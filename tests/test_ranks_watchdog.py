@@ -207,36 +207,6 @@ def test_a_hung_rank_is_named_by_all(jobs: dict[str, ranks.Job]) -> None:
     assert barriers[0] == barriers[1] + 1
 
 
-def be_suspended(directory: Path) -> int:
-    """Two ranks, of which the main one waits in a collective as both are stopped."""
-    world = join()
-    with (
-        connected(world, patience=ranks.LIMIT, watched=True),
-        Watchdog(world, patience=PATIENCE) as watchdog,
-    ):
-        if not world.is_main:
-            (directory / "ready").touch()
-            time.sleep(PATIENCE / 2)
-        dist.barrier()
-        end = time.monotonic() + ranks.LIMIT
-        while (paused := watchdog.clock.stopped) == 0 and time.monotonic() < end:
-            time.sleep(0.1)
-            watchdog.mark("computing")
-        return 0 if 2 * PATIENCE <= paused < 2 * ranks.LIMIT else 1
-
-
-@pytest.mark.slow
-def test_a_job_that_was_suspended_for_longer_than_the_patience_goes_on(tmp_path: Path) -> None:
-    job = ranks.fork(tmp_path, partial(be_suspended, tmp_path), ranks=2)
-    ranks.wait_for(tmp_path / "ready")
-    for number, pause in ((signal.SIGSTOP, 2 * PATIENCE), (signal.SIGCONT, 0)):
-        for rank in (0, 1):
-            job.signal(rank, number)
-        time.sleep(pause)
-    job.wait()
-    assert [process.exitcode for process in job.ranks] == [0, 0], job.text
-
-
 class SlowStore:
     """A store that answers after a second, as on a busy machine."""
 

@@ -71,7 +71,7 @@ class Watchdog:
         self._doing, self._marks, self._beats = "starting" if is_marked else "working", 0, 0
         self._done = threading.Event()
         self._ranks = [_Rank() for _ in range(world.size if world.is_main else 1)]
-        self._moved = 0.0
+        self._moved = self._began = 0.0
         self._verdict = self._error = ""
         self._failed_at = 0.0
         self._lost: set[int] = set()
@@ -93,7 +93,7 @@ class Watchdog:
             self._mailbox.put(_ERROR, "")
         self._send_report()
         dist.barrier()
-        self._moved = time.monotonic()
+        self._moved = self._began = time.monotonic()
         self.clock = RunningClock()
         for rank in self._ranks:
             rank.reported_at = self._moved
@@ -182,7 +182,7 @@ class Watchdog:
             self._moved = now
 
     def _watch(self) -> None:
-        last = time.monotonic()
+        last = self._began  # this thread may begin after a stop
         while not self._done.wait(_BEAT):
             self.clock()
             now = time.monotonic()

@@ -1,0 +1,87 @@
+"""A job that is suspended, as by a scheduler, goes on: its watchdog does not take it for lost."""
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.support import ranks
+from trainer.ranks.group import connected
+from trainer.ranks.watchdog import Watchdog
+from trainer.ranks.world import join
+
+PATIENCE = 10.0
+
+
+def be_suspended(directory: Path) -> int:
+    """Two ranks, of which the main one waits in a collective as both are stopped."""
+    world = join()
+    with (
+        connected(world, patience=ranks.LIMIT, watched=True),
+        Watchdog(world, patience=PATIENCE) as watchdog,
+    ):
+        if not world.is_main:
+            (directory / "ready").touch()
+            time.sleep(PATIENCE / 2)
+        dist.barrier()
+        end = time.monotonic() + ranks.LIMIT
+        while (paused := watchdog.clock.stopped) == 0 and time.monotonic() < end:
+            time.sleep(0.1)
+            watchdog.mark("computing")
+        return 0 if 2 * PATIENCE <= paused < 2 * ranks.LIMIT else 1
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_for_longer_than_the_patience_goes_on(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(be_suspended, tmp_path), ranks=2)
+    ranks.wait_for(tmp_path / "ready")
+    for number, pause in ((signal.SIGSTOP, 2 * PATIENCE), (signal.SIGCONT, 0)):
+        for rank in (0, 1):
+            job.signal(rank, number)
+        time.sleep(pause)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [0, 0], job.text
+
+
+class LateWatchdog(Watchdog):
+    """Its process is stopped before its threads run, which then are slow."""
+
+    def _watch(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        super()._watch()
+
+    def _exchange_reports(self) -> None:
+        time.sleep(4.0)
+        super()._exchange_reports()
+
+
+def be_suspended_at_once(directory: Path) -> int:
+    world = join()
+    with (
+        connected(world, patience=ranks.LIMIT, watched=True),
+        LateWatchdog(world, patience=PATIENCE) as watchdog,
+    ):
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            watchdog.mark("computing")
+            time.sleep(0.1)
+        (directory / "done").touch()
+    return 0
+
+
+@pytest.mark.slow
+def test_a_job_that_is_suspended_as_its_watchdog_begins_goes_on(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(be_suspended_at_once, tmp_path), ranks=1)
+    stat = Path(f"/proc/{job.ranks[0].pid}/stat")
+    end = time.monotonic() + ranks.LIMIT
+    while stat.read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < end, job.text
+        time.sleep(0.1)
+    time.sleep(2 * PATIENCE)
+    job.signal(0, signal.SIGCONT)
+    job.wait()
+    assert job.ranks[0].exitcode == 0 and (tmp_path / "done").exists(), job.text
