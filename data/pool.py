@@ -23,8 +23,7 @@ _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 def cpus() -> int:
     """How many CPUs this process may use: within a job or container, only those that it has."""
-    bound = len(os.sched_getaffinity(0))
-    return max(1, int(min(bound, *_quotas(), bound)))
+    return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas()])))
 
 
 def _quotas() -> Iterator[float]:

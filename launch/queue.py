@@ -20,7 +20,7 @@ _REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS"
 # the script has no such option; for Slurm alone a variable would outrank the script.
 _DEFAULTS = ("account", "partition", "qos", "reservation")
 # Variables by which users change what Slurm's other commands do: they would hide a job that is
-# there, or let scancel ask a question that nobody answers.
+# there, or let scancel wait for a confirmation.
 _HABITS = ("SQUEUE_", "SCANCEL_", "SACCT_")
 # What sbatch answers, with --parsable and where a site's script leaves that out.
 _ANSWER = r"^(?:Submitted batch job )?(\d+)(?:(?:;| on cluster )(\S*))?$"

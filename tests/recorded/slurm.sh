@@ -26,7 +26,7 @@ begin() {
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   job=${job:-$SLURM_JOB_ID}
   start=${SLURM_RESTART_COUNT:-0}
-  # The user's own, with which scancel would pass this job over, or ask for ever whether to signal it.
+  # The user's own, with which scancel would skip this job, or wait for a confirmation.
   unset -v "${!SCANCEL_@}" "${!SQUEUE_@}"
   trap leave USR1
   trap adm_told=yes TERM  # the ranks get it too; this shell stays to record how they ended
