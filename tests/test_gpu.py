@@ -5,17 +5,24 @@ all the training; what a process does not report fails the tests that need it.
 """
 
 import json
+import math
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data.exits import FAILED
-from tests.support import ranks
+from tests.support import faults, ranks
+from trainer.engine import determinism
+from trainer.ranks.group import connected
+from trainer.ranks.world import join
 from trainer.watch import forensics
 from trainer.watch.pace import Stopwatch
 
@@ -44,13 +51,12 @@ class Processes:
         self._started: dict[str, subprocess.Popen] = {}
         self._ended: dict[str, tuple[int, str]] = {}
 
-    def start(self, name: str, *runs: list[str], first: str = "pass") -> None:
+    def start(self, name: str, *runs: list[str], first: Callable[[], object] = bool) -> None:
         """Train `runs`, arguments of `trainer.train` each, in a process that does `first`."""
         where = self.root / f"job-{name}"
         where.mkdir()
         words = [["train", *run] for run in runs]
-        code = f"{first}; ranks.work(Path({str(where)!r}), {words!r}, False)"
-        self._started[name] = start(f"from tests.support import faults, ranks; {code}")
+        self._started[name] = start(partial(work, first, where, words))
 
     def arguments(self, run: str, preset: Path, *sets: str) -> list[str]:
         return [
@@ -72,10 +78,19 @@ class Processes:
         assert set(json.loads(report.read_text())) == {0}, text
 
 
-def start(code: str) -> subprocess.Popen:
-    """Run code as a rank that sees the device, in a process of its own."""
-    main = f"from trainer.ranks.ending import run_as_rank; run_as_rank(lambda: exec({code!r}) or 0)"
-    command = [sys.executable, "-c", f"from pathlib import Path; {main}"]
+def work(first: Callable[[], object], directory: Path, runs: list[list[str]]) -> int:
+    """Do `first`, and then the runs, as one rank alone."""
+    first()
+    return ranks.work(directory, runs, False)
+
+
+def start(task: Callable[[], int]) -> subprocess.Popen:
+    """Do a task as a rank that sees the device, in a process of its own."""
+    main = (
+        "import pickle; from trainer.ranks.ending import run_as_rank; "
+        f"run_as_rank(pickle.loads({pickle.dumps(task)!r}))"
+    )
+    command = [sys.executable, "-c", main]
     own = ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")
     env = {k: v for k, v in os.environ.items() if k not in own}
     return subprocess.Popen(
@@ -101,7 +116,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) 
         "training.ema_widths = [0.1]", "intervals.averages = 64",
     )  # fmt: skip
     runs.append(done.arguments("measured", tiny, *measured))
-    done.start("plain", *runs, first="faults.note_waits(16)")
+    done.start("plain", *runs, first=partial(faults.note_waits, 16))
     classifier = root / "classifier.toml"
     classifier.write_text(tiny.read_text().replace('"denoise"', '"classify"'))
     runs = []
@@ -120,12 +135,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, digits: Path) 
         aside = done.arguments(f"compiled-aside-{stage}", tiny, *sets)
         runs.append([*aside, "--ds-config", str(root / f"{stage}.json")])
     # cuBLAS reads its settings once.
-    first = "from trainer import determinism; determinism.prepare({!r}, [{!r}], unset=())"
-    done.start("deterministic", *runs, first=first.format(str(tiny), _DETERMINISTIC))
+    first = partial(determinism.prepare, str(tiny), [_DETERMINISTIC], unset=())
+    done.start("deterministic", *runs, first=first)
     spoiled = [done.arguments(f"spoiled-{p}", tiny, of(p)) for p in ("fp32", "bf16")]
-    done.start("spoiled", *spoiled, first="faults.spoil({17: float('nan')})")
+    done.start("spoiled", *spoiled, first=partial(faults.spoil, {17: math.nan}))
     flipped = done.arguments("flipped", tiny, "intervals.audit = 8")
-    done.start("flipped", flipped, first="faults.flip_a_bit(at=16)")
+    done.start("flipped", flipped, first=partial(faults.flip_a_bit, at=16))
     return done
 
 
@@ -221,18 +236,16 @@ def test_memory_that_runs_out_leaves_a_snapshot(tmp_path: Path) -> None:
     assert "x cuda:0 torch.float32 (1230, 4570)" in text and "Tried to allocate" in text
 
 
+def reduce_and_dump(directory: Path) -> int:
+    with connected(join(), patience=60) as device:
+        dist.all_reduce(torch.ones(3, device=device))
+        torch.cuda.synchronize()
+        forensics.dump(directory, rank=0)
+    return 0
+
+
 def test_the_last_collectives_of_nccl_are_written(tmp_path: Path) -> None:
-    lines = (
-        "import torch, pathlib",
-        "from trainer.ranks.group import connected, dist",
-        "from trainer.ranks.world import join",
-        "from trainer.watch import forensics",
-        "with connected(join(), patience=60) as device:",
-        "    dist.all_reduce(torch.ones(3, device=device))",
-        "    torch.cuda.synchronize()",
-        f"    forensics.dump(pathlib.Path({str(tmp_path)!r}), rank=0)",
-    )
-    process = start("\n".join(lines))
+    process = start(partial(reduce_and_dump, tmp_path))
     text, _ = process.communicate(timeout=ranks.LIMIT)
     assert process.returncode == 0, text
     entries = pickle.loads((tmp_path / "nccl_trace_rank_0").read_bytes())["entries"]
