@@ -34,6 +34,7 @@ OTHERS = {
     "weight_decay": "0.5", "batch_size": "3", "microbatch": "1", "ema_rate": "0.5",
     "iterations": "77", "lr_anneal_steps": "77", "anneal_lr": "True",
     "schedule_sampler": "loss-second-moment", "use_fp16": "False", "classifier_use_fp16": "False",
+    "log_interval": "7", "save_interval": "7",
 }  # fmt: skip
 
 

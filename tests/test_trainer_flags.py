@@ -54,6 +54,19 @@ def test_training_flags_are_settings_and_a_batch_is_that_of_all_processes(tmp_pa
     assert "--data_dir: pack it first" in (tmp_path / "preset.toml").read_text()
 
 
+def test_intervals_are_those_given_or_as_many_steps_as_in_the_preset(tmp_path: Path) -> None:
+    """In images, 5,000 steps of the preset would be more than all of a run of 16 images a step."""
+    flags = "--image_size 64 --class_cond True --noise_schedule cosine --batch_size 16"
+    preset, config = configs.load("imagenet64"), read(flags, tmp_path, ranks=1)
+    assert config.training.images == 540_000 * 16
+    for name in ("log", "checkpoint", "keep_every", "samples"):
+        assert getattr(config.intervals, name) * 2048 == getattr(preset.intervals, name) * 16
+    given = f"{flags} --log_interval 20 --save_interval 500"
+    intervals = read(given, tmp_path, ranks=1).intervals
+    assert (intervals.log, intervals.checkpoint) == (20 * 16, 500 * 16)
+    assert intervals.samples == config.intervals.samples
+
+
 @pytest.mark.parametrize(
     ("flags", "absent"),
     [
@@ -63,7 +76,13 @@ def test_training_flags_are_settings_and_a_batch_is_that_of_all_processes(tmp_pa
             " --image_size 64 --learn_sigma True --noise_schedule cosine --num_channels 192 "
             "--num_head_channels 64 --num_res_blocks 3 --resblock_updown True "
             "--use_new_attention_order True --use_scale_shift_norm True",
-            {"lr": "0.0001", "batch_size": "1", "use_fp16": "False"},
+            {
+                "lr": "0.0001",
+                "batch_size": "1",
+                "use_fp16": "False",
+                "log_interval": "10",
+                "save_interval": "10000",
+            },
         ),
         (
             "--image_size 128 --classifier_depth 2",
@@ -73,6 +92,7 @@ def test_training_flags_are_settings_and_a_batch_is_that_of_all_processes(tmp_pa
                 "anneal_lr": "False",
                 "batch_size": "4",
                 "classifier_use_fp16": "False",
+                "log_interval": "10",
             },
         ),
     ],

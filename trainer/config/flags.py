@@ -4,7 +4,7 @@
 
 Flags that are absent have guided-diffusion's defaults where they describe the network or the
 diffusion. Of the training they are those of the nearest preset, and remarks name what differs; so
-is what no flag says (data, intervals). No torch here.
+is what no flag says (data, samples). No torch here.
 """
 
 import shlex
@@ -67,8 +67,6 @@ ELSEWHERE = {
     "data_dir": "pack it first (python -m data.pack), and set data.shards",
     "val_data_dir": "pack it too (python -m data.pack), and set data.validation",
     "resume_checkpoint": "rerunning the command resumes a run; weights start one with --init",
-    "log_interval": "intervals.log, in images",
-    "save_interval": "intervals.checkpoint, in images",
     "eval_interval": "intervals.validate, in images",
     "fp16_scale_growth": "loss_scale_window in ds_config.json",
     "noised": "classifiers are trained on noised images",
@@ -116,16 +114,18 @@ def to_preset(text: str, *, ranks: int | None) -> str:
         own = {"diffusion_steps": "steps", "noise_schedule": "schedule"}
         diffusion = {ours: diffusion[ours] for theirs, ours in own.items() if theirs in chosen}
     name, base = _nearest_preset(model, diffusion, is_classifier=is_classifier)
+    training = {
+        **_section(base.training),
+        **training_flags.settings(chosen, base=base.training, ranks=ranks),
+    }
+    spans = training_flags.intervals(chosen, base=base, batch=training["batch"])
     table: dict[str, Any] = {
         "objective": base.objective,
         "model": model,
         "diffusion": {**_section(base.diffusion), **diffusion},
-        "training": {
-            **_section(base.training),
-            **training_flags.settings(chosen, base=base.training, ranks=ranks),
-        },
+        "training": training,
         "data": _section(base.data),
-        "intervals": _section(base.intervals),
+        "intervals": _section(base.intervals) | spans,
     }
     if is_classifier or model["image_size"] != base.model.image_size:
         table["intervals"].pop("samples", None)
@@ -133,9 +133,7 @@ def to_preset(text: str, *, ranks: int | None) -> str:
     config = from_table(table)
     if ranks is not None:
         config.training.micro_batch_on(ranks)
-    remarks += training_flags.remarks(
-        chosen, training=config.training, is_classifier=is_classifier, ranks=ranks
-    )
+    remarks += training_flags.remarks(chosen, config=config, ranks=ranks)
     remarks += [f"--{name}: {ELSEWHERE[name]}" for name in given if name in ELSEWHERE]
     return "".join(f"# {remark}\n" for remark in remarks) + to_toml(config)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from trainer.config.experiment import Config
 from trainer.config.sections import TrainingConfig
 
 N = TypeVar("N", int, float)
@@ -17,6 +18,8 @@ _OF_NETWORKS: dict[str, Any] = {
     "ema_rate": "0.9999",
     "schedule_sampler": "uniform",
     "use_fp16": False,
+    "log_interval": 10,
+    "save_interval": 10_000,
 }
 # With those of `classifier_train.py`.
 _OF_CLASSIFIERS: dict[str, Any] = {
@@ -28,6 +31,8 @@ _OF_CLASSIFIERS: dict[str, Any] = {
     "microbatch": -1,
     "schedule_sampler": "uniform",
     "classifier_use_fp16": False,
+    "log_interval": 10,
+    "save_interval": 10_000,
 }
 #: All flags of training, with values of their types.
 TYPED = {**_OF_NETWORKS, **_OF_CLASSIFIERS}
@@ -72,12 +77,21 @@ def _clock(chosen: Mapping[str, Any], *, base: TrainingConfig, ranks: int | None
     return found
 
 
-def remarks(
-    chosen: Mapping[str, Any], *, training: TrainingConfig, is_classifier: bool, ranks: int | None
-) -> list[str]:
+def intervals(chosen: Mapping[str, Any], *, base: Config, batch: int) -> dict[str, int]:
+    """The settings of `[intervals]`: those given, and else as many steps as in the preset."""
+    names = ("log", "checkpoint", "keep_every", "samples")
+    spans = {name: getattr(base.intervals, name) for name in names}
+    steps = {name: span // base.training.batch for name, span in spans.items() if span is not None}
+    found = {name: count * batch for name, count in steps.items()}
+    given = {"log": "log_interval", "checkpoint": "save_interval"}
+    return found | {ours: chosen[flag] * batch for ours, flag in given.items() if flag in chosen}
+
+
+def remarks(chosen: Mapping[str, Any], *, config: Config, ranks: int | None) -> list[str]:
     """The flags that were not given, and whose defaults are not what the preset has."""
+    training, intervals = config.training, config.intervals
     steps = training.images // training.batch
-    defaults = _OF_CLASSIFIERS if is_classifier else _OF_NETWORKS
+    defaults = _OF_CLASSIFIERS if config.objective == "classify" else _OF_NETWORKS
     is_same = training.batch == defaults["batch_size"] * (ranks or 0)
     batch = defaults["batch_size"] if is_same else f"{training.batch} for all processes"
     has = {
@@ -91,6 +105,8 @@ def remarks(
         "schedule_sampler": training.timesteps,
         "use_fp16": training.precision == "fp16",
         "classifier_use_fp16": training.precision == "fp16",
+        "log_interval": intervals.log // training.batch,
+        "save_interval": intervals.checkpoint // training.batch,
     }
     return [
         f"--{name} absent: {has[name]} from the preset; there {default}"
