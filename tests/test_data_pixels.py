@@ -278,6 +278,20 @@ def test_16_bits_of_which_12_are_used_are_counted(
     assert ", 2 of 16 bits with values below 4,096 (nearly black" in capsys.readouterr().err
 
 
+def test_files_of_several_pictures_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stack of slices or an animation has more than its first picture, which alone is packed."""
+    (tmp_path / "P").mkdir()
+    slices = [Image.fromarray(np.full((16, 16), grey, "u1")) for grey in (9, 99, 199)]
+    for name in ("a.tif", "b.gif", "c.png", "d.webp", "one.tif", "one.gif", "one.png", "one.jpg"):
+        more = {} if "one" in name else {"save_all": True, "append_images": slices[1:]}
+        slices[0].save(tmp_path / "P" / name, **more)
+    pack(Request(str(tmp_path / "P"), PackConfig(size=16)), out=tmp_path / "o")
+    assert ", 4 of several pictures or pages (the first is packed)" in capsys.readouterr().err
+    assert {found[0] for found, _ in content(open_shards(tmp_path / "o"))} <= {8, 9, 10}
+
+
 def test_a_long_text_in_a_png_is_no_reason_to_leave_it_out() -> None:
     texts = PngInfo()
     texts.add_text("workflow", "x" * 3_000_000, zip=True)

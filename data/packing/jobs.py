@@ -46,6 +46,8 @@ _OF_A_FILE = {
 
 # Pillow's formats of files that are stored unchanged where no scaling is needed, and their suffix.
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png"}
+# Those of animations and of files with pages.
+_OF_SEVERAL = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class Made:
     turned: int = 0
     #: Images smaller than `--size`.
     enlarged: int = 0
+    #: Files of several pictures, of which the first is taken.
+    several: int = 0
     #: Names of images with more pixels than Pillow's limit.
     huge: tuple[str, ...] = ()
 
@@ -81,6 +85,7 @@ class Encoded(NamedTuple):
     is_turned: bool
     is_enlarged: bool
     is_huge: bool
+    is_several: bool
 
 
 class TooManyLeftOut(ValueError):
@@ -139,7 +144,8 @@ def _encode(content: bytes, config: PackConfig) -> Encoded:
     image.info = {}
     is_huge = image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf)
     is_enlarged = min(image.size) < config.size
-    counted = (is_transparent, is_dim, turn is not None, is_enlarged, is_huge)
+    is_several = _is_several(content)
+    counted = (is_transparent, is_dim, turn is not None, is_enlarged, is_huge, is_several)
     applied = turn if config.exif_transpose else None
     if applied is not None:
         image = image.transpose(applied)
@@ -161,6 +167,17 @@ def _encode(content: bytes, config: PackConfig) -> Encoded:
     return Encoded(buffer.getvalue(), config.suffix, *counted)
 
 
+def _is_several(content: bytes) -> bool:
+    """Whether a file has more pictures than its first: an animation, or pages."""
+    if content[:2] == b"\xff\xd8":  # JPEG: the further ones, if any, are previews
+        return False
+    try:
+        image = Image.open(io.BytesIO(content))
+        return image.format in _OF_SEVERAL and getattr(image, "n_frames", 1) > 1
+    except Exception:  # damage behind the first picture raises errors of any type
+        return False
+
+
 class _Missed(NamedTuple):
     """An image that is left out, and why."""
 
@@ -172,7 +189,7 @@ class _Missed(NamedTuple):
 def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], dict[str, Any]]:
     """Write the tar; its index, the images left out, and what `Made` tells of the others."""
     source = _source(job.source, job.out)
-    missed, huge, counted = [], [], Counter[str](transparent=0, dim=0, turned=0, enlarged=0)
+    missed, huge, counted = [], [], Counter[str]()
     writer = ShardWriter(file)
     for number, (name, label) in enumerate(job.images, start=job.first):
         try:
@@ -187,6 +204,7 @@ def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], dict[str
         counted["dim"] += image.is_dim
         counted["turned"] += image.is_turned
         counted["enlarged"] += image.is_enlarged
+        counted["several"] += image.is_several
         huge += [name] * image.is_huge
         key = _key(number, name)
         writer.add(key, image=image.content, suffix=image.suffix, label=label)

@@ -35,6 +35,7 @@ def summary(listing: Listing, made: Sequence[Made], *, config: PackConfig) -> st
         f"of 16 bits with {dark}": sum(one.dim for one in made),
         f"with an EXIF orientation ({exif})": sum(one.turned for one in made),
         f"smaller than {config.size} pixels (enlarged)": sum(one.enlarged for one in made),
+        "of several pictures or pages (the first is packed)": sum(one.several for one in made),
         f"of more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels ({first_of(huge)})": len(huge),
     }
     names = [name or "(none)" for name in listing.classes]
