@@ -1,6 +1,7 @@
 """`--profile STEPS`: a trace that viewers read, and a table whose shares sum to the whole."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,22 @@ def test_steps_are_profiled_into_a_trace_and_a_table(tmp_path: Path) -> None:
     rows = (tmp_path / "profile" / "table.txt").read_text().splitlines()[1:]
     assert any(row.startswith("convolution") for row in rows)
     assert (tmp_path / "log.txt").read_text().count("profiled 2 steps") == 1
+
+
+def test_the_time_that_the_profiler_takes_itself_is_not_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = torch.profiler.profile.stop_trace
+
+    def stop(profiler: torch.profiler.profile) -> None:
+        whole(profiler)
+        time.sleep(2.0)
+
+    monkeypatch.setattr(torch.profiler.profile, "stop_trace", stop)
+    profile(tmp_path)
+    rows = (tmp_path / "profile" / "table.txt").read_text().splitlines()[1:]
+    seconds = 2 * sum(float(row[23:35]) for row in rows) / 1e3
+    assert seconds < 1.0  # of two steps, of milliseconds each
 
 
 @pytest.mark.parametrize("steps", [4, 5, 6])

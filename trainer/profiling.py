@@ -70,7 +70,7 @@ class StepProfiler:
 
     def __init__(self, steps: int, *, run: Run) -> None:
         self._steps, self._run, self._directory = steps, run, run.path / "profile"
-        self._began = 0.0
+        self._began = self._seconds = 0.0
         self._count = 0
         self._trace = tensorboard_trace_handler(str(self._directory))
         self._profile = profile(
@@ -84,8 +84,11 @@ class StepProfiler:
         self._count += 1
         if self._count > _WAIT + _WARM_UP + self._steps:
             return
+        now = time.monotonic()
         if self._count == _WAIT + _WARM_UP:
-            self._began = time.monotonic()
+            self._began = now
+        # Up to here: what follows the last step, the profiler takes for itself.
+        self._seconds = now - self._began
         self._profile.step()
         if self._count == _WAIT + _WARM_UP + self._steps:
             self._profile.stop()
@@ -109,11 +112,10 @@ class StepProfiler:
     def _write(self, found: Any) -> None:
         if self._steps < 1:
             return
-        seconds = time.monotonic() - self._began
         self._directory.mkdir(parents=True, exist_ok=True)
         self._trace(found)
         times = _times(found.key_averages(), of_device=torch.cuda.is_available())
-        text = table(times, seconds=seconds, steps=self._steps)
+        text = table(times, seconds=self._seconds, steps=self._steps)
         (self._directory / "table.txt").write_text(text)
         self._run.log(f"profiled {self._steps} steps: {self._directory}")
 
