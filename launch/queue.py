@@ -8,6 +8,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -268,4 +269,6 @@ def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
         lines = "\n".join(line.removeprefix(f"{command[0]}: ") for line in said)
         is_busy = any(words in lines for words in BUSY)
         raise (NoAnswer if is_busy else ValueError)(f"{command[0]}: {lines}")
+    if command[0] == "sbatch":  # a site's words about a job that it takes, and may have changed
+        print(done.stderr, end="", file=sys.stderr)
     return done.stdout

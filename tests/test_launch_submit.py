@@ -83,6 +83,15 @@ def test_the_job_id_is_found_behind_what_a_site_prints_before(
     assert Path("run/launch/job").read_text() == "47\n"
 
 
+def test_what_a_site_says_of_a_job_that_it_has_changed_is_shown(
+    sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch("echo 'sbatch: lua: time limit lowered to 1 hour' >&2; echo 47")
+    assert submit('time = "2:00:00"') == 0
+    said = capsys.readouterr()
+    assert said.err == "sbatch: lua: time limit lowered to 1 hour\n" and "as job 47" in said.out
+
+
 @pytest.mark.parametrize("said", ["47;east", "Submitted batch job 47 on cluster east"])
 def test_a_job_of_another_cluster_is_looked_for_there(
     said: str, sbatch: Sbatch, capsys: pytest.CaptureFixture[str]
