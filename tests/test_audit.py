@@ -1,8 +1,8 @@
 """The replay audit names the machine whose memory or arithmetic is at fault, and ends the job."""
 
 import json
+import os
 import re
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from tests.support.runs import STEP, Place
 from trainer.guards.audit import blame_weights, minority
 from trainer.guards.replay import Replay
 
-HOST = socket.gethostname()
+# As Slurm knows a machine of another name.
+HOST = "gpu-1.site.org"
 SETS = (f"intervals.audit = {STEP}", f"intervals.checkpoint = {STEP}")
 #: A rank whose losses are off in the last place, from every image.
 INEXACT = partial(faults.spoil, dict.fromkeys(range(1000), 1 + 2**-22))
@@ -26,6 +27,11 @@ CASES = [
 ]
 
 
+def as_a_step_of_slurm(task: Callable[[], int]) -> int:
+    os.environ |= {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURMD_NODENAME": HOST}
+    return task()
+
+
 @pytest.mark.parametrize(("stage", "rank", "world", "fault", "said"), CASES)
 def test_a_faulty_machine_is_named_and_ends_the_job(
     tmp_path: Path, tiny: Path, *, stage: int, rank: int, world: int, fault: Callable, said: str
@@ -33,7 +39,7 @@ def test_a_faulty_machine_is_named_and_ends_the_job(
     place = Place(tmp_path, tiny)
     run = place.arguments("run", stage=stage, sets=SETS)
     task = partial(faults.work_on_a_faulty_machine, tmp_path / "job", [run], fault, rank)
-    job = ranks.fork(tmp_path / "job", task, ranks=world)
+    job = ranks.fork(tmp_path / "job", partial(as_a_step_of_slurm, task), ranks=world)
     job.wait()
     assert [process.exitcode for process in job.ranks] == [FAILED] * world, job.text
     assert re.search(rf"error: hardware fault: rank {rank} on {HOST} {said}", job.texts[0])

@@ -112,28 +112,31 @@ def test_no_requeue_of_the_user_counts() -> None:
 
 
 def loses(host: str, *, checkpoint: int = 0) -> str:
-    """What ranks leave behind when one of them is lost on `host`."""
-    state = RunState(
-        state="failed", lost=f"{host}.cluster", checkpoint=f"{checkpoint:012d}", starts=checkpoint
-    )
+    """What ranks leave behind when one of them is lost on `host`, as they name it."""
+    state = RunState(state="failed", lost=host, checkpoint=f"{checkpoint:012d}", starts=checkpoint)
     text = json.dumps(asdict(state), indent=1)
     return f"echo '{text}' > run/launch/state.json; exit 1"
 
 
-def test_a_node_that_lost_ranks_twice_is_excluded(bash: Bash) -> None:
+@pytest.mark.parametrize(
+    ("of_node", "of_host"),
+    [("", ".cluster"), ("", ""), (".site.org", ".site.org")],
+    ids=["domain of the machine's", "short", "domain of Slurm's"],
+)
+def test_a_node_that_lost_ranks_twice_is_excluded(bash: Bash, of_node: str, of_host: str) -> None:
+    nodes = ",".join(f"{name}{of_node}" for name in ("n1", "n2", "n2-ib"))
     (bash.directory / "excluded").write_text("n9\n")
-    bash.start(0, ranks=loses("n2", checkpoint=8))
-    bash.start(1, ranks=loses("n1", checkpoint=16))
+    bash.start(0, ranks=loses(f"n2{of_host}", checkpoint=8), SLURM_JOB_NODELIST=nodes)
+    bash.start(1, ranks=loses(f"n1{of_host}", checkpoint=16), SLURM_JOB_NODELIST=nodes)
     assert bash.requeued and not bash.text("submitted")
-    bash.start(2, ranks=loses("n2", checkpoint=16))
-    assert "failed with status 1; n2 lost ranks twice and is excluded; submitted job 8" in (
-        bash.events
-    )
-    assert "--exclude=n9,n2 " in bash.text("submitted") and not bash.requeued
+    bash.start(2, ranks=loses(f"n2{of_host}", checkpoint=16), SLURM_JOB_NODELIST=nodes)
+    said = f"failed with status 1; n2{of_node} lost ranks twice and is excluded; submitted job 8"
+    assert said in bash.events
+    assert f"--exclude=n9,n2{of_node} " in bash.text("submitted") and not bash.requeued
 
 
 def test_the_record_of_an_earlier_start_makes_no_node_suspect(bash: Bash) -> None:
-    bash.start(0, ranks=loses("n2"))
+    bash.start(0, ranks=loses("n2.cluster"))
     bash.start(1, ranks="exit 1")  # before it claimed the run
     assert "failed with status 1, for the second time" in bash.events
     assert not bash.text("submitted")

@@ -18,9 +18,10 @@ from data.exits import FAILED, REFUSED
 from tests.support import ranks
 from trainer.ranks import meeting
 from trainer.ranks import world as worlds
-from trainer.ranks.faults import Broken
+from trainer.ranks.faults import Broken, named_hosts
 from trainer.ranks.group import connected
 from trainer.ranks.meeting import exchange, meeting_store
+from trainer.ranks.process import Process
 from trainer.ranks.world import World, join
 
 STEP = {
@@ -48,6 +49,17 @@ def test_ranks_of_torchrun_in_the_shell_of_a_task_have_no_gpu_each() -> None:
     shell = {**STEP, "CUDA_VISIBLE_DEVICES": "0"}
     assert join(dict(shell)).own_gpu and join({**shell, **ENROOT}).own_gpu
     assert not join({**shell, **ENROOT, "TORCHELASTIC_RUN_ID": "7"}).own_gpu
+
+
+def test_a_machine_has_the_name_that_slurm_excludes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPICH hands the variables of its first machine's shell on to the ranks of all."""
+    own = socket.gethostname()
+    for name, value in {**STEP, "SLURMD_NODENAME": "gpu-1.site.org"}.items():
+        monkeypatch.setenv(name, value)
+    assert (worlds.host_name(), Process.here().host) == ("gpu-1.site.org",) * 2
+    assert named_hosts(f"n1: lost: {Process.here().host} (rank 3; computing)") == ["gpu-1.site.org"]
+    monkeypatch.setenv("PMI_RANK", "3")
+    assert worlds.host_name() == own
 
 
 def test_the_local_rank_of_open_mpi_is_the_rank_s_own() -> None:

@@ -30,7 +30,7 @@ from trainer.options import add_ranks
 from trainer.planning.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.ranks.device import device_of
 from trainer.ranks.group import check_packets
-from trainer.ranks.world import World, join, step_hosts
+from trainer.ranks.world import World, host_name, join, step_hosts
 
 # The MiB of the all-reduce that measures bandwidth, and how often it is timed.
 _MEGABYTES, _ROUNDS = 64, 5
@@ -44,7 +44,7 @@ def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     return Facts(
         rank=world.rank,
-        host=socket.gethostname(),
+        host=host_name(),
         code=digest(),
         versions=", ".join([f"python {platform.python_version()}", *versions]),
         gpus=_gpus(),

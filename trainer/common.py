@@ -7,7 +7,6 @@ evaluate along without a word, and spoil the result of all ranks.
 import argparse
 import hashlib
 import json
-import socket
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as version_of
 from typing import Any
@@ -18,6 +17,7 @@ from trainer.config import experiment as configs
 from trainer.config import settings
 from trainer.config.experiment import Config
 from trainer.ranks.group import Refused, gather
+from trainer.ranks.world import host_name
 
 # Paths that may differ from node to node, as long as the same is there.
 _PLACES = (
@@ -70,7 +70,7 @@ def check(mine: Mapping[str, str]) -> None:
     """
     if len(set(gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest()))) > 1:
         raise Refused(
-            f"the ranks differ: {_differences(gather((socket.gethostname(), mine)))}; start all "
+            f"the ranks differ: {_differences(gather((host_name(), mine)))}; start all "
             "with the same code, packages, preset, options and files"
         )
 

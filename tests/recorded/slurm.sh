@@ -156,15 +156,15 @@ seconds() {
   echo $total
 }
 
-# The hosts, with commas between them, that lost ranks in this start and in an earlier one.
+# The nodes, with commas between them, that lost ranks in this start and in an earlier one. Slurm's
+# name of a node may have a domain; one that a rank has by its machine may have more than Slurm's.
 lost_twice() {
   if [ "$(cat "$run/launch/state.json" 2> /dev/null)" = "$adm_before" ]; then return; fi
-  mapfile -t lost < <(state lost | tr , '\n' | sed 's/[.].*//')
-  for host in "${lost[@]}"; do
-    scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF "$host" || continue
-    if grep -qxF "$host" "$run/launch/lost-hosts" 2> /dev/null; then echo "$host"; fi
-  done | sort -u | paste -sd,
-  printf '%s\n' "${lost[@]}" >> "$run/launch/lost-hosts"
+  lost=$(state lost | tr , '\n')
+  scontrol show hostnames "$SLURM_JOB_NODELIST" |
+    grep -xFf <(sed 'p; s/[.].*//' <<< "$lost") |
+    grep -xFf <(sed 'p; s/[.].*//' "$run/launch/lost-hosts" 2> /dev/null) | paste -sd,
+  echo "$lost" >> "$run/launch/lost-hosts"
 }
 
 # Submit the same script, with further options, as a job that begins when this one has ended. Variables of this job would

@@ -5,7 +5,6 @@ own micro-batches and its neighbour's. On sound machines both replays are the sa
 differ, all ranks replay that batch and the minority is named.
 """
 
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from trainer.engine.compute import DTYPES
 from trainer.engine.copies import network_of
 from trainer.guards.replay import Replay, bound_on, dropout_seed, replay
 from trainer.ranks.group import gather
+from trainer.ranks.world import host_name
 from trainer.start import Parts
 
 
@@ -61,7 +61,7 @@ class Audit:
         other = self._replay((rank - 1) % size, images_seen, micro_batches)
         bound = self._bound
         agrees = losses is None or self._is_compiled or own.has_losses(losses, bound=bound)
-        everyone = gather((own, other, agrees, socket.gethostname()))
+        everyone = gather((own, other, agrees, host_name()))
         owns = tuple(entry[0] for entry in everyone)
         for number, (_, _, agreed, _) in enumerate(everyone):
             if not agreed:

@@ -77,7 +77,7 @@ class Incidents:
     def _end_if_faulty(self, finding: Finding) -> None:
         if not finding.faults:
             return
-        hosts = sorted({finding.hosts[rank].partition(".")[0] for rank in finding.faults})
+        hosts = sorted({finding.hosts[rank] for rank in finding.faults})
         if self.parts.world.is_main:
             # The job script excludes the hosts of `lost` that are listed already.
             run, text = self.parts.run, "".join(f"{host}\n" for host in hosts)

@@ -5,7 +5,7 @@ import socket
 
 import torch
 
-from trainer.ranks.world import World
+from trainer.ranks.world import World, host_name
 
 
 def device_of(world: World, *, gpus: int | None = None) -> torch.device:
@@ -19,7 +19,7 @@ def device_of(world: World, *, gpus: int | None = None) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # Slurm may show each task only its own GPU; then that one is number 0.
     needed = min(gpus or 0, 1) if world.own_gpu else gpus or 0
-    shows = f"{socket.gethostname()} shows {count} GPUs"
+    shows = f"{host_name()} shows {count} GPUs"
     if count < needed:
         raise ValueError(
             f"{shows}, and the job needs {needed}: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES "
@@ -42,6 +42,6 @@ def check_interfaces() -> None:
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         if name not in own:
             raise ValueError(
-                f"GLOO_SOCKET_IFNAME = {name!r}: {socket.gethostname()} has no such network "
+                f"GLOO_SOCKET_IFNAME = {name!r}: {host_name()} has no such network "
                 f"interface; it has: {', '.join(own)}"
             )

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.ranks.faults import Broken, Refused
-from trainer.ranks.world import World
+from trainer.ranks.world import World, host_name
 
 # Seconds between two looks at the store.
 _LOOK = 0.05
@@ -47,7 +47,7 @@ def meeting_store(world: World, *, timeout: timedelta) -> dist.Store:
         if "EADDRINUSE" not in str(error):
             raise TimeoutError(_not_met(world, error)) from None
         raise Broken(
-            f"port {world.port} of {socket.gethostname()} is in use, perhaps by another run: set "
+            f"port {world.port} of {host_name()} is in use, perhaps by another run: set "
             "MASTER_PORT, or the launcher's option, as in `deepspeed --master_port 29511 ...`"
         ) from None
     store.set_timeout(timeout)
@@ -80,7 +80,7 @@ def _name_missing(world: World, met: threading.Event) -> None:
         try:
             socket.getaddrinfo(world.address, world.port)
         except OSError as error:
-            me, where, why = socket.gethostname(), world.address, error.strerror
+            me, where, why = host_name(), world.address, error.strerror
             print(
                 f"{me} cannot resolve {where} (MASTER_ADDR), where the ranks meet: {why}",
                 flush=True,
@@ -130,7 +130,7 @@ def _exchanged(store: dist.Store, world: World, mine: Any) -> list[Any]:
     size = int(store.get("size"))
     # Two may have one RANK, or one RANK be too high: what each leaves is under a number of its own.
     number = store.add("came", 1)
-    store.set(f"came {number}", json.dumps([world.rank, world.size, socket.gethostname(), mine]))
+    store.set(f"came {number}", json.dumps([world.rank, world.size, host_name(), mine]))
     everyone = range(1, size + 1)
     found = [json.loads(said) for said in store.multi_get([f"came {n}" for n in everyone])]
     store.set(f"heard {number}", "")

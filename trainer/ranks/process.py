@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.ranks.world import host_name
+
 # Seconds between two readings of a clock after which its process was stopped meanwhile.
 STOPPED_FOR = 15.0
 # Programs that a process starts to compile an operator.
@@ -62,7 +64,7 @@ class Process:
     @classmethod
     def here(cls) -> "Process":
         """This process."""
-        return cls(socket.gethostname(), machine(), os.getpid(), _facts(os.getpid())[1])
+        return cls(host_name(), machine(), os.getpid(), _facts(os.getpid())[1])
 
     def has_ended(self) -> bool:
         """Whether it is known to have ended: what is on another machine is not known."""

@@ -148,9 +148,15 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def host_name() -> str:
+    """This machine's name. In a step of Slurm's that of the node, by which Slurm excludes it."""
+    node = os.environ.get("SLURMD_NODENAME") if _is_task(os.environ) else None
+    return node or socket.gethostname()
+
+
 def process_name() -> str:
     """Such as "rank 3 on gpu07"."""
-    return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+    return f"rank {os.environ.get('RANK', '0')} on {host_name()}"
 
 
 def step_hosts() -> list[str]:

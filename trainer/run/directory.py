@@ -27,6 +27,7 @@ from trainer.config import experiment as configs
 from trainer.config.experiment import Config
 from trainer.config.settings import is_in
 from trainer.ranks.faults import named_hosts
+from trainer.ranks.world import host_name
 from trainer.run import goodput
 from trainer.run import lease as leases
 from trainer.run.checkpoint import committed, config_of
@@ -116,7 +117,7 @@ class Run:
     def _tell_skew(self, ahead: float) -> None:
         """Log by how many seconds this machine's clock is ahead of the files', where it is much."""
         if abs(ahead) > _MOST_SKEW:
-            host, how = socket.gethostname(), "ahead of" if ahead > 0 else "behind"
+            host, how = host_name(), "ahead of" if ahead > 0 else "behind"
             self.log(
                 f"the clock of {host} is {duration(abs(ahead))} {how} that of the file system of "
                 f"{self.path}: times in this log and on the boards are by the clock of {host}"
@@ -132,7 +133,7 @@ class Run:
             self._note(state=state, why=shown(f"{error}") or type(error).__name__)
             # The device's error may be its machine's fault, as for the other ranks.
             if isinstance(error, torch.AcceleratorError):
-                self._note(lost=socket.gethostname())
+                self._note(lost=host_name())
 
     def check_lease(self) -> None:
         """Raise LeaseLost unless this process may still write. Ahead of every append and commit."""

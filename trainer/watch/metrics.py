@@ -8,7 +8,6 @@ of all ranks.
 import os
 import re
 import resource
-import socket
 import statistics
 from collections.abc import Iterable, Mapping
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from trainer.ranks.group import gather
 from trainer.ranks.process import RunningClock, children, proc
-from trainer.ranks.world import World
+from trainer.ranks.world import World, host_name
 from trainer.watch.pace import SlowRanks, Stopwatch
 
 # Losses are also shown for each quarter of the timesteps: the mean hides where a change happens.
@@ -60,7 +59,7 @@ class Metrics:
         #: Runs during each forward pass.
         self.forward = Stopwatch(device)
         #: Which ranks are slow, as far as that can be known.
-        self.slow = SlowRanks(gather(socket.gethostname()))
+        self.slow = SlowRanks(gather(host_name()))
 
     def add(self, micro_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Add a step that counts: per-image terms (B,), among them `loss` and the timesteps `t`."""
