@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from launch.status import Status
 
 
 def render(found: Status, *, width: int = 80) -> str:
-    """A run in six to eight lines, or drawing in three to five, of at most `width` characters."""
+    """A run in six to eight rows, or drawing in three to five, wrapped at `width` characters."""
     seen = f"{found.images_seen:,}"
     if found.total:
         seen += f" of {found.total:,} ({100 * found.images_seen / found.total:.1f} %)"
@@ -39,11 +40,18 @@ def render(found: Status, *, width: int = 80) -> str:
         rows.append(_row("time", str(found.goodput)))
     if found.event:
         rows.append(_row("event", found.event))
-    return "\n".join(_cut(row, width=width) for row in rows) + "\n"
+    return "\n".join(_wrapped(row, width=width) for row in rows) + "\n"
 
 
-def _cut(row: str, *, width: int) -> str:
-    return row if len(row) < width else f"{row[: width - 4]}..."
+def _wrapped(row: str, *, width: int) -> str:
+    """A row on as many lines as it takes: a message ends with the way out."""
+    return textwrap.fill(
+        row,
+        width=max(width - 1, 40),
+        subsequent_indent=" " * len(_row("")),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _name(name: str, *, width: int) -> str:

@@ -33,6 +33,15 @@ def test_one_bad_entry_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["status", "--json", str(good)]) == 0
 
 
+def test_a_long_reason_is_shown_to_its_end_in_80_columns(tmp_path: Path) -> None:
+    why = "no checkpoint of the run is valid; to start from the beginning, move runs/x/checkpoints"
+    note(run := make_run(tmp_path / "r", images=300), state="refused", why=f"{why} away")
+    lines = text(run).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  health"))
+    assert lines[at + 1].startswith(" " * 10) and max(map(len, lines)) < 80
+    assert " ".join(" ".join(lines[at : at + 2]).split()) == f"health refused: {why} away"
+
+
 def test_many_runs_ask_slurm_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [make_run(tmp_path / str(n), images=500) for n in range(5)]
     for n, run in enumerate(runs):
