@@ -95,6 +95,19 @@ def test_intervals_are_those_given_or_as_many_steps_as_in_the_preset(tmp_path: P
                 "log_interval": "10",
             },
         ),
+        (
+            "--image_size 64 --classifier_depth 4",
+            {
+                "noise_schedule": "linear",
+                "lr": "0.0003",
+                "weight_decay": "0.0",
+                "iterations": "150000",
+                "anneal_lr": "False",
+                "batch_size": "4",
+                "classifier_use_fp16": "False",
+                "log_interval": "10",
+            },
+        ),
     ],
 )
 def test_each_training_flag_that_is_left_to_the_preset_is_named_until_it_is_given(

@@ -3,8 +3,8 @@
     python -m trainer.config --from-flags "--image_size 128 --num_channels 256 ..." [--ranks 8]
 
 Flags that are absent have guided-diffusion's defaults where they describe the network or the
-diffusion. Of the training they are those of the nearest preset, and remarks name what differs; so
-is what no flag says (data, samples). No torch here.
+diffusion. Of the training and of a classifier's diffusion they are those of the nearest preset, and
+remarks name what differs; so is what no flag says (data, samples). No torch here.
 """
 
 import shlex

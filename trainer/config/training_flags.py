@@ -21,8 +21,9 @@ _OF_NETWORKS: dict[str, Any] = {
     "log_interval": 10,
     "save_interval": 10_000,
 }
-# With those of `classifier_train.py`.
+# With those of `classifier_train.py`. The published flags of classifiers do not say the schedule.
 _OF_CLASSIFIERS: dict[str, Any] = {
+    "noise_schedule": "linear",
     "lr": 3e-4,
     "weight_decay": 0.0,
     "iterations": 150_000,
@@ -95,6 +96,7 @@ def remarks(chosen: Mapping[str, Any], *, config: Config, ranks: int | None) -> 
     is_same = training.batch == defaults["batch_size"] * (ranks or 0)
     batch = defaults["batch_size"] if is_same else f"{training.batch} for all processes"
     has = {
+        "noise_schedule": config.diffusion.schedule,
         "lr": training.lr,
         "weight_decay": training.weight_decay,
         "iterations": steps,
