@@ -45,6 +45,22 @@ def test_numbers_in_tars_are_labels(tmp_path: Path, suffix: str, stored: list[by
     assert index_directory(tars).classes == ("0", "1", "2")
 
 
+def test_classes_without_an_image_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers may count from 1: class 0 would be drawn, and never trained."""
+    for name in ("some", "all", "validation"):
+        (tmp_path / name).mkdir()
+    some = labelled_tar(tmp_path / "some", b"1", b"2", b"4", suffix="cls")
+    classes = packed(some, tmp_path / "some").root
+    assert "2 of 5 classes have no image (0, 3)" in capsys.readouterr().err
+    packed(labelled_tar(tmp_path / "all", b"1", b"0", suffix="cls"), tmp_path / "all")
+    few = labelled_tar(tmp_path / "validation", b"1", suffix="cls")
+    request = Request(str(few), PackConfig(size=16), classes_of=classes)
+    pack(request, out=tmp_path / "validation" / "packed")
+    assert "no image" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("suffix", "stored"),
     [
