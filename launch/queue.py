@@ -157,6 +157,15 @@ def is_waiting(state: str) -> bool:
     return state.startswith(_WAITING)
 
 
+def way_on(job_id: str, state: str) -> str:
+    """What to do with a job of this `state` that is to run: Slurm starts no held one by itself."""
+    number, of_cluster = _split(job_id)
+    release = " ".join(("scontrol", *of_cluster, "release", number))
+    return (
+        f"release it with `{release}`" if re.search("[Hh]eld|Hold|HOLD", state) else "wait for it"
+    )
+
+
 @dataclass(frozen=True)
 class Job:
     """A job as Slurm shows it."""

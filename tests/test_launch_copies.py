@@ -60,6 +60,25 @@ def test_a_copied_run_starts_while_the_job_of_the_original_is_queued(
     assert status.read(copy).job == "no job"
 
 
+@pytest.mark.parametrize(
+    ("state", "way_on"),
+    [
+        ("PENDING (Priority)", "wait for it, or stop it with "),
+        # After a prolog that failed.
+        ("PENDING (launch failed requeued held)", "release it with `scontrol release 7`, or stop"),
+        ("REQUEUE_HOLD", "release it with `scontrol release 7`, or stop it with "),
+        ("PENDING (JobHeldUser)", "release it with `scontrol release 7`, or stop it with "),
+    ],
+)
+def test_a_held_job_is_not_to_be_waited_for(
+    state: str, way_on: str, copied: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "state", lambda _: state)
+    with pytest.raises(records.Busy) as refusal:
+        records.check_free(copied[0])
+    assert f"is {state}: {way_on}" in str(refusal.value)
+
+
 def test_a_run_is_found_by_another_name_of_its_directory(copied: tuple[Path, Path]) -> None:
     original, _ = copied
     link = original.with_name("link")
