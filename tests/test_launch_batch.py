@@ -129,8 +129,8 @@ def test_a_time_limit_that_leaves_no_time_to_train_comes_twice(
         limit.write_text(time) if at_limit else None
         assert bash.start(number, ranks="tell USR1; exit 75") == 75
         assert bash.requeued == (number < 2 or not at_limit)
-    again = f" by its time limit, for the second time at checkpoint {checkpoint}: not started"
-    assert (again in bash.events) == at_limit
+    again = f" of 1-00:01:10, for the second time at checkpoint {checkpoint}: not started"
+    assert (f" by its time limit{again}" in bash.events) == at_limit
 
 
 def test_a_time_limit_while_images_are_drawn_comes_often(bash: Bash) -> None:

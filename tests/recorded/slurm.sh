@@ -105,7 +105,7 @@ again() {
     bad=$(lost_twice)
     mark=failed-at now=$(newest) by='' way=''
   elif { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
-    mark=limited-at now="$(newest) $limit" by=" by its time limit"
+    mark=limited-at now="$(newest) $limit" by=" by its time limit of $limit"
     way="; raise time in the cluster file and rerun the same command"
   fi
   if [ -n "$mark" ]; then
