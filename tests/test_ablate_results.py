@@ -167,6 +167,7 @@ def test_a_row_that_a_job_trains_is_left_to_it(
     assert main([str(written), "--runs", str(runs)]) == 75
     said = capfd.readouterr().out
     assert said.count("its job is not started") == 4
+    assert said.count("if its job has ended before, rerun this with --cluster") == 4
     assert "| Base |  |" in (runs / "table.md").read_text()
     with pytest.raises(SystemExit):  # an option of the launcher
         main([str(written), "--runs", str(runs), "--at-most", "2"])

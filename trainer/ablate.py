@@ -128,7 +128,8 @@ def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int, commands: 
     run = runs / row.directory / "run"
     if _is_of_a_job(run):
         state = _state(run) or "not started"
-        print(f"row {row.name!r}: its job is {state}; rerun this when it is done")
+        again = "; if its job has ended before, rerun this with --cluster"
+        print(f"row {row.name!r}: its job is {state}; rerun this when it is finished{again}")
         return TO_BE_CONTINUED
     for command in _left(found, row, runs=runs):
         before = RunState.read(run)
