@@ -21,8 +21,7 @@ from data.packing.claim import WORK
 from data.packing.class_maps import by_directories, by_prefix, map_content, relabel
 from data.packing.jobs import left_out_of
 from data.packing.kinds import check_alone
-from data.packing.listing import Listing, renumber
-from data.packing.names import first_of
+from data.packing.listing import Listing, renumber, warn_of_empty_classes
 from data.packing.plan import PackConfig, PackJob, PackPlan
 from data.packing.sources import Source, Stamp
 from data.packing.splits import split_of
@@ -90,7 +89,7 @@ class Request:
         if self.classes_of:
             listing = renumber(listing, classes=class_names(self.classes_of))
         else:
-            _warn_of_empty_classes(listing, self.source)
+            warn_of_empty_classes(listing.classes, listing.labels, source=self.source)
         if self.config.split:
             listing = split_of(listing, self.config.split, held_out=self.config.held_out)
         return listing
@@ -216,21 +215,6 @@ def _warn_of_missing_labels(listing: Listing, source: str) -> None:
             f"SOURCE = {source}: {count} of {len(listing.names)} images have no label; "
             "they cannot train a network with classes (model.num_classes); if there are classes, "
             "give --class-map or --class-from",
-            file=sys.stderr,
-        )
-
-
-def _warn_of_empty_classes(listing: Listing, source: str) -> None:
-    """Say which classes have no image: 0 where numbers count from 1, or those of other files."""
-    empty = sorted({*range(len(listing.classes))} - {*listing.labels})
-    if empty and listing.names:
-        hint = (
-            "; numbers are labels from 0: --class-map gives others" if listing.is_numbered else ""
-        )
-        print(
-            f"SOURCE = {source}: {len(empty)} of {len(listing.classes)} classes have no image "
-            f"({first_of([listing.classes[label] for label in empty])}): a network never learns "
-            f"them, and draws them where --classes is absent{hint}",
             file=sys.stderr,
         )
 

@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data import files
 from data.config import is_local, shown
 from data.dataset import Shards, open_shards, write_index
 from data.index import Index
 from data.manifest import MANIFEST, NO_CLASS, check_name, manifest_text
 from data.packing.layout import classes_of_tars
+from data.packing.listing import warn_of_empty_classes
 from data.packing.splits import splits_among
 from data.packing.tars import index_tar
 from data.progress import with_progress
@@ -45,6 +48,8 @@ def index_directory(root: Path, *, out: Path | None = None) -> Shards:
         except ValueError as error:
             raise ValueError(f"{tar}: {error}; rename it") from None
     indexes, classes = _indexes(tars)
+    labels = {label for index in indexes for label in np.unique(index["label"]).tolist()}
+    warn_of_empty_classes(classes, labels, source=root)
     with _new(out) if out else nullcontext():
         if out:
             for tar in tars:

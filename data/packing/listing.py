@@ -1,8 +1,10 @@
 """What a source contains: the names of its images, their labels, and the names of the labels."""
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from data.manifest import NO_CLASS
 from data.packing.labels import MOST_CLASSES, Label, all_or_no_labels
@@ -127,6 +129,24 @@ def renumber(listing: Listing, *, classes: tuple[str, ...]) -> Listing:
         )
     labels = [number[_key(listing.classes[label], are_numbers)] for label in listing.labels]
     return replace(listing, labels=labels, classes=classes)
+
+
+def warn_of_empty_classes(
+    classes: tuple[str, ...], labels: Iterable[int], *, source: str | Path
+) -> None:
+    """Say which classes have no image: 0 where numbers count from 1, or those of other files."""
+    empty = [classes[label] for label in sorted({*range(len(classes))} - {*labels})]
+    if 0 < len(empty) < len(classes):
+        is_number = empty[0].isdecimal()
+        hint = (
+            "; numbers are labels from 0: data.pack --class-map gives others" if is_number else ""
+        )
+        print(
+            f"SOURCE = {source}: {len(empty)} of {len(classes)} classes have no image "
+            f"({first_of(empty)}): a network never learns them, and draws them where --classes "
+            f"is absent{hint}",
+            file=sys.stderr,
+        )
 
 
 def _numbers(classes: tuple[str, ...], *, of_numbers: bool) -> dict[str, int]:
