@@ -286,6 +286,9 @@ def test_a_classifier_run_gives_features_and_an_inception_score(
     found = figures(samples, "--reference", digits, "--network", run)
     assert 1 <= found["is"] <= 10
     assert found["precision"] == 1.0
+    large = write(tmp_path / "large.npz", real[0][:DRAWN].repeat(2, 1).repeat(2, 2))
+    with pytest.raises(ValueError, match="of 8 x 8 images, and these are 16 x 16: give"):
+        figures(large, "--reference", large, "--network", run)
     with pytest.raises(ValueError, match=r" has no ema-0\.7; it has: ema-0\.5, ema-0\.9$"):
         TrainedNetwork.find(run, preset=None, decay=0.7)
     out = tmp_path / "held-out.json"

@@ -130,7 +130,10 @@ def _classifier(found: TrainedNetwork, path: Path, *, device: torch.device) -> F
 
     def compute(images: Tensor) -> Features:
         if images.shape[-1] != side:
-            raise ValueError(f"network {path}: it is a classifier of {side} x {side} images")
+            raise ValueError(
+                f"network {path}: it is a classifier of {side} x {side} images, and these are "
+                f"{images.shape[-2]} x {images.shape[-1]}: give one of their size"
+            )
         logits = net(to_range(images), torch.zeros(len(images), device=images.device))
         h = seen.pop()
         return Features(h.flatten(2).mean(dim=2) if h.dim() > 2 else h, logits=logits)
