@@ -1,14 +1,16 @@
 """The check of an allocation names the odd rank: in code, versions, GPUs, clock, disk or access."""
 
 import dataclasses
+import os
 import socket
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.exits import REFUSED
-from tests.support import ranks
+from tests.support import faults, ranks
 from trainer import allocation
 from trainer.planning.facts import Facts, problems, table
 
@@ -78,6 +80,21 @@ def test_nodes_that_show_fewer_gpus_than_the_job_needs_are_bad(tmp_path: Path) -
     assert [process.exitcode for process in job.ranks] == [REFUSED, REFUSED], job.text
     assert f"bad nodes: {socket.gethostname()}" in said and "ready" not in said
     assert said.count("shows 0 GPUs, and the job needs 2") == 2
+
+
+def check_with_a_broken_gpu() -> int:
+    if os.environ["RANK"] == "1":
+        faults.fail_the_gpu(torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    return allocation.main(["--free", "0"])
+
+
+def test_a_gpu_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, check_with_a_broken_gpu, ranks=3)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [REFUSED] * 3, job.text
+    host = socket.gethostname()
+    row = f"a GPU of {host} fails: CUDA error: unspecified launch failure"
+    assert said.count(row) == 1 and f"bad nodes: {host}" in said and "ready" not in said
 
 
 @pytest.mark.parametrize(("option", "value"), [("--seconds", "-5"), ("--free", "nan")])

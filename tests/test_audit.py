@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.exits import FAILED
 from tests.support import faults, ranks
 from tests.support.runs import STEP, Place
+from trainer import train
 from trainer.guards.audit import blame_weights, minority
 from trainer.guards.replay import Replay
 
@@ -25,6 +27,10 @@ CASES = [
     (3, 0, 2, partial(faults.flip_a_bit, at=2 * STEP), "has other weights than the masters: "),
     (2, 1, 3, INEXACT, "computes other gradients than most ranks"),
 ]
+
+
+#: Torch adds lines for those who write kernels.
+ECC = "CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA`"
 
 
 def as_a_step_of_slurm(task: Callable[[], int]) -> int:
@@ -48,6 +54,31 @@ def test_a_faulty_machine_is_named_and_ends_the_job(
     assert f"rank {rank} on {HOST} {said}" in row["replay"]
     state = json.loads((place.run("run") / "launch" / "state.json").read_text())
     assert state["state"] == "failed" and HOST in state["why"] and state["lost"] == HOST
+
+
+def train_with_a_broken_gpu(arguments: list[str], error: RuntimeError) -> int:
+    if os.environ["RANK"] == "1":
+        faults.fail_the_gpu(error)
+    return train.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"), [(torch.AcceleratorError, HOST), (torch.OutOfMemoryError, None)]
+)
+def test_a_gpu_that_fails_before_a_run_begins_counts_against_its_host(
+    tmp_path: Path, tiny: Path, *, error: type[RuntimeError], lost: str | None
+) -> None:
+    """Slurm may start the job there again and again."""
+    place = Place(tmp_path, tiny)
+    records = place.run("run") / "launch"
+    records.mkdir(parents=True)  # with the job's script
+    task = partial(train_with_a_broken_gpu, place.arguments("run")[1:], error(ECC))
+    job = ranks.fork(tmp_path / "job", partial(as_a_step_of_slurm, task), ranks=2)
+    job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED] * 2, job.text
+    assert f"rank 1: a GPU of {HOST} fails: {ECC.splitlines()[0]}\n" in job.text
+    state = records / "state.json"
+    assert (json.loads(state.read_text())["lost"] if state.exists() else None) == lost
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

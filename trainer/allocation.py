@@ -29,6 +29,7 @@ from trainer.adm.config import check
 from trainer.options import add_ranks
 from trainer.planning.facts import LEAST_FREE_GIB, Facts, problems, table
 from trainer.ranks.device import device_of
+from trainer.ranks.faults import Fault
 from trainer.ranks.group import check_packets
 from trainer.ranks.world import World, host_name, join, step_hosts
 
@@ -77,7 +78,11 @@ def _free_gib(directory: Path) -> float:
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none"
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"[:18]
+    try:
+        name = torch.cuda.get_device_name(0)
+    except RuntimeError:  # `_device_error` says more
+        name = "broken"
+    return f"{torch.cuda.device_count()} x {name}"[:18]
 
 
 def _device_error(world: World, *, gpus: int | None) -> str:
@@ -85,6 +90,8 @@ def _device_error(world: World, *, gpus: int | None) -> str:
         device_of(world, gpus=gpus)
     except ValueError as error:
         return str(error)
+    except RuntimeError as error:
+        return Fault.of_gpu(error, host=host_name()).text
     return ""
 
 

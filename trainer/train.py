@@ -30,6 +30,7 @@ from trainer.engine import compute, determinism, operators
 from trainer.engine.policy import Guards
 from trainer.engine.zero import Engine, check_precision
 from trainer.evaluation.in_training import Evaluation
+from trainer.guards.incidents import failed_gpus_noted
 from trainer.initial import Initial
 from trainer.loop import Loop
 from trainer.measures import missing
@@ -282,6 +283,7 @@ def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = N
     descriptors.require(4 * world.size + 600, why=f"{world.size} ranks")
     with (
         preemption or Preemption() as preemption,
+        failed_gpus_noted(arguments.run, world=world),
         connected(world, patience=arguments.patience, gpus=arguments.gpus, watched=True) as device,
         Watchdog(world, patience=arguments.patience) as watchdog,
     ):

@@ -154,6 +154,17 @@ def flip_a_bit(*, at: int) -> None:
     Audit.check = flipped  # type: ignore[method-assign]
 
 
+def fail_the_gpu(error: RuntimeError) -> None:
+    """Let this rank's GPU be one that is shown and does not answer."""
+    from trainer import allocation
+    from trainer.ranks import group
+
+    def device_of(*_: Any, **__: Any) -> torch.device:
+        raise error
+
+    allocation.device_of = group.device_of = device_of
+
+
 def work_on_a_faulty_machine(
     directory: Path, runs: list, fault: Callable[[], None], rank: int
 ) -> int:

@@ -7,7 +7,9 @@ machine; else the step stays skipped, and after too many in a row the run goes b
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from data import files
 from trainer.engine.gate import StepReport
 from trainer.guards.audit import Audit, Finding
 from trainer.ranks.group import Broken, gather
+from trainer.ranks.world import World
+from trainer.run.directory import Run
 from trainer.saver import Saver
 from trainer.seen import Seen
 from trainer.start import Parts, roll_back
@@ -83,11 +87,11 @@ class Incidents:
             run, text = self.parts.run, "".join(f"{host}\n" for host in hosts)
             listed = run.path / "launch" / "lost-hosts"
             run.attempt("launch/lost-hosts", lambda: files.append(listed, text))
-            run.note(lost=",".join(hosts))
         raise Broken(
             f"hardware fault: {finding.described()}; its checkpoints are intact: exclude "
             f"{', '.join(hosts)} from the job (Slurm jobs of `launch` do so) and rerun the same "
-            "command to resume from the last one"
+            "command to resume from the last one",
+            hosts=",".join(hosts),
         )
 
     def _keep(self, entry: Mapping[str, Any]) -> None:
@@ -142,6 +146,21 @@ class Incidents:
             }
             rows.append(row)
         return sorted(rows, key=lambda row: _order(row["micro_batch_norm"]))[:_NAMED]
+
+
+@contextmanager
+def failed_gpus_noted(path: Path, *, world: World) -> Iterator[None]:
+    """Note the hosts whose GPUs fail before the run is claimed, as those that fail later are.
+
+    The job script excludes them when they fail again.
+    """
+    try:
+        yield
+    except Broken as error:
+        if error.hosts and world.is_main and (path / "launch").is_dir():
+            with suppress(OSError, ValueError), Run(path).claimed():
+                raise
+        raise
 
 
 def _order(value: float) -> float:

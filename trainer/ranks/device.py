@@ -15,6 +15,7 @@ def device_of(world: World, *, gpus: int | None = None) -> torch.device:
 
     Raises:
         ValueError: fewer GPUs than `gpus`, or than ranks on this machine, or any for 0.
+        RuntimeError: the GPU is broken, or another process fills it.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # Slurm may show each task only its own GPU; then that one is number 0.
@@ -33,6 +34,7 @@ def device_of(world: World, *, gpus: int | None = None) -> torch.device:
     if index >= count:
         raise ValueError(f"{world.local_size} ranks but {shows}: start one rank for each GPU")
     torch.cuda.set_device(index)
+    torch.zeros((), device="cuda").item()
     return torch.device("cuda", index)
 
 

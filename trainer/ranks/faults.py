@@ -1,7 +1,10 @@
 """Errors that every rank raises alike, so that one of them reports them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from data import files
 from data.exits import REFUSED, exit_status
@@ -12,7 +15,14 @@ class Refused(ValueError):
 
 
 class Broken(Exception):
-    """A failure that every rank raises alike, such as a full disk: another start may succeed."""
+    """A failure that every rank raises alike, such as a full disk: another start may succeed.
+
+    `hosts` has the machines whose GPUs failed, with commas between them.
+    """
+
+    def __init__(self, text: str, *, hosts: str = "") -> None:
+        super().__init__(text)
+        self.hosts = hosts
 
 
 class PeerLost(Exception):
@@ -30,15 +40,36 @@ class Fault:
     text: str
     #: Whether the user has to correct something; else another start may succeed.
     is_users: bool
+    #: The machines whose GPUs failed, with commas between them.
+    hosts: str = ""
 
     @classmethod
     def of(cls, error: ValueError | OSError) -> "Fault":
         """That error; a full disk and the like are no user errors."""
         return cls(describe(error), exit_status(error) == REFUSED)
 
+    @classmethod
+    def of_gpu(cls, error: RuntimeError, *, host: str) -> "Fault":
+        """That of a GPU, which is its machine's unless another process fills the memory."""
+        what = str(error).partition("\n")[0]  # torch adds advice for those who write kernels
+        is_full = isinstance(error, torch.OutOfMemoryError)
+        return cls(f"a GPU of {host} fails: {what}", False, "" if is_full else host)
+
+    @classmethod
+    def of_all(cls, faults: "Sequence[Fault | None]") -> "Fault | None":
+        """Those of all ranks, in their order, in one; one common to all is said once."""
+        said = {fault: rank for rank, fault in reversed(list(enumerate(faults))) if fault}
+        if not said:
+            return None
+        if len(said) == 1 and all(faults):
+            return next(iter(said))
+        text = "; ".join(f"rank {rank}: {fault.text}" for fault, rank in said.items())
+        hosts = sorted({fault.hosts for fault in said if fault.hosts})
+        return cls(text, all(fault.is_users for fault in said), ",".join(hosts))
+
     def alike(self) -> "Refused | Broken":
         """The error."""
-        return Refused(self.text) if self.is_users else Broken(self.text)
+        return Refused(self.text) if self.is_users else Broken(self.text, hosts=self.hosts)
 
 
 def describe(error: ValueError | OSError) -> str:

@@ -25,7 +25,7 @@ from trainer.ranks.ending import is_held_up
 from trainer.ranks.faults import Broken, Fault, Refused, StoppedError
 from trainer.ranks.meeting import exchange, meeting_store
 from trainer.ranks.signals import ended_by_ctrl_c
-from trainer.ranks.world import World
+from trainer.ranks.world import World, host_name
 
 T = TypeVar("T")
 
@@ -139,10 +139,10 @@ def _agreed_device(world: World, *, store: dist.Store, gpus: int | None) -> torc
         check_interfaces()
     except ValueError as error:
         fault = Fault(str(error), True)
-    except RuntimeError as error:  # a GPU that is broken, or that another process fills
-        fault = Fault(str(error).partition("\n")[0], False)
+    except RuntimeError as error:
+        fault = Fault.of_gpu(error, host=host_name())
     faults = exchange(store, world, fault and astuple(fault))
-    _refuse([said and Fault(*said) for said in faults])
+    _raise([said and Fault(*said) for said in faults])
     return device
 
 
@@ -161,21 +161,13 @@ def agreed(check: Callable[[], T]) -> T:
         if isinstance(error, ValueError) and not is_ours(error):
             raise
         mine = Fault.of(error)
-    _refuse(gather(mine))
+    _raise(gather(mine))
     return results[0]
 
 
-def _refuse(faults: Sequence[Fault | None]) -> None:
-    """Raise the faults of all ranks; one common to all is reported once."""
-    said = {fault: rank for rank, fault in reversed(list(enumerate(faults))) if fault}
-    if said:
-        everywhere = len(said) == 1 and all(faults)
-        text = (
-            next(iter(said)).text
-            if everywhere
-            else "; ".join(f"rank {rank}: {fault.text}" for fault, rank in said.items())
-        )
-        raise Fault(text, all(fault.is_users for fault in said)).alike()
+def _raise(faults: Sequence[Fault | None]) -> None:
+    if fault := Fault.of_all(faults):
+        raise fault.alike()
 
 
 def gather(mine: T) -> list[T]:

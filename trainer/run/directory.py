@@ -132,8 +132,9 @@ class Run:
             state = "refused" if isinstance(error, ValueError) else "failed"
             self._note(state=state, why=shown(f"{error}") or type(error).__name__)
             # The device's error may be its machine's fault, as for the other ranks.
-            if isinstance(error, torch.AcceleratorError):
-                self._note(lost=host_name())
+            failed = isinstance(error, torch.AcceleratorError)
+            if hosts := host_name() if failed else getattr(error, "hosts", ""):
+                self._note(lost=hosts)
 
     def check_lease(self) -> None:
         """Raise LeaseLost unless this process may still write. Ahead of every append and commit."""
