@@ -42,6 +42,16 @@ def test_a_class_map_is_understood(tmp_path: Path, text: str) -> None:
     assert shards.classes == ("cat", "dog") and labels(shards) == WANTED
 
 
+@pytest.mark.parametrize("above", ["P/", "{root}/P/", "{name}/P/"])
+@pytest.mark.parametrize("mark", [",", " "])
+def test_names_may_begin_above_the_source(tmp_path: Path, above: str, mark: str) -> None:
+    source = folder(tmp_path / "P", tuple(f"images/{name}" for name in NAMES))
+    above = above.format(root=tmp_path, name=tmp_path.name)
+    rows = [f"{above}images/{name}{mark}{label}\n" for name, label in PAIRS]
+    (tmp_path / "map").write_text("".join(rows))
+    assert labels(packed(source, class_map=tmp_path / "map")) == WANTED
+
+
 def test_names_and_classes_may_have_spaces(tmp_path: Path) -> None:
     source = folder(tmp_path / "P", ("my photo.png", "b.png"))
     (tmp_path / "map").write_text("my photo.png cat\nb.png great white shark\n")

@@ -75,7 +75,7 @@ class Request:
         check_alone(self.source, source)
         listing = source.listing()
         if self.class_map:
-            listing = relabel(listing, class_map=self.class_map)
+            listing = relabel(listing, class_map=self.class_map, source=self.source)
         elif self.class_from and not source.has_names:
             raise ValueError(f"--class-from: the images of {self.source} have no names of files")
         elif self.class_from == "prefix":

@@ -6,6 +6,7 @@ column of names is the one with the names of the source's images; an ambiguous t
 
 import csv
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -34,8 +35,10 @@ _TAR = re.compile(r"[^/]*@\d+\+\d+/")
 _Rows = list[list[str]]
 
 
-def relabel(listing: Listing, *, class_map: Path) -> Listing:
+def relabel(listing: Listing, *, class_map: Path, source: str) -> Listing:
     """Take classes from a file of `NAME CLASS`, or of one `CLASS` for each image in their order.
+
+    Names are relative to `source` or to a directory above it, or absolute.
 
     It may be a table with a header, separated by commas, semicolons, tabs or spaces, or lines of
     JSON, as Hugging Face's `metadata.jsonl`.
@@ -54,7 +57,7 @@ def relabel(listing: Listing, *, class_map: Path) -> Listing:
             raise ValueError(f"{where} has {len(labels)} labels for {len(listing.names)} images")
         _check_without_names(labels, _keys(listing), where)
         return _relabelled(listing, checked_classes(labels, where))
-    classes = _classes(listing, _pairs(listing, rows, where), where)
+    classes = _classes(listing, _pairs(listing, rows, where, source=source), where)
     return _relabelled(listing, checked_classes(classes, where))
 
 
@@ -124,11 +127,27 @@ def _objects(lines: list[str]) -> _Rows:
     return [names, *rows] if names else []
 
 
-def _pairs(listing: Listing, rows: _Rows, where: str) -> list[tuple[str, str]]:
+def _from_source(rows: _Rows, source: str, listing: Listing) -> _Rows:
+    """The rows, with the images' paths from `source` on where they begin above it."""
+    members = {composed(_member(name)) for name in listing.names}
+    members |= {str(PurePosixPath(member).with_suffix("")) for member in members}
+    root = composed(os.path.abspath(source))
+    places = [i for i, letter in enumerate(root) if letter == "/"]
+    above = [f"{root[place + 1 :]}/" for place in places] + [f"{root}/"]
+
+    def cut(cell: str) -> str:
+        rests = (cell[len(way) :] for way in above if cell.startswith(way))
+        return cell if cell in members else next((r for r in rests if r in members), cell)
+
+    return [[cut(cell) for cell in row] for row in rows]
+
+
+def _pairs(listing: Listing, rows: _Rows, where: str, *, source: str) -> list[tuple[str, str]]:
     """Name and class of each row; ValueError where it is ambiguous which column is which."""
     known = _keys(listing)
     if all(len(row) == 1 for row in rows):
         rows = [_split(row[0], known) for row in rows]
+    rows = _from_source(rows, source, listing)
     width = Counter(len(row) for row in rows).most_common(1)[0][0]
     for row in rows:
         if len(row) != width:
