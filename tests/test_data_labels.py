@@ -79,6 +79,13 @@ def test_names_in_tars_are_labels(tmp_path: Path, suffix: str, stored: list[byte
         index_directory(tars)
 
 
+def test_labels_that_are_kept_back_are_counted(tmp_path: Path) -> None:
+    """As in the test split of a challenge: each is -1."""
+    tars = labelled_tar(tmp_path, b"-1", b"0", b"-1", suffix="cls")
+    with pytest.raises(ValueError, match=r"0\.jpg has the label -1: .* 2 of 3 .* --class-map"):
+        packed(tars, tmp_path)
+
+
 def test_a_date_is_the_name_of_a_class(tmp_path: Path) -> None:
     tars = labelled_tar(tmp_path, b"2020_01", b"2019_05", suffix="cls")
     assert packed(tars, tmp_path).classes == ("2019_05", "2020_01")

@@ -45,7 +45,13 @@ class Listing:
         count = len(self.classes)
         for label in (min(self.labels), max(self.labels)) if self.labels else ():
             if not 0 <= label < count:
-                wanted = "at least 0" if label < 0 else f"below {count}, which is all class names"
+                wanted = f"below {count}, which is all class names"
+                if label < 0:
+                    count = sum(label < 0 for label in self.labels)
+                    wanted = (
+                        f"at least 0; those of {count} of {len(self.labels)} images are not, as in "
+                        "a test set without labels: leave these out, or add --class-map"
+                    )
                 name = self.names[self.labels.index(label)]
                 raise ValueError(f"{where}: {name} has the label {label}: must be {wanted}")
 
