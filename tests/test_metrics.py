@@ -1,6 +1,5 @@
 """What is measured of a run's steps: means, rates, waits; and ranks that hold the others up."""
 
-import gc
 import json
 import os
 import signal
@@ -242,8 +241,8 @@ def test_utilisation_is_of_all_ranks_and_of_three_passes() -> None:
         assert Mfu.of(other, name=name, ranks=16, measured=1e15).datasheet is None
 
 
-def test_host_memory_is_what_the_process_and_its_workers_hold() -> None:
-    gc.collect()  # what it freed later would be missing in the difference
+def growth() -> None:
+    """Print by how many GiB memory grows with 0.25 here and as much in a worker."""
     before = _host_memory()
     held = b"x" * 2**28
     worker = subprocess.Popen(
@@ -252,5 +251,15 @@ def test_host_memory_is_what_the_process_and_its_workers_hold() -> None:
         stdout=subprocess.PIPE,
     )
     assert worker.stdout is not None and worker.stdout.readline()
-    assert 0.5 < _host_memory() - before < 0.6 and len(held) == 2**28
+    print(_host_memory() - before, len(held))
     worker.communicate(b"\n")
+
+
+def test_host_memory_is_what_the_process_and_its_workers_hold() -> None:
+    """By a process of its own: what other tests have started may end meanwhile."""
+    words = [sys.executable, "-c", "from tests.test_metrics import growth; growth()"]
+    done = subprocess.run(
+        words, cwd=ranks.ROOT, capture_output=True, text=True, timeout=ranks.LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.5 < float(done.stdout.split()[0]) < 0.6
