@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from data.exits import TO_BE_CONTINUED
 from tests.support import ranks
+from tests.support.pages import ROOT, Page
+from trainer.adm.unet import build
+from trainer.config import experiment as configs
 from trainer.networks import TrainedNetwork
 from trainer.sampling.draw import tile, to_pixels
 from trainer.sampling.npz_output import NpzOutput
@@ -209,6 +213,28 @@ def test_a_picture_of_something_else_is_not_overwritten(
     assert drawn == again == 0 and picture.read_bytes() == grid
     assert f"{picture} exists, where the grid of {tmp_path}/cat would go" in str(other)
     assert "seed was 0, is 1" in str(seed)
+
+
+def test_python_as_the_manual_has_it_draws_the_commands_images_and_others_of_a_known_half(
+    tmp_path: Path, tiny: Path
+) -> None:
+    file = tmp_path / "unet.safetensors"
+    net = build(configs.load(tiny).model)
+    save_file(net.state_dict(), file, metadata={"config": tiny.read_text()})
+    ask = ["--images", "8", "--steps", "50", "--seed", "0", "--classes", "3"]
+    assert ranks.sample(tmp_path, [file, *ask, "--out", tmp_path / "drawn.npz"]) == [0]
+    code = Page(ROOT / "docs" / "sampling.md").python
+    here = {"runs/imagenet64": str(file), "cuda": "cpu", "250": "50", "207": "3", ":32]": ":4]"}
+    for text, own in here.items():
+        assert code.count(text) == 1
+        code = code.replace(text, own)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    images, others, mask = found["images"], found["others"], found["mask"]
+    pixels = to_pixels(images).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(pixels, ranks.arrays(tmp_path / "drawn.npz")[0])
+    known, free = ((others - images)[mask == half].square().mean().sqrt() for half in (1, 0))
+    assert known < 0.2 < 0.6 < free
 
 
 def test_grey_levels_are_the_nearest_or_as_the_published_samples_the_ones_below() -> None:

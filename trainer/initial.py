@@ -49,7 +49,7 @@ class Initial:
         file = diffusers_format.find(path) or path
         if file.is_dir():
             with naming(f"--init {path}"):
-                found = TrainedNetwork.find(path, preset=None, decay=None)
+                found = TrainedNetwork.find(path)
             file, checksum = found.file, found.sha256
         else:
             checksum = files.sha256(file) if file.is_file() else ""

@@ -40,8 +40,8 @@ class TrainedNetwork:
         cls,
         path: Path,
         *,
-        preset: str | None,
-        decay: float | None,
+        preset: str | None = None,
+        decay: float | None = None,
         option: str = "--preset",
         begun: Collection[str] = (),
     ) -> "TrainedNetwork":
@@ -93,7 +93,7 @@ class TrainedNetwork:
         self,
         *,
         device: torch.device,
-        precision: str | None,
+        precision: str | None = None,
         say: Callable[[str], None] | None = None,
     ) -> nn.Module:
         """The network with its weights, on `device`, in the precision of its training or given.

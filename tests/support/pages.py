@@ -89,6 +89,11 @@ class Page:
         return found
 
     @property
+    def python(self) -> str:
+        """All lines of the blocks of Python."""
+        return "\n".join(line for _, language, line in self._lines if language == "python")
+
+    @property
     def snippets(self) -> list[str]:
         """What stands between backquotes in the prose."""
         return re.findall(r"`([^`\n]+)`", self.prose)

@@ -89,7 +89,7 @@ def _run(text: str, path: Path) -> TrainedNetwork | None:
     if not path.is_dir():
         return None
     if diffusers_format.find(path) is None:  # which has no classifiers
-        found = TrainedNetwork.find(path, preset=None, decay=None)
+        found = TrainedNetwork.find(path)
         if isinstance(found.config.model, ClassifierConfig):
             return found
     raise ValueError(f"network {path}: it is no classifier, whose features could be used")

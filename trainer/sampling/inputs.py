@@ -50,7 +50,7 @@ class SampleInputs:
             if path is None:
                 return None
             option = f"--{name}-preset"
-            return TrainedNetwork.find(path, preset=preset, decay=None, option=option, begun=begun)
+            return TrainedNetwork.find(path, preset=preset, option=option, begun=begun)
 
         source = TrainedNetwork.find(
             arguments.source, preset=arguments.preset, decay=arguments.ema, begun=begun
