@@ -126,14 +126,6 @@ def check(argv: Sequence[str]) -> int:
     return allocation.main(argv)
 
 
-def _check_preset(word: str, verbs: Iterable[str]) -> None:
-    """Check the first word before the options, which argparse would find missing."""
-    try:
-        settings.find(word, directory=PRESETS)
-    except ValueError as error:
-        raise ValueError(f"{error}; verbs are {', '.join(verbs)}") from None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -146,8 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(words: Sequence[str], verbs: Iterable[str]) -> int:
+    """Start a run. Its preset is looked for before argparse finds that options are missing."""
     if words and not words[0].startswith("-"):
-        _check_preset(words[0], verbs)
+        try:
+            settings.find(words[0], directory=PRESETS)
+        except ValueError as error:
+            raise ValueError(f"{error}; verbs are {', '.join(verbs)}") from None
     return begin.start(words, description=__doc__)
 
 

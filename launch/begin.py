@@ -35,8 +35,7 @@ def start(argv: Sequence[str], *, description: str | None) -> int:
     arguments = options.start(description).parse_args(argv)
     preset = settings.find(arguments.preset, directory=configs.PRESETS)
     changes = {"overrides": tuple(arguments.set), "unset": tuple(arguments.unset)}
-    job = _job(arguments, run=arguments.run, preset=preset, **changes)
-    return _begin(job, preset=preset, arguments=arguments)
+    return _begin(_job(arguments, run=arguments.run, preset=preset, **changes), arguments)
 
 
 def sample(argv: Sequence[str]) -> int:
@@ -55,15 +54,15 @@ def sample(argv: Sequence[str]) -> int:
     job = Job(run=run, **_where(arguments), sample=tuple(words))
     if (count := arguments.array) is None:
         check(arguments.at_most == 1, "--at-most", arguments.at_most, "absent without --array")
-        return _begin(job, preset=None, arguments=arguments)
+        return _begin(job, arguments)
     check(count >= 1, "--array", count, "at least 1")
     check(not arguments.detach, "--detach", True, "absent with --array")
     shares = [(f"{n}", (*words, "--share", f"{n}/{count}")) for n in range(count)]
     jobs = [replace(job, run=run / name, sample=share) for name, share in shares]
-    return _begin_array(jobs, presets=[None] * count, arguments=arguments)
+    return _begin_array(jobs, arguments)
 
 
-def _begin(job: Job, *, preset: Path | None, arguments: argparse.Namespace) -> int:
+def _begin(job: Job, arguments: argparse.Namespace) -> int:
     if arguments.detach and job.cluster.launcher in ("slurm", "kubernetes"):
         raise ValueError(f"--detach: launcher = {job.cluster.launcher!r} does not need it")
     text = records.text(job)
@@ -73,8 +72,8 @@ def _begin(job: Job, *, preset: Path | None, arguments: argparse.Namespace) -> i
         return 0
     with records.claimed(job.run) as lock:
         records.check_free(job.run)
-        script = records.prepare(job, preset=preset)
-        return _submit(job, script, lock=lock, detach=arguments.detach)
+        records.prepare(job)
+        return _submit(job, lock=lock, detach=arguments.detach)
 
 
 def sweep(argv: Sequence[str]) -> int:
@@ -93,7 +92,7 @@ def sweep(argv: Sequence[str]) -> int:
         _job(arguments, run=arguments.runs / n, preset=p, overrides=(*fixed, *sets), unset=unset)
         for p, n, sets in runs
     ]
-    return _begin_array(jobs, presets=[p for p, _, _ in runs], arguments=arguments)
+    return _begin_array(jobs, arguments)
 
 
 def _sweep_rows(arguments: argparse.Namespace) -> int:
@@ -113,8 +112,7 @@ def _sweep_rows(arguments: argparse.Namespace) -> int:
         )
         for row in found.rows
     ]
-    presets = [preset] * len(jobs)
-    return _begin_array(jobs, presets=presets, arguments=arguments, extends=False)
+    return _begin_array(jobs, arguments, extends=False)
 
 
 def _is_left(job: Job, *, extends: bool, locks: ExitStack | None) -> bool:
@@ -123,25 +121,20 @@ def _is_left(job: Job, *, extends: bool, locks: ExitStack | None) -> bool:
     A finished run is where the command `extends` runs. `locks` takes the run's lock, unless None.
     """
     state = RunState.read(job.run)
-    why = "finished" if not extends and state is not None and state.state == "finished" else None
     try:
-        if why is None and locks is not None:
+        if not extends and state is not None and state.state == "finished":
+            raise records.Busy("finished")
+        if locks is not None:
             locks.enter_context(records.claimed(job.run))
-        if why is None:
-            records.check_free(job.run)
-    except records.Busy as error:
-        why = str(error)
-    if why is not None:
-        print(f"{job.run} is left out: {why}")
-    return why is None
+        records.check_free(job.run)
+    except records.Busy as busy:
+        print(f"{job.run} is left out: {busy}")
+        return False
+    return True
 
 
 def _begin_array(
-    jobs: Sequence[Job],
-    *,
-    presets: Sequence[Path | None],
-    arguments: argparse.Namespace,
-    extends: bool = True,
+    jobs: Sequence[Job], arguments: argparse.Namespace, *, extends: bool = True
 ) -> int:
     """Submit those jobs, of the same size, that no other job does as one Slurm array."""
     at_most, launcher = arguments.at_most, jobs[0].cluster.launcher
@@ -151,18 +144,16 @@ def _begin_array(
         records.check_directory(job.run)
     with ExitStack() as stack:
         locks = None if arguments.dry_run else stack
-        pairs = zip(jobs, presets, strict=True)
-        left = [pair for pair in pairs if _is_left(pair[0], extends=extends, locks=locks)]
-        if not left:
+        jobs = [job for job in jobs if _is_left(job, extends=extends, locks=locks)]
+        if not jobs:
             print("no run is left to be submitted")
             return 0
-        jobs = [job for job, _ in left]
         text = slurm.array_text(jobs, at_most=at_most)
         if arguments.dry_run:
             print(text, end="")
             return 0
-        for job, preset in left:
-            records.prepare(job, preset=preset)
+        for job in jobs:
+            records.prepare(job)
         script = slurm.directory_of(jobs) / records.SWEEP
         files.write(script, text)
         array = queue.submit(script)
@@ -240,6 +231,7 @@ def _job(
         run=run.absolute(),
         **_where(arguments),
         **_origin(arguments, run=run),
+        preset=preset,
         overrides=overrides,
         unset=unset,
         check=arguments.check,
@@ -251,11 +243,12 @@ def _job(
     return job
 
 
-def _submit(job: Job, script: Path, *, lock: TextIO, detach: bool) -> int:
+def _submit(job: Job, *, lock: TextIO, detach: bool) -> int:
     """Submit the script, start it in the background, or become the shell that runs it.
 
     Such a shell has the run's lock until it ends.
     """
+    script = job.script
     if job.cluster.launcher == "kubernetes":
         print(f"wrote {script}; to start it, run: kubectl {quoted(['apply', '-f', script])}")
         return 0
@@ -266,7 +259,7 @@ def _submit(job: Job, script: Path, *, lock: TextIO, detach: bool) -> int:
         print(f"submitted {script} as job {queue.shown(job_id)}; output: {output}")
         return 0
     if detach:
-        return _detach(job, script, lock=lock)
+        return _detach(job, lock=lock)
     # On Ctrl-C the ranks save, and a Python parent would kill this shell meanwhile.
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and bash could not undo it
         signal.signal(ignored, signal.SIG_DFL)
@@ -274,19 +267,20 @@ def _submit(job: Job, script: Path, *, lock: TextIO, detach: bool) -> int:
     os.execvp("bash", ["bash", str(script)])
 
 
-def _detach(job: Job, script: Path, *, lock: TextIO) -> int:
+def _detach(job: Job, *, lock: TextIO) -> int:
     """Start the script in a session of its own, which outlives the terminal."""
     output = job.records / "output.txt"
     with output.open("ab") as file:
         process = subprocess.Popen(
-            ["bash", str(script)],
+            ["bash", str(job.script)],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=(lock.fileno(),),
         )
-    print(f"started {script} in the background, process {process.pid} of {socket.gethostname()}")
+    where = f"in the background, process {process.pid} of {socket.gethostname()}"
+    print(f"started {job.script} {where}")
     print(f"  output: {quoted(['tail', '-F', output])}")
     print(f"  state:  python -m launch {quoted(['status', job.run])}")
     print(f"  stop:   {stop_command(job.run)}")

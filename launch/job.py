@@ -26,6 +26,8 @@ class Job:
     cluster: Cluster
     #: The current directory of the user: relative paths in the preset start here.
     directory: Path
+    #: The file of the run's settings, of which the job reads its own copy; None for one that draws.
+    preset: Path | None = None
     #: Changed settings of the preset, as `--set` takes them.
     overrides: tuple[str, ...] = ()
     #: Settings left out of the preset, as `--unset` takes them.
@@ -98,8 +100,9 @@ class Job:
 
     @property
     def script(self) -> Path:
-        """The script that starts the job, where that is one."""
-        return self.records / "job.sh"
+        """The script, or for Kubernetes the manifest, that starts the job."""
+        is_manifest = self.cluster.launcher == "kubernetes"
+        return self.records / ("job.yaml" if is_manifest else "job.sh")
 
     @property
     def port(self) -> int:

@@ -87,18 +87,12 @@ def keep_job_id(job: Job, job_id: str) -> None:
 
 
 def text(job: Job) -> str:
-    """The text that starts the job: a shell or batch script, or a manifest."""
+    """The text of `Job.script`: a shell or batch script, or a manifest."""
     if job.cluster.launcher == "slurm":
         return slurm.text(job)
     if job.cluster.launcher == "kubernetes":
         return kubernetes.manifest(job)
     return hosts.text(job)
-
-
-def script(job: Job) -> Path:
-    """The file of that text."""
-    is_manifest = job.cluster.launcher == "kubernetes"
-    return job.records / "job.yaml" if is_manifest else job.script
 
 
 def check_directory(run: Path) -> None:
@@ -186,23 +180,22 @@ def check_free(run: Path) -> None:
         raise Busy(f"{busy} is writing {run}: wait for it, {stop}")
 
 
-def prepare(job: Job, *, preset: Path | None) -> Path:
-    """Copy the code, the preset and DeepSpeed's settings; returns the file of the text, written.
+def prepare(job: Job) -> None:
+    """Copy the code, the preset and DeepSpeed's settings, and write the script.
 
     Requests and records of an earlier job (`stop`, `failed-at`, `job`, ...) are removed.
     """
     job.records.mkdir(parents=True, exist_ok=True)
     _copy_code(job.code)
-    if preset is not None:
-        _copy(preset, job.records / _PRESET)
+    if job.preset is not None:
+        _copy(job.preset, job.records / _PRESET)
     if job.ds_config is not None:
         _copy(job.ds_config, job.ds_config_copy)
     for earlier in ("stop", "failed-at", "limited-at", "lost-hosts", "job"):
         (job.records / earlier).unlink(missing_ok=True)
     own = Submitted(job.cluster.launcher, job.nodes, job.gpus_per_node, str(job.run))
     files.write(job.records / "job.json", json.dumps(asdict(own)) + "\n")
-    files.write(script(job), text(job))
-    return script(job)
+    files.write(job.script, text(job))
 
 
 def _copy(file: Path, to: Path) -> None:

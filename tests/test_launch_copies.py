@@ -29,8 +29,10 @@ from trainer.run import origin
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A run whose job 7 is pending, and a copy of it. No job but 7 is in the queue."""
     run = tmp_path / "a"
-    job = Job(run=run, nodes=1, gpus_per_node=1, cluster=Cluster(), directory=tmp_path)
-    records.prepare(job, preset=ROOT / "trainer" / "presets" / "digits.toml")
+    preset = ROOT / "trainer" / "presets" / "digits.toml"
+    size = {"nodes": 1, "gpus_per_node": 1}
+    job = Job(run=run, **size, cluster=Cluster(), directory=tmp_path, preset=preset)
+    records.prepare(job)
     records.keep_job_id(job, "7")
     shutil.copytree(run, tmp_path / "b")
     states = {"7": "PENDING (Resources)"}
@@ -204,7 +206,7 @@ def test_a_job_reads_its_own_copy_of_ds_config_and_nothing_of_an_earlier_job(
     mine.write_text("{}")
     size = {"nodes": 1, "gpus_per_node": 1}
     job = Job(run=tmp_path / "a", **size, cluster=Cluster(), directory=tmp_path, ds_config=mine)
-    records.prepare(job, preset=None)
+    records.prepare(job)
     mine.unlink()
     earlier = [
         job.records / name for name in ("stop", "failed-at", "limited-at", "lost-hosts", "job")
@@ -212,6 +214,6 @@ def test_a_job_reads_its_own_copy_of_ds_config_and_nothing_of_an_earlier_job(
     for file in earlier:
         file.write_text("n2\n")
     again = replace(job, ds_config=job.ds_config_copy)
-    records.prepare(again, preset=None)
+    records.prepare(again)
     assert not any(file.exists() for file in earlier)
     assert again.ds_config_copy.read_text() == "{}"

@@ -51,7 +51,7 @@ def big_job(site: str) -> Job:
 def record(site: str) -> tuple[Path, str]:
     """The file of a site's text; of Slurm with containers, what differs from Slurm without."""
     job = big_job(site)
-    file, text = RECORDED / f"{site}{records.script(job).suffix}", records.text(job)
+    file, text = RECORDED / f"{site}{job.script.suffix}", records.text(job)
     if site != "slurm-pyxis":
         return file, text
     texts = (records.text(big_job("slurm")), text)
