@@ -7,7 +7,6 @@ that the site's own default applies.
 import math
 import re
 import sys
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,7 +238,8 @@ def load(path: Path) -> Cluster:
         _lift_seconds_to_save(table)
         places = ("python", "environment", "container")
         table |= {k: _expand_home(v) for k, v in table.items() if k in places}
-        return typing.cast(Cluster, settings.build(Cluster, table))
+        cluster: Cluster = settings.build(Cluster, table)
+    return cluster
 
 
 def _lift_seconds_to_save(table: settings.Table) -> None:

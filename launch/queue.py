@@ -161,9 +161,8 @@ def way_on(job_id: str, state: str) -> str:
     """What to do with a job of this `state` that is to run: Slurm starts no held one by itself."""
     number, of_cluster = _split(job_id)
     release = " ".join(("scontrol", *of_cluster, "release", number))
-    return (
-        f"release it with `{release}`" if re.search("[Hh]eld|Hold|HOLD", state) else "wait for it"
-    )
+    is_held = re.search("[Hh]eld|Hold|HOLD", state)
+    return f"release it with `{release}`" if is_held else "wait for it"
 
 
 @dataclass(frozen=True)
@@ -272,12 +271,10 @@ def _slurm(*command: str, env: Mapping[str, str] | None = None) -> str:
     except OSError as error:
         raise ValueError(f"{command[0]} did not respond: {error}") from None
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").split(
-            "\n"
-        )
-        lines = "\n".join(line.removeprefix(f"{command[0]}: ") for line in said)
-        is_busy = any(words in lines for words in BUSY)
-        raise (NoAnswer if is_busy else ValueError)(f"{command[0]}: {lines}")
+        said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
+        said = re.sub(f"^{command[0]}: ", "", said, flags=re.MULTILINE)
+        is_busy = any(words in said for words in BUSY)
+        raise (NoAnswer if is_busy else ValueError)(f"{command[0]}: {said}")
     if command[0] == "sbatch":  # a site's words about a job that it takes, and may have changed
         print(done.stderr, end="", file=sys.stderr)
     return done.stdout

@@ -91,8 +91,18 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
     last: Row = next((row for row in reversed(rows) if "loss" in row), {})
     job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)
-    finished = is_finished(run)
     is_sampling = not any((run / f).exists() for f in ("config.toml", "launch/preset.toml"))
+    finished = is_finished(run)
+    if finished:
+        health = "finished"
+    elif ": SUSPENDED" in job:
+        health = "suspended: no rank runs until Slurm resumes the job"
+    elif not is_running:
+        health = _ending(state)
+    elif is_sampling and state is not None and state.state == "running":
+        health = _drawing(run, state, now=now)
+    else:
+        health = _health(run, state, rows, timeline=timeline, now=now, ahead=ahead)
     return Status(
         name=str(run),
         is_sampling=is_sampling,
@@ -107,19 +117,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         job=job,
         is_running=is_running,
         is_finished=finished,
-        health="finished"
-        if finished
-        else "suspended: no rank runs until Slurm resumes the job"
-        if ": SUSPENDED" in job
-        else _health(
-            run,
-            state,
-            rows,
-            timeline=timeline,
-            now=now if is_running else None,
-            ahead=ahead,
-            draws=is_sampling,
-        ),
+        health=health,
         goodput=goodput.account(timeline, now=now + ahead if is_running else None),
         event=_last_event(run),
     )
@@ -151,17 +149,12 @@ def _health(
     rows: Sequence[Row],
     *,
     timeline: Sequence[Row],
-    now: float | None,
+    now: float,
     ahead: float,
-    draws: bool,
 ) -> str:
-    """How a run that is not finished is doing `now`, or, if None, how its last start ended."""
-    if now is None:
-        return _ending(state)
+    """How a run that trains is doing."""
     if (state is None and not rows) or (state is not None and state.state != "running"):
         return "starting: the run is not claimed yet"
-    if draws and state is not None:
-        return _drawing(run, state, now=now)
     # Where all steps of an interval were refused, it has no loss.
     last = next((row for row in reversed(rows) if row.keys() & {"loss", "skipped"}), {"time": 0.0})
     since = goodput.starting(timeline, now=now + ahead)
