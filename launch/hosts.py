@@ -30,7 +30,7 @@ def text(job: Job) -> str:
         modes, start = render[job.cluster.launcher](job)
         body = fill(
             "hosts.sh",
-            refused=REFUSED,
+            refuse=fill("refuse.sh", refused=REFUSED).rstrip(),
             preamble=preamble(job),
             python=quoted([job.cluster.python]),
             modes=modes,
@@ -134,10 +134,7 @@ def _torchrun(job: Job) -> tuple[str, str]:
     )
     again = quoted([quoted(["bash", job.script, "node"])])
     begin = f'begin ssh {_ALIVE} "$host" {again}" ${{host#*@}}"'
-    return (
-        node.rstrip(),
-        f'for host in "${{hosts[@]}}"; do\n  {begin}\ndone\nfinish',
-    )
+    return node.rstrip(), f'for host in "${{hosts[@]}}"; do\n  {begin}\ndone\nfinish'
 
 
 def _alone(job: Job) -> str:

@@ -111,7 +111,7 @@ def _script(job: Job, site: Kubernetes) -> list[str]:
     """Kubeflow sets each pod's number, and where the pods meet."""
     rank, address, port = _VARIABLES[site.kind]
     return [
-        *(fill("kubernetes-setup.sh", refused=REFUSED).splitlines() if job.cluster.setup else ()),
+        *(fill("refuse.sh", refused=REFUSED).splitlines() if job.cluster.setup else ()),
         *setup_lines(job),
         # The same as the pod's grace period.
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={job.cluster.seconds_to_save}",

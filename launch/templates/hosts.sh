@@ -1,7 +1,4 @@
-refuse() {
-  echo "error: $(hostname): $1" >&2
-  exit @refused@
-}
+@refuse@
 
 @preamble@
 
