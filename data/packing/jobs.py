@@ -76,16 +76,11 @@ class Made:
 
 
 class Encoded(NamedTuple):
-    """An image as it is stored: its bytes and suffix, and what is counted of the original."""
+    """An image as it is stored: its bytes and suffix, and the fields of `Made` that count it."""
 
     content: bytes
     suffix: str
-    is_transparent: bool
-    is_dim: bool
-    is_turned: bool
-    is_enlarged: bool
-    is_huge: bool
-    is_several: bool
+    traits: frozenset[str]
 
 
 class TooManyLeftOut(ValueError):
@@ -142,10 +137,15 @@ def _encode(content: bytes, config: PackConfig) -> Encoded:
     # Pillow would store this with the pixels: comments too long for JPEG, a transparent colour that
     # scaling may produce, a profile for LAB images that contains the time.
     image.info = {}
-    is_huge = image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf)
-    is_enlarged = min(image.size) < config.size
-    is_several = _is_several(content)
-    counted = (is_transparent, is_dim, turn is not None, is_enlarged, is_huge, is_several)
+    has = {
+        "transparent": is_transparent,
+        "dim": is_dim,
+        "turned": turn is not None,
+        "enlarged": min(image.size) < config.size,
+        "several": _is_several(content),
+        "huge": image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf),
+    }
+    traits = frozenset(trait for trait in has if has[trait])
     applied = turn if config.exif_transpose else None
     if applied is not None:
         image = image.transpose(applied)
@@ -158,13 +158,13 @@ def _encode(content: bytes, config: PackConfig) -> Encoded:
     elif not changed:
         kept = _KEPT_FORMATS.get(Image.open(io.BytesIO(content)).format or "")
         if kept:
-            return Encoded(content, kept, *counted)
+            return Encoded(content, kept, traits)
     buffer = io.BytesIO()
     if config.suffix == "png":
         image.save(buffer, format="PNG")
     else:
         image.save(buffer, format="JPEG", quality=config.quality, subsampling=0)
-    return Encoded(buffer.getvalue(), config.suffix, *counted)
+    return Encoded(buffer.getvalue(), config.suffix, traits)
 
 
 def _is_several(content: bytes) -> bool:
@@ -200,14 +200,9 @@ def _write(job: PackJob, file: BinaryIO) -> tuple[Index, list[_Missed], dict[str
             if job.most_left_out is not None and len(missed) > job.most_left_out:
                 raise TooManyLeftOut(*(f"{one.name}: {one.why}" for one in missed)) from None
             continue
-        counted["transparent"] += image.is_transparent
-        counted["dim"] += image.is_dim
-        counted["turned"] += image.is_turned
-        counted["enlarged"] += image.is_enlarged
-        counted["several"] += image.is_several
-        huge += [name] * image.is_huge
-        key = _key(number, name)
-        writer.add(key, image=image.content, suffix=image.suffix, label=label)
+        counted.update(image.traits)
+        huge += [name] * ("huge" in image.traits)
+        writer.add(_key(number, name), image=image.content, suffix=image.suffix, label=label)
     return writer.close(), missed, {**counted, "huge": tuple(huge)}
 
 

@@ -95,7 +95,7 @@ def _estimate(source: Source, names: list[str], config: PackConfig, workers: int
             bad += 1
             continue
         sizes.append(len(made.content))
-        small += made.is_enlarged
+        small += "enlarged" in made.traits
     if not sizes:
         return "their size is not known before the source is unpacked"
     seconds = (time.monotonic() - begin) / len(chosen) * len(names) / workers
