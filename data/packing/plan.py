@@ -144,14 +144,13 @@ def plan(listing: Listing, *, source: str, out: Path, config: PackConfig) -> Pac
     """Shuffle the images globally by the seed and distribute them over shards of equal size.
 
     Raises:
-        ValueError: there are no images, or one has no class.
+        ValueError: there are no images.
     """
     count = len(listing.names)
     if not count:
         kinds = [kind for kind in _WAYS_OUT if kind in listing.skipped]
         hint = f": {_way_out(kinds[0], source)}" if kinds else ""
         raise ValueError(f"SOURCE = {source} holds no images; {listing.skipped_by_kind}{hint}")
-    listing.check_labels(f"SOURCE = {source}")
     mixed = [(listing.names[i], listing.labels[i]) for i in permutation(count, config.seed)]
     # At least 8 shards, even for small sets: epochs differ by the order of shards, too.
     per_shard = min(config.per_shard, -(-count // 8))
