@@ -56,14 +56,14 @@ class Request:
         Raises:
             ValueError: a file cannot be read.
         """
-        classes = json.dumps(class_names(self.classes_of)) if self.classes_of else None
+        classes = json.dumps(class_names(self.classes_of)).encode() if self.classes_of else None
         class_map = map_content(self.class_map) if self.class_map else None
         return {
             "SOURCE": self.source if self.source == "digits" else os.path.abspath(self.source),
             **options_of(self.config.values),
             "--class-from": self.class_from,
-            "--class-map": None if class_map is None else _digest(class_map),
-            "--classes-of": None if classes is None else _digest(classes.encode()),
+            "--class-map": _digest(class_map),
+            "--classes-of": _digest(classes),
         }
 
     def listing(self, source: Source) -> Listing:
@@ -219,5 +219,5 @@ def _warn_of_missing_labels(listing: Listing, source: str) -> None:
         )
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _digest(content: bytes | None) -> str | None:
+    return None if content is None else hashlib.sha256(content).hexdigest()[:16]
