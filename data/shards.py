@@ -18,11 +18,10 @@ import numpy as np
 from PIL import Image
 
 from data import descriptors, files
-from data.config import FetchConfig, is_local, shown
+from data.config import FetchConfig, shown
 from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, place_text, reported
 from data.export import export
-from data.index import Index
 from data.order import packed_place
 from data.packing.indexing import index_directory, merge
 from data.pool import interrupted_by_signals
@@ -59,7 +58,7 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
     counts = np.zeros(len(shards.classes), dtype=np.int64)
     reader = Reader(shards.root, config=FetchConfig())
     for i in range(len(shards.shards)):
-        counts += np.bincount(_index_of(shards, i, reader)["label"], minlength=len(counts))
+        counts += np.bincount(shards.read_index(i, reader)["label"], minlength=len(counts))
     total = sum(shard.bytes for shard in shards.shards)
     size = f"{shards.image_size} x {shards.image_size}" if shards.image_size else "of own sizes"
     print(f"{shards.count} images {size}, {len(shards.shards)} shards, {total / 2**20:.1f} MiB")
@@ -77,11 +76,6 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
     return 0
 
 
-def _index_of(shards: Shards, number: int, reader: Reader) -> Index:
-    """The index of a shard, local or not."""
-    return shards.index(number) if is_local(shards.root) else shards.read_index(number, reader)
-
-
 def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[Pixels]:
     """Images at equal distances in packing order.
 
@@ -90,7 +84,7 @@ def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[Pixels]:
     """
     images = np.linspace(0, shards.count - 1, min(count, shards.count), dtype=int)
     for shard, row in zip(*packed_place(np.cumsum(shards.sizes), images), strict=True):
-        index, tar = _index_of(shards, shard, reader), shards.shards[shard].tar
+        index, tar = shards.read_index(shard, reader), shards.shards[shard].tar
         offset, size, _, _ = index[row].item()
         content = reader.read(tar, first=offset, size=size)
         try:
