@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Stream:
         self.bad = 0
         self._samples = Samples(shards, config=config, seed=seed)
         self.log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
-        self._running: list[Workers] = []
+        self._running = WeakSet[Workers]()
 
     def __enter__(self) -> "Stream":
         return self
@@ -167,7 +168,6 @@ class Stream:
         """End the workers and close all files."""
         for workers in self._running:
             workers.close()
-        self._running.clear()
         self._samples.close()
 
     def _load(
@@ -176,14 +176,9 @@ class Stream:
         if not self.config.workers:
             yield from self._count(self._load_here(requests, micro_batch_size), pin)
             return
-        workers = Workers(self._setup(micro_batch_size))
-        self._running.append(workers)
-        try:
-            with closing(workers):
-                yield from self._count(workers.load(requests), pin)
-        finally:
-            if workers in self._running:
-                self._running.remove(workers)
+        with closing(Workers(self._setup(micro_batch_size))) as workers:
+            self._running.add(workers)
+            yield from self._count(workers.load(requests), pin)
 
     def _setup(self, micro_batch_size: int) -> Setup:
         """The workers' setup, with as many slots (one micro-batch each) as prefetch_mb allows.
