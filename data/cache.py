@@ -51,8 +51,7 @@ class CachedReader:
     def read(self, name: str, *, first: int, size: int) -> bytes:
         """As `Reader.read`."""
         return b"".join(
-            self._part(name, chunk, first, first + size)
-            for chunk in range(first // CHUNK, -(-(first + size) // CHUNK))
+            self._part(name, chunk, first, first + size) for chunk in _chunks(first, size)
         )
 
     def glimpse(self, name: str, *, first: int, size: int) -> bytes:
@@ -73,7 +72,7 @@ class CachedReader:
 
     def forget(self, name: str, *, first: int, size: int) -> None:
         """Delete the chunks of a range: their content was wrong."""
-        for chunk in range(first // CHUNK, -(-(first + size) // CHUNK)):
+        for chunk in _chunks(first, size):
             slot = self._slot(name, chunk)
             try:
                 slot.unlink(missing_ok=True)
@@ -169,6 +168,11 @@ class CachedReader:
             self._usable = False
             said = f"data.cache = {self._root}: {files.reason(error)}; continuing without the cache"
             print(said, file=sys.stderr)
+
+
+def _chunks(first: int, size: int) -> range:
+    """The chunks of a tar in which a range of its bytes lies."""
+    return range(first // CHUNK, -(-(first + size) // CHUNK))
 
 
 def _in_chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -21,7 +21,6 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 
-
 # Characters that are not percent-encoded in the path of a URL, besides letters and digits.
 _OF_URLS = "/%:@!$&'()*+,;=~"
 

@@ -127,8 +127,7 @@ class HttpStore(Store):
     def __init__(self, root: str, timeout_s: float) -> None:
         user, self._parts = login_and_url(root)
         self._timeout_s = timeout_s
-        login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        self._headers = {"Authorization": f"Basic {login}"} if user else {}
+        self._login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
 
     def pieces(self, name: str, *, first: int, last: int) -> Iterator[bytes]:
         """As `Store.pieces`.
@@ -158,8 +157,8 @@ class HttpStore(Store):
         path = f"{self._parts.path}/{urllib.parse.quote(name)}"
         url = self._parts._replace(path=path).geturl()
         request = urllib.request.Request(url, method=method, headers=headers)
-        for key, value in self._headers.items():
-            request.add_unredirected_header(key, value)  # see `_Redirects`
+        if self._login:  # see `_Redirects`
+            request.add_unredirected_header("Authorization", f"Basic {self._login}")
         try:
             response = _OPENER.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:

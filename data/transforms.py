@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from data.enlarge import enlarged_part
 from data.order import Ints, uniform
@@ -26,8 +26,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # What Pillow and simplejpeg raise for damaged input; anything else is our own bug.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
-# The EXIF tag, and the transposition that makes an image with each value upright.
-_ORIENTATION = 0x0112
+# The transposition that makes an image with each EXIF orientation upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -138,7 +137,7 @@ def open_over(content: bytes | memoryview, background: str = "white") -> Opened:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF raises errors of any type: treat it as absent
         return None
 

@@ -55,7 +55,6 @@ def _add_images(add: Callable[..., object]) -> None:
         help="number the classes as this packed dataset does, a directory or URL (default: in "
         "sorted order)",
     )
-
     add(
         "--split",
         choices=("train", "val"),
