@@ -11,8 +11,8 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data import files
@@ -46,7 +46,8 @@ class CachedReader:
         self._locks = [threading.Lock() for _ in range(64)]
         self._usable = True
         self._wrong: set[Path] = set()
-        self._attempt(self._open)
+        with self._attempt():
+            self._open()
 
     def read(self, name: str, *, first: int, size: int) -> bytes:
         """As `Reader.read`."""
@@ -136,17 +137,15 @@ class CachedReader:
 
     def _write(self, path: Path, content: bytes) -> None:
         # Not `files.write`, which syncs: what a power cut damages here is fetched again.
+        if not self._usable:
+            return
         aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-
-        def write() -> None:
+        with self._attempt():
             try:
                 aside.write_bytes(content)
                 os.replace(aside, path)
             finally:
                 aside.unlink(missing_ok=True)
-
-        if self._usable:
-            self._attempt(write)
 
     def _open(self) -> None:
         """Make the directory; delete slots beyond the bound, and unfinished writes."""
@@ -160,10 +159,11 @@ class CachedReader:
                 ):
                     path.unlink()
 
-    def _attempt(self, write: Callable[[], None]) -> None:
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
         """Write, or continue without the cache: a full disk costs speed, but not the run."""
         try:
-            write()
+            yield
         except OSError as error:
             self._usable = False
             said = f"data.cache = {self._root}: {files.reason(error)}; continuing without the cache"

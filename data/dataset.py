@@ -103,11 +103,9 @@ class Shards(Manifest):
         It is read from the header at byte `first`, or from that of its label just before.
         """
         for at in (first, first - 2 * HEADER):
-            try:
+            with suppress(OSError, ValueError):
                 raw = reader.glimpse(self.shards[shard].tar, first=at, size=HEADER)
                 return read_header(raw)[0].partition(".")[0]
-            except (OSError, ValueError):
-                continue
         return f"image {row}"
 
 
@@ -161,7 +159,8 @@ def verify(root: str | Path, *, full: bool = False) -> list[str]:
         for number, shard in enumerate(shards.shards):
             if _sha256_of(reader, shard) != shard.sha256:
                 faults.append(f"{shards.where}/{shard.tar}: its checksum is not the manifest's")
-            faults += filter(None, [_index_fault(shards, reader, number)])
+            if fault := _index_fault(shards, reader, number):
+                faults.append(fault)
     return faults
 
 
@@ -204,9 +203,7 @@ def _faults(shards: Shards, reader: Reader) -> Iterator[str]:
         size_of = _sizes_in(shards.root).__getitem__
     with ThreadPoolExecutor(_REQUESTS) as threads:
         look = partial(_fault, shards, reader, size_of)
-        for fault in threads.map(look, range(len(shards.shards))):
-            if fault:
-                yield fault
+        yield from filter(None, threads.map(look, range(len(shards.shards))))
 
 
 def _sizes_in(root: str) -> dict[str, int]:

@@ -104,13 +104,13 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         """Count more units as done, and show it."""
         self._done += count
+        done = f"{self._done:,} of {self._total:,} {self._unit}"
         if self._shown:
-            text = f"{self._done:,} of {self._total:,} {self._unit}  {self.left()} left"
+            text = f"{done}  {self.left()} left"
             print(f"\r{text.ljust(79)}", end="\r", flush=True)
         if self._say is not None and self._clock() > self._said + _EVERY:
             self._said = self._clock()
             rate = (self._done - self._start) / (self._said - self._began)
-            done = f"{self._done:,} of {self._total:,} {self._unit}"
             self._say(f"{done}, {rate:,.1f} a second, {self.left()} left")
 
     def left(self) -> str:

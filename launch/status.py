@@ -131,16 +131,12 @@ def is_finished(run: Path) -> bool:
     return total is not None and _checkpoint(run)[0] >= total
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
 def _number(row: Row, name: str) -> float | None:
     """A value of a row; NaN where it was not finite, which the trainer writes as null."""
     if name not in row:
         return None
     value = row[name]
-    return float(value) if _is_number(value) and math.isfinite(value) else math.nan
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else math.nan
 
 
 def _health(

@@ -20,8 +20,7 @@ import numpy as np
 
 from data import files, npz
 from data.config import naming
-from data.manifest import NO_CLASS
-from data.packing.listing import Listing, by_number
+from data.packing.listing import Listing, by_number, without_labels
 from data.packing.sources import Archives, OneFile, unpacked_name
 from data.transforms import Pixels, png
 
@@ -54,7 +53,7 @@ class SampleFile(OneFile):
                 raise ValueError(f"arr_0 is {dtype} {shape}: must be uint8 (N, H, W, 3)")
             names = [f"{i:08d}" for i in range(shape[0])]
             if "arr_1.npy" not in archive.namelist():
-                return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
+                return without_labels(names)
             labels = np.lib.format.read_array(archive.open("arr_1.npy"), allow_pickle=False)
             if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
                 kind = f"{labels.dtype} {labels.shape}"

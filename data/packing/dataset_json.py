@@ -4,9 +4,8 @@ import json
 from collections import Counter
 from dataclasses import replace
 
-from data.manifest import NO_CLASS
 from data.packing.class_maps import say_unused
-from data.packing.listing import Listing, by_number
+from data.packing.listing import Listing, by_number, without_labels
 from data.packing.names import composed
 
 DATASET_JSON = "dataset.json"
@@ -27,8 +26,7 @@ def by_dataset_json(listing: Listing, content: bytes, *, where: str) -> Listing:
         return listing  # a file of another program
     skipped = Counter(listing.skipped) - Counter([".json"])
     if not found["labels"]:
-        labels, classes = [0] * len(listing.names), (NO_CLASS,)
-        return Listing(names=listing.names, labels=labels, classes=classes, skipped=skipped)
+        return replace(without_labels(listing.names), skipped=skipped)
     try:
         items = found["labels"].items() if isinstance(found["labels"], dict) else found["labels"]
         pairs = [(composed(name), label) for name, label in items]

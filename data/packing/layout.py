@@ -40,7 +40,8 @@ def class_directories(
     directory, it is the first one below that.
     """
     parts = [name.split("/")[:-1] for name in images]
-    above = _above_classes(parts)
+    common = _in_common(parts)
+    above = common if all(len(part) > common for part in parts) else 0
     classes = [part[above] if len(part) > above else NO_CLASS for part in parts]
     root = "/".join((where, *parts[0][:above])) if parts else where
     fault = (
@@ -51,12 +52,6 @@ def class_directories(
         or _loose_in_only_directory(images, parts, where)
     )
     return classes, fault
-
-
-def _above_classes(parts: list[list[str]]) -> int:
-    """How many directories that all images share are above the class directories."""
-    common = _in_common(parts)
-    return common if all(len(part) > common for part in parts) else 0
 
 
 def _in_common(parts: list[list[str]]) -> int:

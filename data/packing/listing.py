@@ -91,6 +91,11 @@ def by_number(names: list[str], labels: list[int]) -> Listing:
     return Listing(names=names, labels=labels, classes=classes)
 
 
+def without_labels(names: list[str]) -> Listing:
+    """A listing of images that have no labels."""
+    return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
+
+
 def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
     """As `by_number` or, for names, in sorted order; without classes if no image has a label.
 
@@ -99,7 +104,7 @@ def by_label_if_any(names: list[str], labels: list[Label | None]) -> Listing:
     """
     known = all_or_no_labels(names, labels)
     if known is None:
-        return Listing(names=names, labels=[0] * len(names), classes=(NO_CLASS,))
+        return without_labels(names)
     numbers = [label for label in known if isinstance(label, int)]
     if numbers:
         return replace(by_number(names, numbers), is_numbered=True)
