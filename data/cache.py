@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data import files
+from data.config import FetchConfig
 from data.reader import Reader
 
 CHUNK = 1 << 20
@@ -25,19 +26,26 @@ _ABANDONED_S = 3600.0
 _STAMP = struct.Struct("<q")
 
 
-class CachedReader:
+class CachedReader(Reader):
     """A `Reader` of one dataset that keeps what it reads in a directory of the node.
 
     Args:
-        reader: of the original files.
-        root: the dataset's own directory in the cache.
+        directory: the dataset's own one in the cache.
         tars: bytes of each tar by name, in the manifest's order.
-        bound: bytes that the chunks may take.
     """
 
-    def __init__(self, reader: Reader, *, root: Path, tars: dict[str, int], bound: int) -> None:
-        self._reader, self._root, self._tars = reader, root, tars
-        self._slots = max(bound // (CHUNK + _STAMP.size), 1)
+    def __init__(
+        self,
+        root: str,
+        *,
+        config: FetchConfig,
+        sharers: int,
+        directory: Path,
+        tars: dict[str, int],
+    ) -> None:
+        super().__init__(root, config=config, sharers=sharers)
+        self._directory, self._tars = directory, tars
+        self._slots = max(int(config.cache_gb * 2**30) // (CHUNK + _STAMP.size), 1)
         self._first: dict[str, int] = {}
         chunks = 0
         for name, size in tars.items():
@@ -55,19 +63,15 @@ class CachedReader:
             self._part(name, chunk, first, first + size) for chunk in _chunks(first, size)
         )
 
-    def glimpse(self, name: str, *, first: int, size: int) -> bytes:
-        """As `Reader.glimpse`."""
-        return self._reader.glimpse(name, first=first, size=size)
-
-    def whole(self, name: str, *, sha256: str) -> bytes:
+    def whole(self, name: str, *, sha256: str | None = None) -> bytes:
         """As `Reader.whole`; a file with the right checksum is kept beside the slots."""
-        path = self._root / name
+        path = self._directory / name
         try:
             content = path.read_bytes()
         except OSError:
             content = b""
         if hashlib.sha256(content).hexdigest() != sha256:
-            content = self._reader.whole(name, sha256=sha256)
+            content = super().whole(name, sha256=sha256)
             self._write(path, content)
         return content
 
@@ -80,10 +84,6 @@ class CachedReader:
             except OSError:  # it is another user's, say: stop reading it
                 self._wrong.add(slot)
 
-    def close(self) -> None:
-        """Close all files."""
-        self._reader.close()
-
     def _part(self, name: str, chunk: int, first: int, last: int) -> bytes:
         """The bytes of [first, last) of a tar that lie in one chunk."""
         begin = chunk * CHUNK
@@ -92,14 +92,14 @@ class CachedReader:
         if found is not None:
             return found
         if not self._usable:
-            return self._reader.read(name, first=begin + low, size=high - low)
+            return super().read(name, first=begin + low, size=high - low)
         with self._lock(name, chunk):
             found = self._lookup(name, chunk, low, high)
             return self._fetch(name, chunk)[low:high] if found is None else found
 
     def _lock(self, name: str, chunk: int) -> threading.Lock:
         """A lock, so that no two threads of this process fetch the same chunk."""
-        what = self._first[name] + (chunk if self._reader.seekable else 0)
+        what = self._first[name] + (chunk if self.seekable else 0)
         return self._locks[what % len(self._locks)]
 
     def _lookup(self, name: str, chunk: int, low: int, high: int) -> bytes | None:
@@ -121,11 +121,11 @@ class CachedReader:
     def _fetch(self, name: str, wanted: int) -> bytes:
         """Fetch a chunk and keep it, with all others of the tar if the store is not seekable."""
         first, last = 0, self._tars[name]
-        if self._reader.seekable:
+        if self.seekable:
             first, last = wanted * CHUNK, min((wanted + 1) * CHUNK, last)
         found = b""
-        pieces = self._reader.pieces(name, first=first, last=last)
-        for chunk, content in enumerate(_in_chunks(pieces), start=first // CHUNK):
+        contents = _in_chunks(self.pieces(name, first=first, last=last))
+        for chunk, content in enumerate(contents, start=first // CHUNK):
             stamp = _STAMP.pack(self._first[name] + chunk)
             self._write(self._slot(name, chunk), stamp + content)
             if chunk == wanted:
@@ -133,7 +133,7 @@ class CachedReader:
         return found
 
     def _slot(self, name: str, chunk: int) -> Path:
-        return self._root / f"{(self._first[name] + chunk) % self._slots:08d}"
+        return self._directory / f"{(self._first[name] + chunk) % self._slots:08d}"
 
     def _write(self, path: Path, content: bytes) -> None:
         # Not `files.write`, which syncs: what a power cut damages here is fetched again.
@@ -149,8 +149,8 @@ class CachedReader:
 
     def _open(self) -> None:
         """Make the directory; delete slots beyond the bound, and unfinished writes."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        for path in self._root.iterdir():
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.iterdir():
             is_slot = path.name.isdecimal()
             is_aside = not is_slot and path.suffix[1:].isdecimal()
             with suppress(FileNotFoundError):  # renamed by its process since
@@ -166,8 +166,8 @@ class CachedReader:
             yield
         except OSError as error:
             self._usable = False
-            said = f"data.cache = {self._root}: {files.reason(error)}; continuing without the cache"
-            print(said, file=sys.stderr)
+            said = f"data.cache = {self._directory}: {files.reason(error)}"
+            print(f"{said}; continuing without the cache", file=sys.stderr)
 
 
 def _chunks(first: int, size: int) -> range:

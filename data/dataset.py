@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from data import files, npz
-from data.cache import CachedReader
 from data.config import FetchConfig, expanded, is_local, shown
 from data.index import Index, parse_index
 from data.manifest import MANIFEST, NO_CLASS, Manifest, Shard, parse_manifest
@@ -71,13 +70,13 @@ class Shards(Manifest):
         path = Path(self.root, entry.index)
         return parse_index(path.read_bytes(), samples=entry.samples, where=path)
 
-    def read_index(self, shard: int, reader: Reader | CachedReader) -> Index:
+    def read_index(self, shard: int, reader: Reader) -> Index:
         """The index of one shard, checked as `Reader.whole` and `parse_index` do."""
         entry = self.shards[shard]
         content = reader.whole(entry.index, sha256=entry.index_sha256)
         return self.parse_index(shard, content, reader=reader)
 
-    def parse_index(self, shard: int, content: bytes, *, reader: Reader | CachedReader) -> Index:
+    def parse_index(self, shard: int, content: bytes, *, reader: Reader) -> Index:
         """As `data.index.parse_index`, of one shard; `reader` reads the key for a message.
 
         Raises:
@@ -97,7 +96,7 @@ class Shards(Manifest):
             )
         return index
 
-    def key(self, shard: int, row: int, *, first: int, reader: Reader | CachedReader) -> str:
+    def key(self, shard: int, row: int, *, first: int, reader: Reader) -> str:
         """An image's key for a message, or its row where that cannot be read.
 
         It is read from the header at byte `first`, or from that of its label just before.

@@ -151,16 +151,17 @@ class StoredImages:
                 ) from None
 
 
-def _open_reader(shards: Shards, config: FetchConfig, sharers: int) -> Reader | CachedReader:
+def _open_reader(shards: Shards, config: FetchConfig, sharers: int) -> Reader:
     """A reader of the dataset, through the node's cache if one is set."""
-    reader = Reader(shards.root, config=config, sharers=sharers)
     if config.cache:
         return CachedReader(
-            reader,
-            root=Path(expanded(config.cache, name="data.cache")) / shards.fingerprint[:16],
+            shards.root,
+            config=config,
+            sharers=sharers,
+            directory=Path(expanded(config.cache, name="data.cache")) / shards.fingerprint[:16],
             tars={shard.tar: shard.bytes for shard in shards.shards},
-            bound=int(config.cache_gb * 2**30),
         )
+    reader = Reader(shards.root, config=config, sharers=sharers)
     if not reader.seekable:
         raise ValueError(
             f"data.shards = {shards.where} cannot read from the middle of a file: add {{first}} "
