@@ -139,11 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     anywhere = "directory or URL of the dataset"
     option = add("verify", _verify, "compare a dataset with its manifest")
     option("root", metavar="DIR", type=place_text, help=anywhere)
-    option(
-        "--full",
-        action="store_true",
-        help="compare checksums of tars too, which reads every byte (default: their sizes)",
-    )
+    full = "compare checksums of tars too, which reads every byte (default: their sizes)"
+    option("--full", action="store_true", help=full)
     option = add("info", _show, "print counts, classes and sizes")
     option("root", metavar="DIR", type=place_text, help=anywhere)
     all_classes = f"list all classes (default: the first {_LISTED})"
@@ -152,13 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--sheet", metavar="PNG", type=Path, help=thumbnails)
     option = add("index", _index, "make index and manifest for existing tars")
     option("root", metavar="DIR", type=Path, help="directory of the tars")
-    option(
-        "--out",
-        metavar="OUT",
-        type=Path,
-        help="directory for index, manifest and links to the tars, where DIR cannot be written "
-        "(default: DIR)",
+    out = (
+        "directory for index, manifest and links to the tars, where DIR cannot be written "
+        "(default: DIR)"
     )
+    option("--out", metavar="OUT", type=Path, help=out)
     option = add("export", _export, "write a sample file of all images")
     option("root", metavar="DIR", type=place_text, help=anywhere)
     option("out", metavar="OUT.npz", type=Path, help="the file to be made")

@@ -61,12 +61,8 @@ def _add_images(add: Callable[..., object]) -> None:
         help="pack the images to train on, or those of each class that are held out for "
         "validation, chosen by their names (default: all images)",
     )
-    add(
-        "--val-share",
-        type=float,
-        metavar="SHARE",
-        help=f"the share of each class that --split holds out (default: {VAL_SHARE})",
-    )
+    share = f"the share of each class that --split holds out (default: {VAL_SHARE})"
+    add("--val-share", type=float, metavar="SHARE", help=share)
 
 
 def _add_shards(add: Callable[..., object]) -> None:
@@ -78,22 +74,12 @@ def _add_shards(add: Callable[..., object]) -> None:
         help="store images uncropped, for random crops in training, and scale down those whose "
         "smaller side is above --size (default: crop)",
     )
-    add(
-        "--format",
-        choices=("png", "jpg"),
-        help="format of the stored images (default: png up to 64 pixels, otherwise jpg)",
-    )
-    add(
-        "--exif-transpose",
-        action="store_true",
-        help="turn images as their EXIF orientation says (default: as stored, like ADM)",
-    )
-    add(
-        "--background",
-        default="white",
-        metavar="COLOR",
-        help='colour behind transparent pixels, such as black or "#808080" (default: %(default)s)',
-    )
+    stored = "format of the stored images (default: png up to 64 pixels, otherwise jpg)"
+    add("--format", choices=("png", "jpg"), help=stored)
+    turn = "turn images as their EXIF orientation says (default: as stored, like ADM)"
+    add("--exif-transpose", action="store_true", help=turn)
+    behind = 'colour behind transparent pixels, such as black or "#808080" (default: %(default)s)'
+    add("--background", default="white", metavar="COLOR", help=behind)
     add("--quality", type=int, default=95, help="quality of jpg, 1 to 100 (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the global shuffle (default: %(default)s)")
     add("--per-shard", type=int, default=2048, help="images in a shard (default: %(default)s)")
@@ -101,22 +87,12 @@ def _add_shards(add: Callable[..., object]) -> None:
 
 def _add_work(add: Callable[..., object]) -> None:
     """How the work is done; it changes nothing in the shards."""
-    add(
-        "--workers",
-        type=int,
-        default=pool.cpus(),
-        help="processes on this machine (default: one for each CPU it may use, here %(default)s)",
-    )
-    add(
-        "--mpi",
-        action="store_true",
-        help="use the ranks of mpirun as workers (default: processes on this machine)",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print classes, counts, sizes and the time it would take, and write nothing",
-    )
+    here = "processes on this machine (default: one for each CPU it may use, here %(default)s)"
+    add("--workers", type=int, default=pool.cpus(), help=here)
+    mpi = "use the ranks of mpirun as workers (default: processes on this machine)"
+    add("--mpi", action="store_true", help=mpi)
+    dry_run = "print classes, counts, sizes and the time it would take, and write nothing"
+    add("--dry-run", action="store_true", help=dry_run)
     add(
         "--max-bad",
         type=float,
