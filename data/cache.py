@@ -35,13 +35,7 @@ class CachedReader(Reader):
     """
 
     def __init__(
-        self,
-        root: str,
-        *,
-        config: FetchConfig,
-        sharers: int,
-        directory: Path,
-        tars: dict[str, int],
+        self, root: str, *, config: FetchConfig, sharers: int, directory: Path, tars: dict[str, int]
     ) -> None:
         super().__init__(root, config=config, sharers=sharers)
         self._directory, self._tars = directory, tars

@@ -93,12 +93,7 @@ def pack(
 
 
 def _already_packed(
-    out: Path,
-    work: PackPlan,
-    *,
-    before: Begun | None,
-    start: Begun,
-    again: bool,
+    out: Path, work: PackPlan, *, before: Begun | None, start: Begun, again: bool
 ) -> bool:
     """Whether `out` is finished as planned, and nothing is to be tried again.
 

@@ -91,9 +91,6 @@ def submit(
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
     """Inside, a signal that asks to stop raises KeyboardInterrupt, as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     # An ignored signal stays ignored, such as SIGHUP under nohup.
     heard = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _interrupt) for number in heard}

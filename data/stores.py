@@ -29,13 +29,7 @@ _LARGE = 1 << 26
 _RANGE = 1 << 20
 
 # Errors that another attempt does not change.
-FINAL = (
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    NotADirectoryError,
-    IsADirectoryError,
-)
+FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
 class Store(ABC):

@@ -42,8 +42,7 @@ from trainer.run import lease
 def stop(argv: Sequence[str]) -> int:
     """`python -m launch stop DIR`: request a stop, and wait until the ranks have saved."""
     parser = CommandParser(
-        prog="python -m launch stop",
-        description="Save a run and stop it. The job is not requeued.",
+        prog="python -m launch stop", description="Save a run and stop it. The job is not requeued."
     )
     parser.add_argument("run", type=Path, metavar="DIR", help="the run directory")
     run = parser.parse_args(argv).run.absolute()

@@ -17,11 +17,7 @@ _ALIVE = "-o ServerAliveInterval=30 -o ServerAliveCountMax=30"
 
 
 def text(job: Job) -> str:
-    """The script that starts a job from this machine; run it with bash.
-
-    Raises:
-        KeyError: the cluster's launcher is a scheduler.
-    """
+    """The script that starts a job from this machine; run it with bash."""
     what = f"{job.name}: {job.nodes} x {job.gpus_per_node} ranks by {job.cluster.launcher}"
     if job.cluster.launcher == "alone":
         body = fill("alone.sh", refused=REFUSED, preamble=preamble(job), start=_alone(job))
