@@ -49,20 +49,20 @@ def relabel(listing: Listing, *, class_map: Path, source: str) -> Listing:
     rows, where = _rows(class_map), f"--class-map = {class_map}"
     if not rows:
         raise ValueError(f"{where} is empty")
-    if all(len(row) == 1 for row in rows) and " " not in rows[0][0].strip():
-        labels = [row[0] for row in rows]
-        if len(labels) == len(listing.names) + 1 and labels[0].lower() in _CLASS_COLUMNS:
-            del labels[0]
-        if len(labels) != len(listing.names):
-            raise ValueError(f"{where} has {len(labels)} labels for {len(listing.names)} images")
-        _check_without_names(labels, _keys(listing), where)
-        return _relabelled(listing, checked_classes(labels, where))
-    classes = _classes(listing, _pairs(listing, rows, where, source=source), where)
+    if all(len(row) == 1 for row in rows) and " " not in rows[0][0]:
+        classes = _labels_alone([row[0] for row in rows], listing, where)
+    else:
+        classes = _classes(listing, _pairs(listing, rows, where, source=source), where)
     return _relabelled(listing, checked_classes(classes, where))
 
 
-def _check_without_names(labels: list[str], known: set[str], where: str) -> None:
-    """Raise ValueError where lines of one label each are, or begin with, names of images."""
+def _labels_alone(labels: list[str], listing: Listing, where: str) -> list[str]:
+    """The labels of a file that has one for each image, perhaps below a title, and no names."""
+    if len(labels) == len(listing.names) + 1 and labels[0].lower() in _CLASS_COLUMNS:
+        del labels[0]
+    if len(labels) != len(listing.names):
+        raise ValueError(f"{where} has {len(labels)} labels for {len(listing.names)} images")
+    known = _keys(listing)
     for label in labels:
         name = _MARK.split(label, maxsplit=1)[0].strip()
         if name in known and (name != label or _FILE.search(label)):
@@ -70,6 +70,7 @@ def _check_without_names(labels: list[str], known: set[str], where: str) -> None
                 f"{where}: {label!r} begins with the name of an image: must be NAME CLASS, with a "
                 "space, a tab, a comma or a semicolon between them"
             )
+    return labels
 
 
 def by_prefix(listing: Listing) -> Listing:
