@@ -26,7 +26,7 @@ def text(job: Job) -> str:
         modes, start = render[job.cluster.launcher](job)
         body = fill(
             "hosts.sh",
-            refuse=fill("refuse.sh", refused=REFUSED).rstrip(),
+            refuse=fill("refuse.sh", refused=REFUSED),
             preamble=preamble(job),
             python=quoted([job.cluster.python]),
             modes=modes,
@@ -34,7 +34,7 @@ def text(job: Job) -> str:
             stop=quoted([stop_file(job.run)]),
             start=start,
         )
-    return f"#!/bin/bash\n# {what}.\n{body.rstrip()}\n"
+    return f"#!/bin/bash\n# {what}.\n{body}\n"
 
 
 def _rank_modes(job: Job) -> str:
@@ -50,9 +50,9 @@ def _before(job: Job) -> str:
     if launcher == "mpirun":
         return "need mpiexec" if job.cluster.mpi == "mpich" else "need mpirun"
     hosts = f"hosts=({quoted(job.cluster.hosts)})"
-    reach = fill("reach.sh", command=quoted([quoted(["bash", job.script, "try"])])).rstrip()
+    reach = fill("reach.sh", command=quoted([quoted(["bash", job.script, "try"])]))
     if launcher == "torchrun":
-        return f"{hosts}\nneed ssh\n{reach}\n{fill('clocks.sh').rstrip()}"
+        return f"{hosts}\nneed ssh\n{reach}\n{fill('clocks.sh')}"
     if "--launcher" in options or "--no_ssh_check" in options:
         return ""  # by other means than ssh and pdsh, perhaps
     return f"{hosts}\nneed ssh pdsh\n{reach}"
@@ -130,7 +130,7 @@ def _torchrun(job: Job) -> tuple[str, str]:
     )
     again = quoted([quoted(["bash", job.script, "node"])])
     begin = f'begin ssh {_ALIVE} "$host" {again}" ${{host#*@}}"'
-    return node.rstrip(), f'for host in "${{hosts[@]}}"; do\n  {begin}\ndone\nfinish'
+    return node, f'for host in "${{hosts[@]}}"; do\n  {begin}\ndone\nfinish'
 
 
 def _alone(job: Job) -> str:

@@ -40,15 +40,15 @@ def manifest(job: Job) -> str:
     }
     if site.kind == "TrainJob":
         pod = textwrap.indent(_pod(job, site, container="node"), " " * 18)
-        return fill("kubernetes-trainjob.yaml", **facts, pod=pod.rstrip())
+        return fill("kubernetes-trainjob.yaml", **facts, pod=pod) + "\n"
     pod = textwrap.indent(_pod(job, site, container="pytorch"), " " * 10)
     roles = {"Master": 1, "Worker": job.nodes - 1}
     replicas = [
-        fill("kubernetes-role.yaml", role=role, count=count, pod=pod.rstrip()).rstrip()
+        fill("kubernetes-role.yaml", role=role, count=count, pod=pod)
         for role, count in roles.items()
         if count
     ]
-    return fill("kubernetes.yaml", **facts, replicas="\n".join(replicas))
+    return fill("kubernetes.yaml", **facts, replicas="\n".join(replicas)) + "\n"
 
 
 def _pod_name(job: Job) -> str:

@@ -23,8 +23,8 @@ def command(*words: object) -> str:
 
 
 def fill(template: str, **values: object) -> str:
-    """A file of `templates/` with its @name@ marks filled in."""
-    text = (_TEMPLATES / template).read_text()
+    """A file of `templates/` with its @name@ marks filled in, without the newline at its end."""
+    text = (_TEMPLATES / template).read_text().rstrip()
     return re.sub(r"@([a-z]+)@", lambda mark: str(values[mark[1]]), text)
 
 

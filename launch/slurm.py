@@ -27,7 +27,7 @@ def text(job: Job) -> str:
     check = ""
     if job.check:
         srun = _srun(job, python, *job.check_words)
-        check = fill("slurm-check.sh", srun=srun, refused=REFUSED)
+        check = fill("slurm-check.sh", srun=srun, refused=REFUSED) + "\n"
     body = fill(
         "slurm.sh",
         name=job.name,
@@ -46,7 +46,7 @@ def text(job: Job) -> str:
         kept=" | ".join(kept(header)),
         busy=" | ".join(f'*"{words}"*' for words in BUSY),
     )
-    return f"{header}\n{body}"
+    return f"{header}\n{body}\n"
 
 
 def directory_of(jobs: Sequence[Job]) -> Path:
