@@ -250,10 +250,9 @@ def _written(file: Path) -> float:
         return 0.0
 
 
-def last_checkpoint(run: Path, *, now: float | None = None) -> str | None:
-    """Such as "000000012800, 3 min ago"; None when there is none. `now` is the present if given."""
+def last_checkpoint(run: Path, *, now: float) -> str | None:
+    """Such as "000000012800, 3 min ago"; None when there is none."""
     images, written = _checkpoint(run)
-    now = time.time() if now is None else now
     return f"{images:012d}, {duration(now - written)} ago" if written else None
 
 

@@ -47,10 +47,10 @@ class Listing:
             if not 0 <= label < count:
                 wanted = f"below {count}, which is all class names"
                 if label < 0:
-                    count = sum(label < 0 for label in self.labels)
+                    negative = sum(label < 0 for label in self.labels)
                     wanted = (
-                        f"at least 0; those of {count} of {len(self.labels)} images are not, as in "
-                        "a test set without labels: leave these out, or add --class-map"
+                        f"at least 0; those of {negative} of {len(self.labels)} images are not, as "
+                        "in a test set without labels: leave these out, or add --class-map"
                     )
                 name = self.names[self.labels.index(label)]
                 raise ValueError(f"{where}: {name} has the label {label}: must be {wanted}")
@@ -148,14 +148,11 @@ def warn_of_empty_classes(
     """Say which classes have no image: 0 where numbers count from 1, or those of other files."""
     empty = [classes[label] for label in sorted({*range(len(classes))} - {*labels})]
     if 0 < len(empty) < len(classes):
-        is_number = empty[0].isdecimal()
-        hint = (
-            "; numbers are labels from 0: data.pack --class-map gives others" if is_number else ""
-        )
+        hint = "; numbers are labels from 0: data.pack --class-map gives others"
         print(
             f"SOURCE = {source}: {len(empty)} of {len(classes)} classes have no image "
             f"({first_of(empty)}): a network never learns them, and draws them where --classes "
-            f"is absent{hint}",
+            f"is absent{hint if empty[0].isdecimal() else ''}",
             file=sys.stderr,
         )
 

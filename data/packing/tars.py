@@ -213,11 +213,10 @@ def _target(link: tarfile.TarInfo) -> str:
 
 
 def _sample(path: Path, file: BinaryIO, by_suffix: dict[str, tarfile.TarInfo]) -> TarSample | None:
-    usual, any_kind = (
-        [by_suffix[s] for s in by_suffix if s.split(".")[-1] in suffixes]
-        for suffixes in (USUAL_SUFFIXES, IMAGE_SUFFIXES)
-    )
-    images = usual or any_kind
+    def among(suffixes: tuple[str, ...]) -> list[tarfile.TarInfo]:
+        return [info for name, info in by_suffix.items() if name.rpartition(".")[2] in suffixes]
+
+    images = among(USUAL_SUFFIXES) or among(IMAGE_SUFFIXES)
     if not images:
         return None
     if len(images) > 1:
