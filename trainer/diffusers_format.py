@@ -243,6 +243,7 @@ def scheduler(config: Config) -> dict[str, Any]:
     """The options of diffusers' DDPMScheduler that step as our ancestral sampler does."""
     diffusion = config.diffusion
     schedules = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+    predictions = {"eps": "epsilon", "x0": "sample"}
     learned = diffusion.variance == "learned"
     # The reference scales the linear betas of fewer steps.
     scale = 1000 / diffusion.steps
@@ -253,7 +254,7 @@ def scheduler(config: Config) -> dict[str, Any]:
         "beta_start": 0.0001 * scale,
         "beta_end": 0.02 * scale,
         "variance_type": "learned_range" if learned else diffusion.variance,
-        "prediction_type": "epsilon" if diffusion.predict == "eps" else "sample",
+        "prediction_type": predictions[diffusion.predict],
         "clip_sample": True,
         "timestep_spacing": "linspace",
         "steps_offset": 0,

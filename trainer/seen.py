@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.adm.timesteps import TimestepSampler, UniformTimesteps
+from trainer.adm.timesteps import TimestepSampler
 
 #: Micro-batches: image indices (B,), and terms per image (B,) by name.
 Seen = Sequence[tuple[Tensor, Mapping[str, Tensor]]]
@@ -18,8 +18,8 @@ def mean_loss(seen: Seen) -> Tensor:
 
 
 def learn_timesteps(sampler: TimestepSampler, seen: Seen) -> None:
-    """Show an adaptive sampler the losses of all ranks, in the images' own order."""
-    if isinstance(sampler, UniformTimesteps):
+    """Show a sampler that learns the losses of all ranks, in the images' own order."""
+    if not sampler.learns:
         return
     columns = [
         torch.cat([indices.double() for indices, _ in seen]),

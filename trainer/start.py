@@ -15,7 +15,7 @@ from data.samples import crop_remark
 from data.stream import Stream, cpu_remark
 from trainer import classes, weights
 from trainer.adm.config import ClassifierConfig
-from trainer.adm.objective import Classify, Denoise
+from trainer.adm.objective import Classify, Denoise, Objective
 from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
 from trainer.adm.unet import build
 from trainer.config.experiment import Config
@@ -42,7 +42,7 @@ class Parts:
     run: Run
     world: World
     engine: Engine
-    objective: Denoise | Classify
+    objective: Objective
     guards: Guards
     #: Its identity makes the order of the data; kept in checkpoints, and checked on resume.
     stream: Stream
@@ -132,7 +132,7 @@ def begin(
     initial: Initial | None,
     context: RankContext,
     log: Callable[[str], None],
-) -> tuple[Engine, Denoise | Classify, Guards]:
+) -> tuple[Engine, Objective, Guards]:
     """The engine, the objective and the guards where the run begins.
 
     The weights come from 1. the run's own checkpoint, 2. `--init`, 3. the seed. The main rank alone
@@ -162,7 +162,7 @@ def begin(
 
 
 def _restore(
-    found: Checkpoint, kinds: Sequence[str], *, engine: Engine, objective: Denoise | Classify
+    found: Checkpoint, kinds: Sequence[str], *, engine: Engine, objective: Objective
 ) -> None:
     for kind in kinds:
         # Mapped: a rank reads no more than its part of each tensor.
@@ -280,16 +280,15 @@ def describe(config: Config, engine: Engine, *, world: World, shards: Dataset) -
     )
 
 
-def build_objective(config: Config) -> Denoise | Classify:
+def build_objective(config: Config) -> Objective:
     """The objective of a config: noising, loss and weighting."""
     seed, model = config.training.seed, config.model
     if isinstance(model, ClassifierConfig):
         return Classify(config.diffusion, seed=seed)
-    adaptive = config.training.timesteps == "loss-second-moment"
-    sampler = LossSecondMoment if adaptive else UniformTimesteps
+    samplers = {"uniform": UniformTimesteps, "loss-second-moment": LossSecondMoment}
     return Denoise(
         config.diffusion,
-        timesteps=sampler(config.diffusion.steps, seed=seed),
+        timesteps=samplers[config.training.timesteps](config.diffusion.steps, seed=seed),
         seed=seed,
         class_conditional=model.num_classes is not None,
         small_size=model.small_size,

@@ -22,7 +22,7 @@ from data.stream import Stream, open_stream, to_device
 from data.version import version
 from trainer import classes, common, profiling, start
 from trainer import initial as initials
-from trainer.adm.objective import Classify, Denoise
+from trainer.adm.objective import Objective
 from trainer.config import ds_config as ds_configs
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
@@ -201,7 +201,7 @@ def _loop(
     plan: TrainingPlan,
     context: RankContext,
     *,
-    begun: tuple[Engine, Denoise | Classify, Guards],
+    begun: tuple[Engine, Objective, Guards],
     images_seen: int,
 ) -> int:
     """Train from the clock `images_seen`; returns the exit status."""

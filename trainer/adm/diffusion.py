@@ -8,6 +8,7 @@ which may be respaced; nets always see the timestep of the full one, `original(t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Diffusion:
     """
 
     def __init__(self, config: DiffusionConfig, *, respacing: str | None = None) -> None:
-        full = _linear_betas if config.schedule == "linear" else _cosine_betas
+        full = _SCHEDULES[config.schedule]
         kept = kept_timesteps(config.steps, respacing)
         self.config = config
         self.steps = len(kept)
@@ -71,10 +72,28 @@ class Diffusion:
         """The noise (B, C, H, W) that made x_t of image x0, at steps t (B,)."""
         return (self.at("sqrt_recip", t) * x_t - x0) / self.at("sqrt_recip_minus_one", t)
 
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the net learns to predict (B, C, H, W), of images x0 noised to steps t (B,)."""
+        predict = self.config.predict
+        if predict == "eps":
+            return noise
+        if predict == "x0":
+            return x0
+        assert_never(predict)
+
+    def _image(self, value: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The image (B, C, H, W) that a prediction means: x0, if `value` is the `target`."""
+        predict = self.config.predict
+        if predict == "eps":
+            return self.x0_from_eps(x_t, t, value)
+        if predict == "x0":
+            return value
+        assert_never(predict)
+
     def p_mean_variance(self, out: Tensor, x_t: Tensor, t: Tensor, *, clip: bool) -> Prediction:
         """What a net's output (B, 3 or 6, H, W) says of x_{t-1}; `clip` keeps x0 in [-1, 1]."""
         value, log_variance = self._read(out, t)
-        x0 = value if self.config.predict == "x0" else self.x0_from_eps(x_t, t, value)
+        x0 = self._image(value, x_t, t)
         x0 = x0.clamp(-1, 1) if clip else x0
         return Prediction(
             mean=self.q_posterior_mean(x0, x_t, t),
@@ -92,8 +111,8 @@ class Diffusion:
         """
         loss, terms = self.config.loss, {}
         if not loss.startswith("vlb"):
-            target = x0 if self.config.predict == "x0" else noise
-            terms["mse"] = likelihood.mean_flat((target - out[:, :3]).square())
+            error = self.target(x0, noise, t) - out[:, :3]
+            terms["mse"] = likelihood.mean_flat(error.square())
         if loss != "simple":
             # The learned variance must not pull at the mean in a hybrid loss.
             seen = (
@@ -178,6 +197,9 @@ def _cosine_betas(steps: int) -> Tensor:
     times = torch.arange(steps + 1, dtype=torch.float64) / steps
     alpha_bar = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+_SCHEDULES = {"linear": _linear_betas, "cosine": _cosine_betas}
 
 
 def _respaced_betas(betas: Tensor, kept: list[int]) -> Tensor:

@@ -5,6 +5,7 @@ An objective owns noising and weighting; the loop never sees a schedule. All dra
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,19 @@ from trainer.adm import keyed
 from trainer.adm.config import NO_LABEL, DiffusionConfig
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.timesteps import TimestepSampler, UniformTimesteps
+
+
+class Objective(Protocol):
+    """What a run minimises."""
+
+    #: How timesteps are drawn; a checkpoint keeps its state.
+    timesteps: TimestepSampler
+
+    def __call__(
+        self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, indices: Tensor
+    ) -> dict[str, Tensor]:
+        """A batch's terms per image (B,): "loss", which is minimised, "t" and what is shown."""
+        ...
 
 
 class Denoise:
@@ -72,7 +86,8 @@ class Classify:
 
     def __init__(self, config: DiffusionConfig, *, seed: int) -> None:
         self.diffusion = Diffusion(config)
-        self.timesteps, self.seed = UniformTimesteps(config.steps, seed=seed), seed
+        self.timesteps: TimestepSampler = UniformTimesteps(config.steps, seed=seed)
+        self.seed = seed
 
     def __call__(
         self, net: Callable[..., Tensor], images: Tensor, labels: Tensor, indices: Tensor

@@ -16,6 +16,9 @@ from trainer.adm import keyed
 class TimestepSampler(Protocol):
     """Draws timesteps, and may learn from their losses."""
 
+    #: Whether it needs `update`, for which the losses of all ranks are gathered after every step.
+    learns: bool
+
     def draw(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Image indices int64 (B,) -> timesteps int64 (B,), and float32 weights (B,) of losses."""
         ...
@@ -35,6 +38,8 @@ class TimestepSampler(Protocol):
 
 class UniformTimesteps:
     """Every timestep as often as any other."""
+
+    learns = False
 
     def __init__(self, steps: int, *, seed: int) -> None:
         self.steps, self.seed = steps, seed
@@ -64,6 +69,8 @@ class LossSecondMoment:
     stays that of uniform draws. Uniform until every timestep has `history` losses; afterwards
     `uniform_share` of the probability is still spread evenly.
     """
+
+    learns = True
 
     def __init__(
         self, steps: int, *, seed: int, history: int = 10, uniform_share: float = 0.001

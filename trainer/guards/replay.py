@@ -5,7 +5,7 @@ A replay leaves neither gradients nor anything else behind; it is known by its f
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from data.stream import Batch
+from trainer.adm.objective import Objective
 from trainer.engine.partition import checksum
 
-#: From a network and a batch (images, labels, indices) to its terms, as an objective of `adm`.
-Objective = Callable[..., Mapping[str, Tensor]]
 # What replays may differ in where sums have no fixed order: a share of a gradient's norm.
 _BOUNDS = {torch.float32: 0.01, torch.bfloat16: 0.1, torch.float16: 0.1}
 # Gradients of less than this share of the whole gradient are compared as if they were of this size.
