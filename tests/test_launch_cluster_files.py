@@ -1,5 +1,6 @@
 """Cluster files: what is wrong in one is refused in one line, and what is read from it."""
 
+import dataclasses
 import math
 import pwd
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch import cluster as clusters
+from launch import records
 from launch.cluster import Cluster, Slurm
+from tests.test_launch_texts import big_job
 
 
 @pytest.mark.parametrize(
@@ -137,3 +140,25 @@ def test_a_time_limit_is_read_as_slurm_reads_it(time: str, seconds: float) -> No
 def test_a_time_limit_of_a_minute_is_enough_where_little_is_kept_to_save() -> None:
     site = Cluster(slurm=Slurm(time="1"), seconds_to_save=25)
     assert site.slurm.limit() == 60
+
+
+@pytest.mark.parametrize(
+    ("site", "section"),
+    [("slurm", "slurm"), ("slurm-pyxis", "container"), ("kubernetes", "kubernetes")],
+)
+def test_each_setting_of_a_section_changes_the_text(site: str, section: str) -> None:
+    others = {
+        "time": "2:00:00", "cpus_per_task": 7, "gpus_flag": "gpus-per-node", "requeue": False,
+        "options": ("--nice",), "kind": {"container": "apptainer"}.get(section, "TrainJob"),
+        "mounts": ("/a:/b",), "resources": {"memory": "1Gi"}, "tolerations": ("a",), "restarts": 3,
+        "mount": "/",
+    }  # fmt: skip
+    job = big_job(site)
+    now = getattr(job.cluster, section)
+    for field in dataclasses.fields(now):
+        other = dataclasses.replace(now, **{field.name: others.get(field.name, "other")})
+        assert getattr(other, field.name) != getattr(now, field.name)
+        cluster = dataclasses.replace(job.cluster, **{section: other})
+        text = records.text(dataclasses.replace(job, cluster=cluster))
+        is_told = text != records.text(job)
+        assert is_told, f"{section}.{field.name} is left out"
