@@ -125,7 +125,11 @@ class Stream:
         Raises:
             ValueError: an image is damaged; and as `batches`.
         """
-        requests = _single_pass(self.shards.count, micro_batch_size, rank, ranks)
+        mine = range(rank, self.shards.count, ranks)
+        requests = (
+            BatchRequest(mine[first : first + micro_batch_size], once=True)
+            for first in range(0, -(-self.shards.count // ranks), micro_batch_size)
+        )
         return self._load(requests, micro_batch_size=micro_batch_size, pin=False)
 
     def parts(
@@ -248,11 +252,3 @@ def _training_requests(
         for i in range(0, len(mine), micro_batch_size):
             yield BatchRequest(mine[i : i + micro_batch_size], once=False)
         images_seen += batch_size
-
-
-def _single_pass(
-    count: int, micro_batch_size: int, rank: int, ranks: int
-) -> Iterator[BatchRequest]:
-    mine = range(rank, count, ranks)
-    for i in range(0, -(-count // ranks), micro_batch_size):
-        yield BatchRequest(mine[i : i + micro_batch_size], once=True)

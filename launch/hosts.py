@@ -59,22 +59,17 @@ def _before(job: Job) -> str:
 
 
 def _mpirun(job: Job) -> tuple[str, str]:
-    begin = command("begin", *(_mpich(job) if job.cluster.mpi == "mpich" else _openmpi(job)))
+    gpus, hosts = job.gpus_per_node, job.cluster.hosts
+    start: list[object]
+    if job.cluster.mpi == "mpich":
+        start = ["mpiexec", "-n", job.ranks, "-ppn", gpus, "-hosts", ",".join(hosts)]
+    else:
+        start = ["mpirun", "-np", job.ranks, "--host", ",".join(f"{host}:{gpus}" for host in hosts)]
+        start += ["--map-by", f"ppr:{gpus}:node", "--bind-to", "none", "-x", "PATH"]
+    begin = command("begin", *start, *job.cluster.options)
     modes = ["check", "rank"] if job.check else ["rank"]
     starts = [f"{begin} bash {quoted([job.script])} {mode} && finish" for mode in modes]
     return _rank_modes(job), " &&\n".join(starts)
-
-
-def _openmpi(job: Job) -> list[object]:
-    gpus = job.gpus_per_node
-    slots = ",".join(f"{host}:{gpus}" for host in job.cluster.hosts)
-    placement = ["--host", slots, "--map-by", f"ppr:{gpus}:node", "--bind-to", "none"]
-    return ["mpirun", "-np", job.ranks, *placement, "-x", "PATH", *job.cluster.options]
-
-
-def _mpich(job: Job) -> list[object]:
-    placement = ["-ppn", job.gpus_per_node, "-hosts", ",".join(job.cluster.hosts)]
-    return ["mpiexec", "-n", job.ranks, *placement, *job.cluster.options]
 
 
 def _deepspeed(job: Job) -> tuple[str, str]:
