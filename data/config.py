@@ -145,17 +145,10 @@ class DataConfig(FetchConfig):
         check(self.workers >= 0, "data.workers", self.workers, "at least 0 (decode in the trainer)")
         check(self.crop in ("center", "random"), "data.crop", self.crop, '"center" or "random"')
         check(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "a share between 0 and 1")
-        check(
-            len(self.mix_shares) == len(self.mix),
-            "data.mix_shares",
-            list(self.mix_shares),
-            f"one share for each of the {len(self.mix)} datasets of data.mix",
-        )
-        above_0 = all(share > 0 for share in self.mix_shares)
-        check(
-            # Rounded, since 0.7 + 0.2 + 0.1 is less than 1 in floating point.
-            above_0 and round(sum(self.mix_shares), 9) < 1,
-            "data.mix_shares",
-            list(self.mix_shares),
-            "above 0, and below 1 together: the rest is the share of data.shards",
-        )
+        shares = list(self.mix_shares)
+        each = f"one share for each of the {len(self.mix)} datasets of data.mix"
+        check(len(shares) == len(self.mix), "data.mix_shares", shares, each)
+        # Rounded, since 0.7 + 0.2 + 0.1 is less than 1 in floating point.
+        are_shares = all(share > 0 for share in shares) and round(sum(shares), 9) < 1
+        together = "above 0, and below 1 together: the rest is the share of data.shards"
+        check(are_shares, "data.mix_shares", shares, together)

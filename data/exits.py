@@ -47,9 +47,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         open_streams()
-        stdout = sys.stdout
-        if isinstance(stdout, io.TextIOWrapper) and (errors := errors_for(stdout)) != stdout.errors:
-            stdout.reconfigure(errors=errors)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=errors_for(sys.stdout))
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self.register("type", Path, lambda text: Path(path_text(text)))
         self.add_argument(

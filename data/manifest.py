@@ -50,12 +50,9 @@ class Shard:
         is_size = type(self.bytes) is int and 0 <= self.bytes <= _MAX_BYTES
         check(is_size, "bytes", self.bytes, f"from 0 to {_MAX_BYTES}")
         most = self.bytes // HEADER
-        check(
-            type(self.samples) is int and 0 <= self.samples <= most,
-            "samples",
-            self.samples,
-            f"from 0 to {most}, the most that a tar of {self.bytes} bytes can hold",
-        )
+        is_count = type(self.samples) is int and 0 <= self.samples <= most
+        expected = f"from 0 to {most}, the most that a tar of {self.bytes} bytes can hold"
+        check(is_count, "samples", self.samples, expected)
 
     @property
     def tar(self) -> str:
@@ -85,12 +82,8 @@ class Manifest:
 
 def check_name(name: object) -> None:
     """Raise ValueError unless a shard may have this name."""
-    check(
-        isinstance(name, str) and bool(_NAME.fullmatch(name)),
-        "name",
-        name,
-        "letters, digits, '_', '-' and '.', and begin with a letter, a digit or '_'",
-    )
+    expected = "letters, digits, '_', '-' and '.', and begin with a letter, a digit or '_'"
+    check(isinstance(name, str) and bool(_NAME.fullmatch(name)), "name", name, expected)
 
 
 def manifest_text(

@@ -42,12 +42,8 @@ def sample(argv: Sequence[str]) -> int:
     """`python -m launch sample ...`: submit trainer.sample, or start it from here."""
     arguments, words = options.sample().parse_known_args(argv)
     out = Path(arguments.out)
-    check(
-        out.name not in ("", ".."),
-        "--out",
-        arguments.out,
-        "a file FILE.npz, or a directory with a name",
-    )
+    expected = "a file FILE.npz, or a directory with a name"
+    check(out.name not in ("", ".."), "--out", arguments.out, expected)
     directory = out.with_suffix("") if out.suffix == ".npz" else out
     words = [*words, "--out", arguments.out]
     run = directory.with_name(f"{directory.name}.job").absolute()
