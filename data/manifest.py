@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from data import files
 from data.config import check, naming
 from data.tars import HEADER
 
@@ -63,6 +64,11 @@ class Shard:
     def index(self) -> str:
         """The file name of the index."""
         return f"{self.name}.idx.npy"
+
+    def is_intact(self, directory: Path) -> bool:
+        """Whether both files in a directory have these checksums; OSError where one is missing."""
+        found = files.sha256(directory / self.tar), files.sha256(directory / self.index)
+        return found == (self.sha256, self.index_sha256)
 
 
 @dataclass(frozen=True, kw_only=True)

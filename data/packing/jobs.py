@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -246,15 +247,9 @@ def _finished(out: Path, record: Path) -> Made | None:
     saved = {each.name: saved[each.name] for each in fields(Made) if each.name in saved}
     lists = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
     made = Made(**{**saved, **lists, "shard": Shard(**saved["shard"])})
-    if made.unreadable:
-        return None
-    for name, sha256 in (
-        (made.shard.tar, made.shard.sha256),
-        (made.shard.index, made.shard.index_sha256),
-    ):
-        if not (out / name).exists() or files.sha256(out / name) != sha256:
-            return None
-    return made
+    with suppress(FileNotFoundError):
+        return made if not made.unreadable and made.shard.is_intact(out) else None
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,6 @@ The images are PNG, exactly as drawn. An upsampler can enlarge such a directory,
 be trained on it.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -66,8 +65,7 @@ class ShardOutput(Output):
             index = parse_index(content, samples=len(labels), where=self._shards / shard.index)
             if not np.array_equal(index["label"], labels):
                 return "its labels are not those of the request"
-            found = files.sha256(self._shards / shard.tar), hashlib.sha256(content).hexdigest()
-            if found != (shard.sha256, shard.index_sha256):
+            if not shard.is_intact(self._shards):
                 return "its shard has another checksum"
         except (OSError, ValueError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
