@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from data import files
 
+#: The optimizer's state as checkpoints have it, a file of each, and its keys in the optimizer.
+MOMENTS = {"adam-m": "exp_avg", "adam-v": "exp_avg_sq"}
 # The entry of a safetensors header that holds the metadata.
 _METADATA = "__metadata__"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -144,7 +146,7 @@ def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
     """Raise ValueError where a checkpoint's file holds other tensors than weights."""
     # Files of version 0.1 say in their metadata only that they are a checkpoint's.
     kind = metadata.get("kind", path.stem if "images" in metadata else "model")
-    if kind.startswith("adam"):
+    if kind.startswith(tuple(MOMENTS)):
         raise ValueError(
             f"{path} holds {kind}, a state of the optimizer: give an ema-* file, or model"
         )

@@ -34,18 +34,17 @@ from trainer.engine.gate import Gate, Judge, LossScale, StepReport
 from trainer.engine.partition import Partition
 from trainer.ranks.faults import Refused
 from trainer.ranks.group import all_come
-from trainer.weights import materialize
+from trainer.weights import MOMENTS, materialize
 
 _REFUSALS = (ValueError, AssertionError, ImportError, DeepSpeedConfigError, ZeRORuntimeException)
-# The kinds of state: weights and Adam's two moments; one more for each average.
-WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "model", "adam-m", "adam-v"
-# Their keys in the optimizer; the averages' are the kinds themselves.
-_STATE_KEYS = {WEIGHTS: None, FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
+WEIGHTS = "model"
+# The keys of kinds of state in the optimizer; the averages' are the kinds themselves.
+_STATE_KEYS = {WEIGHTS: None, **MOMENTS}
 
 
 def kinds(training: TrainingConfig) -> tuple[str, ...]:
     """The kinds of fp32 state of a run: each is a file of its checkpoints."""
-    return (WEIGHTS, *averages.kept(training), FIRST_MOMENT, SECOND_MOMENT)
+    return (WEIGHTS, *averages.kept(training), *MOMENTS)
 
 
 class Engine:
@@ -66,20 +65,19 @@ class Engine:
         start: Mapping[str, Tensor] | None,
     ) -> None:
         # Of DeepSpeed's own calls; in stage 3 every micro-batch of every rank would show them.
-        deprecated = ".*(all_gather_into_tensor|reduce_scatter_tensor)"
-        warnings.filterwarnings("ignore", deprecated, category=FutureWarning)
+        deprecated = ".*(all_gather_into|reduce_scatter)_tensor"
+        warnings.filterwarnings("ignore", deprecated, FutureWarning)
         training = config.training
         self.device = device
         self.averages = averages.kept(training)
         self.kinds = kinds(training)
-        self.updates = 0
+        self.updates = self.skipped = 0
         #: The clock at the last update of the weights; 0 before the first.
         self.updated_at = 0
         #: Spans of the clock that rollbacks passed over, from the last update that counts.
         self.gaps: list[tuple[int, int]] = []
         # The clock after the step that is under way.
         self._now = 0
-        self.skipped = 0
         self._shapes = {name: p.shape for name, p in net.named_parameters()}
         #: The network's parameters, in its own order, and how many numbers are learned.
         self.names = tuple(self._shapes)
@@ -202,6 +200,9 @@ class Engine:
 
     def scalars(self) -> dict[str, Any]:
         """The state that is not a tensor, for a checkpoint."""
+        for state in self._base.state.values():
+            left_out = state.keys() - {"step", *MOMENTS.values(), *self.averages}
+            assert not left_out, f"no checkpoint keeps the optimizer's {left_out}: see MOMENTS"
         return {
             "updates": self.updates,
             "updated_at": self.updated_at,
@@ -233,8 +234,7 @@ class Engine:
             self._base.state[partition] = {
                 # A fused AdamW counts its steps on the device.
                 "step": torch.zeros((), dtype=torch.float32, device=partition.device),
-                "exp_avg": torch.zeros_like(partition),
-                "exp_avg_sq": torch.zeros_like(partition),
+                **{key: torch.zeros_like(partition) for key in MOMENTS.values()},
                 **{name: partition.detach().clone() for name in self.averages},
             }
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
