@@ -68,6 +68,8 @@ def test_diffusers_computes_what_our_network_does(variant: str) -> None:
     back = diffusers_format.from_diffusers(weights, config=config)
     assert back.keys() == net.state_dict().keys()
     assert all(torch.equal(back[name], value) for name, value in net.state_dict().items())
+    with pytest.raises(AssertionError, match=r"no place in diffusers' network: a\.weight"):
+        diffusers_format.to_diffusers({**net.state_dict(), "a.weight": x}, config=config)
 
 
 @pytest.mark.parametrize(

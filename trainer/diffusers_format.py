@@ -102,17 +102,18 @@ def assert_expressible(config: UNetConfig | ClassifierConfig) -> None:
 
 def to_diffusers(weights: Mapping[str, Tensor], *, config: UNetConfig) -> Weights:
     """Our weights under diffusers' names."""
-    named: Weights = {}
+    left, named = dict(weights), Weights()
     for ours, theirs, kind in _places(config):
         for end in ("weight", "bias"):
-            if f"{ours}.{end}" not in weights:
+            value = left.pop(f"{ours}.{end}", None)
+            if value is None:
                 continue
-            value = weights[f"{ours}.{end}"]
             if kind == "qkv":
                 for letter, part in zip("qkv", _split(value, config=config), strict=True):
                     named[f"{theirs}.to_{letter}.{end}"] = part
             else:
                 named[f"{theirs}.{end}"] = value.squeeze(-1) if kind == "projection" else value
+    assert not left, f"no place in diffusers' network: {', '.join(left)}"
     return named
 
 
