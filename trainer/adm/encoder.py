@@ -22,7 +22,17 @@ from trainer.adm.blocks import (
 from trainer.adm.config import EncoderConfig
 
 
-class Encoder(nn.Module):
+class Network(nn.Module):
+    """What a run trains: called with images (B, 3, H, W), timesteps (B,) and what it is told of
+    the images, by name; its output is fp32, whatever the dtype of its parameters.
+    """
+
+    #: The methods that make up the forward pass, in their order. Compiled each by itself, the
+    #: backward pass hands over the gradients of one before it computes those of the next.
+    parts: tuple[str, ...]
+
+
+class Encoder(Network):
     """The half that both nets share: embedding of t, downward stages, bottom.
 
     The upper half of the levels, with the large maps, has most of the computing; the lower half has
@@ -31,9 +41,6 @@ class Encoder(nn.Module):
 
     #: How maps lie in memory, from the first convolution on.
     layout = torch.channels_last
-    #: The methods that make up the forward pass, in their order. Compiled each by itself, the
-    #: backward pass hands over the gradients of one before it computes those of the next.
-    parts: tuple[str, ...]
 
     def __init__(self, config: EncoderConfig, *, in_channels: int) -> None:
         super().__init__()

@@ -139,9 +139,11 @@ def example_inputs(config: UNetConfig | ClassifierConfig, *, images: int) -> dic
     """Uninitialized inputs of the network for so many images, on the default device."""
     size = config.image_size
     inputs = {"x": torch.empty(images, 3, size, size), "t": torch.empty(images)}
-    if isinstance(config, UNetConfig) and config.num_classes is not None:
+    if isinstance(config, ClassifierConfig):
+        return inputs
+    if config.num_classes is not None:
         inputs["y"] = torch.empty(images, dtype=torch.int64)
-    if isinstance(config, UNetConfig) and config.small_size is not None:
+    if config.small_size is not None:
         inputs["low_res"] = torch.empty(images, 3, config.small_size, config.small_size)
     return inputs
 

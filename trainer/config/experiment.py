@@ -51,7 +51,8 @@ class Config:
         every, timesteps = self.intervals, self.training.timesteps
         dropout, model = self.training.label_dropout, self.model
         check(
-            not dropout or (isinstance(model, UNetConfig) and model.num_classes is not None),
+            not dropout
+            or (not isinstance(model, ClassifierConfig) and model.num_classes is not None),
             "training.label_dropout",
             dropout,
             "0, or absent, but for a denoiser with model.num_classes",

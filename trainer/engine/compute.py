@@ -15,7 +15,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from data.pool import cpus
-from trainer.adm.encoder import Encoder
+from trainer.adm.encoder import Network
 from trainer.adm.norm import use_kernels
 from trainer.config.sections import TrainingConfig
 from trainer.engine import caches
@@ -136,7 +136,7 @@ def compile_forward(
     ranks reduce those of one part while they compute the next. DeepSpeed's hooks around the forward
     pass cannot be compiled, so the network itself is not replaced.
     """
-    assert isinstance(net, Encoder)
+    assert isinstance(net, Network)
     options = _inductor_options() if backend == "inductor" else None
     for name in net.parts:
         part = torch.compile(

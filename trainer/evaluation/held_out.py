@@ -26,7 +26,7 @@ from data.progress import Progress
 from data.stream import Batch
 from trainer import classes, common
 from trainer.adm import keyed
-from trainer.adm.config import UNetConfig, check
+from trainer.adm.config import ClassifierConfig, check
 from trainer.adm.diffusion import Diffusion, bits_per_dimension
 from trainer.adm.objective import Classify, low_resolution, to_range
 from trainer.adm.respacing import kept_timesteps
@@ -208,7 +208,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 def _find(arguments: argparse.Namespace) -> TrainedNetwork:
     command = arguments.command
     network = TrainedNetwork.find(arguments.run, preset=arguments.preset, decay=arguments.ema)
-    is_net = isinstance(network.config.model, UNetConfig)
+    is_net = not isinstance(network.config.model, ClassifierConfig)
     if is_net is not (command == "nll"):
         other, kind = ("classifier", "classifier") if not is_net else ("nll", "diffusion model")
         raise ValueError(f"{network.name} is a {kind}: use `{other}` instead of `{command}`")

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.adm.config import GROUPS, ClassifierConfig, UNetConfig
-from trainer.adm.encoder import Encoder
+from trainer.adm.encoder import Network
 from trainer.adm.norm import GroupNorm
 from trainer.adm.unet import build, example_inputs
 from trainer.config.experiment import Config
@@ -146,7 +146,7 @@ def _saved_bytes(net: torch.nn.Module, inputs: Mapping[str, Tensor]) -> int:
     return sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
 
 
-def _parts(net: Encoder, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+def _parts(net: Network, inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
     """The operations, and the number of parameters, of each part of a network's forward pass.
 
     The network's methods are replaced to count them, so that it is of no use afterwards.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from data.config import is_local
 from data.dataset import class_names
 from trainer import classes
-from trainer.adm.config import ClassifierConfig, UNetConfig
+from trainer.adm.config import ClassifierConfig
 from trainer.config import experiment as configs
 from trainer.networks import TrainedNetwork
 
@@ -62,7 +62,7 @@ class SampleInputs:
     def _check(self) -> None:
         """Raise ValueError unless the networks fit each other."""
         source = self.denoiser
-        if not isinstance(source.config.model, UNetConfig):
+        if isinstance(source.config.model, ClassifierConfig):
             raise ValueError(f"{source.file} is a classifier; give it as --classifier")
         if self.classifier is not None:
             check_guide(self.classifier, network=source)
@@ -120,7 +120,7 @@ def check_upsampler(
 ) -> None:
     """Raise ValueError unless `upsampler` can enlarge what `base` draws in `classes` classes."""
     model, size = upsampler.config.model, base.config.model.image_size
-    if not isinstance(model, UNetConfig) or model.small_size is None:
+    if isinstance(model, ClassifierConfig) or model.small_size is None:
         raise ValueError(f"{upsampler.file} is no upsampler: --upsampler needs one")
     if model.small_size != size:
         raise ValueError(

@@ -52,9 +52,10 @@ class Board:
         if self._tensorboard.is_old:
             self._show_again(earlier)
         project = config.board.wandb
-        self._wandb: WandB | None = None
+        #: Those beside TensorBoard.
+        self._others: list[WandB] = []
         if project:
-            self._wandb = WandB(self._path, project=project, config=text, log=run.log)
+            self._others.append(WandB(self._path, project=project, config=text, log=run.log))
         goodput.append(self._path, goodput.row("training", images=images_seen))
         self._timeline = goodput.read(self._path)
         self._found: Goodput | None = None
@@ -64,8 +65,8 @@ class Board:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._wandb is not None:
-            self._wandb.close()
+        for board in self._others:
+            board.close()
 
     def report(self, values: Mapping[str, float], *, images_seen: int, slow: str) -> None:
         """Add one row of metrics. `slow` names the slow ranks.
@@ -95,8 +96,8 @@ class Board:
 
     def _scalars(self, values: Mapping[str, float], *, images_seen: int) -> None:
         self._show(partial(self._tensorboard.scalars, values, images_seen=images_seen))
-        if self._wandb is not None:
-            self._wandb.scalars(values, images_seen=images_seen)
+        for board in self._others:
+            board.scalars(values, images_seen=images_seen)
 
     def _show(self, act: Callable[..., None]) -> None:
         """Let TensorBoard show something, as of now, when the disk takes it."""
@@ -110,8 +111,8 @@ class Board:
     def picture(self, name: str, picture: Tensor, *, images_seen: int) -> None:
         """Show uint8 (3, H, W)."""
         self._show(partial(self._tensorboard.picture, name, picture, images_seen=images_seen))
-        if self._wandb is not None:
-            self._wandb.picture(name, picture, images_seen=images_seen)
+        for board in self._others:
+            board.picture(name, picture, images_seen=images_seen)
 
     def rest(self, spent: Mapping[str, float], *, images_seen: int) -> None:
         """Add to the timeline what a start has measured since its last report."""
