@@ -145,7 +145,7 @@ def again(begun: Begun, *, out: Path, source: Source) -> Begun:
     missing = left_out_of(out)
     fresh = stamps_of(source, [name for missed in missing.values() for name in missed])
     for holder, stamp in fresh.items():
-        if source.holds_many and begun.stamps.get(holder) not in (None, stamp):
+        if source.files and begun.stamps.get(holder) not in (None, stamp):
             raise ValueError(f"{holder} was changed since the packing began: choose another OUT")
     begun = replace(begun, stamps={**begun.stamps, **fresh})
     # In this order: killed in between, the next start with --again finds the same images.

@@ -34,13 +34,11 @@ Stamp = tuple[int, int]
 class Source(ABC):
     """A place that images can be listed and read from."""
 
-    #: Whether one file holds many images.
-    holds_many = True
     #: Whether images have file names, from which classes can be taken.
     has_names = False
     #: The directory of all files. Absent: there are no files.
     root: Path | None = None
-    #: The files that hold all images, where they are known before listing.
+    #: The files that hold many images each; none where each image is a file.
     files: Sequence[Path] = ()
 
     @abstractmethod
@@ -90,7 +88,6 @@ def unpacked_name(path: Path) -> str:
 class Folder(Source):
     """Image files in a directory tree; the class is the first directory's name."""
 
-    holds_many = False
     has_names = True
 
     def __init__(self, root: Path) -> None:
