@@ -44,6 +44,7 @@ class StoredImages:
 
     def __init__(self, shards: Shards, *, config: FetchConfig, sharers: int = 1) -> None:
         self._shards, self._where = shards, shards.where
+        self._tars = [shard.tar for shard in shards.shards]
         # With a cache, a directory is read like a server: it may be a network mount.
         self._local = is_local(shards.root) and config.cache is None
         self._reader = _open_reader(shards, config, sharers)
@@ -63,7 +64,7 @@ class StoredImages:
         except (BadSampleError, ValueError):
             # Perhaps only what was read is wrong: a damaged cache, a stale handle, a flipped bit.
             first, size, _, _ = self._entry(shard, row)
-            self._reader.forget(self._shards.shards[shard].tar, first=first, size=size)
+            self._reader.forget(self._tars[shard], first=first, size=size)
         try:
             return self._checked(shard, row)
         except BadSampleError:
@@ -72,7 +73,7 @@ class StoredImages:
 
     def key(self, shard: int, row: int) -> str:
         """The shard and the key of a stored image, or its row where the key cannot be read."""
-        return f"{self._shards.shards[shard].tar}: {self._key(shard, row)}"
+        return f"{self._tars[shard]}: {self._key(shard, row)}"
 
     def close(self) -> None:
         """Close all files."""
@@ -81,11 +82,11 @@ class StoredImages:
     def _checked(self, shard: int, row: int) -> StoredImage:
         first, size, label, crc32 = self._entry(shard, row)
         try:
-            raw = self._reader.read(self._shards.shards[shard].tar, first=first, size=size)
+            raw = self._reader.read(self._tars[shard], first=first, size=size)
         except OSError as error:
             key = self._key(shard, row) if self._local else f"image {row}"
             raise OSError(f"{error}; while reading {key}, at byte {first}") from error
-        tar = f"{self._where}/{self._shards.shards[shard].tar}"
+        tar = f"{self._where}/{self._tars[shard]}"
         try:
             name, stated = read_header(raw[:HEADER])
         except ValueError as error:
@@ -145,9 +146,8 @@ class StoredImages:
                 self._checked(shard, other)
             except BadSampleError:
                 raise ValueError(
-                    f"{self._where}/{self._shards.shards[shard].tar}: several images have "
-                    "wrong checksums; the shard was replaced or is damaged throughout: "
-                    f"{_ADVICE}"
+                    f"{self._where}/{self._tars[shard]}: several images have wrong checksums; "
+                    f"the shard was replaced or is damaged throughout: {_ADVICE}"
                 ) from None
 
 
