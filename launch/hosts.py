@@ -120,7 +120,7 @@ def _torchrun(job: Job) -> tuple[str, str]:
         "torchrun-node.sh",
         seconds=job.cluster.seconds_to_save,
         first=quoted([first]),
-        torchrun=quoted([job.cluster.python, "-m", "torch.distributed.run"]),
+        python=quoted([job.cluster.python]),
         options=command(*options, "-m", "--", *job.rank_words[1:]),
     )
     again = quoted([quoted(["bash", job.script, "node"])])
@@ -136,6 +136,5 @@ def _alone(job: Job) -> str:
         "alone-ranks.sh",
         seconds=job.cluster.seconds_to_save,
         python=quoted([job.cluster.python]),
-        torchrun="-m torch.distributed.run --standalone",
         options=command(*options, "-m", "--", *job.rank_words[1:]),
     )

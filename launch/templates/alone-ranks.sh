@@ -2,4 +2,4 @@
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=@seconds@
 signals=()
 [ -z "$(trap -p HUP)" ] || signals=(--signals-to-handle=SIGTERM,SIGINT,SIGQUIT)
-exec @python@ @torchrun@ "${signals[@]}" @options@
+exec @python@ -m torch.distributed.run --standalone "${signals[@]}" @options@

@@ -6,4 +6,4 @@
     first=0
     [ "$2" != @first@ ] || first=1
     meeting=(--local-addr="$2" --rdzv-conf="join_timeout=600,last_call_timeout=5,is_host=$first")
-    exec @torchrun@ "${meeting[@]}"@options@ ;;
+    exec @python@ -m torch.distributed.run "${meeting[@]}"@options@ ;;
