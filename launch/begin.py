@@ -176,13 +176,11 @@ def _choices(over: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _values(text: str) -> tuple[str, list[Any]]:
     expected = "one setting with a list of different values, as in 'training.lr = [1e-4, 2e-4]'"
-    name = ""
-    value: Any = None
+    found: dict[str, Any] = {}
     with suppress(tomllib.TOMLDecodeError):
-        value = tomllib.loads(text)
-    while isinstance(value, dict) and len(value) == 1:
-        key, value = next(iter(value.items()))
-        name = settings.join(name, key)
+        found = settings.leaves(tomllib.loads(text))
+    check(len(found) == 1, "--over", text, expected)
+    ((name, value),) = found.items()
     differ = isinstance(value, list) and value and all(value.count(v) == 1 for v in value)
     check(bool(differ), "--over", text, expected)
     return name, value
