@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import cluster as clusters
-from launch import slurm
+from launch import slurm, status
 from launch.job import Job
 from tests.support.batch import DENIAL, Bash
 from trainer.run.runstate import RunState
@@ -58,12 +58,13 @@ def test_a_run_that_leaves_while_the_job_that_follows_is_submitted_gets_no_secon
 
 def test_scontrol_and_sbatch_that_refuse_are_quoted(bash: Bash) -> None:
     (bash.directory / "denial").write_text(f"{DENIAL}\n")
-    (bash.directory / "refusal").write_text("sbatch: error: not from a node\n")
+    refusal = ("sbatch: error: AssocMaxSubmitJobLimit", "sbatch: error: not from a node")
+    (bash.directory / "refusal").write_text("\n".join(refusal))
     bash.start(ranks="exit 75")
-    assert (
-        f"saved; not requeued: {DENIAL}; no job was submitted to follow: sbatch: error: not "
-        in (bash.events)
-    )
+    said = f"saved; not requeued: {DENIAL}; no job was submitted to follow: {'; '.join(refusal)}: "
+    assert said in bash.events
+    shown = status.read(bash.directory / "run").event  # of which each event is a line
+    assert shown is not None and said in shown
 
 
 @pytest.mark.parametrize("said", ["Socket timed out on send", "Protocol authentication error"])
@@ -111,9 +112,9 @@ def test_no_requeue_of_the_user_counts() -> None:
         assert [line for line in said if line.startswith("#SBATCH")][-1] == "#SBATCH --no-requeue"
 
 
-def loses(host: str, *, checkpoint: int = 0) -> str:
+def loses(host: str, *, checkpoint: int = 0, starts: int = 0) -> str:
     """What ranks leave behind when one of them is lost on `host`, as they name it."""
-    state = RunState(state="failed", lost=host, checkpoint=f"{checkpoint:012d}", starts=checkpoint)
+    state = RunState(state="failed", lost=host, checkpoint=f"{checkpoint:012d}", starts=starts)
     text = json.dumps(asdict(state), indent=1)
     return f"echo '{text}' > run/launch/state.json; exit 1"
 
@@ -140,3 +141,20 @@ def test_the_record_of_an_earlier_start_makes_no_node_suspect(bash: Bash) -> Non
     bash.start(1, ranks="exit 1")  # before it claimed the run
     assert "failed with status 1, for the second time" in bash.events
     assert not bash.text("submitted")
+
+
+@pytest.mark.parametrize("tasks", ["n2: task 3", "n[1-2]: tasks 3,7-8"])
+def test_a_node_is_not_excluded_for_ranks_that_were_out_of_the_job_s_memory(
+    bash: Bash, tasks: str
+) -> None:
+    killed = f"echo 'srun: error: {tasks}: Out Of Memory' >&2"
+    for number in range(2):
+        bash.start(number, ranks=f"{killed}; {loses('n2', checkpoint=8, starts=number)}")
+    said = "failed with status 1 (out of host memory), for the second time at checkpoint"
+    assert f"{said} 000000000008: not started again; raise memory" in bash.events
+    assert not bash.text("submitted")
+    # Of an earlier start it says nothing of the next ones, whose ranks do not print Slurm's words.
+    label = "echo '0: srun: error: n2: task 3: Out Of Memory' >&2"
+    for number, seen in ((2, 16), (3, 24)):
+        bash.start(number, ranks=f"{label}; {loses('n2', checkpoint=seen)}")
+    assert "n2 lost ranks twice and is excluded" in bash.events

@@ -26,6 +26,8 @@ begin() {
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   job=${job:-$SLURM_JOB_ID}
   start=${SLURM_RESTART_COUNT:-0}
+  # Bytes of the output of earlier starts.
+  earlier=$(stat -Lc %s /dev/fd/2)
   # The user's own, with which scancel would skip this job, or wait for a confirmation.
   unset -v "${!SCANCEL_@}" "${!SQUEUE_@}"
   trap leave USR1
@@ -35,8 +37,9 @@ begin() {
 begin
 adm_before=$(cat "$run/launch/state.json" 2> /dev/null)
 
+# One line, also of an answer of several.
 say() {
-  printf '%s  job %s start %s: %s\n' "$(date '+%F %T%z')" "$job" "$start" "$*" |
+  printf '%s  job %s start %s: %s\n' "$(date '+%F %T%z')" "$job" "$start" "${*//$'\n'/; }" |
     tee -a "$run/launch/events.txt"
 }
 
@@ -102,8 +105,13 @@ again() {
   bad=
   mark=''
   if [ "$status" != 75 ] && [ -z "$adm_told" ]; then
-    bad=$(lost_twice)
     mark=failed-at now=$(newest) by='' way=''
+    if out_of_memory; then  # no fault of the node's
+      set -- "$1 (out of host memory)"
+      way="; raise memory in the cluster file and rerun the same command"
+    else
+      bad=$(lost_twice)
+    fi
   elif { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
     mark=limited-at now="$(newest) $limit" by=" by its time limit of $limit"
     way="; raise time in the cluster file and rerun the same command"
@@ -154,6 +162,13 @@ seconds() {
   for part in "${parts[@]: -3}"; do total=$((total * 60 + 10#$part)); done
   [ ${#parts[@]} -lt 4 ] || total=$((total + 10#${parts[0]} * 86400))
   echo $total
+}
+
+# Whether Slurm ended ranks of this start at the job's limit of memory. A surviving rank sees only that
+# they are gone, and the status of the job and of its steps may be that of another rank: srun says it.
+out_of_memory() {
+  [ -f /dev/fd/2 ] &&
+    [ -n "$(tail -c "+$((earlier + 1))" /dev/fd/2 | grep -aE '^srun: error: .*: tasks? .*: Out Of Memory$')" ]
 }
 
 # The nodes, with commas between them, that lost ranks in this start and in an earlier one. Slurm's
@@ -241,7 +256,7 @@ attend() {
   return "$ended"
 }
 
-adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again requeue at_limit seconds lost_twice follow_up submit leave end_timer attend)
+adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again requeue at_limit seconds out_of_memory lost_twice follow_up submit leave end_timer attend)
 
 cd /home/me/adm || refuse 'cannot enter /home/me/adm'" on $(hostname): rerun the command in a directory that every machine has"
 [ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK PMI_SIZE PMIX_RANK

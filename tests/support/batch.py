@@ -117,16 +117,18 @@ class Bash:
             **variables,
         }
         # Slurm kills all processes of a job that it requeues, and so does the stand-in.
-        script = subprocess.run(
-            ["bash"],
-            input=slurm.text(job),
-            text=True,
-            env=env,
-            timeout=LIMIT,
-            start_new_session=True,
-            stdout=subprocess.PIPE,  # to its end, which is that of all processes
-        )
-        print(script.stdout)
+        with (self.directory / "slurm-7.out").open("a") as output:
+            script = subprocess.run(
+                ["bash"],
+                input=slurm.text(job),
+                text=True,
+                env=env,
+                timeout=LIMIT,
+                start_new_session=True,
+                stdout=subprocess.PIPE,  # to its end, which is that of all processes
+                stderr=output,
+            )
+            print(script.stdout, (self.directory / "slurm-7.out").read_text())
         return script.returncode
 
     def text(self, name: str) -> str:
