@@ -49,7 +49,7 @@ def stop(argv: Sequence[str]) -> int:
     if not (records.is_of_job(run) or (run / "config.toml").is_file()):
         raise ValueError(f"{run} is not a run directory")
     job_id = records.job_id(run)
-    state = queue.state(job_id) if job_id else None
+    state = _state(job_id, is_finished=status.is_finished(run))
     if status.is_finished(run) and not state and not lease.live_holder(run):
         print(f"{run} is finished: there is nothing to stop")
         return 0
@@ -73,6 +73,17 @@ def stop(argv: Sequence[str]) -> int:
     return 0
 
 
+def _state(job_id: str | None, *, is_finished: bool) -> str | None:
+    """The state of the run's job, or None; a run that trains is stopped though Slurm is busy."""
+    try:
+        return queue.state(job_id) if job_id else None
+    except queue.NoAnswer as error:
+        if is_finished:
+            raise
+        print(f"Slurm does not respond now, and is asked again: {str(error).splitlines()[-1]}")
+        return None
+
+
 def _has_ended(run: Path) -> bool:
     """Whether nothing of a run is left that trains or is going to.
 
@@ -82,12 +93,24 @@ def _has_ended(run: Path) -> bool:
     try:
         state = queue.state(job_id) if job_id else None
         if job_id and state and queue.is_waiting(state):
-            queue.cancel(job_id)
+            _remove(job_id)
             print(f"job {queue.shown(job_id)} was {state}; removed from the queue")
             state = None
     except queue.NoAnswer:  # it is asked again
         return False
     return not (state or lease.live_holder(run) or records.is_claimed(run))
+
+
+def _remove(job_id: str) -> None:
+    try:
+        queue.cancel(job_id)
+    except queue.NoAnswer:
+        raise
+    except ValueError as error:  # it is another user's
+        raise ValueError(
+            f"{error}: the request to stop stays, so that job {queue.shown(job_id)} ends when it "
+            "starts; its owner can remove it now by the same `python -m launch stop`"
+        ) from None
 
 
 def show(argv: Sequence[str]) -> int:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch import reasons
+
 # Variables by which Slurm's commands find the cluster and prove who asks.
 _REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
 # Options whose variables users set once in their shell, such as SBATCH_ACCOUNT. They count where
@@ -61,6 +63,8 @@ def submit(script: Path) -> str:
         if not any(words in str(error) for words in _LOST):
             raise
         said = _submitted(script, besides=earlier, error=error)
+    except ValueError as error:
+        raise ValueError(reasons.with_way_out(str(error))) from None
     # Some sites' sbatch is a script of their own: it prints a greeting before, or a sentence.
     found = re.findall(_ANSWER, said, re.MULTILINE)
     if not found:
@@ -126,13 +130,12 @@ def state(job_id: str) -> str | None:
     """
     try:
         number, of_cluster = _split(job_id)
-        found = _slurm("squeue", *of_cluster, "-h", "-j", number, "-o", "%T|%r").split("\n")[0]
+        shown = _slurm("squeue", *of_cluster, "-h", "-j", number, "-o", "%T|%r|%P")
     except ValueError as error:
         if "Invalid job id" in str(error):
             return None
         raise
-    name, _, reason = found.partition("|")
-    return _with_reason(name, reason) or None
+    return _in_words(*(shown.partition("\n")[0] + "||").split("|")[:3]) or None
 
 
 def shown(job_id: str) -> str:
@@ -157,12 +160,11 @@ def is_waiting(state: str) -> bool:
     return state.startswith(_WAITING)
 
 
-def way_on(job_id: str, state: str) -> str:
-    """What to do with a job of this `state` that is to run: Slurm starts no held one by itself."""
+def way_on(job_id: str, state: str, *, stop: str) -> str | None:
+    """What to do with a job of this `state` that does not start by waiting; None where it does."""
     number, of_cluster = _split(job_id)
     release = " ".join(("scontrol", *of_cluster, "release", number))
-    is_held = re.search("[Hh]eld|Hold|HOLD", state)
-    return f"release it with `{release}`" if is_held else "wait for it"
+    return reasons.way_on(state, release=release, stop=stop)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,13 @@ class Job:
 
     #: Such as "RUNNING", "PENDING (Resources)", or, of one that has ended, "CANCELLED by 0".
     state: str
+    #: Whether squeue shows it as one that has not ended.
     is_queued: bool
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether that state is one of the last."""
+        return self.state.startswith(_ENDED)
 
 
 class Jobs:
@@ -218,7 +226,7 @@ def _ask(job_ids: Iterable[str]) -> dict[str, Job]:
 def _ask_cluster(job_ids: Collection[str], of_cluster: Sequence[str]) -> dict[str, Job]:
     """The jobs that squeue shows, which keeps ended ones for some minutes, and sacct later."""
     listed = ",".join(sorted(job_ids))
-    words = (*of_cluster, "-h", "-r", "-t", "all", "-j", listed, "-o", "%i|%T|%r")
+    words = (*of_cluster, "-h", "-r", "-t", "all", "-j", listed, "-o", "%i|%T|%r|%P")
     try:
         shown = _slurm("squeue", *words)
     except ValueError as error:
@@ -227,14 +235,14 @@ def _ask_cluster(job_ids: Collection[str], of_cluster: Sequence[str]) -> dict[st
         shown = ""  # said of a single job alone
     jobs = {}
     for line in shown.splitlines():
-        job_id, state, reason = (line + "||").split("|")[:3]
-        jobs[job_id] = Job(_with_reason(state, reason), is_queued=state not in _ENDED)
+        job_id, state, *more = (line + "|||").split("|")[:4]
+        jobs[job_id] = Job(_in_words(state, *more), is_queued=state not in _ENDED)
     gone = [job_id for job_id in job_ids if job_id not in jobs or not jobs[job_id].is_queued]
     return jobs | (_accounted(gone, of_cluster) if gone else {})
 
 
 def _accounted(job_ids: Iterable[str], of_cluster: Sequence[str]) -> dict[str, Job]:
-    """Jobs that have ended, in the words of the accounting; none where there is no accounting."""
+    """Jobs that squeue does not show, or shows as ended, in the words of the accounting, if any."""
     listed = ",".join(sorted(job_ids))
     try:
         shown = _slurm("sacct", *of_cluster, "-n", "-X", "-P", "-j", listed, "-o", "JobID,State")
@@ -244,8 +252,10 @@ def _accounted(job_ids: Iterable[str], of_cluster: Sequence[str]) -> dict[str, J
     return {job_id: Job(state, is_queued=False) for job_id, _, state in rows if state}
 
 
-def _with_reason(state: str, reason: str) -> str:
-    return f"{state} ({reason})" if reason not in ("", "None") and state not in _ENDED else state
+def _in_words(state: str, reason: str, partitions: str) -> str:
+    if reason in ("", "None") or state in _ENDED:
+        return state
+    return reasons.with_reason(state, reason, partitions=partitions)
 
 
 def cancel(job_id: str) -> None:

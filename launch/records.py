@@ -169,15 +169,16 @@ def _lock(file: TextIO) -> bool:
 
 def check_free(run: Path) -> None:
     """Raise Busy where a job is queued for the run, or a process is writing it."""
-    stop = f"or stop it with `{lease.stop_command(run)}`"
+    stop = lease.stop_command(run)
+    wait = f"wait for it, or stop it with `{stop}`"
     queued = job_id(run)
     state = queue.state(queued) if queued else None
     if queued and state:
-        way_on = queue.way_on(queued, state)
-        raise Busy(f"job {queue.shown(queued)} of {run} is {state}: {way_on}, {stop}")
+        way_on = queue.way_on(queued, state, stop=stop) or wait
+        raise Busy(f"job {queue.shown(queued)} of {run} is {state}: {way_on}")
     busy = lease.live_holder(run)
     if busy is not None:
-        raise Busy(f"{busy} is writing {run}: wait for it, {stop}")
+        raise Busy(f"{busy} is writing {run}: {wait}")
 
 
 def prepare(job: Job) -> None:

@@ -221,7 +221,10 @@ def _job(run: Path, signs: Signs) -> tuple[str, bool]:
     except ValueError as error:
         return f"{where}: unknown ({str(error).splitlines()[-1]})", signs.is_alive(run)
     if job is not None and job.is_queued:
-        return f"{where}: {job.state}", job.state.startswith("RUNNING")
+        way_on = queue.way_on(job_id, job.state, stop=lease.stop_command(run))
+        return ": ".join(filter(None, (where, job.state, way_on))), job.state.startswith("RUNNING")
+    if job is not None and not job.has_ended:  # hidden from this user, or stale
+        return f"{where}: {job.state} by sacct, not shown by squeue", signs.is_alive(run)
     if job is None and signs.is_alive(run):  # of another cluster, or hidden from this user
         return f"{where}: running; this Slurm shows no record of it", True
     return f"{where}: gone ({job.state if job else 'no record in Slurm'})", False

@@ -103,3 +103,31 @@ def test_a_job_that_slurm_cancels_to_preempt_it_goes_on(site: Site) -> None:
     site.cluster.run("ctl", "scancel", job)
     site.wait_gone(job)
     assert "start 1: saved; cancelled, or already started" in site.events("preempted")
+
+
+def test_a_job_that_no_wait_starts_says_so_unless_another_partition_may_take_it(site: Site) -> None:
+    def change(*words: str) -> None:
+        site.cluster.run("ctl", "scontrol", "update", *words)
+
+    said = {}
+    change("PartitionName=low", "MaxTime=5")
+    change("PartitionName=main", "State=DOWN")
+    try:
+        for name, partition in (("long", '"low"'), ("elsewhere", '"main,low"')):
+            settings = site.settings("slurm", partition=partition, time='"10"')
+            site.submit(name, settings, ENDLESS, nodes=1)
+            status = site.words("status", site.run(name))
+
+            def shown(words: list[object] = status) -> str:
+                return " ".join(site.cluster.run("ctl", *words).split())
+
+            wait_until(lambda f=shown: "(PartitionTimeLimit" in f(), f"why {name} waits")
+            again = site.start(name, settings, nodes=1)
+            said[name] = shown() + site.cluster.run("ctl", *again, check=False)
+            site.cluster.run("ctl", *site.words("stop", site.run(name)))
+    finally:
+        change("PartitionName=low", "MaxTime=INFINITE")
+        change("PartitionName=main", "State=UP")
+    assert said["long"].count("(PartitionTimeLimit): waiting does not start it: stop it with") == 2
+    assert said["elsewhere"].count("(PartitionTimeLimit in one of main,low)") == 2
+    assert "in one of main,low): wait for it, or stop it" in said["elsewhere"]
