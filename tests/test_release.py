@@ -17,6 +17,8 @@ from data.version import VERSION
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "launch" / "images"
+# The groups of every Debian and Ubuntu.
+GROUPS = Path("/usr/share/base-passwd/group.master")
 FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
 
 
@@ -115,6 +117,14 @@ def test_both_images_are_the_same() -> None:
 def test_a_container_is_not_root_and_has_no_entry_point() -> None:
     users = [line for line in lines("Dockerfile") if line.startswith(("USER", "ENTRYPOINT"))]
     assert users == ["USER 10001", "ENTRYPOINT []"]
+
+
+@pytest.mark.skipif(not GROUPS.exists(), reason=f"no {GROUPS}: this is not a Debian")
+def test_the_user_of_the_container_is_none_of_the_groups_that_its_base_has() -> None:
+    """`useradd` refuses such a name, as it did `adm`, and no image was built."""
+    (added,) = (line.split()[-1] for line in lines("Dockerfile") if "useradd" in line)
+    groups = {line.partition(":")[0] for line in GROUPS.read_text().splitlines()}
+    assert "adm" in groups and added not in groups
 
 
 def test_githubs_ci_runs_what_ci_runs() -> None:
