@@ -26,4 +26,4 @@ gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 ranks=$((gpus > 0 ? 1 : 2))
 while ((2 * ranks <= gpus && ranks < 32)); do ranks=$((2 * ranks)); done
 ((gpus > 0)) || export OMP_NUM_THREADS=1 # one core for each rank
-each_rank=(torchrun --standalone --nproc-per-node "$ranks" -m --)
+each_rank=(torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node "$ranks" -m --)

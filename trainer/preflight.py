@@ -27,6 +27,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sysconfig
 import tempfile
@@ -128,6 +129,7 @@ def findings() -> Iterator[tuple[str, Finding]]:
     library, error = tries["MPI"].answer()
     yield "MPI", machine.mpi(library, error=error, launchers=launchers)
     yield "launchers", machine.launchers(launchers)
+    yield "host name", machine.host_name(socket.gethostname(), fault=_name_fault())
     yield from _resources(on_gpus=bool(torch.gpus))
     for name, wanted in extras.items():
         yield f"[{name}]", machine.extra(name, _unmet(wanted))
@@ -158,6 +160,15 @@ def _resources(*, on_gpus: bool) -> Iterator[tuple[str, Finding]]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = float("inf") if hard == resource.RLIM_INFINITY else float(hard)
     yield "open files", machine.open_files(most)
+
+
+def _name_fault() -> str:
+    """Why this machine's own name has no address, or ""."""
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _requirements() -> tuple[list[str], dict[str, list[str]]]:

@@ -2,4 +2,4 @@
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=@seconds@
 signals=()
 [ -z "$(trap -p HUP)" ] || signals=(--signals-to-handle=SIGTERM,SIGINT,SIGQUIT)
-exec @python@ -m torch.distributed.run --standalone "${signals[@]}" @options@
+exec @python@ -m torch.distributed.run --standalone --local-addr=127.0.0.1 "${signals[@]}" @options@

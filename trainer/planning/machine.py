@@ -147,6 +147,16 @@ def launchers(found: Sequence[str]) -> Finding:
     return "warning", f"none in PATH (torchrun, srun, mpirun): {way_out}"
 
 
+def host_name(name: str, *, fault: str) -> Finding:
+    """This machine's own name, at which torchrun's ranks look for each other."""
+    if not fault:
+        return "ok", name
+    return "warning", (
+        f"{name} has no address ({fault}), and torchrun waits there for minutes: add the name to "
+        "/etc/hosts, or start torchrun with --local-addr=127.0.0.1, on one machine"
+    )
+
+
 def shared_memory(free: float | None, *, total: float, on_gpus: bool) -> Finding:
     """/dev/shm, in MiB, where NCCL exchanges tensors among the GPUs of a machine."""
     way_out = (
