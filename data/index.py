@@ -8,7 +8,6 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +42,12 @@ def first_row(read: Callable[..., bytes], *, samples: int, where: Path | str) ->
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{where} is damaged: {error}") from None
-    _check(dtype, shape, samples, where)
+    if dtype != INDEX_DTYPE or shape != (samples,):
+        kind = "" if dtype == INDEX_DTYPE else " of another kind"
+        raise ValueError(
+            f"{where} has {math.prod(shape)} rows{kind}, the manifest says {samples} samples: "
+            "copy or pack it again"
+        )
     return file.tell()
 
 
@@ -53,20 +57,10 @@ def parse_index(content: bytes, *, samples: int, where: Path | str) -> Index:
     Raises:
         ValueError: as `first_row`.
     """
-    file: BinaryIO = io.BytesIO(content)
+    first = first_row(
+        lambda first, size: content[first : first + size], samples=samples, where=where
+    )
     try:
-        with _READING:
-            index: Index = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        return np.frombuffer(content, INDEX_DTYPE, count=samples, offset=first)
+    except ValueError as error:
         raise ValueError(f"{where} is damaged: {error}") from None
-    _check(index.dtype, index.shape, samples, where)
-    return index
-
-
-def _check(dtype: np.dtype, shape: tuple[int, ...], samples: int, where: Path | str) -> None:
-    if dtype != INDEX_DTYPE or shape != (samples,):
-        kind = "" if dtype == INDEX_DTYPE else " of another kind"
-        raise ValueError(
-            f"{where} has {math.prod(shape)} rows{kind}, the manifest says {samples} samples: "
-            "copy or pack it again"
-        )
