@@ -117,9 +117,10 @@ def _is_left(job: Job, *, extends: bool, locks: ExitStack | None) -> bool:
     A finished run is where the command `extends` runs. `locks` takes the run's lock, unless None.
     """
     state = RunState.read(job.run)
+    if not extends and state is not None and state.state == "finished":
+        print(f"{job.run} is left out: finished")
+        return False
     try:
-        if not extends and state is not None and state.state == "finished":
-            raise records.Busy("finished")
         if locks is not None:
             locks.enter_context(records.claimed(job.run))
         records.check_free(job.run)
