@@ -20,9 +20,9 @@ from trainer.ranks.process import RunningClock, children, proc
 from trainer.ranks.world import World, host_name
 from trainer.watch.pace import SlowRanks, Stopwatch
 
-# Losses are also shown for each quarter of the timesteps: the mean hides where a change happens.
+#: Losses are also shown for each quarter of the timesteps: the mean hides where a change happens.
 QUARTERS = 4
-_BY_QUARTER = ("loss", "mse", "vb")
+BY_QUARTER = ("loss", "mse", "vb")
 # Micro-batches that are kept before they are added up.
 _KEPT = 256
 
@@ -169,7 +169,7 @@ def _means(sums: Mapping[str, Tensor]) -> dict[str, float]:
     images = rows.pop("images", torch.zeros(QUARTERS))
     for name, row in rows.items():
         found[name] = float(row.sum() / images.sum())
-        for q in range(QUARTERS) if name in _BY_QUARTER else ():
+        for q in range(QUARTERS) if name in BY_QUARTER else ():
             if images[q]:
                 found[f"{name}/q{q}"] = float(row[q] / images[q])
     return found

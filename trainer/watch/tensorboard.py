@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter, summary
 from data import files
 from data.progress import duration
 from trainer.run.starts import SPENT
+from trainer.watch.metrics import BY_QUARTER
 
 # Where a metric without a group of its own is shown; all others are under "train".
 _GROUPS = {
@@ -102,7 +103,7 @@ class TensorBoard:
         first = Event(file_version="brain.Event:2"), Event(session_log=begun, step=images_seen + 1)
         quarters = {
             f"{name} by quarter of t (q0: least noise)": ["Multiline", [rf"^{name}/q\d$"]]
-            for name in ("loss", "mse", "vb")
+            for name in BY_QUARTER
         }
         layout = Event(summary=summary.custom_scalars({"loss by timestep": quarters}))
         self._write(*first, layout)
