@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from data.config import FetchConfig
+from data.config import FetchConfig, naming
 from data.dataset import Shards, open_shards
 from data.manifest import NO_CLASS, Shard
 from data.order import Ints, Order, Place, permutation
@@ -112,11 +112,13 @@ def open_dataset(
 def order_of(shards: Dataset, *, seed: int, streams: int, block: int) -> "Order | MixedOrder":
     """The order in which a run sees a dataset; ValueError as `Order`."""
     if isinstance(shards, Shards):
-        return Order(shards.sizes, seed=seed, streams=streams, block=block)
+        with naming(shards.where):
+            return Order(shards.sizes, seed=seed, streams=streams, block=block)
     orders = []
     for part in shards.parts:
         few = min(streams, part.count)  # a small dataset may have fewer images than streams
-        orders.append(Order(part.sizes, seed=seed, streams=few, block=block))
+        with naming(part.where):
+            orders.append(Order(part.sizes, seed=seed, streams=few, block=block))
     return MixedOrder(orders, counts=shards.counts, seed=seed)
 
 

@@ -89,6 +89,8 @@ class Order:
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.images = int(self.sizes.sum())
         self.seed, self.streams, self.block = seed, streams, block
+        if not self.images:
+            raise ValueError("too few images: the shards hold none")
         if streams < 1 or block < 1:
             raise ValueError(
                 f"data.streams = {streams} and data.block = {block} must be at least 1"

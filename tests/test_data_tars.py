@@ -13,6 +13,7 @@ import webdataset as wds
 
 from data.dataset import open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED
+from data.order import Order
 from data.packing.indexing import index_directory
 from data.packing.tars import scan_tar
 from data.shards import main as shards_main
@@ -169,6 +170,19 @@ def test_indexing_takes_directories_as_classes_and_leaves_the_tars_alone(
     assert shards.classes == ("n0000", "n0001", "n0002")
     assert content(shards) == content(packed(folder, tmp_path))
     assert verify(tmp_path / "out", full=True) == []
+
+
+def test_tars_without_an_image_are_not_indexed_and_such_shards_are_not_trained_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "texts.tar", "w") as tar:
+        tar.add(__file__, "a.txt")
+    with pytest.raises(ValueError, match=r"no image in 1 tars: .* end with \.jpg, \.jpeg"):
+        index_directory(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.tar"]
+    for shards in ([], [0, 0]):
+        with pytest.raises(ValueError, match="the shards hold none"):
+            Order(shards, seed=0, streams=0, block=1)
 
 
 def test_merged_datasets_are_one(folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from data.index import Index
 from data.manifest import MANIFEST, NO_CLASS, check_name, manifest_text
 from data.packing.layout import classes_of_tars
 from data.packing.listing import warn_of_empty_classes
+from data.packing.names import USUAL_SUFFIXES
 from data.packing.splits import splits_among
 from data.packing.tars import index_tar
 from data.progress import with_progress
@@ -31,7 +32,7 @@ def index_directory(root: Path, *, out: Path | None = None) -> Shards:
     beside links to them.
 
     Raises:
-        ValueError: there is a manifest already, there are no tars, one is damaged, its name is not
+        ValueError: there is a manifest already, there are no tars or images, one is damaged, its name is not
             one that a shard may have, or some have labels and others none.
     """
     tars, home = sorted(root.glob("*.tar")), out or root
@@ -48,6 +49,11 @@ def index_directory(root: Path, *, out: Path | None = None) -> Shards:
         except ValueError as error:
             raise ValueError(f"{tar}: {error}; rename it") from None
     indexes, classes = _indexes(tars)
+    if not any(map(len, indexes)):
+        raise ValueError(
+            f"{root}: no image in {len(tars)} tars: images have names that end with "
+            f".{', .'.join(USUAL_SUFFIXES)}"
+        )
     labels = {label for index in indexes for label in np.unique(index["label"]).tolist()}
     warn_of_empty_classes(classes, labels, source=root)
     with _new(out) if out else nullcontext():
