@@ -32,8 +32,8 @@ def index_directory(root: Path, *, out: Path | None = None) -> Shards:
     beside links to them.
 
     Raises:
-        ValueError: there is a manifest already, there are no tars or images, one is damaged, its name is not
-            one that a shard may have, or some have labels and others none.
+        ValueError: there is a manifest already, there are no tars or no images, one is damaged, its
+            name is not one that a shard may have, or some have labels and others none.
     """
     tars, home = sorted(root.glob("*.tar")), out or root
     if not tars or (home / MANIFEST).exists():
