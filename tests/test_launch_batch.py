@@ -143,10 +143,11 @@ def test_a_time_limit_while_images_are_drawn_comes_often(bash: Bash) -> None:
         assert bash.requeued
 
 
-def test_a_job_that_the_site_cancels_to_preempt_it_is_started_again(bash: Bash) -> None:
-    """MFlowCode/MFC#1771: PreemptMode=CANCEL."""
+@pytest.mark.parametrize("setup", [":", "export SLURM_TIME_FORMAT='%a %H:%M'"])
+def test_a_job_that_the_site_cancels_to_preempt_it_is_started_again(setup: str, bash: Bash) -> None:
+    """MFlowCode/MFC#1771: PreemptMode=CANCEL. A setup line may read the user's own variables."""
     (bash.directory / "preempted").touch()
-    assert bash.start(ranks="tell TERM; exit 75") == 75
+    assert bash.start(ranks="tell TERM; exit 75", setup=setup) == 75
     assert "saved; requeued, resumes" in bash.events and bash.requeued
 
 

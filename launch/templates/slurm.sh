@@ -12,8 +12,9 @@ begin() {
   start=${SLURM_RESTART_COUNT:-0}
   # Bytes of the output of earlier starts.
   earlier=$(stat -Lc %s /dev/fd/2)
-  # The user's own, with which scancel would skip this job, or wait for a confirmation.
-  unset -v "${!SCANCEL_@}" "${!SQUEUE_@}"
+  # The user's own, with which scancel would skip this job, or wait for a confirmation, and scontrol
+  # shows times otherwise.
+  unset -v "${!SCANCEL_@}" "${!SQUEUE_@}" SLURM_TIME_FORMAT
   trap leave USR1
   trap adm_told=yes TERM  # the ranks get it too; this shell stays to record how they ended
 }

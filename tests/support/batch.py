@@ -27,7 +27,7 @@ case "$1 $2" in
   "show hostnames") echo "$SLURM_JOB_NODELIST" | tr , '\\n' ;;
   show*)
     [ -e requeued ] && state=COMPLETING restarts=$((SLURM_RESTART_COUNT + 1))
-    [ -e preempted ] && state=COMPLETING preempted=2026-11-28T15:20:33
+    [ -e preempted ] && state=COMPLETING preempted=$(date "+${SLURM_TIME_FORMAT:-%FT%T}")
     [ -e over ] && state="COMPLETING Reason=TimeLimit"
     [ -e fixed ] && requeue=0
     [ -e excluded ] && excluded=$(cat excluded)
