@@ -9,7 +9,8 @@ _OUTSIDE = (
     r"PartitionTimeLimit|PartitionConfig|MaxMemPerLimit|BadConstraints|Max\w+Per(Job|Node)|QOSMin"
     r"|InvalidAccount|InvalidQOS|NotAllowed|not permitted to use this partition"
 )
-# The budget of an account or a QOS, which running jobs use up and do not give back.
+# The budget of an account or a QOS, which jobs use up. With AccountingStorageEnforce=safe a job
+# starts where the rest covers its whole time limit.
 _SPENT = r"Grp\w*(?<!Run)(Minutes|Wall)"
 
 # What helps where sbatch says this.
@@ -42,9 +43,11 @@ def way_on(state: str, *, release: str, stop: str) -> str | None:
     if re.search(_OUTSIDE, state) and " in one of " not in state:
         change = "change [slurm] in the cluster file and rerun the same command"
         return f"waiting does not start it: stop it with `{stop}`, {change}"
+    if "PartitionNodeLimit" in state:  # Slurm may say so of nodes that are down
+        return f"wait for it, or, where its partition allows fewer nodes, stop it with `{stop}`"
     if re.search(_SPENT, state):
-        other = f"or stop it with `{stop}` and use another account or qos"
-        return f"it starts when the site raises or resets this budget: wait for that, {other}"
+        other = f"stop it with `{stop}` and use a shorter time, another account or another qos"
+        return f"this budget does not cover it: wait until the site raises or resets it, or {other}"
     return None
 
 

@@ -143,18 +143,25 @@ def test_the_record_of_an_earlier_start_makes_no_node_suspect(bash: Bash) -> Non
     assert not bash.text("submitted")
 
 
-@pytest.mark.parametrize("tasks", ["n2: task 3", "n[1-2]: tasks 3,7-8"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "srun: error: n2: task 3: Out Of Memory",
+        "srun: error: n[1-2]: tasks 3,7-8: Out Of Memory",
+        "slurmstepd-n2: error: Exceeded job memory limit",
+    ],
+)
 def test_a_node_is_not_excluded_for_ranks_that_were_out_of_the_job_s_memory(
-    bash: Bash, tasks: str
+    bash: Bash, said: str
 ) -> None:
-    killed = f"echo 'srun: error: {tasks}: Out Of Memory' >&2"
+    killed = f"echo '{said}' >&2"
     for number in range(2):
         bash.start(number, ranks=f"{killed}; {loses('n2', checkpoint=8, starts=number)}")
-    said = "failed with status 1 (out of host memory), for the second time at checkpoint"
-    assert f"{said} 000000000008: not started again; raise memory" in bash.events
+    event = "failed with status 1 (out of host memory), for the second time at checkpoint"
+    assert f"{event} 000000000008: not started again; raise memory" in bash.events
     assert not bash.text("submitted")
     # Of an earlier start it says nothing of the next ones, whose ranks do not print Slurm's words.
-    label = "echo '0: srun: error: n2: task 3: Out Of Memory' >&2"
+    printed = f"echo '0: {said}' >&2"
     for number, seen in ((2, 16), (3, 24)):
-        bash.start(number, ranks=f"{label}; {loses('n2', checkpoint=seen)}")
+        bash.start(number, ranks=f"{printed}; {loses('n2', checkpoint=seen)}")
     assert "n2 lost ranks twice and is excluded" in bash.events

@@ -11,8 +11,9 @@ from launch.__main__ import main
 from tests.test_launch_status import make_run, make_writer, slurm, text
 from trainer.run.lease import stop_file
 
-OUTSIDE, SPENT = "waiting does not start it: stop it with `python -m launch stop ", "it starts when"
-WAITS = "wait for it, or stop"
+OUTSIDE = "waiting does not start it: stop it with `python -m launch stop "
+SPENT = "this budget does not cover it: wait until the site raises or resets it, or stop it with"
+WAITS = "wait for it, or stop it with"
 # Reasons as squeue of Slurm 22.05 shows them.
 REASONS = {
     "PENDING (AssocGrpGRES)": WAITS,
@@ -21,6 +22,7 @@ REASONS = {
     "PENDING (PartitionTimeLimit)": OUTSIDE,
     "PENDING (PartitionTimeLimit in one of a,b)": WAITS,
     "PENDING (MaxMemPerLimit)": OUTSIDE,
+    "PENDING (PartitionNodeLimit)": "wait for it, or, where its partition allows fewer nodes, stop",
     "PENDING (QOSMaxWallDurationPerJobLimit)": OUTSIDE,
     "PENDING (AssocMaxGRESPerJob)": OUTSIDE,
     "PENDING (InvalidQOS)": OUTSIDE,

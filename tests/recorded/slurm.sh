@@ -166,10 +166,11 @@ seconds() {
 }
 
 # Whether Slurm ended ranks of this start at the job's limit of memory. A surviving rank sees only that
-# they are gone, and the status of the job and of its steps may be that of another rank: srun says it.
+# they are gone, and the status of the job and of its steps may be that of another rank. srun says it,
+# or, where Slurm measures memory itself (OverMemoryKill), the daemon of the job.
 out_of_memory() {
-  [ -f /dev/fd/2 ] &&
-    [ -n "$(tail -c "+$((earlier + 1))" /dev/fd/2 | grep -aE '^srun: error: .*: tasks? .*: Out Of Memory$')" ]
+  said='^srun: error: .*: tasks? .*: Out Of Memory$|^slurmstepd-.*: error: Exceeded job memory limit$'
+  [ -f /dev/fd/2 ] && [ -n "$(tail -c "+$((earlier + 1))" /dev/fd/2 | grep -aE "$said")" ]
 }
 
 # The nodes, with commas between them, that lost ranks in this start and in an earlier one. Slurm's
