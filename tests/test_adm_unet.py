@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import golden
+from trainer.adm import unet
 from trainer.adm.blocks import merge_windows, split_windows
 from trainer.adm.config import ClassifierConfig, UNetConfig
 from trainer.adm.unet import Classifier, UNet
@@ -195,6 +196,25 @@ def test_16_bit_nets_are_close_to_fp32(build: Any, dtype: torch.dtype) -> None:
     golden.assert_close(got.detach(), want, tolerance=0.04 if dtype is torch.bfloat16 else 0.005)
     got.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["persistent", "computed", "frozen"])
+def test_a_network_has_no_state_but_what_is_learned(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Positions(UNet):
+        def __init__(self, config: UNetConfig) -> None:
+            super().__init__(config)
+            if kind == "frozen":
+                self.table = nn.Parameter(torch.ones(8), requires_grad=False)
+            else:
+                self.register_buffer("table", torch.ones(8), persistent=kind == "persistent")
+
+    config = UNetConfig(**SMALL)
+    unet.build(config)
+    monkeypatch.setattr(unet, "UNet", Positions)
+    with pytest.raises(AssertionError, match="table is a buffer or frozen"):
+        unet.build(config)
 
 
 def test_checkpointing_keeps_the_dropout_masks() -> None:

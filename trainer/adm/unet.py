@@ -132,7 +132,12 @@ class _Joined(torch.autograd.Function):
 
 def build(config: UNetConfig | ClassifierConfig) -> UNet | Classifier:
     """The network of a configuration."""
-    return UNet(config) if isinstance(config, UNetConfig) else Classifier(config)
+    net = UNet(config) if isinstance(config, UNetConfig) else Classifier(config)
+    fixed = [name for name, _ in net.named_buffers()]
+    fixed += [name for name, parameter in net.named_parameters() if not parameter.requires_grad]
+    kept = "checkpoints keep what is learned alone: learn it, or compute it in forward"
+    assert not fixed, f"{fixed[0]} is a buffer or frozen, and {kept}"
+    return net
 
 
 def example_inputs(config: UNetConfig | ClassifierConfig, *, images: int) -> dict[str, Tensor]:
