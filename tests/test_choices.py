@@ -5,6 +5,7 @@ A choice is a setting that has one of several names, such as `diffusion.predict`
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -117,14 +118,21 @@ def test_each_choice_of_a_network_is_computed_otherwise(
     assert_all_differ(found, of=f"model.{choice} of {kind.__name__}")
 
 
-def test_each_way_to_draw_timesteps_draws_others() -> None:
-    config, found = configs.load("digits"), {}
+def test_each_way_to_draw_timesteps_draws_others_by_image_and_resumes() -> None:
+    config, found, indices = configs.load("digits"), {}, torch.arange(100)
     steps = config.diffusion.steps
     for value in get_args(Timesteps):
         training = dataclasses.replace(config.training, timesteps=value)
-        sampler = build_objective(dataclasses.replace(config, training=training)).timesteps
+        sampler, fresh = (
+            build_objective(dataclasses.replace(config, training=training)).timesteps
+            for _ in range(2)
+        )
         t = torch.arange(steps).repeat(10)
         sampler.update(t, t.double())
-        found[value] = sampler.draw(torch.arange(100))[0]
+        found[value], weights = sampler.draw(indices)
+        fresh.load(json.loads(json.dumps(sampler.state())))
+        parts = [fresh.draw(part) for part in indices.split(30)]
+        for one, other in zip((found[value], weights), zip(*parts, strict=True), strict=True):
+            assert torch.equal(one, torch.cat(other)), f"{value}: not by image, or not resumed"
         assert ((found[value] >= 0) & (found[value] < steps)).all()
     assert_all_differ(found, of="training.timesteps")
