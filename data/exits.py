@@ -47,8 +47,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         open_streams()
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors=errors_for(sys.stdout))
+        out = sys.stdout
+        if isinstance(out, io.TextIOWrapper) and (errors := errors_for(out)) != out.errors:
+            out.reconfigure(errors=errors)
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self.register("type", Path, lambda text: Path(path_text(text)))
         self.add_argument(
