@@ -1,5 +1,6 @@
 """What a release has beside the code: images, CI of GitHub, issue forms, the citation."""
 
+import itertools
 import re
 import shlex
 import tomllib
@@ -102,6 +103,16 @@ def test_the_tested_versions_are_those_of_the_bounds_and_the_pins() -> None:
         assert all(version in bounds[name] for version in others), name
         assert name == "Python" or others[1] == pins()[name], name
     assert [row[0] for row in table] == ["Python", "torch", "triton", "numpy", "pillow"]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_all_packages_are_installed_on_both_architectures(machine: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *itertools.chain.from_iterable(optional)]
+    there = {"platform_machine": machine, "sys_platform": "linux"}
+    markers = {each.name: each.marker for each in map(Requirement, wanted)}
+    assert [name for name, each in markers.items() if each and not each.evaluate(there)] == []
 
 
 def test_both_images_are_the_same() -> None:
