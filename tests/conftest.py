@@ -25,6 +25,8 @@ from trainer.config import experiment as configs
 # On a busy machine any example may take long.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
+# Some tests read as another user what this one wrote.
+os.umask(0o022)
 # A shell's background ignores Ctrl-C, and nohup HUP: so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
