@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from data.exits import REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
 from trainer import train
 from trainer.ranks.group import connected
+from trainer.ranks.process import children, proc
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import join
 from trainer.run.runstate import RunState
@@ -79,6 +81,37 @@ def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
     job = ranks.start(tmp_path / "job", ranks=1, runs=[["train", str(tiny), "--run", str(run)]])
     said = job.wait()
     assert job.statuses == [0] and "finished" in said and "starts: denoise" in said, said
+
+
+def train_with_operators_in(extensions: Path, directory: Path, words: list[str]) -> int:
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+    return ranks.work(directory, [["train", *words]], fp16=False)
+
+
+def with_all_below(pid: int) -> list[int]:
+    return [pid, *(n for child in children(pid) for n in with_all_below(child))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_that_ends_the_compiler_of_the_operator_too_stops_the_run(
+    tmp_path: Path, tiny: Path, number: signal.Signals
+) -> None:
+    """A terminal gives Ctrl-C, and Slurm its signals, to all processes. One rank compiles."""
+    words, operator = [str(tiny), "--run", str(tmp_path / "run")], tmp_path / "deepspeed_shm_comm"
+    task = partial(train_with_operators_in, tmp_path, tmp_path, words)
+    job = ranks.fork(tmp_path, task, ranks=2)
+    processes: list[int] = []
+    while [proc(pid, "comm").strip() for pid in processes].count("cc1plus") < 2:  # of two files
+        assert not (operator / "deepspeed_shm_comm.so").exists()
+        processes = [n for rank in job.ranks if rank.pid for n in with_all_below(rank.pid)]
+    time.sleep(1.0)  # the other rank waits for this one's lock, or would compile in its place
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    said = job.wait()
+    assert job.statuses == [TO_BE_CONTINUED], said
+    assert said.endswith("before the first step; rerun the same command to resume\n"), said
+    assert not (operator / "lock").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import pwd
 import re
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,27 @@ def test_what_the_compiler_of_an_operator_says_is_one_line(tmp_path: Path, tiny:
     assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
     said = r"^error: rank 1: DeepSpeed's .* cannot be compiled: .*no-compiler: .*not found \("
     assert re.search(said, job.text, re.MULTILINE) and "Traceback" not in job.text, job.text
+
+
+def test_an_operator_of_another_kind_of_machine_is_named_with_the_way_out(
+    tmp_path: Path, tiny: Path
+) -> None:
+    """Nodes of several kinds may share a home directory; ninja takes their operators for one."""
+    ranks.forks()  # has it compiled for this machine
+    (so,) = operators._compiled("*.so")
+    copy = shutil.copytree(so.parent, tmp_path / so.parent.name) / so.name
+    written, library = copy.stat().st_mtime_ns, bytearray(copy.read_bytes())
+    library[18] ^= 0xFF  # the processor, in the header of ELF
+    copy.write_bytes(library)
+    os.utime(copy, ns=(written, written))
+    arguments = ["train", str(tiny), "--run", str(tmp_path / "run")]
+    job = ranks.fork(tmp_path, partial(with_own_operators, tmp_path, tmp_path, arguments), ranks=2)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED, FAILED]
+    way_out = rf"delete {copy.parent}, or set TORCH_EXTENSIONS_DIR to a directory of this kind"
+    assert re.search(rf"^error: rank 1: .* cannot be loaded: {copy}: .*: {way_out}", said, re.M), (
+        said
+    )
 
 
 @pytest.mark.skipif(not hasattr(cpp_extension, "FileBaton"), reason="torch before 2.14")

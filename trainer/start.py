@@ -132,8 +132,8 @@ def begin(
     initial: Initial | None,
     context: RankContext,
     log: Callable[[str], None],
-) -> tuple[Engine, Objective, Guards]:
-    """The engine, the objective and the guards where the run begins.
+) -> tuple[Engine, Objective, Guards] | None:
+    """The engine, the objective and the guards where the run begins; None if a signal came before.
 
     The weights come from 1. the run's own checkpoint, 2. `--init`, 3. the seed. The main rank alone
     reads or draws them; of all other state each rank reads its own part.
@@ -150,7 +150,9 @@ def begin(
     compute.prepare(net, training=training, device=context.device, stage=stage, say=say)
     main = context.world.is_main
     start = agreed(lambda: _start(config, found=found, initial=initial) if main else None)
-    agreed(load_operator)
+    agreed(lambda: load_operator(stopped=lambda: context.preemption.stop_requested))
+    if context.must_leave():
+        return None
     # Not `agreed`: the ranks meet in it, and would wait there for one that has failed alone.
     engine = Engine(net, config=config, ds_config=ds_config, device=context.device, start=start)
     objective = build_objective(config)

@@ -187,14 +187,14 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
         log(line)
     plan = plan.with_reference(mark=context.watchdog.mark, say=log)
     context.watchdog.mark("; ".join(["building the engine", *locks]))
-    engine, objective, guards = start.begin(
+    begun = start.begin(
         config, ds_config=ds_config, found=found, initial=plan.initial, context=context, log=log
     )
-    begins = start.beginning(found=found, initial=plan.initial)
-    log(f"{begins}: {start.describe(config, engine, world=world, shards=shards)}")
-    if context.must_leave():
+    if begun is None or context.must_leave():
         return _leave_early(plan, context, log=log)
-    return _loop(plan, context, begun=(engine, objective, guards), images_seen=images_seen)
+    begins = start.beginning(found=found, initial=plan.initial)
+    log(f"{begins}: {start.describe(config, begun[0], world=world, shards=shards)}")
+    return _loop(plan, context, begun=begun, images_seen=images_seen)
 
 
 def _loop(

@@ -83,10 +83,26 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def reason(error: Exception) -> str:
-    """Why it could not be compiled: the first error among the lines of the compiler, if any."""
+def fault(error: RuntimeError | ImportError) -> str:
+    """Why it could not be compiled or loaded, with the way out.
+
+    Ninja compares sources and options alone: not the processor, nor the versions of torch and of
+    the system's libraries. Of an operator for another processor, the system says that there is no
+    such file.
+    """
+    if isinstance(error, ImportError) and (found := _compiled("*.so")):
+        return (
+            f"DeepSpeed's operator for CPUs cannot be loaded: {error}: it was compiled on another "
+            f"kind of machine or for another torch: delete {found[0].parent}, or set "
+            f"{caches.OPERATORS} to a directory of this kind of machine's own"
+        )
+    # The first error among the lines of the compiler, if any.
     lines = str(error).splitlines() or [type(error).__name__]
-    return next((line for line in lines if re.search("error: |not found", line)), lines[0][:120])
+    why = next((line for line in lines if re.search("error: |not found", line)), lines[0][:120])
+    return (
+        f"DeepSpeed's operator for CPUs cannot be compiled: {why} "
+        "(`python -m trainer.preflight` checks the compiler)"
+    )
 
 
 def notice() -> list[str]:

@@ -241,22 +241,22 @@ class Engine:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def load_operator() -> None:
+def load_operator(*, stopped: Callable[[], bool]) -> None:
     """Compile DeepSpeed's operator for CPUs, or load it, which may fail on one machine alone.
 
-    DeepSpeed itself does it where the other ranks wait in the store, and hear nothing.
+    DeepSpeed itself does it where the other ranks wait in the store, and hear nothing. A signal
+    that has `stopped` this rank may have ended the compiler too: that is no error.
 
     Raises:
         OSError: it cannot be compiled, as without a compiler or room in TMPDIR, or loaded.
     """
     try:
         with redirect_stdout(io.StringIO()):  # it says so again, as it takes what is loaded
-            build_shm_op()
-    except (RuntimeError, ImportError) as error:  # with all that the compiler has printed
-        raise OSError(
-            f"DeepSpeed's operator for CPUs cannot be compiled: {operators.reason(error)} "
-            "(`python -m trainer.preflight` checks the compiler)"
-        ) from error
+            if not stopped():
+                build_shm_op()
+    except (RuntimeError, ImportError) as error:
+        if not stopped():
+            raise OSError(operators.fault(error)) from error
 
 
 def _initialize(
