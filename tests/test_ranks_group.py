@@ -15,6 +15,7 @@ import torch.distributed as dist
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
 from tests.support.cluster import wait_until
+from tests.support.runs import END, HALF, Place
 from trainer import sample
 from trainer.ranks import connections, watchdog
 from trainer.ranks.group import all_come, connected
@@ -104,6 +105,27 @@ def test_no_connection_is_idle_for_so_long_that_a_firewall_forgets_it(tmp_path: 
     said = job.wait()
     assert [process.exitcode for process in job.ranks] == [0, 0], said
     assert int(re.findall(r"^(\d+) connections$", said, re.MULTILINE)[0]) >= 5
+
+
+def train_on_unequal_nodes(directory: Path, arguments: list) -> int:
+    """A rank of one node with two ranks, or of two with one each."""
+    if os.environ["RANK"] in "01":
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+    else:
+        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    return ranks.work(directory, [arguments], fp16=False, patience=60.0)
+
+
+def test_nodes_of_unequal_numbers_of_ranks_save_together(place: Place) -> None:
+    """As those of `srun -N3 -n4`, or of torchrun with a rank for each GPU. They hung there."""
+    run = place.run("unequal")
+    widths = ("training.ema_widths = [0.05, 0.1]", f"intervals.averages = {HALF}")
+    task = partial(train_on_unequal_nodes, place.root, place.arguments("unequal", sets=widths))
+    job = ranks.fork(place.root / "unequal-job", task, ranks=4)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [0] * 4, said
+    for written in ("checkpoints", "averages"):
+        assert sorted(p.name for p in (run / written).iterdir()) == [f"{HALF:012d}", f"{END:012d}"]
 
 
 def test_a_user_error_ends_every_rank_with_its_status(

@@ -44,6 +44,13 @@ def test_in_enroot_which_tells_no_local_size_it_is_that_of_slurm() -> None:
     assert join({**ENROOT, "LOCAL_SIZE": "3"}).local_size == 3  # `deepspeed`
 
 
+def test_each_rank_of_a_step_has_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not answer is on a bad node, which `launch check` names."""
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert worlds.step_hosts() == ["n1"] * 4 + ["n2"] * 2
+
+
 def test_ranks_of_torchrun_in_the_shell_of_a_task_have_no_gpu_each() -> None:
     """Two ranks on the one GPU of `srun --gpus=1 --pty bash` would both take it."""
     shell = {**STEP, "CUDA_VISIBLE_DEVICES": "0"}

@@ -257,6 +257,5 @@ def _part(world: World, *, store: dist.TCPStore, found: Sequence[Facts]) -> None
 def _missing(world: World, found: Sequence[Facts]) -> dict[int, str]:
     """The ranks without an answer, and the hosts on which they should run ("?": unknown)."""
     nodes, answered = step_hosts(), {facts.rank for facts in found}
-    absent = set(range(world.size)) - answered
-    places = {rank: rank // world.local_size for rank in sorted(absent)}
-    return {rank: nodes[n] if n < len(nodes) else "?" for rank, n in places.items()}
+    absent = sorted(set(range(world.size)) - answered)
+    return {rank: nodes[rank] if rank < len(nodes) else "?" for rank in absent}

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from data import files
 from trainer import weights
 from trainer.config.sections import IntervalConfig
 from trainer.ranks.faults import Broken, describe
-from trainer.ranks.group import agreed, from_main, gather
+from trainer.ranks.group import agreed, from_main, gather, writers
 from trainer.ranks.world import World
 from trainer.run.checkpoint import STATE, best, committed, file_facts, sealed, superseded
 from trainer.run.directory import Run
@@ -107,8 +108,7 @@ class Saver:
         if self.is_lost:
             return
         mine: dict[str, dict[str, Tensor]] = {}
-        for number, kind in enumerate(source.kinds):
-            owner = self._world.owner(number)
+        for kind, owner in zip(source.kinds, cycle(writers(self._world)), strict=False):
             whole = source.gather(kind, to=owner)
             if owner == self._world.rank:
                 mine[kind] = whole

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trainer.adm.ema import Profile
 from trainer.config.experiment import Config
 from trainer.engine import averages
 from trainer.engine.compute import DTYPES
-from trainer.ranks.group import gather
+from trainer.ranks.group import gather, writers
 from trainer.ranks.world import World
 from trainer.run.checkpoint import STATE, committed, file_facts
 from trainer.run.directory import Run
@@ -124,8 +125,7 @@ class Snapshots:
             return
         partial = directory(self._run.path) / f".{images_seen:012d}.partial"
         facts, fault = {}, None
-        for number, name in enumerate(self._names):
-            owner = self._world.owner(number)
+        for name, owner in zip(self._names, cycle(writers(self._world)), strict=False):
             whole = source.gather(name, to=owner)
             if owner == self._world.rank and fault is None:
                 try:

@@ -177,6 +177,14 @@ def gather(mine: T) -> list[T]:
     return everyone
 
 
+def writers(world: World) -> list[int]:
+    """All ranks, in the order in which they write files. All ranks must call it.
+
+    The first ranks of all nodes come first, so that nodes share the gathering and the writing.
+    """
+    return sorted(range(world.size), key=gather(world.local_rank).__getitem__)
+
+
 def gather_to_main(mine: T) -> list[T] | None:
     """What every rank has, in the order of the ranks, on the main rank. All ranks must call it."""
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

@@ -36,15 +36,6 @@ class World:
         """Whether this is rank 0, which alone writes the run."""
         return self.rank == 0
 
-    def owner(self, number: int) -> int:
-        """The rank that writes file `number`.
-
-        The first ranks of all nodes come first, so that as many nodes as there are files share the
-        gathering and the writing; then their second ranks. Ranks are numbered node by node.
-        """
-        nodes = max(1, self.size // self.local_size)
-        return (number % nodes * self.local_size + number // nodes) % self.size
-
     def environment(self) -> dict[str, str]:
         """The variables by which torch.distributed and DeepSpeed find each other."""
         return {
@@ -160,8 +151,10 @@ def process_name() -> str:
 
 
 def step_hosts() -> list[str]:
-    """The hosts of this Slurm step; none under another launcher."""
-    return hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
+    """The host of each rank of this Slurm step, in order; none under another launcher."""
+    nodes = hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
+    counts = _tasks_by_node(os.environ)
+    return [host for host, count in zip(nodes, counts, strict=False) for _ in range(count)]
 
 
 def scheduler_job() -> tuple[str | None, int]:
@@ -240,12 +233,17 @@ def _slurm_port(env: Mapping[str, str]) -> int:
 
 
 def _tasks_here(env: Mapping[str, str]) -> int:
-    """This node's share of SLURM_STEP_TASKS_PER_NODE, such as "4(x2),3"."""
+    """The tasks of this node."""
+    return _tasks_by_node(env)[int(env.get("SLURM_NODEID", "0"))]
+
+
+def _tasks_by_node(env: Mapping[str, str]) -> list[int]:
+    """SLURM_STEP_TASKS_PER_NODE, such as "4(x2),3", written out."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, times = part.partition("(x")
         counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts[int(env.get("SLURM_NODEID", "0"))]
+    return counts
 
 
 def hosts(nodelist: str) -> list[str]:
