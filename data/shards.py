@@ -128,7 +128,10 @@ def _export(root: str, out: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="python -m data.shards", description=__doc__.partition("\n")[0])
+    parser = CommandParser(
+        prog="python -m data.shards",
+        description="Verify, show, index, merge or export packed datasets.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[..., int], help_text: str) -> Callable[..., object]:

@@ -52,6 +52,12 @@ def test_descriptions_keep_their_line_breaks() -> None:
     assert "\n  first     one\n  second    two\n" in said.format_help()
 
 
+def test_a_command_runs_without_docstrings() -> None:
+    """As with PYTHONOPTIMIZE=2."""
+    command = [sys.executable, "-OO", "-m", "data.shards", "--help"]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
