@@ -17,9 +17,13 @@ from torch.utils import cpp_extension
 from data.dataset import open_shards
 from data.exits import FAILED, REFUSED
 from tests.support import ranks
-from trainer import train
-from trainer.engine import operators
+from trainer import export, train
+from trainer import plan as planning
+from trainer.engine import caches, operators
+from trainer.evaluation.features import open_network
 from trainer.measures import due
+from trainer.ranks.faults import Refused
+from trainer.ranks.group import alone
 
 
 def lock_of(root: Path, *, age: float, operator: str = "deepspeed_shm_comm") -> Path:
@@ -173,6 +177,31 @@ def test_a_place_for_what_is_compiled_that_cannot_be_written_is_named_before_any
     with pytest.raises(ValueError, match=said):
         train.TrainingPlan.make(arguments, ranks=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_torch_makes_though_it_compiles_nothing_is_named_by_all_that_need_it(
+    tmp_path: Path,
+    tiny: Path,
+    network: Path,
+    weights: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = "set TORCHINDUCTOR_CACHE_DIR to a directory that is writable"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = train.parser().parse_args([str(tiny), "--run", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=said):
+        train.TrainingPlan.make(arguments, ranks=1)
+    assert planning.main([str(tiny), "--gpus", "1"]) == REFUSED
+    assert said in capsys.readouterr().err
+    assert export.main([*weights["unet"], "--to", str(tmp_path / "out.pt")]) == REFUSED
+    assert said in capsys.readouterr().err
+    with alone(), pytest.raises(Refused, match=said):
+        open_network(str(network), device=torch.device("cpu"))
+    # Nothing is written to one that is there, nor loaded from there.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")
+    caches.check_made()
 
 
 def test_a_user_without_a_home_directory_is_told_where_to_have_the_operator_compiled(

@@ -17,7 +17,7 @@ from trainer.adm.config import check
 from trainer.adm.unet import build
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
-from trainer.engine import averages, compute
+from trainer.engine import averages, caches, compute
 from trainer.engine.compute import DTYPES
 from trainer.ranks.group import agreed, broadcast, from_main
 from trainer.run import checkpoint as checkpoints
@@ -83,6 +83,7 @@ class TrainedNetwork:
 
     def check_weights(self) -> dict[str, Tensor]:
         """As `weights`; ValueError where they do not fit this network. Reads all of the file."""
+        caches.check_made()
         found = self.weights()
         with torch.device("meta"):
             net = build(self.config.model)

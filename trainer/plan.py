@@ -23,6 +23,7 @@ from trainer.adm.config import check
 from trainer.config import ds_config, settings
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
+from trainer.engine import caches
 from trainer.engine.averages import kept
 from trainer.engine.compute import DTYPES
 from trainer.planning import costs
@@ -249,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(arguments: argparse.Namespace) -> int:
+    caches.check_made()
     zero = ds_config.load(arguments.ds_config)["zero_optimization"]
     machine = machine_of(arguments, gpus=arguments.gpus)
     if arguments.preset == "all":

@@ -44,6 +44,15 @@ def check(*variables: str) -> None:
             raise ValueError(said)
 
 
+def check_made() -> None:
+    """Raise ValueError where torch cannot make Inductor's directory, which it does with the first
+    network, on CPUs too, whether or not anything is compiled.
+    """
+    place = directory(INDUCTOR)
+    if not place.is_dir() and (why := files.write_fault(place)):
+        raise ValueError(f"{why}: set {INDUCTOR} to a directory that is writable")
+
+
 def _user() -> str:
     try:
         return getpass.getuser()

@@ -28,6 +28,7 @@ def check(training: TrainingConfig) -> None:
     """Raise ValueError unless this machine has what the settings need: packages, and directories
     for what is compiled.
     """
+    caches.check_made()
     settings = {
         'training.kernels = "fused"': training.kernels == "fused",
         "training.compile = true": training.compile,

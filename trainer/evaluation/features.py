@@ -22,6 +22,7 @@ from data import files
 from trainer import common, diffusers_format, weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import to_range
+from trainer.engine import caches
 from trainer.engine.compute import without_tf32
 from trainer.evaluation.inception import SOURCE, WEIGHTS, Features, Inception
 from trainer.networks import TrainedNetwork
@@ -143,6 +144,7 @@ def _classifier(found: TrainedNetwork, path: Path, *, device: torch.device) -> F
 
 
 def _exported(path: Path, *, dino: bool, device: torch.device) -> FeatureNetwork:
+    caches.check_made()
     try:
         # A program also names the device of each tensor that it makes: `.to` would leave these.
         net: nn.Module = move_to_device_pass(torch.export.load(path), device).module()
