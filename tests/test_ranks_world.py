@@ -267,6 +267,22 @@ def test_a_node_that_cannot_resolve_where_the_ranks_meet_says_so(
     assert said in capsys.readouterr().out
 
 
+def test_a_node_whose_main_rank_does_not_answer_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where its node has started nothing, or the variables are those of another job."""
+    monkeypatch.setattr(meeting, "_TELL", 0.2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and it does not listen
+        world = World(rank=1, size=2, port=taken.getsockname()[1])
+        for name, value in world.environment().items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TimeoutError, match=r"did not meet at 127\.0\.0\.1:"):
+            meeting_store(world, timeout=timedelta(seconds=1))
+    said = f"{socket.gethostname()} waits for rank 0: nothing answers at 127.0.0.1:{world.port} "
+    assert f"{said}(MASTER_ADDR, MASTER_PORT): Connection refused" in capsys.readouterr().out
+
+
 def test_ranks_that_torchrun_starts_again_meet_each_other_and_not_those_that_ended(
     tmp_path: Path,
 ) -> None:

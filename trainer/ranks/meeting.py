@@ -63,8 +63,9 @@ def meeting_store(world: World, *, timeout: timedelta) -> dist.Store:
 def _missing_named(world: World) -> Iterator[None]:
     """While entered, the main rank says each half minute which ranks have not come yet.
 
-    They may have ended before: neither srun nor ssh ends the others for that. A node says that it
-    cannot resolve the main rank's: torch tries for twice its timeout, and says it in C++.
+    They may have ended before: neither srun nor ssh ends the others for that. Every other node says
+    that it cannot resolve the main rank's, or that nothing answers there: torch tries for twice its
+    timeout, and says it in C++.
     """
     met = threading.Event()
     if world.local_rank == 0:
@@ -87,6 +88,7 @@ def _name_missing(world: World, met: threading.Event) -> None:
             )
             continue
         if not world.is_main:
+            _name_unreached(world)
             continue
         with suppress(dist.DistError):
             # The main rank's own waits for all.
@@ -97,6 +99,17 @@ def _name_missing(world: World, met: threading.Event) -> None:
             if missing:
                 where = f"{world.address}:{world.port}"
                 print(f"waiting at {where} for rank{ranks} of {world.size}", flush=True)
+
+
+def _name_unreached(world: World) -> None:
+    try:
+        socket.create_connection((world.address, world.port), timeout=_TELL).close()
+    except OSError as error:
+        me, where, why = host_name(), f"{world.address}:{world.port}", error.strerror or error
+        print(
+            f"{me} waits for rank 0: nothing answers at {where} (MASTER_ADDR, MASTER_PORT): {why}",
+            flush=True,
+        )
 
 
 def _not_met(world: World, error: dist.DistError) -> str:
