@@ -183,7 +183,7 @@ def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
     """Runs jobs in processes here, or with `mpi` on the other ranks of mpi4py.futures.
 
     Raises:
-        ValueError: there would be no process, or there are no other ranks.
+        ValueError: there would be no process, or there are no other ranks, or they would not work.
     """
     check(workers >= 1, "--workers", workers, "at least 1")
     if not mpi:
@@ -191,9 +191,10 @@ def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
     from mpi4py import MPI  # starts MPI, which only --mpi needs
     from mpi4py.futures import MPIPoolExecutor
 
-    if MPI.COMM_WORLD.size < 2:
+    started = any(word.endswith("mpi4py.futures") for word in sys.orig_argv)
+    if MPI.COMM_WORLD.size < 2 or not started:
         raise ValueError(
-            "--mpi needs at least 2 ranks: run "
+            "--mpi needs at least 2 ranks of mpi4py.futures: run "
             "`mpirun -n N python -m mpi4py.futures -m data.pack ... --mpi`"
         )
     return pool.cancelling(MPIPoolExecutor())

@@ -200,7 +200,7 @@ def test_a_packing_that_fails_has_ended_its_thread(tmp_path: Path) -> None:
         (["--workers", "0"], "--workers = 0: must be at least 1"),
         (["--class-map", "nowhere"], "--class-map = nowhere cannot be read"),
         (["--classes-of", "nowhere"], "no dataset at nowhere"),
-        (["--mpi"], "--mpi needs at least 2 ranks"),
+        (["--mpi"], "--mpi needs at least 2 ranks of mpi4py.futures: run `mpirun -n N"),
     ],
 )
 def test_a_wrong_option_is_refused_and_leaves_nothing(

@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -205,10 +207,15 @@ def test_full_verification_finds_one_flipped_bit(tmp_path: Path) -> None:
 def test_the_ranks_of_mpirun_pack_the_same_bytes(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", images=40)
     pack(Request(str(source), PackConfig(size=16)), out=tmp_path / "one")
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable]
-    command += ["-m", "mpi4py.futures", "-m", "data.pack", str(source), str(tmp_path / "many")]
-    command += ["--size", "16", "--mpi"]
-    subprocess.run(command, env=ranks.environment(), check=True, timeout=ranks.LIMIT)
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable]
+    command = ["-m", "data.pack", str(source), str(tmp_path / "many"), "--size", "16", "--mpi"]
+    job = partial(subprocess.run, env=ranks.environment(), timeout=ranks.LIMIT)
+    # Each rank would pack by itself; most would hear that another process is packing there.
+    refused = job([*mpirun, *command], capture_output=True, text=True)
+    assert refused.returncode == REFUSED
+    said = set(re.findall("^packing stopped: .*", refused.stderr, re.MULTILINE))
+    assert len(said) == 1 and "-m mpi4py.futures" in said.pop()
+    job([*mpirun, "-m", "mpi4py.futures", *command], check=True)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert main([str(source), str(tmp_path / "alone"), "--size", "16", "--mpi"]) == REFUSED
 

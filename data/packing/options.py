@@ -89,7 +89,7 @@ def _add_work(add: Callable[..., object]) -> None:
     """How the work is done; it changes nothing in the shards."""
     here = "processes on this machine (default: one for each CPU it may use, here %(default)s)"
     add("--workers", type=int, default=pool.cpus(), help=here)
-    mpi = "use the ranks of mpirun as workers (default: processes on this machine)"
+    mpi = "use the ranks of `mpirun -n N python -m mpi4py.futures -m data.pack ...` as workers"
     add("--mpi", action="store_true", help=mpi)
     dry_run = "print classes, counts, sizes and the time it would take, and write nothing"
     add("--dry-run", action="store_true", help=dry_run)
