@@ -240,6 +240,8 @@ def cpu_remark(workers: int) -> str | None:
     if not workers or own == there or own > (workers if bound else 1):
         return None
     more = "raise cpus_per_task of Slurm, or a container's limit"
+    if {"OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
+        more = f"give mpirun --bind-to none (Intel's: I_MPI_PIN=off), or {more}"
     way_out = f"unset {bound[0]}" if bound else more
     return f"data.workers = {workers}: all share {own} of {there} CPUs with this rank: {way_out}"
 

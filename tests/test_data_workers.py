@@ -63,8 +63,10 @@ def test_a_killed_worker_is_one_line_of_its_rank(whole: Shards, tmp_path: Path) 
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="there is one CPU")
-def test_workers_that_are_bound_to_the_trainers_cpu_are_named_in_the_log() -> None:
-    """By OpenMP as torch is imported, or by a job that has one CPU for each task."""
+def test_workers_that_are_bound_to_the_trainers_cpu_are_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By OpenMP as torch is imported, by a job that has one CPU for each task, or by MPI."""
     script = "import torch; from data.stream import cpu_remark; print(cpu_remark(2), cpu_remark(0))"
     bound = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
     command = [sys.executable, "-c", script]
@@ -75,6 +77,9 @@ def test_workers_that_are_bound_to_the_trainers_cpu_are_named_in_the_log() -> No
     try:
         os.sched_setaffinity(0, {min(allowed)})
         assert cpu_remark(2) == f"{there}raise cpus_per_task of Slurm, or a container's limit"
+        monkeypatch.setenv("PMI_RANK", "0")
+        said = f"{there}give mpirun --bind-to none (Intel's: I_MPI_PIN=off), or raise cpus_per_task"
+        assert (cpu_remark(2) or "").startswith(said)
     finally:
         os.sched_setaffinity(0, allowed)
 
