@@ -125,6 +125,25 @@ def test_each_training_flag_that_is_left_to_the_preset_is_named_until_it_is_give
     assert training.batch == int(absent["batch_size"])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "nearest"),
+    [
+        ("--large_size 256 --small_size 64", "upsample64_256"),
+        ("--large_size 128 --small_size 32", "upsample64_256"),
+        ("--large_size 512 --small_size 128 --attention_resolutions 32,16", "upsample128_512"),
+        ("--image_size 256", "imagenet256"),
+    ],
+)
+def test_what_no_flag_says_of_an_upsampler_is_from_an_upsampler_and_of_others_is_not(
+    sizes: str, nearest: str
+) -> None:
+    """A network with the width of the other kind was taken for it."""
+    width = "192 --num_heads 4" if "image" in sizes else "256 --num_head_channels 64"
+    flags = f"{sizes} --num_channels {width} --learn_sigma True --resblock_updown True"
+    said = to_preset(f"{flags} --class_cond True", ranks=None)
+    assert f"is from the preset {nearest}\n" in said
+
+
 def test_without_flags_the_network_is_guided_diffusions_default(tmp_path: Path) -> None:
     config = read("--image_size 64", tmp_path)
     assert config.model == golden.unet_config(

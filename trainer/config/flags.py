@@ -229,7 +229,10 @@ def _diffusion(values: Mapping[str, Any]) -> dict[str, Any]:
 def _nearest_preset(
     model: Mapping[str, Any], diffusion: Mapping[str, Any], *, is_classifier: bool
 ) -> tuple[str, Config]:
-    """The preset of the nearest image size that differs least in its network and diffusion."""
+    """The preset of the nearest image size that differs least in its network and diffusion.
+
+    An upsampler's is an upsampler.
+    """
     wanted = {f"model.{k}": v for k, v in model.items()}
     wanted |= {f"diffusion.{k}": v for k, v in diffusion.items()}
     names = sorted(path.stem for path in PRESETS.glob("*.toml"))
@@ -243,7 +246,11 @@ def _nearest_preset(
         away = abs(configs[name].model.image_size - model["image_size"])
         return away, count, name
 
-    name = min((n for n, c in configs.items() if c.objective == kind), key=differences)
+    def is_kind(config: Config) -> bool:
+        is_upsampler = getattr(config.model, "small_size", None) is not None
+        return config.objective == kind and is_upsampler == ("small_size" in model)
+
+    name = min((n for n, c in configs.items() if is_kind(c)), key=differences)
     return name, configs[name]
 
 
