@@ -2,14 +2,17 @@
 
 import dataclasses
 import os
+import re
 import socket
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from data.exits import REFUSED
+from data.exits import FAILED, REFUSED
 from tests.support import faults, ranks
 from trainer import allocation
 from trainer.planning.facts import Facts, problems, table
@@ -37,8 +40,8 @@ def with_one(**changes: object) -> list[Facts]:
     return [*RANKS[:2], odd, RANKS[3]]
 
 
-def clocks(skew: float = 0.0) -> dict[int, float]:
-    return {0: 1e9, 1: 1e9 + 0.3, 2: 1e9 + skew, 3: 1e9}
+def clocks(skew: float = 0.0) -> dict[int, tuple[float, float]]:
+    return {0: (0.0, 0.0), 1: (0.3, 0.3), 2: (skew, skew), 3: (0.0, 0.0)}
 
 
 def test_a_good_allocation_has_no_problems() -> None:
@@ -57,6 +60,35 @@ def test_the_odd_rank_is_named_with_what_is_odd() -> None:
     ):
         assert problems(with_one(**change), clocks=clocks()) == {2: said}
     assert problems(RANKS, clocks=clocks(skew=-7.0)) == {2: "clock is off by -7.0 s"}
+    assert problems(RANKS, clocks=clocks(skew=2.5)) == {2: "clock is off by +2.5 s"}
+
+
+class LateStore(dist.TCPStore):
+    """Of a busy machine: a rank that waits for the main rank goes on seconds after it has come."""
+
+    def get(self, key: str) -> bytes:
+        found = super().get(key)
+        time.sleep(0.0 if key[-1].isdigit() else 3.0)
+        return found
+
+
+def check_with(*, late: int, ahead: int) -> int:
+    """One rank of this number is on a busy machine, the clock of another is a minute ahead."""
+    rank, now = int(os.environ["RANK"]), time.time
+    if rank == late:
+        dist.TCPStore = LateStore  # type: ignore[misc]
+    if rank == ahead:
+        time.time = lambda: now() + 60.0
+    return allocation.main(["--free", "0"])
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_on_a_busy_machine_has_no_wrong_clock(late: int, tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, partial(check_with, late=late, ahead=2), ranks=4)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED] * 4, job.text
+    off = re.findall(r"^ +(\d) .*clock is off by \+(\S+) s$", said, re.MULTILINE)
+    assert [rank for rank, _ in off] == ["2"] and 55 < float(off[0][1]) < 61, said
 
 
 def test_the_bandwidth_is_that_of_each_rank_in_a_ring() -> None:

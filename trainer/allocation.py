@@ -13,10 +13,11 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,14 +58,20 @@ def _facts(world: World, *, run: Path | None, data: str | None, gpus: int | None
 
 
 def _lookup_seconds(world: World) -> float:
-    """Seconds in which the resolver names the address that the other ranks see of this machine."""
+    """Seconds in which the resolver names the address that the other ranks see of this machine.
+
+    The quicker of two: the machine may have been busy.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         with suppress(OSError):
             probe.connect((world.address, world.port))  # chooses the interface, and sends nothing
-        began = time.monotonic()
-        with suppress(OSError):
-            socket.getnameinfo(probe.getsockname(), 0)
-    return time.monotonic() - began
+        times = []
+        for _ in range(2):
+            began = time.monotonic()
+            with suppress(OSError):
+                socket.getnameinfo(probe.getsockname(), 0)
+            times.append(time.monotonic() - began)
+    return min(times)
 
 
 def _free_gib(directory: Path) -> float:
@@ -126,22 +133,49 @@ def _gather(world: World, *, mine: Facts, seconds: float) -> tuple[dist.TCPStore
     return store, [Facts(**json.loads(text)) for text in heard.values()]
 
 
-def _clocks(world: World, *, store: dist.TCPStore) -> dict[int, float]:
-    """The ranks' clocks, read at one moment: when the main rank has published the facts."""
-    store.set(f"clock {world.rank}", str(time.time()))
-    heard = _collect(world, store=store, what="clock", seconds=10.0)
-    return {rank: float(text) for rank, text in heard.items()}
+def _clocks(world: World, *, store: dist.TCPStore) -> dict[int, tuple[float, float]]:
+    """By how many seconds each rank's clock is ahead of the main rank's, at least and at most.
 
-
-def _collect(world: World, *, store: dist.TCPStore, what: str, seconds: float) -> dict[int, str]:
-    """What each rank has written as `what` to the store within `seconds`, the same on all ranks."""
+    A rank reads it after the main rank has begun, and before the main rank hears of it: on a busy
+    machine that may be seconds, which say nothing about its clock.
+    """
+    began = time.time()
     if world.is_main:
-        end, keys = time.monotonic() + seconds, [f"{what} {rank}" for rank in range(world.size)]
-        while time.monotonic() < end and not store.check(keys):
-            time.sleep(0.02)
-        heard = {n: store.get(k).decode() for n, k in enumerate(keys) if store.check([k])}
+        store.set("begun", "")
+    store.get("begun")
+    store.set(f"clock {world.rank}", str(time.time()))
+
+    def ahead(text: str) -> tuple[float, float]:
+        return float(text) - time.time(), float(text) - began
+
+    heard = _collect(world, store=store, what="clock", seconds=10.0, hear=ahead)
+    return {rank: (least, most) for rank, (least, most) in heard.items()}
+
+
+def _collect(
+    world: World,
+    *,
+    store: dist.TCPStore,
+    what: str,
+    seconds: float,
+    hear: Callable[[str], Any] = str,
+) -> dict[int, Any]:
+    """What the main rank has heard of what each rank writes to the store within `seconds`.
+
+    `hear` makes plain JSON of it as it comes; the same on all ranks.
+    """
+    if world.is_main:
+        end, heard, missing = time.monotonic() + seconds, dict[int, Any](), set(range(world.size))
+        while missing:
+            is_over = time.monotonic() > end
+            for rank in [n for n in missing if store.check([f"{what} {n}"])]:
+                heard[rank] = hear(store.get(f"{what} {rank}").decode())
+                missing.remove(rank)
+            if is_over:
+                break
+            time.sleep(0.02 if missing else 0)
         store.set(what, json.dumps(heard))
-    return {int(rank): text for rank, text in json.loads(store.get(what)).items()}
+    return {int(rank): found for rank, found in json.loads(store.get(what)).items()}
 
 
 def _all_reduce(world: World, *, store: dist.TCPStore, seconds: float) -> str:

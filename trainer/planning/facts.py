@@ -29,11 +29,15 @@ class Facts:
 
 
 def problems(
-    found: Sequence[Facts], *, clocks: Mapping[int, float], least_free_gib: float = LEAST_FREE_GIB
+    found: Sequence[Facts],
+    *,
+    clocks: Mapping[int, tuple[float, float]],
+    least_free_gib: float = LEAST_FREE_GIB,
 ) -> dict[int, str]:
     """What is wrong, by rank; a rank is wrong, too, where it differs from most other ranks.
 
-    `clocks` are the ranks' seconds since 1970, read at the same moment.
+    `clocks` are by how many seconds those of the ranks are ahead of one of them, at least and at
+    most.
     """
     wrong: dict[int, list[str]] = {facts.rank: [] for facts in found}
     for name in ("code", "versions", "gpus"):
@@ -42,9 +46,9 @@ def problems(
         for facts in found:
             if (value := getattr(facts, name)) != usual:
                 wrong[facts.rank].append(f"{name}: {value}, elsewhere {usual}")
-    middle = statistics.median_low(clocks.values()) if clocks else 0.0
+    skews = _skews(clocks)
     for facts in found:
-        if abs(skew := clocks.get(facts.rank, middle) - middle) > _MOST_SKEW:
+        if abs(skew := skews.get(facts.rank, 0.0)) > _MOST_SKEW:
             wrong[facts.rank].append(f"clock is off by {skew:+.1f} s")
         if facts.free_gib < least_free_gib:
             wrong[facts.rank].append(f"{facts.free_gib:.1f} GiB of disk free")
@@ -55,6 +59,12 @@ def problems(
             )
         wrong[facts.rank] += [error for error in (facts.access, facts.device) if error]
     return {rank: "; ".join(said) for rank, said in wrong.items() if said}
+
+
+def _skews(clocks: Mapping[int, tuple[float, float]]) -> dict[int, float]:
+    """By how many seconds each clock is ahead of most others, as far as that is certain."""
+    least, most = (statistics.median_low([c[i] for c in clocks.values()] or [0.0]) for i in (0, 1))
+    return {n: max(low - most, 0.0) + min(high - least, 0.0) for n, (low, high) in clocks.items()}
 
 
 def table(found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[int, str]) -> str:
