@@ -108,10 +108,18 @@ class Progress:
         if self._shown:
             text = f"{done}  {self.left()} left"
             print(f"\r{text.ljust(79)}", end="\r", flush=True)
+            if self._done >= self._total:  # a shorter line may follow
+                print(" " * 79, end="\r", flush=True)
         if self._say is not None and self._clock() > self._said + _EVERY:
             self._said = self._clock()
             rate = (self._done - self._start) / (self._said - self._began)
             self._say(f"{done}, {rate:,.1f} a second, {self.left()} left")
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Pass items on, each a unit, and count it as done when the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
 
     def left(self) -> str:
         """Time left at the mean rate since the start of this process."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from data import progress
 from tests.support import ranks
 from tests.support.ranks import ROOT, environment
 from trainer import sample, train
@@ -34,16 +35,37 @@ def printed(words: Sequence[str]) -> bytes:
     return done.stdout
 
 
-def test_progress_is_drawn_on_a_terminal_and_not_into_a_file() -> None:
+def drawn(words: Sequence[str]) -> bytes:
+    """What a command writes to a terminal."""
     ours, theirs = pty.openpty()
-    subprocess.run(WORK, cwd=ROOT, env=environment(), stdout=theirs, check=True)
+    subprocess.run(words, cwd=ROOT, env=environment(), stdout=theirs, check=True)
     os.close(theirs)
-    drawn = b""
+    found = b""
     with suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # its end is an error
         while part := terminal.read(4096):
-            drawn += part
-    assert drawn.count(b"4 images") == 4
+            found += part
+    return found
+
+
+def test_progress_is_drawn_on_a_terminal_and_not_into_a_file() -> None:
+    assert drawn(WORK).count(b"4 images") == 4
     assert printed(WORK) == b"done\n"
+
+
+def test_a_line_after_the_last_unit_stands_alone_on_a_terminal() -> None:
+    shown = ""
+    for text in drawn(WORK).decode().replace("\r\n", "").split("\r"):
+        shown = text + shown[len(text) :]
+    assert shown.rstrip() == "done"
+
+
+def test_items_are_counted_once_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_EVERY", -1.0)
+    said: list[str] = []
+    shown = progress.Progress(total=3, say=said.append)
+    seen = [(item, len(said)) for part in ("ab", "c") for item in shown.over(part)]
+    assert seen == [("a", 0), ("b", 1), ("c", 2)]
+    assert [line.partition(",")[0] for line in said] == [f"{n} of 3 images" for n in (1, 2, 3)]
 
 
 def test_the_terminal_that_mpirun_gives_rank_0_is_nobodys() -> None:

@@ -127,6 +127,7 @@ def _finish(
         labels=None if samples.labels is None else samples.labels.tolist(),
         about=about,
         warnings=[network.warning] if network.warning else [],
+        say=_say,
     )
     outputs.write(out, results.to_json())
     for warning in results.warnings:
@@ -160,7 +161,7 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
     def write() -> None:
         assert found is not None
         files.make_parent(out, option="--out")
-        references.save(out, found, samples=samples, network=evaluator.network)
+        references.save(out, found, samples=samples, network=evaluator.network, say=_say)
         print(f"written: {out}: {found.count:,} images, {evaluator.network.name}")
 
     from_main(write)

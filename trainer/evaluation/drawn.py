@@ -45,7 +45,7 @@ def features_of_samples(
     parts = _parts(config.evaluation.images, evaluator=evaluator)
     conditions = _conditions(parts, config=config, evaluator=evaluator, enlarged=enlarged)
     net, sampler = network_of(config, weights).eval(), sampler_of(config)
-    steps, share, black = sampler.diffusion.steps, Share(), 0
+    steps, share, black = sampler.diffusion.steps, Share(kept=range(config.evaluation.images)), 0
     progress = Progress(
         total=len(parts) * steps,
         unit="denoising steps of the evaluation",

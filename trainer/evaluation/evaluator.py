@@ -1,6 +1,6 @@
 """All ranks compute features together, of samples and of the images they are compared with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,18 +30,18 @@ class Evaluator:
     #: Called on every rank with the number of images after each batch.
     on_images: Callable[[int], None] = lambda _: None
 
-    def extract(self, samples: Samples, *, kept: Sequence[int]) -> Extracted | None:
+    def extract(self, samples: Samples, *, kept: Container[int]) -> Extracted | None:
         """Statistics of the features of all samples, and the features of the images `kept`.
 
-        `kept` are positions, ascending. Every rank computes a share; the main rank gets the result.
+        `kept` are positions. Every rank computes a share; the main rank gets the result.
 
         Raises:
             Refused: an image is damaged, or its features are not finite.
         """
         if self.world.is_main:
             self.say(f"features of {samples.count:,} images of {samples.path}")
-        mine = agreed(lambda: self._share(samples))
-        return joined(mine, count=samples.count, kept=kept, device=self.device)
+        mine = agreed(lambda: self._share(samples, kept=kept))
+        return joined(mine, count=samples.count, device=self.device)
 
     def check(self, path: Path, *, size: tuple[int, int]) -> Reference | Samples:
         """Open a reference for samples of a height and width, without computing features.
@@ -103,11 +103,11 @@ class Evaluator:
 
     def of_images(self, samples: Samples) -> Reference | None:
         """The reference that a directory of shards or a sample file is; on the main rank."""
-        found = self.extract(samples, kept=references.chosen(samples.count).tolist())
+        found = self.extract(samples, kept=set(references.chosen(samples.count).tolist()))
         return None if found is None else references.of_images(samples, found)
 
-    def _share(self, samples: Samples) -> Share:
-        own, size, world = Share(), self.batch_size, self.world
+    def _share(self, samples: Samples, *, kept: Container[int]) -> Share:
+        own, size, world = Share(kept=kept), self.batch_size, self.world
         progress = Progress(total=samples.count, shown=world.is_main, say=self.say)
         for first in range(world.rank * size, samples.count, world.size * size):
             pixels = samples.images(first, min(first + size, samples.count))

@@ -1,6 +1,6 @@
 """Features of many images, computed by all ranks and gathered on the main rank."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -37,20 +37,16 @@ class Extracted:
     copies: int = 0
 
 
-def joined(
-    mine: "Share", *, count: int, kept: Sequence[int], device: torch.device
-) -> Extracted | None:
+def joined(mine: "Share", *, count: int, device: torch.device) -> Extracted | None:
     """Bring together what the ranks have computed of `count` images, on the main rank.
 
-    Features are those of the positions `kept` (ascending). All ranks must call it.
+    All ranks must call it.
     """
-    wanted = set(kept)
-    chosen = [row for row, place in enumerate(mine.places) if place in wanted]
     everyone = gather_to_main(
         (
-            [mine.places[row] for row in chosen],
-            torch.cat(mine.pool)[chosen] if mine.pool else None,
-            torch.cat(mine.logits)[chosen] if mine.logits else None,
+            mine.places,
+            torch.cat(mine.pool) if mine.pool else None,
+            torch.cat(mine.logits) if mine.logits else None,
             mine.digests,
         )
     )
@@ -73,9 +69,15 @@ def joined(
 
 
 class Share:
-    """What one rank has computed of its images."""
+    """What one rank has computed of its images.
 
-    def __init__(self) -> None:
+    Features and class scores are those of the images at the positions `kept`: of all images of a
+    large dataset they would not fit in memory.
+    """
+
+    def __init__(self, *, kept: Container[int]) -> None:
+        self._kept = kept
+        #: The positions of the rows of `pool` and `logits`.
         self.places: list[int] = []
         self.digests: list[bytes] = []
         self.pool: list[Tensor] = []
@@ -91,10 +93,11 @@ class Share:
         pool, spatial, logits = found
         given = () if images is None else images
         self.digests += [blake2b(image.tobytes(), digest_size=8).digest() for image in given]
-        self.places += range(first, first + len(pool))
-        self.pool.append(pool.cpu())
+        rows = [row for row in range(len(pool)) if first + row in self._kept]
+        self.places += [first + row for row in rows]
+        self.pool.append(pool.cpu()[rows])
         if logits is not None:
-            self.logits.append(logits.cpu())
+            self.logits.append(logits.cpu()[rows])
         self.moments = self.moments or _new(pool.shape[1], device=pool.device)
         _add(self.moments, pool, first=first)
         if spatial is not None:
@@ -109,9 +112,8 @@ def _new(columns: int, *, device: torch.device) -> list[Moments]:
 
 def _add(moments: Sequence[Moments], rows: Tensor, *, first: int) -> None:
     """Add rows of the images from position `first` on, each to the part that it belongs to."""
-    part_of = torch.arange(first, first + len(rows), device=rows.device) % PARTS
     for part, own in enumerate(moments):
-        own.add(rows[part_of == part])
+        own.add(rows[(part - first) % PARTS :: PARTS])
 
 
 def _reduced(mine: Sequence[Moments], *, device: torch.device) -> list[Moments]:

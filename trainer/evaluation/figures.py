@@ -7,7 +7,7 @@ images. All arithmetic is in float64.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +22,7 @@ _NEIGHBOURS = 3
 # Images of a split of the inception score.
 SPLIT = 5000
 # Subsets of the kernel distance, and their size.
-_SUBSETS, _SUBSET = 100, 1000
+SUBSETS, _SUBSET = 100, 1000
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Moments:
         rows = rows - self.origin
         self.count += len(rows)
         self.total += rows.sum(dim=0)
-        self.square += rows.T @ rows
+        self.square.addmm_(rows.T, rows)  # without a (D, D) tensor of each block
 
     def about(self, origin: Tensor) -> "Moments":
         """The same sums about another value (D,)."""
@@ -135,47 +135,81 @@ def inception_score(logits: Tensor, *, split: int = SPLIT) -> float:
     return sum(scores) / len(scores)
 
 
-def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
+def precision_recall(
+    reference: Tensor,
+    samples: Tensor,
+    *,
+    parts: int = 1,
+    on_distances: Callable[[int], None] = lambda _: None,
+) -> list[tuple[float, float]]:
     """Improved precision and recall, k = 3, of features (M, D) and (N, D).
 
     Precision is the share of samples inside of the reference set, recall the reverse. A row is
     inside of a set if it is within the `radii` of one of the set's rows.
+
+    After both of all samples come those of each interleaved part, i, i + `parts`, ..., where there
+    are several: all are of the same distances, which are computed once. `on_distances` is called
+    with their number, in all `distances_needed`.
     """
     reference, samples = reference.double(), samples.double()
-    own = radii(reference), radii(samples)
-    precision = _inside(samples, manifold=reference, radii=own[0])
-    recall = _inside(reference, manifold=samples, radii=own[1])
-    return float(precision.double().mean()), float(recall.double().mean())
+    radius = radii(reference, on_distances=on_distances)[0]
+    own = radii(samples, parts=parts, on_distances=on_distances)
+    sets = [slice(None), *(slice(part, None, parts) for part in range(len(own) - 1))]
+    is_inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    covered = [0] * len(sets)
+    for block, of_block in zip(reference.split(_BLOCK), radius.split(_BLOCK), strict=True):
+        distances = _squared_distances(block, samples)
+        is_inside |= (distances <= of_block[:, None]).any(dim=0)
+        for i, (rows, within) in enumerate(zip(sets, own, strict=True)):
+            covered[i] += int((distances[:, rows] <= within).any(dim=1).sum())
+        on_distances(distances.numel())
+    precisions = [float(is_inside[rows].double().mean()) for rows in sets]
+    return [(p, count / len(reference)) for p, count in zip(precisions, covered, strict=True)]
 
 
-def radii(rows: Tensor) -> Tensor:
-    """Squared distance from each row of (N, D), N above 3, to its third nearest other row, (N,)."""
+def distances_needed(reference: int, samples: int) -> int:
+    """How many distances `precision_recall` computes of so many rows."""
+    return reference**2 + samples**2 + reference * samples
+
+
+def radii(
+    rows: Tensor, *, parts: int = 1, on_distances: Callable[[int], None] = lambda _: None
+) -> list[Tensor]:
+    """Squared distance from each row of (N, D), N above 3, to its third nearest other row, (N,).
+
+    Of several `parts`, as for `precision_recall`, then also those of each part within itself.
+    """
     rows = rows.double()
-    found = [
-        # The nearest row is the row itself.
-        _squared_distances(block, rows).kthvalue(_NEIGHBOURS + 1, dim=1).values
-        for block in rows.split(_BLOCK)
-    ]
-    return torch.cat(found)
+    whole = rows.new_empty(len(rows))
+    within = []
+    for part in (slice(i, None, parts) for i in range(parts)):
+        far, near = [], []
+        for block in rows[part].split(_BLOCK):
+            distances = _squared_distances(block, rows)
+            far.append(_radii(distances[:, part]))
+            near.append(_radii(distances) if parts > 1 else far[-1])
+            on_distances(distances.numel())
+        whole[part] = torch.cat(near)
+        within.append(torch.cat(far))
+    return [whole, *within] if parts > 1 else [whole]
 
 
-def _inside(rows: Tensor, *, manifold: Tensor, radii: Tensor) -> Tensor:
-    found = [
-        (_squared_distances(block, manifold) <= radii).any(dim=1) for block in rows.split(_BLOCK)
-    ]
-    return torch.cat(found)
+def _radii(distances: Tensor) -> Tensor:
+    """The third smallest distance of each row, without that to the row itself, the smallest."""
+    return distances.kthvalue(_NEIGHBOURS + 1, dim=1).values
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
-    return (norms - 2 * (a @ b.T)).clamp(min=0)
+    return norms.addmm_(a, b.T, alpha=-2).clamp_(min=0)  # one block in memory, not five
 
 
-def kernel_distance(x: Tensor, y: Tensor) -> float:
+def kernel_distance(x: Tensor, y: Tensor, *, on_subset: Callable[[], None] = lambda: None) -> float:
     """The unbiased kernel distance (KID) of features (N, D) and (M, D), with N and M above 1.
 
     The squared maximum mean discrepancy with the kernel (u.v / D + 1)^3. Its mean over 100 subsets
     of 1000 rows of each set, drawn from a fixed seed, or where there are no more rows, of all.
+    `on_subset` is called after each.
     """
     size = min(_SUBSET, len(x), len(y))
     if size == len(x) == len(y):
@@ -185,7 +219,10 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     def subset(rows: Tensor) -> Tensor:
         return rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)].double()
 
-    found = [_discrepancy(subset(x), subset(y)) for _ in range(_SUBSETS)]
+    found = []
+    for _ in range(SUBSETS):
+        found.append(_discrepancy(subset(x), subset(y)))
+        on_subset()
     return float(torch.stack(found).mean())
 
 

@@ -137,7 +137,7 @@ class Evaluation:
         share, black = drawn
         mark("figures of samples")
         black = sum(gather(black))
-        found = joined(share, count=self._count, kept=range(self._count), device=device)
+        found = joined(share, count=self._count, device=device)
         return from_main(lambda: self._compare(found, black=black, about=about))
 
     def _compare(

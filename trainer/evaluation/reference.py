@@ -10,6 +10,7 @@ evaluator's. Files made here whose record has no order have channel, height, wid
 import json
 import math
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data import files
+from data import files, npz
 from data.config import naming
+from data.progress import Progress
 from trainer.config.sections import FEWEST_SAMPLES
 from trainer.evaluation.extraction import Extracted
 from trainer.evaluation.features import FeatureNetwork
@@ -142,11 +144,19 @@ def earlier(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def save(path: Path, reference: Reference, *, samples: Samples, network: FeatureNetwork) -> None:
-    """Write a reference file, with the images that precision and recall are computed from."""
+def save(
+    path: Path,
+    reference: Reference,
+    *,
+    samples: Samples,
+    network: FeatureNetwork,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Write a reference file, with the images that precision and recall are computed from.
+
+    `say` is called with a line about the progress.
+    """
     assert reference.features is not None
-    places = chosen(samples.count)
-    images = np.concatenate([samples.images(i, i + 1) for i in places.tolist()])
     about = {
         "network": network.name,
         "network_sha256": network.sha256,
@@ -155,17 +165,22 @@ def save(path: Path, reference: Reference, *, samples: Samples, network: Feature
         "count": reference.count,
         "spatial_order": _ORDER,
     }
-    arrays: dict[str, Any] = {
-        "arr_0": images,
+    arrays: dict[str, NDArray[Any]] = {
         "features": reference.features.cpu().numpy(),
-        _ABOUT: json.dumps(about),
+        _ABOUT: np.array(json.dumps(about)),
     }
     for kind, value in (("pool", reference.pool), ("spatial", reference.spatial)):
         if value is not None:
             mean, covariance = _NAMES[kind]
             arrays |= {mean: value.mean.cpu().numpy(), covariance: value.covariance.cpu().numpy()}
-    with files.whole(path) as file:
-        np.savez(file, **arrays)
+    places = chosen(samples.count).tolist()
+    progress = Progress(total=len(places), unit="images written", say=say)
+    with files.whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            stream.write(npz.image_header((len(places), *samples.size, 3)))
+            for place in progress.over(places):
+                stream.write(samples.images(place, place + 1).tobytes())
+        npz.add(archive, arrays)
 
 
 def _open(path: Path) -> Any:

@@ -1,16 +1,18 @@
 """The figures of one set of samples against a reference, each with its standard error."""
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics as numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
+from data.progress import Progress
 from trainer.config.sections import FEWEST_SAMPLES
 from trainer.evaluation import figures
 from trainer.evaluation.extraction import PARTS, Extracted
@@ -73,18 +75,24 @@ def compare(
     labels: Sequence[int] | None,
     about: dict[str, Any],
     warnings: Sequence[str],
+    say: Callable[[str], None] | None = None,
 ) -> Results:
-    """All figures of samples against a reference; ValueError as `check_comparable`."""
+    """All figures of samples against a reference; ValueError as `check_comparable`.
+
+    `say` is called with each figure once it is known, and with the progress of those that take
+    long.
+    """
     check_comparable(reference, columns=found.features.shape[1])
     n = short(found.count)
-    named = dict(_distances(found, reference, n=n))
-    named |= dict(_manifold_figures(found, reference, n=n))
-    if found.logits is not None:
-        parts = [figures.inception_score(found.logits[i::PARTS]) for i in range(PARTS)]
-        score = figures.inception_score(found.logits)
-        named[f"is_{n}"] = Figure(score, _error(parts))
-        whole = figures.inception_score(found.logits, split=found.count)
-        named[f"is_unsplit_{n}"] = Figure(whole)
+    named = {}
+    for name, figure in itertools.chain(
+        _distances(found, reference, n=n),
+        _manifold_figures(found, reference, n=n, say=say),
+        _scores(found, n=n),
+    ):
+        named[name] = figure
+        if say is not None:
+            say(f"{name} {figure}")
     said = [*warnings, *_warnings(found, reference, labels=labels)]
     return Results(figures=named, warnings=said, about=about)
 
@@ -135,20 +143,37 @@ def _distance(reference: Statistics, samples: Sequence[Statistics]) -> Figure:
 
 
 def _manifold_figures(
-    found: Extracted, reference: Reference, *, n: str
+    found: Extracted, reference: Reference, *, n: str, say: Callable[[str], None] | None
 ) -> Iterator[tuple[str, Figure]]:
     """Precision, recall and the kernel distance, where the reference has features."""
     if reference.features is None:
         return
     device = found.pool[0].mean.device
     there, here = reference.features.to(device), found.features.to(device)
-    fourths = [here[i::PARTS] for i in range(PARTS)]
-    whole = figures.precision_recall(there, here)
-    parts = [figures.precision_recall(there, part) for part in fourths]
+    needed, shown = figures.distances_needed(len(there), len(here)), say is not None
+    progress = Progress(total=needed, unit="distances of features", shown=shown, say=say)
+    whole, *parts = figures.precision_recall(
+        there, here, parts=PARTS, on_distances=progress.advance
+    )
     for i, name in enumerate(("precision", "recall")):
         yield f"{name}_{n}", Figure(whole[i], _error([part[i] for part in parts]))
-    kernel = [figures.kernel_distance(there, part) for part in fourths]
-    yield f"kid_{n}", Figure(figures.kernel_distance(there, here), _error(kernel))
+    sets = [here, *(here[i::PARTS] for i in range(PARTS))]
+    total = len(sets) * figures.SUBSETS
+    progress = Progress(total=total, unit="kernel distances of subsets", shown=shown, say=say)
+    value, *values = (
+        figures.kernel_distance(there, rows, on_subset=progress.advance) for rows in sets
+    )
+    yield f"kid_{n}", Figure(value, _error(values))
+
+
+def _scores(found: Extracted, *, n: str) -> Iterator[tuple[str, Figure]]:
+    """The inception score where the network has class scores, in splits and of all at once."""
+    if found.logits is None:
+        return
+    parts = [figures.inception_score(found.logits[i::PARTS]) for i in range(PARTS)]
+    yield f"is_{n}", Figure(figures.inception_score(found.logits), _error(parts))
+    whole = figures.inception_score(found.logits, split=found.count)
+    yield f"is_unsplit_{n}", Figure(whole)
 
 
 def _warnings(

@@ -1,0 +1,108 @@
+"""Evaluation at the paper's sizes: bounded memory, and lines about what takes long."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data import progress
+from trainer.evaluate import main
+from trainer.evaluation import evaluator, extraction, figures, reference
+from trainer.evaluation.extraction import Extracted, Share
+from trainer.evaluation.features import open_network
+from trainer.ranks.group import alone
+from trainer.sampling.samplefile import open_samples
+
+
+def test_features_of_a_reference_are_kept_where_they_are_used_alone(
+    network: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "MANIFOLD", 100)
+    shares: list[Share] = []
+
+    def noted(share: Share, **given: Any) -> Extracted | None:
+        shares.append(share)
+        return extraction.joined(share, **given)
+
+    monkeypatch.setattr(evaluator, "joined", noted)
+    out = tmp_path / "R.npz"
+    assert main(["reference", str(digits), "--out", str(out), "--network", str(network)]) == 0
+    (share,) = shares
+    assert sum(rows.untyped_storage().nbytes() for rows in share.pool) == 100 * 48 * 4
+    samples = open_samples(digits)
+    every = samples.images(0, samples.count)
+    with np.load(out) as stored, torch.no_grad(), alone():
+        images = every[reference.chosen(samples.count)]
+        assert np.array_equal(stored["arr_0"], images)
+        net = open_network(str(network), device=torch.device("cpu"))
+        pools = [net.compute(torch.from_numpy(x).permute(0, 3, 1, 2)).pool for x in (images, every)]
+        np.testing.assert_allclose(stored["features"], pools[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(stored["mu"], pools[1].double().mean(dim=0), rtol=1e-6)
+
+
+def test_a_reference_file_is_written_without_its_images_in_memory(
+    network: Path, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (64, 128, 128, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    samples = open_samples(tmp_path / "images.npz")
+    features = torch.rand(64, 4)
+    content = reference.Reference(
+        name="R",
+        checksum="0",
+        count=64,
+        pool=figures.statistics(features),
+        spatial=None,
+        features=features,
+    )
+    with alone():
+        opened = open_network(str(network), device=torch.device("cpu"))
+    tracemalloc.start()
+    reference.save(tmp_path / "R.npz", content, samples=samples, network=opened)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < images.nbytes / 4
+    with np.load(tmp_path / "R.npz") as stored:
+        assert np.array_equal(stored["arr_0"], images)
+        assert json.loads(str(stored["reference"]))["count"] == 64
+
+
+def test_figures_and_how_far_the_next_ones_are_are_printed(
+    network: Path,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "_EVERY", -1.0)
+    samples, out = tmp_path / "samples.npz", tmp_path / "samples.evaluation.json"
+    np.savez(samples, arr_0=open_samples(digits).images(0, 240))
+    words = [str(samples), "--reference", str(digits), "--network", str(network)]
+    assert main(words) == 0
+    said = capsys.readouterr().out.splitlines()
+    said = said[said.index(f"figures of {samples}") + 1 : said.index(f"written: {out}")]
+    found = [line.split()[0] for line in said if line[0].isalpha()]
+    assert found == [f"{name}_240" for name in ("fid", "precision", "recall", "kid")]
+    count = 1797**2 + 240**2 + 1797 * 240
+    assert any(line.startswith(f"{count:,} of {count:,} distances of features") for line in said)
+    assert any(line.startswith("100 of 500 kernel distances of subsets") for line in said)
+
+
+@pytest.mark.parametrize("count", [101, 3000])
+def test_precision_and_recall_of_parts_are_those_of_each_alone(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    there = torch.randn(2100, 6, generator=generator)
+    here = torch.randn(count, 6, generator=generator) + 0.3
+    done: list[int] = []
+    found = figures.precision_recall(there, here, parts=4, on_distances=done.append)
+    sets = [here, *(here[part::4] for part in range(4))]
+    alone_each = [figures.precision_recall(there, rows)[0] for rows in sets]
+    assert found == alone_each
+    assert sum(done) == figures.distances_needed(2100, count)
+    squared = [torch.cdist(a.double(), b.double()) for a, b in ((there, here), (here, here))]
+    near = squared[1].sort(dim=1).values[:, 3]
+    assert found[0][1] == pytest.approx(float((squared[0] <= near).any(dim=1).double().mean()))
