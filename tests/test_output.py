@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import files
+from data import files, progress
 from trainer.sampling import npz_output
 from trainer.sampling.npz_output import NpzOutput, part_fault
 from trainer.sampling.output import Output
@@ -103,3 +103,52 @@ def test_parts_are_moved_a_few_at_a_time_and_what_that_needs_is_known(
     assert np.array_equal(open_samples(whole).images(0, 64), images)
     with zipfile.ZipFile(whole) as archive:
         assert archive.testzip() is None
+
+
+def parts_of(path: Path, *, images: int, batch: int = 2) -> NpzOutput:
+    """A sample file all of whose parts are drawn, of black images of 4 pixels."""
+    output = NpzOutput(path, size=4, request={"images": images, "batch": batch})
+    output.open()
+    for part in range(output.parts):
+        output.write(part, np.zeros((batch, 4, 4, 3), np.uint8), np.zeros(batch, int))
+    return output
+
+
+def test_the_journal_of_an_interrupted_joining_is_read_once_for_all_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, reads = parts_of(tmp_path / "a.npz", images=40), 0
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(output, "_checksum", interrupted)
+        output.assemble(None)
+    read = Path.read_text
+
+    def counted(path: Path) -> str:
+        nonlocal reads
+        reads += path.name == "whole.json"
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    labels = np.zeros(2, int)
+    assert [output.fault(part, labels) for part in output.listed()] == [None] * 20
+    assert reads <= 2  # to list the parts, and to check them
+    with (output.work / "whole.npz").open("r+b") as file:
+        file.seek(output._offset(7))
+        file.write(b"\1")
+    assert "another checksum" in str(output.fault(7, labels))
+
+
+def test_joining_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_EVERY", -1.0)
+    parts_of(tmp_path / "a.npz", images=6).assemble(None)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in said] == [
+        *(f"{n} of 3 batches joined" for n in (1, 2, 3)),
+        *(f"{n} of 3 joined batches checked" for n in (1, 2, 3)),
+    ]

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from data import progress
 from data.exits import TO_BE_CONTINUED
 from launch import status
 from launch.__main__ import main as launch
@@ -48,6 +50,22 @@ def test_the_whole_is_not_drawn_beside_one_of_its_shares(tmp_path: Path, weights
     assert "is drawing" in str(said) and "share-0-of-3" in str(said)
     share.release()
     assert ranks.sample(tmp_path, words) == [0]
+
+
+def draw_saying_all(directory: Path, words: list[str]) -> int:
+    """Draw as a rank that prints its progress at every step, not once a minute."""
+    progress._EVERY = -1.0
+    return ranks.work(directory, [["sample", *words]], False)
+
+
+def test_a_start_says_how_many_batches_it_has_checked(tmp_path: Path, weights: dict) -> None:
+    words = [*weights["unet"], *FEW, "--out", str(tmp_path / "x.npz")]
+    assert ranks.sample(tmp_path, [*words, "--share", "0/2"]) == [0]
+    job = ranks.fork(tmp_path / "job", partial(draw_saying_all, tmp_path / "job", words), ranks=1)
+    said = job.wait()
+    assert job.statuses == [0]
+    assert [f"{n} of 3 batches checked," in said for n in range(5)] == [False, *[True] * 3, False]
+    assert "5 of 5 batches joined," in said
 
 
 def job_of(words: list[str]) -> DrawJob:

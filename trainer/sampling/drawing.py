@@ -123,7 +123,12 @@ class Drawing:
         if listed:
             self._say(f"checking {len(listed):,} batches that are there")
         mine: dict[int, str] = {}
-        for part in listed[self.context.world.rank :: self.context.world.size]:
+        world = self.context.world
+        own = listed[world.rank :: world.size]
+        progress = Progress(
+            total=len(own), unit="batches checked", shown=world.is_main, say=self._say
+        )
+        for part in progress.over(own):
             if fault := job.output.fault(part, job.recorded(part)):
                 mine[part] = fault
         damaged = {part: fault for faults in gather(mine) for part, fault in faults.items()}

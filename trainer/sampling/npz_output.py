@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import files, npz
+from data.progress import Progress
 from trainer.sampling.output import Output, numbered
 from trainer.sampling.samplefile import RECORD
 
@@ -34,6 +35,8 @@ class NpzOutput(Output):
         super().__init__(path, work=path.with_suffix(".parts"), size=size, request=request)
         self._whole, self._journal = self.work / WHOLE, self.work / "whole.json"
         self._header = npz.image_header((self.images, size, size, 3))
+        # The journal, read once for all parts that are checked.
+        self._known: dict[int, int] | None = None
 
     def write(self, part: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         """As `Output.write`."""
@@ -53,7 +56,9 @@ class NpzOutput(Output):
             return part_fault(self._file(part), shape=self._shape(part), labels=labels)
         with self._whole.open("rb") as stream:
             content = self._content(stream, part)
-        if zlib.crc32(content) != self._moved()[part]:
+        if self._known is None:
+            self._known = self._moved()
+        if zlib.crc32(content) != self._known[part]:
             return f"its bytes in {self._whole.name} have another checksum"
         return None
 
@@ -90,10 +95,11 @@ class NpzOutput(Output):
 
     def _move(self, stream: BinaryIO) -> dict[int, int]:
         """Move the parts that still have a file of their own; returns the CRC-32 of every part."""
-        moved, left = self._moved(), numbered(self.work, ".npz")
+        moved, left, self._known = self._moved(), numbered(self.work, ".npz"), None
         count = max(1, _MOVED // self._bytes(0))
+        progress = Progress(total=len(left), unit="batches joined", say=_say)
         for group in (left[i : i + count] for i in range(0, len(left), count)):
-            for part in group:
+            for part in progress.over(group):
                 content = self._read(part).tobytes()
                 stream.seek(self._offset(part))
                 stream.write(content)
@@ -108,7 +114,8 @@ class NpzOutput(Output):
     def _checksum(self, stream: BinaryIO, moved: Mapping[int, int]) -> int:
         """The CRC-32 of the whole array; ValueError where a part is not as it was moved."""
         total = zlib.crc32(self._header)
-        for part in range(self.parts):
+        progress = Progress(total=self.parts, unit="joined batches checked", say=_say)
+        for part in progress.over(range(self.parts)):
             content = self._content(stream, part)
             if zlib.crc32(content) != moved.get(part):
                 raise ValueError(
@@ -153,6 +160,10 @@ class NpzOutput(Output):
         """The byte of the file at which a part begins: the array is the file's first member."""
         header = len(_member_info(0).FileHeader(zip64=True)) + len(self._header)
         return header + part * self._bytes(0)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def part_fault(file: Path, *, shape: Sequence[int], labels: NDArray[np.int64]) -> str | None:
