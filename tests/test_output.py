@@ -152,3 +152,18 @@ def test_joining_says_how_far_it_is(
         *(f"{n} of 3 batches joined" for n in (1, 2, 3)),
         *(f"{n} of 3 joined batches checked" for n in (1, 2, 3)),
     ]
+
+
+@pytest.mark.parametrize("change", ["fewer", "other"])
+def test_a_message_of_other_classes_shows_where_they_differ(tmp_path: Path, change: str) -> None:
+    classes = tuple(range(21841))
+    request = {"images": 2, "batch": 2, "labels": "random", "classes": classes, "noise": 1}
+    NpzOutput(tmp_path / "a.npz", size=4, request=request).open()
+    other = classes[:1000] if change == "fewer" else (*classes[:1000], 999, *classes[1001:])
+    wanted = NpzOutput(tmp_path / "a.npz", size=4, request={**request, "classes": other})
+    with pytest.raises(ValueError, match="holds parts of another request") as refused:
+        wanted.is_begun()
+    said = str(refused.value)
+    assert len(said) < 600 + len(str(tmp_path))
+    assert "998, 999, 1000, 1001" in said
+    assert ("998, 999]" if change == "fewer" else "998, 999, 999, 1001") in said

@@ -25,6 +25,8 @@ from trainer.sampling.samplefile import open_samples, picture_record
 
 # The file in `work` that holds the request.
 REQUEST = "request.json"
+# Letters of a value in a message; a checksum has fewer.
+_LONG = 100
 # What requests of version 0.1 do not state.
 _EARLIER = {"noise": 1, "labels": "balanced", "pixels": "round", "cfg": None, "guide_at": "x_t"}
 
@@ -254,11 +256,6 @@ def numbered(directory: Path, suffix: str) -> list[int]:
     return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
-def gib(size: int) -> str:
-    """A number of bytes in GiB, or in MiB below one."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
-
-
 def _recorded(record: Path) -> dict[str, Any] | None:
     """The request in a REQUEST file; None where it is missing or damaged."""
     try:
@@ -288,8 +285,14 @@ def begun(out: str) -> set[str]:
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    return "; ".join(
-        f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
-        for name in {**found, **wanted}
-        if found.get(name) != wanted.get(name)
-    )
+    names = [n for n in {**found, **wanted} if found.get(n) != wanted.get(n)]
+    return "; ".join(f"{n} {_change(repr(found.get(n)), repr(wanted.get(n)))}" for n in names)
+
+
+def _change(was: str, now: str) -> str:
+    """What a value was and is; of long ones, such as 1,000 classes, where they first differ."""
+    place = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), 0)
+    first, last = max(place - _LONG // 2, 0), place + _LONG // 2
+    near = [f"{'...' * (first > 0)}{x[first:last]}{'...' * (last < len(x))}" for x in (was, now)]
+    shown = [n if len(x) > _LONG else x for x, n in zip((was, now), near, strict=True)]
+    return f"was {shown[0]}, is {shown[1]}"

@@ -26,7 +26,7 @@ from trainer.sampling.draw import default_eta
 from trainer.sampling.inputs import SampleInputs, trained_names
 from trainer.sampling.labels import LOW_RES, Labels, choose
 from trainer.sampling.npz_output import NpzOutput
-from trainer.sampling.output import Output, gib
+from trainer.sampling.output import Output
 from trainer.sampling.parts import DrawJob, SampleRequest
 from trainer.sampling.samplefile import Samples, open_samples
 from trainer.sampling.shard_output import ShardOutput
@@ -176,8 +176,15 @@ def check_room(jobs: Sequence[DrawJob]) -> str:
     directory = files.nearest(out.absolute().parent)
     free, needed = shutil.disk_usage(directory).free, sum(job.output.needed() for job in jobs)
     if free < needed:
-        raise ValueError(f"{out} needs {gib(needed)} and {gib(free)} are free: name another --out")
-    return f"{gib(needed)} to write, {gib(free)} free"
+        raise ValueError(
+            f"{out} needs {_gib(needed)} and {_gib(free)} are free: name another --out"
+        )
+    return f"{_gib(needed)} to write, {_gib(free)} free"
+
+
+def _gib(size: int) -> str:
+    """A number of bytes in GiB, or in MiB below one."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | None:
