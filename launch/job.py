@@ -163,7 +163,7 @@ def preamble(job: Job) -> str:
     """
     enter = f"cd {quoted([job.directory])} || refuse {quoted([f'cannot enter {job.directory}'])}"
     enter += '" on $(hostname): rerun the command in a directory that every machine has"'
-    forget = f'[ "$1" = rank ] || unset {quoted(world.VARIABLES)}'
+    forget = f"case $1 in check | rank) ;; *) unset {quoted(world.VARIABLES)} ;; esac"
     exports = [f"export {name}={quoted([value])}" for name, value in job.environment.items()]
     python = Path(job.cluster.python)
     if python.is_absolute():  # the tools beside it go first, as in an activated environment

@@ -93,3 +93,20 @@ def test_usr1_to_mpirun_saves_the_run(tmp_path: Path, tiny: Path) -> None:
     job.wait(timeout=LIMIT)
     state = RunState.read(tmp_path / "run")
     assert state is not None and state.state == "stopped" and state.checkpoint
+
+
+@pytest.mark.slow
+def test_the_ranks_of_mpirun_check_the_machines_and_train(tmp_path: Path, tiny: Path) -> None:
+    site = tmp_path / "site.toml"
+    options = ", ".join(f'"{option}"' for option in MPIRUN[1:])
+    site.write_text(
+        f'launcher = "mpirun"\ncpu = true\nhosts = ["127.0.0.1"]\noptions = [{options}]\n'
+        f'python = "{sys.executable}"\n'
+    )
+    words = [sys.executable, "-m", "launch", tiny, "--run", tmp_path / "run", "--cluster", site]
+    size = ["--check", "--nodes", "1", "--gpus-per-node", "2", "--set", "training.images = 16"]
+    subprocess.run(
+        [*words, *size], cwd=ranks.ROOT, env=ranks.environment(), timeout=ranks.LIMIT, check=True
+    )
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "2 ranks" in log and "finished" in log

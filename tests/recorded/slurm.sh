@@ -261,7 +261,7 @@ attend() {
 adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again requeue at_limit seconds out_of_memory lost_twice follow_up submit leave end_timer attend)
 
 cd /home/me/adm || refuse 'cannot enter /home/me/adm'" on $(hostname): rerun the command in a directory that every machine has"
-[ "$1" = rank ] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK PMI_SIZE PMIX_RANK
+case $1 in check | rank) ;; *) unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK PMI_SIZE PMIX_RANK ;; esac
 trap 'ended=$? failed=$setup setup=; [ -z "$failed" ] || refuse "the setup line ended the script with status $ended: $failed"' EXIT
 setup='module load cuda/12.6'; eval "$setup" || { ended=$? failed=$setup setup=; refuse "the setup line failed with status $ended: $failed"; }
 setup=; set +eEu; trap - ERR
