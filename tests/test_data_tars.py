@@ -1,5 +1,6 @@
 """Tars: ours are what webdataset writes and reads, and those of others are checked strictly."""
 
+import errno
 import io
 import os
 import signal
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data.dataset import open_shards, verify
+from data.dataset import Shards, open_shards, verify
 from data.exits import REFUSED, TO_BE_CONTINUED
 from data.order import Order
 from data.packing.indexing import index_directory
@@ -221,6 +222,21 @@ def test_an_interrupted_command_can_be_run_again(
         patched.setattr(os, "link", interrupted)
         assert shards_main(arguments) == TO_BE_CONTINUED
     assert shards_main(arguments) == 0 and open_shards(out).count == IMAGES
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_a_file_system_without_links_is_named(
+    whole: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As exFAT and mounted object stores are, and FAT."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for name in ("link", "symlink"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(ValueError, match=rf"^OUT = {tmp_path}/out is on a .* without links \("):
+        index_directory(Path(whole.root), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 manifest over the shards of several datasets.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,9 @@ from data.packing.names import USUAL_SUFFIXES
 from data.packing.splits import splits_among
 from data.packing.tars import index_tar
 from data.progress import with_progress
+
+# What making a link fails with where no file can have one.
+_WITHOUT_LINKS = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 
 
 def index_directory(root: Path, *, out: Path | None = None) -> Shards:
@@ -167,8 +171,20 @@ def _new(out: Path) -> Iterator[None]:
 
 
 def _link(file: Path, link: Path) -> None:
-    """Make a hard link to a file, or where that fails a symbolic one."""
+    """Make a hard link to a file, or where that fails a symbolic one.
+
+    Raises:
+        ValueError: the file system, such as exFAT or a mounted object store, has neither.
+    """
     try:
         os.link(file.resolve(), link)
     except OSError:  # another file system, a read-only one, or one of another owner
-        link.symlink_to(file.resolve())
+        try:
+            link.symlink_to(file.resolve())
+        except OSError as error:
+            if error.errno not in _WITHOUT_LINKS:
+                raise
+            raise ValueError(
+                f"OUT = {link.parent} is on a file system without links ({error.strerror}): choose "
+                "an OUT on another"
+            ) from None
