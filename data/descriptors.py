@@ -49,7 +49,9 @@ def without_threads(error: BaseException) -> str:
         return ""
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     limit = "no limit" if soft == resource.RLIM_INFINITY else soft
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)  # in which each thread's stack lies
+    memory = "" if soft == resource.RLIM_INFINITY else f"memory (ulimit -v: {soft >> 10}), that of "
     return (
-        f"{error}: raise the limit of threads and processes (ulimit -u: {limit}), or that of the "
-        "container (docker run --pids-limit, podPidsLimit of Kubernetes)"
+        f"{error}: raise the limit of {memory}threads and processes (ulimit -u: {limit}), or that "
+        "of the container (docker run --pids-limit, podPidsLimit of Kubernetes)"
     )

@@ -186,6 +186,18 @@ def test_where_no_thread_or_process_can_be_started_the_limit_is_named(
     assert " limit of threads and processes (ulimit -u: 1)" in done.stderr
 
 
+def test_where_memory_has_no_room_for_a_threads_stack_that_limit_is_named() -> None:
+    code = (
+        "import resource, threading; from data.exits import reported; threading.stack_size(2**31); "
+        "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); "
+        "raise SystemExit(reported(threading.Thread(target=print).start))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True)
+    assert done.returncode == FAILED and done.stderr.count("\n") == 1, done.stderr
+    assert ": raise the limit of memory (ulimit -v: 2097152), that of threads " in done.stderr
+
+
 def test_a_locale_that_torch_cannot_read_its_own_files_in_is_named(
     tmp_path: Path, tiny: Path
 ) -> None:
