@@ -204,6 +204,19 @@ def test_a_directory_that_torch_makes_though_it_compiles_nothing_is_named_by_all
     caches.check_made()
 
 
+@pytest.mark.parametrize(("named", "own"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_variable_by_which_deepspeed_would_compute_elsewhere_is_named(
+    named: str, own: str, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a login node, or a node with GPUs, that a profile takes for the other."""
+    monkeypatch.setenv("DS_ACCELERATOR", named)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: own == "cuda")
+    arguments = train.parser().parse_args([str(tiny), "--run", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=f"^DS_ACCELERATOR = '{named}', .* must be '{own}' on"):
+        train.TrainingPlan.make(arguments, ranks=1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_user_without_a_home_directory_is_told_where_to_have_the_operator_compiled(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

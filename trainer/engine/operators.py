@@ -19,8 +19,15 @@ def prepare() -> None:
     """Let DeepSpeed compile its operator for CPUs, or load it.
 
     Raises:
-        ValueError: there is no ninja, or the directory of operators has a `caches.fault`.
+        ValueError: there is no ninja, the directory of operators has a `caches.fault`, or DeepSpeed
+            is told to compute on something else than torch.
     """
+    own = "cuda" if torch.cuda.is_available() else "cpu"
+    if (named := os.environ.get("DS_ACCELERATOR", own)) != own:
+        raise ValueError(
+            f"DS_ACCELERATOR = {named!r}, a variable of the environment: must be {own!r} on this "
+            "machine, or unset"
+        )
     if torch.cuda.is_available():
         return
     _find_ninja()
