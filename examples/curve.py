@@ -6,10 +6,12 @@ python examples/curve.py OUT.png RUN [RUN ...]
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+os.environ["MPLBACKEND"] = "agg"  # a notebook's own may not be there
 import matplotlib as mpl
 from matplotlib import ticker
 from matplotlib.axes import Axes

@@ -1,6 +1,9 @@
 """The figures of a sweep over scales: all samples in one command, and one picture."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support import ranks
 from tests.support.exported import refused
 from trainer.evaluate import main
 from trainer.evaluation import plots
@@ -51,6 +55,17 @@ def test_the_scales_of_an_enlarged_sweep_are_those_in_the_names(tmp_path: Path) 
     scales = [-1.0, 0.0, 0.5, 1e-5]
     paths = [drawn(tmp_path / f"a-scale2-scale{s:g}.npz", images, low_res="x") for s in scales]
     assert plots.scales_of([open_samples(path) for path in paths]) == ("scale", scales)
+
+
+def test_a_picture_needs_no_backend_of_a_notebook_that_starts_a_command(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from trainer.evaluation.plots import Bar, ablation; "
+        "ablation(Path('bars.png'), [Bar('base', '', None)], figure='fid', curves={})"
+    )
+    env = {**os.environ, "MPLBACKEND": "none", "PYTHONPATH": str(ranks.ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env).returncode == 0
+    with Image.open(tmp_path / "bars.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_what_cannot_be_shown_is_refused_before_anything_is_computed(

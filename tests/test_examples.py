@@ -70,7 +70,11 @@ def test_photographs_are_cut_packed_and_fit_every_preset(tmp_path: Path) -> None
         assert plan.validation is not None and plan.validation.images == 6
 
 
-def test_the_curve_shows_training_and_validation(tmp_path: Path) -> None:
+def test_the_curve_shows_training_and_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is started from a notebook whose backend is not installed here."""
+    monkeypatch.setenv("MPLBACKEND", "none")
     rows = [{"images": 8 * i, "loss": 1 / i, "validation/acc1": i / 10} for i in range(1, 9)]
     rows[-1]["validation/loss"] = 0.25
     (tmp_path / "run").mkdir()

@@ -1,6 +1,7 @@
 """The only module that imports matplotlib: figures of the paper's form, as PNG, PDF or SVG."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,8 @@ def _label(bar: Bar, *, first: str) -> str:
 
 
 def _figure(*, columns: int, height: float = 3.6) -> "Picture":
+    # A notebook names one for its cells to all that it starts, and it may not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure as Picture
 
     return Picture(figsize=(5.0 * columns, height), layout="constrained")
