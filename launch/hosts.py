@@ -63,6 +63,7 @@ def _mpirun(job: Job) -> tuple[str, str]:
     start: list[object]
     if job.cluster.mpi == "mpich":
         start = ["mpiexec", "-n", job.ranks, "-ppn", gpus, "-hosts", ",".join(hosts)]
+        start += ["-genv", "I_MPI_PIN", "off"]  # Intel's binds a rank, with its workers, to a core
     else:
         start = ["mpirun", "-np", job.ranks, "--host", ",".join(f"{host}:{gpus}" for host in hosts)]
         start += ["--map-by", f"ppr:{gpus}:node", "--bind-to", "none", "-x", "PATH"]

@@ -264,7 +264,7 @@ def test_mpich_starts_the_same_ranks() -> None:
     text = records.text(
         dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, mpi="mpich"))
     )
-    assert "mpiexec -n 512 -ppn 8 -hosts n1,n2," in text
+    assert "mpiexec -n 512 -ppn 8 -hosts n1,n2," in text and " -genv I_MPI_PIN off bash " in text
     assert (
         "bash /runs/imagenet64/launch/job.sh rank && finish" in text
         and "export PYTHONSAFEPATH=1" in text
