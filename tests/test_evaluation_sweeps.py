@@ -38,7 +38,8 @@ def test_a_sweep_is_evaluated_in_one_command_and_shown_in_one_picture(
         noisy = (images + 120 * scale * noise).clip(0, 255).astype(np.uint8)
         drawn(path, noisy, scale=scale)
     plot, common = tmp_path / "sweep.png", ["--reference", str(digits), "--network", str(network)]
-    assert main([*map(str, names.values()), "--plot", str(plot), *common]) == 0
+    as_listed = [str(names[scale]) for scale in reversed(SCALES)]
+    assert main([*as_listed, "--plot", str(plot), *common]) == 0
     found = [
         json.loads((tmp_path / f"samples-scale{s:g}.evaluation.json").read_text()) for s in SCALES
     ]
@@ -47,7 +48,10 @@ def test_a_sweep_is_evaluated_in_one_command_and_shown_in_one_picture(
     with Image.open(plot) as picture:
         assert picture.size == (1500, 540)
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
-    assert capsys.readouterr().out.count("features of 300 images") == len(SCALES)
+    said = capsys.readouterr().out
+    assert said.count("features of 300 images") == len(SCALES)
+    rows = [line.split()[1] for line in said.splitlines() if line.startswith("|")]
+    assert rows == ["samples", "---", *(str(names[scale]) for scale in SCALES)]
 
 
 def test_the_scales_of_an_enlarged_sweep_are_those_in_the_names(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
     """Print the figures of all samples, and write them; returns the exit status."""
     agreed(lambda: _check_outputs(arguments))
     every = agreed(lambda: _open_all(arguments.samples))
-    option, scales = "", [0.0]
+    option, scales = "", [0.0] * len(every)
     if arguments.plot is not None:
         option, scales = agreed(lambda: plots.scales_of(every))
     evaluator = _evaluator(arguments, world=world, device=device)
@@ -71,7 +71,9 @@ def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.devic
         finish = partial(_finish, samples, found, reference, network=evaluator.network, out=out)
         results.append(from_main(finish))
     if world.is_main:
-        _say(table(dict(zip((str(each.path) for each in every), results, strict=True))))
+        # By scale where there are scales: a shell lists scale0.5 ahead of scale0, and 10 of 2.
+        rows = sorted(zip(scales, every, results, strict=True), key=lambda row: row[0])
+        _say(table({str(each.path): found for _, each, found in rows}))
     if (path := arguments.plot) is not None:
         of_scales = dict(zip(scales, results, strict=True))
         from_main(lambda: plots.sweep(path, of_scales, option=option, count=every[0].count))
