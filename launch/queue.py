@@ -168,7 +168,7 @@ def way_on(job_id: str, state: str, *, stop: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Job:
+class Entry:
     """A job as Slurm shows it."""
 
     #: Such as "RUNNING", "PENDING (Resources)", or, of one that has ended, "CANCELLED by 0".
@@ -186,7 +186,7 @@ class Jobs:
     """What Slurm knows of many jobs: asked with one command for all, and seldom."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Job] = {}
+        self._known: dict[str, Entry] = {}
         self._asked: frozenset[str] = frozenset()
         self._at = -math.inf
         self._fault: ValueError | None = None
@@ -202,14 +202,14 @@ class Jobs:
         except ValueError as error:
             self._fault = error
 
-    def find(self, job_id: str) -> Job | None:
+    def find(self, job_id: str) -> Entry | None:
         """The job as of the last `look`, or None; ValueError where Slurm did not respond."""
         if self._fault is not None:
             raise self._fault
         return self._known.get(job_id)
 
 
-def _ask(job_ids: Iterable[str]) -> dict[str, Job]:
+def _ask(job_ids: Iterable[str]) -> dict[str, Entry]:
     """The jobs that Slurm shows. Each cluster is asked once."""
     ids: dict[tuple[str, ...], dict[str, str]] = {}
     for job_id in job_ids:
@@ -223,7 +223,7 @@ def _ask(job_ids: Iterable[str]) -> dict[str, Job]:
     }
 
 
-def _ask_cluster(job_ids: Collection[str], of_cluster: Sequence[str]) -> dict[str, Job]:
+def _ask_cluster(job_ids: Collection[str], of_cluster: Sequence[str]) -> dict[str, Entry]:
     """The jobs that squeue shows, which keeps ended ones for some minutes, and sacct later."""
     listed = ",".join(sorted(job_ids))
     words = (*of_cluster, "-h", "-r", "-t", "all", "-j", listed, "-o", "%i|%T|%r|%P")
@@ -236,12 +236,12 @@ def _ask_cluster(job_ids: Collection[str], of_cluster: Sequence[str]) -> dict[st
     jobs = {}
     for line in shown.splitlines():
         job_id, state, *more = (line + "|||").split("|")[:4]
-        jobs[job_id] = Job(_in_words(state, *more), is_queued=state not in _ENDED)
+        jobs[job_id] = Entry(_in_words(state, *more), is_queued=state not in _ENDED)
     gone = [job_id for job_id in job_ids if job_id not in jobs or not jobs[job_id].is_queued]
     return jobs | (_accounted(gone, of_cluster) if gone else {})
 
 
-def _accounted(job_ids: Iterable[str], of_cluster: Sequence[str]) -> dict[str, Job]:
+def _accounted(job_ids: Iterable[str], of_cluster: Sequence[str]) -> dict[str, Entry]:
     """Jobs that squeue does not show, or shows as ended, in the words of the accounting, if any."""
     listed = ",".join(sorted(job_ids))
     try:
@@ -249,7 +249,7 @@ def _accounted(job_ids: Iterable[str], of_cluster: Sequence[str]) -> dict[str, J
     except ValueError:
         return {}
     rows = (line.partition("|") for line in shown.splitlines())
-    return {job_id: Job(state, is_queued=False) for job_id, _, state in rows if state}
+    return {job_id: Entry(state, is_queued=False) for job_id, _, state in rows if state}
 
 
 def _in_words(state: str, reason: str, partitions: str) -> str:

@@ -45,7 +45,7 @@ class Signs:
         """Slurm's id of the run's last job; None for a run without one."""
         return self._job_ids.get(run)
 
-    def job(self, run: Path) -> queue.Job | None:
+    def job(self, run: Path) -> queue.Entry | None:
         """That job, or None where Slurm has no record; ValueError where Slurm did not respond."""
         return self._jobs.find(self._job_ids[run])
 
