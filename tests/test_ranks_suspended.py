@@ -1,6 +1,7 @@
 """A job that is suspended, as by a scheduler, goes on: its watchdog does not take it for lost."""
 
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from data import progress
 from tests.support import ranks
+from trainer import evaluate
 from trainer.ranks.group import connected
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
@@ -45,6 +48,34 @@ def test_a_job_that_was_suspended_for_longer_than_the_patience_goes_on(tmp_path:
         time.sleep(pause)
     job.wait()
     assert [process.exitcode for process in job.ranks] == [0, 0], job.text
+
+
+def measure_suspended(words: list[str]) -> int:
+    """Says how far it is at each pass, not once a minute."""
+    progress._EVERY = 0.0
+    return evaluate.main(words)
+
+
+@pytest.mark.slow
+def test_an_evaluation_does_not_count_the_time_for_which_it_was_suspended(
+    tmp_path: Path, weights: dict[str, list[str]], digits: Path
+) -> None:
+    words = ["nll", *weights["unet"], "--data", str(digits), "--images", "8", "--batch", "1"]
+    job = ranks.fork(tmp_path, partial(measure_suspended, [*words, "--steps", "50"]), ranks=1)
+
+    def rates() -> list[float]:
+        return [float(rate) for rate in re.findall(r", ([\d.]+) a second", job.text)]
+
+    while len(rates()) < 100:
+        assert job.ranks[0].is_alive(), job.text
+        time.sleep(0.05)
+    job.signal(0, signal.SIGSTOP)
+    time.sleep(3 * PATIENCE)
+    count, before = len(rates()), rates()[-1]
+    job.signal(0, signal.SIGCONT)
+    job.wait()
+    # For a second, until the clock is read, the pause may show.
+    assert before / 3 < rates()[-1] and len(rates()) > count, (before, rates()[count:])
 
 
 class LateWatchdog(Watchdog):

@@ -12,7 +12,7 @@ torchrun, each computes a share of the features.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,13 @@ from trainer.ranks.world import World, join
 from trainer.sampling.samplefile import Samples, open_samples
 
 
-def _evaluator(arguments: argparse.Namespace, *, world: World, device: torch.device) -> Evaluator:
+def _evaluator(
+    arguments: argparse.Namespace,
+    *,
+    world: World,
+    device: torch.device,
+    clock: Callable[[], float],
+) -> Evaluator:
     """What computes features, with the `--network` and `--batch` of the command line."""
     agreed(lambda: check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1"))
     return Evaluator(
@@ -48,6 +54,7 @@ def _evaluator(arguments: argparse.Namespace, *, world: World, device: torch.dev
         device=device,
         batch_size=arguments.batch,
         say=_say,
+        clock=clock,
     )
 
 
@@ -55,14 +62,20 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def evaluate(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
+def evaluate(
+    arguments: argparse.Namespace,
+    *,
+    world: World,
+    device: torch.device,
+    clock: Callable[[], float],
+) -> int:
     """Print the figures of all samples, and write them; returns the exit status."""
     agreed(lambda: _check_outputs(arguments))
     every = agreed(lambda: _open_all(arguments.samples))
     option, scales = "", [0.0] * len(every)
     if arguments.plot is not None:
         option, scales = agreed(lambda: plots.scales_of(every))
-    evaluator = _evaluator(arguments, world=world, device=device)
+    evaluator = _evaluator(arguments, world=world, device=device, clock=clock)
     _check_earlier(arguments, evaluator, every)
     reference = evaluator.reference(arguments.reference, size=every[0].size)
     results = []
@@ -138,7 +151,13 @@ def _finish(
     return results
 
 
-def make_reference(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
+def make_reference(
+    arguments: argparse.Namespace,
+    *,
+    world: World,
+    device: torch.device,
+    clock: Callable[[], float],
+) -> int:
     """Write the reference file of a dataset; returns the exit status."""
     out, size = arguments.out, arguments.size
     agreed(lambda: check(size is None or size >= 1, "--size", size, "at least 1"))
@@ -149,7 +168,7 @@ def make_reference(arguments: argparse.Namespace, *, world: World, device: torch
     side = samples.size[0]
     expected = f"{side}, as the images are, or absent"
     agreed(lambda: check(size in (None, side), "--size", size, expected))
-    evaluator = _evaluator(arguments, world=world, device=device)
+    evaluator = _evaluator(arguments, world=world, device=device, clock=clock)
 
     def check_same() -> None:
         if (earlier := references.earlier(out)) is not None:
@@ -271,10 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = join()
     with (
         connected(world, patience=PATIENCE, watched=True) as device,
-        Watchdog(world, patience=PATIENCE, is_marked=False),
+        Watchdog(world, patience=PATIENCE, is_marked=False) as watchdog,
     ):
         common.check(common.command_facts(arguments))
-        return work(arguments, world=world, device=device)
+        return work(arguments, world=world, device=device, clock=watchdog.clock)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """All ranks compute features together, of samples and of the images they are compared with."""
 
+import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ class Evaluator:
     say: Callable[[str], None] = lambda _: None
     #: Called on every rank with the number of images after each batch.
     on_images: Callable[[int], None] = lambda _: None
+    #: By which rate and time left are.
+    clock: Callable[[], float] = time.monotonic
 
     def extract(self, samples: Samples, *, kept: Container[int]) -> Extracted | None:
         """Statistics of the features of all samples, and the features of the images `kept`.
@@ -108,7 +111,9 @@ class Evaluator:
 
     def _share(self, samples: Samples, *, kept: Container[int]) -> Share:
         own, size, world = Share(kept=kept), self.batch_size, self.world
-        progress = Progress(total=samples.count, shown=world.is_main, say=self.say)
+        progress = Progress(
+            total=samples.count, shown=world.is_main, say=self.say, clock=self.clock
+        )
         for first in range(world.rank * size, samples.count, world.size * size):
             pixels = samples.images(first, min(first + size, samples.count))
             images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)

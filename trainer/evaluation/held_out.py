@@ -54,10 +54,17 @@ class HeldOut:
     batch_size: int
     world: World
     device: torch.device
+    #: By which rate and time left are.
+    clock: Callable[[], float]
 
     @classmethod
     def open(
-        cls, arguments: argparse.Namespace, *, world: World, device: torch.device
+        cls,
+        arguments: argparse.Namespace,
+        *,
+        world: World,
+        device: torch.device,
+        clock: Callable[[], float],
     ) -> "HeldOut":
         """The network and images that the command line names.
 
@@ -68,7 +75,7 @@ class HeldOut:
         images = agreed(lambda: _open_images(arguments, network, world=world))
         common.check({"images of --data": images.stream.shards.fingerprint})
         net = network.net(device=device, precision=arguments.precision)
-        return cls(network, images, net, arguments.batch, world, device)
+        return cls(network, images, net, arguments.batch, world, device, clock)
 
     def table(self, terms: Terms, *, progress: Callable[[int], None]) -> dict[str, Tensor]:
         """As `ValidationSet.table`, uninterrupted."""
@@ -97,7 +104,7 @@ def likelihood(held_out: HeldOut, *, steps: str | None) -> dict[str, Any]:
     batches = -(-held_out.images.images // (held_out.batch_size * held_out.world.size))
     shown = held_out.world.is_main
     total = batches * diffusion.steps
-    progress = Progress(total=total, unit="passes", shown=shown, say=_say)
+    progress = Progress(total=total, unit="passes", shown=shown, say=_say, clock=held_out.clock)
     sums = torch.zeros(2, diffusion.steps, dtype=torch.float64, device=held_out.device)
 
     def terms(batch: Batch) -> dict[str, Tensor]:
@@ -137,7 +144,7 @@ def accuracy(held_out: HeldOut) -> dict[str, Any]:
     config = held_out.network.config
     objective = Classify(config.diffusion, seed=SEED)
     shown = held_out.world.is_main
-    progress = Progress(total=held_out.images.images, shown=shown, say=_say)
+    progress = Progress(total=held_out.images.images, shown=shown, say=_say, clock=held_out.clock)
     table = held_out.table(
         lambda batch: objective(held_out.net, batch.images, batch.labels, batch.indices),
         progress=progress.advance,
@@ -145,10 +152,16 @@ def accuracy(held_out: HeldOut) -> dict[str, Any]:
     return means(table, timesteps=config.diffusion.steps)
 
 
-def measure(arguments: argparse.Namespace, *, world: World, device: torch.device) -> int:
+def measure(
+    arguments: argparse.Namespace,
+    *,
+    world: World,
+    device: torch.device,
+    clock: Callable[[], float],
+) -> int:
     """Measure, print and write what the command line asks for; returns the exit status."""
     agreed(lambda: _check_options(arguments))
-    held_out = HeldOut.open(arguments, world=world, device=device)
+    held_out = HeldOut.open(arguments, world=world, device=device, clock=clock)
     facts = {
         "network": str(held_out.network.file),
         "sha256": held_out.network.sha256,
