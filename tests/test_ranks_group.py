@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from tests.support import ranks
 from tests.support.cluster import wait_until
 from tests.support.runs import END, HALF, Place
 from trainer import sample
-from trainer.ranks import connections, watchdog
+from trainer.ranks import connections, meeting, watchdog
 from trainer.ranks.group import all_come, connected
-from trainer.ranks.world import join
+from trainer.ranks.world import World, join
 
 
 def meet_as(variable: str, value: str) -> int:
@@ -105,6 +106,24 @@ def test_no_connection_is_idle_for_so_long_that_a_firewall_forgets_it(tmp_path: 
     said = job.wait()
     assert [process.exitcode for process in job.ranks] == [0, 0], said
     assert int(re.findall(r"^(\d+) connections$", said, re.MULTILINE)[0]) >= 5
+
+
+def test_one_dead_address_of_two_of_the_main_rank_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Torch tries the addresses one after the other, and takes two minutes for one that is dead."""
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(meeting, "_TELL", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as main_rank:
+        port = main_rank.getsockname()[1]
+        both = [each for n in (2, 1) for each in resolve(f"127.0.0.{n}", port, type=1)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+        with meeting._missing_named(World(rank=1, size=2, address="n1", port=port)):
+            time.sleep(1.0)
+    me, where = socket.gethostname(), f"n1:{port}, address 127.0.0.2"
+    said = capsys.readouterr().out.splitlines()
+    why = f"nothing answers at {where} (MASTER_ADDR, MASTER_PORT): Connection refused"
+    assert set(said) == {f"{me} waits for rank 0: {why}"}
 
 
 def train_on_unequal_nodes(directory: Path, arguments: list) -> int:

@@ -79,7 +79,7 @@ def _missing_named(world: World) -> Iterator[None]:
 def _name_missing(world: World, met: threading.Event) -> None:
     while not met.wait(_TELL):
         try:
-            socket.getaddrinfo(world.address, world.port)
+            found = socket.getaddrinfo(world.address, world.port, type=socket.SOCK_STREAM)
         except OSError as error:
             me, where, why = host_name(), world.address, error.strerror
             print(
@@ -88,7 +88,7 @@ def _name_missing(world: World, met: threading.Event) -> None:
             )
             continue
         if not world.is_main:
-            _name_unreached(world)
+            _name_unreached(world, found)
             continue
         with suppress(dist.DistError):
             # The main rank's own waits for all.
@@ -101,15 +101,21 @@ def _name_missing(world: World, met: threading.Event) -> None:
                 print(f"waiting at {where} for rank{ranks} of {world.size}", flush=True)
 
 
-def _name_unreached(world: World) -> None:
-    try:
-        socket.create_connection((world.address, world.port), timeout=_TELL).close()
-    except OSError as error:
-        me, where, why = host_name(), f"{world.address}:{world.port}", error.strerror or error
-        print(
-            f"{me} waits for rank 0: nothing answers at {where} (MASTER_ADDR, MASTER_PORT): {why}",
-            flush=True,
-        )
+def _name_unreached(world: World, found: Sequence[tuple[Any, ...]]) -> None:
+    """Name the addresses of the main rank's where nothing answers: torch waits minutes for each."""
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.settimeout(_TELL)
+                probe.connect(address)
+        except OSError as error:
+            me, where, why = host_name(), f"{world.address}:{world.port}", error.strerror or error
+            which = f", address {address[0]}" if len(found) > 1 else ""
+            print(
+                f"{me} waits for rank 0: nothing answers at {where}{which} (MASTER_ADDR, "
+                f"MASTER_PORT): {why}",
+                flush=True,
+            )
 
 
 def _not_met(world: World, error: dist.DistError) -> str:
