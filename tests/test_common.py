@@ -57,6 +57,7 @@ def test_the_ranks_that_differ_are_named_with_what_they_have(
     assert ": ds_config.zero_optimization.stage = 1 (rank 0: 2); start" in said[1]
     assert ": images of data.shards = " in said[2] and "training" not in said[2]
     assert "rank 1: " in said[3] and "1/here is not the run directory of the main rank" in said[3]
+    assert "a port of its own" in said[3]  # one of two jobs that start at the same time
     differences = "seed = 1 (rank 0: 0), labels = random (rank 0: balanced); start"
     assert "rank 2 on " in said[4] and differences in said[4]
     assert [place.run(name).exists() for name in ("lr", "stage", "shards")] == [False] * 3

@@ -213,13 +213,17 @@ def check_seen(run: Path, *, token: str, machine: str, mark: Callable[[str], Non
     """Raise ValueError unless `run` is here the directory that the main rank has claimed."""
     # A network file system may show for a while that there was no file.
     files.look_again(_file(run).parent)
-    end = time.monotonic() + (0 if machine == Process.here().machine else SEEN)
+    is_here = machine == Process.here().machine
+    end = time.monotonic() + (0 if is_here else SEEN)
     while (found := holder(run)) is None or found.token != token:
         if time.monotonic() >= end:
-            raise ValueError(
-                f"{run.absolute()} is not the run directory of the main rank: all ranks write "
-                "--run, so put it on a disk that all machines share"
+            way = (
+                "give all ranks the same --run, and each of several jobs on a machine a port of "
+                "its own, as in `deepspeed --master_port 29511 ...`"
+                if is_here
+                else "all ranks write --run, so put it on a disk that all machines share"
             )
+            raise ValueError(f"{run.absolute()} is not the run directory of the main rank: {way}")
         mark("waiting to see the claim of the run")
         time.sleep(0.5)
 
