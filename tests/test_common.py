@@ -10,6 +10,7 @@ from data.version import digest
 from tests.support import ranks
 from tests.support.data_fixtures import pack_folder
 from tests.support.runs import Place
+from trainer import common
 
 
 def work(directory: Path, code: Path, runs: list[list[list[str]]]) -> int:
@@ -96,3 +97,16 @@ def test_an_older_checkout_is_named_and_shards_may_be_at_another_place(
     said, drawn = refusals(place, tmp_path / "code", [place.arguments("old"), draw], [other, draw])
     assert drawn == said
     assert "ranks 1, 2 on " in said and ": code (sha256) = " in said and "data.shards" not in said
+
+
+def test_long_values_of_ranks_are_shown_where_they_differ() -> None:
+    classes, place = [*range(21841)], "/shards/" + 80 * "a"
+    mine = {"classes": str(classes), "source": f"{place}/one", "sha": "1" * 64}
+    other = {"classes": str(classes[:1000]), "source": f"{place}/two", "sha": "2" * 64}
+    said = common._differences([("a", mine), ("b", other)])
+    assert len(said) < 800
+    assert "996, 997, 998, 999] (rank 0: ..." in said and "998, 999, 1000, 1001" in said
+    assert f"source = {place}/two (rank 0: {place}/one)" in said
+    longer = common._differences([("a", {"out": 4 * place}), ("b", {"out": f"{4 * place}/more"})])
+    assert "aaa/more (rank 0: ..." in longer and longer.endswith("aaa)")
+    assert f"sha = {'2' * 12} (rank 0: {'1' * 12})" in said

@@ -29,6 +29,8 @@ _OWN = ("local_rank", "job")
 # Packages whose versions change numbers or pixels.
 _PACKAGES = ("torch", "deepspeed", "numpy", "pillow", "safetensors", "webdataset")
 _OPTIONS = ("from", "init", "init_skip", "profile", "patience")
+# Letters of a value in a message; a checksum has fewer.
+_LONG = 100
 # Differences that the message names of each host.
 _NAMED = 4
 
@@ -80,7 +82,8 @@ def _differences(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str:
     expected, said = everyone[0][1], dict[str, list[int]]()
     for rank, (host, found) in enumerate(everyone):
         names = [n for n in {**expected, **found} if found.get(n) != expected.get(n)]
-        parts = [f"{n} = {_short(found.get(n))} (rank 0: {_short(expected.get(n))})" for n in names]
+        pairs = [(n, *near(_short(found.get(n)), _short(expected.get(n)))) for n in names]
+        parts = [f"{name} = {own} (rank 0: {wanted})" for name, own, wanted in pairs]
         more = f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else ""
         if parts:
             said.setdefault(f"on {host}: {', '.join(parts[:_NAMED])}{more}", []).append(rank)
@@ -91,5 +94,19 @@ def _differences(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str:
 
 
 def _short(value: str | None) -> str:
-    """A value as a message has it; of checksums the beginning."""
-    return "absent" if value is None else value[:60] if len(value) != 64 else value[:12]
+    """A value in words; of checksums the beginning."""
+    return "absent" if value is None else value if len(value) != 64 else value[:12]
+
+
+def near(one: str, other: str) -> tuple[str, str]:
+    """Two values as a message has them; of long ones, such as 1,000 classes, where they differ."""
+    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    place = next(differing, min(len(one), len(other)))
+    first, last = max(place - _LONG // 2, 0), place + _LONG // 2
+
+    def cut(text: str) -> str:
+        if len(text) <= _LONG:
+            return text
+        return f"{'...' * (first > 0)}{text[first:last]}{'...' * (last < len(text))}"
+
+    return cut(one), cut(other)

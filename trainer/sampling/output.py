@@ -20,13 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import files
+from trainer.common import near
 from trainer.run import lease as leases
 from trainer.sampling.samplefile import open_samples, picture_record
 
 # The file in `work` that holds the request.
 REQUEST = "request.json"
-# Letters of a value in a message; a checksum has fewer.
-_LONG = 100
 # What requests of version 0.1 do not state.
 _EARLIER = {"noise": 1, "labels": "balanced", "pixels": "round", "cfg": None, "guide_at": "x_t"}
 
@@ -285,14 +284,6 @@ def begun(out: str) -> set[str]:
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = [n for n in {**found, **wanted} if found.get(n) != wanted.get(n)]
-    return "; ".join(f"{n} {_change(repr(found.get(n)), repr(wanted.get(n)))}" for n in names)
-
-
-def _change(was: str, now: str) -> str:
-    """What a value was and is; of long ones, such as 1,000 classes, where they first differ."""
-    place = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), 0)
-    first, last = max(place - _LONG // 2, 0), place + _LONG // 2
-    near = [f"{'...' * (first > 0)}{x[first:last]}{'...' * (last < len(x))}" for x in (was, now)]
-    shown = [n if len(x) > _LONG else x for x, n in zip((was, now), near, strict=True)]
-    return f"was {shown[0]}, is {shown[1]}"
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    pairs = [(n, *near(repr(found.get(n)), repr(wanted.get(n)))) for n in names]
+    return "; ".join(f"{name} was {was}, is {now}" for name, was, now in pairs)
