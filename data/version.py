@@ -15,8 +15,9 @@ COMMIT = "COMMIT"
 def commit(root: Path = _ROOT) -> str:
     """The commit of the code under `root`, with "-dirty" if files differ from it; or ""."""
     if (root / ".git").exists():
-        # Git refuses another user's checkout, as in a container; but its code runs already.
-        git = ["git", "-c", "safe.directory=*", "-C", str(root)]
+        # Git refuses another user's checkout, as in a container; but its code runs already. Named,
+        # it is this one also where GIT_DIR is another, as in a hook.
+        git = ["git", "-c", "safe.directory=*", "-C", str(root), "--git-dir=.git", "--work-tree=."]
         command = [*git, "describe", "--always", "--dirty", "--exclude=*"]
         with suppress(OSError):  # no git here
             found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -44,6 +44,10 @@ def test_the_commit_is_that_of_the_checkout_or_of_the_copy(
     assert len(found) >= 7 and head.stdout.startswith(found)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     assert commit(tmp_path) == found, "a checkout of another user"
+    with monkeypatch.context() as outside:
+        for name, place in (("GIT_DIR", ROOT / ".git"), ("GIT_WORK_TREE", ROOT)):
+            outside.setenv(name, str(place))
+        assert commit(tmp_path) == found, "of another checkout, as in a hook"
     (tmp_path / COMMIT).write_text("changed\n")
     assert commit(tmp_path) == f"{found}-dirty"
 
