@@ -27,6 +27,11 @@ def test_a_sweep_has_an_output_for_each_scale_and_factor(
         [*ask, *guide, "--scale", "0,3", "--cfg", "1,2", "--out", tmp_path / "s.npz"],
     )
     assert statuses == [0] * 5
+    said = ranks.output(tmp_path / "job-1", 0).read_text()
+    outputs = [f"s-scale{scale}-cfg{cfg}.npz" for scale in (0, 3) for cfg in (1, 2)]
+    assert [line for line in said.splitlines() if line.startswith("drawing ")] == [
+        f"drawing {tmp_path / name}, {n} of 4 outputs" for n, name in enumerate(outputs, start=1)
+    ]
     found = {path.stem: ranks.arrays(path)[0] for path in tmp_path.glob("*.npz")}
     swept = {f"s-scale{scale}-cfg{cfg}" for scale in (0, 3) for cfg in (1, 2)}
     assert found.keys() == {*swept, "plain", "mean", "adm"}

@@ -42,7 +42,9 @@ class Drawing:
         guide = None
         if classifier is not None:
             guide = classifier.net(device=device, precision=precision, say=self._say)
-        for job in todo:
+        for number, job in enumerate(todo, start=1):
+            if len(todo) > 1:
+                self._say(f"drawing {job.output.path}, {number} of {len(todo)} outputs")
             if status := self.one(job, net=net, guide=guide):
                 return status
         return 0
