@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from torch import cuda
 
 from data.exits import REFUSED
 from trainer import preflight
@@ -62,6 +63,16 @@ def test_where_the_tests_run_training_can_run() -> None:
         "/dev/shm",
     ):
         assert name in names
+
+
+def test_variables_that_no_training_starts_with_are_named() -> None:
+    other = "cpu" if cuda.is_available() else "cuda"
+    status, lines = check(
+        sys.executable, DS_ACCELERATOR=other, TORCHINDUCTOR_CACHE_DIR="/proc/none"
+    )
+    assert status == REFUSED
+    for said in (f"DS_ACCELERATOR = '{other}', ", ": set TORCHINDUCTOR_CACHE_DIR to a directory "):
+        assert any(said in line for line in lines), lines
 
 
 def test_a_library_that_crashes_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,8 @@ _MIB, _GIB = 2**20, 2**30
 # The code that tries each library, in a process of its own; the last line printed is its answer.
 _TRIES = {
     "torch": "from trainer import preflight; preflight.print_torch()",
-    "deepspeed": "import trainer.engine.zero",
+    "deepspeed": "import trainer.engine.zero; from trainer.engine import operators; "
+    "operators.check_accelerator()",
     "MPI": "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
     "print(MPI.Get_library_version().splitlines()[0].partition(',')[0])",
 }
@@ -143,7 +144,8 @@ def _building(torch: Torch) -> Iterator[tuple[str, Finding]]:
     for variable in (caches.TRITON, caches.INDUCTOR) if on_gpus else (caches.OPERATORS,):
         where = str(caches.directory(variable))
         name = "kernels" if on_gpus else "operators"
-        yield name, machine.kept(where, fault=caches.fault(variable), on_gpus=on_gpus)
+        fault = caches.fault(variable) or caches.made_fault()
+        yield name, machine.kept(where, fault=fault, on_gpus=on_gpus)
     yield "nvcc", machine.nvcc(_nvcc_release(), build=torch.build)
 
 

@@ -44,13 +44,19 @@ def check(*variables: str) -> None:
             raise ValueError(said)
 
 
-def check_made() -> None:
-    """Raise ValueError where torch cannot make Inductor's directory, which it does with the first
-    network, on CPUs too, whether or not anything is compiled.
+def made_fault() -> str:
+    """Why torch cannot make Inductor's directory, which it does with the first network, on CPUs
+    too, whether or not anything is compiled; or "".
     """
     place = directory(INDUCTOR)
-    if not place.is_dir() and (why := files.write_fault(place)):
-        raise ValueError(f"{why}: set {INDUCTOR} to a directory that is writable")
+    why = "" if place.is_dir() else files.write_fault(place)
+    return f"{why}: set {INDUCTOR} to a directory that is writable" if why else ""
+
+
+def check_made() -> None:
+    """Raise ValueError where there is a `made_fault`."""
+    if said := made_fault():
+        raise ValueError(said)
 
 
 def _user() -> str:

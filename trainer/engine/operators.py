@@ -19,19 +19,24 @@ def prepare() -> None:
     """Let DeepSpeed compile its operator for CPUs, or load it.
 
     Raises:
-        ValueError: there is no ninja, the directory of operators has a `caches.fault`, or DeepSpeed
-            is told to compute on something else than torch.
+        ValueError: there is no ninja, the directory of operators has a `caches.fault`, or as for
+            `check_accelerator`.
     """
+    check_accelerator()
+    if torch.cuda.is_available():
+        return
+    _find_ninja()
+    caches.check(caches.OPERATORS)
+
+
+def check_accelerator() -> None:
+    """Raise ValueError where DeepSpeed is told to compute on something else than torch."""
     own = "cuda" if torch.cuda.is_available() else "cpu"
     if (named := os.environ.get("DS_ACCELERATOR", own)) != own:
         raise ValueError(
             f"DS_ACCELERATOR = {named!r}, a variable of the environment: must be {own!r} on this "
             "machine, or unset"
         )
-    if torch.cuda.is_available():
-        return
-    _find_ninja()
-    caches.check(caches.OPERATORS)
 
 
 def _find_ninja() -> None:
