@@ -119,7 +119,8 @@ def _srun(job: Job, *program: str) -> str:
     # Since Slurm 22.05 srun does not inherit the job's number of CPUs.
     cpus = job.cluster.slurm.cpus_per_task
     per_task = [f"--cpus-per-task={cpus}"] if cpus else []
-    # A job submitted with --export=NONE would hide the script's environment from its ranks.
-    ends = ("--export=ALL", "--kill-on-bad-exit=0", "--wait=60", "--label")
+    # A job submitted with --export=NONE would hide the script's environment from its ranks. They
+    # use no MPI: on a node that was lost, what PMIx left would keep the requeued job from starting.
+    ends = ("--export=ALL", "--mpi=none", "--kill-on-bad-exit=0", "--wait=60", "--label")
     start = command("srun", *ends, *per_task, *options)
     return f"{start} \\\n  {command(*inside, *program)}"

@@ -78,7 +78,9 @@ def test_time_limits_are_survived_until_the_run_is_finished(
 
 
 def test_preemption_power_loss_and_cancellation(site: Site, undisturbed: dict[int, float]) -> None:
-    job = site.submit("tried", site.settings("slurm", partition='"low"'), *LONG)
+    # As many sites have it. It leaves a socket where it is killed, and starts nothing beside that.
+    pmix = ["export SLURM_MPI_TYPE=pmix"]
+    job = site.submit("tried", site.settings("slurm", setup=pmix, partition='"low"'), *LONG)
     site.wait_start("tried", 0)
     site.cluster.run("ctl", "srun", "-p", "high", "-N2", "--gres=gpu:2", "true")
     site.wait_start("tried", 1)

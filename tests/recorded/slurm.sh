@@ -283,6 +283,7 @@ at=$(newest)
 say "begins on $SLURM_JOB_NODELIST at checkpoint $at"
 attend srun \
   --export=ALL \
+  --mpi=none \
   --kill-on-bad-exit=0 \
   --wait=60 \
   --label \
@@ -307,6 +308,7 @@ if [ -n "$adm_told" ]; then
 fi
 attend srun \
   --export=ALL \
+  --mpi=none \
   --kill-on-bad-exit=0 \
   --wait=60 \
   --label \
