@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data import descriptors, files
+from data.config import is_local, shown
 from data.stores import FINAL
 from data.version import version
 
@@ -91,9 +92,13 @@ def path_text(text: str) -> str:
     """As `place_text`, for a path only; every `type=Path` is checked by it.
 
     Raises:
-        argparse.ArgumentTypeError: also a ~ that the shell did not replace.
+        argparse.ArgumentTypeError: also a URL or command, or a ~ that the shell did not replace.
     """
     place_text(text)
+    if not is_local(text):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)!r} is no path on this machine: give one, and copy the files separately"
+        )
     if text.partition("/")[0].startswith("~") and not Path(text).exists():
         raise argparse.ArgumentTypeError(
             f"{text!r}: the shell replaces ~ only at the beginning of a word: write a space in "

@@ -24,6 +24,7 @@ from data.packing.class_maps import map_content
 from data.packing.plan import PackConfig
 from data.progress import duration
 from tests.support.data_fixtures import write_folder
+from trainer import evaluate, sample
 from trainer.adm.ema import Profile
 from trainer.config import ds_config, settings
 from trainer.ema import Stored
@@ -236,6 +237,30 @@ def test_an_empty_variable_is_not_the_working_directory(
     with pytest.raises(SystemExit, match=str(REFUSED)):
         main(arguments)
     assert "is no path: is a variable empty?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (pack.main, ["digits", "s3://USER:SECRET@bucket/out?sig=SECRET"]),
+        (shards.main, ["merge", "https://USER:SECRET@host/out?sig=SECRET", "a", "b"]),
+        (evaluate.main, ["reference", "https://USER:SECRET@host/a?sig=SECRET", "--out", "b.npz"]),
+        (sample.main, ["run", "--out", "s3://USER:SECRET@bucket/a.npz?sig=SECRET"]),
+    ],
+)
+def test_a_url_in_the_place_of_a_path_is_refused_without_its_password(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=str(REFUSED)):
+        main(arguments)
+    said = capsys.readouterr().err
+    assert "?sig=***' is no path on this machine" in said and "SECRET" not in said
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip"])
