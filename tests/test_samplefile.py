@@ -34,6 +34,8 @@ def test_shards_are_read_in_their_order_with_their_labels(digits: Path, tmp_path
     config = PackConfig(size=8, keep_original=True)
     pack(Request(str(tmp_path / "P"), config), out=tmp_path / "own")
     assert open_samples(tmp_path / "own", size=16).images(0, 2).shape == (2, 16, 16, 3)
+    with pytest.raises(ValueError, match=r"pack them without --keep-original; .* with --size"):
+        open_samples(tmp_path / "own")
 
 
 def test_zeros_of_a_file_that_does_not_say_how_it_was_drawn_are_no_labels(tmp_path: Path) -> None:

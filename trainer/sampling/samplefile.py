@@ -128,7 +128,10 @@ class ShardSamples:
         self.shards: Shards = open_shards(path)
         side = self.shards.image_size or size
         if side is None:
-            raise ValueError(f"{path} holds images of different sizes: pack them with --size")
+            raise ValueError(
+                f"{path} holds images that keep their own sizes: pack them without "
+                "--keep-original; `trainer.evaluate reference` crops them with --size"
+            )
         self._side = side
         self.count, self.size = self.shards.count, (side, side)
         # `astype` copies: a view would keep the index's file open.
