@@ -240,6 +240,13 @@ def test_a_stop_interrupts_a_grid_and_another_is_drawn_later(runs: Place) -> Non
     assert drawn.name == f"{2 * STEP:012d}.png"
 
 
+def test_a_run_with_guided_samples_is_validated(runs: Place, sets: tuple, digits: Path) -> None:
+    guided = ("training.label_dropout = 0.2", "evaluation.cfg = 2.0", f"intervals.validate = {END}")
+    own = (*COMMON, *sets, *guided, f'data.validation = "{digits}"', "data.validation_images = 16")
+    assert runs.train(runs.arguments("guided", sets=own), world=2) == [0]
+    assert list(runs.values("guided", "validation/loss")) == [END]
+
+
 def test_what_cannot_be_evaluated_is_refused_before_the_run_is_there(
     runs: Place, sets: tuple, real_large: Path, tmp_path: Path
 ) -> None:

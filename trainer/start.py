@@ -19,6 +19,7 @@ from trainer.adm.objective import Classify, Denoise, Objective
 from trainer.adm.timesteps import LossSecondMoment, UniformTimesteps
 from trainer.adm.unet import build
 from trainer.config.experiment import Config
+from trainer.config.sections import TrainingConfig
 from trainer.engine import averages, compute, determinism
 from trainer.engine.policy import Guards
 from trainer.engine.zero import WEIGHTS, Engine, kinds, load_operator
@@ -282,17 +283,18 @@ def describe(config: Config, engine: Engine, *, world: World, shards: Dataset) -
     )
 
 
-def build_objective(config: Config) -> Objective:
-    """The objective of a config: noising, loss and weighting."""
-    seed, model = config.training.seed, config.model
+def build_objective(config: Config, *, training: TrainingConfig | None = None) -> Objective:
+    """The objective of a config, or of other settings of `training`: noising, loss, weighting."""
+    training = training or config.training
+    seed, model = training.seed, config.model
     if isinstance(model, ClassifierConfig):
         return Classify(config.diffusion, seed=seed)
     samplers = {"uniform": UniformTimesteps, "loss-second-moment": LossSecondMoment}
     return Denoise(
         config.diffusion,
-        timesteps=samplers[config.training.timesteps](config.diffusion.steps, seed=seed),
+        timesteps=samplers[training.timesteps](config.diffusion.steps, seed=seed),
         seed=seed,
         class_conditional=model.num_classes is not None,
         small_size=model.small_size,
-        label_dropout=config.training.label_dropout,
+        label_dropout=training.label_dropout,
     )

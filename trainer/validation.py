@@ -170,7 +170,7 @@ class Validation:
 
     def __init__(self, images: ValidationSet, *, config: Config, world: World) -> None:
         fixed = replace(config.training, seed=SEED, timesteps="uniform", label_dropout=0.0)
-        self._objective = build_objective(replace(config, training=fixed))
+        self._objective = build_objective(config, training=fixed)
         self._set, self._config, self._world = images, config, world
 
     def measure(
