@@ -151,6 +151,8 @@ def check(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0].startswith("--local_rank="):  # of `deepspeed`, whose ranks may check
+        words = words[1:]
     ours = {"status": show, "stop": stop, "check": check}
     verbs = {**ours, "sweep": begin.sweep, "sample": begin.sample}
     verb = verbs.get(words[0]) if words else None

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.exits import FAILED, REFUSED
+from launch import __main__ as launch
 from tests.support import faults, ranks
 from trainer import allocation
 from trainer.planning.facts import Facts, problems, table
@@ -112,6 +113,15 @@ def test_nodes_that_show_fewer_gpus_than_the_job_needs_are_bad(tmp_path: Path) -
     assert [process.exitcode for process in job.ranks] == [REFUSED, REFUSED], job.text
     assert f"bad nodes: {socket.gethostname()}" in said and "ready" not in said
     assert said.count("shows 0 GPUs, and the job needs 2") == 2
+
+
+def test_the_ranks_of_deepspeed_check_too(tmp_path: Path) -> None:
+    """It puts an option of its own ahead of the verb."""
+    words = ["--local_rank=0", "check", "--gpus", "0", "--free", "0"]
+    job = ranks.fork(tmp_path, partial(launch.main, words), ranks=2)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [0, 0], job.text
+    assert "all nodes are ready" in said
 
 
 def check_with_a_broken_gpu() -> int:

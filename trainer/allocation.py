@@ -1,8 +1,8 @@
 """The preflight check of an allocation: a table with a row for each rank, and the bad nodes.
 
-Started on every rank, by `srun python -m launch check`, mpirun or torchrun. The ranks write their
-facts to a store on the main rank, which waits for a limited time: a node that cannot be reached is
-a row of the table and not a hang.
+Started on every rank, by `srun python -m launch check`, mpirun, torchrun or `deepspeed`. The ranks
+write their facts to a store on the main rank, which waits for a limited time: a node that cannot be
+reached is a row of the table and not a hang.
 """
 
 import argparse
