@@ -215,10 +215,14 @@ def test_a_wrong_option_is_refused_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_missing_source_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_missing_source_is_refused_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert pack.main(["/nowhere", str(tmp_path / "a" / "b" / "c")]) == REFUSED
     (tmp_path / "empty").mkdir()
     assert pack.main(["/nowhere", str(tmp_path / "empty")]) == REFUSED
+    assert pack.main(["https://USER:SECRET@host/a", str(tmp_path / "empty")]) == REFUSED
+    assert "SECRET" not in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 

@@ -256,6 +256,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_run_is_there(
     np.savez(foreign, mu=np.zeros(48), sigma=np.eye(48))
     cases = {
         'evaluation.network = "none.pth"': "evaluation: network none.pth: no such file or run",
+        'evaluation.reference = "s3://U:P@b/d"': "'s3://***@b/d': must be a path on this",
         'evaluation.reference = "none"': "evaluation: reference none: no such file or directory",
         f'evaluation.reference = "{real_large}"': "samples are 8 x 8, the images of",
         f'evaluation.reference = "{few}"': "has 3 images: must be at least 16",

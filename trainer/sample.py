@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     precision = "compute in this precision (default: as trained; fp32 on a CPU)"
     add("--precision", choices=sorted(DTYPES), help=precision)
     add("--seed", type=int, default=0, help="the seed of all noise (default: %(default)s)")
-    share = "draw the K-th of N shares; the last of N processes to end makes the output of them"
+    share = "draw share K, from 0, of N; the last of N processes to end makes the output of them"
     add("--share", type=_share, default=(0, 1), metavar="K/N", help=share)
     add_ranks(p, work="draw")
     add_patience(p, ends="lost")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data.config import shown
 from data.packing.arrays import Cifar, SampleFile, cifar_files
 from data.packing.names import is_image, litter
 from data.packing.parquet import Parquet
@@ -33,7 +34,7 @@ def open_source(text: str, *, staging: Path) -> Source:
     if path.is_dir():
         return Folder(path)
     raise ValueError(
-        f"SOURCE = {text}: must be a folder, zip, tar, parquet or lmdb of images, an .npz "
+        f"SOURCE = {shown(text)}: must be a folder, zip, tar, parquet or lmdb of images, an .npz "
         "of samples, the files of CIFAR, or `digits`"
     )
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.config import is_local, shown
 from trainer.adm.config import Kernels, check, check_choice
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -211,6 +212,9 @@ class EvaluationConfig:
         cfg = self.cfg
         known = cfg is None or 0 <= cfg < math.inf
         check(known, "evaluation.cfg", cfg, "a number from 0, or absent")
+        for name, place in (("reference", self.reference), ("network", self.network)):
+            here = place is None or is_local(place)
+            check(here, f"evaluation.{name}", shown(place or ""), "a path on this machine")
 
 
 @dataclass(frozen=True, kw_only=True)
