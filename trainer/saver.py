@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ class Saver:
         if self.is_lost:
             return
         mine: dict[str, dict[str, Tensor]] = {}
-        for kind, owner in zip(source.kinds, cycle(writers(self._world)), strict=False):
+        for kind, owner in writers(source.kinds, self._world):
             whole = source.gather(kind, to=owner)
             if owner == self._world.rank:
                 mine[kind] = whole

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ class Snapshots:
             return
         partial = directory(self._run.path) / f".{images_seen:012d}.partial"
         facts, fault = {}, None
-        for name, owner in zip(self._names, cycle(writers(self._world)), strict=False):
+        for name, owner in writers(self._names, self._world):
             whole = source.gather(name, to=owner)
             if owner == self._world.rank and fault is None:
                 try:

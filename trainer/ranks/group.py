@@ -177,12 +177,11 @@ def gather(mine: T) -> list[T]:
     return everyone
 
 
-def writers(world: World) -> list[int]:
-    """All ranks, in the order in which they write files. All ranks must call it.
-
-    The first ranks of all nodes come first, so that nodes share the gathering and the writing.
-    """
-    return sorted(range(world.size), key=gather(world.local_rank).__getitem__)
+def writers(names: Sequence[str], world: World) -> list[tuple[str, int]]:
+    """Each file's name with the rank that writes it. All ranks must call it."""
+    # The first ranks of all nodes come first, so that nodes share the gathering and the writing.
+    order = sorted(range(world.size), key=gather(world.local_rank).__getitem__)
+    return list(zip(names, itertools.cycle(order), strict=False))
 
 
 def gather_to_main(mine: T) -> list[T] | None:
