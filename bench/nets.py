@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer import diffusers_format
 from trainer.adm.blocks import ResidualBlock, residual_sum, resize
 from trainer.adm.config import ClassifierConfig, Kernels, UNetConfig
 from trainer.adm.norm import use_kernels
@@ -173,22 +174,7 @@ def diffusers(config: UNetConfig) -> Net:
         ModuleNotFoundError: it is not installed.
     """
     model: Any = importlib.import_module("diffusers").UNet2DModel
-    attends = [size in config.attention for size in config.resolutions]
-    net = model(
-        sample_size=config.image_size,
-        in_channels=3,
-        out_channels=config.out_channels,
-        layers_per_block=config.blocks,
-        block_out_channels=config.level_channels,
-        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        downsample_type="resnet",
-        upsample_type="resnet",
-        resnet_time_scale_shift="scale_shift",
-        attention_head_dim=config.head_channels,
-        dropout=config.dropout,
-        num_class_embeds=config.num_classes,
-    )
+    net = model.from_config(diffusers_format.options(config))
     return Net(net, lambda x, t, y: net(x, t, y).sample)
 
 

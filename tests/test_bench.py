@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,16 @@ def test_other_ways_to_convolve_a_doubled_map_give_the_same_network(name: str) -
         found.append((out, *torch.autograd.grad(out.square().sum(), [*module.parameters()])))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("attention", [(8,), (16,)])
+def test_the_network_of_diffusers_has_the_same_convolutions(attention: tuple[int, ...]) -> None:
+    config = replace(cells.SMALL, attention=attention)
+    shapes = [
+        Counter(p.shape for p in net.module.parameters() if p.dim() == 4)
+        for net in (nets.ours(config), nets.diffusers(config))
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_the_step_on_a_cpu_is_compared(
