@@ -151,6 +151,7 @@ def guided_diffusion_classifier(config: ClassifierConfig, *, path: Path) -> nn.M
         num_head_channels=config.head_channels,
         use_scale_shift_norm=True,
         resblock_updown=True,
+        use_new_attention_order=config.qkv == "new",
         pool=config.pool,
     )
     if fp16:

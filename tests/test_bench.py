@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cells, cpu_step, gpu, nets, scale
+from bench import cells, cpu_step, follow, gpu, nets, scale
+from tests.support import golden, ranks
 from tests.support.ranks import LIMIT
 from tests.test_plan import machine
+from trainer.adm.unet import build
 from trainer.config import experiment as configs
 
 
@@ -81,6 +83,35 @@ def test_the_network_of_diffusers_has_the_same_convolutions(attention: tuple[int
         for net in (nets.ours(config), nets.diffusers(config))
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_runs_follow_guided_diffusions_own_training(tmp_path: Path, digits: Path) -> None:
+    """Two ranks, two micro-batches a step and ZeRO-2, against what its code came to, recorded."""
+    recorded, runs, starts = golden.table("training_loops"), [], {}
+    for preset, want in recorded.items():
+        sets = follow.settings(preset, shards=digits, steps=len(want["losses"]))
+        net = build(configs.load(preset, sets).model)
+        starts[preset] = follow.initial({k: p.shape for k, p in net.named_parameters()})
+        torch.save(starts[preset], tmp_path / f"{preset}.pt")
+        words = [preset, *follow.changes(sets), "--init", str(tmp_path / f"{preset}.pt")]
+        runs.append(["train", *words, "--run", str(tmp_path / preset)])
+    assert len(runs) == 2
+    job = ranks.start(tmp_path / "job", ranks=2, runs=runs)
+    job.wait()
+    assert job.statuses == [0, 0]
+    for preset, want in recorded.items():
+        got = follow.of_run(tmp_path / preset)
+        assert got.losses == pytest.approx(want["losses"], rel=1e-4)
+        for name, (moved, *along) in want["sketches"].items():
+            mine, *mine_along = follow.sketch(got.last[name], start=starts[preset])
+            assert mine == pytest.approx(moved, rel=1e-3)
+            assert mine_along == pytest.approx(along, abs=0.02 * moved)
+
+
+def test_following_wants_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        follow.main(["--guided-diffusion", str(tmp_path)])
+    assert f"{tmp_path} has no scripts/classifier_train.py" in capsys.readouterr().err
 
 
 def test_the_step_on_a_cpu_is_compared(
