@@ -58,6 +58,16 @@ def test_precision_and_recall_are_the_exact_ones(case: str) -> None:
     assert Fraction(exact["in_ref"], len(samples)) == Fraction(precision).limit_denominator(10000)
 
 
+def test_copies_are_inside_of_the_set_that_has_them_four_times() -> None:
+    rows = torch.randn(100, 2048, generator=torch.Generator().manual_seed(4)) + 1
+    copies = rows.repeat(6, 1)[torch.randperm(600, generator=torch.Generator().manual_seed(5))]
+    others = torch.randn(50, 2048, generator=torch.Generator().manual_seed(6)) + 1
+    assert figures.precision_recall(copies, rows[:50])[0][0] == 1
+    assert figures.precision_recall(rows[:50], copies)[0][1] == 1
+    assert figures.precision_recall(copies, others)[0][0] == 0
+    assert figures.precision_recall(copies, copies) == [(1, 1)]
+
+
 def test_radii_are_the_recorded_ones() -> None:
     exact = TABLE["precision_recall"]["plain"]["exact"]
     found = figures.radii(RECORDED["plain.ref"])[0][:4].tolist()

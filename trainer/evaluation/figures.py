@@ -19,6 +19,9 @@ from torch import Tensor
 _BLOCK = 2048
 # The radius of a row is its distance to the k-th nearest other row, for this k.
 _NEIGHBOURS = 3
+# Equal rows are apart by up to this share of their squared norm, as distances are computed from
+# norms and products. Rows in fp32 that differ are hardly ever closer.
+_ROUNDING = 2.0**-44
 # Images of a split of the inception score.
 SPLIT = 5000
 # Subsets of the kernel distance, and their size.
@@ -180,6 +183,7 @@ def radii(
     Of several `parts`, as for `precision_recall`, then also those of each part within itself.
     """
     rows = rows.double()
+    rounding = rows.square().sum(dim=1) * _ROUNDING  # or an equal row could be outside of radius 0
     whole = rows.new_empty(len(rows))
     within = []
     for part in (slice(i, None, parts) for i in range(parts)):
@@ -189,8 +193,8 @@ def radii(
             far.append(_radii(distances[:, part]))
             near.append(_radii(distances) if parts > 1 else far[-1])
             on_distances(distances.numel())
-        whole[part] = torch.cat(near)
-        within.append(torch.cat(far))
+        whole[part] = torch.cat(near) + rounding[part]
+        within.append(torch.cat(far) + rounding[part])
     return [whole, *within] if parts > 1 else [whole]
 
 
