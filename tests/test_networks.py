@@ -133,3 +133,5 @@ def test_without_its_label_an_image_gets_the_embedding_of_its_timestep_alone(tin
         assert not torch.allclose(mixed[1:], net(x, t, told)[1:])
         net.label_emb.weight.zero_()
         torch.testing.assert_close(mixed[1:], net(x, t, told)[1:])
+        with pytest.raises(IndexError):  # a wrong label is not another class
+            net(x, t, torch.tensor([3, NO_LABEL - 1, 3]))

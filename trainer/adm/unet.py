@@ -55,8 +55,9 @@ class UNet(Encoder):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         emb = self.embed(t)
         if y is not None:
-            known = (y != NO_LABEL).to(emb.dtype)[:, None]
-            emb = emb + self.label_emb(y.clamp(min=0)) * known
+            unknown = y == NO_LABEL
+            known = (~unknown).to(emb.dtype)[:, None]
+            emb = emb + self.label_emb(y.masked_fill(unknown, 0)) * known
         if low_res is not None:
             x = torch.cat((x, F.interpolate(low_res, x.shape[2:], mode="bilinear")), dim=1)
         h, skips = self.upper_down(x, emb)
