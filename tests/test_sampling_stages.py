@@ -2,14 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from data import dataset
 from data.manifest import manifest_text
 from tests.support import ranks
+from trainer.adm.unet import build
+from trainer.config import experiment as configs
+from trainer.sampling.draw import SamplerConfig, draw
 from trainer.sampling.samplefile import open_samples
 
 
@@ -52,6 +58,20 @@ def test_a_sweep_has_an_output_for_each_scale_and_factor(
     assert "images was 99, is 4" in str(refused)
     assert not (tmp_path / "t-scale0.parts").exists()
     assert "was trained without training.label_dropout" in str(undropped)
+
+
+def test_a_sampler_in_python_takes_nothing_that_it_would_leave_unused(tiny: Path) -> None:
+    config = configs.load(tiny, ["training.label_dropout = 0.1"])
+    sampler = SamplerConfig.of(config, steps="2", seed=0, cfg=3.0)
+    with pytest.raises(ValueError, match="guide_at = 'mean': must be \"x_t\" with eta"):
+        replace(sampler, eta=0.0, guide_at="mean")
+    with pytest.raises(ValueError, match=r"cfg = 3\.0: must be absent for a network trained with"):
+        SamplerConfig.of(configs.load(tiny), steps="2", seed=0, cfg=3.0)
+    config = configs.load(tiny, unset=["model.num_classes"])
+    net, of = build(config.model), torch.arange(2)
+    with pytest.raises(ValueError, match=r"cfg = 3\.0: guides to labels"):
+        draw(net, of, config=config.unet, sampler=sampler)
+    draw(net, of, config=config.unet, sampler=replace(sampler, cfg=1.0))
 
 
 def test_drawn_shards_are_enlarged_and_trained_on(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.config import naming
 from data.stream import Batch, Stream
-from trainer.adm.config import UNetConfig
+from trainer.adm.config import UNetConfig, check
 from trainer.adm.diffusion import Diffusion, Net
 from trainer.adm.objective import low_resolution, to_range
 from trainer.adm.sampler import (
@@ -46,11 +46,22 @@ class SamplerConfig:
     #: Where a classifier's gradient is taken.
     guide_at: GuideAt = "x_t"
 
+    def __post_init__(self) -> None:
+        is_known = self.eta is None or self.guide_at == "x_t"
+        check(is_known, "guide_at", self.guide_at, '"x_t" with eta: DDIM guides there')
+
     @classmethod
     def of(
         cls, config: Config, *, steps: str, seed: int, cfg: float | None = None
     ) -> "SamplerConfig":
-        """The sampler of a network's config; `steps` such as "250", or "ddim25" for DDIM's."""
+        """The sampler of a network's config; `steps` such as "250", or "ddim25" for DDIM's.
+
+        Raises:
+            ValueError: `steps` cannot be met, or `cfg` guides a network that cannot do without
+                labels.
+        """
+        is_able = cfg in (None, 1) or config.training.label_dropout > 0
+        check(is_able, "cfg", cfg, "absent for a network trained without training.label_dropout")
         return cls(
             diffusion=Diffusion(config.diffusion, respacing=steps),
             seed=seed,
@@ -79,6 +90,9 @@ def draw(
 
     `labels` (B,) for a class-conditional network, `low_res` (B, 3, h, w) in [-1, 1] for an
     upsampler. `on_step` is called after every denoising step.
+
+    Raises:
+        ValueError: there are no labels that `cfg` could guide to.
     """
     device = next(net.parameters()).device
     indices = indices.to(device)
@@ -111,8 +125,10 @@ def _denoiser(
         out: Tensor = net(x, t, y, low_res)
         return out
 
-    if cfg is None or cfg == 1 or labels is None:
+    if cfg is None or cfg == 1:
         return denoise
+    if labels is None:
+        raise ValueError(f"cfg = {cfg}: guides to labels: give them, or leave it out")
     return classifier_free(denoise, labels, scale=cfg)
 
 
