@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import shards as commands
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards, verify
 from data.npz import npy
@@ -151,6 +152,19 @@ def test_an_index_of_another_packing_is_refused(copy: Shards) -> None:
         open_shards(copy.root)
     (fault,) = verify(copy.root)
     assert re.search(message, fault)
+
+
+def test_a_tar_that_the_manifest_does_not_have_is_said_to_be_unused(
+    copy: Shards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("verify", "info"):
+        assert commands.main([command, copy.root]) == 0
+    assert "not in the manifest" not in capsys.readouterr().out
+    (Path(copy.root) / "more.tar").write_bytes(b"")
+    for command in ("verify", "info"):
+        assert commands.main([command, copy.root]) == 0
+        said = "1 tar is not in the manifest and not of the dataset, such as more.tar; "
+        assert said in capsys.readouterr().out
 
 
 def test_wrong_settings_of_reading_are_errors() -> None:
