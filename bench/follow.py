@@ -77,8 +77,7 @@ def ours(run: Path, *, ranks: int, arguments: Sequence[str], log: Path) -> None:
     start = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "--")
     command = [sys.executable, "-m", *start, "trainer.train", *arguments, "--run", str(run)]
     with log.open("w") as file:
-        environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ}
-        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(log.read_text())
 
@@ -128,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{options.guided_diffusion} has no scripts/classifier_train.py")
     if importlib.util.find_spec("blobfile") is None:
         parser.error("guided-diffusion needs blobfile: pip install blobfile")
+    # Both train on the CPU, where there is a GPU too.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     recorded = {}
     print(f"{'network':18} {'steps':>5} {'loss, first':>12} {'largest':>8}  weights and averages")
