@@ -235,7 +235,7 @@ def test_a_finished_run_says_so_and_refusals_touch_nothing(place: Place) -> None
     )
     assert statuses[0] == 0
     assert "started with another config: model.channels = 32 (now 64)" in statuses[1]
-    assert "data.block = 16 (now 8)" in statuses[2]
+    assert re.search(rf"data.block = 16 \(now 8\).*--init {place.run('2x2')} to ", statuses[2])
     assert "training.batch = 7 does not divide among 2 ranks" in statuses[3]
     assert not place.run("none").exists()
     after = {p: p.read_bytes() for p in place.run("2x2").rglob("*") if p.is_file()}

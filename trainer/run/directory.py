@@ -210,7 +210,8 @@ class Run:
         if committed(self.checkpoints) and (fixed := fixed_among(changes)):
             raise ValueError(
                 f"the run was started with another config: {', '.join(fixed)}; "
-                "give the same preset and --set, or another --run directory"
+                "give the same preset and --set, or another --run directory (with --init "
+                f"{self.path} to start from its weights)"
             )
         return changes
 
