@@ -67,9 +67,11 @@ def stop(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nnot waiting any more: the ranks save and stop by themselves")
         return 128 + signal.SIGINT
-    present = requested + time.monotonic() - since
-    saved = status.last_checkpoint(run, now=present) or "none"
-    print(f"stopped; last checkpoint: {saved}; {lease.way_to_resume(run)}")
+    saved = ""
+    if not status.is_of_drawing(run):
+        present = requested + time.monotonic() - since
+        saved = f"last checkpoint: {status.last_checkpoint(run, now=present) or 'none'}; "
+    print(f"stopped; {saved}{lease.way_to_resume(run)}")
     return 0
 
 

@@ -91,7 +91,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
     last: Row = next((row for row in reversed(rows) if "loss" in row), {})
     job, is_running = _job(run, signs)
     saved, _ = _checkpoint(run)
-    is_sampling = not any((run / f).exists() for f in ("config.toml", "launch/preset.toml"))
+    is_sampling = is_of_drawing(run)
     finished = is_finished(run)
     if finished:
         health = "finished"
@@ -121,6 +121,11 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         goodput=goodput.account(timeline, now=now + ahead if is_running else None),
         event=_last_event(run),
     )
+
+
+def is_of_drawing(run: Path) -> bool:
+    """Whether the directory is of a job that draws, and so of no run."""
+    return not any((run / f).exists() for f in ("config.toml", "launch/preset.toml"))
 
 
 def is_finished(run: Path) -> bool:

@@ -1,6 +1,7 @@
 """Sampling as a job: its shares, its state, and how it is stopped."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -119,17 +120,36 @@ def start(directory: Path, *words: object) -> "subprocess.Popen[str]":
     )
 
 
-def test_a_job_that_draws_stops_on_request(tmp_path: Path, weights: dict) -> None:
+def begun_drawing(directory: Path, weights: dict) -> "subprocess.Popen[str]":
+    """A job `x.job` that has drawn a batch."""
     words = [*weights["unet"], "--batch", 2, "--images", 50_000, "--out", "x.npz"]
-    job, drawing = tmp_path / "x.job", start(tmp_path, *words, "--steps", 10)
+    drawing = start(directory, *words, "--steps", 10)
     end = time.monotonic() + ranks.LIMIT
-    while (state := RunState.read(job)) is None or state.checkpoint is None:
+    while (state := RunState.read(directory / "x.job")) is None or state.checkpoint is None:
         assert time.monotonic() < end and drawing.poll() is None, drawing.communicate()[0]
         time.sleep(0.1)
+    return drawing
+
+
+def test_a_signal_is_answered_by_what_drawing_does(tmp_path: Path, weights: dict) -> None:
+    """It was by what training does, which saves a run."""
+    drawing = begun_drawing(tmp_path, weights)
+    drawing.send_signal(signal.SIGTERM)
+    said = drawing.communicate(timeout=ranks.LIMIT)[0]
+    assert drawing.returncode == TO_BE_CONTINUED, said
+    stops = "stop requested: the drawing stops after this step; finished batches are kept\n"
+    assert said.count("stop requested") == said.count(stops) == 1
+
+
+def test_a_job_that_draws_stops_on_request(
+    tmp_path: Path, weights: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, drawing = tmp_path / "x.job", begun_drawing(tmp_path, weights)
     shown = status.read(job)
     assert shown.is_running and shown.health.startswith("drawing: ")
     # It waits until nothing is drawn any more.
     assert launch(["stop", str(job)]) == 0
+    assert "stopped; to resume, run" in capsys.readouterr().out  # it has no checkpoints
     assert live_holder(job) is None
     said = drawing.communicate(timeout=ranks.LIMIT)[0]
     assert drawing.returncode == TO_BE_CONTINUED, said

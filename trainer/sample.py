@@ -24,7 +24,7 @@ from trainer.options import add_patience, add_ranks
 from trainer.ranks.context import RankContext
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
-from trainer.ranks.signals import Preemption
+from trainer.ranks.signals import DRAWING, Preemption
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.sampling.drawing import Drawing
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = join(expected_size=arguments.ranks)
     patience = arguments.patience
     with (
-        Preemption() as preemption,
+        Preemption(DRAWING) as preemption,
         connected(world, patience=patience, gpus=arguments.gpus, watched=True) as device,
         Watchdog(world, patience=patience, is_marked=False) as watchdog,
         noted(arguments.job if world.is_main else None, preemption=preemption) as state,

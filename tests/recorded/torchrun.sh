@@ -94,7 +94,7 @@ leave() {
   touch /runs/imagenet64/launch/stop
   if [ "$1" = INT ] && [ $((SECONDS - ${asked:-$SECONDS})) -gt 3 ]; then kill "${agents[@]}"; fi
   asked=${asked:-$SECONDS}
-  echo "stop requested: the run saves and stops (Ctrl-C again ends it at once)"
+  echo "stop requested: the ranks save and stop (Ctrl-C again ends it at once)"
 }
 trap 'leave INT' INT
 trap leave TERM HUP

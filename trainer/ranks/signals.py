@@ -19,6 +19,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Seconds after which another Ctrl-C means it. torchrun passes on the one that its terminal also
 # gave to the ranks.
 PATIENCE = 3.0
+# What a stop signal does, in training and in drawing.
+TRAINING = "the run saves and stops after this step"
+DRAWING = "the drawing stops after this step; finished batches are kept"
 
 
 @contextmanager
@@ -34,10 +37,13 @@ def ended_by_ctrl_c() -> Iterator[None]:
 
 
 class Preemption:
-    """While entered, a stop signal only sets `stop_requested`; a later Ctrl-C interrupts."""
+    """While entered, a stop signal only sets `stop_requested`; a later Ctrl-C interrupts.
 
-    def __init__(self) -> None:
-        self._stop_requested = False
+    `effect` is what the process does then, in words that rank 0 prints at the signal.
+    """
+
+    def __init__(self, effect: str = TRAINING) -> None:
+        self._stop_requested, self._effect = False, effect
         # torchrun starts the ranks itself; those of one that was killed would train on unseen.
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # nohup has HUP ignored, and that is what its user wants.
@@ -48,10 +54,10 @@ class Preemption:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank was told to save and leave, or its torchrun has ended."""
+        """Whether this rank was told to stop, or its torchrun has ended."""
         if self._parent not in (None, os.getppid()) and not self._stop_requested:
             self._stop_requested = True
-            os.write(2, b"\ntorchrun has ended: the run saves and stops after this step\n")
+            os.write(2, f"\ntorchrun has ended: {self._effect}\n".encode())
         return self._stop_requested
 
     @stop_requested.setter
@@ -83,6 +89,6 @@ class Preemption:
             self._stop_requested, self._since = True, time.monotonic()
             if is_main_process():  # not by print, which a signal may have interrupted
                 with suppress(OSError):  # the terminal may be gone
-                    os.write(2, b"\nstop requested: the run saves and stops after this step\n")
+                    os.write(2, f"\nstop requested: {self._effect}\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
             raise KeyboardInterrupt
