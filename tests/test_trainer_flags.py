@@ -212,6 +212,21 @@ def test_flags_of_the_diffusion_are_settings(
             "--attention_resolutions and --classifier_depth are of two networks: give",
         ),
         ("--num_channels 64 --classifier_use_fp16 True", "are of two networks"),
+        ("--attention_resolutions 64,4", "[(]model.attention is --attention_resolutions[)]$"),
+        ("--classifier_attention_resolutions 2", "model.attention is --classifier_attention_resol"),
+        (
+            "--num_channels 100",
+            r"\(model.channels is --num_channels, model.channel_mult is --channel_mult\)$",
+        ),
+        (
+            "--large_size 256 --small_size 100",
+            r"\(model.small_size is --small_size, model.image_size is --large_size\)$",
+        ),
+        ("--large_size 96 --small_size 48", "^--large_size = 96: must be one of"),
+        ("--ema_rate 2", r"^training.ema = .*\(training.ema is --ema_rate\)$"),
+        ("--lr_anneal_steps -5", "^--lr_anneal_steps = -5: must be at least 0"),
+        ("--classifier_depth 2 --iterations 0", "^--iterations = 0: must be at least 1"),
+        ("--dropout '0.1", "^--from-flags .*: No closing quotation"),
     ],
 )
 def test_wrong_flags_are_named(flags: str, said: str) -> None:
@@ -242,4 +257,7 @@ def test_the_command_prints_it(capsys: Any) -> None:
         assert print_config(["--from-flags", "--image_size 64", *change]) == 78
         assert f"{change[0]} = ['{change[1]}']: must be absent with" in capsys.readouterr().err
     assert print_config(["--from-flags", "--image_size 64", "--ranks", "7"]) == 78
-    assert "does not divide among 7 ranks" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "does not divide among 7 ranks" in said and "(training.batch is --batch_size)" in said
+    assert print_config(["--from-flags", "--image_size 64 --batch_size -4", "--ranks", "7"]) == 78
+    assert "error: --batch_size = -4: must be at least 1" in capsys.readouterr().err

@@ -7,10 +7,13 @@ diffusion. Of the training and of a classifier's diffusion they are those of the
 remarks name what differs; so is what no flag says (data, samples). No torch here.
 """
 
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
+from data.config import naming
 from trainer.adm.config import check
 from trainer.config import settings, training_flags
 from trainer.config.experiment import PRESETS, Config, from_table, load, to_toml
@@ -79,6 +82,23 @@ ELSEWHERE = {
     "model_path": "SOURCE of python -m trainer.sample",
     "base_samples": "--low-res of python -m trainer.sample",
 }
+# The flags that a setting may be from, those of each kind of network.
+_FLAGS_OF = {
+    "model.image_size": ("large_size", "image_size"),
+    "model.small_size": ("small_size",),
+    "model.channels": ("num_channels", "classifier_width"),
+    "model.channel_mult": ("channel_mult",),
+    "model.blocks": ("num_res_blocks", "classifier_depth"),
+    "model.attention": ("attention_resolutions", "classifier_attention_resolutions"),
+    "model.heads": ("num_heads",),
+    "model.heads_up": ("num_heads_upsample",),
+    "model.head_channels": ("num_head_channels",),
+    "model.dropout": ("dropout",),
+    "model.pool": ("classifier_pool",),
+    "diffusion.steps": ("diffusion_steps",),
+    "diffusion.schedule": ("noise_schedule",),
+    **training_flags.FLAGS_OF,
+}
 #: All flags that are known here.
 NAMES = frozenset(
     {**_UNET, **_UPSAMPLER, **_CLASSIFIER, **_DIFFUSION, **training_flags.TYPED, **ELSEWHERE}
@@ -130,16 +150,34 @@ def to_preset(text: str, *, ranks: int | None) -> str:
     if is_classifier or model["image_size"] != base.model.image_size:
         table["intervals"].pop("samples", None)
     remarks = [f"from guided-diffusion's flags; what they do not say is from the preset {name}"]
-    config = from_table(table)
-    if ranks is not None:
-        config.training.micro_batch_on(ranks)
+    with _naming_flags(known, given.keys()):
+        config = from_table(table)
+        if ranks is not None:
+            config.training.micro_batch_on(ranks)
     remarks += training_flags.remarks(chosen, config=config, ranks=ranks)
     remarks += [f"--{name}: {ELSEWHERE[name]}" for name in given if name in ELSEWHERE]
     return "".join(f"# {remark}\n" for remark in remarks) + to_toml(config)
 
 
+@contextmanager
+def _naming_flags(known: Collection[str], given: Set[str]) -> Iterator[None]:
+    """Add the flags, of those that are known, to the error of a setting that is from them."""
+    try:
+        yield
+    except ValueError as error:
+        said = list[str]()
+        for setting in dict.fromkeys(re.findall(r"\b[a-z]+\.[a-z_]+\b", f"{error}")):
+            flags = [flag for flag in _FLAGS_OF.get(setting, ()) if flag in known]
+            said += [f"{setting} is --{f}" for f in flags if f in given or given.isdisjoint(flags)]
+        if not said:
+            raise
+        raise ValueError(f"{error} ({', '.join(said)})") from None
+
+
 def _parse(text: str) -> dict[str, str]:
-    words = [p for w in shlex.split(text) for p in (w.split("=", 1) if w[:2] == "--" else [w])]
+    with naming(f"--from-flags {text!r}"):  # a quotation mark without another
+        split = shlex.split(text)
+    words = [p for w in split for p in (w.split("=", 1) if w[:2] == "--" else [w])]
     names, values = words[::2], words[1::2]
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         raise ValueError(f'--from-flags {text!r}: must be pairs, as in "--image_size 64 ..."')
@@ -203,7 +241,8 @@ def _mult(text: str, *, size: int, is_large: bool) -> tuple[float, ...]:
         return numbers("channel_mult", text, kind=float)
     if is_large and size >= 256:  # upsamplers to 512 have the multipliers of 256
         size = 256
-    check(size in _MULT, "--image_size", size, f"one of {sorted(_MULT)}, or give --channel_mult")
+    name = "--large_size" if is_large else "--image_size"
+    check(size in _MULT, name, size, f"one of {sorted(_MULT)}, or give --channel_mult")
     return tuple(float(number) for number in _MULT[size])
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from trainer.adm.config import check
 from trainer.config.experiment import Config
 from trainer.config.sections import TrainingConfig
 
@@ -37,6 +38,23 @@ _OF_CLASSIFIERS: dict[str, Any] = {
 }
 #: All flags of training, with values of their types.
 TYPED = {**_OF_NETWORKS, **_OF_CLASSIFIERS}
+#: The flags that a setting may be from.
+FLAGS_OF = {
+    "training.lr": ("lr",),
+    "training.weight_decay": ("weight_decay",),
+    "training.batch": ("batch_size",),
+    "training.micro_batch": ("microbatch", "batch_size"),
+    "training.ema": ("ema_rate",),
+    "training.timesteps": ("schedule_sampler",),
+}
+# The least values of flags that count something, from which numbers of images follow.
+_LEAST = {
+    "batch_size": 1,
+    "iterations": 1,
+    "lr_anneal_steps": 0,
+    "log_interval": 1,
+    "save_interval": 1,
+}
 # Flags that say what another says.
 _ALSO = {
     "lr_anneal_steps": "anneal_lr",
@@ -50,6 +68,9 @@ def settings(
     chosen: Mapping[str, Any], *, base: TrainingConfig, ranks: int | None
 ) -> dict[str, Any]:
     """The settings of `[training]` that the flags that were given mean."""
+    for name, least in _LEAST.items():
+        if name in chosen:
+            check(chosen[name] >= least, f"--{name}", chosen[name], f"at least {least}")
     same = {"lr": "lr", "weight_decay": "weight_decay", "schedule_sampler": "timesteps"}
     found = {ours: chosen[theirs] for theirs, ours in same.items() if theirs in chosen}
     if "ema_rate" in chosen:
