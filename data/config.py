@@ -20,6 +20,10 @@ _SECRET = re.compile(
     r"\s*[=:]\s*))[^&\s'\"]+",
     re.IGNORECASE,
 )
+# The query of a URL, up to the end of a sentence, and a part of it without a name, or of one that
+# is no word for a secret elsewhere.
+_QUERY = re.compile(r"(://[^\s?'\"]*\?)([^\s'\"]*[^\s'\".,:;)])")
+_PART = re.compile(r"(^|&)((?:key|auth)=|)(?:[^&=]+=*)(?=&|$)", re.IGNORECASE)
 
 # Characters that are not percent-encoded in the path of a URL, besides letters and digits.
 _OF_URLS = "/%:@!$&'()*+,;=~"
@@ -63,7 +67,8 @@ def expanded(path: str, *, name: str) -> str:
 
 def shown(root: str) -> str:
     """A root as messages and files show it: without passwords, keys and signatures."""
-    return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", root))
+    found = _SECRET.sub(r"\1***", _USER.sub(r"\1***@", root))
+    return _QUERY.sub(lambda query: query[1] + _PART.sub(r"\1\2***", query[2]), found)
 
 
 def login_and_url(root: str) -> tuple[str, urllib.parse.SplitResult]:

@@ -39,6 +39,12 @@ def test_home_and_variables_are_expanded(whole: Shards, monkeypatch: pytest.Monk
             "pipe:curl -H 'Authorization: Bearer ***' https://h/{name}",
         ),
         ("pipe:TOKEN=abc get {name}", "pipe:TOKEN=*** get {name}"),
+        ("https://host/set?s3cr+et/x=", "https://host/set?***"),
+        ("https://host/set?part=2&s3cret&x=1", "https://host/set?part=2&***&x=1"),
+        ("https://host/set?KEY=s3cret&part=2", "https://host/set?KEY=***&part=2"),
+        ("pipe:curl 'https://h/{name}?s3cret' | cat", "pipe:curl 'https://h/{name}?***' | cat"),
+        ("no dataset at https://h/s?s3cret: see it", "no dataset at https://h/s?***: see it"),
+        ("https://host/a?", "https://host/a?"),
         ("https://host/set?part=2&sig=a1b2", "https://host/set?part=2&sig=***"),
         ("pipe:curl -u me:pa55 https://h/{name}", "pipe:curl -u me:*** https://h/{name}"),
         (

@@ -88,6 +88,7 @@ def test_a_config_survives_its_own_file(preset: str, tmp_path: Path) -> None:
         ("intervals.keep = 0", "intervals.keep = 0: must be at least 1"),
         ('objective = "paint"', "objective = 'paint'"),
         ("training.lr 3", "is not TOML"),
+        ("data.shards = https://me:pw@h/s?key", "shards = https://***@h/s?***' is not"),
     ],
 )
 def test_a_wrong_setting_is_named(change: str, message: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data import files
+from data.config import shown
 from trainer.adm.config import check_choice
 
 Table = dict[str, Any]
@@ -230,8 +231,9 @@ def _parse_change(text: str) -> Table:
         is_bare = re.fullmatch(r"[\w./:~ -]+", value)
         change = f'{name} = "{value}"' if is_bare else 'training.precision = "bf16"'
         raise ValueError(
-            f"--set {text!r:.80} is not TOML; write it as in the file: --set 'training.lr = 1e-4', "
-            f"and text in quotes: --set '{change}'; to leave a setting out: --unset NAME"
+            f"--set {shown(text)!r:.80} is not TOML; write it as in the file: "
+            f"--set 'training.lr = 1e-4', and text in quotes: --set '{change}'; to leave a "
+            "setting out: --unset NAME"
         ) from None
 
 
