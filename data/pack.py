@@ -10,6 +10,7 @@ is written last; without it there is no dataset.
     mpirun -n 128 python -m mpi4py.futures -m data.pack SOURCE OUT --size 256 --mpi
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, as_completed
@@ -34,6 +35,8 @@ from data.packing.plan import PackConfig, PackJob, PackPlan, plan
 from data.packing.report import dry_run, summary, with_progress
 
 _CONTINUE = "rerun the same command to continue; finished shards are kept"
+# The variables in which Open MPI, MPICH and Slurm say how many ranks they have started.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # Images left out that a message shows.
 _SHOWN = 3
 
@@ -188,9 +191,17 @@ def _executor(workers: int, mpi: bool) -> AbstractContextManager[Executor]:
     check(workers >= 1, "--workers", workers, "at least 1")
     if not mpi:
         return pool.processes(workers)
-    from mpi4py import MPI  # starts MPI, which only --mpi needs
-    from mpi4py.futures import MPIPoolExecutor
+    try:
+        from mpi4py import MPI  # starts MPI, which only --mpi needs
+        from mpi4py.futures import MPIPoolExecutor
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(pool.no_mpi(error)) from None
 
+    found = (os.environ[name] for name in _MPI_SIZES if name in os.environ)
+    count = next(found, "1")
+    if MPI.COMM_WORLD.size < 2 and count != "1":
+        unlike = pool.other_mpi(MPI.Get_library_version())
+        raise ValueError(f"--mpi: each of {count} ranks is alone: {unlike}")
     started = any(word.endswith("mpi4py.futures") for word in sys.orig_argv)
     if MPI.COMM_WORLD.size < 2 or not started:
         raise ValueError(

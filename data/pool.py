@@ -48,6 +48,29 @@ def _quotas() -> Iterator[float]:
                     yield quota / period
 
 
+def other_mpi(library: str) -> str:
+    """What is wrong where MPI started several processes, and to mpi4py each one is alone.
+
+    `library` is the MPI of mpi4py, by its own words.
+    """
+    own = library.partition(",")[0].strip()
+    return (
+        f"mpi4py uses {own}, and another MPI started them: use the mpirun of the former "
+        "(under srun an --mpi that it knows, as `srun --mpi=list` has them), or build mpi4py for "
+        "the latter: `MPICC=$(which mpicc) pip install --force-reinstall --no-cache-dir "
+        "--no-binary mpi4py mpi4py`"
+    )
+
+
+def no_mpi(error: Exception) -> str:
+    """What is wrong where mpi4py cannot be imported."""
+    why = "; ".join(f"{error}".splitlines())
+    return (
+        f"mpi4py: {why}: load the site's MPI, as by `module load openmpi`, or name its library in "
+        "MPI4PY_LIBMPI"
+    )
+
+
 @contextmanager
 def processes(count: int) -> Iterator[Executor]:
     """New Python processes. An error kills them, since their work is of no use any more."""

@@ -220,6 +220,30 @@ def test_the_ranks_of_mpirun_pack_the_same_bytes(tmp_path: Path) -> None:
     assert main([str(source), str(tmp_path / "alone"), "--size", "16", "--mpi"]) == REFUSED
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "2 .*: mpi4py uses Open MPI .*: use the mpirun of"),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI4PY_LIBMPI": "/none.so"},
+            "mpi4py: cannot load MPI library; /none.so: .*: load the site's MPI, as by",
+        ),
+    ],
+)
+def test_an_mpi_that_is_missing_or_is_not_that_of_mpirun_is_named(
+    tmp_path: Path, variables: dict[str, str], said: str
+) -> None:
+    """The ranks of MPICH's mpirun, where mpi4py has Open MPI: packing asked for 2 ranks."""
+    env = {**ranks.environment(), **variables}
+    packing = ["-m", "data.pack", "digits", str(tmp_path / "a"), "--mpi"]
+    for command in (packing, ["-m", "trainer.train", "digits", "--run", str(tmp_path / "b")]):
+        done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+        assert done.returncode == REFUSED
+        (line,) = done.stderr.strip().splitlines()
+        assert re.search(said, line), line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_originals_that_are_scaled_are_stored_as_pixels_alone() -> None:
     """Without a transparent colour that scaling makes, a comment too long for JPEG, a profile."""
 

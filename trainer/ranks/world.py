@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.pool import no_mpi, other_mpi
+
 DEFAULT_PORT = 29500
 
 
@@ -260,9 +262,14 @@ def hosts(nodelist: str) -> list[str]:
 
 
 def _from_mpi(env: Mapping[str, str]) -> World:
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(no_mpi(error)) from None
     everyone = MPI.COMM_WORLD
+    if everyone.size == 1 and (count := launched(env)[1]) > 1:
+        unlike = other_mpi(MPI.Get_library_version())
+        raise ValueError(f"1 processes came up (mpi), {count} were asked for: {unlike}")
     here = everyone.Split_type(MPI.COMM_TYPE_SHARED, key=everyone.rank)
     meeting = everyone.bcast((socket.gethostname(), _free_port()) if everyone.rank == 0 else None)
     return World(
