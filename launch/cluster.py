@@ -153,8 +153,9 @@ class Cluster:
     launcher: Launcher = "slurm"
     #: The interpreter on the nodes, by absolute path.
     python: str = sys.executable
-    #: Shell lines that run first, such as "module load cuda".
+    #: Shell lines that run first, such as "module load cuda". They see `environment`.
     setup: tuple[str, ...] = ()
+    #: Variables of the setup and of every rank; what the setup changes of them does not last.
     environment: Mapping[str, str] = field(default_factory=dict)
     #: The machines, for launchers that are not schedulers.
     hosts: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ is what runs: it is kept in the run directory, `--dry-run` prints it, and `bash`
 """
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,16 +160,23 @@ def preamble(job: Job) -> str:
     """The first lines of every script: the directory, the site's setup, the environment.
 
     What the user's shell says of ranks is of another job. The setup and the environment may set it.
+    The setup sees the site's environment, which site modules read, and what it changes there is
+    changed back.
     A script that defines `refuse` goes before; a rank of `deepspeed` gets its number in RANK.
     """
     enter = f"cd {quoted([job.directory])} || refuse {quoted([f'cannot enter {job.directory}'])}"
     enter += '" on $(hostname): rerun the command in a directory that every machine has"'
     forget = f"case $1 in check | rank) ;; *) unset {quoted(world.VARIABLES)} ;; esac"
-    exports = [f"export {name}={quoted([value])}" for name, value in job.environment.items()]
+    setup, exports = setup_lines(job), _exports(job.environment)
+    before = _exports(job.cluster.environment) if setup else []
     python = Path(job.cluster.python)
     if python.is_absolute():  # the tools beside it go first, as in an activated environment
         exports.insert(0, f"export PATH={quoted([python.parent])}:$PATH")
-    return "\n".join([enter, forget, *setup_lines(job), *exports])
+    return "\n".join([enter, forget, *before, *setup, *exports])
+
+
+def _exports(environment: Mapping[str, str]) -> list[str]:
+    return [f"export {name}={quoted([value])}" for name, value in environment.items()]
 
 
 def setup_lines(job: Job) -> list[str]:

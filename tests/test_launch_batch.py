@@ -172,6 +172,14 @@ def test_a_job_submitted_with_export_none_runs_the_snapshot(bash: Bash) -> None:
     assert bash.text("paths") == 2 * f"{bash.directory}/run/code\n"
 
 
+def test_the_setup_sees_the_environment_of_the_site_and_does_not_change_it(bash: Bash) -> None:
+    """Modules read variables such as MODULEPATH, and set others, such as CUDA_HOME."""
+    site = {"MODULEPATH": "/site/modules", "CUDA_HOME": "/site/cuda"}
+    load = 'echo "$MODULEPATH" >> seen; export CUDA_HOME=/other MODULEPATH=/other LOADED=yes'
+    bash.start(ranks='echo "$MODULEPATH $CUDA_HOME $LOADED" >> seen', setup=load, environment=site)
+    assert bash.text("seen") == "/site/modules\n/site/modules /site/cuda yes\n"
+
+
 def test_ranks_do_not_believe_the_variables_of_the_shell_that_submitted_them(bash: Bash) -> None:
     shell = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "elsewhere"}
     note = 'echo "$MASTER_ADDR, $RANK, $WORLD_SIZE, $LOCAL_RANK, $MASTER_PORT" >> world'

@@ -262,6 +262,9 @@ adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy
 
 cd /home/me/adm || refuse 'cannot enter /home/me/adm'" on $(hostname): rerun the command in a directory that every machine has"
 case $1 in check | rank) ;; *) unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK PMI_SIZE PMIX_RANK ;; esac
+export NCCL_SOCKET_IFNAME=ib0
+export GLOO_SOCKET_IFNAME=ib0
+export OMP_NUM_THREADS=4
 trap 'ended=$? failed=$setup setup=; [ -z "$failed" ] || refuse "the setup line ended the script with status $ended: $failed"' EXIT
 setup='module load cuda/12.6'; eval "$setup" || { ended=$? failed=$setup setup=; refuse "the setup line failed with status $ended: $failed"; }
 setup=; set +eEu; trap - ERR
