@@ -47,7 +47,7 @@ def stop(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="DIR", help="the run directory")
     run = parser.parse_args(argv).run.absolute()
     if not (records.is_of_job(run) or (run / "config.toml").is_file()):
-        raise ValueError(f"{run} is not a run directory")
+        raise ValueError(status.not_a_run(run))
     job_id = records.job_id(run)
     state = _state(job_id, is_finished=status.is_finished(run))
     if status.is_finished(run) and not state and not lease.live_holder(run):

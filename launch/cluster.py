@@ -234,6 +234,12 @@ class Cluster:
 
 def load(path: Path) -> Cluster:
     """Read a cluster file; ValueError where it is missing, no TOML, or a setting is wrong."""
+    if path.is_dir() or not path.exists():
+        place = f"{Path(__file__).parent / 'clusters'}"
+        raise ValueError(
+            f"--cluster: cannot read {path}: no such file; copy one of {place}, or leave --cluster "
+            "out for this machine"
+        )
     table = settings.read(path)
     with naming(f"{path}"):
         _lift_seconds_to_save(table)

@@ -78,9 +78,7 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         OSError: it cannot be read.
     """
     if not (run / "launch").is_dir() and not (run / "config.toml").is_file():
-        inside = sorted(run.glob("*/config.toml"))
-        hint = f"; it holds {len(inside)}: give {run}/*" if inside else ""
-        raise ValueError(f"{run} is not a run directory{hint}")
+        raise ValueError(not_a_run(run))
     if signs is None:
         signs = Signs()
         signs.look([run])
@@ -121,6 +119,14 @@ def read(run: Path, *, signs: Signs | None = None) -> Status:
         goodput=goodput.account(timeline, now=now + ahead if is_running else None),
         event=_last_event(run),
     )
+
+
+def not_a_run(run: Path) -> str:
+    """What to give in the place of a path that is not a run's."""
+    inside = sorted(run.glob("*/config.toml"))
+    right = f"it holds {len(inside)}: give {run}/*" if inside else "give the one that --run named"
+    there = "" if run.exists() else "there is nothing of this name: "
+    return f"{run} is not a run directory; {there}{right}"
 
 
 def is_of_drawing(run: Path) -> bool:

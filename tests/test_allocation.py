@@ -92,6 +92,26 @@ def test_a_rank_on_a_busy_machine_has_no_wrong_clock(late: int, tmp_path: Path) 
     assert [rank for rank, _ in off] == ["2"] and 55 < float(off[0][1]) < 61, said
 
 
+def check_alone(directory: Path, words: list[str]) -> str:
+    job = ranks.fork(directory, partial(allocation.main, words), ranks=1)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [FAILED], job.text
+    return said
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_a_directory_that_is_not_there_is_named_with_the_way_out(tmp_path: Path, name: str) -> None:
+    """It was an error of Python's about a file inside, and a disk without space."""
+    (tmp_path / "file").touch()
+    place = tmp_path / name
+    run, data = ["--run", str(place), "--free", "0.001"], ["--data", str(place), "--free", "0"]
+    said = check_alone(tmp_path / "job", run)
+    assert f"--run {place}: no directory here: make it, or mount its disk on this node\n" in said
+    assert "Error" not in said and "of disk free" not in said
+    missing = f"--data {place}: no manifest.json: mount its disk here, or run data.pack"
+    assert missing in check_alone(tmp_path / "job", data)
+
+
 def test_the_bandwidth_is_that_of_each_rank_in_a_ring() -> None:
     said = "all-reduce of 4 ranks: 2.00 ms, 0.75 GiB/s"
     assert allocation.speed(0.002, 0.125, ranks=4) == said  # sends 96 MiB of the 64

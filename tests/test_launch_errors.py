@@ -34,7 +34,10 @@ def refused(*words: object) -> None:
         (["digits", "--run", "r", "--nodes", "2"], "--nodes = 2: must be 1 on this machine"),
         (["digits", "--run", "r", "--nodes", "0"], "--nodes = 0: must be at least 1"),
         (["digits", "--run", "r", "--set", "lr"], "--set 'lr' is not TOML"),
-        (["digits", "--run", "r", "--cluster", "none.toml"], "cannot read none.toml"),
+        (
+            ["digits", "--run", "r", "--cluster", "none.toml"],
+            "cannot read none.toml: no such file; copy",
+        ),
         (["digits", "--run", "r", "--check"], "--check: not available with launcher = 'alone'"),
         (
             ["digits", "--run", "r", "--init", "none.pt"],
@@ -46,8 +49,15 @@ def refused(*words: object) -> None:
         (["digits", "--run", "a b"], "/a b': must be a path whose last part"),
         (["digits", "--run", "/proc/1/none"], "/proc/1/none"),
         (["digits", "--run", "gr\udcf6n", "--dry-run"], "/gr\\udcf6n': must be UTF-8"),
-        (["status", "nowhere"], "nowhere is not a run directory"),
-        (["stop", "nowhere"], "is not a run directory"),
+        (
+            ["status", "nowhere"],
+            "nowhere is not a run directory; there is nothing of this name: give the one that --r",
+        ),
+        (
+            ["stop", "nowhere"],
+            "is not a run directory; there is nothing of this name: give the one",
+        ),
+        (["stop", "/"], "/ is not a run directory; give the one that --run named"),
         (["sweep", "digits", "--runs", "r"], "launcher = 'alone': must be \"slurm\" for an array"),
         (["sweep", "digits", "--runs", "r", "--at-most", "0"], "--at-most = 0: must be at least 1"),
         (

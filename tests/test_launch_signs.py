@@ -25,7 +25,7 @@ def test_one_bad_entry_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixt
     entries = [str(tmp_path / name) for name in ("sweep.sh", "gone", "good", "empty")]
     assert main(["status", *entries]) == 78
     shown = capsys.readouterr()
-    assert "500 of 1,000" in shown.out and shown.err.count("is not a run directory\n") == 3
+    assert "500 of 1,000" in shown.out and shown.err.count("is not a run directory; ") == 3
     assert main(["status", "--json", *entries]) == 78
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == entries

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from data import files
 from data.config import expanded, is_local
 from data.exits import FAILED, REFUSED, CommandParser, place_text
+from data.manifest import MANIFEST
 from data.version import digest
 from trainer.adm.config import check
 from trainer.options import add_ranks
@@ -63,9 +64,9 @@ def _lookup_seconds(world: World) -> float:
     The quicker of two: the machine may have been busy.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        times = []
         with suppress(OSError):
             probe.connect((world.address, world.port))  # chooses the interface, and sends nothing
-        times = []
         for _ in range(2):
             began = time.monotonic()
             with suppress(OSError):
@@ -75,9 +76,10 @@ def _lookup_seconds(world: World) -> float:
 
 
 def _free_gib(directory: Path) -> float:
-    """The free space of a directory's disk; 0.0 where there is no such directory."""
+    """The free space of the disk of a directory, or of where it would be; 0.0 if unreadable."""
     try:
-        return shutil.disk_usage(directory).free / 2**30
+        there = next(d for d in (directory, *directory.absolute().parents) if d.exists())
+        return shutil.disk_usage(there).free / 2**30
     except OSError:
         return 0.0
 
@@ -107,9 +109,13 @@ def _access(run: Path | None, data: str | None, *, rank: int) -> str:
     try:
         if data is not None and is_local(data):
             root = Path(expanded(data, name="--data"))
-            manifest = json.loads((root / "manifest.json").read_text())
+            if not (root / MANIFEST).exists():
+                return f"--data {root}: no {MANIFEST}: mount its disk here, or run data.pack"
+            manifest = json.loads((root / MANIFEST).read_text())
             with (root / f"{manifest['shards'][0]['name']}.tar").open("rb") as shard:
                 shard.read(1)
+        if run is not None and not run.is_dir():
+            return f"--run {run}: no directory here: make it, or mount its disk on this node"
         if run is not None:
             probe = run / f".check-{rank}"
             probe.touch()
@@ -222,9 +228,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Check an allocation before a run; to be started on every rank.",
     )
     add_ranks(parser, work="check")
-    parser.add_argument(
-        "--run", type=Path, help="a directory that must be writable (default: none is tried)"
-    )
+    run = "a directory that must be writable (default: none is tried)"
+    parser.add_argument("--run", type=Path, help=run)
     data = "a directory of shards that must be readable (default: none is tried)"
     parser.add_argument("--data", type=place_text, help=data)
     parser.add_argument(
