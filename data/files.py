@@ -142,6 +142,12 @@ def reason(error: Exception) -> str:
     """
     if isinstance(error, PermissionError) and isinstance(error.filename, str):
         return denial(Path(error.filename)) or str(error)
+    if isinstance(error, NotADirectoryError) and isinstance(error.filename, str):
+        path = Path(error.filename)
+        file = next((each for each in (path, *path.parents) if each.is_file()), path)
+        return f"{file} is a file where a directory is wanted: name another"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1:,} is not UTF-8: save the file in that encoding"
     return descriptors.without_threads(error) or str(error)
 
 

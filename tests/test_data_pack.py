@@ -220,6 +220,17 @@ def test_the_ranks_of_mpirun_pack_the_same_bytes(tmp_path: Path) -> None:
     assert main([str(source), str(tmp_path / "alone"), "--size", "16", "--mpi"]) == REFUSED
 
 
+def test_a_file_in_the_place_of_the_shards_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "shards"):
+        assert main(["digits", str(out), "--size", "8"]) == REFUSED
+        assert f"{file} is a file where a directory is wanted" in capsys.readouterr().err
+    assert file.read_text() == "kept"
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [

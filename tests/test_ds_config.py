@@ -35,6 +35,12 @@ def test_keys_of_the_deepspeed_config_that_the_preset_owns_are_refused(tmp_path:
         ds_configs.load(file)
 
 
+def test_the_mark_of_windows_is_taken_as_in_a_preset(tmp_path: Path) -> None:
+    file = tmp_path / "ds_config.json"
+    file.write_text(ds_configs.OWN.read_text(), encoding="utf-8-sig")
+    assert ds_configs.load(file) == ds_configs.load(ds_configs.OWN)
+
+
 def test_without_a_name_it_is_that_of_the_working_directory_or_else_the_checkouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

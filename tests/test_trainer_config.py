@@ -138,6 +138,11 @@ def test_a_preset_is_utf_8_whatever_the_locale_and_with_the_mark_of_windows(tmp_
     done = subprocess.run(command, env={**os.environ, **posix}, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert 'shards = "größe/' in done.stdout.decode()
+    file.write_text(text, encoding="utf-16")
+    with pytest.raises(
+        ValueError, match=r"größe\.toml: byte 1 is not UTF-8: save the file in that"
+    ):
+        configs.load(file)
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def load(path: str | Path | None) -> dict[str, Any]:
         way_out = f"leave --ds-config out for {OWN}" if OWN.exists() else "name one by --ds-config"
         raise ValueError(f"no such DeepSpeed config: {path}; {way_out}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # as a preset's
         ds_config: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
     except (OSError, ValueError) as error:
         raise ValueError(
