@@ -78,7 +78,7 @@ def config(cell: Figures) -> UNetConfig:
 def system(cell: Figures) -> Net:
     """The network of a cell's system, on the device, in its precision."""
     name, model, half = cell["system"], config(cell), cell["precision"]
-    if name == "guided-diffusion":
+    if name.startswith("guided-diffusion"):
         with DEVICE:
             net = nets.guided_diffusion(model, path=Path(cell["path"]), fp16=half == "fp16")
         net.module.to(DEVICE)

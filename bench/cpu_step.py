@@ -3,9 +3,9 @@
     python -m bench.cpu_step [--guided-diffusion PATH] [--rounds 9] [--images 2]
 
 One thread, fp32, a network of 18 million parameters at 64 pixels: forward pass, loss and backward
-pass. The systems take turns in every round and the CPU's own time is taken, so that other work on
-the machine slows all alike; what counts are the ratios of medians. diffusers is compared where it
-is installed (`pip install diffusers`).
+pass, not compiled; each in both layouts. The systems take turns in every round and the CPU's own
+time is taken, so that other work on the machine slows all alike; what counts are the ratios of
+medians. diffusers is compared where it is installed (`pip install diffusers`).
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,12 @@ def systems(guided_diffusion: Path | None) -> dict[str, Net]:
     """The networks to compare, ours first."""
     found = {"ours": nets.ours(CONFIG)}
     found["ours, channels first"] = nets.ours(CONFIG, layout=torch.contiguous_format)
-    return found | nets.others(CONFIG, path=guided_diffusion)
+    found |= nets.others(CONFIG, path=guided_diffusion)
+    for name, net in nets.others(CONFIG, path=guided_diffusion).items():
+        module: Any = net.module  # the stubs of `Module.to` lack memory_format
+        module.to(memory_format=torch.channels_last)
+        found[f"{name}, channels last"] = net
+    return found
 
 
 def step(net: Net, *, images: int) -> float:
@@ -62,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if count:  # the first one warms up
                 times[name].append(seconds)
     best = statistics.median(times["ours"])
-    print(f"{'system':22} {'parameters':>12} {'s per step':>10} {'least':>7} {'ours is':>8}")
+    print(f"{'system':31} {'parameters':>12} {'s per step':>10} {'least':>7} {'ours is':>8}")
     for name, net in found.items():
         median = statistics.median(times[name])
         aim = f"  (meant: {AIMS[name]} x)" if name in AIMS else ""
         print(
-            f"{name:22} {net.parameters:12,} {median:10.3f} {min(times[name]):7.3f} "
+            f"{name:31} {net.parameters:12,} {median:10.3f} {min(times[name]):7.3f} "
             f"{median / best:6.2f} x{aim}"
         )
     return 0

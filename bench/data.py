@@ -56,11 +56,11 @@ def measure(name: str, root: Path, *, size: int, workers: int, seconds: float) -
     """Run one system in this process and its children."""
     batches = SYSTEMS[name](root, size, workers)
     begin = time.perf_counter()
-    while next(batches) == 0 or time.perf_counter() < begin + WARM_UP_S:
+    while not len(next(batches)) or time.perf_counter() < begin + WARM_UP_S:
         pass
     begin, busy, images = time.perf_counter(), _cpu_seconds(), 0
     while time.perf_counter() < begin + seconds:
-        images += next(batches)
+        images += len(next(batches))
     took = time.perf_counter() - begin
     return Speed(images / took, (_cpu_seconds() - busy) / images * 1000, _mebibytes())
 
@@ -189,7 +189,7 @@ def _one(what: str, root: str, size: str, workers: str, seconds: str) -> int:
 
 
 def _compare(root: Path, *, size: int, workers: int, seconds: float, rounds: int) -> None:
-    names = [name for name in SYSTEMS if name != "MosaicML Streaming" or find_spec("streaming")]
+    names = [name for name in SYSTEMS if "MosaicML" not in name or find_spec("streaming")]
     if find_spec("streaming"):
         mosaicml_copy(root)
     runs: dict[str, list[Speed]] = {name: [] for name in names}

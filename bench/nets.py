@@ -10,8 +10,9 @@ of the map before: with the sums of its weights, the result takes 4 instead of 9
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from trainer import diffusers_format
 from trainer.adm.blocks import ResidualBlock, residual_sum, resize
 from trainer.adm.config import ClassifierConfig, Kernels, UNetConfig
 from trainer.adm.norm import use_kernels
-from trainer.adm.unet import UNet
+from trainer.adm.unet import UNet, build
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 Doubled = Callable[[Tensor, Tensor], Tensor]
@@ -113,24 +114,15 @@ def guided_diffusion(config: UNetConfig, *, path: Path, fp16: bool = False) -> N
     """The network of a checkout of openai/guided-diffusion.
 
     Raises:
-        ValueError: there is no checkout at `path`.
+        ValueError: there is no checkout at `path`, or its network has other weights than ours.
     """
     net = _guided_diffusion(path).UNetModel(
-        image_size=config.image_size,
-        in_channels=3,
-        model_channels=config.channels,
-        out_channels=config.out_channels,
-        num_res_blocks=config.blocks,
-        attention_resolutions=tuple(config.image_size // size for size in config.attention),
-        dropout=config.dropout,
-        channel_mult=config.channel_mult,
+        **_options(config),
         num_classes=config.num_classes,
         use_fp16=fp16,
-        num_head_channels=config.head_channels,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-        use_new_attention_order=config.qkv == "new",
+        num_heads_upsample=config.heads_up or -1,
     )
+    check_same(net, config, name="guided-diffusion")
     if fp16:
         net.convert_to_fp16()
     return Net(net, lambda x, t, y: net(x, t, y))
@@ -140,24 +132,33 @@ def guided_diffusion_classifier(config: ClassifierConfig, *, path: Path) -> nn.M
     """The classifier of a checkout of openai/guided-diffusion, in fp16 on a GPU."""
     fp16 = torch.cuda.is_available()
     net: Any = _guided_diffusion(path).EncoderUNetModel(
-        image_size=config.image_size,
-        in_channels=3,
-        model_channels=config.channels,
-        out_channels=config.num_classes,
-        num_res_blocks=config.blocks,
-        attention_resolutions=tuple(config.image_size // size for size in config.attention),
-        channel_mult=config.channel_mult,
-        use_fp16=fp16,
-        num_head_channels=config.head_channels,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-        use_new_attention_order=config.qkv == "new",
-        pool=config.pool,
+        **_options(config), use_fp16=fp16, pool=config.pool
     )
+    check_same(net, config, name="guided-diffusion")
     if fp16:
         net.convert_to_fp16()
     module: nn.Module = net
     return module
+
+
+def _options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
+    """What guided-diffusion's two networks are both told."""
+    out = config.out_channels if isinstance(config, UNetConfig) else config.num_classes
+    return {
+        "image_size": config.image_size,
+        "in_channels": 3,
+        "model_channels": config.channels,
+        "out_channels": out,
+        "num_res_blocks": config.blocks,
+        "attention_resolutions": tuple(config.image_size // size for size in config.attention),
+        "dropout": config.dropout,
+        "channel_mult": config.channel_mult,
+        "num_heads": config.heads or 1,
+        "num_head_channels": config.head_channels or -1,
+        "use_scale_shift_norm": config.conditioning == "adagn",
+        "resblock_updown": config.resample == "biggan",
+        "use_new_attention_order": config.qkv == "new",
+    }
 
 
 def _guided_diffusion(path: Path) -> Any:
@@ -173,10 +174,29 @@ def diffusers(config: UNetConfig) -> Net:
 
     Raises:
         ModuleNotFoundError: it is not installed.
+        ValueError: its network has other weights than ours.
     """
     model: Any = importlib.import_module("diffusers").UNet2DModel
     net = model.from_config(diffusers_format.options(config))
+    named = partial(diffusers_format.to_diffusers, config=config)
+    check_same(net, config, name="diffusers", named=named)
     return Net(net, lambda x, t, y: net(x, t, y).sample)
+
+
+def check_same(
+    net: nn.Module,
+    config: UNetConfig | ClassifierConfig,
+    *,
+    name: str,
+    named: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda weights: weights,
+) -> None:
+    """Raise ValueError unless another's network has our weights, as `named` names them."""
+    with torch.device("meta"):
+        own = named(build(config).state_dict())
+    shapes = [{key: weight.shape for key, weight in w.items()} for w in (own, net.state_dict())]
+    differing = sorted(key for key, _ in shapes[0].items() ^ shapes[1].items())
+    if differing:
+        raise ValueError(f"{name} has another network than ours: {', '.join(differing[:3])}, ...")
 
 
 def others(config: UNetConfig, *, path: Path | None) -> dict[str, Net]:

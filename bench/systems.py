@@ -1,13 +1,16 @@
-"""The systems that `bench.data` compares: endless iterators over the sizes of served batches.
+"""The systems that `bench.data` compares: endless iterators over served batches.
 
 All read the same JPEG files, decode them, mirror half of them, and yield uint8 (B, 3, H, W) tensors
-in the training process, with the same number of worker processes.
+in the training process, with the same number of worker processes. The pixels of all lie as they are
+decoded, channels last, and are mirrored in the quickest way: turning them is left to the device.
+Bare decoding yields only how many images were decoded, as a range.
 """
 
 import io
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import Process, Value
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data.config import DataConfig
 from data.dataset import open_shards
@@ -24,9 +28,10 @@ from data.stream import Stream
 
 BATCH = 64
 # Copies of the images in MDS shards, so that no epoch ends during the measurement.
-_MDS_COPIES = 2
+_MDS_COPIES = 4
 
-Batches = Iterator[int]
+Decode = Callable[[bytes], np.ndarray]
+Batches = Iterator[Tensor | Sequence[int]]
 
 
 def stored_images(root: Path) -> list[bytes]:
@@ -47,39 +52,33 @@ def ours(root: Path, size: int, workers: int) -> Batches:
         for batch in stream.batches(
             images_seen=0, batch_size=BATCH, micro_batch_size=BATCH, rank=0, ranks=1
         ):
-            yield len(batch.images)
+            yield batch.images
 
 
 def decoder(root: Path, size: int, workers: int) -> Batches:
     """Calls of simplejpeg alone, on files in memory; the pixels are discarded."""
-
-    def decode(content: bytes, out: np.ndarray) -> None:
-        simplejpeg.decode_jpeg(content, colorspace="RGB")
-
-    return _in_processes(root, size, workers, decode)
+    return _in_processes(root, size, workers, lambda pixels, out: None)
 
 
 def decoding(root: Path, size: int, workers: int) -> Batches:
     """Decoding alone: files in memory to batches, half of the images mirrored."""
-
-    def decode(content: bytes, out: np.ndarray) -> None:
-        out[:] = _mirrored_or_not(simplejpeg.decode_jpeg(content, colorspace="RGB"))
-
-    return _in_processes(root, size, workers, decode)
+    return _in_processes(root, size, workers, lambda pixels, out: out.copy_(_finished(pixels)))
 
 
 def _in_processes(
-    root: Path, size: int, workers: int, decode: Callable[[bytes, np.ndarray], None]
+    root: Path, size: int, workers: int, use: Callable[[np.ndarray, Tensor], object]
 ) -> Batches:
     done = Value("q", 0)
     stored = stored_images(root)
 
     def work() -> None:
-        batch = np.empty((BATCH, 3, size, size), dtype=np.uint8)
+        torch.set_num_threads(1)
+        batch = torch.empty((BATCH, size, size, 3), dtype=torch.uint8)
+        memory = np.empty(3 * size * size, dtype=np.uint8)
         while True:
             for i in range(0, len(stored), BATCH):
                 for content, out in zip(stored[i : i + BATCH], batch, strict=False):
-                    decode(content, out)
+                    use(simplejpeg.decode_jpeg(content, colorspace="RGB", buffer=memory), out)
                 with done.get_lock():
                     done.value += len(stored[i : i + BATCH])
 
@@ -89,30 +88,45 @@ def _in_processes(
     while True:
         time.sleep(0.05)
         now = done.value
-        yield now - seen
+        yield range(now - seen)
         seen = now
 
 
-def webdataset_pillow(root: Path, size: int, workers: int) -> Batches:
-    """webdataset's own pipeline, decoding with Pillow as it does by default."""
-    return _webdataset(root, workers, lambda content: np.asarray(_pillow(content)))
+def by_pillow(content: bytes) -> np.ndarray:
+    """Uint8 (H, W, 3) by Pillow, as webdataset and MosaicML Streaming decode by default."""
+    return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
-def webdataset_simplejpeg(root: Path, size: int, workers: int) -> Batches:
-    """webdataset's own pipeline with our decoder."""
-    return _webdataset(
-        root, workers, lambda content: simplejpeg.decode_jpeg(content, colorspace="RGB")
+def by_simplejpeg(content: bytes) -> np.ndarray:
+    """Uint8 (H, W, 3) by our decoder."""
+    return simplejpeg.decode_jpeg(content, colorspace="RGB")
+
+
+def webdataset(root: Path, size: int, workers: int, *, decode: Decode) -> Batches:
+    """webdataset's own pipeline."""
+    import webdataset as wds  # seconds of import that the others should not pay
+
+    urls = [str(root / shard.tar) for shard in open_shards(root).shards]
+    dataset = (
+        wds.WebDataset(urls, shardshuffle=len(urls))
+        .shuffle(1000)
+        .to_tuple("jpg", "cls")
+        .map_tuple(lambda content: _finished(decode(content)), int)
+        .batched(BATCH)
+        .repeat()
     )
+    for images, _ in wds.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield images.permute(0, 3, 1, 2)
 
 
-def mosaicml(root: Path, size: int, workers: int) -> Batches:
-    """MosaicML Streaming, decoding with Pillow as its own image columns do."""
+def mosaicml(root: Path, size: int, workers: int, *, decode: Decode) -> Batches:
+    """MosaicML Streaming with torch's DataLoader."""
     from streaming import StreamingDataset  # not a dependency of this project
 
     class Images(StreamingDataset):
-        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
             sample = super().__getitem__(index)
-            return _finish(np.array(_pillow(sample["image"]))), int(sample["label"])
+            return _finished(decode(sample["image"])), int(sample["label"])
 
     local = mosaicml_copy(root)
     images = Images(local=str(local), shuffle=True, batch_size=BATCH)
@@ -121,7 +135,7 @@ def mosaicml(root: Path, size: int, workers: int) -> Batches:
     )
     while True:
         for batch, _ in loader:
-            yield len(batch)
+            yield batch.permute(0, 3, 1, 2)
 
 
 def mosaicml_copy(root: Path) -> Path:
@@ -137,39 +151,17 @@ def mosaicml_copy(root: Path) -> Path:
     return local
 
 
+def _finished(pixels: np.ndarray) -> Tensor:
+    image = torch.from_numpy(pixels)
+    return image.flip(1) if random.random() < 0.5 else image
+
+
 SYSTEMS: dict[str, Callable[[Path, int, int], Batches]] = {
     "simplejpeg alone": decoder,
     "pure decoding into batches": decoding,
     "ours": ours,
-    "webdataset, Pillow": webdataset_pillow,
-    "webdataset, simplejpeg": webdataset_simplejpeg,
-    "MosaicML Streaming": mosaicml,
+    "webdataset, Pillow": partial(webdataset, decode=by_pillow),
+    "webdataset, simplejpeg": partial(webdataset, decode=by_simplejpeg),
+    "MosaicML Streaming, Pillow": partial(mosaicml, decode=by_pillow),
+    "MosaicML Streaming, simplejpeg": partial(mosaicml, decode=by_simplejpeg),
 }
-
-
-def _webdataset(root: Path, workers: int, decode: Callable[[bytes], np.ndarray]) -> Batches:
-    import webdataset as wds  # seconds of import that the others should not pay
-
-    urls = [str(root / shard.tar) for shard in open_shards(root).shards]
-    dataset = (
-        wds.WebDataset(urls, shardshuffle=len(urls))
-        .shuffle(1000)
-        .to_tuple("jpg", "cls")
-        .map_tuple(lambda content: torch.from_numpy(_finish(decode(content))), int)
-        .batched(BATCH)
-        .repeat()
-    )
-    for images, _ in wds.WebLoader(dataset, batch_size=None, num_workers=workers):
-        yield len(images)
-
-
-def _pillow(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content)).convert("RGB")
-
-
-def _finish(pixels: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(_mirrored_or_not(pixels))
-
-
-def _mirrored_or_not(pixels: np.ndarray) -> np.ndarray:
-    return (pixels[:, ::-1] if random.random() < 0.5 else pixels).transpose(2, 0, 1)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from bench import cells, cpu_step, follow, gpu, nets, scale
 from tests.support import golden, ranks
 from tests.support.ranks import LIMIT
 from tests.test_plan import machine
+from trainer import diffusers_format
+from trainer.adm.config import UNetConfig
 from trainer.adm.unet import build
 from trainer.config import experiment as configs
 
@@ -114,12 +117,62 @@ def test_following_wants_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{tmp_path} has no scripts/classifier_train.py" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"heads": 2, "head_channels": None, "qkv": "legacy"}, {"conditioning": "add"}]
+)
+def test_the_network_of_diffusers_computes_what_ours_does(changes: dict[str, Any]) -> None:
+    config = replace(cells.SMALL, **changes)
+    net, other = nets.ours(config), nets.diffusers(config)
+    torch.manual_seed(0)
+    for parameter in net.module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    weights = diffusers_format.to_diffusers(net.module.state_dict(), config=config)
+    other.module.load_state_dict(weights)
+    net.module.double(), other.module.double()
+    x, t, y = nets.inputs(config, images=2, device=torch.device("cpu"))
+    out = net.forward(x.double(), t, y)
+    assert out.abs().max() > 0.1
+    # Both round the embedding of the timesteps to fp32.
+    torch.testing.assert_close(other.forward(x.double(), t, y), out, rtol=1e-4, atol=1e-4)
+
+
+def test_another_network_than_ours_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = diffusers_format.options
+    types = {"downsample_type": "conv", "down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}
+    monkeypatch.setattr(diffusers_format, "options", lambda config: options(config) | types)
+    with pytest.raises(ValueError, match="diffusers has another network than ours: down_blocks"):
+        nets.diffusers(cells.SMALL)
+
+
+def test_a_peer_is_measured_as_published_and_compiled_in_both_layouts() -> None:
+    found = list(gpu.cells(sizes=[64], guided_diffusion=Path("there"), gpu=True))
+    steps = {(cell["system"], cell["images"]) for cell in found if cell["kind"] == "step"}
+    peers = ("guided-diffusion", "diffusers, compiled", "diffusers, compiled, channels last")
+    for name in (gpu.BEST, "guided-diffusion, compiled", *peers):
+        assert {(name, gpu.EQUAL[64]), (name, gpu.LARGEST[64])} <= steps
+
+
+def test_diffusers_is_measured_where_it_can_be_the_published_network() -> None:
+    found = gpu.cells(sizes=list(gpu.EQUAL), guided_diffusion=None, gpu=True)
+    sizes = {cell["size"] for cell in found if "diffusers" in cell.get("system", "")}
+    with torch.device("meta"):
+        for size in gpu.EQUAL:
+            model = configs.load(f"imagenet{size}").model
+            assert isinstance(model, UNetConfig)
+            if size in sizes:
+                nets.diffusers(model)
+            else:
+                with pytest.raises(ValueError, match="for diffusers, which has no other"):
+                    nets.diffusers(model)
+
+
 def test_the_step_on_a_cpu_is_compared(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cpu_step, "CONFIG", cells.SMALL)
     assert cpu_step.main(["--rounds", "1", "--images", "1"]) == 0
-    assert "ours, channels first" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ours, channels first" in out and "diffusers, channels last" in out
 
 
 def test_costs_are_extrapolated_on_a_line_that_never_falls() -> None:
