@@ -204,7 +204,7 @@ def test_check_names_the_bad_node(site: Site) -> None:
     own = "/tmp/own-digits"
     site.cluster.run("n1", "cp", "-r", site.preset.parent / "digits", own)
     bad = site.cluster.run("ctl", *words, "--data", own, check=False)
-    assert "bad nodes: n2" in bad and "No such file" in bad
+    assert "bad nodes: n2" in bad and f"--data {own}: no manifest.json: mount its disk" in bad
 
 
 def test_two_steps_of_one_allocation_do_not_meet(site: Site) -> None:
