@@ -65,7 +65,7 @@ def cells(*, sizes: Sequence[int], guided_diffusion: Path | None, gpu: bool) -> 
     yield {"kind": "ceilings", "limit": 60}
     for names in ((BEST, *theirs), rest):
         for size in sizes:
-            there = [name for name in names if size in DIFFUSERS or "diffusers" not in name]
+            there = possible(names, size)
             yield from ({**step, "size": size, "system": n, "images": EQUAL[size]} for n in there)
     for name in drawing:
         draw = {"kind": "guided", "system": name, "size": sizes[0], "path": path}
@@ -89,9 +89,13 @@ def others(size: int, *, peers: Sequence[str], gpu: bool) -> Iterator[Cell]:
     if gpu:
         yield {"system": "ours", "images": EQUAL[size]}
         yield {"system": BEST, "images": LARGEST[size], "precision": "bf16"}
-        for name in peers:
-            if size in DIFFUSERS or "diffusers" not in name:
-                yield {"system": name, "images": LARGEST[size]}
+        for name in possible(peers, size):
+            yield {"system": name, "images": LARGEST[size]}
+
+
+def possible(systems: Sequence[str], size: int) -> list[str]:
+    """Those of the systems that can be the published network of this size."""
+    return [name for name in systems if size in DIFFUSERS or "diffusers" not in name]
 
 
 def operations(half: str, *, gpu: bool) -> Iterator[Cell]:

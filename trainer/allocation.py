@@ -64,9 +64,9 @@ def _lookup_seconds(world: World) -> float:
     The quicker of two: the machine may have been busy.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        times = []
         with suppress(OSError):
             probe.connect((world.address, world.port))  # chooses the interface, and sends nothing
+        times = []
         for _ in range(2):
             began = time.monotonic()
             with suppress(OSError):
