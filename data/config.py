@@ -105,7 +105,8 @@ class FetchConfig:
 
     def __post_init__(self) -> None:
         check(self.retries >= 0, "data.retries", self.retries, "at least 0")
-        check(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "above 0")
+        seconds = self.timeout_s  # `poll` takes no more than 2^31 ms
+        check(0 < seconds <= 1e6, "data.timeout_s", seconds, "above 0, and at most 1,000,000")
         check(0 < self.cache_gb < math.inf, "data.cache_gb", self.cache_gb, "above 0, and finite")
 
 

@@ -146,4 +146,5 @@ class Reader:
                 f"{str(error) or type(error).__name__}"
             ) from error
         # Jitter, so that a thousand ranks do not return to a weak server at the same instant.
-        time.sleep(min(0.2 * 2**failures, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))
+        pause = min(0.2 * 2 ** min(failures, 9), _LONGEST_PAUSE_S)
+        time.sleep(pause * random.uniform(0.5, 1.0))

@@ -168,7 +168,8 @@ def test_a_tar_that_the_manifest_does_not_have_is_said_to_be_unused(
 
 
 def test_wrong_settings_of_reading_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"data.timeout_s = 0"):
-        config_for("x", timeout_s=0)
+    for seconds in (0.0, np.inf, 1e7):
+        with pytest.raises(ValueError, match=r"data.timeout_s = .* at most 1,000,000"):
+            config_for("x", timeout_s=seconds)
     with pytest.raises(ValueError, match=r"data.cache_gb = inf: must be above 0, and finite"):
         config_for("x", cache_gb=np.inf)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data import reader
 from data.config import FetchConfig
 from data.dataset import Shards, open_shards, verify
 from data.stores import _LARGE, LocalStore
@@ -108,6 +110,13 @@ def test_a_pipe_that_stalls_is_left(whole: Shards) -> None:
 
     # A process that was killed may take a moment to end.
     wait_until(lambda: sleep.split() not in left(), "the end of the pipe's command")
+
+
+def test_any_number_of_retries_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_LONGEST_PAUSE_S", 0.0)
+    with socket.socket() as silent, pytest.raises(OSError, match=r"after 1101 attempts: .*refused"):
+        silent.bind(("127.0.0.1", 0))
+        open_shards(f"http://127.0.0.1:{silent.getsockname()[1]}", fetch=FetchConfig(retries=1100))
 
 
 def open_below(root: Path) -> list[str]:
