@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,26 @@ def test_a_file_that_is_missing_or_foreign_for_a_moment_ends_no_run(
         assert file.read_text() == before
         run.log("still writing")
     assert not file.exists()
+
+
+def test_two_threads_that_find_the_file_missing_write_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "MOMENT", 0.1)
+    fsync = os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        other.start()
+        other.join(0.5)
+        fsync(descriptor)
+
+    with Run(tmp_path).claimed() as run:
+        other = threading.Thread(target=run.check_lease)  # as the records of a run do
+        (tmp_path / "launch" / "writer.json").unlink()
+        monkeypatch.setattr(os, "fsync", meanwhile)
+        run.check_lease()
+        other.join()
 
 
 @pytest.mark.parametrize("content", ["", "[3]", '{"token": 5}', "\x00"])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.run.lease import claim, live_holder
 from trainer.run.runstate import RunState
 from trainer.sampling import drawing
 from trainer.sampling.inputs import SampleInputs
+from trainer.sampling.jobstate import JobState
 from trainer.sampling.parts import DrawJob
 from trainer.sampling.requests import base_jobs
 
@@ -67,6 +69,26 @@ def test_a_start_says_how_many_batches_it_has_checked(tmp_path: Path, weights: d
     assert job.statuses == [0]
     assert [f"{n} of 3 batches checked," in said for n in range(5)] == [False, *[True] * 3, False]
     assert "5 of 5 batches joined," in said
+
+
+def test_a_failure_is_noted_beside_a_batch_that_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "launch").mkdir()
+    state, fsync = JobState(tmp_path), os.fsync
+    drawn = threading.Thread(target=state.advance)
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.undo()
+        drawn.start()
+        drawn.join(0.5)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    state.fail("lost: n2")
+    drawn.join()
+    found = RunState.read(tmp_path)
+    assert found is not None and (found.state, found.why) == ("failed", "lost: n2")
 
 
 def job_of(words: list[str]) -> DrawJob:

@@ -140,13 +140,14 @@ class Lease:
         self.me = me
         #: The run's count of starts, this one included; None until it is known.
         self.starts: int | None = None
-        self._released = threading.Event()
+        self._released, self._checking = threading.Event(), threading.Lock()
         self.stop_requested = stop_requested(run)
         threading.Thread(target=self._show_life, daemon=True).start()
 
     def check(self) -> None:
         """Raise LeaseLost unless this process still is the one that writes."""
-        found = holder(self._run) or self._restored()
+        with self._checking:  # a run's records are written beside its steps
+            found = holder(self._run) or self._restored()
         if found.token != self.me.token:
             raise LeaseLost(f"{found} has taken over {self._run}: {self.me} stops without writing")
 

@@ -27,16 +27,22 @@ class JobState:
         before = RunState.read(job) if job is not None else None
         self._job = job
         self._drawn = int((before.checkpoint if before else None) or 0)
-        self._has_failed = False
+        self._has_failed, self._writing = False, threading.Lock()
 
     def fail(self, why: str) -> None:
-        """Note that this start has failed; what is noted after that is ignored."""
-        self.note("failed", why)
-        self._has_failed = True
+        """Note that this start has failed, from the watchdog's thread; it has been printed."""
+        with suppress(OSError):
+            self.note("failed", why)
 
     def note(self, state: State, why: str | None = None) -> None:
-        """Write the state, with the number of batches that all starts have drawn."""
-        if self._job is not None and not self._has_failed:
+        """Write the state, with the number of batches that all starts have drawn.
+
+        What is noted after a failure is ignored.
+        """
+        with self._writing:
+            if self._job is None or self._has_failed:
+                return
+            self._has_failed = state == "failed"
             RunState(
                 state=state,
                 why=why,
