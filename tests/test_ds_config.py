@@ -41,6 +41,33 @@ def test_the_mark_of_windows_is_taken_as_in_a_preset(tmp_path: Path) -> None:
     assert ds_configs.load(file) == ds_configs.load(ds_configs.OWN)
 
 
+def test_what_differs_from_a_runs_file_is_named_but_for_what_the_preset_decides(
+    tmp_path: Path,
+) -> None:
+    """Of the file only another ZeRO stage showed in the log."""
+    file, own = tmp_path / "ds_config.json", ds_configs.load(ds_configs.OWN)
+    fp16, bf16 = (
+        configs.load("digits", [f'training.precision = "{name}"', f"training.clip = {clip}"])
+        for name, clip in (("fp16", 0.5), ("bf16", 2.0))
+    )
+    file.write_text(json.dumps(ds_configs.resolve(own, config=fp16, ranks=2)))
+    assert ds_configs.changes(file, ds_configs.resolve(own, config=bf16, ranks=4)) == {}
+    own["fp16"]["loss_scale_window"] = 7
+    del own["zero_optimization"]["reduce_bucket_size"]
+    own["wall_clock_breakdown"] = {"a": 1}
+    assert ds_configs.changes(file, ds_configs.resolve(own, config=fp16, ranks=2)) == {
+        "ds_config.fp16.loss_scale_window": (1000, 7),
+        "ds_config.zero_optimization.reduce_bucket_size": (50_000_000, None),
+        "ds_config.wall_clock_breakdown": (False, None),
+        "ds_config.wall_clock_breakdown.a": (None, 1),
+    }
+    for damaged in ("{", "[]", "\x00"):  # no start needs it
+        file.write_text(damaged)
+        assert ds_configs.changes(file, own) == {}
+    file.unlink()
+    assert ds_configs.changes(file, own) == {}
+
+
 def test_without_a_name_it_is_that_of_the_working_directory_or_else_the_checkouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_run_goes_back_once_and_sets_aside_what_came_after(bare: Place) -> Non
         assert names == [f"{HALF:012d}.{suffix}", *gone, f"my-own.{suffix}"]
     assert "went back to checkpoint" in bare.log("back")
     assert f"resumes from checkpoint {HALF:012d}" in bare.log("back")
+    assert "ds_config.zero_optimization.stage changes from 2 to 3\n" in bare.log("back")
     # The same command again, as a scheduler gives it, does not lose what was trained since; the
     # checkpoint may have been pruned.
     shutil.rmtree(target)

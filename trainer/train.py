@@ -85,7 +85,8 @@ class TrainingPlan:
         """
         run = Run(arguments.run)
         config = run.adopt(configs.load(arguments.preset, arguments.set, unset=arguments.unset))
-        ds_config = ds_configs.load(arguments.ds_config)
+        read = ds_configs.load(arguments.ds_config)
+        ds_config = ds_configs.resolve(read, config=config, ranks=ranks)
         stream = open_stream(config.data, seed=config.training.seed, check_files=check_files)
         classes.check(config, stream.shards, run=run)
         stream.require_room(config.training.micro_batch_on(ranks))
@@ -98,10 +99,10 @@ class TrainingPlan:
         return cls(
             run=run,
             config=config,
-            ds_config=ds_configs.resolve(ds_config, config=config, ranks=ranks),
+            ds_config=ds_config,
             stream=stream,
             validation=ValidationSet.of(config, training=stream.shards, check_files=check_files),
-            changes=run.check(config),
+            changes=run.check(config) | ds_configs.changes(run.path / "ds_config.json", ds_config),
             back=vars(arguments)["from"],
             profile=arguments.profile,
         )

@@ -4,6 +4,7 @@ No DeepSpeed here: a login node checks the file before anything is queued.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from data import files
 from data.config import naming
 from trainer.adm.config import check
 from trainer.config.experiment import Config
-from trainer.config.settings import nearest
+from trainer.config.settings import leaves, nearest
 
 #: The file of the checkout.
 OWN = Path(__file__).parents[2] / "ds_config.json"
@@ -247,3 +248,22 @@ def resolve(ds_config: dict[str, Any], *, config: Config, ranks: int) -> dict[st
     if zero.get("overlap_comm") == "auto":
         zero["overlap_comm"] = ranks > 1
     return resolved
+
+
+def changes(file: Path, resolved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ from those in a run's file, as name -> (old, new).
+
+    What the preset decides is left out: changes of the preset name it. Of a file that is missing or
+    damaged nothing is known: what a run does next does not depend on it.
+    """
+    try:
+        before = leaves(json.loads(file.read_text()), "ds_config")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    after = leaves(resolved, "ds_config")
+    owned = {f"ds_config.{name}" for name in _PRESET_OWNS}
+    return {
+        name: (before.get(name), after.get(name))
+        for name in {**before, **after}
+        if name not in owned and before.get(name) != after.get(name)
+    }
