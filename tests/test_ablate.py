@@ -73,6 +73,12 @@ def test_a_wrong_set_is_refused_in_one_line(change: str, said: str) -> None:
         load("digits", (change,), unset=())
 
 
+def test_a_set_without_settings_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").touch()
+    with pytest.raises(ValueError, match=r"mine\.toml: setting 'base' is missing$"):
+        load(f"{tmp_path}/mine.toml", (), unset=())
+
+
 def test_an_unknown_set_is_called_a_set() -> None:
     with pytest.raises(
         ValueError, match=r"^unknown set 'paperr' \(nearest: 'paper'\); there are: "

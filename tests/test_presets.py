@@ -1,4 +1,4 @@
-"""Presets take a training step, and name shards that their own packing lines and READMEs make."""
+"""Presets: training steps, what they lack, and shards that their packing lines and READMEs make."""
 
 import re
 import shlex
@@ -60,3 +60,21 @@ def test_the_shards_of_the_readmes_are_those_of_presets() -> None:
     text = "".join(Path(name, "README.md").read_text() for name in (".", "data", "launch"))
     named = set(re.findall(r"data\.pack \S+/train (\S+)", text))
     assert named and named <= known
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"it has no settings; `python -m trainer.config NAME` prints a preset$"),
+        ("# to come\n", "it has no settings; "),
+        ("[model]\nchannels = 3", "setting 'objective' is missing$"),
+        ("objectve = 'denoise'", r"unknown setting 'objectve' \(nearest: 'objective'\)$"),
+    ],
+)
+def test_a_preset_that_lacks_its_objective_is_told_what_it_lacks(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    """It was told of a value that it did not have: objective = ''."""
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ValueError, match=rf"mine\.toml: {message}"):
+        configs.load(tmp_path / "mine.toml")

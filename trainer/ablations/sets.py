@@ -93,9 +93,9 @@ class AblationSet:
 def load(name: str, overrides: Sequence[str], *, unset: Sequence[str]) -> AblationSet:
     """Read the set of that name in trainer/ablations, or that TOML file; every row is checked."""
     path = settings.find(name, directory=SETS, kind="set")
-    found: AblationSet = settings.build(
-        AblationSet, settings.read(path, overrides=overrides, unset=unset)
-    )
+    table = settings.read(path, overrides=overrides, unset=unset)
+    with naming(f"{name}"):
+        found: AblationSet = settings.build(AblationSet, table)
     for row in found.rows:
         found.config(row)
     return found

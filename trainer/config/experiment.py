@@ -133,13 +133,16 @@ def from_table(table: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: as `load`.
     """
+    if not table:
+        raise ValueError("it has no settings; `python -m trainer.config NAME` prints a preset")
     sections = {key: dict(v) for key, v in table.items() if isinstance(v, Mapping)}
     for name, source in _DERIVED.items():
         section, _, key = name.partition(".")
         if key in sections.get(section, {}):
             raise ValueError(f"{name} cannot be set: it follows from {source}; set that instead")
     model, diffusion = sections.get("model", {}), sections.get("diffusion", {})
-    objective = table.get("objective", "")
+    # A file without one is told so as of any setting that is missing.
+    objective = table.get("objective", "denoise")
     check_choice("objective", objective, Literal["denoise", "classify"])
     if objective == "denoise":
         model["learn_sigma"] = diffusion.get("variance", "learned") == "learned"
