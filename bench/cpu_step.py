@@ -34,11 +34,12 @@ def systems(guided_diffusion: Path | None) -> dict[str, Net]:
     """The networks to compare, ours first."""
     found = {"ours": nets.ours(CONFIG)}
     found["ours, channels first"] = nets.ours(CONFIG, layout=torch.contiguous_format)
-    found |= nets.others(CONFIG, path=guided_diffusion)
-    for name, net in nets.others(CONFIG, path=guided_diffusion).items():
-        module: Any = net.module  # the stubs of `Module.to` lack memory_format
+    others = nets.others(guided_diffusion)
+    found |= {name: make(CONFIG) for name, make in others.items()}
+    for name, make in others.items():
+        found[f"{name}, channels last"] = make(CONFIG)
+        module: Any = found[f"{name}, channels last"].module  # stubs of `to` lack memory_format
         module.to(memory_format=torch.channels_last)
-        found[f"{name}, channels last"] = net
     return found
 
 

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,10 @@ def network(model: UNetConfig, *, path: Path | None, rounds: int) -> Iterator[di
     """A row for each system's network."""
     found: dict[str, dict[int, Times]] = defaultdict(dict)
     counts: dict[str, dict[str, int]] = {}
+    systems: dict[str, Callable[[UNetConfig], nets.Net]] = {"ours": nets.ours, **nets.others(path)}
     for channels in CHANNELS:
         config = smallest(model, channels=channels)
-        made = {"ours": nets.ours(config), **nets.others(config, path=path)}
+        made = {name: make(config) for name, make in systems.items()}
         for name, net in made.items():
             counts[name] = _operations(config, net)
             found[name][net.parameters] = defaultdict(list)

@@ -8,7 +8,7 @@ And two ways, not in use, to convolve a map that was doubled. A 3 x 3 kernel mee
 of the map before: with the sums of its weights, the result takes 4 instead of 9 multiplications.
 """
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -199,15 +199,15 @@ def check_same(
         raise ValueError(f"{name} has another network than ours: {', '.join(differing[:3])}, ...")
 
 
-def others(config: UNetConfig, *, path: Path | None) -> dict[str, Net]:
-    """Those of guided-diffusion, where a checkout is given, and of diffusers, where installed."""
-    found = {}
+def others(path: Path | None) -> dict[str, Callable[[UNetConfig], Net]]:
+    """What makes guided-diffusion's, where a checkout is given, and diffusers', where installed."""
+    found: dict[str, Callable[[UNetConfig], Net]] = {}
     if path is not None:
-        found["guided-diffusion"] = guided_diffusion(config, path=path)
-    try:
-        found["diffusers"] = diffusers(config)
-    except ModuleNotFoundError as error:
-        print(f"diffusers is left out: {error}")
+        found["guided-diffusion"] = partial(guided_diffusion, path=path)
+    if importlib.util.find_spec("diffusers"):
+        found["diffusers"] = diffusers
+    else:
+        print("diffusers is left out: it is not installed (`pip install diffusers`)")
     return found
 
 

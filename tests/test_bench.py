@@ -142,6 +142,9 @@ def test_the_step_on_a_cpu_is_compared(
     assert cpu_step.main(["--rounds", "1", "--images", "1"]) == 0
     out = capsys.readouterr().out
     assert "ours, channels first" in out and "diffusers, channels last" in out
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert cpu_step.main(["--rounds", "1", "--images", "1"]) == 0
+    assert capsys.readouterr().out.count("diffusers") == len(["is left out", "pip install"])
 
 
 def test_costs_are_extrapolated_on_a_line_that_never_falls() -> None:
