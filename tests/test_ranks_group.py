@@ -84,7 +84,7 @@ def test_a_network_interface_that_no_machine_has_is_one_line(tmp_path: Path) -> 
 
 def keep_idle_connections() -> int:
     connections._EVERY, before = 0.1, set(threading.enumerate())
-    with connected(join(), patience=ranks.LIMIT, watched=True):
+    with connected(join(), patience=ranks.LIMIT):
         groups = [dist.new_group(), dist.new_group()]  # as DeepSpeed makes them, and NCCL later
         wait_until(lambda: set(timers()) == {"02"}, "a timer of keepalive on each connection")
         print(f"{len(timers())} connections", flush=True)

@@ -24,7 +24,7 @@ def be_suspended(directory: Path) -> int:
     """Two ranks, of which the main one waits in a collective as both are stopped."""
     world = join()
     with (
-        connected(world, patience=ranks.LIMIT, watched=True),
+        connected(world, patience=ranks.LIMIT),
         Watchdog(world, patience=PATIENCE) as watchdog,
     ):
         if not world.is_main:
@@ -93,7 +93,7 @@ class LateWatchdog(Watchdog):
 def be_suspended_at_once(directory: Path) -> int:
     world = join()
     with (
-        connected(world, patience=ranks.LIMIT, watched=True),
+        connected(world, patience=ranks.LIMIT),
         LateWatchdog(world, patience=PATIENCE) as watchdog,
     ):
         end = time.monotonic() + PATIENCE

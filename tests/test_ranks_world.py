@@ -199,7 +199,7 @@ def meet_one_that_ends() -> int:
     """Rank 1 ends as it is about to connect, as one does that a firewall or a name keeps out."""
     if os.environ["RANK"] == "1":
         dist.init_process_group = lambda *_, **__: os._exit(0)
-    with connected(join(), patience=3 - 60, watched=True):
+    with connected(join(), patience=3 - 60):
         return 0
 
 
@@ -213,7 +213,7 @@ def test_a_rank_that_no_other_connects_to_ends_in_time_and_says_what_helps(tmp_p
 def come_late(debug: dist.DebugLevel) -> int:
     dist.set_debug_level(debug)
     distributed_c10d.default_pg_timeout = timedelta(seconds=1)  # half an hour is too long for tests
-    with connected(join(), patience=3 - 60, watched=True):
+    with connected(join(), patience=3 - 60):
         for group in (None, dist.new_group()):  # DeepSpeed makes one like it
             time.sleep(1.5 * dist.get_rank())
             dist.barrier(group)

@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, work = parser().parse_args(words), evaluate
     world = join()
     with (
-        connected(world, patience=PATIENCE, watched=True) as device,
+        connected(world, patience=PATIENCE) as device,
         Watchdog(world, patience=PATIENCE, is_marked=False) as watchdog,
     ):
         common.check(common.command_facts(arguments))

@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     patience = arguments.patience
     with (
         Preemption(DRAWING) as preemption,
-        connected(world, patience=patience, gpus=arguments.gpus, watched=True) as device,
+        connected(world, patience=patience, gpus=arguments.gpus) as device,
         Watchdog(world, patience=patience, is_marked=False) as watchdog,
         noted(arguments.job if world.is_main else None, preemption=preemption) as state,
         ExitStack() as stack,

@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = N
     with (
         preemption or Preemption() as preemption,
         failed_gpus_noted(arguments.run, world=world),
-        connected(world, patience=arguments.patience, gpus=arguments.gpus, watched=True) as device,
+        connected(world, patience=arguments.patience, gpus=arguments.gpus) as device,
         Watchdog(world, patience=arguments.patience) as watchdog,
     ):
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)

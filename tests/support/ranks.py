@@ -203,7 +203,7 @@ def work(directory: Path, runs: list[list[str]], fp16: bool, patience: float = L
     statuses: list[int | str] = []
     with (
         Preemption() as preemption,
-        connected(world, patience=patience, watched=True) as device,
+        connected(world, patience=patience) as device,
         Watchdog(world, patience=patience) as watchdog,
     ):
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)

@@ -38,14 +38,11 @@ _WATCHED = timedelta(days=14)
 
 
 @contextmanager
-def connected(
-    world: World, *, patience: float, gpus: int | None = None, watched: bool = False
-) -> Iterator[torch.device]:
+def connected(world: World, *, patience: float, gpus: int | None = None) -> Iterator[torch.device]:
     """The process group of all ranks while entered: gloo for CPU tensors, NCCL for the GPU's.
 
-    The ranks must meet within `patience` seconds and a minute, and a collective that some rank
-    never joins fails after as long. Where the ranks are `watched`, a `Watchdog` alone ends what
-    hangs: these timers would also count the hours of a job that was suspended. `gpus` is as for
+    The ranks must meet within `patience` seconds and a minute. From then on a `Watchdog` ends what
+    hangs: torch's timers would also count the hours of a job that was suspended. `gpus` is as for
     `device_of`.
 
     Raises:
@@ -54,9 +51,8 @@ def connected(
     """
     os.environ.update(world.environment())
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED))
-    timeout = timedelta(seconds=patience + 60)
     with kept_alive():
-        device = _meet(world, timeout=timeout, later=_WATCHED if watched else timeout, gpus=gpus)
+        device = _meet(world, timeout=timedelta(seconds=patience + 60), gpus=gpus)
         try:
             yield device
         except (Refused, Broken):
@@ -68,8 +64,8 @@ def connected(
 
 
 @ended_by_ctrl_c()
-def _meet(world: World, *, timeout: timedelta, later: timedelta, gpus: int | None) -> torch.device:
-    """Make the process group, whose collectives wait `later` as long; returns the device."""
+def _meet(world: World, *, timeout: timedelta, gpus: int | None) -> torch.device:
+    """Make the process group; returns the device."""
     store = meeting_store(world, timeout=timeout)
     device = _agreed_device(world, store=store, gpus=gpus)
     # What wraps it for TORCH_DISTRIBUTED_DEBUG=DETAIL keeps the timeout that it is made with.
@@ -81,7 +77,7 @@ def _meet(world: World, *, timeout: timedelta, later: timedelta, gpus: int | Non
             rank=world.rank,
             world_size=world.size,
             # Gloo waits five times as long for a connection that another rank opens.
-            timeout=later if is_kept else timeout / 5,
+            timeout=_WATCHED if is_kept else timeout / 5,
             device_id=device if device.type == "cuda" else None,
         )
         if not is_kept:  # nothing would end it there
@@ -96,9 +92,9 @@ def _meet(world: World, *, timeout: timedelta, later: timedelta, gpus: int | Non
     if not is_kept:
         # Torch 2.15 has a public name for it, and warns of the other.
         set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-        set_timeout(later)
+        set_timeout(_WATCHED)
     # DeepSpeed makes groups of its own, and would leave them torch's half an hour.
-    distributed_c10d.default_pg_timeout = later
+    distributed_c10d.default_pg_timeout = _WATCHED
     return device
 
 
