@@ -1,4 +1,4 @@
-"""Which classifiers may guide which networks, what counts as weights, and nets without a label."""
+"""Which classifiers guide which networks, what counts as weights, whose .pt; nets without label."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support import golden, ranks
-from trainer import sample, weights
+from trainer import export, sample, weights
 from trainer.adm.config import NO_LABEL
 from trainer.adm.unet import build
 from trainer.config import experiment as configs
@@ -135,3 +135,35 @@ def test_without_its_label_an_image_gets_the_embedding_of_its_timestep_alone(tin
         torch.testing.assert_close(mixed[1:], net(x, t, told)[1:])
         with pytest.raises(IndexError):  # a wrong label is not another class
             net(x, t, torch.tensor([3, NO_LABEL - 1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("objective", "classes", "said"),
+    [
+        ("denoise", 10, "before it loads this file, write NUM_CLASSES = 10 in its"),
+        ("classify", 10, "NUM_CLASSES = 10 and, in create_classifier, out_channels=10 in its"),
+        ("denoise", 1000, None),
+        ("denoise", None, None),
+    ],
+)
+def test_a_pt_of_other_classes_than_guided_diffusions_says_what_to_write_there(
+    tmp_path: Path,
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+    objective: str,
+    classes: int | None,
+    said: str | None,
+) -> None:
+    """Its code has the number of classes, and would name sizes of tensors."""
+    text = tiny.read_text().replace("denoise", objective)
+    preset = tmp_path / "mine.toml"
+    preset.write_text(
+        text.replace("num_classes = 10", f"num_classes = {classes}" if classes else "")
+    )
+    torch.save(build(configs.load(preset).model).state_dict(), tmp_path / "a.pt")
+    words = [str(tmp_path / "a.pt"), "--preset", str(preset), "--to"]
+    assert export.main([*words, str(tmp_path / "b.safetensors")]) == 0
+    assert "guided-diffusion" not in capsys.readouterr().out
+    assert export.main([*words, str(tmp_path / "b.pt")]) == 0
+    out = capsys.readouterr().out
+    assert (said in out) if said else ("guided-diffusion" not in out)

@@ -21,7 +21,7 @@ from torch import Tensor
 from data import files
 from data.exits import CommandParser, path_text, reported
 from trainer import diffusers_format, weights
-from trainer.adm.config import check
+from trainer.adm.config import ClassifierConfig, UNetConfig, check
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
 from trainer.engine.compute import DTYPES
@@ -97,7 +97,22 @@ def export(arguments: argparse.Namespace) -> int:
     else:
         _write_folder(to, named, found=found)
     print(f"written: {to}: {found.file} ({arguments.precision})")
+    if to.suffix == ".pt" and (remark := _class_remark(found.config.model)):
+        print(remark)
     return 0
+
+
+def _class_remark(model: UNetConfig | ClassifierConfig) -> str:
+    """What guided-diffusion's code must say to load a network of so many classes; "" if it does."""
+    if model.num_classes in (None, 1000):
+        return ""
+    names = f"NUM_CLASSES = {model.num_classes}"
+    if isinstance(model, ClassifierConfig):
+        names += f" and, in create_classifier, out_channels={model.num_classes}"
+    return (
+        "guided-diffusion has 1,000 classes in its code: before it loads this file, write "
+        f"{names} in its guided_diffusion/script_util.py"
+    )
 
 
 def _write_pt(to: Path, named: Mapping[str, Tensor]) -> None:
