@@ -161,6 +161,8 @@ def test_a_signal_is_answered_by_what_drawing_does(tmp_path: Path, weights: dict
     assert drawing.returncode == TO_BE_CONTINUED, said
     stops = "stop requested: the drawing stops after this step; finished batches are kept\n"
     assert said.count("stop requested") == said.count(stops) == 1
+    assert "stopped by a signal; rerun the same command to resume\n" in said
+    assert status.read(tmp_path / "x.job").health == "stopped by a signal"
 
 
 def test_a_job_that_draws_stops_on_request(
@@ -177,5 +179,7 @@ def test_a_job_that_draws_stops_on_request(
     assert drawing.returncode == TO_BE_CONTINUED, said
     state = RunState.read(job)
     assert state is not None and state.state == "stopped"
+    assert state.why == "by `python -m launch stop`" and f"stopped {state.why}; to resume, " in said
+    assert "signal" not in said
     assert state.checkpoint == f"{len(list(tmp_path.glob('x.parts/*.npz'))):012d}"
     assert not (tmp_path / "x.npz").exists()

@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         watchdog.tell = state.fail
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)
         status = sample(arguments, context=context, state=state)
-        state.note("stopped" if status else "finished")
+        state.note("stopped", state.why_stopped) if status else state.note("finished")
         return status
 
 

@@ -61,7 +61,7 @@ class Drawing:
             lease = agreed(lambda: stack.enter_context(claim))
             sampler = PartSampler(job, net=net, classifier=guide, device=self.context.device)
             if not self._draw(job, sampler):
-                self._say("stopped by a signal; rerun the same command to resume")
+                self._say(f"stopped {self.state.why_stopped}; {self.state.way_to_resume}")
                 return TO_BE_CONTINUED
             if self.share == (0, 1):
                 self._say(f"joining {job.output.parts:,} batches")
@@ -88,7 +88,7 @@ class Drawing:
             if self.context.preemption.stop_requested:
                 raise StoppedError
 
-        # Why this rank ended before all parts were taken: a fault, or "" for a signal.
+        # Why this rank ended before all parts were taken: a fault, or "" where it was stopped.
         ended: str | None = None
         written = 0
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import scheduler_job
-from trainer.run.lease import claim
+from trainer.run.lease import Lease, claim, way_to_resume
 from trainer.run.runstate import RunState, State
 
 # Seconds between two looks for the file `stop`.
@@ -28,11 +28,24 @@ class JobState:
         self._job = job
         self._drawn = int((before.checkpoint if before else None) or 0)
         self._has_failed, self._writing = False, threading.Lock()
+        #: The right to write the job's directory; it knows of a request to stop.
+        self.lease: Lease | None = None
 
     def fail(self, why: str) -> None:
         """Note that this start has failed, from the watchdog's thread; it has been printed."""
         with suppress(OSError):
             self.note("failed", why)
+
+    @property
+    def why_stopped(self) -> str:
+        """Who stopped it, where it was stopped."""
+        requested = self.lease is not None and self.lease.stop_requested
+        return "by `python -m launch stop`" if requested else "by a signal"
+
+    @property
+    def way_to_resume(self) -> str:
+        """As `trainer.run.lease.way_to_resume`."""
+        return "rerun the same command to resume" if self._job is None else way_to_resume(self._job)
 
     def note(self, state: State, why: str | None = None) -> None:
         """Write the state, with the number of batches that all starts have drawn.
@@ -71,6 +84,7 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[JobState]:
         yield state
         return
     done, lease = threading.Event(), claim(job)
+    state.lease = lease
 
     def watch() -> None:
         while not done.wait(_EVERY):
