@@ -144,6 +144,24 @@ def class_names(root: str | Path) -> tuple[str, ...]:
         raise ValueError(str(error)) from None
 
 
+def unlisted(shards: Shards) -> str:
+    """A line about the tars of a directory that its manifest does not list; "" without such."""
+    if not is_local(shards.root):
+        return ""
+    known, others = {shard.tar for shard in shards.shards}, list[str]()
+    with suppress(OSError), os.scandir(shards.root) as entries:
+        names = (entry.name for entry in entries if entry.name.endswith(".tar"))
+        others = sorted(name for name in names if name not in known and name[0] != ".")
+    if not others:
+        return ""
+    count = f"{len(others)} tars are" if len(others) > 1 else "1 tar is"
+    return (
+        f"{shards.where}: {count} not in {MANIFEST} and not read, such as {others[0]}; to use "
+        "them, move them to another directory, `python -m data.pack` it, and join both datasets by "
+        "`python -m data.shards merge`"
+    )
+
+
 def verify(root: str | Path, *, full: bool = False) -> list[str]:
     """Faults of a dataset, one line each: files and sizes, with `full` also checksums.
 

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from data import descriptors, files
-from data.config import FetchConfig, is_local, shown
-from data.dataset import Shards, open_shards, verify
+from data.config import FetchConfig, shown
+from data.dataset import Shards, open_shards, unlisted, verify
 from data.exits import REFUSED, TO_BE_CONTINUED, CommandParser, place_text, reported
 from data.export import export
 from data.order import packed_place
@@ -44,20 +44,13 @@ def _verify(root: str, *, full: bool) -> int:
     if faults:
         return REFUSED
     print(f"{shown(root)}: all shards match the manifest")
-    if is_local(root):
-        _tell_others(open_shards(root))
+    _tell_unlisted(open_shards(root, check_files=False))
     return 0
 
 
-def _tell_others(shards: Shards) -> None:
-    """Print how many tars lie beside those of a local directory's manifest: nothing reads them."""
-    known = {shard.tar for shard in shards.shards}
-    if others := sorted({tar.name for tar in Path(shards.root).glob("*.tar")} - known):
-        count = f"{len(others)} tar is" if len(others) == 1 else f"{len(others)} tars are"
-        print(
-            f"{count} not in the manifest and not of the dataset, such as {others[0]}; "
-            "`python -m data.shards merge` makes one dataset of several directories"
-        )
+def _tell_unlisted(shards: Shards) -> None:
+    if said := unlisted(shards):
+        print(said)
 
 
 def _class(number: int, name: str) -> str:
@@ -82,8 +75,7 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
     if len(counts) > listed:
         print(f"  ... and {len(counts) - listed} more (--classes lists all)")
     print(f"fingerprint {shards.fingerprint}")
-    if is_local(shards.root):
-        _tell_others(shards)
+    _tell_unlisted(shards)
     if sheet:
         files.make_parent(sheet, option="--sheet")
         _contact_sheet(_stored(shards, _THUMBNAILS, reader)).save(sheet)

@@ -15,11 +15,12 @@ import numpy as np
 
 from data.batches import Batch, batch_of, to_device
 from data.config import DataConfig, check, is_local
+from data.dataset import unlisted
 from data.manifest import MANIFEST
 from data.mixture import Dataset, open_dataset
 from data.order import share
 from data.pool import cpus
-from data.samples import BatchRequest, Samples
+from data.samples import BatchRequest, Samples, crop_remark
 from data.workers import Filled, Setup, Workers
 
 __all__ = ["Batch", "DataConfig", "Stream", "open_stream", "to_device"]
@@ -231,6 +232,13 @@ def open_stream(config: DataConfig, *, seed: int, check_files: bool = True) -> S
         check_files=check_files,
     )
     return Stream(shards, config=config, seed=seed)
+
+
+def data_remarks(shards: Dataset, *, held_out: Dataset | None, config: DataConfig) -> list[str]:
+    """What the log says of the training images, and those of a validation, before a run begins."""
+    parts = dict.fromkeys((*shards.parts, *(held_out.parts if held_out else ())))
+    said = [crop_remark(shards, config=config), *map(unlisted, parts), cpu_remark(config.workers)]
+    return [line for line in said if line]
 
 
 def cpu_remark(workers: int) -> str | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import socket
 import time
 from functools import partial
@@ -16,7 +17,7 @@ from data.exits import FAILED, REFUSED
 from launch import __main__ as launch
 from tests.support import faults, ranks
 from trainer import allocation
-from trainer.planning.facts import Facts, problems, table
+from trainer.planning.facts import Facts, problems, speed, table
 
 GOOD = Facts(
     rank=0,
@@ -92,10 +93,10 @@ def test_a_rank_on_a_busy_machine_has_no_wrong_clock(late: int, tmp_path: Path) 
     assert [rank for rank, _ in off] == ["2"] and 55 < float(off[0][1]) < 61, said
 
 
-def check_alone(directory: Path, words: list[str]) -> str:
+def check_alone(directory: Path, words: list[str], *, status: int = FAILED) -> str:
     job = ranks.fork(directory, partial(allocation.main, words), ranks=1)
     said = job.wait()
-    assert [process.exitcode for process in job.ranks] == [FAILED], job.text
+    assert [process.exitcode for process in job.ranks] == [status], job.text
     return said
 
 
@@ -112,9 +113,23 @@ def test_a_directory_that_is_not_there_is_named_with_the_way_out(tmp_path: Path,
     assert missing in check_alone(tmp_path / "job", data)
 
 
+def test_tars_that_are_not_of_the_dataset_are_named_and_no_fault(
+    tmp_path: Path, digits: Path
+) -> None:
+    for name in ("plain", "more"):
+        shutil.copytree(digits, tmp_path / name)
+    (tmp_path / "more" / "zz.tar").touch()
+    (tmp_path / "more" / "._00000.tar").touch()  # of macOS
+    for name in ("plain", "more"):
+        words = ["--data", str(tmp_path / name), "--free", "0"]
+        said = check_alone(tmp_path / f"job-{name}", words, status=0)
+        line = f"{tmp_path}/more: 1 tar is not in manifest.json and not read, such as zz.tar; to "
+        assert (line in said) is ("more" in said) is (name == "more")
+
+
 def test_the_bandwidth_is_that_of_each_rank_in_a_ring() -> None:
     said = "all-reduce of 4 ranks: 2.00 ms, 0.75 GiB/s"
-    assert allocation.speed(0.002, 0.125, ranks=4) == said  # sends 96 MiB of the 64
+    assert speed(64, 0.002, 0.125, ranks=4) == said  # sends 96 MiB of the 64
 
 
 def test_the_table_has_a_row_for_each_rank_and_for_who_did_not_answer() -> None:

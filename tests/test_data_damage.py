@@ -14,7 +14,7 @@ from data.config import FetchConfig
 from data.dataset import Shards, open_shards, verify
 from data.npz import npy
 from data.stored_images import StoredImages
-from data.stream import Stream, to_device
+from data.stream import Stream, data_remarks, to_device
 from data.transforms import flips
 from tests.support.data_fixtures import image_file, pack_folder, write_shards
 from tests.support.data_streams import IMAGES, SIZE, config_for, fails, take
@@ -159,12 +159,16 @@ def test_a_tar_that_the_manifest_does_not_have_is_said_to_be_unused(
 ) -> None:
     for command in ("verify", "info"):
         assert commands.main([command, copy.root]) == 0
-    assert "not in the manifest" not in capsys.readouterr().out
+    assert "not in manifest.json" not in capsys.readouterr().out
+    config = config_for(copy.root)
+    assert data_remarks(copy, held_out=copy, config=config) == []
     (Path(copy.root) / "more.tar").write_bytes(b"")
     for command in ("verify", "info"):
         assert commands.main([command, copy.root]) == 0
-        said = "1 tar is not in the manifest and not of the dataset, such as more.tar; "
+        said = f"{copy.root}: 1 tar is not in manifest.json and not read, such as more.tar; "
         assert said in capsys.readouterr().out
+    (line,) = data_remarks(copy, held_out=copy, config=config)
+    assert line.startswith(said)
 
 
 def test_wrong_settings_of_reading_are_errors() -> None:

@@ -24,12 +24,13 @@ import torch.distributed as dist
 
 from data import files
 from data.config import expanded, is_local
+from data.dataset import open_shards, unlisted
 from data.exits import FAILED, REFUSED, CommandParser, place_text
 from data.manifest import MANIFEST
 from data.version import digest
 from trainer.adm.config import check
 from trainer.options import add_ranks
-from trainer.planning.facts import LEAST_FREE_GIB, Facts, problems, table
+from trainer.planning.facts import LEAST_FREE_GIB, Facts, problems, speed, table
 from trainer.ranks.device import device_of
 from trainer.ranks.faults import Fault
 from trainer.ranks.group import check_packets
@@ -125,6 +126,14 @@ def _access(run: Path | None, data: str | None, *, rank: int) -> str:
     return ""
 
 
+def _data_remark(data: str | None) -> str:
+    """A line about the data, or ""; what cannot be read is an error of `_access`."""
+    with suppress(ValueError, OSError):
+        if data is not None and is_local(data):
+            return unlisted(open_shards(data, check_files=False, named="--data"))
+    return ""
+
+
 def _gather(world: World, *, mine: Facts, seconds: float) -> tuple[dist.TCPStore, list[Facts]]:
     """The facts of all ranks that answer in time; every rank gets the same."""
     store = dist.TCPStore(
@@ -201,14 +210,7 @@ def _all_reduce(world: World, *, store: dist.TCPStore, seconds: float) -> str:
     large = _timed(torch.zeros(_MEGABYTES * 2**18, device="cuda" if cuda else "cpu"))
     dist.barrier()
     dist.destroy_process_group()
-    return speed(small, large, ranks=world.size)
-
-
-def speed(small: float, large: float, *, ranks: int) -> str:
-    """A line with the latency and the bandwidth, from the seconds of both all-reduces."""
-    # In a ring, each rank sends 2 (N - 1) / N bytes for every byte of the tensor.
-    bus = _MEGABYTES / 1024 / large * 2 * (ranks - 1) / ranks
-    return f"all-reduce of {ranks} ranks: {small * 1e3:.2f} ms, {bus:.2f} GiB/s"
+    return speed(_MEGABYTES, small, large, ranks=world.size)
 
 
 def _timed(tensor: torch.Tensor) -> float:
@@ -232,12 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, help=run)
     data = "a directory of shards that must be readable (default: none is tried)"
     parser.add_argument("--data", type=place_text, help=data)
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=40.0,
-        help="how long to wait for the other ranks (default: %(default)g)",
-    )
+    seconds = "how long to wait for the other ranks (default: %(default)g)"
+    parser.add_argument("--seconds", type=float, default=40.0, help=seconds)
     parser.add_argument(
         "--free",
         type=float,
@@ -267,6 +265,8 @@ def main(argv: Sequence[str]) -> int:
     if world.is_main:
         print(table(found, wrong=wrong, missing=missing))
         print(found[0].versions)
+        if remark := _data_remark(arguments.data):
+            print(remark)
         if bad:
             print(f"bad nodes: {', '.join(sorted(bad))}", flush=True)
     lacks_gpus = any(facts.device for facts in found)

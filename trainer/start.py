@@ -11,8 +11,7 @@ from torch import Tensor
 
 from data import files
 from data.mixture import Dataset
-from data.samples import crop_remark
-from data.stream import Stream, cpu_remark
+from data.stream import Stream, data_remarks
 from trainer import classes, weights
 from trainer.adm.config import ClassifierConfig
 from trainer.adm.objective import Classify, Denoise, Objective
@@ -228,6 +227,7 @@ def remarks(
     config: Config,
     changes: Mapping[str, tuple[Any, Any]],
     shards: Dataset,
+    held_out: Dataset | None,
     *,
     ranks: int,
     ds_config: Mapping[str, Any],
@@ -237,9 +237,8 @@ def remarks(
     odd = [
         averages.described(config.training),
         classes.untrained(config, shards),
-        crop_remark(shards, config=config.data),
+        *data_remarks(shards, held_out=held_out, config=config.data),
         config.training.badly_cut_on(ranks),
-        cpu_remark(config.data.workers),
     ]
     zero = ds_config["zero_optimization"]
     said = compute.remarks(config.training, stage=zero["stage"], ranks=ranks)

@@ -183,7 +183,10 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
         from_main(lambda: initials.record(plan.initial, run=run))
     shards, ds_config = plan.stream.shards, plan.ds_config
     locks = agreed(operators.locks)
-    said = start.remarks(config, plan.changes, shards, ranks=world.size, ds_config=ds_config)
+    held_out = plan.validation.stream.shards if plan.validation else None
+    said = start.remarks(
+        config, plan.changes, shards, held_out, ranks=world.size, ds_config=ds_config
+    )
     for line in [*said, *locks, *operators.notice()]:
         log(line)
     plan = plan.with_reference(mark=context.watchdog.mark, say=log)

@@ -79,3 +79,10 @@ def table(found: Sequence[Facts], *, wrong: Mapping[int, str], missing: Mapping[
         f"{rank:5}  {host:12} {'':18} {'':8} {'':8} no answer" for rank, host in missing.items()
     ]
     return "\n".join(lines)
+
+
+def speed(mebibytes: int, small: float, large: float, *, ranks: int) -> str:
+    """A line with latency and bandwidth, from the seconds of a small and a large all-reduce."""
+    # In a ring, each rank sends 2 (N - 1) / N bytes for every byte of the tensor.
+    bus = mebibytes / 1024 / large * 2 * (ranks - 1) / ranks
+    return f"all-reduce of {ranks} ranks: {small * 1e3:.2f} ms, {bus:.2f} GiB/s"
