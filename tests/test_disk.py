@@ -63,11 +63,12 @@ def limited(directory: Path, arguments: list, size: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["data.shards", "intervals.validate = 12\ndata.validation"])
 def test_shards_that_take_the_place_of_a_run_s_own_end_it_before_it_saves(
-    bare: Place, digits: Path
+    bare: Place, digits: Path, place: str
 ) -> None:
     shards = shutil.copytree(digits, bare.root / "shards")
-    sets = (*EVERY, *ENDLESS, f'data.shards = "{shards}"')
+    sets = (*EVERY, *ENDLESS, f'{place} = "{shards}"')
     job = ranks.start(bare.root / "job", ranks=1, runs=[bare.arguments("run", sets=sets)])
     ranks.wait_for(bare.run("run") / "checkpoints" / f"{STEP:012d}")
     manifest = shards / MANIFEST

@@ -24,7 +24,7 @@ from trainer.config.experiment import Config
 from trainer.engine import averages
 from trainer.engine.copies import network_of
 from trainer.engine.zero import WEIGHTS, Engine
-from trainer.ranks.group import Agreement, agreed, gather
+from trainer.ranks.group import Agreement, agreed, from_main, gather
 from trainer.ranks.world import World
 from trainer.run.checkpoint import VALIDATION
 from trainer.run.directory import Run
@@ -109,8 +109,9 @@ class ValidationSet:
         same; None if one of them was `stopped`.
 
         Raises:
-            Refused, Broken: a file is damaged or cannot be read.
+            Refused, Broken: a file is damaged or cannot be read, or the shards were packed anew.
         """
+        from_main(self.stream.check_unchanged)
         parts = self.stream.parts(
             images=self.images,
             size=batch_size,

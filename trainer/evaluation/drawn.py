@@ -15,7 +15,7 @@ from trainer.config.experiment import Config
 from trainer.engine.copies import network_of
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.extraction import Share
-from trainer.ranks.group import agreed
+from trainer.ranks.group import agreed, from_main
 from trainer.sampling.draw import SamplerConfig, draw, to_pixels
 from trainer.sampling.labels import Labels
 from trainer.validation import ValidationSet
@@ -40,7 +40,7 @@ def features_of_samples(
     equally often on all ranks. All ranks must call this.
 
     Raises:
-        Refused: an image that is enlarged is damaged.
+        Refused: an image that is enlarged is damaged, or its shards were packed anew.
     """
     parts = _parts(config.evaluation.images, evaluator=evaluator)
     conditions = _conditions(parts, config=config, evaluator=evaluator, enlarged=enlarged)
@@ -92,6 +92,7 @@ def _conditions(
     """The labels (B,) and low-resolution images (B, 3, h, w) of each part, on the CPU."""
     model, asked, world = config.unet, config.evaluation, evaluator.world
     if enlarged is not None:
+        from_main(enlarged.stream.check_unchanged)
         size = model.small_size
         assert size is not None
         batches = enlarged.stream.parts(
