@@ -151,6 +151,16 @@ def test_a_job_that_the_site_cancels_to_preempt_it_is_started_again(setup: str, 
     assert "saved; requeued, resumes" in bash.events and bash.requeued
 
 
+@pytest.mark.parametrize("due", [" DUE TO PREEMPTION", ""])
+def test_scancel_in_the_grace_time_of_a_preemption_ends_the_job(due: str, bash: Bash) -> None:
+    """Slurm 22.05 shows both jobs alike; what its daemon prints is as it was under a real one."""
+    (bash.directory / "preempted").touch()
+    ended = f"slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-29T09:48:59{due} ***"
+    assert bash.start(ranks=f"echo '{ended}' >&2; tell TERM; exit 75") == 75
+    assert bash.requeued == bool(due)
+    assert bash.requeued or "saved; cancelled, or already started again" in bash.events
+
+
 def test_what_a_user_sets_for_scancel_keeps_no_rank_from_being_told(bash: Bash) -> None:
     told = "trap '' USR1; tell USR1; until [ -e signalled ]; do sleep 0.1; done; exit 75"
     note = "scancel() { env | grep SCANCEL_ >> seen; command scancel; }"

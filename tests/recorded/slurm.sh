@@ -92,6 +92,9 @@ again() {
     say "$1; not requeued: $answer: rerun the same command to resume"
     return
   fi
+  # By what the daemon of the job says: Slurm shows a preemption also where scancel came before its end.
+  if printed "error: [*]{3} JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ [*]{3}$" &&
+    [[ $answer == *" JobState=COMPLETING "* ]]; then answer=; fi
   case $answer in
     *" JobState=RUNNING "*" Restarts=$start "*) ;;
     # A limit that was made shorter, or whose warning found no controller.
@@ -169,8 +172,12 @@ seconds() {
 # they are gone, and the status of the job and of its steps may be that of another rank. srun says it,
 # or, where Slurm measures memory itself (OverMemoryKill), the daemon of the job.
 out_of_memory() {
-  said='^srun: error: .*: tasks? .*: Out Of Memory$|^slurmstepd-.*: error: Exceeded job memory limit$'
-  [ -f /dev/fd/2 ] && [ -n "$(tail -c "+$((earlier + 1))" /dev/fd/2 | grep -aE "$said")" ]
+  printed '^srun: error: .*: tasks? .*: Out Of Memory$|^slurmstepd-.*: error: Exceeded job memory limit$'
+}
+
+# Whether the output of this start has such a line.
+printed() {
+  [ -f /dev/fd/2 ] && [ -n "$(tail -c "+$((earlier + 1))" /dev/fd/2 | grep -aE "$1")" ]
 }
 
 # The nodes, with commas between them, that lost ranks in this start and in an earlier one. Slurm's
@@ -258,7 +265,7 @@ attend() {
   return "$ended"
 }
 
-adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again requeue at_limit seconds out_of_memory lost_twice follow_up submit leave end_timer attend)
+adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again requeue at_limit seconds out_of_memory printed lost_twice follow_up submit leave end_timer attend)
 
 cd /home/me/adm || refuse 'cannot enter /home/me/adm'" on $(hostname): rerun the command in a directory that every machine has"
 case $1 in check | rank) ;; *) unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK PMI_SIZE PMIX_RANK ;; esac
