@@ -98,7 +98,9 @@ def test_a_job_that_slurm_cancels_to_preempt_it_goes_on(site: Site) -> None:
     site.wait_start("preempted", 0)
     site.cluster.run("ctl", "srun", "-p", "high", "-N2", "--gres=gpu:2", "true")
     site.wait_start("preempted", 1)
-    assert "start 0: saved; requeued, resumes" in site.events("preempted")
+    events = site.events("preempted")
+    assert "start 0: preempted; requeued, resumes" in events, events
+    assert "start 0: saved; requeued before, resumes" in events, events
     assert jobs(site, "preempted") == [job]
     site.cluster.run("ctl", "scancel", job)
     site.wait_gone(job)

@@ -1,6 +1,7 @@
 # @name@: @nodes@ nodes x @gpus@ ranks, from the code and the preset in @run@.
 adm_told=
 adm_timer=
+adm_requeued=
 status=
 
 # Once more after the setup, which may have variables, functions and traps of these names.
@@ -16,7 +17,7 @@ begin() {
   # shows times otherwise.
   unset -v "${!SCANCEL_@}" "${!SQUEUE_@}" SLURM_TIME_FORMAT
   trap leave USR1
-  trap adm_told=yes TERM  # the ranks get it too; this shell stays to record how they ended
+  trap 'adm_told=yes; hurry' TERM  # the ranks get it too; this shell stays to record how they ended
 }
 
 begin
@@ -72,23 +73,23 @@ busy() {
 # leave has not failed, whatever its status; but where a time limit left no time to train twice, it
 # would do so for ever.
 again() {
+  if [ -n "$adm_requeued" ]; then
+    say "$1; requeued before, resumes from checkpoint $(newest)"
+    return
+  fi
   if ! ask scontrol show job -o "$job"; then
     say "$1; not requeued: $answer: rerun the same command to resume"
     return
   fi
-  # By what the daemon of the job says: Slurm shows a preemption also where scancel came before its end.
-  if printed "error: [*]{3} JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ [*]{3}$" &&
-    [[ $answer == *" JobState=COMPLETING "* ]]; then answer=; fi
   case $answer in
     *" JobState=RUNNING "*" Restarts=$start "*) ;;
     # A limit that was made shorter, or whose warning found no controller.
     *" JobState=COMPLETING Reason=TimeLimit "*" Restarts=$start "*) ;;
-    # Preempted, where the site cancels such jobs (PreemptMode=CANCEL).
-    *" JobState=COMPLETING "*" Restarts=$start "*" PreemptTime="[0-9]* | \
-      *" JobState=PREEMPTED "*" Restarts=$start "*) ;;
     *)
-      say "$1; cancelled, or already started again"
-      return ;;
+      if ! preempted; then
+        say "$1; cancelled, or already started again"
+        return
+      fi ;;
   esac
   bad=
   mark=''
@@ -100,7 +101,7 @@ again() {
     else
       bad=$(lost_twice)
     fi
-  elif { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
+  elif ! preempted && { [ "$1" != saved ] || [ "$(newest)" = "$at" ]; } && at_limit; then
     mark=limited-at now="$(newest) $limit" by=" by its time limit of $limit"
     way="; raise time in the cluster file and rerun the same command"
   fi
@@ -123,10 +124,30 @@ again() {
   elif [[ $answer == *" Requeue=0 "* ]]; then
     follow_up "$1" "this job may not be requeued"
   elif requeue; then
+    adm_requeued=yes
     say "$1; requeued, resumes from checkpoint $(newest)"
   else
     follow_up "$1" "not requeued: $denial"
   fi
+}
+
+# Whether this start is preempted where the site cancels such jobs (PreemptMode=CANCEL), by the
+# answer of scontrol. It answers the same where scancel came within the grace time; then the job's
+# daemon says no cause.
+preempted() {
+  case $answer in
+    *" JobState=COMPLETING "*" Restarts=$start "*" PreemptTime="[0-9]* | \
+      *" JobState=PREEMPTED "*" Restarts=$start "*)
+      ! printed "error: [*]{3} JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ [*]{3}$" ;;
+    *) false ;;
+  esac
+}
+
+# Such a job is killed after KillWait, this shell too, whether or not the ranks have saved by then: it
+# is requeued at once, which ends none of them sooner.
+hurry() {
+  [ -z "$adm_requeued" ] && ! stop_requested || return 0
+  if ask scontrol show job -o "$job" && preempted; then again "preempted"; fi
 }
 
 # Put the job back into the queue. Where the first request timed out and was obeyed, Slurm refuses the second.
@@ -249,7 +270,7 @@ attend() {
   return "$ended"
 }
 
-adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again requeue at_limit seconds out_of_memory printed lost_twice follow_up submit leave end_timer attend)
+adm_functions=$(declare -f begin say refuse state stop_requested newest ask busy again preempted hurry requeue at_limit seconds out_of_memory printed lost_twice follow_up submit leave end_timer attend)
 
 @preamble@
 eval "$adm_functions"
