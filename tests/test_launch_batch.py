@@ -155,7 +155,9 @@ def test_a_job_that_the_site_cancels_to_preempt_it_is_started_again(setup: str, 
 def test_a_save_that_takes_longer_than_slurm_waits_does_not_end_the_run(bash: Bash) -> None:
     """After KillWait it kills the ranks and the script; what is requeued then starts again."""
     (bash.directory / "preempted").touch()
-    waits = "for try in {1..100}; do [ ! -e requeued ] || break; sleep 0.1; done"
+    waits = (
+        "for try in {1..100}; do ! grep -q resumes run/launch/events.txt || break; sleep 0.1; done"
+    )
     assert bash.start(ranks=f"trap '' TERM; tell TERM; {waits}; kill -9 $script") == -9
     assert "preempted; requeued, resumes" in bash.events and bash.requeued
 
