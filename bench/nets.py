@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainer import diffusers_format
 from trainer.adm.blocks import ResidualBlock, residual_sum, resize
-from trainer.adm.config import ClassifierConfig, Kernels, UNetConfig
+from trainer.adm.config import ClassifierConfig, Kernels, NetworkConfig, UNetConfig
 from trainer.adm.norm import use_kernels
 from trainer.adm.unet import UNet, build
 
@@ -141,7 +141,7 @@ def guided_diffusion_classifier(config: ClassifierConfig, *, path: Path) -> nn.M
     return module
 
 
-def _options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
+def _options(config: NetworkConfig) -> dict[str, Any]:
     """What guided-diffusion's two networks are both told."""
     out = config.out_channels if isinstance(config, UNetConfig) else config.num_classes
     return {
@@ -185,7 +185,7 @@ def diffusers(config: UNetConfig) -> Net:
 
 def check_same(
     net: nn.Module,
-    config: UNetConfig | ClassifierConfig,
+    config: NetworkConfig,
     *,
     name: str,
     named: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda weights: weights,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.adm.config import ClassifierConfig, UNetConfig, check
+from trainer.adm.config import ClassifierConfig, NetworkConfig, UNetConfig, check
 from trainer.config.experiment import Config
 
 Weights = dict[str, Tensor]
@@ -39,7 +39,7 @@ _ENDS = {
 }
 
 
-def options(config: UNetConfig | ClassifierConfig) -> dict[str, Any]:
+def options(config: NetworkConfig) -> dict[str, Any]:
     """The options of `diffusers.UNet2DModel` for this network; errors as `assert_expressible`."""
     assert_expressible(config)
     assert isinstance(config, UNetConfig)
@@ -77,7 +77,7 @@ def find(folder: Path) -> Path | None:
     return next((file for name in _FILES if (file := folder / name).is_file()), None)
 
 
-def assert_expressible(config: UNetConfig | ClassifierConfig) -> None:
+def assert_expressible(config: NetworkConfig) -> None:
     """Raise ValueError, naming the setting, unless diffusers' UNet2DModel can be this network."""
     if isinstance(config, ClassifierConfig):
         raise ValueError('objective = "classify": diffusers has no classifier of noised images')
@@ -140,7 +140,7 @@ def from_diffusers(weights: Mapping[str, Tensor], *, config: UNetConfig) -> Weig
     return named | left
 
 
-def ours(weights: Mapping[str, Tensor], *, config: UNetConfig | ClassifierConfig) -> Weights:
+def ours(weights: Mapping[str, Tensor], *, config: NetworkConfig) -> Weights:
     """Weights that have diffusers' names, or ours already, under our names.
 
     Raises:

@@ -21,7 +21,7 @@ from torch import Tensor
 from data import files
 from data.exits import CommandParser, path_text, reported
 from trainer import diffusers_format, weights
-from trainer.adm.config import ClassifierConfig, UNetConfig, check
+from trainer.adm.config import ClassifierConfig, NetworkConfig, check
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
 from trainer.engine.compute import DTYPES
@@ -102,7 +102,7 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _class_remark(model: UNetConfig | ClassifierConfig) -> str:
+def _class_remark(model: NetworkConfig) -> str:
     """What guided-diffusion's code must say to load a network of so many classes; "" if it does."""
     if model.num_classes in (None, 1000):
         return ""

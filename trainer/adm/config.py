@@ -234,6 +234,10 @@ class ClassifierConfig(EncoderConfig):
         check(self.num_classes >= 2, "model.num_classes", self.num_classes, "at least 2")
 
 
+#: The networks that a run may train.
+NetworkConfig = UNetConfig | ClassifierConfig
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """The noising process and what the net learns of it.

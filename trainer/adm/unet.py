@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.adm.blocks import AttentionPool, Stage, zeroed
-from trainer.adm.config import NO_LABEL, ClassifierConfig, UNetConfig
+from trainer.adm.config import NO_LABEL, ClassifierConfig, NetworkConfig, UNetConfig
 from trainer.adm.encoder import Encoder, attention, resampler, residual
 from trainer.adm.norm import GroupNorm, full
 
@@ -131,7 +131,7 @@ class _Joined(torch.autograd.Function):
         return h, skip
 
 
-def build(config: UNetConfig | ClassifierConfig) -> UNet | Classifier:
+def build(config: NetworkConfig) -> UNet | Classifier:
     """The network of a configuration."""
     net = UNet(config) if isinstance(config, UNetConfig) else Classifier(config)
     fixed = [name for name, _ in net.named_buffers()]
@@ -141,7 +141,7 @@ def build(config: UNetConfig | ClassifierConfig) -> UNet | Classifier:
     return net
 
 
-def example_inputs(config: UNetConfig | ClassifierConfig, *, images: int) -> dict[str, Tensor]:
+def example_inputs(config: NetworkConfig, *, images: int) -> dict[str, Tensor]:
     """Uninitialized inputs of the network for so many images, on the default device."""
     size = config.image_size
     inputs = {"x": torch.empty(images, 3, size, size), "t": torch.empty(images)}

@@ -16,6 +16,7 @@ from data.config import DataConfig, naming, shown
 from trainer.adm.config import (
     ClassifierConfig,
     DiffusionConfig,
+    NetworkConfig,
     UNetConfig,
     check,
     check_choice,
@@ -38,7 +39,7 @@ class Config:
     """A whole experiment: what is learned, from what, how, and how often it reports."""
 
     objective: Literal["denoise", "classify"]
-    model: UNetConfig | ClassifierConfig
+    model: NetworkConfig
     diffusion: DiffusionConfig
     training: TrainingConfig
     data: DataConfig

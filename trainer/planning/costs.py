@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.adm.config import GROUPS, ClassifierConfig, UNetConfig
+from trainer.adm.config import GROUPS, NetworkConfig
 from trainer.adm.encoder import Network
 from trainer.adm.norm import GroupNorm
 from trainer.adm.unet import build, example_inputs
@@ -65,7 +65,7 @@ def count(config: Config) -> NetCosts:
 
 @cache
 def of_network(
-    model: UNetConfig | ClassifierConfig,
+    model: NetworkConfig,
     *,
     dtype: torch.dtype = torch.float32,
     is_fused: bool = False,
