@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.dataset import Shards, open_shards
+from tests.support.classes import folder, packed
 from tests.support.runs import HALF, STEP, Place, build_start, equal
 from trainer import initial as initials
 from trainer import weights as files
@@ -91,6 +94,32 @@ def test_another_number_of_classes_starts_from_the_seed_by_request(
     assert equal(loaded, {k: v for k, v in formula.items() if k != "label_emb.weight"})
 
 
+def test_classes_that_start_from_others_are_named_as_far_as_names_are_known(
+    tmp_path: Path, tiny: Path, digits: Path, formula: dict[str, Tensor]
+) -> None:
+    """As many classes with other names took those of the weights without a word."""
+    same, few = open_shards(digits), ("model.num_classes = 10",)
+    names = ("red", *same.classes[1:])
+    others = packed(folder(tmp_path / "images", tuple(f"{name}/a.png" for name in names)))
+    config = configs.load(tiny)
+    files.save(tmp_path / "a.safetensors", formula, metadata={"config": configs.to_toml(config)})
+    torch.save(formula, tmp_path / "a.pt")
+
+    def said(name: str, shards: Shards, *skip: str) -> list[str]:
+        return initials.remarks(find(tmp_path / name, tiny, *skip, sets=few), shards=shards)
+
+    assert said("a.safetensors", same) == said("a.safetensors", others, "label_emb") == []
+    part = replace(same, classes=same.classes[:7])  # 0 to 6, as of a network with spare classes
+    assert said("a.safetensors", part) == said("a.pt", others, "label_emb") == []
+    assert initials.remarks(None, shards=others) == []
+    (line,) = said("a.safetensors", others)
+    first = next(i for i, name in enumerate(others.classes) if name != same.classes[i])
+    differ = f"its class {first} is '{first}', that of {others.where} '{others.classes[first]}'"
+    assert differ in line and line.endswith("from the seed, add --init-skip label_emb")
+    (line,) = said("a.pt", others)
+    assert f"does not name its classes: class 0, '{others.classes[0]}', starts from its" in line
+
+
 def test_what_a_network_has_no_place_for_is_left_out_by_request(
     tmp_path: Path, tiny: Path, formula: dict[str, Tensor]
 ) -> None:
@@ -170,6 +199,8 @@ def test_a_run_starts_from_weights_of_any_origin_and_records_them(
         record = json.loads((place.run(name) / "init.json").read_text())
         assert f"starts from {record['file']} (sha256 {record['sha256'][:12]}" in place.log(name)
     assert "; without label_emb)" in place.log("skipped")
+    assert "w.pt does not name its classes: class 0, '0', starts from" in place.log("by-file")
+    assert not any("name its classes" in place.log(name) for name in expected.keys() - {"by-file"})
     _resume(place, file)
 
 

@@ -7,7 +7,7 @@ them, only when a run begins; a run that has a checkpoint does not need them any
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +16,19 @@ from torch import Tensor
 
 from data import files
 from data.config import naming
-from trainer import diffusers_format, weights
+from data.mixture import Dataset
+from trainer import classes, diffusers_format, weights
+from trainer.adm.config import ClassifierConfig
 from trainer.adm.unet import build
 from trainer.config.experiment import Config
 from trainer.config.settings import is_in
-from trainer.networks import TrainedNetwork
+from trainer.networks import TrainedNetwork, config_of, names_of
 from trainer.run import origin
 from trainer.run.checkpoint import committed
 from trainer.run.directory import Run
+
+# Entries of `RUN/init.json`.
+_RECORDED = ("init", "file", "sha256", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,10 @@ class Initial:
     #: The parameters or modules of `--init-skip`: those of the network are initialised from the
     #: seed, and those of the file are not loaded.
     skip: tuple[str, ...] = ()
+    #: The part that differs from class to class, where it is taken, and the names of the classes
+    #: that it was trained on, where they are known. Neither is recorded.
+    class_part: str = ""
+    class_names: tuple[str, ...] | None = None
 
     @classmethod
     def find(cls, path: Path, *, skip: Sequence[str], config: Config) -> "Initial":
@@ -47,17 +56,23 @@ class Initial:
             ValueError: there are none, they do not fit, or some are not finite.
         """
         file = diffusers_format.find(path) or path
+        trained: Config | None
         if file.is_dir():
             with naming(f"--init {path}"):
                 found = TrainedNetwork.find(path)
-            file, checksum = found.file, found.sha256
+            file, checksum, trained = found.file, found.sha256, found.config
         else:
             checksum = files.sha256(file) if file.is_file() else ""
+            trained = config_of(path)
         initial = cls(
             init=str(path.absolute()), file=str(file.absolute()), sha256=checksum, skip=tuple(skip)
         )
-        weights.check_finite(initial._read(config), source=f"--init {file}")
-        return initial
+        read = initial._read(config)
+        weights.check_finite(read, source=f"--init {file}")
+        part = "out" if isinstance(config.model, ClassifierConfig) else "label_emb"
+        is_taken = any(is_in(name, part) for name in read)
+        names = names_of(trained) if trained else None
+        return replace(initial, class_part=part if is_taken else "", class_names=names)
 
     def _is_skipped(self, name: str) -> bool:
         return any(is_in(name, skip) for skip in self.skip)
@@ -111,12 +126,28 @@ def choose(arguments: argparse.Namespace, *, run: Run, config: Config) -> Initia
     return Initial.find(path, skip=skip, config=config)
 
 
+def remarks(initial: Initial | None, *, shards: Dataset) -> list[str]:
+    """What the log says where other classes, or unknown ones, start from those of `--init`."""
+    if initial is None or not initial.class_part:
+        return []
+    anew = f"to start them from the seed, add --init-skip {initial.class_part}"
+    if initial.class_names is None:
+        which = f"class 0, {shards.classes[0]!r}, starts from its class 0, and so on"
+        return [f"--init {initial.init} does not name its classes: {which}; {anew}"]
+    # Shards may have the first ones alone.
+    known = initial.class_names[: len(shards.classes)]
+    if differs := classes.difference(shards.classes, known, named=shards.where):
+        same = "each class starts from the one with its number"
+        return [f"--init {initial.init}: {differs}: {same}; {anew}"]
+    return []
+
+
 def record(initial: Initial | None, *, run: Run) -> None:
     """Write to `RUN/init.json` what the run starts from; None stands for its seed.
 
     It replaces the record of an earlier start that saved no checkpoint.
     """
-    entries = {"init": None} if initial is None else asdict(initial)
+    entries = {"init": None} if initial is None else {n: vars(initial)[n] for n in _RECORDED}
     files.write(_file(run), json.dumps({"format": "run-init-1", **entries}, indent=1) + "\n")
 
 

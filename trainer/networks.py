@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from data import files
-from data.config import naming
+from data.config import is_local, naming
+from data.dataset import class_names
 from trainer import diffusers_format, weights
 from trainer.adm.config import check
 from trainer.adm.unet import build
@@ -115,6 +116,25 @@ class TrainedNetwork:
         for tensor in net.state_dict().values():
             broadcast(tensor)
         return compute.prepare(net, training=self.config.training, device=device, say=say)
+
+
+def config_of(path: Path) -> Config | None:
+    """The config with which the weights at `path` were trained, if they or their run have it."""
+    with suppress(ValueError):
+        if (path.parent / checkpoints.STATE).is_file():
+            return configs.load(run_of(path.parent) / "config.toml")
+        return _written_config(path, "--preset")
+    return None
+
+
+def names_of(config: Config) -> tuple[str, ...] | None:
+    """The names of the classes that such a network has, if its shards are here; else None."""
+    shards = config.data.shards
+    if config.model.num_classes is None or not is_local(shards):
+        return None
+    with suppress(ValueError):
+        return class_names(shards)
+    return None
 
 
 def _written_config(path: Path, option: str) -> Config:

@@ -187,6 +187,7 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
     said = start.remarks(
         config, plan.changes, shards, held_out, ranks=world.size, ds_config=ds_config
     )
+    said += initials.remarks(plan.initial, shards=shards)
     for line in [*said, *locks, *operators.notice()]:
         log(line)
     plan = plan.with_reference(mark=context.watchdog.mark, say=log)

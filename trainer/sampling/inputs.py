@@ -5,12 +5,10 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from data.config import is_local
-from data.dataset import class_names
 from trainer import classes
 from trainer.adm.config import ClassifierConfig
 from trainer.config import experiment as configs
-from trainer.networks import TrainedNetwork
+from trainer.networks import TrainedNetwork, names_of
 
 # Settings that a classifier must share with the network that it guides, if the network has them:
 # the images, the classes, and what determines q(x_t | x_0) at a timestep.
@@ -105,14 +103,7 @@ def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) 
 
 def trained_names(network: TrainedNetwork) -> tuple[str, ...] | None:
     """The names of the classes that it was trained on, if its shards are here; else None."""
-    config = network.config
-    shards = config.data.shards
-    if not network.has_own_config or config.model.num_classes is None or not is_local(shards):
-        return None
-    try:
-        return class_names(shards)
-    except ValueError:
-        return None
+    return names_of(network.config) if network.has_own_config else None
 
 
 def check_upsampler(
