@@ -28,6 +28,7 @@ from trainer.config import settings
 from trainer.run import origin
 from trainer.run.lease import stop_command
 from trainer.run.runstate import RunState
+from trainer.sampling import options as drawings
 
 
 def start(argv: Sequence[str], *, description: str | None) -> int:
@@ -50,12 +51,28 @@ def sample(argv: Sequence[str]) -> int:
     job = Job(run=run, **_where(arguments), sample=tuple(words))
     if (count := arguments.array) is None:
         check(arguments.at_most == 1, "--at-most", arguments.at_most, "absent without --array")
+        _check_drawing(words, array=None)
         return _begin(job, arguments)
     check(count >= 1, "--array", count, "at least 1")
     check(not arguments.detach, "--detach", True, "absent with --array")
     shares = [(f"{n}", (*words, "--share", f"{n}/{count}")) for n in range(count)]
+    _check_drawing(words, array=count)
     jobs = [replace(job, run=run / name, sample=share) for name, share in shares]
     return _begin_array(jobs, arguments)
+
+
+def _check_drawing(words: Sequence[str], *, array: int | None) -> None:
+    """Refuse what trainer.sample would refuse of its options, and files that are not there."""
+    drawing = drawings.parser("python -m launch sample").parse_args(words)
+    for option in ("ranks", "gpus"):
+        value = getattr(drawing, option)
+        check(value is None, f"--{option}", value, "absent: --nodes and --gpus-per-node say it")
+    if array is not None:
+        whole = drawing.upsampler is None
+        check(whole, "--array", array, "absent with --upsampler, which needs all images")
+        check(drawing.share == (0, 1), "--share", drawing.share, "absent with --array")
+    drawings.check_options(drawing)
+    drawings.check_inputs(drawing)
 
 
 def _begin(job: Job, arguments: argparse.Namespace) -> int:

@@ -128,8 +128,8 @@ def test_a_directory_that_is_no_run_is_left_as_it_is(
         file.write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     where = {"": "--run", "sweep": "--runs", "sample": "--out"}[verb]
-    target = tmp_path if verb == "sweep" else tmp_path / "digits"
-    what = "none" if verb == "sample" else "digits"
+    target = tmp_path / {"": "digits", "sweep": "", "sample": "digits.npz"}[verb]
+    what = ROOT if verb == "sample" else "digits"
     refused(*filter(None, [verb]), what, where, target, "--cluster", SLURM, *options)
     said = capsys.readouterr()
     assert str(directory) in said.err and "name a new directory" in said.err

@@ -101,6 +101,9 @@ def test_a_wrong_command_is_refused_in_one_line(
         ["stop", "a", "b"],
         ["sweep", "digits"],
         ["sample", "runs/a"],
+        ["sample", "--out", "a.npz"],
+        ["sample", "runs/a", "--out", "a.npz", "--stepz", "9"],
+        ["sample", "runs/a", "--out", "a.npz", "--share", "3/3"],
         ["check", "--rank", "x"],
         ["digits", "--run", ""],
         ["digits", "--run=~/x"],
@@ -117,6 +120,44 @@ def test_a_wrong_option_of_any_verb_is_refused(
         main(words)
     assert end.value.code == REFUSED
     assert "usage: python -m launch" in capsys.readouterr().err
+
+
+@DRY_RUNS
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("none --out o.npz", "SOURCE none: no such file or directory"),
+        ("run --out o", "--out = 'o': must be a file that ends in .npz, or a directory, which end"),
+        ("run --out o/ --images 0", "--images = 0: must be at least 1"),
+        ("run --out o.npz --scale 2", "--scale = 2.0: must be absent without --classifier"),
+        ("run --out o.npz --classifier none", "--classifier none: no such file or directory"),
+        ("run --out o.npz --upsampler w.pt", "for a weights file, add --upsampler-preset"),
+        ("run --out o.npz --low-res none.npz", "--low-res none.npz: no such file or directory"),
+        ("run --out o.npz --labels none.txt", "--labels none.txt: no such file or directory"),
+        ("w.pt --out o.npz", "w.pt is no run directory; for a weights file, add --preset"),
+        ("w.pt --preset digitz --out o.npz", "unknown preset 'digitz' (nearest: 'digits')"),
+        ("run --out o.npz --ranks 2", "--ranks = 2: must be absent: --nodes and --gpus-per-node s"),
+        ("run --out o/ --array 2 --share 0/3", "--share = (0, 3): must be absent with --array"),
+        ("run --out o/ --array 2 --upsampler run", "--array = 2: must be absent with --upsampler"),
+        ("run --out o.npz --classifier-preset x", "--classifier-preset = 'x': must be absent wit"),
+    ],
+)
+def test_what_drawing_would_refuse_is_refused_on_the_login_node(
+    words: str,
+    message: str,
+    options: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waited in the queue first."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("w.pt").touch()
+    refused("sample", *words.split(), "--cluster", SLURM, *options)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "w.pt"}
 
 
 @DRY_RUNS

@@ -154,15 +154,20 @@ def test_a_sweep_over_settings_has_a_run_for_each_combination(
 
 @pytest.mark.parametrize("launcher", ["slurm", "mpirun", "deepspeed", "torchrun", "alone"])
 def test_sampling_is_a_job_of_every_launcher(
-    launcher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    launcher: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/a").mkdir(parents=True)
     site = tmp_path / "site.toml"
     hosts = [] if launcher in ("alone", "slurm") else ["n1"]
     site.write_text(f'launcher = "{launcher}"\nhosts = {hosts}\n')
-    words = ["runs/a", "--out", f"{tmp_path}/a.npz", "--scale", "0,1", "--gpus-per-node", "2"]
+    words = ["runs/a", "--out", f"{tmp_path}/a.npz", "--cfg", "1,2", "--gpus-per-node", "2"]
     assert main(["sample", *words, "--cluster", str(site), "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.replace("\\\n", "").split())
-    draw = "trainer.sample --patience 600 runs/a --scale 0,1"
+    draw = "trainer.sample --patience 600 runs/a --cfg 1,2"
     rank = f"{draw} --out {tmp_path}/a.npz --job {tmp_path}/a.job --ranks 2"
     assert rank in said and not (tmp_path / "a.job").exists()
 
@@ -246,7 +251,7 @@ def test_a_script_with_a_name_that_is_no_utf_8_is_submitted(
     monkeypatch.chdir(tmp_path / "gr\udcf6n")
     sbatch("echo 7")
     Path("site.toml").touch()
-    words = ["sample", "/runs/digits", "--out", "a.npz", "--cluster", "site.toml"]
+    words = ["sample", str(tmp_path), "--out", "a.npz", "--cluster", "site.toml"]
     assert main(words) == 0
     assert records.job_id(Path("a.job")) == "7"
 
@@ -254,6 +259,7 @@ def test_a_script_with_a_name_that_is_no_utf_8_is_submitted(
 def test_a_sampling_array_has_a_job_for_each_share(sbatch: Sbatch) -> None:
     sbatch("echo 7")
     Path("site.toml").write_text("")
+    Path("runs/a").mkdir(parents=True)
     words = ["runs/a", "--out", "samples/", "--array", "3", "--at-most", "2"]
     assert main(["sample", *words, "--cluster", "site.toml"]) == 0
     assert "#SBATCH --array=0-2%2" in Path("samples.job/sweep.sh").read_text()

@@ -16,6 +16,8 @@ Predict = Literal["eps", "x0"]
 Variance = Literal["learned", "fixed_large", "fixed_small"]
 # How GroupNorm is computed: by torch, or in one operation with what follows it.
 Kernels = Literal["plain", "fused"]
+# Where a guidance is taken: x_t as published, or the mean of x_{t-1} as Algorithm 1 derives it.
+GuideAt = Literal["x_t", "mean"]
 Loss = Literal["hybrid", "hybrid_rescaled", "vlb", "vlb_rescaled", "simple"]
 
 # The label of an image whose class the net is not told.

@@ -6,21 +6,18 @@ Samplers yield after every step, so a caller can show progress.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from trainer.adm import keyed
-from trainer.adm.config import NO_LABEL
+from trainer.adm.config import NO_LABEL, GuideAt
 from trainer.adm.diffusion import Diffusion, Net, Prediction
 
 Guidance = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 """Step -> the standard normal noise that it adds, shaped as the images."""
-GuideAt = Literal["x_t", "mean"]
-"""Where a guidance is taken: x_t as published, or the mean of x_{t-1} as Algorithm 1 derives it."""
 
 
 def ancestral(

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from data.config import naming
 from data.stream import Batch, Stream
-from trainer.adm.config import UNetConfig, check
+from trainer.adm.config import GuideAt, UNetConfig, check
 from trainer.adm.diffusion import Diffusion, Net
 from trainer.adm.objective import low_resolution, to_range
 from trainer.adm.sampler import (
     Guidance,
-    GuideAt,
     ancestral,
     classifier_free,
     ddim,

@@ -21,9 +21,8 @@ from data import files
 from data.config import naming
 from trainer.adm import keyed
 from trainer.config.settings import nearest
+from trainer.sampling.options import BALANCED, RANDOM
 
-# The rules of `--labels`; anything else is a file.
-BALANCED, RANDOM = "balanced", "random"
 # The rule where each image has the class of its low-resolution image.
 LOW_RES = "low-res"
 

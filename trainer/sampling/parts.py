@@ -3,23 +3,22 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trainer.adm.config import GuideAt
 from trainer.adm.diffusion import Diffusion
 from trainer.adm.objective import low_resolution, to_range
-from trainer.adm.sampler import GuideAt, classifier_guidance
+from trainer.adm.sampler import classifier_guidance
 from trainer.networks import TrainedNetwork
 from trainer.sampling.draw import SamplerConfig, draw, tile, to_pixels
 from trainer.sampling.labels import Labels, columns
+from trainer.sampling.options import Pixels
 from trainer.sampling.output import Output
 from trainer.sampling.samplefile import Samples, open_samples
-
-Pixels = Literal["round", "adm"]
 
 # The most images in the PNG.
 GRID = 100
