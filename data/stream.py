@@ -108,8 +108,7 @@ class Stream:
 
         Raises:
             ValueError: `batch_size` is no multiple of ranks x micro_batch_size; damaged shards.
-            OSError: shards cannot be read.
-            RuntimeError: a worker died.
+            OSError: shards cannot be read, or a worker died.
         """
         divides = batch_size % (ranks * micro_batch_size) == 0
         of = f"ranks x training.micro_batch = {ranks} x {micro_batch_size}"

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from data.exits import TO_BE_CONTINUED
 from tests.support.cluster import ROOT
 from trainer.ranks import signals
 from trainer.ranks.signals import Preemption
@@ -56,3 +57,19 @@ def test_a_process_records_signals_early_and_is_not_killed_as_it_ends() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     said = "\nstop requested: the run saves and stops after this step\n"
     assert (done.returncode, done.stderr) == (0, said)
+
+
+def test_a_rank_saves_where_its_torchrun_and_the_terminal_are_gone() -> None:
+    # What is forked has another parent than what asked for its own.
+    code = (
+        "import os\n"
+        "from trainer.ranks.signals import Preemption\n"
+        "preemption, (reader, writer) = Preemption(), os.pipe()\n"
+        "os.dup2(writer, 2), os.close(reader)\n"
+        "if rank := os.fork():\n"
+        "    os._exit(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]))\n"
+        f"os._exit({TO_BE_CONTINUED} if preemption.stop_requested else 1)\n"
+    )
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env)
+    assert done.returncode == TO_BE_CONTINUED

@@ -104,7 +104,7 @@ class Loop(Parts):
                 self._keep_averages()
             if not stop and not self._measures.take(self.images_seen):
                 stop = True
-                if not ends and reported < self.images_seen:
+                if reported < self.images_seen:
                     self._report(progress, since=reported)
                 self._saving.save(self.images_seen, ends=True)
             if self._due(every.audit) and not ends and not stop:

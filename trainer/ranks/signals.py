@@ -57,7 +57,7 @@ class Preemption:
         """Whether this rank was told to stop, or its torchrun has ended."""
         if self._parent not in (None, os.getppid()) and not self._stop_requested:
             self._stop_requested = True
-            os.write(2, f"\ntorchrun has ended: {self._effect}\n".encode())
+            self._say("torchrun has ended")
         return self._stop_requested
 
     @stop_requested.setter
@@ -87,8 +87,12 @@ class Preemption:
         if not self._stop_requested:
             # Both ahead of the line: as it is written, the next signal may come.
             self._stop_requested, self._since = True, time.monotonic()
-            if is_main_process():  # not by print, which a signal may have interrupted
-                with suppress(OSError):  # the terminal may be gone
-                    os.write(2, f"\nstop requested: {self._effect}\n".encode())
+            if is_main_process():
+                self._say("stop requested")
         elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
             raise KeyboardInterrupt
+
+    def _say(self, what: str) -> None:
+        """Not by print, which a signal may have interrupted."""
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{what}: {self._effect}\n".encode())
