@@ -161,7 +161,8 @@ class CachedReader(Reader):
         except OSError as error:
             self._usable = False
             said = f"data.cache = {self._directory}: {files.reason(error)}"
-            print(f"{said}; continuing without the cache", file=sys.stderr)
+            with suppress(OSError):  # the output may be on the same disk
+                print(f"{said}; continuing without the cache", file=sys.stderr)
 
 
 def _chunks(first: int, size: int) -> range:

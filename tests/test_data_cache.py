@@ -1,7 +1,10 @@
 """A node's cache: damaged, too small or on a full disk, it costs time and nothing else."""
 
+import codecs
+import io
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -100,6 +103,14 @@ def test_a_full_cache_disk_costs_speed_only(
         assert epoch(url, cache=str(tmp_path)) == epoch(whole.root)
     assert "File too large; continuing without the cache" in capfd.readouterr().err
     assert not any(path.is_file() and path.stat().st_size > 4096 for path in tmp_path.rglob("*"))
+
+
+def test_a_full_cache_disk_that_has_the_output_too_costs_speed_only(
+    whole: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with io.FileIO("/dev/full", "w") as full, full_disk(4096):
+        monkeypatch.setattr(sys, "stderr", codecs.getwriter("utf-8")(full))
+        assert epoch(whole.root, cache=str(tmp_path)) == epoch(whole.root)
 
 
 def test_what_vanishes_as_the_cache_is_opened_does_not_turn_it_off(
