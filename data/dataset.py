@@ -24,7 +24,7 @@ from data.reader import Reader
 from data.stores import FINAL
 from data.tars import HEADER, read_header
 
-# Shards that are checked at once; each asks for two sizes and reads at most one index.
+# Shards that are checked at once; each asks for two sizes and reads at most one index and header.
 _REQUESTS = 32
 
 
@@ -117,10 +117,10 @@ def open_shards(
 ) -> Shards:
     """Open a packed dataset; check that each shard is there, of the right size, with its index.
 
-    `~` and `$VARIABLES` in a path are replaced. Indexes in a directory are checked now, those
-    behind a URL when they are first used; the sizes of files behind a `pipe:` are unknown until
-    they are read. With `check_files` False, only the manifest is read: one process of a node is
-    enough to check the rest. `named` is the setting that has the path, for messages.
+    `~` and `$VARIABLES` in a path are replaced. Indexes in a directory are checked now, and each
+    tar's last header; indexes behind a URL when they are first used; the sizes of files behind a
+    `pipe:` are unknown until they are read. With `check_files` False, only the manifest is read:
+    one process of a node is enough to check the rest. `named` is the setting that has the path.
 
     Raises:
         ValueError: there is no dataset, or a file is missing or not what the manifest says, or a
@@ -129,8 +129,7 @@ def open_shards(
     """
     reader = Reader(expanded(str(root), name=named), config=fetch or FetchConfig())
     shards = _read_manifest(reader)
-    fault = next(_faults(shards, reader), None) if check_files else None
-    if fault:
+    if check_files and (fault := next(_faults(shards, reader), None)):
         raise ValueError(fault)
     return shards
 
@@ -201,6 +200,8 @@ def _read_manifest(reader: Reader) -> Shards:
     try:
         content = reader.whole(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
+        if is_local(reader.root):
+            files.check_link(Path(reader.root))
         raise ValueError(
             f"no dataset at {reader.name}: {MANIFEST} is missing; make one with "
             "`python -m data.pack`"
@@ -215,9 +216,7 @@ def _read_manifest(reader: Reader) -> Shards:
 
 def _faults(shards: Shards, reader: Reader) -> Iterator[str]:
     """The faults of the shards' files that show without reading a tar."""
-    size_of: Callable[[str], int | None] = reader.size
-    if is_local(shards.root):
-        size_of = _sizes_in(shards.root).__getitem__
+    size_of = _sizes_in(shards.root).__getitem__ if is_local(shards.root) else reader.size
     with ThreadPoolExecutor(_REQUESTS) as threads:
         look = partial(_fault, shards, reader, size_of)
         yield from filter(None, threads.map(look, range(len(shards.shards))))
@@ -228,8 +227,9 @@ def _sizes_in(root: str) -> dict[str, int]:
     found = {}
     with os.scandir(root) as entries:
         for entry in entries:
-            with suppress(OSError):  # such as a link to nothing, which counts as missing
-                found[entry.name] = entry.stat().st_size
+            with suppress(OSError):  # a link to nothing or a directory counts as missing
+                if entry.is_file():
+                    found[entry.name] = entry.stat().st_size
     return found
 
 
@@ -242,7 +242,9 @@ def _fault(
         try:
             size = size_of(name)
         except (KeyError, FileNotFoundError):
-            return f"{shards.where}/{name} is missing: the manifest lists it; copy or pack it again"
+            link = files.link_fault(Path(shards.root, name)) if is_local(shards.root) else ""
+            missing = link or f"{shards.where}/{name} is missing"
+            return f"{missing}: the manifest lists it; copy or pack it again"
         except FINAL as error:
             return str(error)
         if name == shard.tar and size not in (None, shard.bytes):
@@ -258,7 +260,7 @@ def _fault(
 
 
 def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:
-    """The fault of the content of a shard's index."""
+    """The fault of the content of a shard's index, or in a directory of the tar's end."""
     shard = shards.shards[number]
     try:
         if is_local(shards.root):  # the reader would keep the file open
@@ -270,10 +272,24 @@ def _index_fault(shards: Shards, reader: Reader, number: int) -> str | None:
                 f"{shards.where}/{shard.index} is damaged or of another packing: its checksum is "
                 "not the manifest's; copy or pack it again"
             )
-        shards.parse_index(number, content, reader=reader)
+        index = shards.parse_index(number, content, reader=reader)
+        return _end_fault(shards, reader, shard, index) if is_local(shards.root) else None
     except (ValueError, OSError) as error:
         return files.reason(error)
-    return None
+
+
+def _end_fault(shards: Shards, reader: Reader, shard: Shard, index: Index) -> str | None:
+    """The fault of a tar that has not the last image of its index, found before training does."""
+    if not len(index):
+        return None
+    first, size = int(index[-1]["offset"]) - HEADER, index[-1]["size"]
+    with suppress(ValueError):
+        if read_header(reader.read(shard.tar, first=first, size=HEADER))[1] == size:
+            return None
+    return (
+        f"{shards.where}/{shard.tar} has no header of the last image of {shard.index} at byte "
+        f"{first}: it was copied in part, or is another shard; copy or pack it again"
+    )
 
 
 def _sha256_of(reader: Reader, shard: Shard) -> str:

@@ -93,8 +93,15 @@ def check_text(text: str, *, option: str) -> None:
 
 def check_link(path: Path) -> None:
     """Raise ValueError if a path is a link whose target is missing, such as an unmounted disk."""
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+    if fault := link_fault(path):
+        raise ValueError(fault)
+
+
+def link_fault(path: Path) -> str:
+    """That a path is a link whose target is missing; "" for all others."""
+    if path.is_symlink() and not os.path.exists(path):
+        return f"{path} is a link to {os.readlink(path)}, which does not exist"
+    return ""
 
 
 def nearest(path: Path) -> Path:
@@ -153,7 +160,7 @@ def reason(error: Exception) -> str:
 
 def _denied(path: Path) -> tuple[str, str]:
     """Which right to a path this user lacks, and the owner's name; "" and "" if none."""
-    path = path.absolute()
+    path = Path(os.path.realpath(path))  # the directories of a link's target count
     places = [(place, os.X_OK, "enter") for place in reversed(path.parents)]
     last = path if os.path.exists(path) else path.parent
     for place, right, what in (*places, (last, os.R_OK, "read"), (last, os.W_OK, "write")):

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,59 @@ def test_a_replaced_shard_of_the_same_layout_stops_the_run(copy: Shards, first: 
     open_shards(copy.root)
     fails(copy, ValueError, r"00001\.tar: several images have wrong checksums")
     assert "00001.tar" in verify(copy.root, full=True)[0]
+
+
+def zero_end(shards: Shards) -> None:
+    """As a file of the right size whose last blocks were never written."""
+    path = Path(shards.root) / "00002.tar"
+    size, at = path.stat().st_size, int(shards.index(2)[-1]["offset"]) - 512
+    os.truncate(path, at)
+    os.truncate(path, size)
+
+
+def swap(shards: Shards) -> None:
+    """As shards under each other's names, of one size."""
+    paths = [Path(shards.root) / f"0000{i}.tar" for i in (1, 2)]
+    for path, content in zip(paths, [p.read_bytes() for p in reversed(paths)], strict=True):
+        path.write_bytes(content)
+
+
+def link_to_nothing(shards: Shards) -> None:
+    """As a merged dataset whose parts are on a disk that is not mounted."""
+    path = Path(shards.root) / "00002.tar"
+    path.unlink()
+    path.symlink_to("/unmounted/00002.tar")
+
+
+def put_directory(shards: Shards) -> None:
+    path = Path(shards.root) / "00002.idx.npy"
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (zero_end, r"00002\.tar has no header of the last image of 00002\.idx\.npy at byte \d+"),
+        (swap, r"00001\.tar has no header of the last image|00001\.tar has \d+ bytes"),
+        (link_to_nothing, r"00002\.tar is a link to /unmounted/00002\.tar, which does not exist"),
+        (put_directory, r"00002\.idx\.npy is missing: the manifest lists it"),
+    ],
+)
+def test_a_shard_that_is_there_in_part_is_found_as_the_dataset_is_opened(
+    copy: Shards, damage: Callable[[Shards], None], named: str
+) -> None:
+    damage(copy)
+    with pytest.raises(ValueError, match=named):
+        open_shards(copy.root)
+    assert re.search(named, verify(copy.root)[0])
+
+
+def test_a_dataset_behind_a_link_to_nothing_names_the_link(tmp_path: Path) -> None:
+    link = tmp_path / "shards"
+    link.symlink_to("/unmounted/shards")
+    with pytest.raises(ValueError, match="shards is a link to /unmounted/shards, which does not"):
+        open_shards(link)
 
 
 def test_an_index_of_another_packing_is_refused(copy: Shards) -> None:
