@@ -54,10 +54,11 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time left at the present rate; None where there is none."""
+        """Time left at the present rate and the present share of other work; None if unknown."""
         if self.is_finished or not self.is_running or not self.rate or self.total is None:
             return None
-        return (self.total - self.images_seen) / self.rate
+        share = self.goodput.training_share if self.goodput else 1.0
+        return (self.total - self.images_seen) / (self.rate * share)
 
     @property
     def left(self) -> str:

@@ -1,9 +1,13 @@
 """Where the time of a run went, from its timeline alone; and ranks that hold the others up."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
 
+from launch import status
+from tests.test_launch_status import make_run, make_writer
 from trainer.run import goodput
 from trainer.watch.pace import SlowRanks
 
@@ -51,6 +55,23 @@ def test_what_a_later_start_does_again_is_lost() -> None:
         "saving": 20 + 30, "drawing": 5, "productive": 90 + 80 + 95,
     }  # fmt: skip
     assert sum(found.values()) == 830  # all of the time from the submission on, once
+
+
+def test_the_time_left_counts_what_recurs_beside_training(tmp_path: Path) -> None:
+    """Of 200 seconds 50 went on training and waiting, 90 on saves and a grid, 60 on compiling."""
+    run, now = make_run(tmp_path / "run", images=500), time.time()
+    make_writer(run)
+    rows = [
+        start(now - 300),
+        training(now - 200, 0),
+        report(now - 100, 1000, compiling=60.0, waiting=10.0, saving=20.0),
+        report(now, 2000, saving=25.0, drawing=45.0),
+    ]
+    goodput.file(run).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = status.read(run)
+    assert found.total is not None and found.rate == 10.0
+    left = (found.total - 500) / 10.0 * (50 + 90) / 50
+    assert found.seconds_left == pytest.approx(left, rel=0.1)
 
 
 def test_a_checkpoint_between_two_reports_splits_the_interval() -> None:

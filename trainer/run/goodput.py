@@ -22,7 +22,7 @@ from trainer.ranks.process import began_at, boot_time
 from trainer.run import history
 from trainer.run.history import Row
 from trainer.run.lease import beat
-from trainer.run.starts import KINDS, starts_of
+from trainer.run.starts import KINDS, RECURRING, starts_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,13 @@ class Goodput:
         """The share of each kind."""
         total = sum(self.seconds.values())
         return {kind: s / total if total else 0.0 for kind, s in self.seconds.items()}
+
+    @property
+    def training_share(self) -> float:
+        """Of the time that goes on training and on what recurs beside it, such as saves."""
+        training = self.seconds["productive"] + self.seconds["waiting for data"]
+        beside = sum(self.seconds[kind] for kind in RECURRING)
+        return training / (training + beside) if training else 1.0
 
     @property
     def between_failures(self) -> float:

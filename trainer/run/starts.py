@@ -18,6 +18,8 @@ SPENT = {
     "evaluating": "evaluating",
     "auditing": "auditing",
 }
+# What a run does again and again beside training.
+RECURRING = set(SPENT.values()) - {"suspended", "compiling", "waiting for data"}
 # All kinds of time.
 KINDS = ("productive", "queued", "starting", "lost", *SPENT.values())
 
