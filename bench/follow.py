@@ -31,6 +31,7 @@ from trainer import weights
 from trainer.adm import keyed
 from trainer.adm.unet import build
 from trainer.config import experiment as configs
+from trainer.ranks.commands import on_ranks
 
 #: What is set otherwise than in a preset, to be a recipe of guided-diffusion's.
 PRESETS = {"digits": (), "digits_classifier": ("model.dropout = 0.0",)}
@@ -74,8 +75,7 @@ def initial(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
 
 def ours(run: Path, *, ranks: int, arguments: Sequence[str], log: Path) -> None:
     """Train the run in `ranks` processes; SystemExit, with its output, if that fails."""
-    start = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "--")
-    command = [sys.executable, "-m", *start, "trainer.train", *arguments, "--run", str(run)]
+    command = on_ranks(["trainer.train", *arguments, "--run", str(run)], ranks=ranks)
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:

@@ -24,6 +24,7 @@ from data import files
 from data.exits import REFUSED
 from data.progress import duration
 from data.version import commit
+from trainer.ranks.commands import on_ranks
 
 
 def run(plan: Plan, *, ranks: int) -> int:
@@ -49,12 +50,10 @@ def run(plan: Plan, *, ranks: int) -> int:
 
 def _do(step: Step, *, plan: Plan, ranks: int) -> int:
     """Run a step and note its seconds; returns its exit status."""
-    command = [sys.executable, "-m", *step.command]
-    if step.on_ranks and step.command[0] == "trainer.ablate":
+    starts_them = step.command[0] == "trainer.ablate"
+    command = on_ranks(step.command, ranks=ranks if step.on_ranks and not starts_them else 1)
+    if step.on_ranks and starts_them:
         command += ["--ranks", str(ranks)]
-    elif step.on_ranks and ranks > 1:
-        start = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-        command[2:2] = [*start, "-m", "--"]
     wall, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     status = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

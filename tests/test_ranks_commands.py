@@ -11,7 +11,7 @@ import pytest
 
 from data.exits import TO_BE_CONTINUED
 from tests.support.ranks import ROOT, wait_for
-from trainer.ranks.commands import Commands
+from trainer.ranks.commands import Commands, on_ranks
 
 # Saves for longer than subprocess.run waits after Ctrl-C, and tells which signals came.
 COMMAND = """
@@ -73,3 +73,13 @@ def test_a_command_saves_where_what_waits_for_it_is_killed(tmp_path: Path) -> No
 def test_without_a_signal_a_command_ends_as_it_does() -> None:
     with Commands() as commands:
         assert [commands.run([name]) for name in ("true", "false", "true")] == [0, 1, 0]
+
+
+def test_ranks_start_at_once_where_the_machine_s_name_has_no_address() -> None:
+    """As in a container without a network: torchrun would ask for it again and again."""
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname of.no.address && exec "$@"', "sh"]
+    if os.geteuid() or subprocess.run([*renamed, "true"]).returncode:
+        pytest.skip("root alone can rename a machine for some processes")
+    command = [*renamed, *on_ranks(["platform"], ranks=2)]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=80).stdout
+    assert len(said.splitlines()) == 2

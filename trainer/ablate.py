@@ -34,7 +34,7 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.features import DINO, open_network
 from trainer.planning import costs
 from trainer.planning.prediction import operations
-from trainer.ranks.commands import Commands
+from trainer.ranks.commands import Commands, on_ranks
 from trainer.ranks.group import alone
 from trainer.ranks.world import launched
 from trainer.run.runstate import RunState
@@ -133,7 +133,7 @@ def _run_row(found: AblationSet, row: Row, *, runs: Path, ranks: int, commands: 
         return TO_BE_CONTINUED
     for command in _left(found, row, runs=runs):
         before = RunState.read(run)
-        status = commands.run(_on_ranks(command, ranks=ranks))
+        status = commands.run(on_ranks(command, ranks=ranks))
         if command[0] == "trainer.train":
             status = ablation_rows.training_status(run, before=before, status=status)
             ablation_rows.remove_outdated(found, row, runs=runs, say=print)
@@ -201,13 +201,6 @@ def _left(found: AblationSet, row: Row, *, runs: Path) -> Iterator[list[str]]:
         yield ["trainer.sample", str(run), "--out", str(drawn), *count]
         against = ("--reference", samples.reference, "--network", samples.network)
         yield ["trainer.evaluate", str(drawn), *against, "--out", str(figures)]
-
-
-def _on_ranks(command: Sequence[str], *, ranks: int) -> list[str]:
-    if ranks == 1:
-        return [sys.executable, "-m", *command]
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [sys.executable, *start, "-m", "--", *command]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -28,6 +29,16 @@ _PDEATHSIG = 1
 def _end_with_parent() -> None:
     """Let this process be told to save and leave when what started it is killed."""
     _LIBC.prctl(_PDEATHSIG, signal.SIGTERM)
+
+
+def on_ranks(command: Sequence[str], *, ranks: int) -> list[str]:
+    """The words that run a module of ours, and its own, in so many processes of this machine."""
+    start = [sys.executable, "-m"]
+    if ranks > 1:
+        # The machine's own name may have no address, for which torchrun would wait for minutes.
+        start += ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        start += ["--nproc-per-node", str(ranks), "-m", "--"]
+    return [*start, *command]
 
 
 class Commands(Preemption):
