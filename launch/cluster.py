@@ -70,7 +70,13 @@ class Slurm:
 
     def __post_init__(self) -> None:
         for option in self.options:
-            check(option.startswith("--"), "slurm.options", option, 'such as "--name=value"')
+            is_one = option.startswith("--") and "\n" not in option
+            check(is_one, "slurm.options", option, 'such as "--name=value"')
+        for name in ("partition", "account", "qos", "constraint", "reservation", "memory"):
+            value = getattr(self, name)
+            # sbatch takes what follows a space for an option or a comment, unless it is quoted.
+            is_word = re.fullmatch(r"\S*|[^\n]*[\"'][^\n]*", value or "") is not None
+            check(is_word, f"slurm.{name}", value, "without spaces")
         is_gres = re.fullmatch(r"[\w/.-]+(:(?!\d+$)[\w.-]+)?", self.gres) is not None
         expected = 'such as "gpu" or "gpu:h100", without a number, or "none" to leave it out'
         check(is_gres, "slurm.gres", self.gres, expected)

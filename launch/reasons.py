@@ -21,6 +21,7 @@ _REFUSALS = {
     "format=account,partition,qos%60` lists yours",
     "accounting/QOS policy": f"{_CORRECT} `sacctmgr show qos` and `scontrol show partition` show "
     "the limits",
+    "reservation is invalid": f"{_CORRECT} `scontrol show reservation` lists them",
     "nvalid partition": f"{_CORRECT} `sinfo -s` lists the partitions",
     "time limit is invalid|node configuration|Memory|nvalid feature|node count": f"{_CORRECT} "
     "`sinfo -o '%P %l %D %c %m %G %f'` lists time limits, nodes, CPUs, memory, GPUs and features",

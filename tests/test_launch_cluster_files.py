@@ -24,6 +24,13 @@ from tests.test_launch_texts import big_job
         ("[slurm]\ntime = '24h'", "slurm.time = '24h': must be such as"),
         ("[slurm]\ntime = '1:2:3:4'", "slurm.time = '1:2:3:4': must be such as"),
         ("[slurm]\ntime = ''", "slurm.time = '': must be such as"),
+        (
+            "[slurm]\npartition = 'main # old'",
+            "slurm.partition = 'main # old': must be without spaces",
+        ),
+        ("[slurm]\naccount = 'a --exclusive'", "slurm.account = .*: must be without spaces"),
+        ("[slurm]\nqos = '''\nhigh\n'''", "slurm.qos = .*: must be without spaces"),
+        ("[slurm]\noptions = ['--exclusive\\nreboot']".replace("'", '"'), "slurm.options = "),
         ("[slurm]\ngres = ''", "slurm.gres = '': must be such as .* or \"none\" to leave it out"),
         ("[slurm]\ngres = 'gpu:4'", "slurm.gres = 'gpu:4': must be such as .* without a number"),
         ("[slurm]\ngres = 'gpu:h100:4'", "slurm.gres = 'gpu:h100:4': must be such as"),

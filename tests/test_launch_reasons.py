@@ -81,6 +81,7 @@ def test_a_job_that_slurm_hides_from_this_user_is_not_gone(
     [
         ("Batch job submission failed: Invalid qos specification", "`sacctmgr show associations "),
         ("invalid partition specified: gpux", "`sinfo -s` lists the partitions"),
+        ("Requested reservation is invalid", "`scontrol show reservation` lists them"),
         ("Batch job submission failed: Memory required by task is not available", "`sinfo -o '%P"),
         (f"QOSMaxGRESPerJob\nsbatch: error: {_POLICY}", "`sacctmgr show qos` and `scontrol show"),
         (f"AssocMaxSubmitJobLimit\nsbatch: error: {_POLICY}", "rerun this when others of your"),
