@@ -147,6 +147,19 @@ def test_a_request_to_stop_reaches_the_writer(tmp_path: Path) -> None:
     again.release()
 
 
+@pytest.mark.parametrize(("job", "is_own"), [("7", True), ("8", False)])
+def test_ranks_of_one_job_that_come_up_as_two_worlds_are_told_so(
+    job: str, is_own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of `srun torchrun --standalone` on two nodes: half of the ranks would train alone."""
+    holder = hold(tmp_path, job="7")
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    with pytest.raises(ValueError, match="job 7 on .* is writing") as error:
+        lease.claim(tmp_path)
+    assert ("launchers of this job did not find each other" in f"{error.value}") == is_own
+    kill(holder)
+
+
 def test_a_copy_of_a_run_that_is_being_written_is_free_at_once(tmp_path: Path) -> None:
     original, copy = tmp_path / "a", tmp_path / "b"
     (original / "launch").mkdir(parents=True)

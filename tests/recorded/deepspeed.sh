@@ -58,7 +58,7 @@ for i in "${!hosts[@]}"; do
   esac
 done
 [ ${#far[@]} = 0 ] ||
-  refuse "ssh to ${far[*]} failed, see above: every machine of hosts must accept ssh without a password"
+  refuse "ssh to ${far[*]} failed, see above: every machine of hosts must accept ssh without a password, from a machine that knows its host key"
 [ ${#bad[@]} = 0 ] || refuse "${bad[*]} cannot start the job, see above"
 
 # Ctrl-C, TERM and a closed terminal ask the ranks by a file to save and leave. The launcher has a

@@ -72,7 +72,7 @@ for i in "${!hosts[@]}"; do
   esac
 done
 [ ${#far[@]} = 0 ] ||
-  refuse "ssh to ${far[*]} failed, see above: every machine of hosts must accept ssh without a password"
+  refuse "ssh to ${far[*]} failed, see above: every machine of hosts must accept ssh without a password, from a machine that knows its host key"
 [ ${#bad[@]} = 0 ] || refuse "${bad[*]} cannot start the job, see above"
 
 # Machines of torchrun tell each other by their clocks that they live: it takes one that is 10 to 15

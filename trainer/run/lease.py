@@ -202,10 +202,16 @@ def claim(run: Path, *, mark: Callable[[str], None] = unmarked) -> Lease:
     if before is not None and not before.is_followed_by(me):
         busy = live_holder(run, mark=mark)
         if busy is not None:
-            raise ValueError(
-                f"{busy} is writing {run}: wait for it, stop it with `{stop_command(run)}`, or "
-                "name another --run directory"
+            way = (
+                f"wait for it, stop it with `{stop_command(run)}`, or name another --run directory"
             )
+            if (busy.job, busy.start) == (me.job, me.start) and me.job is not None:
+                way += (
+                    "; if both were to train together, the launchers of this job did not find each "
+                    "other: `srun` starts one rank for each task, torchrun needs --nnodes and "
+                    "--rdzv-endpoint"
+                )
+            raise ValueError(f"{busy} is writing {run}: {way}")
     _write(run, me)
     return Lease(run, me)
 
