@@ -154,7 +154,7 @@ def test_ranks_of_one_job_that_come_up_as_two_worlds_are_told_so(
     """As of `srun torchrun --standalone` on two nodes: half of the ranks would train alone."""
     holder = hold(tmp_path, job="7")
     monkeypatch.setenv("SLURM_JOB_ID", job)
-    with pytest.raises(ValueError, match="job 7 on .* is writing") as error:
+    with pytest.raises(ValueError, match=r"job 7 on .* is writing") as error:
         lease.claim(tmp_path)
     assert ("launchers of this job did not find each other" in f"{error.value}") == is_own
     kill(holder)
