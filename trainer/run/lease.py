@@ -202,16 +202,17 @@ def claim(run: Path, *, mark: Callable[[str], None] = unmarked) -> Lease:
     if before is not None and not before.is_followed_by(me):
         busy = live_holder(run, mark=mark)
         if busy is not None:
-            way = (
-                f"wait for it, stop it with `{stop_command(run)}`, or name another --run directory"
-            )
-            if (busy.job, busy.start) == (me.job, me.start) and me.job is not None:
-                way += (
+            both = ""
+            if me.job is not None and (me.job, me.start) == (busy.job, busy.start):
+                both = (
                     "; if both were to train together, the launchers of this job did not find each "
                     "other: `srun` starts one rank for each task, torchrun needs --nnodes and "
                     "--rdzv-endpoint"
                 )
-            raise ValueError(f"{busy} is writing {run}: {way}")
+            raise ValueError(
+                f"{busy} is writing {run}: wait for it, stop it with `{stop_command(run)}`, or "
+                f"name another --run directory{both}"
+            )
     _write(run, me)
     return Lease(run, me)
 
