@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ import pytest
 
 from data.exits import REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
-from trainer import train
+from trainer import evaluate, sample, train
 from trainer.ranks.group import connected
 from trainer.ranks.process import children, proc
 from trainer.ranks.signals import Preemption
@@ -164,17 +165,25 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path, tiny: Path) -> None:
     assert state.checkpoint == f"{state.images_seen:012d}"
 
 
-def train_with_few_files(words: list[str]) -> int:
+def work_with_few_files(main: Callable[[list[str]], int], words: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-    return train.main(words)
+    return main(words)
 
 
-def test_training_with_too_few_open_files_is_refused_before_the_ranks_connect(
-    tmp_path: Path, tiny: Path
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (train.main, ["digits", "--run", "{here}/run"]),
+        (sample.main, ["{here}/run", "--out", "{here}/few.npz"]),
+        (evaluate.main, ["{here}/few.npz", "--reference", "{here}/few.npz", "--network", "none"]),
+    ],
+)
+def test_work_with_too_few_open_files_is_refused_before_the_ranks_connect(
+    main: Callable[[list[str]], int], words: list[str], tmp_path: Path
 ) -> None:
     """At 247 ranks the main rank would be full at the usual limit of 1024, hours into a queue."""
-    words = [str(tiny), "--run", str(tmp_path / "run")]
-    job = ranks.fork(tmp_path / "job", partial(train_with_few_files, words), ranks=1)
+    given = [word.format(here=tmp_path) for word in words]
+    job = ranks.fork(tmp_path / "job", partial(work_with_few_files, main, given), ranks=1)
     said = job.wait()
     assert job.ranks[0].exitcode == REFUSED
     assert "at most 256 files may be open" in said and "1 ranks need 604" in said

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import torch
 
-from data import descriptors
 from data.exits import TO_BE_CONTINUED
 from data.stream import Stream, open_stream, to_device
 from data.version import version
@@ -281,11 +280,8 @@ def _leave(
 def main(argv: Sequence[str] | None = None, *, preemption: Preemption | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
-    descriptors.raise_limit()
     world = join(expected_size=arguments.ranks)
     determinism.prepare(arguments.preset, arguments.set, unset=arguments.unset)
-    # The main rank holds a connection or two of every other; the rest are files and libraries.
-    descriptors.require(4 * world.size + 600, why=f"{world.size} ranks")
     with (
         preemption or Preemption() as preemption,
         failed_gpus_noted(arguments.run, world=world),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from data import descriptors
 from data.exits import is_ours
 from trainer.ranks.connections import kept_alive
 from trainer.ranks.device import check_interfaces, device_of
@@ -46,9 +47,13 @@ def connected(world: World, *, patience: float, gpus: int | None = None) -> Iter
     `device_of`.
 
     Raises:
+        ValueError: too few files may be open here.
         Refused, Broken: on every rank, if one has no device, or is not the rank that it says.
         ConnectionError: this rank does not reach another, or is not reached.
     """
+    descriptors.raise_limit()
+    # The main rank holds a connection or two of every other; the rest are files and libraries.
+    descriptors.require(4 * world.size + 600, why=f"{world.size} ranks")
     os.environ.update(world.environment())
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED))
     with kept_alive():
