@@ -1,7 +1,9 @@
-"""Evaluation at the paper's sizes: bounded memory, and lines about what takes long."""
+"""Evaluation at the paper's sizes: bounded memory; lines about what takes long or is left out."""
 
 import json
+import shutil
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from data import progress
+from tests.support import ranks
 from trainer.evaluate import main
 from trainer.evaluation import evaluator, extraction, figures, reference
 from trainer.evaluation.extraction import Extracted, Share
@@ -106,3 +109,15 @@ def test_precision_and_recall_of_parts_are_those_of_each_alone(count: int) -> No
     squared = [torch.cdist(a.double(), b.double()) for a, b in ((there, here), (here, here))]
     near = squared[1].sort(dim=1).values[:, 3]
     assert found[0][1] == pytest.approx(float((squared[0] <= near).any(dim=1).double().mean()))
+
+
+def test_tars_that_are_not_of_the_dataset_are_named_where_it_is_evaluated(
+    weights: dict[str, list[str]], digits: Path, tmp_path: Path
+) -> None:
+    beside = shutil.copytree(digits, tmp_path / "data") / "zz.tar"
+    beside.touch()
+    few = ["--images", "2", "--steps", "2"]
+    argv = ["nll", *weights["unet"], *few, "--data", str(beside.parent)]
+    job = ranks.fork(tmp_path / "job", partial(main, argv), ranks=1)
+    assert "1 tar is not in manifest.json and not read, such as zz.tar; to use" in job.wait()
+    assert [process.exitcode for process in job.ranks] == [0], job.text

@@ -1,6 +1,7 @@
 """`--init`: from which files a run starts, what is refused, and what the run records of it."""
 
 import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_weights_by_diffusers_names_start_a_run_and_are_of_the_network_or_refuse
 
 
 def test_a_run_starts_from_weights_of_any_origin_and_records_them(
-    place: Place, tmp_path: Path, formula: dict[str, Tensor]
+    place: Place, tmp_path: Path, digits: Path, formula: dict[str, Tensor]
 ) -> None:
     file = tmp_path / "w.pt"
     torch.save(formula, file)
@@ -183,7 +184,10 @@ def test_a_run_starts_from_weights_of_any_origin_and_records_them(
         [*place.arguments(name, stage=stage, sets=ONE), "--init", str(origin)]
         for stage, (name, origin) in enumerate(origins.items(), 1)
     ]
-    skip = [*place.arguments("skipped", sets=ONE), "--init", str(file), "--init-skip", "label_emb"]
+    beside = shutil.copytree(digits, tmp_path / "beside") / "zz.tar"
+    beside.touch()
+    skip = place.arguments("skipped", sets=(*ONE, f"data.shards = '{beside.parent}'"))
+    skip += ["--init", str(file), "--init-skip", "label_emb"]
     assert place.train(*runs, skip, world=2) == [0] * 4
     newest = sorted((place.run("2x2") / "checkpoints").iterdir())[-1]
     expected = {
@@ -199,6 +203,8 @@ def test_a_run_starts_from_weights_of_any_origin_and_records_them(
         record = json.loads((place.run(name) / "init.json").read_text())
         assert f"starts from {record['file']} (sha256 {record['sha256'][:12]}" in place.log(name)
     assert "; without label_emb)" in place.log("skipped")
+    logs = {name for name in expected if "1 tar is not in manifest.json and" in place.log(name)}
+    assert logs == {"skipped"}
     assert "w.pt does not name its classes: class 0, '0', starts from" in place.log("by-file")
     assert not any("name its classes" in place.log(name) for name in expected.keys() - {"by-file"})
     _resume(place, file)

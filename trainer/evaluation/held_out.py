@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.config import naming
-from data.dataset import class_names, open_shards
+from data.dataset import class_names, open_shards, unlisted
 from data.exits import CommandParser, place_text
 from data.progress import Progress
 from data.stream import Batch
@@ -241,6 +241,8 @@ def _open_images(
     config = network.config
     check_files = world.local_rank == 0
     shards = open_shards(arguments.data, fetch=config.data, check_files=check_files)
+    if world.is_main and (said := unlisted(shards)):
+        print(said)
     try:
         own = class_names(config.data.shards)
     except ValueError:
