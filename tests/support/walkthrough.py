@@ -59,6 +59,7 @@ SMALLER = (
 STAND_INS = (
     (r"weights-inception-2015-12-05-6726825d\.pth", "runs/classifier64"),
     (r"(?<!\w)/data/", "data-of-the-site/"),
+    (r"launch sample runs/digits", "launch sample runs/imagenet64"),
 )
 #: What is made before the first page, in this order.
 FIRST = (
