@@ -4,7 +4,9 @@ Sample files are larger than memory: their header is read alone, their images in
 """
 
 import io
+import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 
 # Bytes of a zip file's local header before the name.
 _LOCAL_HEADER = 30
+# Bytes that are read at once.
+_PIECE = 2**20
 
 
 def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -57,6 +61,16 @@ def read(path: Path, name: str) -> NDArray[Any]:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
+def check(path: Path, name: str) -> None:
+    """Raise ValueError unless all bytes of an array are as they were written; reads them."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+            while stream.read(_PIECE):
+                pass
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}: copy or make it again") from None
+
+
 def mapped(path: Path, name: str) -> NDArray[Any]:
     """One array of a file, mapped into memory, or read in full if it is compressed.
 
@@ -73,9 +87,12 @@ def mapped(path: Path, name: str) -> NDArray[Any]:
         file.seek(info.header_offset)
         header = file.read(_LOCAL_HEADER)
         lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        file.seek(info.header_offset + _LOCAL_HEADER + sum(lengths))
+        file.seek(first := info.header_offset + _LOCAL_HEADER + sum(lengths))
         shape, fortran, dtype = read_header(file)
-        if dtype.hasobject or not np.prod(shape):
-            raise ValueError(f"{name} is {dtype} {shape}")
         at, order = file.tell(), "F" if fortran else "C"
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or not size:
+            raise ValueError(f"{name} is {dtype} {shape}")
+        if (there := info.file_size - (at - first)) != size:
+            raise ValueError(f"{name} is {dtype} {shape} and has {there} bytes instead of {size}")
     return np.memmap(path, dtype=dtype, mode="r", offset=at, shape=shape, order=order)  # type: ignore[call-overload]

@@ -17,7 +17,7 @@ from trainer.evaluate import main
 from trainer.evaluation import evaluator, extraction, figures, reference
 from trainer.evaluation.extraction import Extracted, Share
 from trainer.evaluation.features import open_network
-from trainer.ranks.group import alone
+from trainer.ranks.group import Refused, alone
 from trainer.sampling.samplefile import open_samples
 
 
@@ -121,3 +121,18 @@ def test_tars_that_are_not_of_the_dataset_are_named_where_it_is_evaluated(
     job = ranks.fork(tmp_path / "job", partial(main, argv), ranks=1)
     assert "1 tar is not in manifest.json and not read, such as zz.tar; to use" in job.wait()
     assert [process.exitcode for process in job.ranks] == [0], job.text
+
+
+def test_a_damaged_file_is_refused_before_its_features_are_computed(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), np.uint8)
+    whole, hole = tmp_path / "whole.npz", tmp_path / "hole.npz"
+    np.savez(whole, arr_0=images)
+    content = whole.read_bytes()
+    hole.write_bytes(content[:1000] + bytes(1000) + content[2000:])
+    for samples, other in ((whole, hole), (hole, whole)):
+        words = [str(samples), "--reference", str(other), "--network", str(network)]
+        with pytest.raises(Refused, match=r"hole\.npz is damaged: Bad CRC-32"):
+            main(words)
+        assert f"images of {hole}" not in capsys.readouterr().out

@@ -167,3 +167,22 @@ def test_a_message_of_other_classes_shows_where_they_differ(tmp_path: Path, chan
     assert len(said) < 600 + len(str(tmp_path))
     assert "998, 999, 1000, 1001" in said
     assert ("998, 999]" if change == "fewer" else "998, 999, 999, 1001") in said
+
+
+def test_parts_that_a_request_has_not_or_are_behind_a_link_to_nothing_are_named(
+    tmp_path: Path,
+) -> None:
+    images, labels = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
+    request = {"images": 4, "batch": 2, "noise": 1, "pixels": "round", "guide_at": "x_t"}
+    request |= {"cfg": None, "labels": None}
+    output = NpzOutput(tmp_path / "a.npz", size=4, request=request)
+    output.open()
+    output.write(0, images, labels)
+    assert output.is_begun()
+    shutil.copy(output.work / "000000.npz", output.work / "000099.npz")
+    with pytest.raises(ValueError, match=r"a\.parts holds a part 99, and this request has 2, from"):
+        output.is_begun()
+    shutil.rmtree(output.work)
+    output.work.symlink_to("/unmounted/a.parts")
+    with pytest.raises(ValueError, match=r"is a link to /unmounted/a\.parts, which does not"):
+        output.open()

@@ -1,10 +1,12 @@
 """Sample files and directories of shards are read alike, by the places of their images."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data import npz
 from data.pack import pack
 from data.packing.begun import Request
 from data.packing.plan import PackConfig
@@ -55,3 +57,26 @@ def test_what_is_no_sample_file_is_refused_by_name(tmp_path: Path) -> None:
             open_samples(tmp_path / f"{name}.npz")
     with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         open_samples(tmp_path)
+
+
+def test_images_that_are_not_those_that_were_written_have_no_checksum(tmp_path: Path) -> None:
+    """As where a download left a hole: the images are mapped, which checks nothing."""
+    path = tmp_path / "hole.npz"
+    np.savez(path, arr_0=np.full((8, 16, 16, 3), 7, np.uint8))
+    content = bytearray(path.read_bytes())
+    content[2000:4000] = bytes(2000)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"hole\.npz is damaged: Bad CRC-32 .*: copy or make it"):
+        open_samples(path).checksum()
+
+
+def test_a_header_of_more_images_than_there_are_is_refused(tmp_path: Path) -> None:
+    path, images = tmp_path / "more.npz", np.ones((2, 4, 4, 3), np.uint8)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", npz.image_header((3, 4, 4, 3)) + images.tobytes())
+        archive.writestr("other", bytes(1000))
+    with pytest.raises(ValueError, match=r"\(3, 4, 4, 3\) and has 96 bytes instead of 144"):
+        open_samples(path)
+    np.savez(path, images=images)
+    with pytest.raises(ValueError, match=r"more\.npz has no array arr_0: must be the images"):
+        open_samples(path)

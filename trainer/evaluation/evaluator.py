@@ -39,8 +39,9 @@ class Evaluator:
         `kept` are positions. Every rank computes a share; the main rank gets the result.
 
         Raises:
-            Refused: an image is damaged, or its features are not finite.
+            Refused: the file or an image is damaged, or its features are not finite.
         """
+        from_main(samples.checksum)  # finds a damaged file before the features are computed
         if self.world.is_main:
             self.say(f"features of {samples.count:,} images of {samples.path}")
         mine = agreed(lambda: self._share(samples, kept=kept))

@@ -136,8 +136,9 @@ class Output(ABC):
         """Whether `work` is there, with this request.
 
         Raises:
-            ValueError: it holds parts of another request, or does not say of which.
+            ValueError: it holds parts of another request, or does not say of which, or others.
         """
+        files.check_link(self.work)
         recorded = _recorded(self.work / REQUEST)
         if recorded is None:
             self._check_left()
@@ -152,6 +153,11 @@ class Output(ABC):
             raise ValueError(
                 f"{self.work} holds parts of a {'file' if self.is_directory else 'directory'} of "
                 f"this name: draw that --out to its end, remove {self.work}, or name another --out"
+            )
+        if beyond := [part for part in self.listed() if part >= self.parts]:
+            raise ValueError(
+                f"{self.work} holds a part {beyond[0]}, and this request has {self.parts}, from 0: "
+                "remove it, or name another --out"
             )
         return True
 

@@ -47,7 +47,11 @@ class Samples(Protocol):
         ...
 
     def checksum(self) -> str:
-        """Identifies the content; reads every byte of a file."""
+        """Identifies the content; reads every byte of a file, the first time.
+
+        Raises:
+            ValueError: a file's images are not those that were written.
+        """
         ...
 
 
@@ -80,7 +84,7 @@ class NpzSamples:
     """An `.npz`: uint8 NHWC in `arr_0`, and where there are classes, labels in `arr_1`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._checksum = path, ""
         try:
             self._images = npz.mapped(path, "arr_0")
             with np.load(path, allow_pickle=False) as file:
@@ -88,6 +92,11 @@ class NpzSamples:
                 self.record = json.loads(str(file[RECORD])) if RECORD in file else None
         except PermissionError:
             raise
+        except KeyError:
+            raise ValueError(
+                f"{path} has no array arr_0: must be the images, uint8 (N, H, W, 3), and arr_1 "
+                "their labels, if any"
+            ) from None
         except Exception as error:  # numpy and zipfile raise errors of many types for other files
             raise ValueError(
                 f"{path} is not a readable sample file: {error}; an .npz or a directory of packed "
@@ -105,8 +114,11 @@ class NpzSamples:
         return np.array(self._images[first:last])
 
     def checksum(self) -> str:
-        """The sha256 of the file."""
-        return files.sha256(self.path)
+        """As `Samples.checksum`: the sha256 of the file."""
+        if not self._checksum:
+            npz.check(self.path, "arr_0")  # mapped into memory, they are read without a check
+            self._checksum = files.sha256(self.path)
+        return self._checksum
 
     def _checked(self, labels: NDArray[Any]) -> NDArray[np.int64] | None:
         if labels.shape != (self.count,) or labels.dtype.kind not in "iu":
