@@ -85,10 +85,11 @@ def test_a_failure_is_noted_beside_a_batch_that_is_drawn(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", meanwhile)
-    state.fail("lost: n2")
+    why = "n1: lost: n2 (ranks 2, 3; working): not heard from for 60 s"
+    state.fail(why)
     drawn.join()
     found = RunState.read(tmp_path)
-    assert found is not None and (found.state, found.why) == ("failed", "lost: n2")
+    assert found is not None and (found.state, found.why, found.lost) == ("failed", why, "n2")
 
 
 def job_of(words: list[str]) -> DrawJob:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -135,6 +136,7 @@ def test_a_lost_rank_ends_the_drawing_and_is_named(
     state = RunState.read(tmp_path / "a.job")
     assert state is not None and state.state == "failed", job.text
     assert re.search(r": lost: \S+ \(rank 1; [^)]*\): ", state.why or ""), state
+    assert state.lost == socket.gethostname()  # the job script excludes it when it is lost again
     assert "Traceback" not in job.text
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from trainer.ranks.faults import named_hosts
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import scheduler_job
 from trainer.run.lease import Lease, claim, way_to_resume
@@ -34,7 +35,7 @@ class JobState:
     def fail(self, why: str) -> None:
         """Note that this start has failed, from the watchdog's thread; it has been printed."""
         with suppress(OSError):
-            self.note("failed", why)
+            self.note("failed", why, lost=",".join(named_hosts(why)) or None)
 
     @property
     def why_stopped(self) -> str:
@@ -47,10 +48,10 @@ class JobState:
         """As `trainer.run.lease.way_to_resume`."""
         return "rerun the same command to resume" if self._job is None else way_to_resume(self._job)
 
-    def note(self, state: State, why: str | None = None) -> None:
+    def note(self, state: State, why: str | None = None, *, lost: str | None = None) -> None:
         """Write the state, with the number of batches that all starts have drawn.
 
-        What is noted after a failure is ignored.
+        `lost` has the hosts whose ranks were lost. What is noted after a failure is ignored.
         """
         with self._writing:
             if self._job is None or self._has_failed:
@@ -59,6 +60,7 @@ class JobState:
             RunState(
                 state=state,
                 why=why,
+                lost=lost,
                 job_id=scheduler_job()[0],
                 checkpoint=f"{self._drawn:012d}" if self._drawn else None,
             ).write(self._job, writer=f"{socket.gethostname()}.{os.getpid()}")
