@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,11 +21,12 @@ from launch.__main__ import main as launch
 from tests.support import ranks
 from tests.support.cluster import ROOT
 from trainer import sample
+from trainer.ranks.signals import Preemption
 from trainer.run.lease import claim, live_holder
 from trainer.run.runstate import RunState
 from trainer.sampling import drawing
 from trainer.sampling.inputs import SampleInputs
-from trainer.sampling.jobstate import JobState
+from trainer.sampling.jobstate import JobState, noted
 from trainer.sampling.parts import DrawJob
 from trainer.sampling.requests import base_jobs
 
@@ -90,6 +92,15 @@ def test_a_failure_is_noted_beside_a_batch_that_is_drawn(
     drawn.join()
     found = RunState.read(tmp_path)
     assert found is not None and (found.state, found.why, found.lost) == ("failed", why, "n2")
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, torch.OutOfMemoryError])
+def test_a_gpu_that_fails_counts_against_its_node(tmp_path: Path, error: type[Exception]) -> None:
+    with pytest.raises(error), noted(tmp_path, preemption=Preemption()):
+        raise error("CUDA error: unspecified launch failure")
+    found = RunState.read(tmp_path)
+    assert found is not None and found.state == "failed"
+    assert found.lost == (socket.gethostname() if error is torch.AcceleratorError else None)
 
 
 def job_of(words: list[str]) -> DrawJob:

@@ -8,6 +8,7 @@ import torch
 
 from data import files
 from data.exits import REFUSED, exit_status
+from trainer.ranks.world import host_name
 
 
 class Refused(ValueError):
@@ -70,6 +71,13 @@ class Fault:
     def alike(self) -> "Refused | Broken":
         """The error."""
         return Refused(self.text) if self.is_users else Broken(self.text, hosts=self.hosts)
+
+
+def failed_hosts(error: BaseException) -> str | None:
+    """The machines whose GPUs made this error, with commas between them; None if none did."""
+    if isinstance(error, torch.AcceleratorError):  # it may be this machine's fault
+        return host_name()
+    return getattr(error, "hosts", None) or None
 
 
 def describe(error: ValueError | OSError) -> str:

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data import files
 from data.config import shown
 from data.progress import duration, on_terminal
@@ -26,7 +24,7 @@ from data.version import version
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
 from trainer.config.settings import is_in
-from trainer.ranks.faults import named_hosts
+from trainer.ranks.faults import failed_hosts, named_hosts
 from trainer.ranks.world import host_name
 from trainer.run import goodput
 from trainer.run import lease as leases
@@ -130,11 +128,8 @@ class Run:
         # Where another rank's end was noted already, the error only follows from that.
         elif found is None or found.state == "running":
             state = "refused" if isinstance(error, ValueError) else "failed"
-            self._note(state=state, why=shown(f"{error}") or type(error).__name__)
-            # The device's error may be its machine's fault, as for the other ranks.
-            failed = isinstance(error, torch.AcceleratorError)
-            if hosts := host_name() if failed else getattr(error, "hosts", ""):
-                self._note(lost=hosts)
+            why = shown(f"{error}") or type(error).__name__
+            self._note(state=state, why=why, lost=failed_hosts(error))
 
     def check_lease(self) -> None:
         """Raise LeaseLost unless this process may still write. Ahead of every append and commit."""

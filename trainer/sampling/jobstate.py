@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.ranks.faults import named_hosts
+from trainer.ranks.faults import failed_hosts, named_hosts
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import scheduler_job
 from trainer.run.lease import Lease, claim, way_to_resume
@@ -103,7 +103,8 @@ def noted(job: Path | None, *, preemption: Preemption) -> Iterator[JobState]:
         raise
     except Exception as error:
         with suppress(OSError):
-            state.note("refused" if isinstance(error, ValueError) else "failed", f"{error}")
+            how: State = "refused" if isinstance(error, ValueError) else "failed"
+            state.note(how, f"{error}", lost=failed_hosts(error))
         raise
     finally:
         done.set()
