@@ -60,6 +60,7 @@ def _class(number: int, name: str) -> str:
 
 def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False) -> int:
     """Print what a dataset contains; draw thumbnails of some of its images."""
+    kind = _picture_format(sheet) if sheet else ""
     shards = open_shards(root)
     counts = np.zeros(len(shards.classes), dtype=np.int64)
     reader = Reader(shards.root, config=FetchConfig())
@@ -78,9 +79,19 @@ def _show(root: str | Path, *, sheet: Path | None = None, classes: bool = False)
     _tell_unlisted(shards)
     if sheet:
         files.make_parent(sheet, option="--sheet")
-        _contact_sheet(_stored(shards, _THUMBNAILS, reader)).save(sheet)
+        picture = _contact_sheet(_stored(shards, _THUMBNAILS, reader))
+        with files.whole(sheet) as file:
+            picture.save(file, format=kind)
         print(f"thumbnails: {sheet}")
     return 0
+
+
+def _picture_format(file: Path) -> str:
+    """The format of a picture as its name says; ValueError where that can be written in none."""
+    found = Image.registered_extensions().get(file.suffix.lower(), "")
+    if found not in Image.SAVE:
+        raise ValueError(f"--sheet = {str(file)!r}: must end as a picture does, such as in .png")
+    return found
 
 
 def _stored(shards: Shards, count: int, reader: Reader) -> Iterator[Pixels]:

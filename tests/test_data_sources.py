@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from data.config import DataConfig
 from data.dataset import open_shards
-from data.exits import REFUSED
+from data.exits import FAILED, REFUSED
 from data.pack import main, pack
 from data.packing.begun import Request
 from data.packing.kinds import open_source
@@ -31,6 +31,7 @@ from tests.support.data_fixtures import (
     write_tars,
     zipped,
 )
+from tests.support.faults import full_disk
 
 IMAGES = 30
 
@@ -145,6 +146,14 @@ def test_info_shows_what_is_there(
     assert shards_main(["index", str(tmp_path / "others")]) == 0
     assert shards_main(["info", str(tmp_path / "others"), "--sheet", str(sheet)]) == REFUSED
     assert "/0.tar: a cannot be decoded: no image that" in capsys.readouterr().err
+    drawn = sheet.read_bytes()
+    for other in ("sheet", "sheet.foo"):
+        assert shards_main(["info", shards.root, "--sheet", str(tmp_path / other)]) == REFUSED
+        assert f"{other}': must end as a picture does" in capsys.readouterr().err
+    with full_disk(100):
+        assert shards_main(["info", shards.root, "--sheet", str(sheet)]) == FAILED
+    assert f"File too large: '{sheet}'" in capsys.readouterr().err
+    assert sheet.read_bytes() == drawn
 
 
 def test_what_is_no_source_is_one_clear_error(tmp_path: Path) -> None:

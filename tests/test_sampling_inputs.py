@@ -165,6 +165,11 @@ def test_a_classifier_of_other_names_is_refused_where_the_shards_tell(tmp_path: 
 def test_a_place_beside_a_network_says_which_one_is_meant(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run and no checkpoint: give a directory with"):
         TrainedNetwork.find(tmp_path, preset=None, decay=None)
+    (tmp_path / "run").mkdir()
+    for link in ("run/checkpoints", "linked"):
+        (tmp_path / link).symlink_to("/unmounted/it")
+        with pytest.raises(ValueError, match=f"{link} is a link to /unmounted/it, which does not"):
+            TrainedNetwork.find(tmp_path / link.removesuffix("/checkpoints"))
     (tmp_path / "state.json").touch()
     save_file({"w": torch.zeros(1)}, tmp_path / "ema-0.5.safetensors")
     with pytest.raises(ValueError, match=f"give its checkpoint {tmp_path}, or add --preset"):

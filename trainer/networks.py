@@ -63,6 +63,7 @@ class TrainedNetwork:
             file = file or path
             config = _written_config(path, option) if preset is None else configs.load(preset)
             return cls(config, file, files.sha256(file), name, preset is None)
+        files.check_link(path)
         if not path.is_dir():
             raise ValueError(f"no such run or weights file: {path}")
         found = _newest(path, begun=begun)
@@ -161,6 +162,7 @@ def _written_config(path: Path, option: str) -> Config:
 def _newest(path: Path, *, begun: Collection[str]) -> checkpoints.Checkpoint:
     """The checkpoint at `path`, or a run's newest valid one, those with a file of `begun` first."""
     is_checkpoint = (path / checkpoints.STATE).is_file()
+    files.check_link(path / "checkpoints")
     if not is_checkpoint and not (path / "checkpoints").is_dir():
         raise ValueError(
             f"{path} is no run and no checkpoint: give a directory with checkpoints/ in it, one of "
