@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import resource
 import shutil
 import socket
 import time
@@ -178,3 +179,15 @@ def test_a_gpu_that_does_not_answer_is_named(tmp_path: Path) -> None:
 def test_a_value_that_means_nothing_is_refused_by_name(option: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"^{option} = {float(value)}: must be "):
         allocation.main([option, value])
+
+
+def check_with_few_files() -> int:
+    """Where few more files may be open, unless the process asks for more, which it may."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 6, 4096))
+    return allocation.main(["--ranks", "3"])
+
+
+def test_a_soft_limit_of_open_files_is_no_fault_of_an_allocation(tmp_path: Path) -> None:
+    job = ranks.fork(tmp_path, check_with_few_files, ranks=3)
+    said = job.wait()
+    assert [process.exitcode for process in job.ranks] == [0] * 3, said

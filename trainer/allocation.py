@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data import files
+from data import descriptors, files
 from data.config import expanded, is_local
 from data.dataset import open_shards, unlisted
 from data.exits import FAILED, REFUSED, CommandParser, place_text
@@ -236,13 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=place_text, help=data)
     seconds = "how long to wait for the other ranks (default: %(default)g)"
     parser.add_argument("--seconds", type=float, default=40.0, help=seconds)
-    parser.add_argument(
-        "--free",
-        type=float,
-        default=LEAST_FREE_GIB,
-        metavar="GIB",
-        help="free disk space that each node must have (default: %(default)g)",
-    )
+    free = "free disk space that each node must have (default: %(default)g)"
+    parser.add_argument("--free", type=float, default=LEAST_FREE_GIB, metavar="GIB", help=free)
     return parser
 
 
@@ -255,6 +250,7 @@ def main(argv: Sequence[str]) -> int:
     seconds, free = arguments.seconds, arguments.free
     check(0 < seconds <= _MOST_SECONDS, "--seconds", seconds, f"above 0, at most {_MOST_SECONDS}")
     check(free >= 0, "--free", free, "at least 0")
+    descriptors.raise_limit()  # as training does, for the connections of all ranks
     world = join(expected_size=arguments.ranks)
     mine = _facts(world, run=arguments.run, data=arguments.data, gpus=arguments.gpus)
     store, found = _gather(world, mine=mine, seconds=seconds)
