@@ -1,7 +1,10 @@
 """Evaluation at the paper's sizes: bounded memory; lines about what takes long or is left out."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from data import progress
+from data.exits import REFUSED
 from tests.support import ranks
 from trainer.evaluate import main
 from trainer.evaluation import evaluator, extraction, figures, reference
@@ -136,3 +140,20 @@ def test_a_damaged_file_is_refused_before_its_features_are_computed(
         with pytest.raises(Refused, match=r"hole\.npz is damaged: Bad CRC-32"):
             main(words)
         assert f"images of {hole}" not in capsys.readouterr().out
+
+
+def test_a_reference_that_may_not_be_read_names_who_can_give_the_right(
+    network: Path, tmp_path: Path
+) -> None:
+    if os.geteuid():
+        pytest.skip("root alone can be another user")
+    samples, other = tmp_path / "samples.npz", tmp_path / "other.npz"
+    np.savez(samples, arr_0=np.zeros((32, 8, 8, 3), np.uint8))
+    np.savez(other, mu=np.zeros(3))
+    other.chmod(0)
+    argv = [str(samples), "--reference", str(other), "--network", str(network)]
+    without_rights = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"]
+    command = [*without_rights, sys.executable, "-m", "trainer.evaluate", *argv]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == REFUSED
+    assert "may not read" in ran.stderr and ": let root chmod it" in ran.stderr, ran.stderr

@@ -190,6 +190,8 @@ def _open(path: Path) -> Any:
     try:
         found = np.load(path, allow_pickle=False)
         assert isinstance(found, np.lib.npyio.NpzFile)
+    except PermissionError:
+        raise
     except Exception as error:  # numpy and zipfile raise errors of many types for other files
         raise ValueError(f"reference {path}: not a readable .npz: {error}") from None
     return found
