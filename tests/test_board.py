@@ -146,6 +146,17 @@ def test_what_a_full_disk_did_not_take_is_shown_when_there_is_room(tmp_path: Pat
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
 
 
+def test_curves_go_on_where_their_directory_was_removed(tmp_path: Path) -> None:
+    with open_board(tmp_path, images_seen=0) as board:
+        report(board, 1.0, images_seen=64)
+        shutil.rmtree(tmp_path / "tensorboard")
+        report(board, 1.0, images_seen=128)
+    with open_board(tmp_path, images_seen=128) as board:
+        report(board, 1.0, images_seen=192)
+    for tag in ("train/loss", "0_overview/loss"):
+        assert [event.step for event in events(tmp_path).Scalars(tag)] == [128, 192]
+
+
 def test_a_start_whose_clock_is_behind_hides_nothing_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,6 @@ class TensorBoard:
         self.is_old = directory.exists() and not (directory / _LAYOUT_FILE).exists()
         self._file = directory / f"{_NAME}{_number(directory, log=log)}.{socket.gethostname()}"
         self._unwritten: deque[bytes] = deque()
-        directory.mkdir(parents=True, exist_ok=True)
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
         begun = SessionLog(status=SessionLog.START)
         first = Event(file_version="brain.Event:2"), Event(session_log=begun, step=images_seen + 1)
@@ -108,7 +107,7 @@ class TensorBoard:
         layout = Event(summary=summary.custom_scalars({"loss by timestep": quarters}))
         self._write(*first, layout)
         self.text("config", f"```toml\n{config}\n```", images_seen=images_seen)
-        (directory / _LAYOUT_FILE).write_text(_LAYOUT + "\n")
+        self._make_directory()
 
     def scalars(
         self, values: Mapping[str, float], *, images_seen: int, at: float | None = None
@@ -141,8 +140,15 @@ class TensorBoard:
             self._unwritten.append(record.getvalue())
         while sum(map(len, self._unwritten)) > _UNWRITTEN:
             self._unwritten.popleft()
+        if not self._file.parent.exists():  # it may have been removed meanwhile
+            self._make_directory()
         files.append(self._file, b"".join(self._unwritten))
         self._unwritten.clear()
+
+    def _make_directory(self) -> None:
+        directory = self._file.parent
+        directory.mkdir(exist_ok=True)
+        (directory / _LAYOUT_FILE).write_text(_LAYOUT + "\n")
 
 
 def _number(directory: Path, *, log: Callable[[str], None]) -> str:
