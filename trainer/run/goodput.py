@@ -46,7 +46,7 @@ class Goodput:
 
     @property
     def training_share(self) -> float:
-        """Of the time that goes on training and on what recurs beside it, such as saves."""
+        """The share of training in the time that it and what recurs beside it take, as saves."""
         training = self.seconds["productive"] + self.seconds["waiting for data"]
         beside = sum(self.seconds[kind] for kind in RECURRING)
         return training / (training + beside) if training else 1.0

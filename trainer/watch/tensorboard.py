@@ -97,6 +97,7 @@ class TensorBoard:
         self.is_old = directory.exists() and not (directory / _LAYOUT_FILE).exists()
         self._file = directory / f"{_NAME}{_number(directory, log=log)}.{socket.gethostname()}"
         self._unwritten: deque[bytes] = deque()
+        self._make_directory()
         # What an earlier start wrote beyond the checkpoint that is resumed will be written again.
         begun = SessionLog(status=SessionLog.START)
         first = Event(file_version="brain.Event:2"), Event(session_log=begun, step=images_seen + 1)
@@ -107,7 +108,6 @@ class TensorBoard:
         layout = Event(summary=summary.custom_scalars({"loss by timestep": quarters}))
         self._write(*first, layout)
         self.text("config", f"```toml\n{config}\n```", images_seen=images_seen)
-        self._make_directory()
 
     def scalars(
         self, values: Mapping[str, float], *, images_seen: int, at: float | None = None
