@@ -116,22 +116,6 @@ class Stream:
         requests = _training_requests(images_seen, batch_size, micro_batch_size, rank, ranks)
         return self._load(requests, micro_batch_size=micro_batch_size, pin=pin)
 
-    def once(self, *, micro_batch_size: int, rank: int, ranks: int) -> Iterator[Batch]:
-        """Each image once, in packing order, without flips or random crops: a validation split.
-
-        Rank r takes images r, r + ranks, ... All ranks get equally many micro-batches, as
-        collectives need; the last ones may be short or empty.
-
-        Raises:
-            ValueError: an image is damaged; and as `batches`.
-        """
-        mine = range(rank, self.shards.count, ranks)
-        requests = (
-            BatchRequest(mine[first : first + micro_batch_size], once=True)
-            for first in range(0, -(-self.shards.count // ranks), micro_batch_size)
-        )
-        return self._load(requests, micro_batch_size=micro_batch_size, pin=False)
-
     def parts(
         self, *, images: int, size: int, rank: int, ranks: int, pin: bool = False
     ) -> Iterator[Batch]:
@@ -155,13 +139,15 @@ class Stream:
         if self.config.workers:
             self._setup(images)
 
-    def load(self, indices: range) -> Batch:
+    def load(self, indices: range, *, once: bool = False) -> Batch:
         """Images of the training order, read in this process, without counting bad ones.
 
+        With `once` they are images of the packing order, without flips or random crops.
+
         Raises:
-            OSError, ValueError: as `batches`.
+            OSError, ValueError: as `batches`; with `once` as `parts`.
         """
-        (filled,) = self._load_here(iter([BatchRequest(indices, once=False)]), len(indices))
+        (filled,) = self._load_here(iter([BatchRequest(indices, once=once)]))
         return batch_of(filled, pin=False)
 
     def key(self, index: int) -> str:
@@ -178,7 +164,7 @@ class Stream:
         self, requests: Iterator[BatchRequest], *, micro_batch_size: int, pin: bool
     ) -> Iterator[Batch]:
         if not self.config.workers:
-            yield from self._count(self._load_here(requests, micro_batch_size), pin)
+            yield from self._count(self._load_here(requests), pin)
             return
         with closing(Workers(self._setup(micro_batch_size))) as workers:
             self._running.add(workers)
@@ -203,9 +189,7 @@ class Stream:
             )
         return setup._replace(slots=min(room // setup.slot_bytes, 8 * self.config.workers))
 
-    def _load_here(
-        self, requests: Iterator[BatchRequest], micro_batch_size: int
-    ) -> Iterator[Filled]:
+    def _load_here(self, requests: Iterator[BatchRequest]) -> Iterator[Filled]:
         side = self.config.image_size
         for request in requests:
             images = np.empty((len(request.indices), side, side, 3), dtype=np.uint8)

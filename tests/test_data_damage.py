@@ -97,7 +97,7 @@ def test_an_undecodable_image_costs_one_image(tmp_path: Path) -> None:
         Stream(shards, config=config_for(shards.root), seed=1) as stream,
         pytest.raises(ValueError, match=r"key7\.png .* all of these images must be intact"),
     ):
-        list(stream.once(micro_batch_size=10, rank=0, ranks=1))
+        list(stream.parts(images=IMAGES, size=10, rank=0, ranks=1))
 
 
 def test_each_bad_sample_of_a_batch_counts(tmp_path: Path) -> None:

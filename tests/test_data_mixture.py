@@ -143,7 +143,7 @@ def test_one_pass_has_each_image_of_both_once(sets: tuple[Shards, Shards]) -> No
     with open_stream(config(sets), seed=5) as stream:
         seen = Counter(
             image.numpy().tobytes()
-            for batch in stream.once(micro_batch_size=30, rank=0, ranks=1)
+            for batch in stream.parts(images=81, size=30, rank=0, ranks=1)
             for image in batch.images
         )
     assert len(seen) == 81 and set(seen.values()) == {1}

@@ -97,7 +97,7 @@ def test_digits_are_stored_unchanged(digits: Path) -> None:
     for image, label in zip(stored.images, stored.target, strict=True):
         wanted.setdefault(np.round(image * 255 / 16).astype(np.uint8).tobytes(), int(label))
     with Stream(shards, config=config, seed=0) as stream:
-        for batch in stream.once(micro_batch_size=600, rank=0, ranks=1):
+        for batch in stream.parts(images=1797, size=600, rank=0, ranks=1):
             assert (batch.images[:, 0] == batch.images[:, 2]).all()
             for image, label in zip(batch.images[:, 0].numpy(), batch.labels, strict=True):
                 assert wanted[image.tobytes()] == label

@@ -48,7 +48,7 @@ def test_the_stream_serves_the_reference_crops(photos: Path, shards: Shards) -> 
     config = DataConfig(shards=shards.root, image_size=SIZE, workers=2, flip=False)
     served: dict[bytes, int] = {}
     with Stream(shards, config=config, seed=0) as stream:
-        for batch in stream.once(micro_batch_size=100, rank=0, ranks=1):
+        for batch in stream.parts(images=CLASSES * PER_CLASS, size=100, rank=0, ranks=1):
             for image, label in zip(batch.images, batch.labels, strict=True):
                 served[image.numpy().tobytes()] = int(label)
     assert len(served) == CLASSES * PER_CLASS

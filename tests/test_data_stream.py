@@ -164,8 +164,7 @@ def test_what_is_kept_stays_as_it_was(shards: Shards, whole: Seen) -> None:
 def test_each_epoch_serves_the_stored_images(shards: Shards, whole: Seen) -> None:
     stored: Seen = {}
     with Stream(shards, config=config_for(shards), seed=0) as stream:
-        for batch in stream.once(micro_batch_size=60, rank=0, ranks=1):
-            remember(stored, batch)
+        remember(stored, stream.load(range(60), once=True))
     plain = dict(stored.values())
     turned = {np.frombuffer(p, np.uint8).reshape(3, SIZE, SIZE)[..., ::-1].tobytes() for p in plain}
     flips = sum(pixels in turned for pixels, _ in whole.values())
@@ -174,16 +173,13 @@ def test_each_epoch_serves_the_stored_images(shards: Shards, whole: Seen) -> Non
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (0, 3), (0, 7), (2, 2)])
-def test_once_neither_repeats_nor_drops(shards: Shards, workers: int, ranks: int) -> None:
+def test_parts_neither_repeat_nor_drop(shards: Shards, workers: int, ranks: int) -> None:
     seen: Seen = {}
-    lengths = set()
     for rank in range(ranks):
         with Stream(shards, config=config_for(shards, workers=workers), seed=0) as stream:
-            batches = list(stream.once(micro_batch_size=4, rank=rank, ranks=ranks))
-        lengths.add(len(batches))
-        for batch in batches:
-            remember(seen, batch)
-    assert sorted(seen) == list(range(60)) and len(lengths) == 1
+            for batch in stream.parts(images=60, size=7, rank=rank, ranks=ranks):
+                remember(seen, batch)
+    assert sorted(seen) == list(range(60))
 
 
 def test_random_crops_do_not_depend_on_ranks(shards: Shards) -> None:
@@ -213,8 +209,7 @@ def test_a_single_pass_takes_the_centre_whatever_training_takes(shards: Shards) 
     passes = []
     for crop in ("center", "random"):
         with Stream(shards, config=config_for(shards, crop=crop), seed=0) as stream:
-            (batch,) = stream.once(micro_batch_size=60, rank=0, ranks=1)
-            passes.append(batch.images)
+            passes.append(stream.load(range(60), once=True).images)
     assert torch.equal(*passes)
 
 

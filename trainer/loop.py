@@ -42,8 +42,8 @@ class Loop(Parts):
     validation_set: ValidationSet | None
     #: The figures of samples, if the config asks for them.
     evaluation: Evaluation | None
-    #: The images that an upsampler enlarges in its grids.
-    shown: Batch | None
+    #: The images whose low resolution an upsampler enlarges in its grids.
+    originals: Batch | None
     #: Hears that a step has ended.
     after_step: Callable[[], None]
     # Whether the next pass compiles the network, for minutes.
@@ -70,7 +70,7 @@ class Loop(Parts):
             stop_requested=self.stop_requested,
             validation=validation,
             evaluation=self.evaluation,
-            shown=self.shown,
+            originals=self.originals,
         )
 
     def train(self, batches: Iterator[Batch]) -> int:

@@ -58,8 +58,8 @@ class Measures:
     stop_requested: Callable[[], bool]
     validation: Validation | None
     evaluation: Evaluation | None
-    #: The images that an upsampler enlarges in its grids.
-    shown: Batch | None
+    #: The images whose low resolution an upsampler enlarges in its grids.
+    originals: Batch | None
 
     def announce(self) -> None:
         """Log what validation and evaluation cost."""
@@ -116,7 +116,11 @@ class Measures:
                 check()
 
             picture = draw_grid(
-                averaged, config=parts.config, world=parts.world, shown=self.shown, on_step=on_step
+                averaged,
+                config=parts.config,
+                world=parts.world,
+                originals=self.originals,
+                on_step=on_step,
             )
             is_done = True
         if not is_done:

@@ -44,7 +44,7 @@ from trainer.run import lease as leases
 from trainer.run.directory import Run
 from trainer.run.goback import go_back
 from trainer.run.lease import way_to_resume
-from trainer.sampling.draw import check_shown, shown
+from trainer.sampling.draw import check_grids, grid_originals
 from trainer.saver import Saver
 from trainer.validation import ValidationSet
 from trainer.watch import forensics, wandb
@@ -89,7 +89,7 @@ class TrainingPlan:
         stream = open_stream(config.data, seed=config.training.seed, check_files=check_files)
         classes.check(config, stream.shards, run=run)
         stream.require_room(config.training.micro_batch_on(ranks))
-        check_shown(config, stream, ranks=ranks)
+        check_grids(config, stream.shards, ranks=ranks)
         check_precision(config.training.precision)
         wandb.check(config.board.wandb)
         compute.check(config.training)
@@ -241,7 +241,7 @@ def _loop(
             images_seen=images_seen,
             guards=guards,
             stream=stream,
-            shown=shown(config, plan.stream, world=world),
+            originals=grid_originals(config, plan.stream, world=world),
             stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
             mark=mark,
             after_step=stack.enter_context(profiler),

@@ -73,7 +73,7 @@ def content(shards: Shards) -> set[tuple[bytes, int]]:
     """The set of (pixels, label) in a dataset."""
     config = DataConfig(shards=shards.root, image_size=16, workers=0, streams=1)
     with Stream(shards, config=config, seed=0) as stream:
-        (batch,) = stream.once(micro_batch_size=shards.count, rank=0, ranks=1)
+        batch = stream.load(range(shards.count), once=True)
     pixels = (image.numpy().tobytes() for image in batch.images)
     return set(zip(pixels, batch.labels.tolist(), strict=True))
 

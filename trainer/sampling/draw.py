@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.config import naming
+from data.mixture import Dataset
 from data.stream import Batch, Stream
 from trainer.adm.config import GuideAt, UNetConfig, check
 from trainer.adm.diffusion import Diffusion, Net
@@ -161,25 +162,25 @@ def draw_grid(
     *,
     config: Config,
     world: World,
-    shown: Batch | None,
+    originals: Batch | None,
     on_step: Callable[[], None],
 ) -> NDArray[np.uint8] | None:
     """The picture of a run's samples, uint8 (3, H, W), on the main rank; None on the others.
 
     All ranks must call it. The network uses `weights` without a copy, on their device and in their
-    dtype. An upsampler enlarges `shown`: this rank's images of `grid_indices`. `on_step` is called
-    equally often on all ranks.
+    dtype. An upsampler enlarges `originals`, made smaller: those of `grid_originals`. `on_step` is
+    called equally often on all ranks.
     """
     model = config.unet
     net = network_of(config, weights).eval()
     every = config.intervals
-    indices = grid_indices(every, world=world)
+    indices = torch.tensor(_grid_indices(every, world=world))
     labels = _spread(indices, every.samples_count, model.num_classes)
     low_res = None
-    if shown is not None and model.small_size is not None:
-        x0 = to_range(shown.images.to(next(net.parameters()).device))
+    if originals is not None and model.small_size is not None:
+        x0 = to_range(originals.images.to(next(net.parameters()).device))
         low_res = low_resolution(x0, model.small_size)
-        labels = None if labels is None else shown.labels
+        labels = None if labels is None else originals.labels
     sampler = SamplerConfig.of(config, steps=every.samples_steps, seed=config.training.seed)
     steps = sampler.diffusion.steps
     # The training's state stays where it is, so a grid may take no more room than a step.
@@ -203,12 +204,12 @@ def draw_grid(
     return _collect(to_pixels(torch.cat(mine)).numpy(), count=every.samples_count, world=world)
 
 
-def grid_indices(every: IntervalConfig, *, world: World) -> Tensor:
-    """The images of the grid that this rank draws, (n,) int64: every `world.size`-th.
+def _grid_indices(every: IntervalConfig, *, world: World) -> range:
+    """The images of the grid that this rank draws: every `world.size`-th.
 
     A rank that would have none draws one that is not shown, so that all ranks do the same.
     """
-    return torch.arange(world.rank, max(every.samples_count, world.rank + 1), world.size)
+    return range(world.rank, max(every.samples_count, world.rank + 1), world.size)
 
 
 def _collect(mine: NDArray[np.uint8], *, count: int, world: World) -> NDArray[np.uint8] | None:
@@ -229,23 +230,22 @@ def _spread(indices: Tensor, count: int, classes: int | None) -> Tensor | None:
     return indices % classes if classes <= count else indices * classes // count % classes
 
 
-def check_shown(config: Config, stream: Stream, *, ranks: int) -> None:
-    """Raise ValueError where data.shards or data.prefetch_mb is too small for upsampled grids."""
-    every, images = config.intervals, stream.shards.count
+def check_grids(config: Config, shards: Dataset, *, ranks: int) -> None:
+    """Raise ValueError where data.shards is too small for upsampled grids."""
+    every, images = config.intervals, shards.count
     if every.samples is None or config.unet.small_size is None:
         return
-    shown = max(every.samples_count, ranks)
-    if images < shown:
+    needed = max(every.samples_count, ranks)
+    if images < needed:
         ways = "lower intervals.samples_count" if images >= ranks else "start fewer ranks"
         raise ValueError(
             f"intervals.samples_count = {every.samples_count}: on {ranks} ranks an upsampler's "
-            f"grid enlarges {shown} images, data.shards has {images}: {ways}, "
+            f"grid enlarges {needed} images, data.shards has {images}: {ways}, "
             "or draw no grids (--unset intervals.samples)"
         )
-    stream.require_room(-(-shown // ranks))
 
 
-def shown(config: Config, stream: Stream, *, world: World) -> Batch | None:
+def grid_originals(config: Config, stream: Stream, *, world: World) -> Batch | None:
     """This rank's share of the shards' first images, which an upsampler enlarges in its grids.
 
     None where no grid needs them. All ranks must call it.
@@ -255,13 +255,12 @@ def shown(config: Config, stream: Stream, *, world: World) -> Batch | None:
     """
     if config.intervals.samples is None or config.unet.small_size is None:
         return None
-    share = len(grid_indices(config.intervals, world=world))
-    mine = stream.once(micro_batch_size=share, rank=world.rank, ranks=world.size)
+    mine = _grid_indices(config.intervals, world=world)
 
     def load() -> Batch:
         with naming(
             "an upsampler's grids enlarge the first images (none: --unset intervals.samples)"
         ):
-            return next(mine)
+            return stream.load(mine, once=True)
 
     return agreed(load)
