@@ -54,7 +54,6 @@ class Loop(Parts):
     _measures: Measures = field(init=False)
 
     def __post_init__(self) -> None:
-        self.guards.log = self.log
         training, engine = self.config.training, self.engine
         self._compiles = compute.is_compiled(training, device=engine.device, stage=engine.stage)
         self._saving = Saving(parts=self, saver=self.saver, tried_at=self.images_seen)
@@ -177,7 +176,7 @@ class Loop(Parts):
             f"loss {means.get('loss', math.nan):.4f}  {means['images_per_second']:.1f} images/s  "
             f"{progress.left()} left"
         )
-        self.guards.check_damaged(means, images=images)
+        self.guards.check_damaged(means, images=images, log=self.log)
         return norm
 
     def _keep_averages(self) -> None:

@@ -158,69 +158,21 @@ def begin(
     objective = build_objective(config)
     guards = Guards(config)
     if found is not None:
-        _restore(found, engine.kinds[1:], engine=engine, objective=objective)
+        restore(found, engine.kinds[1:], engine=engine, objective=objective)
         guards.load(found.state.guards)
     return engine, objective, guards
 
 
-def _restore(
+def restore(
     found: Checkpoint, kinds: Sequence[str], *, engine: Engine, objective: Objective
 ) -> None:
+    """Take these kinds of state, and what is not a tensor, from a checkpoint."""
     for kind in kinds:
         # Mapped: a rank reads no more than its part of each tensor.
         with safe_open(found.file(kind), framework="pt") as tensors:
             engine.scatter(kind, tensors.get_tensor)
     engine.load_scalars(found.state.engine)
     objective.timesteps.load(found.state.timesteps)
-
-
-def roll_back(parts: Parts, *, images_seen: int) -> Checkpoint:
-    """Take the state of the last checkpoint from before the refused steps; the clock goes on.
-
-    The run steps over the images since that checkpoint: with them it would come to the same steps
-    again. Where none was written since the last rollback, that one did not help: an older one is
-    taken, if there is any. All ranks must call it, and get the checkpoint.
-
-    Raises:
-        Refused: there is no such checkpoint, or the run has gone back too often.
-    """
-    engine, guards, found = parts.engine, parts.guards, None
-    if guards.may_roll_back():
-        found = _before(parts)
-    if found is None:
-        why = "no checkpoint is older" if guards.may_roll_back() else "no rollback is left"
-        guards.refuse(
-            f"{guards.row} steps in a row were skipped and {why}", images_seen=images_seen
-        )
-    skipped = engine.skipped
-    _restore(found, engine.kinds, engine=engine, objective=parts.objective)
-    engine.renew(images_seen=images_seen)
-    engine.skipped = skipped
-    guards.roll_back(found.state.guards, to=found.images_seen, now=images_seen)
-    parts.log(
-        f"rolled back to checkpoint {found.path.name}; the run goes on at image "
-        f"{images_seen:,}, past the images since"
-    )
-    return found
-
-
-def _before(parts: Parts) -> Checkpoint | None:
-    """The checkpoint that a rollback takes."""
-    guards = parts.guards
-
-    def newest(until: int) -> Checkpoint | None:
-        valid, _ = checkpoints.latest_valid(
-            parts.run.checkpoints, kinds=parts.engine.kinds, world=parts.world, until=until
-        )
-        return valid
-
-    found = newest(guards.since - 1)
-    if found is None:
-        # It has the weights that the first refused step was computed with: better than none.
-        return newest(guards.since)
-    if found.images_seen < guards.went_back_at:
-        return newest(guards.went_back_to - 1) or found
-    return found
 
 
 def remarks(

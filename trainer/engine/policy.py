@@ -78,8 +78,6 @@ class Guards:
         self._limits = config.guards
         self._max_bad = config.data.max_bad
         self._batch, self._images = config.training.batch, config.training.images
-        #: Receives the count of damaged images.
-        self.log: Callable[[str], None] = lambda _: None
         self._seen = self._bad = 0
         self._running = {_LOSS: Running(), _NORM: Running()}
         self.row = self.since = self.incidents = self.rollbacks = 0
@@ -162,13 +160,15 @@ class Guards:
         self.row, self.since = state.get("row", 0), state.get("since", 0)
         self.incidents, self.rollbacks = state.get("incidents", 0), state.get("rollbacks", 0)
 
-    def check_damaged(self, means: Mapping[str, float], *, images: int) -> None:
-        """Raise Refused where too many images are damaged, of which this interval has so many."""
+    def check_damaged(
+        self, means: Mapping[str, float], *, images: int, log: Callable[[str], None]
+    ) -> None:
+        """Count the damaged ones of so many images; Refused where they are too many."""
         bad = round(means["bad_share"] * images)
         self._seen += images
         self._bad += bad
         if bad:
-            self.log(f"{self._bad:,} of {self._seen:,} images were damaged and replaced")
+            log(f"{self._bad:,} of {self._seen:,} images were damaged and replaced")
         if self._bad > self._max_bad * max(self._seen, _SEEN_AT_LEAST):
             raise Refused(
                 f"{self._bad} of {self._seen} images are damaged, more than data.max_bad = "

@@ -20,10 +20,11 @@ from trainer.engine.gate import StepReport
 from trainer.guards.audit import Audit, Finding
 from trainer.ranks.group import Broken, gather
 from trainer.ranks.world import World
+from trainer.run.checkpoint import Checkpoint, latest_valid
 from trainer.run.directory import Run
 from trainer.saver import Saver
 from trainer.seen import Seen
-from trainer.start import Parts, roll_back
+from trainer.start import Parts, restore
 
 # Images and gradients that an incident names.
 _NAMED = 8
@@ -64,7 +65,7 @@ class Incidents:
         if not too_many:
             return None
         self._saver.flush(failing_since=self.parts.guards.failing_since)
-        return roll_back(self.parts, images_seen=now).images_seen
+        return self._roll_back(now)
 
     def check(self, images_seen: int) -> None:
         """Audit a micro-batch of the step that begins at `images_seen`, ahead of it.
@@ -77,6 +78,55 @@ class Incidents:
             fault = "the audit in ordinary running"
             self._keep({"images": images_seen, "fault": fault, "replay": finding.described()})
         self._end_if_faulty(finding)
+
+    def _roll_back(self, now: int) -> int:
+        """Take the state of a checkpoint from before the refused steps, whose clock is returned.
+
+        The run's own clock goes on, past the images since: with them it would come to the same
+        steps again.
+
+        Raises:
+            Refused: there is no such checkpoint, or the run has gone back too often.
+        """
+        parts, engine, guards = self.parts, self.parts.engine, self.parts.guards
+        found, why = None, "no rollback is left"
+        if guards.may_roll_back():
+            found, why = self._before(), "no checkpoint is older"
+        if found is None:
+            guards.refuse(f"{guards.row} steps in a row were skipped and {why}", images_seen=now)
+        skipped = engine.skipped
+        restore(found, engine.kinds, engine=engine, objective=parts.objective)
+        engine.renew(images_seen=now)
+        engine.skipped = skipped
+        guards.roll_back(found.state.guards, to=found.images_seen, now=now)
+        parts.log(
+            f"rolled back to checkpoint {found.path.name}; the run goes on at image {now:,}, past "
+            "the images since"
+        )
+        return found.images_seen
+
+    def _before(self) -> Checkpoint | None:
+        """The checkpoint that a rollback takes: the last from before the refused steps.
+
+        Where none was written since the last rollback, that one did not help: an older one is
+        taken, if there is any.
+        """
+        guards = self.parts.guards
+        found = self._newest(guards.since - 1)
+        if found is None:
+            # It has the weights that the first refused step was computed with: better than none.
+            return self._newest(guards.since)
+        if found.images_seen < guards.went_back_at:
+            return self._newest(guards.went_back_to - 1) or found
+        return found
+
+    def _newest(self, until: int) -> Checkpoint | None:
+        """The newest valid checkpoint that is not later than this clock."""
+        parts = self.parts
+        valid, _ = latest_valid(
+            parts.run.checkpoints, kinds=parts.engine.kinds, world=parts.world, until=until
+        )
+        return valid
 
     def _end_if_faulty(self, finding: Finding) -> None:
         if not finding.faults:
