@@ -174,9 +174,15 @@ def test_scancel_in_the_grace_time_of_a_preemption_ends_the_job(due: str, bash: 
 
 def test_what_a_user_sets_for_scancel_keeps_no_rank_from_being_told(bash: Bash) -> None:
     told = "trap '' USR1; tell USR1; until [ -e signalled ]; do sleep 0.1; done; exit 75"
-    note = "scancel() { env | grep SCANCEL_ >> seen; command scancel; }"
-    assert bash.start(ranks=told, setup=note, SCANCEL_INTERACTIVE="true", seconds_to_save=20) == 75
+    assert bash.start(ranks=told, SCANCEL_INTERACTIVE="true", seconds_to_save=20) == 75
     assert not bash.text("seen")
+
+
+def test_no_signal_for_one_start_comes_to_the_next(bash: Bash) -> None:
+    """Slurm lets nobody signal a job that it preempts, and scancel asks again and again."""
+    (bash.directory / "ending").touch()
+    assert bash.start(ranks="tell USR1; sleep 1; exit 75", seconds_to_save=20) == 75
+    assert bash.requeued and not bash.text("seen")
 
 
 def test_what_is_refused_or_faulty_is_not_started_again(bash: Bash) -> None:

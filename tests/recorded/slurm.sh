@@ -247,13 +247,14 @@ submit() {
 }
 
 # The signal is repeated, since a rank that is starting ignores it. The job must requeue itself before
-# its time limit: after it Slurm would end the job for good.
+# its time limit: after it Slurm would end the job for good. scancel would ask for a minute and a half
+# again and again about a job that is ending, and tell its next start to leave.
 leave() {
   adm_told=yes
   [ -z "$adm_timer" ] || return
   {
     for _ in 1 2 3 4 5 6 7 8 9; do
-      scancel --signal=USR1 "$job" &
+      timeout 5 scancel --signal=USR1 "$job" &
       sleep 30
     done
     again "did not leave in 270 s"
