@@ -12,7 +12,7 @@ torchrun, each computes a share of the features.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,29 +32,24 @@ from trainer.evaluation.features import FeatureNetwork, open_network
 from trainer.evaluation.reference import Reference
 from trainer.evaluation.results import Results, compare, table
 from trainer.options import PATIENCE, add_local_rank
+from trainer.ranks.context import RankContext
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import agreed, connected, from_main
 from trainer.ranks.watchdog import Watchdog
-from trainer.ranks.world import World, join
+from trainer.ranks.world import join
 from trainer.sampling.samplefile import Samples, open_samples
 
 
-def _evaluator(
-    arguments: argparse.Namespace,
-    *,
-    world: World,
-    device: torch.device,
-    clock: Callable[[], float],
-) -> Evaluator:
+def _evaluator(arguments: argparse.Namespace, context: RankContext) -> Evaluator:
     """What computes features, with the `--network` and `--batch` of the command line."""
     agreed(lambda: check(arguments.batch >= 1, "--batch", arguments.batch, "at least 1"))
     return Evaluator(
-        network=open_network(arguments.network, device=device),
-        world=world,
-        device=device,
+        network=open_network(arguments.network, device=context.device),
+        world=context.world,
+        device=context.device,
         batch_size=arguments.batch,
         say=_say,
-        clock=clock,
+        clock=context.watchdog.clock,
     )
 
 
@@ -62,20 +57,14 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def evaluate(
-    arguments: argparse.Namespace,
-    *,
-    world: World,
-    device: torch.device,
-    clock: Callable[[], float],
-) -> int:
+def evaluate(arguments: argparse.Namespace, *, context: RankContext) -> int:
     """Print the figures of all samples, and write them; returns the exit status."""
     agreed(lambda: _check_outputs(arguments))
     every = agreed(lambda: _open_all(arguments.samples))
     option, scales = "", [0.0] * len(every)
     if arguments.plot is not None:
         option, scales = agreed(lambda: plots.scales_of(every))
-    evaluator = _evaluator(arguments, world=world, device=device, clock=clock)
+    evaluator = _evaluator(arguments, context)
     _check_earlier(arguments, evaluator, every)
     reference = evaluator.reference(arguments.reference, size=every[0].size)
     results = []
@@ -83,14 +72,14 @@ def evaluate(
         found = evaluator.extract(samples, kept=range(samples.count))
         finish = partial(_finish, samples, found, reference, network=evaluator.network, out=out)
         results.append(from_main(finish))
-    if world.is_main:
+    if context.world.is_main:
         # By scale where there are scales: a shell lists scale0.5 ahead of scale0, and 10 of 2.
         rows = sorted(zip(scales, every, results, strict=True), key=lambda row: row[0])
         _say(table({str(each.path): found for _, each, found in rows}))
     if (path := arguments.plot) is not None:
         of_scales = dict(zip(scales, results, strict=True))
         from_main(lambda: plots.sweep(path, of_scales, option=option, count=every[0].count))
-        if world.is_main:
+        if context.world.is_main:
             _say(f"written: {path}")
     return 0
 
@@ -151,13 +140,7 @@ def _finish(
     return results
 
 
-def make_reference(
-    arguments: argparse.Namespace,
-    *,
-    world: World,
-    device: torch.device,
-    clock: Callable[[], float],
-) -> int:
+def make_reference(arguments: argparse.Namespace, *, context: RankContext) -> int:
     """Write the reference file of a dataset; returns the exit status."""
     out, size = arguments.out, arguments.size
     agreed(lambda: check(size is None or size >= 1, "--size", size, "at least 1"))
@@ -168,7 +151,7 @@ def make_reference(
     side = samples.size[0]
     expected = f"{side}, as the images are, or absent"
     agreed(lambda: check(size in (None, side), "--size", size, expected))
-    evaluator = _evaluator(arguments, world=world, device=device, clock=clock)
+    evaluator = _evaluator(arguments, context)
 
     def check_same() -> None:
         if (earlier := references.earlier(out)) is not None:
@@ -293,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Watchdog(world, patience=PATIENCE, is_marked=False) as watchdog,
     ):
         common.check(common.command_facts(arguments))
-        return work(arguments, world=world, device=device, clock=watchdog.clock)
+        return work(arguments, context=RankContext(world=world, device=device, watchdog=watchdog))
 
 
 if __name__ == "__main__":

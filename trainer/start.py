@@ -150,7 +150,7 @@ def begin(
     compute.prepare(net, training=training, device=context.device, stage=stage, say=say)
     main = context.world.is_main
     start = agreed(lambda: _start(config, found=found, initial=initial) if main else None)
-    agreed(lambda: load_operator(stopped=lambda: context.preemption.stop_requested))
+    agreed(lambda: load_operator(stopped=lambda: context.stop_requested))
     if context.must_leave():
         return None
     # Not `agreed`: the ranks meet in it, and would wait there for one that has failed alone.

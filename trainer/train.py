@@ -242,7 +242,7 @@ def _loop(
             guards=guards,
             stream=stream,
             originals=grid_originals(config, plan.stream, world=world),
-            stop_requested=lambda: context.preemption.stop_requested or run.stop_requested,
+            stop_requested=lambda: context.stop_requested or run.stop_requested,
             mark=mark,
             after_step=stack.enter_context(profiler),
         )

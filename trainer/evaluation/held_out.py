@@ -34,6 +34,7 @@ from trainer.engine.compute import DTYPES
 from trainer.evaluation import outputs
 from trainer.networks import TrainedNetwork
 from trainer.options import add_local_rank
+from trainer.ranks.context import RankContext
 from trainer.ranks.group import agreed, from_main
 from trainer.ranks.world import World
 from trainer.validation import SEED, Terms, ValidationSet, means
@@ -52,30 +53,20 @@ class HeldOut:
     images: ValidationSet
     net: nn.Module
     batch_size: int
-    world: World
-    device: torch.device
-    #: By which rate and time left are.
-    clock: Callable[[], float]
+    context: RankContext
 
     @classmethod
-    def open(
-        cls,
-        arguments: argparse.Namespace,
-        *,
-        world: World,
-        device: torch.device,
-        clock: Callable[[], float],
-    ) -> "HeldOut":
+    def open(cls, arguments: argparse.Namespace, *, context: RankContext) -> "HeldOut":
         """The network and images that the command line names.
 
         Raises:
             Refused: one of them is not there, or they do not fit each other.
         """
         network = from_main(lambda: _find(arguments))
-        images = agreed(lambda: _open_images(arguments, network, world=world))
+        images = agreed(lambda: _open_images(arguments, network, world=context.world))
         common.check({"images of --data": images.stream.shards.fingerprint})
-        net = network.net(device=device, precision=arguments.precision)
-        return cls(network, images, net, arguments.batch, world, device, clock)
+        net = network.net(device=context.device, precision=arguments.precision)
+        return cls(network, images, net, arguments.batch, context)
 
     def table(self, terms: Terms, *, progress: Callable[[int], None]) -> dict[str, Tensor]:
         """As `ValidationSet.table`, uninterrupted."""
@@ -83,8 +74,8 @@ class HeldOut:
             table = self.images.table(
                 terms,
                 batch_size=self.batch_size,
-                world=self.world,
-                device=self.device,
+                world=self.context.world,
+                device=self.context.device,
                 stopped=lambda: False,
                 on_images=progress,
             )
@@ -98,14 +89,14 @@ def likelihood(held_out: HeldOut, *, steps: str | None) -> dict[str, Any]:
     `steps` respaces the diffusion, as for sampling; None visits all timesteps. An upsampler is
     given the images' area means.
     """
-    config = held_out.network.config
+    config, context = held_out.network.config, held_out.context
     model = config.unet
     diffusion = Diffusion(config.diffusion, respacing=steps)
-    batches = -(-held_out.images.images // (held_out.batch_size * held_out.world.size))
-    shown = held_out.world.is_main
+    batches = -(-held_out.images.images // (held_out.batch_size * context.world.size))
+    shown, clock = context.world.is_main, context.watchdog.clock
     total = batches * diffusion.steps
-    progress = Progress(total=total, unit="passes", shown=shown, say=_say, clock=held_out.clock)
-    sums = torch.zeros(2, diffusion.steps, dtype=torch.float64, device=held_out.device)
+    progress = Progress(total=total, unit="passes", shown=shown, say=_say, clock=clock)
+    sums = torch.zeros(2, diffusion.steps, dtype=torch.float64, device=context.device)
 
     def terms(batch: Batch) -> dict[str, Tensor]:
         x0 = to_range(batch.images)
@@ -141,10 +132,10 @@ def likelihood(held_out: HeldOut, *, steps: str | None) -> dict[str, Any]:
 
 def accuracy(held_out: HeldOut) -> dict[str, Any]:
     """The cross-entropy and accuracies of a classifier, overall and by quarter of t."""
-    config = held_out.network.config
+    config, context = held_out.network.config, held_out.context
     objective = Classify(config.diffusion, seed=SEED)
-    shown = held_out.world.is_main
-    progress = Progress(total=held_out.images.images, shown=shown, say=_say, clock=held_out.clock)
+    shown, clock = context.world.is_main, context.watchdog.clock
+    progress = Progress(total=held_out.images.images, shown=shown, say=_say, clock=clock)
     table = held_out.table(
         lambda batch: objective(held_out.net, batch.images, batch.labels, batch.indices),
         progress=progress.advance,
@@ -152,16 +143,10 @@ def accuracy(held_out: HeldOut) -> dict[str, Any]:
     return means(table, timesteps=config.diffusion.steps)
 
 
-def measure(
-    arguments: argparse.Namespace,
-    *,
-    world: World,
-    device: torch.device,
-    clock: Callable[[], float],
-) -> int:
+def measure(arguments: argparse.Namespace, *, context: RankContext) -> int:
     """Measure, print and write what the command line asks for; returns the exit status."""
     agreed(lambda: _check_options(arguments))
-    held_out = HeldOut.open(arguments, world=world, device=device, clock=clock)
+    held_out = HeldOut.open(arguments, context=context)
     facts = {
         "network": str(held_out.network.file),
         "sha256": held_out.network.sha256,
@@ -175,7 +160,7 @@ def measure(
         same = {name: facts[name] for name in facts if name not in ("network", "data")}
         agreed(lambda: outputs.check_same(arguments.out, outputs.stored_json(arguments.out), same))
     found = likelihood(held_out, steps=arguments.steps) if is_nll else accuracy(held_out)
-    if world.is_main:
+    if context.world.is_main:
         print("\n".join(_lines(found, images=held_out.images.images)))
     if arguments.out is not None:
         text = json.dumps({**facts, **found}, indent=1) + "\n"

@@ -16,9 +16,15 @@ class RankContext:
 
     world: World
     device: torch.device
-    preemption: Preemption
     watchdog: Watchdog
+    #: None for a command that a signal ends at once.
+    preemption: Preemption | None = None
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal has reached this rank."""
+        return self.preemption is not None and self.preemption.stop_requested
 
     def must_leave(self) -> bool:
         """Whether a signal has reached any rank. All ranks must call it."""
-        return any(gather(self.preemption.stop_requested))
+        return any(gather(self.stop_requested))

@@ -85,7 +85,7 @@ class Drawing:
 
         def on_step() -> None:
             progress.advance()
-            if self.context.preemption.stop_requested:
+            if self.context.stop_requested:
                 raise StoppedError
 
         # Why this rank ended before all parts were taken: a fault, or "" where it was stopped.
