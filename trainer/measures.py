@@ -16,7 +16,7 @@ from trainer.config.experiment import Config
 from trainer.engine import averages
 from trainer.evaluation import in_training
 from trainer.evaluation.in_training import Evaluation
-from trainer.ranks.group import from_main, interruptible
+from trainer.ranks.group import from_main, until_stopped
 from trainer.run import history
 from trainer.run.directory import Run
 from trainer.sampling.draw import draw_grid
@@ -109,7 +109,7 @@ class Measures:
         parts = self.parts
         began, picture, is_done = self._begin("drawing samples"), None, False
         kind = averages.exponential(parts.config.training.ema[0])
-        with parts.engine.weights(kind) as averaged, interruptible(self.stop_requested) as check:
+        with parts.engine.weights(kind) as averaged, until_stopped(self.stop_requested) as check:
 
             def on_step() -> None:
                 parts.mark("drawing samples")

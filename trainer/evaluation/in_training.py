@@ -23,7 +23,7 @@ from trainer.evaluation.features import open_network
 from trainer.evaluation.reference import MANIFOLD, Reference
 from trainer.evaluation.results import Figure, Results, compare, short
 from trainer.ranks.faults import Refused
-from trainer.ranks.group import agreed, from_main, gather, interruptible
+from trainer.ranks.group import agreed, from_main, gather, until_stopped
 from trainer.ranks.world import World
 from trainer.validation import ValidationSet
 
@@ -122,7 +122,7 @@ class Evaluation:
         drawn = None
         network.net.to(device)
         kind = averages.exponential(self.config.training.ema[0])
-        with engine.weights(kind) as tensors, torch.no_grad(), interruptible(stopped) as check:
+        with engine.weights(kind) as tensors, torch.no_grad(), until_stopped(stopped) as check:
             drawn = features_of_samples(
                 tensors,
                 config=self.config,

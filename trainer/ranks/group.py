@@ -278,7 +278,7 @@ class Agreement:
 
 
 @contextmanager
-def interruptible(stopped: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+def until_stopped(stopped: Callable[[], bool]) -> Iterator[Callable[[], None]]:
     """Work that all ranks leave together, without an error, where one was `stopped` in it.
 
     What is yielded must be called between the steps of the work, equally often on all ranks.
