@@ -129,7 +129,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def finish(run: Path) -> None:
-    RunState(state="finished").write(run, writer="test")
+    RunState(state="finished").write(run)
 
 
 def test_rows_are_submitted_as_one_array_and_only_those_that_are_left(

@@ -54,10 +54,10 @@ def test_a_runs_own_state_says_how_its_training_ended(
     assert training_status(tmp_path, before=None, status=launcher) == (launcher or FAILED)
     (tmp_path / "launch").mkdir()
     before = RunState(state="stopped", starts=1)
-    before.write(tmp_path, writer="test")
+    before.write(tmp_path)
     # Refused before it claimed the run.
     assert training_status(tmp_path, before=before, status=REFUSED) == REFUSED
-    RunState(state=state, starts=2).write(tmp_path, writer="test")
+    RunState(state=state, starts=2).write(tmp_path)
     assert training_status(tmp_path, before=before, status=launcher) == status
 
 

@@ -56,7 +56,7 @@ def make_run(path: Path, *, images: int) -> Path:
 
 def note(run: Path, **entries: object) -> None:
     """Write the run's state."""
-    RunState(**entries).write(run, writer="test")  # type: ignore[arg-type]
+    RunState(**entries).write(run)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("release", ["last", "this"])

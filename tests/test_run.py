@@ -172,7 +172,7 @@ def test_a_listing_that_is_a_minute_old_hides_no_checkpoint(
     monkeypatch.setattr(Path, "iterdir", lambda _: iter(old))
     monkeypatch.setattr(Path, "glob", lambda *_: iter(old))
     assert committed(checkpoints) == old
-    RunState(state="finished", checkpoint=f"{16:012d}").write(tmp_path, writer="me")
+    RunState(state="finished", checkpoint=f"{16:012d}").write(tmp_path)
     assert [path.name for path in committed(checkpoints)] == [f"{16:012d}", f"{8:012d}"]
     assert (status.last_checkpoint(tmp_path, now=0) or "").startswith(f"{16:012d}")
     (checkpoints / f"{16:012d}").rename(checkpoints / "away")

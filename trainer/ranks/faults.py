@@ -88,9 +88,10 @@ def describe(error: ValueError | OSError) -> str:
     return said
 
 
-def named_hosts(verdict: str) -> list[str]:
-    """The hosts whose ranks a verdict names, such as n2 in "n1: lost: n2 (rank 3; computing)".
+def named_hosts(verdict: str) -> str | None:
+    """The hosts whose ranks a verdict names, as n2 in "n1: lost: n2 (rank 3; computing)".
 
-    None where these ranks failed by themselves.
+    With commas between them; None where there are none, or these ranks failed by themselves.
     """
-    return [] if ": failed: " in verdict else re.findall(r"(\S+) \(ranks? \d", verdict)
+    found = [] if ": failed: " in verdict else re.findall(r"(\S+) \(ranks? \d", verdict)
+    return ",".join(found) or None

@@ -7,8 +7,6 @@
 
 import json
 import os
-import socket
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -237,9 +235,7 @@ class Run:
 
     def _note(self, **changes: Any) -> None:
         state = RunState.read(self.path) or RunState(state="running")
-        # Ranks of several hosts, and two threads of one, may note a lost rank at once.
-        writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-        replace(state, **changes).write(self.path, writer=writer)
+        replace(state, **changes).write(self.path)
 
     def keep(self, file: Path, content: bytes | str) -> None:
         """Write a file of a directory of the run, such as `samples/`, which is made if need be."""
@@ -270,7 +266,7 @@ class Run:
         with suppress(OSError):
             holder = leases.holder(self.path)
             if holder is not None and holder.token == self.token:
-                self._note(state="failed", why=text, lost=",".join(named_hosts(text)) or None)
+                self._note(state="failed", why=text, lost=named_hosts(text))
 
     def _append(self, line: str) -> None:
         files.append(self.path / "log.txt", line + "\n")

@@ -6,6 +6,9 @@ people, and no program reads it.
 """
 
 import json
+import os
+import socket
+import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -54,8 +57,10 @@ class RunState:
             return None
         return state
 
-    def write(self, run: Path, *, writer: str) -> None:
+    def write(self, run: Path) -> None:
         """Write it with one entry on each line, as the job script's `sed` expects."""
+        # Ranks of several hosts, and two threads of one, may note a lost rank at once.
+        writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
         text = json.dumps({"format": "run-state-1", **asdict(self)}, indent=1)
         files.write(file(run), text + "\n", writer=writer)
 

@@ -4,8 +4,6 @@ The job has a directory as a run has one: a lease shows that it lives, `launch/s
 it stands, and it stops while there is a file `launch/stop`.
 """
 
-import os
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,7 +33,7 @@ class JobState:
     def fail(self, why: str) -> None:
         """Note that this start has failed, from the watchdog's thread; it has been printed."""
         with suppress(OSError):
-            self.note("failed", why, lost=",".join(named_hosts(why)) or None)
+            self.note("failed", why, lost=named_hosts(why))
 
     @property
     def why_stopped(self) -> str:
@@ -63,7 +61,7 @@ class JobState:
                 lost=lost,
                 job_id=scheduler_job()[0],
                 checkpoint=f"{self._drawn:012d}" if self._drawn else None,
-            ).write(self._job, writer=f"{socket.gethostname()}.{os.getpid()}")
+            ).write(self._job)
 
     def advance(self, batches: int = 1) -> None:
         """Note that more batches are drawn; a start that draws none has made no progress."""
