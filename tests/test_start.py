@@ -19,7 +19,8 @@ from data.exits import FAILED, REFUSED
 from tests.support import ranks
 from trainer import export, train
 from trainer import plan as planning
-from trainer.engine import caches, operators
+from trainer.config import experiment as configs
+from trainer.engine import caches, compute, operators
 from trainer.evaluation.features import open_network
 from trainer.measures import due
 from trainer.ranks.faults import Refused
@@ -202,6 +203,25 @@ def test_a_directory_that_torch_makes_though_it_compiles_nothing_is_named_by_all
     # Nothing is written to one that is there, nor loaded from there.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")
     caches.check_made()
+
+
+def test_a_machine_of_gpus_without_a_compiler_is_named_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    training = configs.load("imagenet64").training
+    monkeypatch.setenv("CC", "nowhere-cc")
+    with pytest.raises(ValueError, match="needs the compiler of CC = 'nowhere-cc', which is not"):
+        compute.check(training)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r'kernels = "fused": needs a C compiler .*: install gcc'):
+        compute.check(training)
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "cuda_utils.cpython-312-x86_64-linux-gnu.so").touch()
+    compute.check(training)
 
 
 @pytest.mark.parametrize(("named", "own"), [("cuda", "cpu"), ("cpu", "cuda")])

@@ -5,9 +5,12 @@ Its weights and their names stay the same, so a run may change these settings wh
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,12 +39,33 @@ def check(training: TrainingConfig) -> None:
     named = next((name for name, is_set in settings.items() if is_set), None)
     if named is None or not torch.cuda.is_available():
         return
+    without = 'or set training.kernels = "plain" and training.compile = false'
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
             f"{named}: needs the package triton, which is not installed: install it "
-            '(`pip install triton`), or set training.kernels = "plain" and training.compile = false'
+            f"(`pip install triton`), {without}"
+        )
+    if missing := _missing_tool():
+        raise ValueError(
+            f"{named}: needs {missing}, with which Triton compiles its launchers: install gcc and "
+            f"Python's headers (Debian: apt-get install gcc python3-dev), {without}"
         )
     caches.check(caches.TRITON, *[caches.INDUCTOR] * training.compile)
+
+
+def _missing_tool() -> str:
+    """What Triton lacks to compile C, as container images without a compiler do; or "".
+
+    Nothing where an earlier start has left in the cache what it compiles first.
+    """
+    if any(caches.directory(caches.TRITON).glob("*/*_utils*.so")):
+        return ""
+    if named := os.environ.get("CC"):
+        return "" if shutil.which(named) else f"the compiler of CC = {named!r}, which is not here"
+    if not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler (there is no gcc in PATH)"
+    header = Path(sysconfig.get_paths("posix_prefix")["include"], "Python.h")
+    return "" if header.exists() else str(header)
 
 
 def remarks(training: TrainingConfig, *, stage: int, ranks: int) -> list[str]:
