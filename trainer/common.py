@@ -8,16 +8,18 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version as version_of
 from typing import Any
 
 from data.mixture import Dataset
-from data.version import digest
+from data.version import digest, version
 from trainer.config import experiment as configs
 from trainer.config import settings
 from trainer.config.experiment import Config
 from trainer.ranks.group import Refused, gather
 from trainer.ranks.world import host_name
+from trainer.run.trainstate import TrainState
 
 # Paths that may differ from node to node, as long as the same is there.
 _PLACES = (
@@ -55,7 +57,26 @@ def facts(
 
 def software() -> dict[str, str]:
     """The code and the packages that this rank has, by name."""
-    return {"code (sha256)": digest(), **{package: version_of(package) for package in _PACKAGES}}
+    return {"code (sha256)": digest(), **_packages()}
+
+
+@cache
+def running() -> dict[str, str]:
+    """The release, its commit and the packages that this process runs, by name."""
+    return {"adm-trainer": version(), **_packages()}
+
+
+def changes_since(state: TrainState) -> list[str]:
+    """What the log says where other software has written the checkpoint that a run resumes from."""
+    return [
+        f"{name} changes from {before} to {own}"
+        for name, own in running().items()
+        if (before := state.software.get(name)) not in (None, own)
+    ]
+
+
+def _packages() -> dict[str, str]:
+    return {package: version_of(package) for package in _PACKAGES}
 
 
 def command_facts(arguments: argparse.Namespace) -> dict[str, str]:

@@ -6,8 +6,7 @@
 import time
 from dataclasses import dataclass, field
 
-import torch
-
+from trainer import common
 from trainer.config import experiment as configs
 from trainer.ranks.group import Agreement, from_main
 from trainer.run.trainstate import TrainState
@@ -77,7 +76,7 @@ class Saving:
             order=parts.stream.identity,
             config=configs.to_toml(configs.public(parts.config)),
             ranks=parts.world.size,
-            torch=torch.__version__,
+            software=common.running(),
         )
         self._updates = engine.updates, self._saved
         self.saver.save(engine, state=state, prunes=not self._waits, ends=ends)

@@ -187,7 +187,8 @@ def _train(plan: TrainingPlan, *, context: RankContext) -> int:
         config, plan.changes, shards, held_out, ranks=world.size, ds_config=ds_config
     )
     said += initials.remarks(plan.initial, shards=shards)
-    for line in [*said, *locks, *operators.notice()]:
+    newer = common.changes_since(found.state) if found else []
+    for line in [*newer, *said, *locks, *operators.notice()]:
         log(line)
     plan = plan.with_reference(mark=context.watchdog.mark, say=log)
     context.watchdog.mark("; ".join(["building the engine", *locks]))

@@ -139,11 +139,15 @@ def build(kind: Any, table: Mapping[str, Any], *, name: str = "") -> Any:
 
 
 def from_json(kind: Any, text: str) -> Any:
-    """An instance of dataclass `kind` from JSON, where null is absent; ValueError as `build`."""
+    """An instance of dataclass `kind` from JSON that a program wrote; ValueError as `build`.
+
+    There null is absent, and what only a later release knows is passed over.
+    """
     table = json.loads(text)
     if not isinstance(table, dict):
         raise ValueError(f"{table!r:.80}: must be an object")
-    return build(kind, {key: value for key, value in table.items() if value is not None})
+    known = {field.name for field in dataclasses.fields(kind)}
+    return build(kind, {k: v for k, v in table.items() if k in known and v is not None})
 
 
 def join(section: str, key: str) -> str:

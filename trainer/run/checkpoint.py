@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data import files
+from data.version import version
+from trainer.config import experiment as configs
+from trainer.config.experiment import Config
 from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
 from trainer.run.runstate import RunState
@@ -95,12 +99,30 @@ def read(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def config_of(checkpoints: Path) -> str | None:
-    """The config, as TOML, that the newest readable checkpoint was trained with, if it tells."""
+def config_of(checkpoints: Path) -> Config | None:
+    """The config that the newest readable checkpoint was trained with, if it tells.
+
+    Raises:
+        ValueError: it is of another release, and has other settings.
+    """
     for path in committed(checkpoints):
+        state = None
         with suppress(ValueError, OSError):  # who resumes from it hears of that
-            return read(path).state.config or None
+            state = read(path).state
+        if state is not None:
+            return _config_of(state, source=path / STATE) if state.config else None
     return None
+
+
+def _config_of(state: TrainState, *, source: Path) -> Config:
+    try:
+        return configs.from_table(tomllib.loads(state.config))
+    except ValueError as error:
+        by = state.software.get("adm-trainer", "of another commit")
+        raise ValueError(
+            f"the config in {source}: {error}; adm-trainer {by} wrote it, and this is {version()}: "
+            "resume with that one"
+        ) from None
 
 
 def fault_of(path: Path, *, kinds: Sequence[str] = (), rank: int = 0, ranks: int = 1) -> str | None:

@@ -8,7 +8,6 @@
 import json
 import os
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -165,14 +164,12 @@ class Run:
         Version 0.1 knew no other way, and the presets' counts in images would be another average.
 
         Raises:
-            ValueError: the run's config.toml cannot be read.
+            ValueError: the run's config cannot be read.
         """
         training = config.training
         if training.ema_images is None or not committed(self.checkpoints):
             return config
-        if not self.config_file.is_file():
-            return config
-        if configs.load(self.config_file).training.ema_images is not None:
+        if not self.config_file.is_file() or self._before().training.ema_images is not None:
             return config
         return replace(config, training=replace(training, ema_images=None, ema_warmup=None))
 
@@ -194,11 +191,8 @@ class Run:
                 f"{self.path} exists and is no run directory (it has no config.toml): "
                 "name a new directory with --run"
             )
-        # config.toml may have been edited since; a checkpoint says what it was trained with.
-        text = config_of(self.checkpoints)
-        before = configs.from_table(tomllib.loads(text)) if text else configs.load(self.config_file)
         # Credentials of an address may change, and are not written.
-        changes = configs.changes(configs.public(before), configs.public(config))
+        changes = configs.changes(configs.public(self._before()), configs.public(config))
         # Before the first checkpoint there is nothing that another config could not continue.
         if committed(self.checkpoints) and (fixed := fixed_among(changes)):
             raise ValueError(
@@ -207,6 +201,13 @@ class Run:
                 f"{self.path} to start from its weights)"
             )
         return changes
+
+    def _before(self) -> Config:
+        """The config of the run that is here.
+
+        config.toml may have been edited since; a checkpoint says what it was trained with.
+        """
+        return config_of(self.checkpoints) or configs.load(self.config_file)
 
     def open(self, config: Config, *, ds_config: dict[str, Any]) -> None:
         """Create the directory, or update its record of the config."""

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import threading
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -49,11 +49,8 @@ class RunState:
             OSError: the file cannot be read now.
         """
         try:
-            found = json.loads(file(run).read_text())
-            known = {field.name for field in fields(cls)}
-            table = {k: v for k, v in found.items() if k in known and v is not None}
-            state: RunState = settings.build(cls, table)
-        except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+            state: RunState = settings.from_json(cls, file(run).read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         return state
 

@@ -42,9 +42,9 @@ class TrainState:
     order: dict[str, Any]
     #: The config that it was trained with, as TOML; empty in checkpoints of earlier releases.
     config: str
-    #: For people: where it was written.
+    #: For people: how many ranks wrote it, and by what, as `trainer.common.running` names it.
     ranks: int
-    torch: str
+    software: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Its entries in a checkpoint's state.json, where the clock is called "images"."""
@@ -66,5 +66,6 @@ class TrainState:
             order=entries["order"],
             config=entries.get("config", ""),
             ranks=entries.get("ranks", 0),
-            torch=entries.get("torch", ""),
+            # Earlier releases recorded the version of torch alone.
+            software=entries.get("software", {n: v for n, v in entries.items() if n == "torch"}),
         )
