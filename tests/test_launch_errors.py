@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,9 @@ def test_a_wrong_option_of_any_verb_is_refused(
     assert "usage: python -m launch" in capsys.readouterr().err
 
 
+NETS = "w.pt --preset imagenet64 --out o.npz"
+
+
 @DRY_RUNS
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -140,6 +144,21 @@ def test_a_wrong_option_of_any_verb_is_refused(
         ("run --out o/ --array 2 --share 0/3", "--share = (0, 3): must be absent with --array"),
         ("run --out o/ --array 2 --upsampler run", "--array = 2: must be absent with --upsampler"),
         ("run --out o.npz --classifier-preset x", "--classifier-preset = 'x': must be absent wit"),
+        ("run --out o.npz --ema 0.5", "--ema = 0.5: must be one that the run keeps: 0.99, 0.995"),
+        ("run --out o.npz --steps 5000", "--steps: respacing = '5000': must be at most 1000"),
+        ("run/checkpoints/0 --out o.npz --cfg 2", "trained without training.label_dropout"),
+        (f"{NETS} --classifier w.pt --classifier-preset classifier128", "cannot guide the network"),
+        (
+            f"{NETS} --upsampler w.pt --upsampler-preset upsample128_512",
+            "enlarges 128 px, and w.pt",
+        ),
+        (
+            f"{NETS} --upsampler w.pt --upsampler-preset upsample64_256 --upsampler-steps ddim600",
+            "--upsampler-steps: ",
+        ),
+        (f"{NETS} --ema 0.9999", "--ema = 0.9999: must be absent for a weights file"),
+        (f"{NETS} --low-res w.pt", "w.pt (preset imagenet64) is no upsampler: leave out --low-res"),
+        ("w.pt --preset classifier64 --out o.npz", "is a classifier; give it as --classifier"),
     ],
 )
 def test_what_drawing_would_refuse_is_refused_on_the_login_node(
@@ -152,7 +171,8 @@ def test_what_drawing_would_refuse_is_refused_on_the_login_node(
 ) -> None:
     """It waited in the queue first."""
     monkeypatch.chdir(tmp_path)
-    Path("run").mkdir()
+    Path("run/checkpoints/0").mkdir(parents=True)
+    shutil.copy(ROOT / "trainer/presets/digits.toml", "run/config.toml")
     Path("w.pt").touch()
     refused("sample", *words.split(), "--cluster", SLURM, *options)
     said = capsys.readouterr().err

@@ -14,7 +14,8 @@ from trainer.adm.config import NO_LABEL
 from trainer.adm.unet import build
 from trainer.config import experiment as configs
 from trainer.networks import TrainedNetwork
-from trainer.sampling.inputs import SampleInputs, check_guide, check_upsampler
+from trainer.sampling.fit import check_enlarges, check_guides
+from trainer.sampling.inputs import SampleInputs
 from trainer.sampling.output import begun
 
 
@@ -37,12 +38,12 @@ def network(preset: str) -> TrainedNetwork:
     ],
 )
 def test_the_presets_of_a_published_pair_fit(base: str, classifier: str) -> None:
-    check_guide(network(classifier), network=network(base))
+    check_guides(network(classifier), network=network(base))
 
 
 def test_an_upsampler_fits_what_a_base_draws() -> None:
     for upsampler, base in (("upsample64_256", "imagenet64"), ("upsample128_512", "imagenet128")):
-        check_upsampler(network(upsampler), base=network(base), classes=1000)
+        check_enlarges(network(upsampler), base=network(base), classes=1000)
     for upsampler, base, classes, message in (
         ("upsample128_512", "imagenet64", 1000, "enlarges 128 px, and imagenet64 draws 64 px"),
         ("upsample64_256", "imagenet64", None, "has 1000 classes, and imagenet64 is drawn in none"),
@@ -50,7 +51,7 @@ def test_an_upsampler_fits_what_a_base_draws() -> None:
         ("classifier256", "imagenet64", 1000, "is no upsampler"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_upsampler(network(upsampler), base=network(base), classes=classes)
+            check_enlarges(network(upsampler), base=network(base), classes=classes)
 
 
 def test_of_a_checkpoint_weights_and_the_config_of_its_run_are_found(

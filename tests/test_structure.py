@@ -37,6 +37,7 @@ PURE = (
     "trainer.run.runstate",
     "trainer.run.goodput",
     "trainer.run.history",
+    "trainer.sampling.fit",
     "trainer.sampling.options",
     "data.config",
 )

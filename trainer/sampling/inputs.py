@@ -1,18 +1,12 @@
 """The networks that the command line of `trainer.sample` names, and whether they fit each other."""
 
 import argparse
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from trainer import classes
-from trainer.adm.config import ClassifierConfig
-from trainer.config import experiment as configs
 from trainer.networks import TrainedNetwork, names_of
-
-# Settings that a classifier must share with the network that it guides, if the network has them:
-# the images, the classes, and what determines q(x_t | x_0) at a timestep.
-_SHARED = ("model.image_size", "model.num_classes", "diffusion.steps", "diffusion.schedule")
+from trainer.sampling.fit import check_fit
 
 
 @dataclass(frozen=True)
@@ -54,40 +48,19 @@ class SampleInputs:
             arguments.source, preset=arguments.preset, decay=arguments.ema, begun=begun
         )
         found = cls(source, other("classifier"), other("upsampler"))
-        found._check()
+        check_fit(arguments, source, classifier=found.classifier, upsampler=found.upsampler)
+        found._check_names()
+        if found.upsampler is not None:
+            # Checked now, since it is needed only when all images are drawn.
+            found.upsampler.check_weights()
         return found
 
-    def _check(self) -> None:
-        """Raise ValueError unless the networks fit each other."""
-        source = self.denoiser
-        if isinstance(source.config.model, ClassifierConfig):
-            raise ValueError(f"{source.file} is a classifier; give it as --classifier")
+    def _check_names(self) -> None:
+        """Raise ValueError where the networks number classes differently."""
         if self.classifier is not None:
-            check_guide(self.classifier, network=source)
-            check_names(self.classifier, network=source, option="--classifier")
+            check_names(self.classifier, network=self.denoiser, option="--classifier")
         if self.upsampler is not None:
-            check_upsampler(self.upsampler, base=source, classes=self.classes)
             check_names(self.upsampler, network=self.labelled, option="--upsampler")
-            # Checked now, since it is needed only when all images are drawn.
-            self.upsampler.check_weights()
-
-
-def check_guide(classifier: TrainedNetwork, *, network: TrainedNetwork) -> None:
-    """Raise ValueError unless `classifier` can guide `network`."""
-    if not isinstance(classifier.config.model, ClassifierConfig):
-        raise ValueError(f"{classifier.file} is no classifier: --classifier needs one")
-    own, wanted = configs.flatten(classifier.config), configs.flatten(network.config)
-    differing = [
-        f"{setting} = {json.dumps(own[setting])} instead of {json.dumps(wanted[setting])}"
-        for setting in _SHARED
-        if setting in wanted and own[setting] != wanted[setting]
-    ]
-    if differing:
-        raise ValueError(
-            f"--classifier {classifier.name} cannot guide the network {network.name}: it was "
-            f"trained with {', '.join(differing)}; give a classifier that was trained with the "
-            "network's values, or correct the preset of a weights file"
-        )
 
 
 def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) -> None:
@@ -104,22 +77,3 @@ def check_names(other: TrainedNetwork, *, network: TrainedNetwork, option: str) 
 def trained_names(network: TrainedNetwork) -> tuple[str, ...] | None:
     """The names of the classes that it was trained on, if its shards are here; else None."""
     return names_of(network.config) if network.has_own_config else None
-
-
-def check_upsampler(
-    upsampler: TrainedNetwork, *, base: TrainedNetwork, classes: int | None
-) -> None:
-    """Raise ValueError unless `upsampler` can enlarge what `base` draws in `classes` classes."""
-    model, size = upsampler.config.model, base.config.model.image_size
-    if isinstance(model, ClassifierConfig) or model.small_size is None:
-        raise ValueError(f"{upsampler.file} is no upsampler: --upsampler needs one")
-    if model.small_size != size:
-        raise ValueError(
-            f"--upsampler {upsampler.name} enlarges {model.small_size} px, and {base.name} draws "
-            f"{size} px"
-        )
-    if model.num_classes not in (None, classes):
-        raise ValueError(
-            f"--upsampler {upsampler.name} has {model.num_classes} classes, and {base.name} is "
-            f"drawn in {classes or 'none'}"
-        )

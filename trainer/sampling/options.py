@@ -6,14 +6,17 @@ No torch here: a login node checks the options before a job is queued.
 import argparse
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from data.exits import CommandParser, path_text
 from trainer.adm.config import GuideAt, check
 from trainer.config import experiment as configs
+from trainer.config.experiment import Config
 from trainer.config.sections import Precision
 from trainer.options import add_patience, add_ranks
+from trainer.sampling.fit import check_fit
 
 _ABOUT = """Draw images from a run's EMA or a weights file.
 
@@ -66,21 +69,58 @@ def _check_values(arguments: argparse.Namespace) -> None:
         check(len(set(values)) == len(values), f"--{option}", values, "different numbers")
 
 
+@dataclass(frozen=True)
+class _Described:
+    """A network by its config alone."""
+
+    config: Config
+    name: str
+
+
 def check_inputs(arguments: argparse.Namespace) -> None:
-    """Raise ValueError unless what the options name is there; touches and reads no weights."""
+    """Raise ValueError unless what the options name is there and fits; reads no weights.
+
+    A config that is in the weights' file, or of a run that has not begun, is not known here.
+    """
     given = vars(arguments)
     networks = {"SOURCE": "", "--classifier": "classifier_", "--upsampler": "upsampler_"}
+    known: list[_Described | None] = []
     for option, prefix in networks.items():
         path, preset = given[prefix.rstrip("_") or "source"], given[f"{prefix}preset"]
         _check_there(path, option=option)
-        if preset is not None:
-            configs.load(preset)
-        elif path is not None and path.is_file() and path.suffix != ".safetensors":
+        if preset is None and path is not None and path.is_file() and path.suffix != ".safetensors":
             needed = f"--{prefix}preset".replace("_", "-")
             raise ValueError(f"{path} is no run directory; for a weights file, add {needed}")
+        known.append(None if path is None else _described(path, preset))
     _check_there(arguments.low_res, option="--low-res")
     if (rule := arguments.labels) not in (BALANCED, RANDOM):
         _check_there(Path(rule), option="--labels")
+    source, classifier, upsampler = known
+    _check_average(arguments, source)
+    others = (arguments.classifier is None, arguments.upsampler is None)
+    if source is not None and (classifier is None, upsampler is None) == others:
+        check_fit(arguments, source, classifier=classifier, upsampler=upsampler)
+
+
+def _described(path: Path, preset: str | None) -> _Described | None:
+    """The network at `path`, as far as a directory or a preset says what it is."""
+    if preset is not None:
+        return _Described(configs.load(preset), f"{path} (preset {preset})")
+    whole = path.resolve()
+    run = whole.parent.parent if whole.parent.name == "checkpoints" else whole
+    file = run / "config.toml"
+    return _Described(configs.load(file), str(path)) if file.is_file() else None
+
+
+def _check_average(arguments: argparse.Namespace, source: _Described | None) -> None:
+    decay = arguments.ema
+    if decay is None:
+        return
+    check(not arguments.source.is_file(), "--ema", decay, "absent for a weights file")
+    if source is not None and arguments.preset is None:
+        kept = source.config.training.ema
+        names = ", ".join(str(each) for each in kept)
+        check(decay in kept, "--ema", decay, f"one that the run keeps: {names}")
 
 
 def _check_there(path: Path | None, *, option: str) -> None:

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from data import files
-from data.config import naming, shown
+from data.config import shown
 from data.dataset import class_names
-from trainer.adm.respacing import kept_timesteps
 from trainer.classes import difference
 from trainer.config.experiment import Config
 from trainer.networks import TrainedNetwork
@@ -66,10 +65,6 @@ def base_jobs(
     )
     if low_res is not None:
         _check_names(low_res.classes, network=source)
-    if arguments.cfg and not source.config.training.label_dropout:
-        raise ValueError(f"--cfg: {source.name} was trained without training.label_dropout")
-    with naming("--steps"):
-        kept_timesteps(source.config.diffusion.steps, arguments.steps)
     request = SampleRequest(
         images=_count(arguments.images, low_res=low_res, labels=labels),
         batch=arguments.batch,
@@ -142,8 +137,6 @@ def enlarging_job(
         noise=2,
         sources=(upsampler.sha256,),
     )
-    with naming("--upsampler-steps"):
-        kept_timesteps(upsampler.config.diffusion.steps, steps)
     output = _output(arguments.out, base.variant, request, source=upsampler, classes=base.classes)
     output.unknown = ("low_res",)
     return replace(
@@ -188,12 +181,9 @@ def _gib(size: int) -> str:
 
 
 def _open_low_res(path: Path | None, *, source: TrainedNetwork) -> Samples | None:
-    """The images of `--low-res`; ValueError unless they are what this network needs, or none."""
+    """The images of `--low-res`, or none; ValueError unless they are what this network needs."""
     model = source.config.unet
-    if (path is None) != (model.small_size is None):
-        needs = f"needs --low-res with {model.small_size} px images" if model.small_size else ""
-        raise ValueError(f"this network {needs or 'is no upsampler: leave out --low-res'}")
-    if path is None:
+    if path is None or model.small_size is None:  # neither is there, by `check_fit`
         return None
     try:
         samples = open_samples(path, size=model.image_size)
