@@ -1,12 +1,18 @@
 """Keyed randomness: the same bits in any batch, and statistically random."""
 
 import math
+from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.adm import keyed
+from trainer.adm import keyed, sampler
+from trainer.adm.objective import draw_noise, drop_labels
+from trainer.adm.timesteps import UniformTimesteps
+from trainer.guards.replay import dropout_seed
+from trainer.sampling.labels import Labels
+from trainer.sampling.options import RANDOM
 
 SHAPE = (3, 5, 7)
 
@@ -21,6 +27,19 @@ PINNED_NORMAL = [
     [0.8853535652160645, -1.7464863061904907, 1.0042005777359009, 0.24897032976150513],
     [-0.7925170063972473, 0.8908783197402954, -0.7958737015724182, 0.9990067481994629],
 ]
+#: The stage of a network that draws, what it starts from, and the noise of its step 249.
+PINNED_SAMPLES = [
+    (
+        0,
+        [0.9702807664871216, -1.168032169342041, 0.3814789652824402],
+        [0.6808757781982422, -1.1734405755996704, 0.5621357560157776],
+    ),
+    (
+        256,
+        [-2.291531801223755, -1.7630242109298706, -0.867912232875824],
+        [0.7237030267715454, -0.054827526211738586, -0.999869167804718],
+    ),
+]
 
 
 def test_the_bits_are_pinned() -> None:
@@ -31,6 +50,22 @@ def test_the_bits_are_pinned() -> None:
     assert keyed.uniform(numbers, seed=7, stream=0).tolist() == PINNED_UNIFORM
     noise = keyed.normal(numbers, seed=7, stream=1, shape=(4,))
     assert noise.tolist() == PINNED_NORMAL
+
+
+def test_what_a_run_draws_is_pinned() -> None:
+    """Each use has a stream of its own, the same in every release."""
+    indices, one = torch.tensor([0, 1, 2**40]), torch.zeros(3, 1)
+    assert UniformTimesteps(1000, seed=7).draw(indices)[0].tolist() == [236, 253, 439]
+    assert draw_noise(one, indices, seed=7)[:, 0].tolist() == [row[0] for row in PINNED_NORMAL]
+    kept = drop_labels(torch.arange(10), torch.arange(10), share=0.3, seed=7)
+    assert kept.tolist() == [0, 1, 2, 3, -1, -1, 6, 7, 8, 9]
+    random = Labels(rule=RANDOM, classes=tuple(range(1000)), seed=7)
+    assert random.of(indices).tolist() == [362, 644, 134]
+    for stage, start, step in PINNED_SAMPLES:
+        given: dict[str, Any] = {"seed": 7, "shape": (1,), "stage": stage}
+        assert sampler.start(indices, **given)[:, 0].tolist() == start
+        assert sampler.step_noise(indices, **given)(249)[:, 0].tolist() == step
+    assert dropout_seed(7, 2048, 1) == 3169830827286860488
 
 
 def test_the_hash_is_splitmix64() -> None:

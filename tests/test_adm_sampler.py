@@ -50,6 +50,15 @@ def test_a_perfect_net_recovers_its_image(respacing: str) -> None:
         golden.assert_close(last(walk), X0, tolerance=1e-3)
 
 
+@pytest.mark.parametrize("walk", [sampler.ancestral, sampler.ddim])
+def test_expected_images_are_clipped_unless_told_otherwise(walk: Any) -> None:
+    (start, noise), beyond = begin(), 3 * X0
+    clipped = last(walk(process("10"), knows(beyond), start, noise=noise))
+    golden.assert_close(clipped, beyond.clamp(-1, 1), tolerance=1e-3)
+    free = last(walk(process("10"), knows(beyond), start, noise=noise, clip=False))
+    golden.assert_close(free, beyond, tolerance=1e-3)
+
+
 def test_the_walk_reports_every_step_and_nets_see_original_timesteps() -> None:
     diffusion, seen = process("ddim10"), []
 
@@ -84,6 +93,7 @@ def test_ancestral_and_ddim_share_the_statistics_of_gaussian_data() -> None:
     for walk in (
         sampler.ancestral(process("250"), net, start, noise=noise, clip=False),
         sampler.ddim(process("250"), net, start, clip=False),
+        sampler.ddim(process("250"), net, start, noise=noise, eta=1.0, clip=False),
     ):
         assert last(walk).std() == pytest.approx(deviation, rel=0.03)
 

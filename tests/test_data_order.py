@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from data.mixture import MixedOrder
 from data.order import Order, keyed, permutation, share, splitmix64, uniform
+from data.transforms import flips, random_crop
 
 datasets = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda s: sum(s) > 0)
 
@@ -89,6 +92,21 @@ def test_the_order_is_pinned() -> None:
     assert list(zip(*(a.tolist() for a in place), strict=True)) == GOLDEN_PLACES
 
 
+def test_what_training_draws_for_an_image_is_pinned() -> None:
+    """So are these: a run that is resumed would mirror, crop and mix in another way."""
+    sizes = {4: [5, 0, 9, 17, 1], 2: [7, 4]}
+    orders = [Order(each, seed=11, streams=n, block=3) for n, each in sizes.items()]
+    place = MixedOrder(orders, counts=(3, 2), seed=11).locate(np.arange(100, 106))
+    assert list(zip(*(a.tolist() for a in place), strict=True)) == GOLDEN_MIXTURE
+    drawn = flips(seed=7, indices=np.array([0, 1, 2, 3, 2**40, 2**40 + 1]))
+    assert drawn.tolist() == [True, True, True, False, True, False]
+    ramp = np.zeros((60, 80, 3), dtype=np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(80), np.arange(60)[:, None]
+    for index, corners in GOLDEN_CROPS.items():
+        crop = random_crop(Image.fromarray(ramp), size=48, seed=7, index=index)
+        assert crop[[0, -1], [0, -1], :2].tolist() == corners
+
+
 def test_a_rank_takes_the_images_of_its_own_remainder_wherever_a_step_begins() -> None:
     for rank in range(3):
         mine = [image for image in range(10, 16) if image % 3 == rank]
@@ -120,3 +138,6 @@ GOLDEN_PLACES = [
     (1, 3, 2),
     (1, 3, 10),
 ]
+GOLDEN_MIXTURE = [(4, 5, 2), (1, 2, 0), (1, 2, 8), (1, 3, 6), (4, 5, 6), (1, 3, 16)]
+#: Image index -> x and y of the first and the last pixel of the crop.
+GOLDEN_CROPS = {0: [[9, 2], [60, 54]], 1: [[17, 0], [72, 55]], 2**40: [[26, 2], [76, 53]]}
