@@ -90,6 +90,23 @@ def test_a_refused_step_moves_nothing_and_its_image_is_named(here: Place, name: 
         assert distance(here.checkpoint(name, END), here.checkpoint("one", END)) < 5e-5
 
 
+def test_an_overflow_at_the_floor_of_the_loss_scale_is_an_incident(here: Place) -> None:
+    """Two steps overflow in fp16, of finite losses: the first halves the scale, to its floor."""
+    arguments = here.arguments("floor", fp16=True, sets=GUARDS)
+    file = Path(arguments[arguments.index("--ds-config") + 1])
+    ds_config = json.loads(file.read_text())
+    scale = {"initial_scale_power": 11, "min_loss_scale": 2**10, "loss_scale_window": 9}
+    file = file.with_name("ds-floor.json")
+    file.write_text(json.dumps(ds_config | {"fp16": ds_config["fp16"] | scale}))
+    arguments[arguments.index("--ds-config") + 1] = str(file)
+    factors = {STEP + 1: 1e30, 3 * STEP + 1: 1e30}
+    assert faults.train(here, arguments, world=2, factors=factors, fp16=True) == [0]
+    (row,) = incidents(here, "floor")
+    assert (row["images"], row["fault"]) == (3 * STEP, "the gradients are not finite")
+    assert here.losses("floor", "skipped") == [0, 1, 0, 1, 0, 0]
+    assert here.losses("floor", "loss_scale") == [2**11] * 2 + [2**10] * 4
+
+
 def rewind(place: Place, name: str, *, clock: int, to: int) -> None:
     """Keep one checkpoint of a run, and let it be one of the later clock `to`."""
     checkpoints = place.run(name) / "checkpoints"
