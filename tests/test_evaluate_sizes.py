@@ -110,9 +110,13 @@ def test_precision_and_recall_of_parts_are_those_of_each_alone(count: int) -> No
     alone_each = [figures.precision_recall(there, rows)[0] for rows in sets]
     assert found == alone_each
     assert sum(done) == figures.distances_needed(2100, count)
-    squared = [torch.cdist(a.double(), b.double()) for a, b in ((there, here), (here, here))]
-    near = squared[1].sort(dim=1).values[:, 3]
-    assert found[0][1] == pytest.approx(float((squared[0] <= near).any(dim=1).double().mean()))
+    squared, *own = (
+        torch.cdist(a.double(), b.double())
+        for a, b in ((there, here), (there, there), (here, here))
+    )
+    near = [distances.sort(dim=1).values[:, 3] for distances in own]
+    inside = (squared <= near[0][:, None]).any(dim=0), (squared <= near[1]).any(dim=1)
+    assert found[0] == pytest.approx([float(rows.double().mean()) for rows in inside])
 
 
 def test_tars_that_are_not_of_the_dataset_are_named_where_it_is_evaluated(
