@@ -74,6 +74,14 @@ def test_the_time_left_counts_what_recurs_beside_training(tmp_path: Path) -> Non
     assert found.seconds_left == pytest.approx(left, rel=0.1)
 
 
+def test_shares_are_told_from_the_training_on_down_without_the_smallest() -> None:
+    found = goodput.account([*KILLED[:-1], report(800, 3000, drawing=3.0), end(830, "finished")])
+    assert found is not None and sum(found.shares.values()) == pytest.approx(1)
+    assert str(found) == (
+        "productive 32 %, starting 24 %, queued 19 %, lost 17 %, saving 6 %, waiting for data 1 %"
+    )
+
+
 def test_a_checkpoint_between_two_reports_splits_the_interval() -> None:
     resumed = [*KILLED[:5], start(600, last_sign=500.0), training(700, 2500)]
     assert seconds(resumed)["lost"] == 50
@@ -85,8 +93,18 @@ def test_a_run_that_still_trains_is_counted_until_now() -> None:
     assert seconds(KILLED, now=900.0)["productive"] == 90 + 80 + 95 + 100
     found = goodput.account(KILLED, now=900.0)
     assert found is not None and found.failures == 1
-    dead = goodput.account(KILLED)
-    assert dead is not None and dead.failures == 2
+    for rows, live, dead in ((KILLED, 1, 2), ([*KILLED, start(900)], 2, 3)):
+        counted = [goodput.account(rows, now=950.0), goodput.account(rows)]
+        assert [each.failures for each in counted if each] == [live, dead]
+
+
+def test_a_start_that_has_not_trained_is_starting_until_it_ends() -> None:
+    assert seconds([start(100, submitted=0.0), end(130, "failed")]) == {
+        "queued": 100,
+        "starting": 30,
+    }
+    assert goodput.starting(KILLED[:6], now=650.0) == 50  # whatever the start before it reported
+    assert goodput.starting(KILLED, now=900.0) is None
 
 
 @pytest.mark.parametrize("by", [-150.0, 5000.0])
@@ -128,6 +146,9 @@ def test_the_advised_interval_weighs_saves_against_failures() -> None:
     assert found.advised_interval == pytest.approx((2 * found.save_cost * ran) ** 0.5)
     assert found.save_cost == (20 + 50) / 2  # whether it was lost later or not
     assert "1 failure in 12 min" in found.advice()
+    found = goodput.account([start(0), *KILLED[1:4]], now=450.0)
+    assert found is not None and found.between_failures == 450
+    assert "no failure in 7 min" in found.advice() and "(1,342 images)" in found.advice()
 
 
 @pytest.mark.parametrize(
