@@ -97,6 +97,20 @@ def test_a_start_notes_how_far_its_clock_is_from_that_of_the_files(
     assert " is 1 d 0 h behind that of the file system" in behind
 
 
+def test_a_start_of_a_job_notes_when_that_was_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "launch" / "job.json"
+    job.parent.mkdir()
+    job.touch()
+    os.utime(job, (1e9, 1e9))
+    for number in ("", "7"):  # a file that an earlier job left is not of a start by hand
+        monkeypatch.setenv("SLURM_JOB_ID", number)
+        with Run(tmp_path).claimed():
+            pass
+    assert [start.submitted for start in starts_of(goodput.read(tmp_path))] == [None, 1e9]
+
+
 def test_a_lost_rank_noted_by_several_threads_leaves_a_whole_state(tmp_path: Path) -> None:
     with Run(tmp_path).claimed() as run:
         run.note(checkpoint="000000000064", images_seen=64)

@@ -161,7 +161,7 @@ def step_hosts() -> list[str]:
 
 def scheduler_job() -> tuple[str | None, int]:
     """Slurm's id of the job of this process, under any launcher, and how often it was restarted."""
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return os.environ.get("SLURM_JOB_ID") or None, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _from_torch(env: Mapping[str, str]) -> World:
