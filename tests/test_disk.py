@@ -184,6 +184,7 @@ def test_a_full_disk_at_the_start_is_one_line_that_names_the_file(bare: Place) -
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     saver = Saver(Run(tmp_path), world=World(), intervals=IntervalConfig(log=1, checkpoint=1))
+    (tmp_path / "checkpoints").mkdir()
     huge = SimpleNamespace(kinds=("model", "ema-0.9"), parameter_count=10**15)
     with pytest.raises(OSError, match=r"a checkpoint takes 7450580.60 GiB, and .* are free"):
         saver._require_room(huge)

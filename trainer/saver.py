@@ -66,8 +66,8 @@ class Saver:
         self._failing_since: float | None = None
         # What could not be removed, and has been said.
         self._stuck: set[Path] = set()
-        # Whether the last `flag`, and the one before, were about the save that is pending.
-        self._flagged = self._known = False
+        # How often a `flag` was about the save that is pending.
+        self._flags = 0
 
     def check_disk(self, source: Gathered) -> None:
         """Raise Broken unless the disk has room for a checkpoint, and the ranks can commit one."""
@@ -101,7 +101,7 @@ class Saver:
             Refused: another start has taken the run over.
         """
         assert self._thread is None, "flush the last checkpoint before the next save"
-        self._state, self._flagged, self._prunes, self._ends = state, False, prunes, ends
+        self._state, self._flags, self._prunes, self._ends = state, 0, prunes, ends
         directory = self._partial(state.images_seen)
         self._tell(from_main(lambda: _fault(lambda: self._prepare(source, directory))))
         if self.is_lost:
@@ -116,18 +116,18 @@ class Saver:
 
     def flag(self) -> bool:
         """What this rank tells the others: whether its files are still on their way to disk."""
-        self._known, self._flagged = self._flagged, self._thread is not None
+        self._flags += 1
         return self._thread is not None and self._thread.is_alive()
 
     def poll(self, *, writing: bool, failing_since: int | None = None) -> None:
         """Commit the pending checkpoint unless a rank was still `writing` at the previous step.
 
-        Nor may it be suspect, as for `flush`.
+        Nor if it was saved since then, or is suspect, as for `flush`.
 
         Raises:
             As `flush`.
         """
-        if self._known and not writing and not self._is_suspect(failing_since):
+        if self._flags > 1 and not writing and not self._is_suspect(failing_since):
             self.flush()
 
     def flush(self, *, failing_since: int | None = None) -> None:
@@ -142,7 +142,7 @@ class Saver:
         if self._thread is None:
             return
         self._wait_for(self._thread)
-        self._thread, self._flagged = None, False
+        self._thread = None
         if self._is_suspect(failing_since):
             self.is_lost = True  # the next save removes it
             return
@@ -210,13 +210,12 @@ class Saver:
     def _require_room(self, source: Gathered) -> None:
         """Raise OSError unless a checkpoint fits on the disk."""
         needed = len(source.kinds) * source.parameter_count * 4 + _ROOM
-        place = self._run.checkpoints if self._run.checkpoints.exists() else self._run.path
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(self._run.checkpoints).free
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
                 f"a checkpoint takes {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} are free",
-                str(place),
+                str(self._run.checkpoints),
             )
 
     def _commit(self, listed: Mapping[str, Any]) -> None:
