@@ -79,8 +79,7 @@ def _lookup_seconds(world: World) -> float:
 def _free_gib(directory: Path) -> float:
     """The free space of the disk of a directory, or of where it would be; 0.0 if unreadable."""
     try:
-        there = next(d for d in (directory, *directory.absolute().parents) if d.exists())
-        return shutil.disk_usage(there).free / 2**30
+        return shutil.disk_usage(files.nearest(directory.absolute())).free / 2**30
     except OSError:
         return 0.0
 
