@@ -5,11 +5,10 @@ is alive is asked of the queue, or read from the lease.
 """
 
 import math
-import os
-import re
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -273,13 +272,10 @@ def last_checkpoint(run: Path, *, now: float) -> str | None:
 
 def _checkpoint(run: Path) -> tuple[int, float]:
     """The clock of the newest checkpoint and when it was written; zeros when there is none."""
-    state, found = RunState.read(run), [*run.glob("checkpoints/*")]
-    if state is not None and state.checkpoint:  # NFS may list for a minute what was there before
-        last = run / "checkpoints" / state.checkpoint
-        found += [last] if os.path.isdir(last) else []  # False on errors, unlike that of a Path
-    names = [p for p in found if re.fullmatch(r"\d{12}", p.name)]
-    newest = max(names, key=lambda p: p.name, default=None)
-    return (int(newest.name), _written(newest)) if newest else (0, 0.0)
+    with suppress(OSError):
+        for newest in runstate.committed(run / "checkpoints"):
+            return int(newest.name), _written(newest)
+    return 0, 0.0
 
 
 def _last_event(run: Path) -> str | None:

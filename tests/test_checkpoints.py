@@ -16,8 +16,9 @@ from data.exits import FAILED
 from tests.support import ranks
 from tests.support.runs import END, EVERY, HALF, STEP, Place, equal
 from trainer.config import experiment as configs
-from trainer.run.checkpoint import best, committed, fault_of, superseded
+from trainer.run.checkpoint import best, fault_of, superseded
 from trainer.run.directory import Run
+from trainer.run.runstate import committed
 
 
 def names(run: Path) -> list[int]:

@@ -28,7 +28,7 @@ from trainer.config.sections import IntervalConfig
 from trainer.ranks.world import World
 from trainer.run import checkpoint as checkpoints
 from trainer.run.directory import Run
-from trainer.run.runstate import RunState
+from trainer.run.runstate import RunState, committed
 from trainer.saver import Saver
 from trainer.weights import compare
 
@@ -198,7 +198,7 @@ def test_what_is_newer_than_a_commit_is_not_counted_and_stays(tmp_path: Path) ->
     for clock in (1, 2, 3):
         (tmp_path / "checkpoints" / f"{clock:012d}").mkdir(parents=True)
     saver._prune(until=2)
-    left = checkpoints.committed(tmp_path / "checkpoints")
+    left = committed(tmp_path / "checkpoints")
     assert [int(path.name) for path in left] == [3, 2]
 
 

@@ -19,7 +19,8 @@ from trainer.guards.audit import Finding
 from trainer.guards.incidents import Incidents
 from trainer.guards.replay import Replay
 from trainer.ranks.faults import Refused
-from trainer.run.checkpoint import STATE, committed, read, sealed
+from trainer.run.checkpoint import STATE, read, sealed
+from trainer.run.runstate import committed
 from trainer.snapshots import Snapshot
 
 PASSED = ((4 * STEP, 8 * STEP),)

@@ -24,9 +24,8 @@ from trainer.config.sections import IntervalConfig
 from trainer.ranks.group import Broken, Refused, agreed, connected
 from trainer.ranks.world import join
 from trainer.run import goodput
-from trainer.run.checkpoint import committed
 from trainer.run.directory import Run, fixed_among
-from trainer.run.runstate import RunState
+from trainer.run.runstate import RunState, committed
 from trainer.run.starts import starts_of
 from trainer.saver import Saver
 

@@ -13,7 +13,7 @@ import torch
 from tests.support import faults, ranks
 from tests.support.runs import EVERY, STEP, Place, build_start, equal
 from trainer import weights
-from trainer.run.checkpoint import committed
+from trainer.run.runstate import committed
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from data.config import shown
 from data.mixture import Dataset
 from trainer.config.experiment import Config
-from trainer.run.checkpoint import committed
 from trainer.run.directory import Run
+from trainer.run.runstate import committed
 
 
 def check(config: Config, shards: Dataset, *, run: Run) -> None:

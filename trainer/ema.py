@@ -23,7 +23,7 @@ from trainer import snapshots, weights
 from trainer.adm.config import check
 from trainer.adm.ema import WIDEST, Profile, combine
 from trainer.engine import averages
-from trainer.run.checkpoint import committed
+from trainer.run.runstate import committed
 from trainer.snapshots import Snapshot
 
 # The widths that are listed.

@@ -24,8 +24,8 @@ from trainer.config.experiment import Config
 from trainer.config.settings import is_in
 from trainer.networks import TrainedNetwork, config_of, names_of
 from trainer.run import origin
-from trainer.run.checkpoint import committed
 from trainer.run.directory import Run
+from trainer.run.runstate import committed
 
 # Entries of `RUN/init.json`.
 _RECORDED = ("init", "file", "sha256", "skip")

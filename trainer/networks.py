@@ -22,6 +22,7 @@ from trainer.engine import averages, caches, compute
 from trainer.engine.compute import DTYPES
 from trainer.ranks.group import agreed, broadcast, from_main
 from trainer.run import checkpoint as checkpoints
+from trainer.run.runstate import committed
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _newest(path: Path, *, begun: Collection[str]) -> checkpoints.Checkpoint:
             f"{path} is no run and no checkpoint: give a directory with checkpoints/ in it, one of "
             "those in there, or a weights file"
         )
-    places = [path] if is_checkpoint else checkpoints.committed(path / "checkpoints")
+    places = [path] if is_checkpoint else committed(path / "checkpoints")
     ordered = sorted(places, key=lambda place: not _holds(place, begun))
     if ordered != places:
         print(

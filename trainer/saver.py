@@ -23,8 +23,9 @@ from trainer.config.sections import IntervalConfig
 from trainer.ranks.faults import Broken, describe
 from trainer.ranks.group import agreed, from_main, gather, writers
 from trainer.ranks.world import World
-from trainer.run.checkpoint import STATE, best, committed, file_facts, sealed, superseded
+from trainer.run.checkpoint import STATE, best, file_facts, sealed, superseded
 from trainer.run.directory import Run
+from trainer.run.runstate import committed
 from trainer.run.trainstate import Gathered, TrainState
 
 # The end of the name of what is being removed.

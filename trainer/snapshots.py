@@ -24,9 +24,10 @@ from trainer.engine import averages
 from trainer.engine.compute import DTYPES
 from trainer.ranks.group import gather, writers
 from trainer.ranks.world import World
-from trainer.run.checkpoint import STATE, committed, file_facts
+from trainer.run.checkpoint import STATE, file_facts
 from trainer.run.directory import Run
 from trainer.run.lease import LeaseLost
+from trainer.run.runstate import committed
 from trainer.run.trainstate import Gathered
 
 # The suffix of a snapshot that is no longer part of the run.

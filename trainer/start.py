@@ -30,7 +30,7 @@ from trainer.ranks.world import World
 from trainer.run import checkpoint as checkpoints
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.directory import Run
-from trainer.run.runstate import RunState
+from trainer.run.runstate import RunState, committed
 from trainer.watch.metrics import Metrics
 
 
@@ -94,7 +94,7 @@ def check_found(found: Checkpoint, *, run: Run, config: Config, stream: Stream) 
     batch, seen = config.training.batch, found.images_seen
     if seen >= config.training.images or seen % batch == 0:
         return
-    names = [path.name for path in checkpoints.committed(run.checkpoints)]
+    names = [path.name for path in committed(run.checkpoints)]
     older = next((name for name in names if int(name) < seen and int(name) % batch == 0), None)
     ways = ["keep the batch that it has", *([f"go back with --from {older}"] if older else [])]
     raise ValueError(

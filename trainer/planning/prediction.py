@@ -19,6 +19,7 @@ from trainer.planning import costs
 from trainer.planning.costs import NetCosts
 from trainer.run import checkpoint as checkpoints
 from trainer.run import history
+from trainer.run.runstate import committed
 
 GIB, GB = 2**30, 1e9
 # A backward pass takes twice the operations of the forward pass; recomputation one pass more.
@@ -268,7 +269,7 @@ def measured(machine: Machine, *, config: Config, run: Path) -> Machine:
     try:
         # Rows of validations and evaluations have none.
         rates = [row[_RATE] for row in history.read(run)[-_ROWS:] if _RATE in row]
-        newest = checkpoints.committed(run / "checkpoints")
+        newest = committed(run / "checkpoints")
         # Checkpoints of version 0.1 do not say how many ranks wrote them.
         ranks = checkpoints.read(newest[0]).state.ranks if newest else 0
     except (OSError, ValueError) as error:

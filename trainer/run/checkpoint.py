@@ -9,7 +9,6 @@ of itself. Any world size and ZeRO stage loads any checkpoint. `trainer.saver` w
 import hashlib
 import json
 import math
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ from trainer.config import experiment as configs
 from trainer.config.experiment import Config
 from trainer.ranks.group import agreed, from_main, gather
 from trainer.ranks.world import World
-from trainer.run.runstate import RunState
+from trainer.run.runstate import CHECKPOINT, committed
 from trainer.run.trainstate import TrainState
 
 # The result of a validation of the weights beside it.
@@ -33,7 +32,6 @@ VALIDATION = "validation.json"
 STATE = "state.json"
 # The checksum of the rest of state.json. Checkpoints of version 0.1 have none.
 _SELF = "sha256"
-_NAME = re.compile(r"\d{12}")
 # Of state.json; checkpoints of version 0.1 do not name it.
 _FORMAT = "checkpoint-1"
 
@@ -61,18 +59,6 @@ class Checkpoint:
         return self.path / f"{kind}.safetensors"
 
 
-def committed(checkpoints: Path) -> list[Path]:
-    """The committed checkpoints of a run, newest first."""
-    found = set(checkpoints.iterdir()) if checkpoints.is_dir() else set()
-    # NFS may list for a minute what was there before; the run's state is read afresh.
-    state = RunState.read(checkpoints.parent)
-    if state is not None and state.checkpoint is not None:
-        last = checkpoints / state.checkpoint
-        if last.is_dir():
-            found.add(last)
-    return sorted((p for p in found if _NAME.fullmatch(p.name)), reverse=True)
-
-
 def read(path: Path) -> Checkpoint:
     """Open one committed checkpoint directory.
 
@@ -87,7 +73,7 @@ def read(path: Path) -> Checkpoint:
         if (found := entries.get("format", _FORMAT)) != _FORMAT:
             raise Newer(f"{path} is of a later release (format = {found!r}): resume with that one")
         checkpoint = Checkpoint(path, TrainState.from_json(entries), entries["files"])
-        if _NAME.fullmatch(path.name) and checkpoint.images_seen != int(path.name):
+        if CHECKPOINT.fullmatch(path.name) and checkpoint.images_seen != int(path.name):
             raise ValueError(
                 f"images = {checkpoint.images_seen}: must be {int(path.name)}, as the directory is "
                 "named"

@@ -25,10 +25,10 @@ from trainer.ranks.faults import failed_hosts, named_hosts
 from trainer.ranks.world import host_name
 from trainer.run import goodput
 from trainer.run import lease as leases
-from trainer.run.checkpoint import committed, config_of
+from trainer.run.checkpoint import config_of
 from trainer.run.lease import Lease, LeaseLost
 from trainer.run.records import Records
-from trainer.run.runstate import RunState
+from trainer.run.runstate import RunState, committed
 
 # What a run may not change when it is resumed: its weights or its order would mean another thing.
 _FIXED = (

@@ -12,6 +12,7 @@ from trainer.run import checkpoint as checkpoints
 from trainer.run import history, origin
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.directory import Run
+from trainer.run.runstate import committed
 
 _ASIDE = "set-aside"
 
@@ -36,7 +37,7 @@ def go_back(run: Run, wanted: str, *, check: Callable[[Checkpoint], None]) -> No
         raise ValueError(f"--from {wanted}: the checkpoint is damaged: {fault}")
     check(checkpoints.read(target))
     run.check_lease()
-    later = [path for path in checkpoints.committed(run.checkpoints) if path.name > target.name]
+    later = [path for path in committed(run.checkpoints) if path.name > target.name]
     # Like checkpoints these are named by the clock.
     kept = [*run.samples.glob("[0-9]*.png"), *run.evaluations.glob("[0-9]*.json")]
     beside = [path for path in kept if path.stem > target.name]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from data import files
+from trainer.run.runstate import committed
 
 
 def add_init(parser: argparse.ArgumentParser) -> None:
@@ -91,4 +92,4 @@ def _number(run: Path, wanted: str) -> int | None:
 
 def _names(run: Path) -> list[str]:
     """The names of the run's checkpoints, newest first."""
-    return sorted((p.name for p in run.glob("checkpoints/" + 12 * "[0-9]")), reverse=True)
+    return [path.name for path in committed(run / "checkpoints")]

@@ -1,4 +1,5 @@
-"""`RUN/launch/state.json`: the state of a run, for programs: the job script, `status`, the tests.
+"""`RUN/launch/state.json`: the state of a run, for programs: the job script, `status`, the tests;
+and which checkpoints it has.
 
 It tells of starts that claimed the run; one that is refused before leaves no trace here. The
 trainer's main rank writes it. A run that was killed keeps the state "running". log.txt is for
@@ -7,6 +8,7 @@ people, and no program reads it.
 
 import json
 import os
+import re
 import socket
 import threading
 from dataclasses import asdict, dataclass
@@ -15,6 +17,9 @@ from typing import Literal
 
 from data import files
 from trainer.config import settings
+
+#: The name of a checkpoint: its clock, in images.
+CHECKPOINT = re.compile(r"\d{12}")
 
 State = Literal["running", "finished", "stopped", "refused", "failed"]
 
@@ -60,6 +65,18 @@ class RunState:
         writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
         text = json.dumps({"format": "run-state-1", **asdict(self)}, indent=1)
         files.write(file(run), text + "\n", writer=writer)
+
+
+def committed(checkpoints: Path) -> list[Path]:
+    """The committed checkpoints of a run, newest first."""
+    found = set(checkpoints.iterdir()) if checkpoints.is_dir() else set()
+    # NFS may list for a minute what was there before; the run's state is read afresh.
+    state = RunState.read(checkpoints.parent)
+    if state is not None and state.checkpoint is not None:
+        last = checkpoints / state.checkpoint
+        if os.path.isdir(last):  # False on errors, unlike that of a Path
+            found.add(last)
+    return sorted((p for p in found if CHECKPOINT.fullmatch(p.name)), reverse=True)
 
 
 def file(run: Path) -> Path:
