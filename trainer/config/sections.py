@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data.config import is_local, shown
-from trainer.adm.config import Kernels, check, check_choice
+from trainer.adm.config import Kernels, check
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Timesteps = Literal["uniform", "loss-second-moment"]
@@ -86,9 +86,6 @@ class TrainingConfig:
         self._check(differ, "ema", "one or more different decays in [0, 1)")
         self._check(self.ema_images is None or self.ema_images >= 1, "ema_images", "at least 1")
         self._check_averages()
-        check_choice("training.precision", self.precision, Precision)
-        check_choice("training.kernels", self.kernels, Kernels)
-        check_choice("training.timesteps", self.timesteps, Timesteps)
 
     def _check_averages(self) -> None:
         share = self.ema_warmup
@@ -208,7 +205,6 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         least = f"at least {FEWEST_SAMPLES}"
         check(self.images >= FEWEST_SAMPLES, "evaluation.images", self.images, least)
-        check_choice("evaluation.labels", self.labels, Labelling)
         cfg = self.cfg
         known = cfg is None or 0 <= cfg < math.inf
         check(known, "evaluation.cfg", cfg, "a number from 0, or absent")
