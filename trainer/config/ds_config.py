@@ -12,7 +12,7 @@ from data import files
 from data.config import naming
 from trainer.adm.config import check
 from trainer.config.experiment import Config
-from trainer.config.settings import leaves, nearest
+from trainer.config.settings import differing, leaves, nearest
 
 #: The file of the checkout.
 OWN = Path(__file__).parents[2] / "ds_config.json"
@@ -260,10 +260,6 @@ def changes(file: Path, resolved: Mapping[str, Any]) -> dict[str, tuple[Any, Any
         before = leaves(json.loads(file.read_text()), "ds_config")
     except (OSError, ValueError, AttributeError):
         return {}
-    after = leaves(resolved, "ds_config")
+    changed = differing(before, leaves(resolved, "ds_config"))
     owned = {f"ds_config.{name}" for name in _PRESET_OWNS}
-    return {
-        name: (before.get(name), after.get(name))
-        for name in {**before, **after}
-        if name not in owned and before.get(name) != after.get(name)
-    }
+    return {name: values for name, values in changed.items() if name not in owned}

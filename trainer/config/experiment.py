@@ -169,12 +169,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, as name -> (old, new)."""
-    before, after = flatten(old), flatten(new)
-    return {
-        name: (before.get(name), after.get(name))
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
-    }
+    return settings.differing(flatten(old), flatten(new))
 
 
 def public(config: Config) -> Config:

@@ -164,6 +164,15 @@ def leaves(table: Mapping[str, Any], section: str = "") -> dict[str, Any]:
     return found
 
 
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The entries that differ, as name -> (before, after), with None for one that is absent."""
+    return {
+        name: (before.get(name), after.get(name))
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    }
+
+
 def is_in(name: str, part: str) -> bool:
     """Whether a dotted name is `part`, or within it."""
     return name == part or name.startswith(f"{part}.")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from data import files
 from trainer.common import near
+from trainer.config.settings import differing
 from trainer.run import lease as leases
 from trainer.sampling.samplefile import open_samples, picture_record
 
@@ -290,6 +291,5 @@ def begun(out: str) -> set[str]:
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
-    pairs = [(n, *near(repr(found.get(n)), repr(wanted.get(n)))) for n in names]
+    pairs = [(n, *near(repr(a), repr(b))) for n, (a, b) in differing(found, wanted).items()]
     return "; ".join(f"{name} was {was}, is {now}" for name, was, now in pairs)
