@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         noted(arguments.job if world.is_main else None, preemption=preemption) as state,
         ExitStack() as stack,
     ):
-        stack.push(watchdog.report_ended)
+        stack.push(watchdog.on_error)
         watchdog.tell = state.fail
         context = RankContext(world=world, device=device, preemption=preemption, watchdog=watchdog)
         status = sample(arguments, context=context, state=state)

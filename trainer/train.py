@@ -145,7 +145,7 @@ def train(arguments: argparse.Namespace, *, context: RankContext) -> int:
         machine = from_main(process.machine)
         agreed(lambda: leases.check_seen(run.path, token=run.token, machine=machine, mark=mark))
         # The state is written before the claim of the run ends.
-        stack.push(context.watchdog.report_ended)
+        stack.push(context.watchdog.on_error)
         context.watchdog.tell = run.log_lost_rank
         context.watchdog.dump = lambda: forensics.dump(run.path / "launch", rank=world.rank)
         if world.is_main:

@@ -75,8 +75,8 @@ class Watchdog:
         self._verdict = self._error = ""
         self._failed_at = 0.0
         self._lost: set[int] = set()
-        # Whether a collective failed, and the ranks that ended have been looked for.
-        self._has_reported_ended = False
+        # Whether an error has ended the work here, and the ranks that ended before were looked for.
+        self._has_met_error = False
         self._threads: list[threading.Thread] = []
         self.tell: Callable[[str], None] = lambda _: None
         self.dump: Callable[[], None] = lambda: None
@@ -107,7 +107,7 @@ class Watchdog:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         try:
-            self.report_ended(_kind, error, _trace)
+            self.on_error(_kind, error, _trace)
             if error is None:
                 dist.barrier()
         finally:
@@ -118,7 +118,7 @@ class Watchdog:
         if error is None:
             dist.barrier()  # no rank may still read the store, which may be the main rank's
 
-    def report_ended(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+    def on_error(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Where an error ends the work, `tell` which other ranks ended before, if any did.
 
         Called at the exit of whatever `tell` writes to; leaving the watchdog does it too.
@@ -126,10 +126,10 @@ class Watchdog:
         Raises:
             PeerLost: in place of a collective's error that says no more than that.
         """
-        if not isinstance(error, Exception) or self._has_reported_ended:
+        if not isinstance(error, Exception) or self._has_met_error:
             return
-        self._has_reported_ended = True
-        gone = self._report_ended() if isinstance(error, RuntimeError) else ""
+        self._has_met_error = True
+        gone = self._name_ended() if isinstance(error, RuntimeError) else ""
         follows = is_of_a_collective(error)
         alike = isinstance(error, Refused | Broken | StoppedError)
         # An error of the device may be its machine's fault.
@@ -202,7 +202,7 @@ class Watchdog:
     def _diagnose(self) -> str:
         """What is wrong, or nothing."""
         now = time.monotonic()
-        if self._failed_at and now - self._failed_at > _GRACE and not self._has_reported_ended:
+        if self._failed_at and now - self._failed_at > _GRACE and not self._has_met_error:
             return self._error
         silent = [now - rank.reported_at for rank in self._ranks]
         if max(silent) > self._patience:
@@ -258,7 +258,7 @@ class Watchdog:
         time.sleep(4 * _BEAT)
         os._exit(FAILED)
 
-    def _report_ended(self) -> str:
+    def _name_ended(self) -> str:
         """Name the ranks that have ended, if any, before any rank prints its error.
 
         Those whose end followed from another's are named only where no other is found.
