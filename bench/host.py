@@ -32,7 +32,7 @@ from trainer.config import ds_config
 from trainer.config import experiment as configs
 from trainer.config.experiment import Config
 from trainer.engine.zero import Engine
-from trainer.ranks.group import connected
+from trainer.ranks.process_group import connected
 from trainer.ranks.world import join
 
 CHANNELS = (32, 64)

@@ -99,7 +99,7 @@ def stepped(engine: Any, *, images_seen: int) -> dict[str, dict[str, Tensor]]:
 def train(directory: Path) -> int:
     """A step uncompiled and one compiled; then each goes on from the state of the other."""
     from trainer.engine.zero import Engine
-    from trainer.ranks.group import connected
+    from trainer.ranks.process_group import connected
     from trainer.ranks.world import join
 
     world, found = join(), {}

@@ -96,7 +96,7 @@ class _AsOnAGpu(shortcuts.Buckets):
 def measure(directory: Path) -> int:
     """Two steps of each case; what the second one sent, and the most that it held."""
     from trainer.engine.zero import Engine
-    from trainer.ranks.group import connected
+    from trainer.ranks.process_group import connected
     from trainer.ranks.world import join
 
     shortcuts.Buckets = _AsOnAGpu  # type: ignore[misc]

@@ -19,7 +19,7 @@ from data.transforms import center_crop, open_over
 from tests.support import ranks
 from trainer.evaluate import main
 from trainer.evaluation.features import open_network
-from trainer.ranks.group import connected
+from trainer.ranks.process_group import connected
 from trainer.ranks.world import join
 
 SIDE, COUNT = 64, 160

@@ -21,7 +21,8 @@ from trainer.evaluate import main
 from trainer.evaluation import evaluator, extraction, figures, reference
 from trainer.evaluation.extraction import Extracted, Share
 from trainer.evaluation.features import open_network
-from trainer.ranks.group import Refused, alone
+from trainer.ranks.faults import Refused
+from trainer.ranks.group import alone
 from trainer.sampling.samplefile import open_samples
 
 

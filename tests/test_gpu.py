@@ -21,7 +21,7 @@ import torch.distributed as dist
 from data.exits import FAILED
 from tests.support import faults, ranks
 from trainer.engine import determinism
-from trainer.ranks.group import connected
+from trainer.ranks.process_group import connected
 from trainer.ranks.world import join
 from trainer.watch import forensics
 from trainer.watch.pace import Stopwatch

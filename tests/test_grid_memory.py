@@ -14,7 +14,7 @@ from trainer.config import ds_config as ds_configs
 from trainer.config import experiment as configs
 from trainer.engine import averages
 from trainer.engine.zero import WEIGHTS, Engine
-from trainer.ranks.group import connected
+from trainer.ranks.process_group import connected
 from trainer.ranks.world import join
 from trainer.sampling.draw import draw_grid
 

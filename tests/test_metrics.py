@@ -21,7 +21,7 @@ from trainer.config import experiment as configs
 from trainer.engine import compute
 from trainer.planning import costs
 from trainer.ranks import process
-from trainer.ranks.group import connected
+from trainer.ranks.process_group import connected
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.run import goodput

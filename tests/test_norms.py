@@ -115,7 +115,8 @@ def compare(directory: Path) -> int:
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     from trainer.engine import norms, shortcuts
-    from trainer.ranks.group import Refused, connected
+    from trainer.ranks.faults import Refused
+    from trainer.ranks.process_group import connected
     from trainer.ranks.world import join
 
     # DeepSpeed refuses fp16 on most CPUs by this check alone.

@@ -19,7 +19,8 @@ from tests.support.cluster import wait_until
 from tests.support.runs import END, HALF, Place
 from trainer import sample
 from trainer.ranks import connections, meeting, watchdog
-from trainer.ranks.group import all_come, connected
+from trainer.ranks.group import all_come
+from trainer.ranks.process_group import connected
 from trainer.ranks.world import World, join
 
 

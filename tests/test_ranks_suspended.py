@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data import progress
 from tests.support import ranks
 from trainer import evaluate
-from trainer.ranks.group import connected
+from trainer.ranks.process_group import connected
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 

@@ -22,7 +22,8 @@ from data import files
 from data.exits import FAILED
 from tests.support import ranks
 from trainer.ranks import process as processes
-from trainer.ranks.group import Refused, connected
+from trainer.ranks.faults import Refused
+from trainer.ranks.process_group import connected
 from trainer.ranks.watchdog import Watchdog, compiles
 from trainer.ranks.world import join
 from trainer.watch import forensics

@@ -19,9 +19,9 @@ from tests.support import ranks
 from trainer.ranks import meeting
 from trainer.ranks import world as worlds
 from trainer.ranks.faults import Broken, named_hosts
-from trainer.ranks.group import connected
 from trainer.ranks.meeting import exchange, meeting_store
 from trainer.ranks.process import Process
+from trainer.ranks.process_group import connected
 from trainer.ranks.world import World, join
 
 STEP = {

@@ -21,7 +21,9 @@ from tests.support import ranks
 from tests.support.faults import full_disk
 from trainer.config import experiment as configs
 from trainer.config.sections import IntervalConfig
-from trainer.ranks.group import Broken, Refused, agreed, connected
+from trainer.ranks.faults import Broken, Refused
+from trainer.ranks.group import agreed
+from trainer.ranks.process_group import connected
 from trainer.ranks.world import join
 from trainer.run import goodput
 from trainer.run.directory import Run, fixed_among

@@ -20,8 +20,8 @@ import pytest
 from data.exits import REFUSED, TO_BE_CONTINUED
 from tests.support import ranks
 from trainer import evaluate, sample, train
-from trainer.ranks.group import connected
 from trainer.ranks.process import children, proc
+from trainer.ranks.process_group import connected
 from trainer.ranks.signals import Preemption
 from trainer.ranks.world import join
 from trainer.run.runstate import RunState

@@ -28,7 +28,7 @@ from trainer.adm.timesteps import UniformTimesteps
 from trainer.adm.unet import build
 from trainer.config import experiment as configs
 from trainer.engine.copies import network_of
-from trainer.ranks.group import connected
+from trainer.ranks.process_group import connected
 from trainer.ranks.world import join
 from trainer.validation import ValidationSet, means
 

@@ -33,7 +33,7 @@ from trainer.options import add_ranks
 from trainer.planning.facts import LEAST_FREE_GIB, Facts, problems, speed, table
 from trainer.ranks.device import device_of
 from trainer.ranks.faults import Fault
-from trainer.ranks.group import check_packets
+from trainer.ranks.process_group import check_packets
 from trainer.ranks.world import World, host_name, join, step_hosts
 
 # The MiB of the all-reduce that measures bandwidth, and how often it is timed.

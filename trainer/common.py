@@ -17,7 +17,8 @@ from data.version import digest, version
 from trainer.config import experiment as configs
 from trainer.config import settings
 from trainer.config.experiment import Config
-from trainer.ranks.group import Refused, gather
+from trainer.ranks.faults import Refused
+from trainer.ranks.group import gather
 from trainer.ranks.world import host_name
 from trainer.run.trainstate import TrainState
 

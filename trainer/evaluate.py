@@ -34,7 +34,8 @@ from trainer.evaluation.results import Results, compare, table
 from trainer.options import PATIENCE, add_local_rank
 from trainer.ranks.context import RankContext
 from trainer.ranks.ending import run_as_rank
-from trainer.ranks.group import agreed, connected, from_main
+from trainer.ranks.group import agreed, from_main
+from trainer.ranks.process_group import connected
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.sampling.samplefile import Samples, open_samples

@@ -8,7 +8,8 @@ from functools import partial
 from trainer import common
 from trainer.ranks.context import RankContext
 from trainer.ranks.ending import run_as_rank
-from trainer.ranks.group import agreed, connected, from_main
+from trainer.ranks.group import agreed, from_main
+from trainer.ranks.process_group import connected
 from trainer.ranks.signals import DRAWING, Preemption
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join

@@ -25,7 +25,8 @@ from trainer.engine.zero import WEIGHTS, Engine, kinds, load_operator
 from trainer.initial import Initial
 from trainer.planning import prediction
 from trainer.ranks.context import RankContext
-from trainer.ranks.group import Refused, agreed
+from trainer.ranks.faults import Refused
+from trainer.ranks.group import agreed
 from trainer.ranks.world import World
 from trainer.run import checkpoint as checkpoints
 from trainer.run.checkpoint import Checkpoint

@@ -37,7 +37,8 @@ from trainer.options import parser
 from trainer.ranks import process
 from trainer.ranks.context import RankContext
 from trainer.ranks.ending import no_exit, run_as_rank
-from trainer.ranks.group import agreed, connected, from_main
+from trainer.ranks.group import agreed, from_main
+from trainer.ranks.process_group import connected
 from trainer.ranks.watchdog import Watchdog
 from trainer.ranks.world import join
 from trainer.run import lease as leases

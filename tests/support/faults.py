@@ -157,12 +157,12 @@ def flip_a_bit(*, at: int) -> None:
 def fail_the_gpu(error: RuntimeError) -> None:
     """Let this rank's GPU be one that is shown and does not answer."""
     from trainer import allocation
-    from trainer.ranks import group
+    from trainer.ranks import process_group
 
     def device_of(*_: Any, **__: Any) -> torch.device:
         raise error
 
-    allocation.device_of = group.device_of = device_of
+    allocation.device_of = process_group.device_of = device_of
 
 
 def work_on_a_faulty_machine(

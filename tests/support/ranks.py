@@ -189,7 +189,7 @@ def work(directory: Path, runs: list[list[str]], fp16: bool, patience: float = L
     """Do the runs one after the other, as one rank among all."""
     from trainer import sample, train
     from trainer.ranks.context import RankContext
-    from trainer.ranks.group import connected
+    from trainer.ranks.process_group import connected
     from trainer.ranks.signals import Preemption
     from trainer.ranks.watchdog import Watchdog
     from trainer.ranks.world import join

@@ -86,7 +86,7 @@ def resume_all(directory: Path, preset: Path, settings: list[tuple[str, int, boo
     """Save under each setting, then resume each from each; rank 0 reports."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    from trainer.ranks.group import connected
+    from trainer.ranks.process_group import connected
     from trainer.ranks.world import join
 
     CPU_Accelerator.is_fp16_supported = lambda self: True

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from trainer.config.experiment import Config
-from trainer.ranks.group import Refused
+from trainer.ranks.faults import Refused
 
 # Images before `data.max_bad` counts as a share: a few early ones say little.
 _SEEN_AT_LEAST = 10_000

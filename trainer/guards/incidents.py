@@ -18,7 +18,8 @@ from torch import Tensor
 from data import files
 from trainer.engine.gate import StepReport
 from trainer.guards.audit import Audit, Finding
-from trainer.ranks.group import Broken, gather
+from trainer.ranks.faults import Broken
+from trainer.ranks.group import gather
 from trainer.ranks.world import World
 from trainer.run.checkpoint import Checkpoint, latest_valid
 from trainer.run.directory import Run

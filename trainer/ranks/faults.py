@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from data import files
 from data.exits import REFUSED, exit_status
@@ -71,6 +72,17 @@ class Fault:
     def alike(self) -> "Refused | Broken":
         """The error."""
         return Refused(self.text) if self.is_users else Broken(self.text, hosts=self.hosts)
+
+
+def raise_any(faults: Sequence[Fault | None]) -> None:
+    """Raise the error of all ranks' faults, if there is any."""
+    if fault := Fault.of_all(faults):
+        raise fault.alike()
+
+
+def is_of_a_collective(error: Exception) -> bool:
+    """Whether NCCL, gloo or the store raised it; gloo's are of no type of their own."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def failed_hosts(error: BaseException) -> str | None:

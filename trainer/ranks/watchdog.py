@@ -24,8 +24,8 @@ import torch.distributed as dist
 from data.config import shown
 from data.exits import FAILED
 from trainer.ranks.ending import NETWORK
-from trainer.ranks.faults import Broken, PeerLost, Refused, StoppedError
-from trainer.ranks.group import gather, is_of_a_collective
+from trainer.ranks.faults import Broken, PeerLost, Refused, StoppedError, is_of_a_collective
+from trainer.ranks.group import gather
 from trainer.ranks.mailbox import Mailbox, briefly
 from trainer.ranks.process import Process, RunningClock, compiles
 from trainer.ranks.world import World

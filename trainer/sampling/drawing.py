@@ -13,8 +13,8 @@ from data import files
 from data.exits import TO_BE_CONTINUED
 from data.progress import Progress, duration
 from trainer.ranks.context import RankContext
-from trainer.ranks.faults import StoppedError
-from trainer.ranks.group import Broken, Turns, agreed, from_main, gather
+from trainer.ranks.faults import Broken, StoppedError
+from trainer.ranks.group import Turns, agreed, from_main, gather
 from trainer.run.lease import Lease, live_holder
 from trainer.sampling.jobstate import JobState
 from trainer.sampling.parts import DrawJob, PartSampler
