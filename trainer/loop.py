@@ -24,7 +24,7 @@ from trainer.saving import Saving
 from trainer.seen import learn_timesteps, mean_loss
 from trainer.snapshots import Snapshots
 from trainer.start import Parts
-from trainer.validation import Validation, ValidationSet
+from trainer.validation import ValidationSet
 from trainer.watch.board import Board
 
 
@@ -42,8 +42,6 @@ class Loop(Parts):
     validation_set: ValidationSet | None
     #: The figures of samples, if the config asks for them.
     evaluation: Evaluation | None
-    #: The images whose low resolution an upsampler enlarges in its grids.
-    originals: Batch | None
     #: Hears that a step has ended.
     after_step: Callable[[], None]
     # Whether the next pass compiles the network, for minutes.
@@ -59,17 +57,13 @@ class Loop(Parts):
         self._saving = Saving(parts=self, saver=self.saver, tried_at=self.images_seen)
         self._incidents = Incidents(self, saver=self.saver)
         self._snapshots = Snapshots(self.run, self.config, world=self.world)
-        validation = None
-        if self.validation_set is not None:
-            validation = Validation(self.validation_set, config=self.config, world=self.world)
         self._measures = Measures(
             parts=self,
             saving=self._saving,
             board=self.board,
             stop_requested=self.stop_requested,
-            validation=validation,
+            validation_set=self.validation_set,
             evaluation=self.evaluation,
-            originals=self.originals,
         )
 
     def train(self, batches: Iterator[Batch]) -> int:

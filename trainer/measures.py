@@ -5,7 +5,7 @@ then saved where it is, and the next start first takes what is missing there, ex
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,10 +19,10 @@ from trainer.evaluation.in_training import Evaluation
 from trainer.ranks.group import from_main, until_stopped
 from trainer.run import history
 from trainer.run.directory import Run
-from trainer.sampling.draw import draw_grid
+from trainer.sampling.draw import draw_grid, grid_originals
 from trainer.saving import Saving
 from trainer.start import Parts
-from trainer.validation import Validation
+from trainer.validation import Validation, ValidationSet
 from trainer.watch.board import Board
 
 
@@ -56,10 +56,17 @@ class Measures:
     #: Of the main rank alone.
     board: Board | None
     stop_requested: Callable[[], bool]
-    validation: Validation | None
+    validation_set: ValidationSet | None
     evaluation: Evaluation | None
-    #: The images whose low resolution an upsampler enlarges in its grids.
-    originals: Batch | None
+    validation: Validation | None = field(init=False, default=None)
+    # The images whose low resolution an upsampler enlarges in its grids.
+    _originals: Batch | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        config, world = self.parts.config, self.parts.world
+        if self.validation_set is not None:
+            self.validation = Validation(self.validation_set, config=config, world=world)
+        self._originals = grid_originals(config, self.parts.stream, world=world)
 
     def announce(self) -> None:
         """Log what validation and evaluation cost."""
@@ -119,7 +126,7 @@ class Measures:
                 averaged,
                 config=parts.config,
                 world=parts.world,
-                originals=self.originals,
+                originals=self._originals,
                 on_step=on_step,
             )
             is_done = True

@@ -45,7 +45,7 @@ from trainer.run import lease as leases
 from trainer.run.directory import Run
 from trainer.run.goback import go_back
 from trainer.run.lease import way_to_resume
-from trainer.sampling.draw import check_grids, grid_originals
+from trainer.sampling.draw import check_grids
 from trainer.saver import Saver
 from trainer.validation import ValidationSet
 from trainer.watch import forensics, wandb
@@ -243,7 +243,6 @@ def _loop(
             images_seen=images_seen,
             guards=guards,
             stream=stream,
-            originals=grid_originals(config, plan.stream, world=world),
             stop_requested=lambda: context.stop_requested or run.stop_requested,
             mark=mark,
             after_step=stack.enter_context(profiler),
