@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import config as inductor
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 from bench import nets
 from bench.nets import Net
 from trainer.adm.config import Kernels, UNetConfig
+from trainer.adm.encoder import Network
 from trainer.adm.norm import GroupNorm, use_kernels
-from trainer.adm.unet import UNet, build
+from trainer.adm.sampler import classifier_guidance
+from trainer.adm.unet import build
 from trainer.config import experiment as configs
 from trainer.engine import compute
 from trainer.engine.compute import DTYPES
@@ -36,7 +39,7 @@ Figures = dict[str, Any]
 
 
 def seconds(work: Callable[[], object], *, least: float = 1.0, warm_up: int = 2) -> float:
-    """The time of one call: the device's, the mean over at least so many seconds."""
+    """The time of one call, the host's part in it: the mean over at least so many seconds."""
     for _ in range(warm_up):
         work()
     _wait()
@@ -48,6 +51,16 @@ def seconds(work: Callable[[], object], *, least: float = 1.0, warm_up: int = 2)
             _wait()
     _wait()
     return (time.perf_counter() - began) / calls
+
+
+def alone(work: Callable[[], object]) -> float:
+    """The time of one call by itself: calls are replayed as a CUDA graph, without the host."""
+    if not GPU:
+        return seconds(work)
+    from triton.testing import do_bench_cudagraph  # which a CPU may lack
+
+    milliseconds: Any = do_bench_cudagraph(work, rep=50)
+    return float(milliseconds) / 1e3
 
 
 def _wait() -> None:
@@ -62,7 +75,7 @@ def ceilings(cell: Figures) -> Figures:
     for name in ("fp16", "bf16") if GPU else ("fp32",):
         a = torch.randn(side, side, device=DEVICE, dtype=DTYPES[name])
         found[f"{name} TFLOP/s"] = 2 * side**3 / seconds(partial(torch.matmul, a, a)) / 1e12
-    x = torch.empty(numbers, device=DEVICE, dtype=torch.float16)
+    x = torch.randn(numbers, device=DEVICE, dtype=torch.float16)
     y = torch.empty_like(x)
     found["copy GB/s"] = 2 * x.nbytes / seconds(lambda: y.copy_(x)) / 1e9
     return found
@@ -77,6 +90,21 @@ def config(cell: Figures) -> UNetConfig:
 
 def system(cell: Figures) -> Net:
     """The network of a cell's system, on the device, in its precision."""
+    return _drawn(_published(cell))
+
+
+def _drawn(net: Net) -> Net:
+    """With weights in the place of zeros, of which all gradients are zero as training begins.
+
+    A device multiplies zeros with less power, and faster; diffusers' network has none.
+    """
+    for parameter in net.module.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return net
+
+
+def _published(cell: Figures) -> Net:
     name, model, half = cell["system"], config(cell), cell["precision"]
     if name.startswith("guided-diffusion"):
         with DEVICE:
@@ -103,7 +131,8 @@ def step(cell: Figures) -> Figures:
     """Images per second of a training step at the cell's images, or at the most that fit below.
 
     Forward pass, loss, backward pass and fused AdamW on the parameters as they are: the same for
-    every system, without an engine.
+    every system, without an engine. "host ms" is until the last kernel of a step is launched; the
+    driver takes some 1,000 ahead, so it is the host's own time only where that limits the step.
     """
     images = cell["images"] if GPU else 2
     while images:
@@ -112,6 +141,7 @@ def step(cell: Figures) -> Figures:
         except torch.OutOfMemoryError:
             images //= 2
         # Not in the handler, where the error still holds the tensors of the step.
+        torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -122,36 +152,36 @@ def _step(cell: Figures, *, images: int) -> Figures:
     model, half = config(cell), DTYPES[cell["precision"]]
     torch.backends.cudnn.benchmark = True
     net = system(cell)
-    forward = net.forward
     if "compiled" in cell["system"]:
-        backend = "inductor" if GPU else "aot_eager"
-        # CUDA graphs of the forward and of the backward pass of every part.
-        inductor.triton.cudagraphs = "graphs" in cell["system"]
+        # CUDA graphs of the forward and of the backward pass of every part, or an error.
+        inductor.triton.cudagraphs = inductor.triton.cudagraph_or_error = "graphs" in cell["system"]
         # Kernels launched from C++ instead of Python.
         inductor.cpp_wrapper = "C++" in cell["system"]
-        if isinstance(net.module, UNet):  # as in training
-            compute.compile_forward(net.module, say=lambda _: None, backend=backend)
-        else:
-            forward = torch.compile(forward, backend=backend, dynamic=False)
+        if inductor.cpp_wrapper:
+            get_cpp_compiler()  # or an error, ahead of minutes of compilation
+        net = _compiled(net)
     optimizer = torch.optim.AdamW(net.module.parameters(), lr=1e-6, fused=GPU)
     x, t, y = nets.inputs(model, images=images, device=DEVICE)
     x = x.to(half) if cell["system"].startswith("diffusers") else x
 
-    def once() -> None:
+    def once() -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        forward(x, t, y).float().square().mean().backward()
+        (found := loss(net.forward(x, t, y))).backward()
         optimizer.step()
         optimizer.zero_grad()
+        return found
 
     began = time.perf_counter()
     once()
     _wait()
     first = time.perf_counter() - began
-    each = seconds(once, least=3.0)
+    # CUDA graphs are recorded by the second step, or the third.
+    each = seconds(once, least=3.0, warm_up=4)
     began = time.perf_counter()
-    once()
+    last = once()
     host = time.perf_counter() - began
-    _wait()
+    if not last.isfinite():
+        raise ValueError("the loss is not finite, so this measures no training")
     return {
         "images": images,
         "images/s": images / each,
@@ -160,6 +190,20 @@ def _step(cell: Figures, *, images: int) -> Figures:
         "host ms": 1e3 * host,
         "first step s": first,
     }
+
+
+def loss(out: Tensor) -> Tensor:
+    """A scalar, scaled so that its gradients neither vanish in fp16 nor are too large for it."""
+    return 2**10 * out.float().square().mean()
+
+
+def _compiled(net: Net) -> Net:
+    """A network that compiles at its first call: ours as in training and drawing."""
+    backend = "inductor" if GPU else "aot_eager"
+    if isinstance(net.module, Network):
+        compute.compile_forward(net.module, say=lambda _: None, backend=backend)
+        return net
+    return replace(net, forward=torch.compile(net.forward, backend=backend, dynamic=False))
 
 
 def norm(cell: Figures) -> Figures:
@@ -180,8 +224,8 @@ def norm(cell: Figures) -> Figures:
         torch.autograd.grad(out, (x, film, *op.parameters()), out.detach())
 
     with torch.no_grad():
-        forward = seconds(lambda: op(x, film, silu=True))
-    whole = seconds(both)
+        forward = alone(lambda: op(x, film, silu=True))
+    whole = alone(both)
     return {
         "forward GB/s": 3 * x.nbytes / forward / 1e9,
         "backward GB/s": 5 * x.nbytes / max(whole - forward, 1e-9) / 1e9,
@@ -205,7 +249,7 @@ def attention(cell: Figures) -> Figures:
     for name in names:
         try:
             with torch.nn.attention.sdpa_kernel(getattr(backends, name)):
-                found[f"{name} ms"] = 1e3 * seconds(both, least=0.5)
+                found[f"{name} ms"] = 1e3 * alone(both)
         except RuntimeError as error:
             found[name] = str(error).splitlines()[0]
     return found
@@ -213,34 +257,27 @@ def attention(cell: Figures) -> Figures:
 
 def guided(cell: Figures) -> Figures:
     """Images per second of 25 guided denoising steps: the guide's gradient and the network."""
-    net = system(cell)
+    net, guide = system(cell), _drawn(_guide(cell))
     net.module.eval().requires_grad_(False)
     images = cell["images"] if GPU else 2
-    guide, forward = _guide(cell), net.forward
     if "compiled" in cell["system"]:
-        backend = "inductor" if GPU else "aot_eager"
-        guide = torch.compile(guide, backend=backend, dynamic=False)
-        forward = torch.compile(forward, backend=backend, dynamic=False)
+        net, guide = _compiled(net), _compiled(guide)
     noise, t, y = nets.inputs(config(cell), images=images, device=DEVICE)
 
-    def gradient(x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            chosen = F.log_softmax(guide(x, t).float(), dim=-1)[range(images), y].sum()
-            return torch.autograd.grad(chosen, x)[0]
+    gradient = classifier_guidance(lambda x, t: guide.forward(x, t, y), y, scale=1.0)
 
     def draw() -> None:
         x = noise
         for _ in range(25 if GPU else 2):
-            out = forward(x, t, y)[:, :3].float()
-            x = x - 0.01 * (out - 0.1 * gradient(x).float())
+            out = net.forward(x, t, y)[:, :3].float()
+            x = x - 0.01 * (out - 0.1 * gradient(x, t).float())
 
     with torch.no_grad():
         each = seconds(draw, warm_up=1)
     return {"images": images, "images/s": images / each}
 
 
-def _guide(cell: Figures) -> Callable[[Tensor, Tensor], Tensor]:
+def _guide(cell: Figures) -> Net:
     """The classifier of a size: guided-diffusion's own for its network."""
     model: Any = configs.load(f"classifier{cell['size']}").model
     if not GPU:
@@ -253,7 +290,8 @@ def _guide(cell: Figures) -> Callable[[Tensor, Tensor], Tensor]:
         net = build(model).requires_grad_(False)
         use_kernels(net, "fused" if GPU else "plain")
         net.to(dtype=DTYPES[cell["precision"]])
-    return net.to(DEVICE).eval()
+    net.to(DEVICE).eval()
+    return Net(net, lambda x, t, _: net(x, t))
 
 
 KINDS = {

@@ -31,7 +31,7 @@ def test_every_cell_is_a_process_and_a_line_of_figures(tmp_path: Path) -> None:
 
 
 def test_what_a_cell_could_not_do_is_refused_before_the_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = ["--out", str(tmp_path / "figures.jsonl"), "--most", "0"]
     for words, said in {
@@ -42,6 +42,12 @@ def test_what_a_cell_could_not_do_is_refused_before_the_first(
         with pytest.raises(SystemExit):
             gpu.main(words)
         assert said in capsys.readouterr().err.replace("'", "")  # Python 3.14 quotes the choice
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {"PATH": tmp_path, "TRITON_CACHE_DIR": tmp_path, "CC": ""}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit):
+        gpu.main(out)
+    assert "needs a C compiler" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["norm", "attention", "guided"])
@@ -57,6 +63,18 @@ def test_a_step_is_measured_and_shown() -> None:
     assert found["images/s"] > 0
     rows = [{"kind": "ceilings", "fp32 TFLOP/s": 1.0}, {**cell, **found}]
     assert "| 64 | ours | fp32 | 2 |" in gpu.table(rows)
+
+
+@pytest.mark.parametrize("name", ["ours", "diffusers"])
+def test_a_measured_step_multiplies_no_zeros_nor_what_fp16_cannot_hold(name: str) -> None:
+    net = cells.system({"system": name, "size": 64, "precision": "fp32"})
+    inputs = nets.inputs(cells.SMALL, images=4, device=torch.device("cpu"))
+    cells.loss(net.forward(*inputs)).backward()
+    for key, parameter in net.module.named_parameters():
+        assert parameter.grad is not None
+        # The norm that follows takes biases away.
+        if parameter.dim() > 1:
+            assert 1e-3 < float(parameter.grad.abs().max()) < 1e4, key
 
 
 @pytest.mark.parametrize("name", nets.DOUBLED)
