@@ -14,7 +14,7 @@ from data.dataset import open_shards
 from data.pack import main as pack
 from trainer.config import experiment as configs
 from trainer.networks import TrainedNetwork
-from trainer.sampling.inputs import check_guide, check_upsampler
+from trainer.sampling.fit import check_enlarges, check_guides
 from trainer.train import TrainingPlan, parser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -30,10 +30,10 @@ def network(preset: str) -> TrainedNetwork:
 
 def test_the_networks_fit_each_other_and_the_classifier_sees_random_crops() -> None:
     base, classifier, upsampler = map(network, PHOTOS)
-    check_guide(classifier, network=base)
+    check_guides(classifier, network=base)
     classes = base.config.model.num_classes
     assert classes == len(SUBJECTS)
-    check_upsampler(upsampler, base=base, classes=classes)
+    check_enlarges(upsampler, base=base, classes=classes)
     crops = [each.config.data.crop for each in (base, classifier, upsampler)]
     assert crops == ["center", "random", "center"]
 
