@@ -137,6 +137,11 @@ def look_again(directory: Path) -> Path:
     return directory
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or what this user may have of it, is full."""
+    return error.errno in _FULL
+
+
 def denial(path: Path) -> str:
     """Which right to a path this user lacks, and who can give it; "" if none is lacking."""
     denied, owner = _denied(path)
@@ -221,7 +226,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL and error.filename is None:
+        if is_full(error) and error.filename is None:
             error.filename = str(path)
         raise
 

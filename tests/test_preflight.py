@@ -159,3 +159,20 @@ def test_an_environment_that_is_not_activated_finds_its_ninja(
     (beside / "ninja").touch(mode=0o755)
     operators.prepare()
     assert shutil.which("ninja") == str(beside / "ninja")
+
+
+def test_a_home_that_is_full_is_named_where_the_operator_is_compiled(tmp_path: Path) -> None:
+    """Over its quota, one may make files and write nothing."""
+    code = (
+        "import resource\n"
+        "from trainer.engine.zero import load_operator\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))\n"
+        "load_operator(stopped=lambda: False)\n"
+    )
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    said = found.stderr.splitlines()[-1]
+    way_out = "set TORCH_EXTENSIONS_DIR to a directory with room"
+    assert said == f"OSError: {tmp_path}: File too large: {way_out}"

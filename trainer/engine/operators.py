@@ -95,8 +95,18 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def fault(error: RuntimeError | ImportError) -> str:
-    """Why it could not be compiled or loaded, with the way out.
+def explained(error: RuntimeError | ImportError | OSError) -> OSError:
+    """The error where it could not be compiled or loaded, with the way out."""
+    if not isinstance(error, OSError):
+        return OSError(_fault(error))
+    if not files.is_full(error):
+        return error
+    place, variable = caches.directory(caches.OPERATORS), caches.OPERATORS
+    return OSError(f"{place}: {error.strerror}: set {variable} to a directory with room")
+
+
+def _fault(error: RuntimeError | ImportError) -> str:
+    """Why it could not be compiled or loaded.
 
     Ninja compares sources and options alone: not the processor, nor the versions of torch and of
     the system's libraries. Of an operator for another processor, the system says that there is no

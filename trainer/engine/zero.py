@@ -254,9 +254,9 @@ def load_operator(*, stopped: Callable[[], bool]) -> None:
         with redirect_stdout(io.StringIO()):  # it says so again, as it takes what is loaded
             if not stopped():
                 build_shm_op()
-    except (RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError, OSError) as error:
         if not stopped():
-            raise OSError(operators.fault(error)) from error
+            raise operators.explained(error) from None
 
 
 def _initialize(
