@@ -201,7 +201,7 @@ def test_only_what_came_too_late_for_a_multiple_is_removed() -> None:
 
 
 def test_the_best_checkpoint_is_one_of_those_that_saw_the_newest_validation(tmp_path: Path) -> None:
-    for clock, loss, seen in ((1, 0.3, "new"), (2, 0.1, "old"), (3, 0.2, "new"), (4, 0.4, "new")):
+    for clock, loss, seen in ((1, 0.1, "old"), (2, 0.3, "new"), (3, 0.2, "new"), (4, 0.4, "new")):
         (tmp_path / f"{clock:012d}").mkdir()
         text = json.dumps({"loss": loss, "fingerprint": seen, "count": 5})
         (tmp_path / f"{clock:012d}" / "validation.json").write_text(text)

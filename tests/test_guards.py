@@ -243,6 +243,27 @@ def test_the_running_deviation_is_exact_at_first_and_then_forgets() -> None:
     assert math.isfinite(running.deviations(0.0, window=4))
 
 
+def test_moments_of_earlier_releases_become_those_of_the_logarithm() -> None:
+    """Exactly for a log-normal quantity, here of mean 0.3 and variance 0.4."""
+    mean = math.exp(0.3 + 0.4 / 2)
+    found = Running.of(mean, math.expm1(0.4) * mean**2, 9, is_log=False)
+    assert (found.mean, found.variance, found.count) == (pytest.approx(0.3), pytest.approx(0.4), 9)
+    assert Running.of(0.0, 0.0, 9, is_log=False) == Running()
+
+
+def test_damaged_images_stop_a_run_by_their_share_of_all_that_it_has_seen() -> None:
+    """Among the first 10,000 by their number."""
+    config, said = configs.load("digits", ["data.max_bad = 0.01"]), list[str]()
+    for before, seen in (([(100, 1.0)], 101), ([(5000, 0.009)] * 10 + [(5000, 0.0)], 55_102)):
+        guards = Guards(config)
+        for images, share in before:
+            guards.check_damaged({"bad_share": share}, images=images, log=said.append)
+        bad, more = round(sum(n * share for n, share in before)), seen - sum(n for n, _ in before)
+        with pytest.raises(Refused, match=f"{bad + more} of {seen} images are damaged"):
+            guards.check_damaged({"bad_share": 1.0}, images=more, log=said.append)
+    assert len(said) == 13 and said[-2] == "450 of 50,000 images were damaged and replaced"
+
+
 def test_a_heavy_tail_of_the_loss_is_no_spike_and_a_spike_is_one() -> None:
     """As in 1300 steps at batch 8: where t is near 0 the loss is up to 100 times larger."""
     guards, rng = Guards(configs.load("digits")), np.random.default_rng(0)
