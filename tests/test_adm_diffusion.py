@@ -107,6 +107,18 @@ def test_bits_per_dimension(name: str) -> None:
     process.check("prior_bpd", got["prior"])
 
 
+def test_the_error_by_step_is_that_of_the_noise_predicted() -> None:
+    process = Process("linear_ddim10")
+    noise = process.wave("z", 1.1)
+
+    out = torch.cat((noise + 0.01, torch.zeros_like(noise)), dim=1)[:, : process.channels]
+    given = {"noise": lambda i: noise}
+    got = bits_per_dimension(process.diffusion, lambda x, t: out, 0.1 * process.x0, **given)
+    # In the last steps that error would be an image beyond black and white, which is clipped.
+    assert got["mse"][:, :8].flatten().tolist() == pytest.approx([1e-4] * 4 * 8, rel=0.02)
+    torch.testing.assert_close(got["total"], got["vb"].sum(1) + got["prior"])
+
+
 def test_eps_and_x0_are_two_names_of_one_prediction() -> None:
     process = Process("linear1000")
     config = DiffusionConfig(schedule="linear", predict="x0")

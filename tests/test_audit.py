@@ -1,9 +1,11 @@
 """The replay audit names the machine whose memory or arithmetic is at fault, and ends the job."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -132,3 +134,32 @@ def test_ranks_that_no_majority_agrees_with_are_outvoted() -> None:
     a, b = (Replay(**same, loss_bits=(0,), bits=(bits,)) for bits in (0, 1))
     for votes, outvoted in (([a, b, a], [1]), ([a, b, a, b], [0, 1, 2, 3]), ([a, a], [])):
         assert minority(votes, bound=0.0) == outvoted
+
+
+@pytest.mark.parametrize(
+    ("name", "within", "beyond"),
+    [
+        ("losses", (1.005, 0.1), (1.02, 0.1)),
+        ("losses", (1.0, 0.105), (1.0, 0.11)),  # a small one: of the mean
+        ("losses", (1.0, 0.1), (math.nan, 0.1)),
+        ("norms", (3.02, 0.0), (3.04, 0.0)),
+        ("norms", (3.0, 0.0002), (3.0, 0.0004)),  # a small one: of a hundredth of the whole
+        ("norms", (3.0, 0.0), (math.inf, 0.0)),
+        ("products", (-2.02, 0.0), (2.0, 0.0)),
+    ],
+)
+def test_replays_in_which_sums_have_no_order_are_one_within_a_bound(
+    name: str, within: tuple[float, ...], beyond: tuple[float, ...]
+) -> None:
+    """As on GPUs and in 16 bits, where the bits of sound machines differ too."""
+    some = {"losses": (1.0, 0.1), "norms": (3.0, 0.0), "products": (-2.0, 0.0)}
+    one = Replay(**some, loss_bits=(0,), bits=(0,), micro_norms=(3.0,))
+    for values, is_same in ((within, True), (beyond, False)):
+        other = replace(one, loss_bits=(1,), bits=(1,), **{name: values})
+        assert one.is_same(other, bound=0.01) is is_same
+        assert not one.is_same(other, bound=0.0)
+        if name == "losses":
+            assert one.has_losses(torch.tensor(values), bound=0.01) is is_same
+            assert not one.has_losses(torch.tensor(values), bound=0.0)
+    spoiled = replace(one, **{name: beyond})  # a loss that is not finite is so on both
+    assert spoiled.is_same(replace(spoiled, bits=(1,)), bound=0.01)
