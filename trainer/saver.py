@@ -240,7 +240,6 @@ class Saver:
         return self._run.checkpoints / f".{images_seen:012d}.partial"
 
     def _write(self, directory: Path, kinds: Mapping[str, Mapping[str, Tensor]]) -> None:
-        assert self._state is not None
         self._facts, self._error = {}, None
         try:
             files.look_again(directory)
