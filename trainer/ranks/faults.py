@@ -11,6 +11,13 @@ from data import files
 from data.exits import REFUSED, exit_status
 from trainer.ranks.world import host_name
 
+# How torch, its compiled kernels, its libraries and Triton report that a GPU fails.
+_OF_A_GPU = re.compile(
+    r"(CUDA|HIP)( driver)? error: (?!\w+_STATUS_)|Triton Error \["
+    r"|\w+ error: \w+_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
+)
+_OF_MEMORY = re.compile("out of memory|_ALLOC_FAILED")
+
 
 class Refused(ValueError):
     """A user error that every rank raises alike, so that one of them can report it."""
@@ -54,7 +61,7 @@ class Fault:
     def of_gpu(cls, error: RuntimeError, *, host: str) -> "Fault":
         """That of a GPU, which is its machine's unless another process fills the memory."""
         what = str(error).partition("\n")[0]  # torch adds advice for those who write kernels
-        is_full = isinstance(error, torch.OutOfMemoryError)
+        is_full = isinstance(error, torch.OutOfMemoryError) or _OF_MEMORY.search(what)
         return cls(f"a GPU of {host} fails: {what}", False, "" if is_full else host)
 
     @classmethod
@@ -85,9 +92,18 @@ def is_of_a_collective(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
+def is_of_a_gpu(error: BaseException) -> bool:
+    """Whether a GPU failed, which may be its machine's fault; memory that is full is none."""
+    said = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or _OF_MEMORY.search(said):
+        return False
+    named = isinstance(error, RuntimeError) and _OF_A_GPU.match(said) is not None
+    return isinstance(error, torch.AcceleratorError) or named
+
+
 def failed_hosts(error: BaseException) -> str | None:
     """The machines whose GPUs made this error, with commas between them; None if none did."""
-    if isinstance(error, torch.AcceleratorError):  # it may be this machine's fault
+    if is_of_a_gpu(error):
         return host_name()
     return getattr(error, "hosts", None) or None
 

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data.config import shown
 from data.exits import FAILED
+from trainer.ranks import faults
 from trainer.ranks.ending import NETWORK
-from trainer.ranks.faults import Broken, PeerLost, Refused, StoppedError, is_of_a_collective
+from trainer.ranks.faults import Broken, PeerLost, Refused, StoppedError
 from trainer.ranks.group import gather
 from trainer.ranks.mailbox import Mailbox, briefly
 from trainer.ranks.process import Process, RunningClock, compiles
@@ -130,10 +130,10 @@ class Watchdog:
             return
         self._has_met_error = True
         gone = self._name_ended() if isinstance(error, RuntimeError) else ""
-        follows = is_of_a_collective(error)
+        follows = faults.is_of_a_collective(error)
         alike = isinstance(error, Refused | Broken | StoppedError)
         # An error of the device may be its machine's fault.
-        if follows or not (gone or alike or isinstance(error, torch.AcceleratorError)):
+        if follows or not (gone or alike or faults.is_of_a_gpu(error)):
             self._post_error(gone or f"{type(error).__name__}: {error}", follows=follows)
         if gone and follows:
             raise PeerLost(gone) from error
