@@ -1,5 +1,6 @@
 """The stream serves one sequence, whatever the ranks, workers, micro-batches and restarts."""
 
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dataset import Shards
+from data.dataset import Shards, open_shards
+from data.manifest import MANIFEST
 from data.order import Order
 from data.stream import Batch, DataConfig, Stream, to_device
 from data.transforms import flips
@@ -258,6 +260,21 @@ def test_resuming_with_other_data_is_an_error(shards: Shards, tmp_path: Path) ->
         pytest.raises(ValueError, match=r"other data \(block was"),
     ):
         stream.check_identity(saved)
+
+
+def test_shards_that_were_packed_anew_since_are_told_from_those_that_are_gone(
+    shards: Shards, tmp_path: Path
+) -> None:
+    """Open files stay readable where the directory was removed."""
+    there = shutil.copytree(shards.root, tmp_path / "there")
+    other = Path(pack_folder(tmp_path / "other", images=50, size=SIZE).root)
+    with Stream(open_shards(there), config=config_for(shards), seed=3) as stream:
+        stream.check_unchanged()
+        shutil.copy(other / MANIFEST, there / MANIFEST)
+        with pytest.raises(ValueError, match=r"there has other shards now than when this start"):
+            stream.check_unchanged()
+        shutil.rmtree(there)
+        stream.check_unchanged()
 
 
 @pytest.mark.parametrize(
