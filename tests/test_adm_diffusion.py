@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support import golden
-from trainer.adm import sampler
+from trainer.adm import likelihood, sampler
 from trainer.adm.config import DiffusionConfig
 from trainer.adm.diffusion import Diffusion, Prediction, bits_per_dimension
 from trainer.adm.respacing import kept_timesteps
@@ -117,6 +117,19 @@ def test_the_error_by_step_is_that_of_the_noise_predicted() -> None:
     # In the last steps that error would be an image beyond black and white, which is clipped.
     assert got["mse"][:, :8].flatten().tolist() == pytest.approx([1e-4] * 4 * 8, rel=0.02)
     torch.testing.assert_close(got["total"], got["vb"].sum(1) + got["prior"])
+
+
+@pytest.mark.parametrize("deviation", [1e-3, 0.02, 0.5, 20.0])
+def test_all_grey_levels_together_are_certain(deviation: float) -> None:
+    """The outermost ones, of which images have many, hold what is beyond them."""
+    levels = (torch.arange(256) / 127.5 - 1)[:, None]
+    mean = torch.tensor([-1.5, -1.0, -0.3, 0.0, 0.123, 1.0, 3.0]).expand(256, -1)
+    spread = torch.full_like(mean, deviation)
+    found = likelihood.pixel_log_likelihood(
+        levels.expand_as(mean), mean=mean, log_deviation=spread.log()
+    )
+    torch.testing.assert_close(found.exp().sum(0), torch.ones(7), rtol=1e-4, atol=0)
+    assert found.isfinite().all()
 
 
 def test_eps_and_x0_are_two_names_of_one_prediction() -> None:

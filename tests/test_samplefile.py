@@ -10,6 +10,7 @@ from data import npz
 from data.pack import pack
 from data.packing.begun import Request
 from data.packing.plan import PackConfig
+from data.stream import DataConfig, open_stream
 from tests.support.data_fixtures import write_folder
 from trainer.sampling.samplefile import open_samples
 
@@ -31,6 +32,12 @@ def test_shards_are_read_in_their_order_with_their_labels(digits: Path, tmp_path
     assert np.bincount(samples.labels).min() > 100
     some = samples.images(1000, 1003)
     assert some.shape == (3, 8, 8, 3) and np.array_equal(some[1:], samples.images(1001, 1003))
+    across = range(220, 230)  # the first shard holds 225
+    config = DataConfig(shards=str(digits), image_size=8, streams=4, workers=0)
+    with open_stream(config, seed=0) as stream:
+        batch = stream.load(across, once=True)
+    assert np.array_equal(samples.images(220, 230), batch.images.permute(0, 2, 3, 1))
+    assert np.array_equal(samples.labels[across], batch.labels)
     assert samples.checksum() == samples.shards.fingerprint  # type: ignore[attr-defined]
     write_folder(tmp_path / "P", images=3)
     config = PackConfig(size=8, keep_original=True)
