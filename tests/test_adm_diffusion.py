@@ -202,7 +202,8 @@ def test_rescaled_losses_are_multiples(loss: Any, by: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("respacing", "count"), [(None, 1000), ("250", 250), ("90,60,60,20,20", 250), ("ddim25", 25)]
+    ("respacing", "count"),
+    [(None, 1000), ("250", 250), ("90,60,60,20,20", 250), ("1000", 1000), ("ddim25", 25)],
 )
 def test_respacing(respacing: str | None, count: int) -> None:
     kept = kept_timesteps(1000, respacing)
