@@ -1,8 +1,10 @@
 """Averages of the weights in real runs: their closed form, skipped steps, runs of version 0.1."""
 
 import json
+import os
 import re
 import shutil
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -265,6 +267,25 @@ def test_snapshots_beyond_the_clock_are_set_aside_also_where_none_is_taken(tmp_p
         Snapshots(run, config, world=World()).open(STEP, parameters=1)
     kept = sorted(path.name for path in (tmp_path / "averages").iterdir())
     assert kept == [f"{STEP:012d}", f"{2 * STEP:012d}.superseded"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone can be another user")
+def test_snapshots_that_cannot_be_set_aside_are_named() -> None:
+    """A colleague made `averages/`: the log said that they had other names."""
+    config = configs.load("digits")
+    with tempfile.TemporaryDirectory() as place:
+        snapshot = Path(place) / "averages" / f"{2 * STEP:012d}"
+        snapshot.mkdir(parents=True)
+        os.chmod(place, 0o777)
+        os.seteuid(65534)
+        try:
+            with Run(Path(place)).claimed() as run:
+                Snapshots(run, config, world=World()).open(STEP, parameters=1)
+        finally:
+            os.seteuid(0)
+        log = Path(place, "log.txt").read_text()
+        assert f"cannot be renamed (user nobody may not write {snapshot.parent}, which" in log
+        assert f"remove {snapshot} and later ones" in log and "superseded" not in log
 
 
 def norm(tensors: dict[str, Tensor]) -> float:

@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,14 +183,19 @@ class Snapshots:
         for path in directory(self._run.path).glob(".*.partial"):
             shutil.rmtree(path, ignore_errors=True)
         later = [p for p in committed(directory(self._run.path)) if int(p.name) > images_seen]
-        for path in later:
-            with suppress(OSError):
+        gone = f"snapshots beyond image {images_seen:,} are not of the run any more"
+        try:
+            for path in later:
                 files.set_aside(path, _ASIDE)
-        if later:
+        except OSError as error:
+            why = files.write_fault(directory(self._run.path)) or files.reason(error)
             self._run.log(
-                f"averages: {len(later)} snapshots beyond image {images_seen:,} are not of the run "
-                f"any more: they are now *.{_ASIDE}*"
+                f"averages: {gone} and cannot be renamed ({why}): remove {path} and later ones, or "
+                "`python -m trainer.ema` takes them"
             )
+        else:
+            if later:
+                self._run.log(f"averages: {len(later)} {gone}: they are now *.{_ASIDE}*")
 
 
 def _gib(count: float) -> str:
