@@ -17,7 +17,8 @@ is lent by the quarter of an hour, these are two commands, and a third on the ne
     python -m bench.gpu --guided-diffusion PATH --out FILE    # 9 minutes; again to go on
 
 The first names its files, since others import packages that a machine of GPUs may lack. Triton
-needs a C compiler, the cells of C++ a C++ compiler and CUDA's headers (`CUDA_HOME`).
+needs a C compiler, the cells of C++ a C++ compiler and CUDA's toolkit (by nvcc or `CUDA_HOME`);
+where that has no stub of libcuda.so to link with, `LIBRARY_PATH` must name a directory with one.
 
 What the cells answer: the first at 64, 256 and 128 pixels, how many times faster a step is than
 guided-diffusion's, as published, and diffusers' compiled; "rest", than theirs compiled and in the
@@ -37,6 +38,7 @@ at 128 px, where it cannot be the published network, which has 4 heads at every 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -136,8 +138,15 @@ def known(file: Path, own: Cell) -> list[Cell]:
 def waiting() -> Process:
     """A process that imports what cells need and waits for its own, while another is measured."""
     command = [sys.executable, "-m", "bench.gpu", "--cell"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+    pipe, env = subprocess.PIPE, environment()
+    return subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def environment() -> dict[str, str]:
+    """With CUDA_HOME, where nvcc is: by that alone Inductor links C++ with the stub of libcuda."""
+    nvcc = shutil.which("nvcc")
+    home = {"CUDA_HOME": str(Path(nvcc).resolve().parents[1])} if nvcc else {}
+    return {**home, **os.environ}
 
 
 def measure(process: Process, cell: Cell, *, limit: float) -> Cell:

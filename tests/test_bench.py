@@ -50,6 +50,17 @@ def test_what_a_cell_could_not_do_is_refused_before_the_first(
     assert "needs a C compiler" in capsys.readouterr().err
 
 
+def test_cells_find_the_toolkit_of_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert gpu.environment()["CUDA_HOME"] == str(nvcc.parents[1])
+    monkeypatch.setenv("CUDA_HOME", "/own")
+    assert gpu.environment()["CUDA_HOME"] == "/own"
+
+
 @pytest.mark.parametrize("kind", ["norm", "attention", "guided"])
 def test_every_kind_of_cell_gives_figures(kind: str) -> None:
     cell = {"system": "ours", "size": 64, "precision": "fp32", "images": 2, "kernels": "plain"}
