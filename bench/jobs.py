@@ -20,8 +20,8 @@ from trainer import train
 from trainer.loop import Loop
 from trainer.ranks.ending import run_as_rank
 from trainer.ranks.group import Agreement
+from trainer.save_schedule import SaveSchedule
 from trainer.saver import Saver
-from trainer.saving import Saving
 
 #: Exchanges of flags that are timed.
 EXCHANGES = 50
@@ -72,7 +72,7 @@ def _rank(env: dict[str, object], words: list[str], file: Path) -> None:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     found: dict[str, float] = dict.fromkeys(("save_s", "save_cpu_s"), 0.0)
-    for owner, name in ((Saving, "save"), (Saver, "finish")):
+    for owner, name in ((SaveSchedule, "save"), (Saver, "finish")):
         setattr(owner, name, _timed(getattr(owner, name), found))
     began, loop = (time.monotonic(), time.process_time()), Loop.train
 

@@ -34,8 +34,8 @@ from trainer.engine import zero as engine
 from trainer.loop import Loop
 from trainer.measures import Measures
 from trainer.ranks.watchdog import Watchdog
+from trainer.save_schedule import SaveSchedule
 from trainer.saver import Saver
-from trainer.saving import Saving
 from trainer.watch.metrics import Metrics
 
 WARM_UP = 5
@@ -45,9 +45,9 @@ AGREE, WATCH, COMMIT = "agreement of the ranks", "watchdog", "checkpoint's commi
 # Methods that are timed, by part.
 PARTS: tuple[tuple[type, str, str], ...] = (
     (Loop, "_step", STEP),
-    (Saving, "agree", AGREE),
+    (SaveSchedule, "agree", AGREE),
     (Loop, "_report", REPORT),
-    (Saving, "save", SAVE),
+    (SaveSchedule, "save", SAVE),
     (Measures, "_draw_grid", DRAW),
     (Measures, "_validate", VALIDATE),
     (Metrics, "add", METRICS),

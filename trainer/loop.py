@@ -19,8 +19,8 @@ from trainer.guards.incidents import Incidents
 from trainer.guards.replay import dropout_seed
 from trainer.measures import Measures, due
 from trainer.run.lease import way_to_resume
+from trainer.save_schedule import SaveSchedule
 from trainer.saver import Saver
-from trainer.saving import Saving
 from trainer.seen import learn_timesteps, mean_loss
 from trainer.snapshots import Snapshots
 from trainer.start import Parts
@@ -46,7 +46,7 @@ class Loop(Parts):
     after_step: Callable[[], None]
     # Whether the next pass compiles the network, for minutes.
     _compiles: bool = field(init=False)
-    _saving: Saving = field(init=False)
+    _saves: SaveSchedule = field(init=False)
     _incidents: Incidents = field(init=False)
     _snapshots: Snapshots = field(init=False)
     _measures: Measures = field(init=False)
@@ -54,12 +54,12 @@ class Loop(Parts):
     def __post_init__(self) -> None:
         training, engine = self.config.training, self.engine
         self._compiles = compute.is_compiled(training, device=engine.device, stage=engine.stage)
-        self._saving = Saving(parts=self, saver=self.saver, tried_at=self.images_seen)
+        self._saves = SaveSchedule(parts=self, saver=self.saver, tried_at=self.images_seen)
         self._incidents = Incidents(self, saver=self.saver)
         self._snapshots = Snapshots(self.run, self.config, world=self.world)
         self._measures = Measures(
             parts=self,
-            saving=self._saving,
+            saves=self._saves,
             board=self.board,
             stop_requested=self.stop_requested,
             validation_set=self.validation_set,
@@ -85,26 +85,26 @@ class Loop(Parts):
             self._step(batches)
             self.after_step()
             progress.advance(self.config.training.batch)
-            stop = self._saving.agree(stop=self.stop_requested(), images_seen=self.images_seen)
+            stop = self._saves.agree(stop=self.stop_requested(), images_seen=self.images_seen)
             ends = stop or self.images_seen >= total
             norm = None
             if ends or self._due(every.log):
                 norm = self._report(progress, since=reported)
                 reported = self.images_seen
-            if ends or self._saving.is_late or self._due(every.checkpoint):
-                self._saving.save(self.images_seen, ends=ends, norm=norm)
+            if ends or self._saves.is_late or self._due(every.checkpoint):
+                self._saves.save(self.images_seen, ends=ends, norm=norm)
             if self._due(every.averages):
                 self._keep_averages()
             if not stop and not self._measures.take(self.images_seen):
                 stop = True
                 if reported < self.images_seen:
                     self._report(progress, since=reported)
-                self._saving.save(self.images_seen, ends=True)
+                self._saves.save(self.images_seen, ends=True)
             if self._due(every.audit) and not ends and not stop:
                 self._audit()
         if self.board is not None:
             self.board.rest(self.metrics.spent, images_seen=self.images_seen)
-        self._saving.finish()
+        self._saves.finish()
         self._end(stopped=stop)
         return TO_BE_CONTINUED if stop else 0
 
@@ -142,7 +142,7 @@ class Loop(Parts):
             self.metrics.add(terms for _, terms in seen)
         else:
             to = self._incidents.handle(report, seen, images_seen=began, now=self.images_seen)
-            self._saving.went_back()
+            self._saves.went_back()
             if to is not None:
                 self._snapshots.set_aside_later(to)
         self.metrics.note("lr", lr)

@@ -20,7 +20,7 @@ from trainer.ranks.group import from_main, until_stopped
 from trainer.run import history
 from trainer.run.directory import Run
 from trainer.sampling.draw import draw_grid, grid_originals
-from trainer.saving import Saving
+from trainer.save_schedule import SaveSchedule
 from trainer.start import Parts
 from trainer.validation import Validation, ValidationSet
 from trainer.watch.board import Board
@@ -52,7 +52,7 @@ class Measures:
     """Takes a run's measurements. All ranks make each call together."""
 
     parts: Parts
-    saving: Saving
+    saves: SaveSchedule
     #: Of the main rank alone.
     board: Board | None
     stop_requested: Callable[[], bool]
@@ -93,7 +93,7 @@ class Measures:
 
     def _begin(self, doing: str) -> float:
         """Finish a checkpoint that is being written, and tell the watchdog; returns the time."""
-        self.saving.protect()
+        self.saves.protect()
         self.parts.mark(doing)
         return self.parts.metrics.clock()
 

@@ -15,7 +15,7 @@ from trainer.start import Parts
 
 
 @dataclass(kw_only=True)
-class Saving:
+class SaveSchedule:
     """What is saved, and when that was done last. All ranks make each call together."""
 
     parts: Parts
