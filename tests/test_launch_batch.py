@@ -169,7 +169,14 @@ def test_scancel_in_the_grace_time_of_a_preemption_ends_the_job(due: str, bash: 
     ended = f"slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-29T09:48:59{due} ***"
     assert bash.start(ranks=f"echo '{ended}' >&2; tell TERM; exit 75") == 75
     assert bash.requeued == bool(due)
-    assert bash.requeued or "saved; cancelled, or already started again" in bash.events
+    assert bash.requeued or "saved; cancelled, by scancel or by Slurm" in bash.events
+
+
+def test_a_job_that_slurm_has_requeued_is_not_said_to_be_cancelled(bash: Bash) -> None:
+    """As it does at a preemption without a grace time; it has counted the restart by then."""
+    assert bash.start(ranks="touch requeued; tell TERM; exit 75") == 75
+    assert "saved; requeued by Slurm, resumes from checkpoint none" in bash.events
+    assert not bash.text("asked")
 
 
 def test_what_a_user_sets_for_scancel_keeps_no_rank_from_being_told(bash: Bash) -> None:

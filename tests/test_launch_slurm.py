@@ -94,7 +94,7 @@ def test_preemption_power_loss_and_cancellation(site: Site, undisturbed: dict[in
     site.cluster.run("ctl", "scancel", job)
     site.wait_gone(job)
     events = site.events("tried")
-    assert "start 2: saved; cancelled, or already started again" in events
+    assert "start 2: saved; cancelled, by scancel or by Slurm" in events
     assert site.recorded("tried").state == "stopped"
     assert site.recorded("tried").checkpoint == f"{site.rows('tried')[-1]['images']:012d}"
     assert same_as(site.losses("tried"), undisturbed)

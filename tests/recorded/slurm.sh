@@ -101,11 +101,14 @@ again() {
     *" JobState=RUNNING "*" Restarts=$start "*) ;;
     # A limit that was made shorter, or whose warning found no controller.
     *" JobState=COMPLETING Reason=TimeLimit "*" Restarts=$start "*) ;;
-    *)
+    *" Restarts=$start "*)
       if ! preempted; then
-        say "$1; cancelled, or already started again"
+        say "$1; cancelled, by scancel or by Slurm"
         return
       fi ;;
+    *)
+      say "$1; requeued by Slurm, resumes from checkpoint $(newest)"
+      return ;;
   esac
   bad=
   mark=''
