@@ -91,7 +91,7 @@ again() {
         return
       fi ;;
     *)
-      say "$1; requeued by Slurm, resumes from checkpoint $(newest)"
+      say "$1; requeued by Slurm"
       return ;;
   esac
   bad=

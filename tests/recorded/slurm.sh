@@ -107,7 +107,7 @@ again() {
         return
       fi ;;
     *)
-      say "$1; requeued by Slurm, resumes from checkpoint $(newest)"
+      say "$1; requeued by Slurm"
       return ;;
   esac
   bad=
