@@ -90,18 +90,7 @@ def config(cell: Figures) -> UNetConfig:
 
 def system(cell: Figures) -> Net:
     """The network of a cell's system, on the device, in its precision."""
-    return _drawn(_published(cell))
-
-
-def _drawn(net: Net) -> Net:
-    """With weights in the place of zeros, of which all gradients are zero as training begins.
-
-    A device multiplies zeros with less power, and faster; diffusers' network has none.
-    """
-    for parameter in net.module.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return net
+    return nets.drawn(_published(cell))
 
 
 def _published(cell: Figures) -> Net:
@@ -257,7 +246,7 @@ def attention(cell: Figures) -> Figures:
 
 def guided(cell: Figures) -> Figures:
     """Images per second of 25 guided denoising steps: the guide's gradient and the network."""
-    net, guide = system(cell), _drawn(_guide(cell))
+    net, guide = system(cell), nets.drawn(_guide(cell))
     net.module.eval().requires_grad_(False)
     images = cell["images"] if GPU else 2
     if "compiled" in cell["system"]:

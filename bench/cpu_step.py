@@ -40,7 +40,7 @@ def systems(guided_diffusion: Path | None) -> dict[str, Net]:
         found[f"{name}, channels last"] = make(CONFIG)
         module: Any = found[f"{name}, channels last"].module  # stubs of `to` lack memory_format
         module.to(memory_format=torch.channels_last)
-    return found
+    return {name: nets.drawn(net) for name, net in found.items()}
 
 
 def step(net: Net, *, images: int) -> float:
