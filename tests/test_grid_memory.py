@@ -59,7 +59,9 @@ def draw(root: Path, preset: Path) -> int:
                 before = {name: value.clone() for name, value in whole.items()}
             reset()
             with engine.weights(kind) as averaged:
-                draw_grid(averaged, config=config, world=world, shown=None, on_step=lambda: None)
+                draw_grid(
+                    averaged, config=config, world=world, originals=None, on_step=lambda: None
+                )
                 swapped = all(bool((value == 0.01).all()) for value in averaged.values())
             grid = peak() - sum(4 * value.numel() for value in before.values())
             with engine.weights() as after:
