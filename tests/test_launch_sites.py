@@ -104,7 +104,7 @@ def test_a_job_that_slurm_cancels_to_preempt_it_goes_on(site: Site) -> None:
     assert jobs(site, "preempted") == [job]
     site.cluster.run("ctl", "scancel", job)
     site.wait_gone(job)
-    assert "start 1: saved; cancelled, or already started" in site.events("preempted")
+    assert "start 1: saved; cancelled, by scancel or by Slurm" in site.events("preempted")
 
 
 def test_a_job_that_no_wait_starts_says_so_unless_another_partition_may_take_it(site: Site) -> None:
